@@ -1,0 +1,31 @@
+"""Loads the compiled library and says what is in it."""
+
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent
+_LIBRARY = _FOLDER / "_C.abi3.so"
+
+if not _LIBRARY.exists():
+    message = f"ava_ext: no compiled library in {_FOLDER}."
+    if (_FOLDER.parent / "setup.py").exists():
+        message += (
+            " This is the source tree: it hides an installed ava_ext whenever Python starts here."
+            " Build in place with `pip install --no-build-isolation -e .`, or start Python in another folder."
+        )
+    raise ImportError(message)
+torch.ops.load_library(_LIBRARY)
+
+
+def build_info() -> dict[str, str]:
+    """What this build runs with here.
+
+    Returns:
+        cpu: "portable", "avx2" or "avx512" (set AVA_CPU_CAPABILITY before the first use to force one).
+
+    Example:
+        >>> ava_ext.build_info()
+        {'cpu': 'avx512'}
+    """
+    return {"cpu": torch.ops.ava_ext.cpu_capability()}

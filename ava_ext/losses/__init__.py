@@ -1,0 +1,1 @@
+"""Every loss class, one module per component."""

@@ -1,0 +1,1 @@
+"""The operators as typed, differentiable functions, one file per family."""
