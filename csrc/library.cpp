@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
       "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index) "
       "-> (Tensor row_loss, Tensor row_terms)");
   m.def(
-      "row_statistics(Tensor logits, Tensor? ids, Tensor coefficients, int flags, int vocab_size) "
+      "row_statistics(Tensor logits, Tensor? ids, Tensor? row_mask, Tensor coefficients, int flags, int vocab_size) "
       "-> (Tensor statistics, Tensor log_probs, Tensor summaries)");
   m.def(
       "row_gradient(Tensor logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, Tensor coefficients, int flags, "
@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   m.def(
       "row_gradient_(Tensor(a!) logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, Tensor coefficients, int flags, "
       "int vocab_size) -> ()");
+  m.def("scale_rows_(Tensor(a!) rows, Tensor factors) -> ()");
 
   // which instruction set the CPU kernels use
   m.def("cpu_capability() -> str");

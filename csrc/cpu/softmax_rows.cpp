@@ -206,8 +206,9 @@ std::tuple<Tensor, Tensor> row_loss_(const Tensor& logits, const Tensor& targets
 }
 
 std::tuple<Tensor, Tensor, Tensor> row_statistics(const Tensor& logits,         // [..., n_columns]
-                                                  std::optional<Tensor> ids,    // [..., n_ids]
-                                                  const Tensor& coefficients,  // [kRowOptions]
+                                                  std::optional<Tensor> ids,       // [..., n_ids]
+                                                  std::optional<Tensor> row_mask,  // [...]: rows to measure; the others give 0
+                                                  const Tensor& coefficients,      // [kRowOptions]
                                                   int64_t flags, int64_t vocab_size) {
   SoftmaxRowsArguments arguments = row_arguments("row_statistics", logits, coefficients, flags | kEntropy, vocab_size);
   const ScalarType real = accumulation_type(logits);
@@ -218,6 +219,11 @@ std::tuple<Tensor, Tensor, Tensor> row_statistics(const Tensor& logits,         
     check_range("row_statistics", "ids", *dense_ids, vocab_size, -1);
     arguments.n_ids = ids->size(ids->dim() - 1);
     arguments.ids = static_cast<const int32_t*>(dense_ids->const_data_ptr());
+  }
+  if (row_mask) {
+    check_tensor("row_statistics", "row_mask", *row_mask, rows_shape(logits), ScalarType::Bool);
+    row_mask = torch::stable::contiguous(*row_mask);
+    arguments.row_mask = static_cast<const bool*>(row_mask->const_data_ptr());
   }
   std::vector<int64_t> summaries_shape = rows_shape(logits);
   summaries_shape.insert(summaries_shape.begin(), 4);
@@ -270,6 +276,21 @@ void row_gradient_(const Tensor& logits, const Tensor& statistics, const Tensor&
   run_row_gradient("row_gradient_", logits, statistics, row_coefficients, ids, coefficients, flags, vocab_size, logits);
 }
 
+void scale_rows_(const Tensor& rows,       // [..., n_columns], last stride 1
+                 const Tensor& factors) {  // [...]
+  check_logits("scale_rows_", rows, rows.dim() ? rows.size(rows.dim() - 1) : 1);
+  check_tensor("scale_rows_", "factors", factors, rows_shape(rows), accumulation_type(rows));
+  const Tensor dense_factors = torch::stable::contiguous(factors);
+  SoftmaxRowsArguments arguments{};
+  arguments.element_type = element_type("scale_rows_", rows);
+  arguments.n_columns = rows.size(rows.dim() - 1);
+  arguments.n_rows = rows_of(rows);
+  arguments.row_weights = dense_factors.const_data_ptr();
+  arguments.grad_logits = rows.mutable_data_ptr();
+  arguments.grad_layout = layout_of(rows);
+  for_rows(kernels().scale_rows, arguments);
+}
+
 }  // namespace
 }  // namespace ava
 
@@ -279,4 +300,5 @@ STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) {
   m.impl("row_statistics", TORCH_BOX(&ava::row_statistics));
   m.impl("row_gradient", TORCH_BOX(&ava::row_gradient));
   m.impl("row_gradient_", TORCH_BOX(&ava::row_gradient_));
+  m.impl("scale_rows_", TORCH_BOX(&ava::scale_rows_));
 }

@@ -412,8 +412,14 @@ struct RowKernel {
     auto* summaries = static_cast<Real*>(arguments.summaries);
     for (int64_t r = row_begin; r < row_end; ++r) {
       const Element* x = logits_of(r);
-      const RowStatistics<Real> row = measure(x);
+      const bool measured = !arguments.row_mask || arguments.row_mask[r];
+      const RowStatistics<Real> row = measured ? measure(x) : empty_statistics<Real>();
       static_cast<RowStatistics<Real>*>(arguments.statistics)[r] = row;
+      if (!measured) {
+        for (int summary = 0; summary < 4; ++summary) summaries[summary * n_rows + r] = 0;
+        for (int64_t k = 0; k < n_ids; ++k) static_cast<Real*>(arguments.id_log_probs)[r * n_ids + k] = 0;
+        continue;
+      }
       const Real total = log_total(row);
       summaries[r] = total - row.weighted / (1 + row.rest);
       summaries[n_rows + r] = row.max * inverse_temperature + total;
@@ -449,7 +455,22 @@ struct RowKernel {
   }
 };
 
-enum class RowTask { loss, statistics, gradient };
+template <class Vector, class Element>
+static void scale_rows(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end) {
+  using Real = typename Vector::Value;
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const Real weight = static_cast<const Real*>(arguments.row_weights)[r];
+    if (weight == 1) continue;
+    auto* row = static_cast<Element*>(arguments.grad_logits) + row_offset(arguments.grad_layout, r);
+    const int64_t n = arguments.n_columns;
+    int64_t i = 0;
+    for (; i + Vector::kLanes <= n; i += Vector::kLanes)
+      Vector::store(row + i, Vector::mul(Vector::load(row + i), Vector::set(weight)));
+    for (; i < n; ++i) narrow(widen(row[i]) * weight, row + i);
+  }
+}
+
+enum class RowTask { loss, statistics, gradient, scale };
 
 template <RowTask task, class Kernel>
 static void run_kernel(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end, void* scratch) {
@@ -462,6 +483,7 @@ static void run_kernel(const SoftmaxRowsArguments& arguments, int64_t row_begin,
 
 template <RowTask task, class Vector, class Element>
 static void run_rows(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end, void* scratch) {
+  if constexpr (task == RowTask::scale) return scale_rows<Vector, Element>(arguments, row_begin, row_end);
   const bool dense = arguments.flags & (kLabelSmoothing | kConfidencePenalty | kEntropy);
   if (arguments.flags & kSoftcap)
     run_kernel<task, RowKernel<Vector, Element, true, true>>(arguments, row_begin, row_end, scratch);
@@ -482,7 +504,7 @@ static void rows_of_type(const SoftmaxRowsArguments& arguments, int64_t row_begi
 }
 
 constexpr SoftmaxRowsKernels kSoftmaxRowsKernels = {rows_of_type<RowTask::loss>, rows_of_type<RowTask::statistics>,
-                                                    rows_of_type<RowTask::gradient>};
+                                                    rows_of_type<RowTask::gradient>, rows_of_type<RowTask::scale>};
 
 }  // namespace AVA_ISA
 }  // namespace ava

@@ -23,6 +23,7 @@ struct SoftmaxRowsArguments {
   const int64_t* targets;  // [n_rows]
   int64_t ignore_index;
   const void* row_weights;     // Real [n_rows]
+  const bool* row_mask;        // [n_rows]: rows to measure; null: all
   const int32_t* ids;          // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent
   const void* id_values;       // Real [n_rows, n_ids]: weights of the candidates
   int64_t n_ids;
@@ -47,6 +48,7 @@ struct SoftmaxRowsKernels {
   SoftmaxRowsKernel row_loss;        // statistics, terms, and the gradient while the row is in cache
   SoftmaxRowsKernel row_statistics;  // statistics and what the open operator reports of them
   SoftmaxRowsKernel row_gradient;    // the gradient from statistics and coefficients
+  SoftmaxRowsKernel scale_rows;      // grad_logits *= row_weights
 };
 
 inline int64_t sparse_scratch_bytes(int64_t n_ids) { return (n_ids + 2) * 32; }
