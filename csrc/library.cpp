@@ -27,6 +27,12 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
       "int vocab_size) -> ()");
   m.def("scale_rows_(Tensor(a!) rows, Tensor factors) -> ()");
 
+  // token sequences: repetition.h
+  m.def(
+      "repetition_candidates(Tensor tokens, Tensor targets, Tensor? segments, Tensor weights, *, bool tokens_include_row, "
+      "int vocab_size, int ignore_index, int[] excluded_ids, bool immediate, int immediate_threshold, int ngram_size, "
+      "int ngram_window, int ngram_slots, int[] eos_ids, int min_sequence_length) -> (Tensor ids, Tensor candidate_weights)");
+
   // which instruction set the CPU kernels use
   m.def("cpu_capability() -> str");
 }
