@@ -14,10 +14,11 @@ which is exact also where p_c or 1 - p_c is far below the resolution of the dtyp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
@@ -432,3 +433,452 @@ def negative_weights_dense(
             if 0 <= token < config.vocab_size and token != int(targets[b, t]):
                 weights[b, t, token] += 1.0 if negative_weights is None else float(negative_weights[b, t, m])
     return weights
+
+
+# -- Multi-token prediction
+
+
+class Depth(NamedTuple):
+    loss: Tensor  # [B, T] smoothed cross-entropy
+    nll: Tensor  # [B, T]
+    counted: Tensor  # [B, T] bool
+    token_weights: Tensor  # [B, T]
+
+
+def mtp_depth(
+    config: UnifiedLossConfig,
+    logits: Tensor,  # [B, T, vocab]
+    depth: int,
+    targets: Tensor,  # [B, T]
+    counted: Tensor,  # [B, T] bool
+    segments: Tensor,  # [B, T]
+    token_weights: Tensor,  # [B, T]
+    temperature: float | Tensor,
+) -> Depth:
+    """Row t predicts targets[t + depth], with that row's token weight, if it counts and lies in the same segment.
+
+    Row t itself need not count (the last prompt rows predict into the answer). Temperature, soft cap, smoothing and
+    padded vocabulary are those of the main term; focal is not applied.
+    """
+
+    def ahead(x: Tensor) -> Tensor:
+        return torch.cat([x[:, depth:], torch.zeros_like(x[:, :depth])], 1)
+
+    counted = ahead(counted) & (ahead(segments + 1) == segments + 1)
+    targets = torch.where(counted, ahead(targets), 0)
+    z = effective_logits(
+        torch.where(counted.unsqueeze(-1), logits, 0.0),
+        temperature=temperature, logit_softcap=config.logit_softcap, vocab_size=config.vocab_size,
+    )  # fmt: skip
+    nll = negative_log_likelihood(z, targets)
+    loss = smoothed(nll, z, config.label_smoothing, config.smoothing_mode)
+    return Depth(loss, nll, counted, ahead(token_weights))
+
+
+def confidence_calibration(
+    confidence: Tensor,  # [B, T] in [0, 1]
+    first: Depth,
+) -> Tensor:
+    """BCE(confidence, detached probability that head 1 gives its target), [B, T]; logs bounded by -100 as in F."""
+    confidence = torch.where(first.counted, confidence, 0.5)
+    return F.binary_cross_entropy(confidence, torch.exp(-first.nll).detach(), reduction="none")
+
+
+# -- Mixture of experts: one layer, rows of one router
+
+
+def router_probabilities(
+    gate_logits: Tensor,  # [N, E]
+    router_score: str,
+) -> Tensor:
+    """softmax, or sigmoid divided by its sum; [N, E]."""
+    if router_score == "softmax":
+        return torch.softmax(gate_logits, -1)
+    scores = torch.sigmoid(gate_logits)
+    return scores / scores.sum(-1, keepdim=True)
+
+
+class RouterStatistics(NamedTuple):
+    """Sums over the rows of one router, or of several added up."""
+
+    counts: Tensor  # [E] choices of each expert
+    probability: Tensor  # [E]
+    lse_squared: Tensor  # []
+    n_rows: Tensor  # []
+
+
+def router_statistics(
+    config: UnifiedLossConfig,
+    gate_logits: Tensor,  # [N, E]
+    keep: Tensor,  # [N] bool, False for padding
+    expert_indices: Tensor | None = None,  # [N, k]
+    expert_bias: Tensor | None = None,  # [E]
+) -> RouterStatistics:
+    """Sums over the kept rows.
+
+    Without expert_indices: the top num_experts_per_token of probability + expert_bias, ties to the lowest index.
+    """
+    gate_logits = torch.where(keep.unsqueeze(-1), gate_logits, 0.0)
+    probabilities = router_probabilities(gate_logits, config.router_score)
+    if expert_indices is None:
+        scores = probabilities.detach() + (0.0 if expert_bias is None else expert_bias)
+        expert_indices = torch.argsort(scores, dim=-1, descending=True, stable=True)[:, : config.num_experts_per_token]
+    counts = F.one_hot(expert_indices[keep].long(), gate_logits.shape[-1]).sum((0, 1)).to(gate_logits.dtype)
+    probability = torch.where(keep.unsqueeze(-1), probabilities, 0.0).sum(0)
+    return RouterStatistics(counts, probability, torch.where(keep, z_loss(gate_logits), 0.0).sum(), keep.sum())
+
+
+def moe_steering(
+    statistics: RouterStatistics,
+    expert_load: Tensor,  # [E] running load f, sums to 1
+) -> Tensor:
+    """E sum_e (f_e - 1/E) P_e, []: 0 at balance; pushes the mean probability P away from overloaded experts."""
+    n_experts = expert_load.numel()
+    mean_probability = statistics.probability / statistics.n_rows.clamp(min=1)
+    return n_experts * ((expert_load.detach() - 1 / n_experts) * mean_probability).sum()
+
+
+def updated_expert_load(
+    expert_load: Tensor,  # [E]
+    counts: Tensor,  # [E]
+    momentum: float,
+) -> Tensor:
+    """f <- momentum f + (1 - momentum) c / sum c, [E]; unchanged without a choice."""
+    if counts.sum() == 0:
+        return expert_load
+    return momentum * expert_load + (1 - momentum) * counts / counts.sum()
+
+
+def updated_expert_bias(
+    expert_bias: Tensor,  # [E]
+    counts: Tensor,  # [E]
+    rate: float,
+) -> Tensor:
+    """b <- b + rate sign(mean(c) - c), [E] (loss-free balancing, DeepSeek-V3)."""
+    return expert_bias + rate * torch.sign(counts.mean() - counts)
+
+
+def load_balancing(statistics: RouterStatistics, convention: str) -> Tensor:
+    """E sum_e f_e P_e, []; P = mean probability. 0 without rows.
+
+    "switch": f = c / (k N), so 1 at balance (Fedus et al. 2021). "huggingface": f = c / N, k times that.
+    """
+    n = statistics.n_rows.clamp(min=1)
+    fractions = statistics.counts / (statistics.counts.sum().clamp(min=1) if convention == "switch" else n)
+    return statistics.counts.numel() * (fractions * statistics.probability / n).sum()
+
+
+def load_variation(counts: Tensor) -> tuple[Tensor, Tensor]:  # [E] -> [], []
+    """Population std / mean of the counts, and max / mean - 1 (MaxVio); 0, 0 without a choice."""
+    mean = counts.mean()
+    if mean == 0:
+        return mean, mean
+    return counts.std(correction=0) / mean, counts.max() / mean - 1
+
+
+# -- Terms of a batch
+
+
+def diversity(
+    expert_outputs: Tensor,  # [E, N, H]
+    keep: Tensor,  # [N] bool
+) -> Tensor:
+    """Mean cosine similarity over the pairs of experts and the kept rows, []; 0 for E < 2 and for vectors of length 0."""
+    units = F.normalize(torch.where(keep.unsqueeze(-1), expert_outputs, 0.0), dim=-1)
+    n_experts = len(units)
+    pairs = [(units[i] * units[j]).sum(-1) for i in range(n_experts) for j in range(i)]
+    if not pairs:
+        return 0.0 * units.sum()
+    return torch.stack(pairs).mean(0).sum() / keep.sum().clamp(min=1)
+
+
+def info_nce(
+    anchors: Tensor,  # [n, H]
+    positives: Tensor,  # [n, H]
+    temperature: float,
+) -> Tensor:
+    """Mean cross-entropy of cosine(a_i, b_j) / temperature with target j = i, [] (from a to b only); 0 for n = 0."""
+    similarity = F.normalize(anchors, dim=-1) @ F.normalize(positives, dim=-1).T / temperature
+    return F.cross_entropy(similarity, torch.arange(len(anchors)), reduction="sum") / max(len(anchors), 1)
+
+
+def simctg(
+    hidden_states: Tensor,  # [B, T, H]
+    keep: Tensor,  # [B, T] bool
+    segments: Tensor,  # [B, T]
+    margin: float = 0.5,
+) -> Tensor:
+    """Mean of max(0, margin - 1 + cosine(h_i, h_j)) over all pairs i != j of kept tokens of one segment, [] (Su et al. 2022)."""
+    units = F.normalize(torch.where(keep.unsqueeze(-1), hidden_states, 0.0), dim=-1)
+    same = segments.unsqueeze(1) == segments.unsqueeze(2)
+    pairs = same & keep.unsqueeze(1) & keep.unsqueeze(2) & ~torch.eye(keep.shape[1], dtype=torch.bool)
+    hinge = torch.relu(margin - 1 + units @ units.transpose(1, 2))
+    return torch.where(pairs, hinge, 0.0).sum() / pairs.sum().clamp(min=1)
+
+
+def adaptive_temperature(
+    config: UnifiedLossConfig,
+    history: Sequence[float],  # the finite cross-entropies of the commits so far
+) -> float:
+    """T = clamp(T0 (1 + gain (cv - 0.075)), bounds) with cv = population std / mean of the last 100; T0 below 10 of them."""
+    recent = list(history)[-100:]
+    if len(recent) < 10:
+        return config.initial_temperature
+    mean = sum(recent) / len(recent)
+    std = math.sqrt(sum((value - mean) ** 2 for value in recent) / len(recent))
+    cv = std / mean if mean != 0 else 0.0
+    low, high = config.temperature_bounds
+    return min(max(config.initial_temperature * (1 + config.temperature_gain * (cv - 0.075)), low), high)
+
+
+# -- Everything together
+
+
+def unified_loss(
+    config: UnifiedLossConfig,
+    logits: Tensor | None = None,  # [B, T, vocab] or [n_rows, vocab]
+    targets: Tensor | None = None,  # [B, T] or [n_rows]
+    attention_mask: Tensor | None = None,  # as targets
+    hidden_states: Tensor | None = None,  # [B, T, H] or [n_rows, H]
+    primary_logits: Tensor | None = None,  # as logits
+    additional_logits: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of logits' shape
+    confidence_scores: Tensor | None = None,  # [B], [B, 1], [B, T] or [B, T, 1]
+    mtp_active: bool | Tensor | None = None,  # [] False switches the heads of both kinds off
+    gate_logits: Tensor | Sequence[Tensor] | None = None,  # [N, E], [layers, N, E], or [..., E] for one layer
+    expert_indices: Tensor | Sequence[Tensor] | None = None,  # [N, k] or [layers, N, k]
+    expert_outputs: Tensor | Sequence[Tensor] | None = None,  # [E, N, H] or [E, B, T, H]
+    *,
+    lm_head_weight: Tensor | None = None,  # [vocab, H]
+    lm_head_bias: Tensor | None = None,  # [vocab]
+    token_weights: Tensor | None = None,  # as targets
+    input_ids: Tensor | None = None,  # as targets
+    position_ids: Tensor | None = None,  # as targets or [1, T]
+    segment_ids: Tensor | None = None,  # as targets or [1, T]
+    cu_seqlens: Tensor | None = None,  # [n_segments + 1]
+    num_items_in_batch: float | Tensor | None = None,
+    negative_ids: Tensor | None = None,  # [B, T, M]
+    negative_weights: Tensor | None = None,  # [B, T, M]
+    contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n, H]
+    temperature: float | Tensor | None = None,  # [] the adaptive one; default initial_temperature
+    expert_load: Tensor | None = None,  # [layers, E], default 1/E
+    expert_bias: Tensor | None = None,  # [layers, E], for the own top-k
+    mtp_logits: Sequence[Tensor] | Callable[[int], Tensor] | None = None,  # of logits' shape; or depth 1..K -> that
+) -> dict[str, Tensor]:
+    """What UnifiedLoss(...).forward(..., return_detailed=True) returns: total_loss, its addends (detached), METRICS.
+
+    The keys depend on the configuration only: `negative_penalty` is always there (0 where nothing is given),
+    `confidence_regularization` where the adaptive heads use confidence weighting and its strength is > 0, the `moe_`
+    metrics with use_moe_balancing or use_auxiliary_loss. Choices where the specification is silent:
+
+    * Router rows, expert outputs and hidden states leave out *padding* (attention_mask 0 or a pad target), not rows that
+      are only ignore_index: prompts are routed too. In unshifted mode a router over all B T tokens is masked by the
+      unshifted mask. moe_ metrics: counts of this call, per layer, then averaged over layers.
+    * Terms of a batch are multiplied by n_local / N with num_items_in_batch under "mean" (n_local: number of local rows
+      that count), else by 1, or 0 where no row counts: the whole loss is 0 then.
+    * primary "adaptive_mtp" uses the adaptive heads whatever mtp_type says. The depth metrics are unweighted and
+      unsmoothed, over the rows that count at that depth. BCE rows are weighted and divided by N as token terms are.
+    * labels_are_shifted=False on flat rows needs segments; reduction "none" then has the shape [B, T-1].
+    """
+    adaptive_heads = config.primary_loss_type == "adaptive_mtp" or (config.use_mtp and config.mtp_type == "adaptive")
+    deepseek_heads = config.use_mtp and not adaptive_heads
+    if config.primary_loss_type == "adaptive_mtp" and primary_logits is not None:
+        logits = primary_logits
+    if logits is None and hidden_states is not None and lm_head_weight is not None:
+        logits = F.linear(hidden_states, lm_head_weight, lm_head_bias)
+    logits = _required(logits, "logits (or hidden_states and lm_head_weight)", "unified_loss")
+    targets = _required(targets, "targets", "unified_loss")
+
+    # [n_rows, ...] is one sequence [1, n_rows, ...]
+    flat = targets.dim() == 1
+    has_sequences = not flat or any(given is not None for given in (segment_ids, position_ids, cu_seqlens))
+    needs_sequences = {
+        "use_ngram_penalty": config.use_ngram_penalty,
+        "use_immediate_repetition_penalty": config.use_immediate_repetition_penalty,
+        "eos_token_id": bool(config.eos_ids) and config.eos_penalty_weight > 0,
+        "use_mtp": deepseek_heads or adaptive_heads,
+        "use_contrastive_loss": config.use_contrastive_loss and contrastive_pair is None,
+        "labels_are_shifted=False": not config.labels_are_shifted,
+    }
+    for option, is_on in needs_sequences.items():
+        if is_on and not has_sequences:
+            raise ValueError(
+                f"unified_loss: {option} needs sequences: expected targets of shape [B, T], or segment_ids, "
+                f"position_ids or cu_seqlens, got targets of shape {list(targets.shape)}"
+            )
+    rows_end, labels_start = (None, None) if config.labels_are_shifted else (-1, 1)
+
+    def of_rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else (x.unsqueeze(0) if flat else x)[:, :rows_end]
+
+    def of_labels(x: Tensor | None) -> Tensor | None:
+        return None if x is None else (x.unsqueeze(0) if flat else x)[:, labels_start:]
+
+    n_batch, n_time = (1, len(targets)) if flat else targets.shape
+    all_segments = segment_numbers(
+        n_batch, n_time, segment_ids=segment_ids, position_ids=position_ids, cu_seqlens=cu_seqlens
+    )
+    token_keep = ~is_padding(config, targets, attention_mask)
+    logits, targets, attention_mask = of_rows(logits), of_labels(targets), of_labels(attention_mask)
+    segments = all_segments[:, :rows_end]
+    crosses = all_segments[:, labels_start:] != segments  # the label belongs to the next document
+    row_keep = ~is_padding(config, targets, attention_mask)
+    targets = torch.where(crosses, config.ignore_index, targets)
+    counted = counted_rows(config, targets, attention_mask)
+    for b, t in (counted & ((targets < 0) | (targets >= config.vocab_size))).nonzero().tolist():
+        raise IndexError(
+            f"unified_loss: expected targets in [0, vocab_size = {config.vocab_size}) or ignore_index, "
+            f"got {int(targets[b, t])} in row {b * targets.shape[1] + t}"
+        )
+    dtype = logits.dtype
+    weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else of_labels(token_weights).to(dtype)
+    n = denominator(config, counted, weights, num_items_in_batch).to(dtype)
+
+    def reduce(values: Tensor, keep: Tensor = counted, row_weights: Tensor = weights) -> Tensor:
+        values = torch.where(keep, values, 0.0) * torch.where(keep, row_weights, 0.0)
+        return values if config.reduction == "none" else values.sum() / n
+
+    def mean(values: Tensor, keep: Tensor = counted) -> Tensor:
+        return torch.where(keep, values, 0.0).sum() / keep.sum().clamp(min=1)
+
+    # rows: what does not count becomes a row of zeros with target 0, so that nothing it held reaches a gradient
+    temperature = config.initial_temperature if temperature is None else temperature
+    z = effective_logits(
+        torch.where(counted.unsqueeze(-1), logits, 0.0),
+        temperature=temperature, logit_softcap=config.logit_softcap, vocab_size=config.vocab_size,
+    )  # fmt: skip
+    row_targets = torch.where(counted, targets, 0)
+    nll = negative_log_likelihood(z, row_targets)
+    hard = focal(z, row_targets, config.focal_alpha, config.focal_gamma) if config.use_focal_loss else nll
+    addends = {"main_loss": reduce(smoothed(hard, z, config.label_smoothing, config.smoothing_mode))}
+    if config.z_loss_weight > 0:
+        addends["z_loss"] = config.z_loss_weight * reduce(z_loss(z))
+    if config.confidence_penalty_weight > 0:
+        addends["confidence_penalty"] = config.confidence_penalty_weight * reduce(confidence_penalty(z))
+
+    def penalty(candidate_weights: Tensor) -> Tensor:
+        return reduce(unlikelihood(z.flatten(0, 1), candidate_weights.flatten(0, 1)).reshape(targets.shape))
+
+    place = (config, targets, counted, segments)
+    read = {"input_ids": of_rows(input_ids), "attention_mask": attention_mask}
+    if config.use_ngram_penalty:
+        addends["ngram_penalty"] = penalty(ngram_weights(*place, **read))
+    if config.use_immediate_repetition_penalty:
+        addends["immediate_repetition_penalty"] = penalty(immediate_repetition_weights(*place, **read))
+    if config.eos_ids and config.eos_penalty_weight > 0:
+        addends["eos_penalty"] = penalty(early_eos_weights(*place))
+    given = torch.full((*targets.shape, 1), -1) if negative_ids is None else of_rows(negative_ids)
+    addends["negative_penalty"] = penalty(
+        negative_weights_dense(config, targets, counted, given, of_rows(negative_weights))
+    )
+
+    metrics = {
+        "cross_entropy": mean(nll),
+        "perplexity": mean(nll).exp(),
+        "n_tokens": counted.sum(),
+        "accuracy": mean((z.argmax(-1) == row_targets).to(dtype)),
+        "entropy": mean(token_entropy(z)),
+        "temperature": torch.as_tensor(temperature),
+    }
+    if config.use_focal_loss:
+        metrics["focal_loss"] = addends["main_loss"]
+
+    # multi-token prediction
+    if deepseek_heads or adaptive_heads:
+        n_depths = config.num_future_tokens
+        depths: list[Depth] = []
+        if mtp_active is None or bool(mtp_active):
+            if adaptive_heads:
+                head_logits = list(_required(additional_logits, "additional_logits", "adaptive multi-token prediction"))
+            elif callable(mtp_logits):
+                head_logits = [mtp_logits(depth) for depth in range(1, n_depths + 1)]
+            else:
+                head_logits = list(_required(mtp_logits, "hidden_states", "use_mtp"))
+            if len(head_logits) != n_depths:
+                raise ValueError(f"unified_loss: expected num_future_tokens = {n_depths} heads, got {len(head_logits)}")
+            depths = [
+                mtp_depth(config, of_rows(x), k, targets, counted, segments, weights, temperature)
+                for k, x in enumerate(head_logits, start=1)
+            ]
+        confidence = torch.ones_like(weights)
+        if depths and adaptive_heads and config.use_confidence_weighting:
+            scores = _required(confidence_scores, "confidence_scores", "use_confidence_weighting").to(dtype)
+            n_scores = n_time if scores.numel() == n_batch * n_time else 1
+            confidence = scores.reshape(n_batch, n_scores).expand(n_batch, n_time)[:, :rows_end]
+        zero = reduce(torch.zeros_like(nll))
+        losses = [reduce(d.loss * confidence.detach(), d.counted, d.token_weights) for d in depths]
+        addends["mtp_loss"] = config.mtp_weight * sum(losses, zero) / n_depths
+        if adaptive_heads and config.use_confidence_weighting and config.confidence_reg_strength > 0:
+            first = depths[0] if depths else None
+            bce = zero if first is None else reduce(
+                confidence_calibration(confidence, first), first.counted, first.token_weights
+            )  # fmt: skip
+            addends["confidence_regularization"] = config.confidence_reg_strength * bce
+        for k in range(n_depths):
+            metrics[f"mtp_loss_depth_{k + 1}"] = mean(depths[k].nll, depths[k].counted) if depths else mean(0.0 * nll)
+
+    # terms of the batch
+    share = counted.any().to(dtype)
+    if num_items_in_batch is not None and config.reduction == "mean":
+        share = counted.sum() / n
+
+    def kept(n_rows: int) -> Tensor:
+        """The rows that are no padding, where the mask has their number; else all."""
+        matching = [keep for keep in (row_keep, token_keep) if keep.numel() == n_rows]
+        return matching[0].reshape(-1) if matching else torch.ones(n_rows, dtype=torch.bool)
+
+    if config.use_moe_balancing or config.use_auxiliary_loss:
+        option = "use_moe_balancing" if config.use_moe_balancing else "use_auxiliary_loss"
+        gates = _layers(config, _required(gate_logits, "gate_logits", option))
+        chosen = [None] * len(gates) if expert_indices is None else _layers(config, expert_indices)
+        bias = [None] * len(gates) if expert_bias is None else list(expert_bias)
+        keeps = [kept(len(gate)) for gate in gates]
+        routers = [router_statistics(config, *layer) for layer in zip(gates, keeps, chosen, bias, strict=True)]
+        n_experts = gates[0].shape[-1]
+        if config.use_moe_balancing:
+            load = torch.full((len(gates), n_experts), 1 / n_experts) if expert_load is None else expert_load
+            steering = [moe_steering(r, f.to(dtype)) for r, f in zip(routers, load, strict=True)]
+            addends["moe_balancing_term"] = share * config.gradient_balance_weight * torch.stack(steering).mean()
+        if config.use_auxiliary_loss:
+            convention = config.load_balancing_convention
+            layers = [_added_up(routers)] if convention == "huggingface" else routers  # one concatenation, or each
+            balance = torch.stack([load_balancing(r, convention) for r in layers]).mean()
+            addends["aux_load_balancing"] = share * config.load_balancing_weight * balance
+            router_z = torch.stack([r.lse_squared / r.n_rows.clamp(min=1) for r in routers]).mean()
+            addends["aux_router_z"] = share * config.router_z_weight * router_z
+        variation = [torch.stack(load_variation(r.counts)) for r in routers]
+        metrics["moe_cv"], metrics["moe_max_violation"] = torch.stack(variation).mean(0)
+    if config.use_diversity_loss:
+        outputs = torch.stack(list(_required(expert_outputs, "expert_outputs", "use_diversity_loss")))
+        outputs = outputs.reshape(len(outputs), -1, outputs.shape[-1])
+        addends["diversity_loss"] = share * config.diversity_weight * diversity(outputs, kept(outputs.shape[1]))
+    if config.use_contrastive_loss:
+        if contrastive_pair is not None:
+            contrast = info_nce(*contrastive_pair, config.contrastive_temperature)
+        else:
+            tokens = _required(hidden_states, "contrastive_pair or hidden_states", "use_contrastive_loss")
+            contrast = simctg(of_rows(tokens), row_keep, segments)
+        addends["contrastive_loss"] = share * config.contrastive_weight * contrast
+
+    result = {"total_loss": torch.stack([torch.as_tensor(x) for x in addends.values()]).sum(0)}
+    result |= {name: value.detach() for name, value in (addends | metrics).items()}
+    return {name: value.squeeze(0) if flat and value.dim() == 2 else value for name, value in result.items()}
+
+
+def _added_up(statistics: list[RouterStatistics]) -> RouterStatistics:
+    return RouterStatistics(*(torch.stack(field).sum(0) for field in zip(*statistics, strict=True)))
+
+
+def _required(value: Any, argument: str, option: str) -> Any:
+    if value is None:
+        raise ValueError(f"unified_loss: {option} needs {argument}, got None")
+    return value
+
+
+def _layers(
+    config: UnifiedLossConfig,
+    x: Tensor | Sequence[Tensor],  # [layers, N, E], [N, E], [..., E]
+) -> list[Tensor]:
+    """One [N, E] per layer. A tensor of more than two dimensions has layers in front if num_moe_layers says as many."""
+    if isinstance(x, Tensor):
+        x = list(x) if x.dim() > 2 and len(x) == config.num_moe_layers else [x]
+    return [layer.reshape(-1, layer.shape[-1]) for layer in x]
