@@ -22,6 +22,7 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
+inline std::string shape_string(const Tensor& tensor) { return shape_string(shape_of(tensor)); }
 inline const char* type_name(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return "float32";
@@ -38,7 +39,7 @@ inline const char* type_name(ScalarType type) {
 // `tensor` has this shape and type
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType type) {
   STD_TORCH_CHECK(shape_of(tensor) == shape, op, ": expected ", name, " of shape ", shape_string(shape), ", got ",
-                  shape_string(shape_of(tensor)));
+                  shape_string(tensor));
   STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": expected ", name, " of type ", type_name(type), ", got ",
                   type_name(tensor.scalar_type()));
 }
@@ -67,7 +68,7 @@ inline void check_logits(const char* op, const Tensor& logits, int64_t vocab_siz
   STD_TORCH_CHECK(logits.dim() >= 1, op, ": expected logits of shape [..., n_columns], got a scalar");
   const int64_t n_columns = logits.size(logits.dim() - 1);
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= n_columns, op, ": expected vocab_size in [1, ", n_columns,
-                  "] for logits of shape ", shape_string(shape_of(logits)), ", got ", vocab_size);
+                  "] for logits of shape ", shape_string(logits), ", got ", vocab_size);
   STD_TORCH_CHECK(vocab_size < (int64_t(1) << 24), op, ": expected vocab_size below 2^24, got ", vocab_size);
   STD_TORCH_CHECK(n_columns == 1 || logits.stride(logits.dim() - 1) == 1, op, ": expected logits with last stride 1, got ",
                   logits.stride(logits.dim() - 1));
@@ -84,7 +85,7 @@ inline std::vector<int64_t> rows_shape(const Tensor& logits, int64_t last = -1) 
 inline void check_ids(const char* op, const Tensor& logits, const std::optional<Tensor>& ids) {
   if (!ids) return;
   STD_TORCH_CHECK(ids->dim() == logits.dim(), op, ": expected ids of shape ", shape_string(rows_shape(logits)),
-                  " + [n_ids], got ", shape_string(shape_of(*ids)));
+                  " + [n_ids], got ", shape_string(*ids));
   check_tensor(op, "ids", *ids, rows_shape(logits, ids->size(ids->dim() - 1)), ScalarType::Int);
 }
 
