@@ -80,6 +80,35 @@ _SPARSE = (("immediate_repetition_penalty", immediate_repetition), ("eos_penalty
 
 
 class UnifiedLoss(nn.Module):
+    """The weighted sum of every loss component that the configuration turns on.
+
+        total = main (focal-modulated where focal is on) + z + confidence + immediate + eos + ngram + negative
+              + mtp + moe + diversity + auxiliary + contrastive
+
+    Everything that looks at a row of logits is computed in one pass over it, gradient included. Each component is defined in its
+    module of `ava_ext.losses` (the table COMPONENTS names it). `UnifiedLoss(V, primary_loss_type="standard")` equals
+    torch.nn.functional.cross_entropy, but that a batch without a counted row gives 0, not nan.
+
+    Every token term is divided by the same N (see `ava_ext.reduction.count_rows`). Data-parallel averaging of gradients is not
+    undone here: with num_items_in_batch counted over all ranks, multiply the loss by the world size.
+
+    State: `step()`, once per optimizer step, commits the adaptive temperature, the expert load and the expert bias;
+    auto_step=True does so after every training forward with grad enabled.
+
+    Args:
+        vocab_size: real columns of the logits; columns beyond it are padding.
+        hidden_size: width of hidden_states, for the heads of multi-token prediction.
+        options: see `UnifiedLossConfig`, which documents each.
+
+    Raises:
+        TypeError: on an unknown option. ValueError: on an option out of range, or two that contradict each other.
+
+    Example:
+        >>> loss_fn = UnifiedLoss(32000, primary_loss_type="standard", use_ngram_penalty=True)
+        >>> loss = loss_fn(model(input_ids), targets)
+        >>> loss.backward()
+    """
+
     def __init__(self, vocab_size: int, hidden_size: int | None = None, **options: Any) -> None:
         super().__init__()
         UnifiedLossConfig.check_names(options)
@@ -87,24 +116,27 @@ class UnifiedLoss(nn.Module):
         self.temperature = AdaptiveTemperature(config)
         self.mtp = MultiTokenPrediction(config) if has_own_heads(config) else None
         self.adaptive_mtp = AdaptiveMTP(config) if has_adaptive_heads(config) else None
-        self.moe_balancer = MoEBalancer(config) if config.use_moe_balancing else None
-        self.auxiliary = AuxiliaryLoss.from_config(config) if config.use_auxiliary_loss else None
-        self.diversity = DiversityLoss() if config.use_diversity_loss else None
-        self.contrastive = ContrastiveLoss(temperature=config.contrastive_temperature) if config.use_contrastive_loss else None
+        self.batch_terms = BatchTerms(config)
 
-        self._terms, self._row_options = RowTerms(0), {}
+        self._on = tuple(dict.fromkeys(component.key for component in COMPONENTS if component.is_on(config)))
+        self._needs_sequences = [c.key for c in COMPONENTS if c.needs_sequences and c.is_on(config)]
+        terms, self._row_options = RowTerms(0), {}
         for module in _DENSE:
-            terms, row_options = module.row_options(config)
-            self._terms |= terms
+            flags, row_options = module.row_options(config)
+            terms |= flags
             self._row_options |= row_options
-        self._groups: list[int] = []
-        self._penalties: list[str] = []
+        self._terms = int(terms)
+        self._groups: tuple[int, ...] = ()
+        self._penalties: tuple[str, ...] = ()
         self._candidate_options: dict[str, Any] = {}
         for key, module in _SPARSE:
             if module.is_on(config):
                 n_slots, candidate_options = module.candidate_options(config)
-                self._groups.append(n_slots)
-                self._penalties.append(key)
+                self._groups += (n_slots,)
+                self._penalties += (key,)
                 self._candidate_options |= candidate_options
-        self._needs_sequences = [c.key for c in COMPONENTS if c.needs == "sequences" and c.is_on(config)]
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def moe_balancer(self):
+        return self.batch_terms.moe_balancer

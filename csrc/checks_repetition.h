@@ -20,8 +20,10 @@ inline void check_repetition_candidates(const Tensor& tokens,                   
                                         const RepetitionOptions& options) {
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   const char* op = "repetition_candidates";
-  STD_TORCH_CHECK(tokens.dim() == 2, op, ": expected tokens of shape [batch_size, n_tokens], got ", shape_string(tokens));
-  STD_TORCH_CHECK(tokens.size(1) < limit, op, ": expected fewer than 2^31 - 1 tokens in a sequence, got ", tokens.size(1));
+  STD_TORCH_CHECK(tokens.dim() == 2, op, ": expected tokens of shape [batch_size, n_tokens], got ",
+                  shape_string(tokens));
+  STD_TORCH_CHECK(tokens.size(1) < limit, op, ": expected fewer than 2^31 - 1 tokens in a sequence, got ",
+                  tokens.size(1));
   check_token_ids("tokens", tokens);
   check_token_ids("targets", targets);
   STD_TORCH_CHECK(targets.dim() == 2 && targets.size(0) == tokens.size(0) && targets.size(1) == tokens.size(1), op,
@@ -39,8 +41,8 @@ inline void check_repetition_candidates(const Tensor& tokens,                   
   STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float || weights.scalar_type() == ScalarType::Double, op,
                   ": expected weights of type float32 or float64");
   STD_TORCH_CHECK(weights.device() == tokens.device(), op, ": expected tokens and weights on one device");
-  STD_TORCH_CHECK(options.vocab_size > 0 && options.vocab_size <= limit, op,
-                  ": expected vocab_size in [1, 2^31), got ", options.vocab_size);
+  STD_TORCH_CHECK(options.vocab_size > 0 && options.vocab_size <= limit, op, ": expected vocab_size in [1, 2^31), got ",
+                  options.vocab_size);
   STD_TORCH_CHECK(options.immediate_threshold >= 1, op, ": expected immediate_threshold >= 1, got ",
                   options.immediate_threshold);
   STD_TORCH_CHECK(options.ngram_size >= 0, op, ": expected ngram_size >= 0, got ", options.ngram_size);
@@ -48,8 +50,8 @@ inline void check_repetition_candidates(const Tensor& tokens,                   
   STD_TORCH_CHECK(options.ngram_size == 0 || options.ngram_slots >= 1, op, ": expected ngram_slots >= 1, got ",
                   options.ngram_slots);
   for (int64_t eos : options.eos_ids)
-    STD_TORCH_CHECK(eos >= 0 && eos < options.vocab_size, op, ": expected eos_ids in [0, vocab_size = ",
-                    options.vocab_size, "), got ", eos);
+    STD_TORCH_CHECK(eos >= 0 && eos < options.vocab_size, op,
+                    ": expected eos_ids in [0, vocab_size = ", options.vocab_size, "), got ", eos);
 }
 
 }  // namespace ava

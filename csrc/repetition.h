@@ -65,6 +65,14 @@ inline uint64_t mix_hash(uint64_t hash, int64_t value) {
   return hash ^ (hash >> 32);
 }
 
+inline uint64_t hash_key(const int64_t* key, int64_t key_length) {
+  uint64_t hash = 0x9e3779b97f4a7c15ull;
+  for (int64_t k = 0; k < key_length; ++k) hash = mix_hash(hash, key[k]);
+  return hash;
+}
+
+inline uint64_t hash_follower(int32_t key, int64_t token) { return mix_hash(mix_hash(0, token), key); }
+
 // Open addressing with linear probing; at most half full, so that a probe ends after O(1) expected steps.
 template <class Steps>
 class IdTable {
@@ -122,10 +130,8 @@ class FollowerLists {
   // id of the key tokens[end - key_length .. end)
   int32_t key_ending_at(int64_t end) {
     const int64_t* key = tokens_ + end - key_length_;
-    uint64_t hash = 0x9e3779b97f4a7c15ull;
-    for (int64_t k = 0; k < key_length_; ++k) hash = mix_hash(hash, key[k]);
     const int32_t n_keys = static_cast<int32_t>(keys_.size());
-    const int32_t id = key_table_.find_or_insert(hash, n_keys, steps, [&](int32_t other) {
+    const int32_t id = key_table_.find_or_insert(hash_key(key, key_length_), n_keys, steps, [&](int32_t other) {
       return std::equal(key, key + key_length_, tokens_ + keys_[other].end - key_length_);
     });
     if (id == n_keys) keys_.push_back({static_cast<int32_t>(end), none});
@@ -136,10 +142,9 @@ class FollowerLists {
   void add(int32_t key, int64_t position) {
     const int64_t token = tokens_[position];
     const int32_t n_followers = static_cast<int32_t>(followers_.size());
-    const uint64_t hash = mix_hash(mix_hash(0, token), key);
-    const int32_t id = follower_table_.find_or_insert(hash, n_followers, steps, [&](int32_t other) {
-      return followers_[other].key == key && tokens_[followers_[other].position] == token;
-    });
+    const int32_t id = follower_table_.find_or_insert(
+        hash_follower(key, token), n_followers, steps,
+        [&](int32_t other) { return followers_[other].key == key && tokens_[followers_[other].position] == token; });
     if (id == n_followers) {
       followers_.push_back({static_cast<int32_t>(position), key, none, none});
     } else {

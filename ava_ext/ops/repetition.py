@@ -84,7 +84,7 @@ def repetition_candidates(
     if targets.dtype not in _TOKEN_DTYPES or targets.shape != shape:
         raise _bad("targets", f"int64 or int32 of shape {list(shape)}", targets)
     if segments is not None and (
-        segments.dtype not in _TOKEN_DTYPES or segments.shape != shape and segments.shape != (1, shape[1])
+        segments.dtype not in _TOKEN_DTYPES or (segments.shape != shape and segments.shape != (1, shape[1]))
     ):
         raise _bad("segments", f"int64 or int32 of shape {list(shape)}", segments)
     if weights.dtype not in _WEIGHT_DTYPES or weights.shape != (4,):
@@ -128,11 +128,24 @@ def repetition_candidates(
 
 def _bad(name: str, expected: str, got: Tensor) -> ValueError:
     dtype = str(got.dtype).removeprefix("torch.")
-    return ValueError(f"repetition_candidates: expected {name} to be {expected}, got {dtype} of shape {list(got.shape)}")
+    return ValueError(
+        f"repetition_candidates: expected {name} to be {expected}, got {dtype} of shape {list(got.shape)}"
+    )
 
 
 @torch.library.register_fake("ava_ext::repetition_candidates")
-def _(tokens, targets, segments, weights, *, immediate, ngram_size, ngram_slots, eos_ids, **options):
+def _(
+    tokens: Tensor,  # [batch_size, n_tokens]
+    targets: Tensor,  # [batch_size, n_tokens]
+    segments: Tensor | None,  # [batch_size or 1, n_tokens]
+    weights: Tensor,  # [4]
+    *,
+    immediate: bool,
+    ngram_size: int,
+    ngram_slots: int,
+    eos_ids: Sequence[int],
+    **options: object,
+) -> tuple[Tensor, Tensor]:
     n_slots = int(immediate) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
     shape = (*tokens.shape, n_slots)
     return tokens.new_empty(shape, dtype=torch.int32), weights.new_empty(shape)

@@ -38,7 +38,7 @@ struct TokenRows {
   int64_t batch_stride, stride;
 };
 
-// What one thread works in; kept for its next call, so that only the first one pays for the memory.
+// What one thread works in, O(n_tokens); kept for its next call, so that only the first one pays for fresh memory.
 struct RepetitionScratch {
   std::vector<int64_t> tokens, targets, segments;
   FollowerLists<> lists;
@@ -55,7 +55,8 @@ static void candidates_of_batch(const RepetitionOptions& options,
   const TokenRows token_rows(tokens), target_rows(targets), segment_rows(segments ? *segments : tokens);
   const Weight* weight = static_cast<const Weight*>(weights.const_data_ptr());
   const int64_t weight_stride = weights.stride(0);
-  const RepetitionWeights values{weight[0], weight[weight_stride], weight[2 * weight_stride], weight[3 * weight_stride]};
+  const RepetitionWeights values{weight[0], weight[weight_stride], weight[2 * weight_stride],
+                                 weight[3 * weight_stride]};
   const int64_t n_tokens = tokens.size(1), n_slots = options.n_slots();
   // about 100 microseconds of work for a thread, below which waking it costs more
   const int64_t sequences_per_task = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, n_tokens));
