@@ -62,10 +62,8 @@ def logsumexp(
 
     nan and +inf give nan, as in log_softmax. (torch.logsumexp has nan gradients for an empty sum.)
     """
-    keep = keep & (z != -math.inf)
     largest = torch.where(keep, z, -math.inf).amax(-1, keepdim=True).detach()
     empty = largest == -math.inf
-    # 0 where left out, before exp: an overflow there would make its derivative nan
     u = torch.where(keep, z - torch.where(empty, 0.0, largest), 0.0)
     total = torch.where(keep, torch.exp(u), 0.0).sum(-1)
     empty = empty.squeeze(-1)
