@@ -62,10 +62,8 @@ def logsumexp(
 
     nan and +inf give nan, as in log_softmax. (torch.logsumexp has nan gradients for an empty sum.)
     """
-    keep = keep & (z != -math.inf)
     largest = torch.where(keep, z, -math.inf).amax(-1, keepdim=True).detach()
     empty = largest == -math.inf
-    # 0 where left out, before exp: an overflow there would make its derivative nan
     u = torch.where(keep, z - torch.where(empty, 0.0, largest), 0.0)
     total = torch.where(keep, torch.exp(u), 0.0).sum(-1)
     empty = empty.squeeze(-1)
@@ -435,6 +433,108 @@ def negative_weights_dense(
     return weights
 
 
+# -- The rows of one call
+
+
+class Rows(NamedTuple):
+    """What every component reads of a call, after the shift of unshifted labels."""
+
+    config: UnifiedLossConfig
+    targets: Tensor  # [B, T]
+    counted: Tensor  # [B, T] bool
+    segments: Tensor  # [B, T]
+    token_weights: Tensor  # [B, T]
+    n: Tensor  # [] the denominator
+    temperature: float | Tensor  # []
+
+    def effective(
+        self,
+        logits: Tensor,  # [B, T, vocab]
+        counted: Tensor,  # [B, T] bool
+    ) -> Tensor:
+        """Effective logits; a row that does not count is zeros, so that nothing it held reaches a gradient."""
+        return effective_logits(
+            torch.where(counted.unsqueeze(-1), logits, 0.0),
+            temperature=self.temperature,
+            logit_softcap=self.config.logit_softcap,
+            vocab_size=self.config.vocab_size,
+        )
+
+    def reduce(
+        self,
+        values: Tensor,  # [B, T]
+        counted: Tensor | None = None,  # [B, T] bool
+        token_weights: Tensor | None = None,  # [B, T]
+    ) -> Tensor:
+        """sum_t w_t values_t / N over the rows that count, []; "none": w_t values_t and zeros, [B, T]."""
+        counted = self.counted if counted is None else counted
+        token_weights = self.token_weights if token_weights is None else token_weights
+        values = torch.where(counted, values, 0.0) * torch.where(counted, token_weights, 0.0)
+        return values if self.config.reduction == "none" else values.sum() / self.n
+
+    def mean(
+        self,
+        values: Tensor,  # [B, T]
+        counted: Tensor | None = None,  # [B, T] bool
+    ) -> Tensor:
+        """Unweighted mean over the rows that count, []; 0 where there are none."""
+        counted = self.counted if counted is None else counted
+        return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+Terms = tuple[dict[str, Tensor], dict[str, Tensor]]  # weighted contributions, metrics
+
+
+def row_terms(
+    rows: Rows,
+    logits: Tensor,  # [B, T, vocab]
+    input_ids: Tensor | None,  # [B, T]
+    attention_mask: Tensor | None,  # [B, T]
+    negative_ids: Tensor | None,  # [B, T, M]
+    negative_weights: Tensor | None,  # [B, T, M]
+) -> Terms:
+    """Every term of the logits rows."""
+    config = rows.config
+    z = rows.effective(logits, rows.counted)
+    targets = torch.where(rows.counted, rows.targets, 0)
+    nll = negative_log_likelihood(z, targets)
+    hard = focal(z, targets, config.focal_alpha, config.focal_gamma) if config.use_focal_loss else nll
+
+    def penalty(candidate_weights: Tensor) -> Tensor:  # [B, T, vocab_size]
+        values = unlikelihood(z.flatten(0, 1), candidate_weights.flatten(0, 1))
+        return rows.reduce(values.reshape(targets.shape))
+
+    place = (config, rows.targets, rows.counted, rows.segments)
+    read = {"input_ids": input_ids, "attention_mask": attention_mask}
+    addends = {"main_loss": rows.reduce(smoothed(hard, z, config.label_smoothing, config.smoothing_mode))}
+    if config.z_loss_weight > 0:
+        addends["z_loss"] = config.z_loss_weight * rows.reduce(z_loss(z))
+    if config.confidence_penalty_weight > 0:
+        addends["confidence_penalty"] = config.confidence_penalty_weight * rows.reduce(confidence_penalty(z))
+    if config.use_ngram_penalty:
+        addends["ngram_penalty"] = penalty(ngram_weights(*place, **read))
+    if config.use_immediate_repetition_penalty:
+        addends["immediate_repetition_penalty"] = penalty(immediate_repetition_weights(*place, **read))
+    if config.eos_ids and config.eos_penalty_weight > 0:
+        addends["eos_penalty"] = penalty(early_eos_weights(*place))
+    if negative_ids is None:
+        negative_ids = torch.full((*targets.shape, 1), -1)
+    given = negative_weights_dense(config, rows.targets, rows.counted, negative_ids, negative_weights)
+    addends["negative_penalty"] = penalty(given)
+
+    metrics = {
+        "cross_entropy": rows.mean(nll),
+        "perplexity": rows.mean(nll).exp(),
+        "n_tokens": rows.counted.sum(),
+        "accuracy": rows.mean((z.argmax(-1) == targets).to(z.dtype)),
+        "entropy": rows.mean(token_entropy(z)),
+        "temperature": torch.as_tensor(rows.temperature),
+    }
+    if config.use_focal_loss:
+        metrics["focal_loss"] = addends["main_loss"]
+    return addends, metrics
+
+
 # -- Multi-token prediction
 
 
@@ -446,14 +546,9 @@ class Depth(NamedTuple):
 
 
 def mtp_depth(
-    config: UnifiedLossConfig,
+    rows: Rows,
     logits: Tensor,  # [B, T, vocab]
     depth: int,
-    targets: Tensor,  # [B, T]
-    counted: Tensor,  # [B, T] bool
-    segments: Tensor,  # [B, T]
-    token_weights: Tensor,  # [B, T]
-    temperature: float | Tensor,
 ) -> Depth:
     """Row t predicts targets[t + depth], with that row's token weight, if it counts and lies in the same segment.
 
@@ -461,18 +556,14 @@ def mtp_depth(
     padded vocabulary are those of the main term; focal is not applied.
     """
 
-    def ahead(x: Tensor) -> Tensor:
+    def ahead(x: Tensor) -> Tensor:  # [B, T]
         return torch.cat([x[:, depth:], torch.zeros_like(x[:, :depth])], 1)
 
-    counted = ahead(counted) & (ahead(segments + 1) == segments + 1)
-    targets = torch.where(counted, ahead(targets), 0)
-    z = effective_logits(
-        torch.where(counted.unsqueeze(-1), logits, 0.0),
-        temperature=temperature, logit_softcap=config.logit_softcap, vocab_size=config.vocab_size,
-    )  # fmt: skip
-    nll = negative_log_likelihood(z, targets)
-    loss = smoothed(nll, z, config.label_smoothing, config.smoothing_mode)
-    return Depth(loss, nll, counted, ahead(token_weights))
+    counted = ahead(rows.counted) & (ahead(rows.segments) == rows.segments)
+    z = rows.effective(logits, counted)
+    nll = negative_log_likelihood(z, torch.where(counted, ahead(rows.targets), 0))
+    loss = smoothed(nll, z, rows.config.label_smoothing, rows.config.smoothing_mode)
+    return Depth(loss, nll, counted, ahead(rows.token_weights))
 
 
 def confidence_calibration(
@@ -482,6 +573,30 @@ def confidence_calibration(
     """BCE(confidence, detached probability that head 1 gives its target), [B, T]; logs bounded by -100 as in F."""
     confidence = torch.where(first.counted, confidence, 0.5)
     return F.binary_cross_entropy(confidence, torch.exp(-first.nll).detach(), reduction="none")
+
+
+def mtp_terms(
+    rows: Rows,
+    head_logits: Sequence[Tensor],  # K of [B, T, vocab], or none: switched off
+    confidence: Tensor | None,  # [B, T], adaptive heads with confidence weighting
+    is_calibrated: bool,
+) -> Terms:
+    """mtp_weight mean_k sum_t conf_t w_{t+k} CE_{k,t} / N, conf detached; and the calibration of the confidence."""
+    config, n_depths = rows.config, rows.config.num_future_tokens
+    if len(head_logits) not in (0, n_depths):
+        raise ValueError(f"unified_loss: expected num_future_tokens = {n_depths} heads, got {len(head_logits)}")
+    depths = [mtp_depth(rows, logits, depth) for depth, logits in enumerate(head_logits, start=1)]
+    factor = 1.0 if confidence is None else confidence.detach()
+    zero = rows.reduce(torch.zeros_like(rows.token_weights))
+    losses = [rows.reduce(factor * d.loss, d.counted, d.token_weights) for d in depths]
+    addends = {"mtp_loss": config.mtp_weight * sum(losses, zero) / n_depths}
+    if is_calibrated:
+        bce = zero
+        if depths:
+            bce = rows.reduce(confidence_calibration(confidence, depths[0]), depths[0].counted, depths[0].token_weights)
+        addends["confidence_regularization"] = config.confidence_reg_strength * bce
+    means = [rows.mean(d.nll, d.counted) for d in depths] or [torch.zeros_like(rows.n)] * n_depths
+    return addends, {f"mtp_loss_depth_{depth}": value for depth, value in enumerate(means, start=1)}
 
 
 # -- Mixture of experts: one layer, rows of one router
@@ -576,7 +691,36 @@ def load_variation(counts: Tensor) -> tuple[Tensor, Tensor]:  # [E] -> [], []
     return counts.std(correction=0) / mean, counts.max() / mean - 1
 
 
-# -- Terms of a batch
+def router_terms(
+    config: UnifiedLossConfig,
+    gates: Sequence[Tensor],  # one [N, E] per layer
+    keeps: Sequence[Tensor],  # one [N] bool per layer, False for padding
+    chosen: Sequence[Tensor | None],  # one [N, k] per layer
+    expert_load: Tensor | None,  # [layers, E], default 1/E
+    expert_bias: Tensor | None,  # [layers, E]
+) -> Terms:
+    """Each term per layer, then averaged over layers; "huggingface" load balancing adds the layers' rows up first."""
+    n_layers, n_experts = len(gates), gates[0].shape[-1]
+    load = gates[0].new_full((n_layers, n_experts), 1 / n_experts) if expert_load is None else expert_load
+    bias = [None] * n_layers if expert_bias is None else expert_bias
+    layers = [router_statistics(config, *layer) for layer in zip(gates, keeps, chosen, bias, strict=True)]
+    addends = {}
+    if config.use_moe_balancing:
+        steering = [moe_steering(layer, f.to(gates[0].dtype)) for layer, f in zip(layers, load, strict=True)]
+        addends["moe_balancing_term"] = config.gradient_balance_weight * torch.stack(steering).mean()
+    if config.use_auxiliary_loss:
+        convention, routers = config.load_balancing_convention, layers
+        if convention == "huggingface":
+            routers = [RouterStatistics(*(torch.stack(field).sum(0) for field in zip(*layers, strict=True)))]
+        balance = torch.stack([load_balancing(router, convention) for router in routers]).mean()
+        router_z = torch.stack([layer.lse_squared / layer.n_rows.clamp(min=1) for layer in layers]).mean()
+        addends["aux_load_balancing"] = config.load_balancing_weight * balance
+        addends["aux_router_z"] = config.router_z_weight * router_z
+    variation = torch.stack([torch.stack(load_variation(layer.counts)) for layer in layers]).mean(0)
+    return addends, {"moe_cv": variation[0], "moe_max_violation": variation[1]}
+
+
+# -- Other terms of a batch
 
 
 def diversity(
@@ -688,7 +832,6 @@ def unified_loss(
     logits = _required(logits, "logits (or hidden_states and lm_head_weight)", "unified_loss")
     targets = _required(targets, "targets", "unified_loss")
 
-    # [n_rows, ...] is one sequence [1, n_rows, ...]
     flat = targets.dim() == 1
     has_sequences = not flat or any(given is not None for given in (segment_ids, position_ids, cu_seqlens))
     needs_sequences = {
@@ -705,6 +848,7 @@ def unified_loss(
                 f"unified_loss: {option} needs sequences: expected targets of shape [B, T], or segment_ids, "
                 f"position_ids or cu_seqlens, got targets of shape {list(targets.shape)}"
             )
+    # [n_rows, ...] is one sequence [1, n_rows, ...]; unshifted: row t predicts label t + 1
     rows_end, labels_start = (None, None) if config.labels_are_shifted else (-1, 1)
 
     def of_rows(x: Tensor | None) -> Tensor | None:
@@ -714,15 +858,15 @@ def unified_loss(
         return None if x is None else (x.unsqueeze(0) if flat else x)[:, labels_start:]
 
     n_batch, n_time = (1, len(targets)) if flat else targets.shape
-    all_segments = segment_numbers(
+    token_segments = segment_numbers(
         n_batch, n_time, segment_ids=segment_ids, position_ids=position_ids, cu_seqlens=cu_seqlens
     )
     token_keep = ~is_padding(config, targets, attention_mask)
     logits, targets, attention_mask = of_rows(logits), of_labels(targets), of_labels(attention_mask)
-    segments = all_segments[:, :rows_end]
-    crosses = all_segments[:, labels_start:] != segments  # the label belongs to the next document
     row_keep = ~is_padding(config, targets, attention_mask)
-    targets = torch.where(crosses, config.ignore_index, targets)
+    segments = token_segments[:, :rows_end]
+    label_in_segment = token_segments[:, labels_start:] == segments
+    targets = torch.where(label_in_segment, targets, config.ignore_index)
     counted = counted_rows(config, targets, attention_mask)
     for b, t in (counted & ((targets < 0) | (targets >= config.vocab_size))).nonzero().tolist():
         raise IndexError(
@@ -732,140 +876,64 @@ def unified_loss(
     dtype = logits.dtype
     weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else of_labels(token_weights).to(dtype)
     n = denominator(config, counted, weights, num_items_in_batch).to(dtype)
-
-    def reduce(values: Tensor, keep: Tensor = counted, row_weights: Tensor = weights) -> Tensor:
-        values = torch.where(keep, values, 0.0) * torch.where(keep, row_weights, 0.0)
-        return values if config.reduction == "none" else values.sum() / n
-
-    def mean(values: Tensor, keep: Tensor = counted) -> Tensor:
-        return torch.where(keep, values, 0.0).sum() / keep.sum().clamp(min=1)
-
-    # rows: what does not count becomes a row of zeros with target 0, so that nothing it held reaches a gradient
     temperature = config.initial_temperature if temperature is None else temperature
-    z = effective_logits(
-        torch.where(counted.unsqueeze(-1), logits, 0.0),
-        temperature=temperature, logit_softcap=config.logit_softcap, vocab_size=config.vocab_size,
-    )  # fmt: skip
-    row_targets = torch.where(counted, targets, 0)
-    nll = negative_log_likelihood(z, row_targets)
-    hard = focal(z, row_targets, config.focal_alpha, config.focal_gamma) if config.use_focal_loss else nll
-    addends = {"main_loss": reduce(smoothed(hard, z, config.label_smoothing, config.smoothing_mode))}
-    if config.z_loss_weight > 0:
-        addends["z_loss"] = config.z_loss_weight * reduce(z_loss(z))
-    if config.confidence_penalty_weight > 0:
-        addends["confidence_penalty"] = config.confidence_penalty_weight * reduce(confidence_penalty(z))
+    rows = Rows(config, targets, counted, segments, weights, n, temperature)
 
-    def penalty(candidate_weights: Tensor) -> Tensor:
-        return reduce(unlikelihood(z.flatten(0, 1), candidate_weights.flatten(0, 1)).reshape(targets.shape))
-
-    place = (config, targets, counted, segments)
-    read = {"input_ids": of_rows(input_ids), "attention_mask": attention_mask}
-    if config.use_ngram_penalty:
-        addends["ngram_penalty"] = penalty(ngram_weights(*place, **read))
-    if config.use_immediate_repetition_penalty:
-        addends["immediate_repetition_penalty"] = penalty(immediate_repetition_weights(*place, **read))
-    if config.eos_ids and config.eos_penalty_weight > 0:
-        addends["eos_penalty"] = penalty(early_eos_weights(*place))
-    given = torch.full((*targets.shape, 1), -1) if negative_ids is None else of_rows(negative_ids)
-    addends["negative_penalty"] = penalty(
-        negative_weights_dense(config, targets, counted, given, of_rows(negative_weights))
-    )
-
-    metrics = {
-        "cross_entropy": mean(nll),
-        "perplexity": mean(nll).exp(),
-        "n_tokens": counted.sum(),
-        "accuracy": mean((z.argmax(-1) == row_targets).to(dtype)),
-        "entropy": mean(token_entropy(z)),
-        "temperature": torch.as_tensor(temperature),
-    }
-    if config.use_focal_loss:
-        metrics["focal_loss"] = addends["main_loss"]
-
-    # multi-token prediction
+    terms = [
+        row_terms(rows, logits, of_rows(input_ids), attention_mask, of_rows(negative_ids), of_rows(negative_weights))
+    ]
     if deepseek_heads or adaptive_heads:
-        n_depths = config.num_future_tokens
-        depths: list[Depth] = []
+        heads, confidence = [], None
+        is_weighted = adaptive_heads and config.use_confidence_weighting
         if mtp_active is None or bool(mtp_active):
             if adaptive_heads:
-                head_logits = list(_required(additional_logits, "additional_logits", "adaptive multi-token prediction"))
+                heads = list(_required(additional_logits, "additional_logits", "adaptive multi-token prediction"))
             elif callable(mtp_logits):
-                head_logits = [mtp_logits(depth) for depth in range(1, n_depths + 1)]
+                heads = [mtp_logits(depth) for depth in range(1, config.num_future_tokens + 1)]
             else:
-                head_logits = list(_required(mtp_logits, "hidden_states", "use_mtp"))
-            if len(head_logits) != n_depths:
-                raise ValueError(f"unified_loss: expected num_future_tokens = {n_depths} heads, got {len(head_logits)}")
-            depths = [
-                mtp_depth(config, of_rows(x), k, targets, counted, segments, weights, temperature)
-                for k, x in enumerate(head_logits, start=1)
-            ]
-        confidence = torch.ones_like(weights)
-        if depths and adaptive_heads and config.use_confidence_weighting:
-            scores = _required(confidence_scores, "confidence_scores", "use_confidence_weighting").to(dtype)
-            n_scores = n_time if scores.numel() == n_batch * n_time else 1
-            confidence = scores.reshape(n_batch, n_scores).expand(n_batch, n_time)[:, :rows_end]
-        zero = reduce(torch.zeros_like(nll))
-        losses = [reduce(d.loss * confidence.detach(), d.counted, d.token_weights) for d in depths]
-        addends["mtp_loss"] = config.mtp_weight * sum(losses, zero) / n_depths
-        if adaptive_heads and config.use_confidence_weighting and config.confidence_reg_strength > 0:
-            first = depths[0] if depths else None
-            bce = zero if first is None else reduce(
-                confidence_calibration(confidence, first), first.counted, first.token_weights
-            )  # fmt: skip
-            addends["confidence_regularization"] = config.confidence_reg_strength * bce
-        for k in range(n_depths):
-            metrics[f"mtp_loss_depth_{k + 1}"] = mean(depths[k].nll, depths[k].counted) if depths else mean(0.0 * nll)
-
-    # terms of the batch
-    share = counted.any().to(dtype)
-    if num_items_in_batch is not None and config.reduction == "mean":
-        share = counted.sum() / n
+                heads = list(_required(mtp_logits, "hidden_states", "use_mtp"))
+            if is_weighted:
+                scores = _required(confidence_scores, "confidence_scores", "use_confidence_weighting").to(dtype)
+                per_batch_row = scores.reshape(n_batch, n_time if scores.numel() == n_batch * n_time else 1)
+                confidence = per_batch_row.expand(n_batch, n_time)[:, :rows_end]
+        is_calibrated = is_weighted and config.confidence_reg_strength > 0
+        terms.append(mtp_terms(rows, [of_rows(x) for x in heads], confidence, is_calibrated))
 
     def kept(n_rows: int) -> Tensor:
-        """The rows that are no padding, where the mask has their number; else all."""
+        """The rows that are no padding, where the mask has their number; else all. [n_rows] bool"""
         matching = [keep for keep in (row_keep, token_keep) if keep.numel() == n_rows]
         return matching[0].reshape(-1) if matching else torch.ones(n_rows, dtype=torch.bool)
 
+    of_batch = {}
     if config.use_moe_balancing or config.use_auxiliary_loss:
         option = "use_moe_balancing" if config.use_moe_balancing else "use_auxiliary_loss"
         gates = _layers(config, _required(gate_logits, "gate_logits", option))
         chosen = [None] * len(gates) if expert_indices is None else _layers(config, expert_indices)
-        bias = [None] * len(gates) if expert_bias is None else list(expert_bias)
         keeps = [kept(len(gate)) for gate in gates]
-        routers = [router_statistics(config, *layer) for layer in zip(gates, keeps, chosen, bias, strict=True)]
-        n_experts = gates[0].shape[-1]
-        if config.use_moe_balancing:
-            load = torch.full((len(gates), n_experts), 1 / n_experts) if expert_load is None else expert_load
-            steering = [moe_steering(r, f.to(dtype)) for r, f in zip(routers, load, strict=True)]
-            addends["moe_balancing_term"] = share * config.gradient_balance_weight * torch.stack(steering).mean()
-        if config.use_auxiliary_loss:
-            convention = config.load_balancing_convention
-            layers = [_added_up(routers)] if convention == "huggingface" else routers  # one concatenation, or each
-            balance = torch.stack([load_balancing(r, convention) for r in layers]).mean()
-            addends["aux_load_balancing"] = share * config.load_balancing_weight * balance
-            router_z = torch.stack([r.lse_squared / r.n_rows.clamp(min=1) for r in routers]).mean()
-            addends["aux_router_z"] = share * config.router_z_weight * router_z
-        variation = [torch.stack(load_variation(r.counts)) for r in routers]
-        metrics["moe_cv"], metrics["moe_max_violation"] = torch.stack(variation).mean(0)
+        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias)
+        of_batch |= addends
+        terms.append(({}, metrics))
     if config.use_diversity_loss:
         outputs = torch.stack(list(_required(expert_outputs, "expert_outputs", "use_diversity_loss")))
         outputs = outputs.reshape(len(outputs), -1, outputs.shape[-1])
-        addends["diversity_loss"] = share * config.diversity_weight * diversity(outputs, kept(outputs.shape[1]))
+        of_batch["diversity_loss"] = config.diversity_weight * diversity(outputs, kept(outputs.shape[1]))
     if config.use_contrastive_loss:
         if contrastive_pair is not None:
             contrast = info_nce(*contrastive_pair, config.contrastive_temperature)
         else:
-            tokens = _required(hidden_states, "contrastive_pair or hidden_states", "use_contrastive_loss")
-            contrast = simctg(of_rows(tokens), row_keep, segments)
-        addends["contrastive_loss"] = share * config.contrastive_weight * contrast
+            states = _required(hidden_states, "contrastive_pair or hidden_states", "use_contrastive_loss")
+            contrast = simctg(of_rows(states), row_keep, segments)
+        of_batch["contrastive_loss"] = config.contrastive_weight * contrast
+    share = counted.any().to(dtype)
+    if num_items_in_batch is not None and config.reduction == "mean":
+        share = counted.sum() / n
+    terms.append(({name: share * value for name, value in of_batch.items()}, {}))
 
-    result = {"total_loss": torch.stack([torch.as_tensor(x) for x in addends.values()]).sum(0)}
+    addends = {name: value for term_addends, _ in terms for name, value in term_addends.items()}
+    metrics = {name: value for _, term_metrics in terms for name, value in term_metrics.items()}
+    result = {"total_loss": torch.stack(list(addends.values())).sum(0)}
     result |= {name: value.detach() for name, value in (addends | metrics).items()}
     return {name: value.squeeze(0) if flat and value.dim() == 2 else value for name, value in result.items()}
-
-
-def _added_up(statistics: list[RouterStatistics]) -> RouterStatistics:
-    return RouterStatistics(*(torch.stack(field).sum(0) for field in zip(*statistics, strict=True)))
 
 
 def _required(value: Any, argument: str, option: str) -> Any:
