@@ -224,7 +224,15 @@ class AuxiliaryLoss(nn.Module):
             ValueError: shapes that do not fit, k > n_experts.
             IndexError: an expert index out of range (eager, CPU).
         """
-        return self.evaluate(self.measure(gate_logits, expert_indices, row_mask), return_detailed)
+        load_balancing, router_z = self.terms(self.measure(gate_logits, expert_indices, row_mask))
+        total = load_balancing + router_z
+        if not return_detailed:
+            return total
+        return {
+            "total_loss": total,
+            "aux_load_balancing": load_balancing.detach(),
+            "aux_router_z": router_z.detach(),
+        }
 
     def measure(
         self,
@@ -232,7 +240,7 @@ class AuxiliaryLoss(nn.Module):
         expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
         row_mask: Tensor | None = None,  # n_rows elements, bool
     ) -> RouterStatistics:
-        """The statistics that `evaluate` needs; with per_sequence, every sequence of every layer is a layer."""
+        """The statistics that `terms` needs; with per_sequence, every sequence of every layer is a layer."""
         layers = layered_gate_logits(gate_logits, self.n_layers)
         n_layers, n_experts = layers.shape[0], layers.shape[-1]
         if self.n_experts not in (None, n_experts):
@@ -263,16 +271,12 @@ class AuxiliaryLoss(nn.Module):
                 row_mask = row_mask.reshape(batch, length).repeat(n_layers, 1)
         return router_statistics(logits, expert_indices, row_mask, k=self.k, score=self.score)
 
-    def evaluate(self, statistics: RouterStatistics, return_detailed: bool = False) -> Tensor | dict[str, Tensor]:
-        """forward from statistics that are already there."""
-        load_balancing = self.load_balancing_weight * load_balancing_loss(
+    def terms(self, statistics: RouterStatistics) -> tuple[Tensor, Tensor]:
+        """(load balancing, router z-loss), both weighted, from statistics that are already there."""
+        load_balancing = load_balancing_loss(
             statistics, k=self.k, convention=self.convention, process_group=self.process_group
         )
-        z_loss = self.router_z_weight * self._z_loss(statistics)
-        total = load_balancing + z_loss
-        if not return_detailed:
-            return total
-        return {"total_loss": total, "aux_load_balancing": load_balancing.detach(), "aux_router_z": z_loss.detach()}
+        return self.load_balancing_weight * load_balancing, self.router_z_weight * self._z_loss(statistics)
 
     def _z_loss(self, statistics: RouterStatistics) -> Tensor:
         if self.per_sequence:  # a mean over rows, not over sequences: padding must not change a row's weight

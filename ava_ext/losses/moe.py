@@ -106,7 +106,7 @@ class MoEBalancer(Float32Buffers):
         expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
         row_mask: Tensor | None = None,  # n_rows elements, bool
     ) -> RouterStatistics:
-        """The statistics that `balance` needs, and that AuxiliaryLoss.evaluate can share."""
+        """The statistics that `balance` needs, and that AuxiliaryLoss.terms can share."""
         logits = stack_gate_logits(gate_logits, self.n_layers)
         if logits.shape[-1] != self.n_experts:
             raise ValueError(
@@ -131,12 +131,7 @@ class MoEBalancer(Float32Buffers):
             load = self.expert_load.clone()  # backward keeps it; step() writes over the buffer
         mean_probability = statistics.probability_sum / statistics.n_rows.clamp_min(1).unsqueeze(-1)
         steering = ((load - 1 / self.n_experts) * mean_probability).sum(dim=-1).mean()
-        std, mean = torch.std_mean(statistics.counts, dim=-1, correction=0)
-        return MoEBalance(
-            term=self.weight * self.n_experts * steering,
-            moe_cv=torch.where(mean > 0, std / mean, 0.0).mean(),
-            moe_max_violation=_max_violation(statistics.counts).mean(),
-        )
+        return MoEBalance(self.weight * self.n_experts * steering, *load_variation(statistics.counts))
 
     @torch.no_grad()
     def step(self, process_group: Any = None) -> None:
@@ -177,6 +172,14 @@ class MoEBalancer(Float32Buffers):
         total = counts.sum(dim=-1, keepdim=True)
         share = counts / total.clamp_min(1)
         return torch.where(total > 0, self.momentum * self.expert_load + (1 - self.momentum) * share, self.expert_load)
+
+
+def load_variation(
+    counts: Tensor,  # [n_layers, n_experts]
+) -> tuple[Tensor, Tensor]:
+    """(population std / mean, max / mean - 1) of the experts' counts, averaged over layers; 0 at balance."""
+    std, mean = torch.std_mean(counts, dim=-1, correction=0)
+    return torch.where(mean > 0, std / mean, 0.0).mean(), _max_violation(counts).mean()
 
 
 def _max_violation(counts: Tensor) -> Tensor:  # [n_layers, n_experts] -> [n_layers]
