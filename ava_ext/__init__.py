@@ -1,10 +1,10 @@
 """Fused losses for training language models: forward and backward in one pass over the logits."""
 
+from ava_ext.losses import *  # noqa: F403, I001  first: the table of components refers to its modules
+from ava_ext.losses import __all__ as _losses
 from ava_ext._library import build_info
 from ava_ext.components import METRICS
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.losses import *  # noqa: F403  its __all__ is the list of loss classes
-from ava_ext.losses import __all__ as _losses
 from ava_ext.ops.repetition import repetition_candidates
 from ava_ext.ops.softmax_rows import (
     Candidates,

@@ -20,8 +20,7 @@ from ava_ext.losses.presets import (
 from ava_ext.losses.scaling import AdaptiveLossScaling
 from ava_ext.losses.temperature import AdaptiveTemperature
 
-# they stand above this package's modules, which they are made of: last
-from ava_ext.unified_loss import UnifiedLoss, create_unified_loss  # isort: skip
+from ava_ext.unified_loss import UnifiedLoss, create_unified_loss
 
 __all__ = [
     "AdaptiveAntiRepetitionLoss",
