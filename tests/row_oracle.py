@@ -48,7 +48,10 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     if problem.row_weights is not None:
         row_weights = problem.row_weights[counted].double()
     z = reference.effective_logits(
-        logits, temperature=temperature, logit_softcap=cap if on[RowTerms.SOFTCAP] else None, vocab_size=problem.vocab_size
+        logits,
+        temperature=temperature,
+        logit_softcap=cap if on[RowTerms.SOFTCAP] else None,
+        vocab_size=problem.vocab_size,
     )
     zero = torch.zeros(len(targets)).double()
 
@@ -71,7 +74,11 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     terms["cross_entropy"] = nll, nll
     terms["entropy"] = reference.token_entropy(z), reference.token_entropy(z)
     terms["correct"] = (z.argmax(-1) == targets).double(), zero
-    probability_size, entropy_size, own = zero, zero, torch.zeros_like(z)  # of the coefficients of p_j, p_j (u_j - E), 1(j=c)
+    probability_size, entropy_size, own = (
+        zero,
+        zero,
+        torch.zeros_like(z),
+    )  # of the coefficients of p_j, p_j (u_j - E), 1(j=c)
     constant_size = zero
     if on[RowTerms.CROSS_ENTROPY]:
         hard = reference.focal(z, targets, alpha, gamma) if on[RowTerms.FOCAL] else nll
@@ -117,14 +124,17 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         (grad_logits,) = torch.autograd.grad(row_loss.sum(), logits)
     with torch.no_grad():
         row_terms = torch.stack([value for value, _ in terms.values()])
-        row_terms_bound = torch.stack([size for _, size in terms.values()]) * of_rest
-        row_loss_bound = row_weights.abs() * sum(terms[name][1] for name in added) * (of_rest + 4 * unit)
+        underflow = 0.0 if is_float64 else 1e-34  # of a sum over the columns, times u
+        row_terms_bound = torch.stack([size for _, size in terms.values()]) * of_rest + underflow
+        row_loss_bound = row_weights.abs() * (sum(terms[name][1] for name in added) * (of_rest + 4 * unit) + underflow)
         mean_u = (p * u).sum(-1, keepdim=True)
         size = p * (probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * (u.abs() + mean_u.abs()))
         size = size + (own + constant_size.unsqueeze(-1)) * present
         cap_slope = 1 - torch.tanh(logits / cap).square().nan_to_num() if on[RowTerms.SOFTCAP] else torch.ones(())
         grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
-        underflow = (0.0 if is_float64 else 2e-38) * (1 + probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * 100)
+        underflow = (0.0 if is_float64 else 2e-38) * (
+            1 + probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * 100
+        )
         grad_bound = row_weights.abs().unsqueeze(-1) * (grad_bound + underflow * present) / temperature
     return Expected(row_loss.detach(), row_loss_bound, row_terms, row_terms_bound, grad_logits, grad_bound)
 

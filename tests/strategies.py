@@ -54,7 +54,9 @@ class RowProblem:
 
     @property
     def is_expanded(self):
-        return any(stride == 0 and size > 1 for size, stride in zip(self.logits.shape, self.logits.stride(), strict=True))
+        return any(
+            stride == 0 and size > 1 for size, stride in zip(self.logits.shape, self.logits.stride(), strict=True)
+        )
 
     def in_dtype(self, dtype):
         """The same numbers in another dtype, as far as it holds them."""
@@ -79,7 +81,11 @@ LAYOUTS = {
     "columns of a wider tensor": lambda n: ((4,), (4, n + 8), lambda base: base[:, 3 : n + 3]),
     "every other row": lambda n: ((3,), (6, n), lambda base: base[1::2]),
     "expanded": lambda n: ((2, 3), (3, n), lambda base: base.expand(2, *base.shape)),
-    "many dimensions": lambda n: ((2, 1, 2, 2), (2, 3, 2, n + 1), lambda base: base.transpose(0, 2)[:, None, 1:, :, 1:]),
+    "many dimensions": lambda n: (
+        (2, 1, 2, 2),
+        (2, 3, 2, n + 1),
+        lambda base: base.transpose(0, 2)[:, None, 1:, :, 1:],
+    ),
 }
 # one block of columns is 256, 512 or 1024 wide; before and behind whole registers are heads and tails
 VOCABULARIES = [1, 2, 3, 7, 16, 31, 33, 64, 100, 255, 513, 1023, 1024, 1025, 1500, 2500]
@@ -152,7 +158,9 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
         most_likely = logits.argmax(-1).expand(rows)
         choices = torch.stack([random_ids(vocab_size, rows), most_likely, targets, torch.full(rows, -1)], -1)
         ids = choices.gather(-1, random_ids(4, (*rows, n_candidates))).to(torch.int32)
-        weights = (torch.rand(ids.shape, generator=generator, dtype=real) * 2).masked_fill(random_ids(5, ids.shape) == 0, 0)
+        weights = (torch.rand(ids.shape, generator=generator, dtype=real) * 2).masked_fill(
+            random_ids(5, ids.shape) == 0, 0
+        )
         groups = (1, n_candidates - 1) if draw(st.booleans()) else (n_candidates,)
         candidates = Candidates(ids, weights, groups)
     row_weights = torch.rand(rows, generator=generator, dtype=real) * 3 - 1 if draw(st.booleans()) else None
@@ -163,4 +171,3 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
         base, view, targets.masked_fill(ignored, ignore_index), coefficients, terms, row_weights, candidates, vocab_size,
         ignore_index,
     )  # fmt: skip
-

@@ -4,16 +4,14 @@ test_build.py runs this file once more for every instruction set, so it stays qu
 """
 
 import math
-from dataclasses import replace
 
-import pytest
 import torch
 from assertions import assert_within, relative_error
 from hypothesis import given
 from row_oracle import expected_row_loss
-from strategies import DTYPES, IGNORED, RowProblem, row_problems
+from strategies import row_problems
 
-from ava_ext.ops.softmax_rows import RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
 
 ops = torch.ops.ava_ext
 
@@ -73,7 +71,9 @@ def without_gradient(problem):
 
 def is_measured(name, terms):
     """The entropy is right only where it is asked for."""
-    return name != "entropy" or bool(terms & (RowTerms.ENTROPY | RowTerms.CONFIDENCE_PENALTY | RowTerms.LABEL_SMOOTHING))
+    return name != "entropy" or bool(
+        terms & (RowTerms.ENTROPY | RowTerms.CONFIDENCE_PENALTY | RowTerms.LABEL_SMOOTHING)
+    )
 
 
 def assert_right(problem, outputs, expected, name):
@@ -91,7 +91,9 @@ def assert_right(problem, outputs, expected, name):
         return
     assert grad_logits.dtype == problem.base.dtype and grad_logits.shape == expected.grad_logits.shape
     info = torch.finfo(grad_logits.dtype)
-    stored = torch.where(expected.grad_logits == 0, 0.0, expected.grad_logits.abs() * info.eps / 2 + info.tiny * info.eps)
+    stored = torch.where(
+        expected.grad_logits == 0, 0.0, expected.grad_logits.abs() * info.eps / 2 + info.tiny * info.eps
+    )
     assert_within(grad_logits, expected.grad_logits, expected.grad_logits_bound + stored, f"{name}: grad_logits")
 
 
@@ -107,3 +109,35 @@ def test_every_way_to_the_gradient(problem):
     for name, way in ways.items():
         assert_right(problem, way(problem), expected, name)
         torch.testing.assert_close(problem.base, before, rtol=0, atol=0, equal_nan=True, msg=f"{name} wrote the logits")
+
+
+def test_the_columns_of_a_large_vocabulary():
+    """Where the target's entry is all of the norm, the others are compared by themselves."""
+    logits = torch.randn(3, 128256, generator=torch.Generator().manual_seed(0)) * 3
+    targets = torch.tensor([0, 77, 128255])
+    x = logits.double().requires_grad_()
+    expected_loss = torch.nn.functional.cross_entropy(x, targets, reduction="none")
+    expected_loss.sum().backward()
+    for candidates in (None, Candidates(torch.tensor([[5], [-1], [77]], dtype=torch.int32), torch.ones(3, 1), (1,))):
+        loss, _, gradient, *_ = ops.row_loss(
+            logits,
+            targets,
+            row_coefficients(logits),
+            None,
+            *(candidates or (None, None, [])),
+            1,
+            128256,
+            -100,
+            True,
+            False,
+        )
+        expected = x.grad.clone()
+        if candidates:
+            p = x.detach().softmax(-1)[[0, 2], [5, 77]]
+            expected[[0, 2]] -= x.detach()[[0, 2]].softmax(-1) * (p / (1 - p))[:, None]
+            expected[[0, 2], [5, 77]] += p / (1 - p)
+        torch.testing.assert_close(loss[1].double(), expected_loss[1].detach(), rtol=3e-7, atol=0)
+        special = torch.zeros_like(logits, dtype=torch.bool)
+        special[range(3), targets] = special[0, 5] = special[2, 77] = True
+        assert relative_error(gradient[~special], expected[~special]) < 5e-7
+        torch.testing.assert_close(gradient[special].double(), expected[special], rtol=1e-6, atol=0)
