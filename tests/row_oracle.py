@@ -113,6 +113,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
             penalties = column_weights[n] * reference.softplus(odds.clamp(max=-math.log(smallest_rest)))
             penalty = penalty.index_add(0, n, penalties)
             s = column_weights[n] * torch.where(odds < -math.log(smallest_rest), torch.exp(odds.detach()), 0.0)
+            s = s * (1 + of_u[n, candidate[n, 0]] / of_rest[n])  # it is as uncertain as its own p_c
             own[n, candidate[n, 0]] += s * (1 - p[n, candidate[n, 0]])
             probability_size = probability_size.index_add(0, n, s)
         terms[f"group {len(terms)}"] = penalty, penalty
