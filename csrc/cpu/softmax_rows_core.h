@@ -196,10 +196,11 @@ struct RowKernel {
     sums.rest *= scale;
   }
 
+  static constexpr Real lowest() { return kIsDouble ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f); }
+
   RowStatistics<Real> measure(const Element* x) const {
-    constexpr Real lowest = kIsDouble ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f);
     const Real slack = 32 * options.temperature;  // sums up to e^32 times the block's size stay far from overflow
-    Real reference = lowest;
+    Real reference = lowest();
     Sums all{-Real(INFINITY), 0, 0, 0, 0}, best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
     int64_t best_begin = 0, best_end = 0;
     const auto change_reference = [&](Real next) {
@@ -209,9 +210,9 @@ struct RowKernel {
     };
     for (int64_t begin = 0; begin < arguments.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < arguments.vocab_size ? begin + kBlock : arguments.vocab_size;
-      if (reference == lowest) {
+      if (reference == lowest()) {
         const Real first = largest_in(x, begin, end);
-        if (first > lowest) reference = first;
+        if (first > lowest()) reference = first;
       }
       Sums sums = sum_block(x, begin, end, reference);
       if (sums.max > reference + slack) {
@@ -304,7 +305,9 @@ struct RowKernel {
     Real value = widen(x[column]);
     if (value == -Real(INFINITY)) return value;
     if constexpr (kCapped) value = options.softcap * tanh_of(value / options.softcap);
-    return (value - row.max) * inverse_temperature;
+    // -inf is for masked columns: beside a maximum of +inf this is a finite distance, and R a nan
+    const Real u = (value - row.max) * inverse_temperature;
+    return u < lowest() ? lowest() : u;
   }
   Real scalar_cap_slope(const Element* x, int64_t column) const {
     if constexpr (!kCapped) return 1;
