@@ -28,7 +28,7 @@ def inputs(dtype=torch.float32, n_rows=4, requires_grad=True):
     generator = torch.Generator().manual_seed(n_rows)
     logits = torch.randn(n_rows, 2, 37, generator=generator).to(dtype)
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    ids = torch.randint(-1, 37, (n_rows, 2, 3), generator=generator, dtype=torch.int32)
+    ids = torch.randint(-1, 36, (n_rows, 2, 3), generator=generator, dtype=torch.int32)
     weights = torch.rand(n_rows, 2, 3, generator=generator, dtype=real)
     targets = torch.randint(36, (n_rows, 2), generator=generator)
     targets[0, 0] = -100
@@ -165,8 +165,8 @@ def test_double_backward_under_compile_raises():
         return row_loss(logits, targets, row_coefficients(logits)).row_loss.sum()
 
     (gradient,) = torch.autograd.grad(loss(logits), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward|twice"):
-        torch.autograd.grad(gradient.sum(), logits)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
 
 
 def test_targets_out_of_range_under_compile():
