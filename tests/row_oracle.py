@@ -96,6 +96,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         probability_size, constant_size = probability_size + size + e, e / n_present
         own.scatter_(-1, targets.unsqueeze(-1), size.unsqueeze(-1))
     if on[RowTerms.Z_LOSS]:
+        lse_size = lse_size + 2.0**-50 * (1 + largest.abs()) / of_rest  # the reference adds R to 1
         terms["z_loss"] = z_weight * reference.z_loss(z), z_weight * lse_size.square()
         probability_size = probability_size + 2 * z_weight * lse_size
     if on[RowTerms.CONFIDENCE_PENALTY]:
