@@ -221,7 +221,7 @@ class UnifiedLoss(nn.Module):
         if self.diversity is not None:
             further["diversity_loss"] = diversity_term(self.diversity, inputs, expert_outputs)
         if self.contrastive is not None:
-            further["contrastive_loss"] = contrastive_term(self.contrastive, inputs, contrastive_pair)
+            further["contrastive_loss"] = contrastive_term(self.contrastive, config, inputs, contrastive_pair)
         for addend in further.values():
             total = total + addend
         if per_row:
