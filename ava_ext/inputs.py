@@ -109,12 +109,17 @@ def prepare(
             f"unified_loss: expected logits with at least vocab_size = {config.vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"unified_loss: expected targets of integers, got {targets.dtype}")
+    for name, ids in (("targets", targets), ("input_ids", input_ids), ("negative_ids", negative_ids)):
+        if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
+            raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
     of_rows = {"attention_mask": attention_mask, "token_weights": token_weights, "input_ids": input_ids}
     for name, given in of_rows.items():
         if given is not None and given.shape != targets.shape:
             raise _bad_shape(name, targets.shape, given)
+    if hidden_states is not None and hidden_states.shape[:-1] != targets.shape:
+        raise _bad_shape("hidden_states", (*targets.shape, "hidden_size"), hidden_states)
+    if negative_weights is not None and negative_ids is None:
+        raise ValueError("unified_loss: negative_weights need negative_ids, got None")
     if token_weights is not None and token_weights.requires_grad:
         raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
     is_flat = targets.dim() == 1
@@ -156,5 +161,6 @@ def prepare(
     )  # fmt: skip
 
 
-def _bad_shape(name: str, expected: torch.Size, got: Tensor) -> ValueError:
-    return ValueError(f"unified_loss: expected {name} of shape {list(expected)}, got {list(got.shape)}")
+def _bad_shape(name: str, expected: tuple[int | str, ...], got: Tensor) -> ValueError:
+    shape = ", ".join(map(str, expected))
+    return ValueError(f"unified_loss: expected {name} of shape [{shape}], got {list(got.shape)}")

@@ -54,4 +54,4 @@ def shift_left(
     fill: int | float | bool,
 ) -> Tensor:
     """values[:, t + 1] at t, `fill` at the end; [batch_size, n_tokens]. Rows keep their number, so that logits are never copied."""
-    return torch.nn.functional.pad(values[:, 1:], (0, 1), value=fill)
+    return torch.nn.functional.pad(values[:, 1:], (0, min(1, values.shape[1])), value=fill)

@@ -245,7 +245,11 @@ class UnifiedLoss(nn.Module):
                 config.eos_penalty_weight,
                 config.ngram_penalty_weight,
             ]
-            self._constants[key] = (row_coefficients(like, **self._row_options), like.new_tensor(weights))
+            with torch.inference_mode(False):  # training may follow an evaluation
+                self._constants[key] = (
+                    row_coefficients(like, **self._row_options),
+                    torch.tensor(weights, dtype=like.dtype, device=like.device),
+                )
         coefficients, penalty_weights = self._constants[key]
         if self.config.temperature_adapts:
             coefficients = torch.cat([self.temperature.value.reshape(1).to(like.dtype), coefficients[1:]])
