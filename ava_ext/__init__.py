@@ -16,7 +16,7 @@ from ava_ext.ops.softmax_rows import (
     token_log_probs,
 )
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "METRICS",
     "Candidates",
     "RowTerms",

@@ -1,4 +1,4 @@
-"""The addends of UnifiedLoss that the pass over the rows does not give: other heads, routers, experts, representations."""
+"""What the pass over the rows does not give: terms of other heads, of routers, experts and representations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def adaptive_heads(
         heads = list(required(additional_logits, "additional_logits", "adaptive multi-token prediction"))
         if len(heads) != config.num_future_tokens:
             raise ValueError(
-                f"unified_loss: expected num_future_tokens = {config.num_future_tokens} additional_logits, got {len(heads)}"
+                f"unified_loss: expected num_future_tokens = {config.num_future_tokens} additional_logits, "
+                f"got {len(heads)}"
             )
         if config.use_confidence_weighting:
             required(confidence_scores, "confidence_scores", "use_confidence_weighting=True")

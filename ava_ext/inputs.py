@@ -33,13 +33,17 @@ class Inputs(NamedTuple):
         values: Tensor,  # [..., batch_size, n_tokens]
         config: UnifiedLossConfig,
     ) -> Tensor:
-        """Row-wise results in the shape the caller expects: without the row behind the last label, flat for flat targets."""
+        """Row-wise results in the shape the caller expects: without the row behind the last label,
+        flat for flat targets.
+        """
         if not config.labels_are_shifted:
             values = values[..., :-1]
         return values.squeeze(-2) if self.is_flat else values
 
     def padding_free(self, n_rows: int) -> Tensor | None:
-        """[n_rows] bool: which of so many rows of a router or an expert are no padding; None: all, or another number."""
+        """[n_rows] bool: which of so many rows of a router or an expert are no padding;
+        None: all, or another number.
+        """
         for keep in (self.keep_targets, self.keep_tokens):
             if keep is not None and keep.numel() == n_rows:
                 return keep.reshape(-1)
@@ -139,7 +143,7 @@ def prepare(
     segments = None
     if not (segment_ids is None and position_ids is None and cu_seqlens is None):
         segments = segment_numbers((targets.shape[0], targets.shape[1]), segment_ids, position_ids, cu_seqlens)
-        segments = segments.expand(targets.shape)
+        segments = None if segments is None else segments.expand(targets.shape)
     context = input_ids
     if context is not None:
         keep_context = keep_rows(config, context, attention_mask)
@@ -157,8 +161,17 @@ def prepare(
         config, targets.long(), attention_mask, token_weights, num_items_in_batch, accumulation_dtype(logits.dtype)
     )
     return Inputs(
-        logits, rows, segments, context, negative_ids, negative_weights, hidden_states, keep_targets, keep_tokens, is_flat
-    )  # fmt: skip
+        logits,
+        rows,
+        segments,
+        context,
+        negative_ids,
+        negative_weights,
+        hidden_states,
+        keep_targets,
+        keep_tokens,
+        is_flat,
+    )
 
 
 def _bad_shape(name: str, expected: tuple[int | str, ...], got: Tensor) -> ValueError:

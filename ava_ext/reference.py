@@ -374,7 +374,8 @@ def ngram_weights(
     input_ids: Tensor | None = None,  # [B, T]
     attention_mask: Tensor | None = None,  # [B, T]
 ) -> Tensor:
-    """Tokens that followed earlier occurrences of the last n-1 context tokens: the ngram_slots most recent distinct ones.
+    """Tokens that followed earlier occurrences of the last n-1 context tokens: the ngram_slots most recent distinct
+    ones.
 
     With ngram_window_size W only followers at the last W context positions (None positions are positions too); the key
     before such a follower may reach further back. n = 1: the key is empty, every context token is a follower.
@@ -724,7 +725,9 @@ def diversity(
     expert_outputs: Tensor,  # [E, N, H]
     keep: Tensor,  # [N] bool
 ) -> Tensor:
-    """Mean cosine similarity over the pairs of experts and the kept rows, []; 0 for E < 2 and for vectors of length 0."""
+    """Mean cosine similarity over the pairs of experts and the kept rows, [];
+    0 for E < 2 and for vectors of length 0.
+    """
     units = F.normalize(torch.where(keep.unsqueeze(-1), expert_outputs, 0.0), dim=-1)
     n_experts = len(units)
     pairs = [(units[i] * units[j]).sum(-1) for i in range(n_experts) for j in range(i)]
@@ -754,7 +757,9 @@ def simctg(
     segments: Tensor,  # [B, T]
     margin: float = 0.5,
 ) -> Tensor:
-    """Mean of max(0, margin - 1 + cosine(h_i, h_j)) over all pairs i != j of kept tokens of one segment, [] (Su et al. 2022)."""
+    """Mean of max(0, margin - 1 + cosine(h_i, h_j)) over all pairs i != j of kept tokens of one segment,
+    [] (Su et al. 2022).
+    """
     units = F.normalize(torch.where(keep.unsqueeze(-1), hidden_states, 0.0), dim=-1)
     same = segments.unsqueeze(1) == segments.unsqueeze(2)
     pairs = same & keep.unsqueeze(1) & keep.unsqueeze(2) & ~torch.eye(keep.shape[1], dtype=torch.bool)
@@ -766,7 +771,9 @@ def adaptive_temperature(
     config: UnifiedLossConfig,
     history: Sequence[float],  # the finite cross-entropies of the commits so far
 ) -> float:
-    """T = clamp(T0 (1 + gain (cv - 0.075)), bounds) with cv = population std / mean of the last 100; T0 below 10 of them."""
+    """T = clamp(T0 (1 + gain (cv - 0.075)), bounds) with cv = population std / mean of the last 100;
+    T0 below 10 of them.
+    """
     recent = list(history)[-100:]
     if len(recent) < 10:
         return config.initial_temperature
@@ -816,7 +823,8 @@ def unified_loss(
     `confidence_regularization` where the adaptive heads use confidence weighting and its strength is > 0, the `moe_`
     metrics with use_moe_balancing or use_auxiliary_loss. Choices where the specification is silent:
 
-    * Router rows, expert outputs and hidden states leave out *padding* (attention_mask 0 or a pad target), not rows that
+    * Router rows, expert outputs and hidden states leave out *padding* (attention_mask 0 or a pad target), not rows
+    that
       are only ignore_index: prompts are routed too. In unshifted mode a router over all B T tokens is masked by the
       unshifted mask. moe_ metrics: counts of this call, per layer, then averaged over layers.
     * Terms of a batch are multiplied by n_local / N with num_items_in_batch under "mean" (n_local: number of local rows

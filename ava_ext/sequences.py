@@ -12,10 +12,11 @@ def segment_numbers(
     position_ids: Tensor | None,  # [batch_size, n_tokens], [1, n_tokens] or [n_tokens]
     cu_seqlens: Tensor | None,  # [n_segments + 1], over the rows in reading order
 ) -> Tensor | None:
-    """A number for each row that changes where a segment begins, [batch_size or 1, n_tokens]; None: one segment a batch row.
+    """A number for each row that changes where a segment begins, [batch_size or 1, n_tokens]; None: one segment a
+    batch row.
 
-    A segment begins where segment_ids change, where position_ids do not increase, and at every cu_seqlens; given together, each
-    of them begins segments.
+    A segment begins where segment_ids change, where position_ids do not increase, and at every cu_seqlens; given
+    together, each of them begins segments.
 
     Raises:
         ValueError: on shapes that do not fit.
@@ -26,7 +27,9 @@ def segment_numbers(
         if given is None:
             continue
         if given.shape not in ((batch_size, n_tokens), (1, n_tokens), (n_tokens,)):
-            raise ValueError(f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}")
+            raise ValueError(
+                f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
+            )
         parts.append(given.reshape(-1, n_tokens))
     if segment_ids is not None and len(parts) == 1 and cu_seqlens is None:
         return parts[0]
@@ -53,5 +56,8 @@ def shift_left(
     values: Tensor,  # [batch_size, n_tokens]
     fill: int | float | bool,
 ) -> Tensor:
-    """values[:, t + 1] at t, `fill` at the end; [batch_size, n_tokens]. Rows keep their number, so that logits are never copied."""
+    """values[:, t + 1] at t, `fill` at the end; [batch_size, n_tokens].
+
+    Rows keep their number, so that logits are never copied.
+    """
     return torch.nn.functional.pad(values[:, 1:], (0, min(1, values.shape[1])), value=fill)

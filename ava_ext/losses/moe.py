@@ -24,7 +24,8 @@ class MoEBalance(NamedTuple):
 class MoEBalancer(Float32Buffers):
     """Steers a router against the running load of its experts.
 
-    Per layer, then averaged over layers, with f the running share of rows of each expert and p the router's probabilities:
+    Per layer, then averaged over layers, with f the running share of rows of each expert and p the router's
+    probabilities:
 
         term = gradient_balance_weight * n_experts * sum_e (f_e - 1 / n_experts) * mean_i p_ie
 
@@ -32,9 +33,9 @@ class MoEBalancer(Float32Buffers):
     exponential average over optimizer steps. In training with grad enabled a call adds its counts to those pending
     since the last `step()` and uses f as it will be with them; otherwise it uses the committed f and changes nothing.
 
-    `step()`, once per optimizer step, commits f and moves `expert_bias` by the loss-free rule b_e += u sign(mean(c) - c_e)
-    (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). The user's router adds `expert_bias` to its
-    scores before its top-k (and not to the weights of the chosen experts) and gives the experts it chose as
+    `step()`, once per optimizer step, commits f and moves `expert_bias` by the loss-free rule b_e += u sign(mean(c) -
+    c_e) (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). The user's router adds `expert_bias` to
+    its scores before its top-k (and not to the weights of the chosen experts) and gives the experts it chose as
     expert_indices; a router that does not add it may ignore it.
 
     Buffers: expert_load (f), expert_counts (since reset_statistics), expert_bias, all [n_layers, n_experts] float32;
@@ -110,7 +111,8 @@ class MoEBalancer(Float32Buffers):
         logits = stack_gate_logits(gate_logits, self.n_layers)
         if logits.shape[-1] != self.n_experts:
             raise ValueError(
-                f"moe_balancer: expected gate_logits with num_experts = {self.n_experts} columns, got {logits.shape[-1]}"
+                f"moe_balancer: expected gate_logits with num_experts = {self.n_experts} columns, "
+                f"got {logits.shape[-1]}"
             )
         if expert_indices is not None:
             expert_indices = stack_expert_indices(expert_indices, self.n_layers, logits.shape[1], self.k)

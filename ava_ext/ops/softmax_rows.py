@@ -1,6 +1,7 @@
 """Rows of logits: the fused loss, and the softmax statistics that any other loss can be made of.
 
-The formulas stand in csrc/softmax_rows.h. One gradient kernel serves both: it is the vector-Jacobian product of the statistics.
+The formulas stand in csrc/softmax_rows.h. One gradient kernel serves both: it is the vector-Jacobian product of the
+statistics.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 
 _ops = torch.ops.ava_ext
-# private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the price of a copy
+_row_loss = _ops.row_loss.default  # looked up once: each look-up costs a microsecond
+# private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
+# price of a copy
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -106,8 +109,9 @@ def row_loss(
         candidates: tokens to push down; see `Candidates`.
         vocab_size: columns beyond it are padding. Default: n_columns.
         ignore_index: target of the rows that do not count.
-        inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable until
-            then; a second backward raises. Under torch.compile, which plans memory itself, the option changes nothing.
+        inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable
+            until then; a second backward raises. Under torch.compile, which plans memory itself, the option changes
+            nothing.
 
     Returns:
         RowLoss(row_loss [...], row_terms [6 + n_groups, ...]).
@@ -149,11 +153,12 @@ def row_loss(
     )
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much as the gradient
-        return RowLoss(*_ops.row_loss(*arguments, False, differentiable)[:2])
+        # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
+        # as the gradient
+        return RowLoss(*_row_loss(*arguments, False, differentiable)[:2])
     if not differentiable:
         with torch._C._AutoDispatchBelowAutograd():
-            return RowLoss(*_ops.row_loss(*arguments, False, False)[:2])
+            return RowLoss(*_row_loss(*arguments, False, False)[:2])
     if inplace_gradient:
         _check_inplace(logits)
     # a float16 gradient rounded before the scaler's factor would be zeros
@@ -169,7 +174,9 @@ def _check_inplace(logits: Tensor) -> None:
             "expected logits that were computed"
         )
     if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError("unified_loss: inplace_gradient=True expected logits that do not overlap in memory, got an expanded tensor")
+        raise ValueError(
+            "unified_loss: inplace_gradient=True expected logits that do not overlap in memory, got an expanded tensor"
+        )
 
 
 def _save_row_loss(ctx, inputs, output):
@@ -214,7 +221,9 @@ def _row_loss_backward(ctx, grad_row_loss, *_):
 
 
 def _without_second_derivative(gradient: Tensor) -> Tensor:
-    """Inside backward(create_graph=True): a gradient that raises when it is differentiated, instead of passing for a constant."""
+    """Inside backward(create_graph=True): a gradient that raises when it is differentiated,
+    instead of passing for a constant.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient  # compiled: row_gradient's own autograd raises
     raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 1)
@@ -227,7 +236,7 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
-            output = _ops.row_loss(*inputs[:-1])
+            output = _row_loss(*inputs[:-1])
         _save_row_loss(ctx, inputs, output)
         ctx.owns_gradient, ctx.inplace = True, inputs[-1]
         return output[:2]
@@ -239,7 +248,18 @@ class _RowLoss(torch.autograd.Function):
 
 @torch.library.register_fake("ava_ext::row_loss")
 def _(
-    logits, targets, coefficients, row_weights, ids, weights, groups, flags, vocab_size, ignore_index, with_gradient, with_statistics
+    logits,
+    targets,
+    coefficients,
+    row_weights,
+    ids,
+    weights,
+    groups,
+    flags,
+    vocab_size,
+    ignore_index,
+    with_gradient,
+    with_statistics,
 ):
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     n_ids = 0 if ids is None else ids.shape[-1]
@@ -303,11 +323,13 @@ def softmax_statistics(
     vocab_size: int | None = None,
     row_mask: Tensor | None = None,  # [...]
 ) -> SoftmaxStatistics:
-    """Softmax statistics of each row, differentiable at kernel speed: a new loss is a few lines of PyTorch on [n_rows] vectors.
+    """Softmax statistics of each row, differentiable at kernel speed: a new loss is a few lines of PyTorch on [n_rows]
+    vectors.
 
     With z = softcap(logits) / temperature over the columns that are not masked (raw logit -inf, or beyond vocab_size):
-    log_probs = z_id - lse, entropy = -sum p log p, lse = log sum exp z, log_rest = log sum_{j != argmax} exp(z_j - max z) (so
-    that log(1 - max p) = log_rest - log1p(exp(log_rest)), exact however sure the row is), mean_log_prob = mean of log p.
+    log_probs = z_id - lse, entropy = -sum p log p, lse = log sum exp z, log_rest = log sum_{j != argmax} exp(z_j - max
+    z) (so that log(1 - max p) = log_rest - log1p(exp(log_rest)), exact however sure the row is), mean_log_prob = mean
+    of log p.
 
     Args:
         logits: [..., n_columns], float32, bfloat16, float16 or float64.

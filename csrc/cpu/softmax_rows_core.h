@@ -1,9 +1,9 @@
-// Measures and differentiates one row of logits with the vector operations of one instruction set. Included once by each
-// softmax_rows_<isa>.cpp, which defines AVA_ISA and brings VectorFloat. The formulas are in softmax_rows.h.
+// Measures and differentiates one row of logits with the vector operations of one instruction set. Included once by
+// each softmax_rows_<isa>.cpp, which defines AVA_ISA and brings VectorFloat. The formulas are in softmax_rows.h.
 //
-// measure() reads the row in blocks. Each block is summed against a reference that was near the maximum when the block began
-// (no pass of its own to find the maximum); only when a block's maximum is far above is it summed again. The sums of the block
-// that holds the maximum are then taken again without it, against the exact maximum: that gives R.
+// measure() reads the row in blocks. Each block is summed against a reference that was near the maximum when the block
+// began (no pass of its own to find the maximum); only when a block's maximum is far above is it summed again. The
+// sums of the block that holds the maximum are then taken again without it, against the exact maximum: that gives R.
 #pragma once
 #include "../softmax_rows.h"
 #include "softmax_rows_kernels.h"
@@ -12,8 +12,9 @@
 namespace ava {
 inline namespace AVA_ISA {
 
-// e^{d factor ln 2}: 2^n p(f), n = round(d factor), |f| <= 1/2, p of degree 5 (relative error 2.4e-7). d is at least `floor`,
-// where the result is 0; a nan stays one. The product is rounded once only, in f: far from the maximum that matters.
+// e^{d factor ln 2}: 2^n p(f), n = round(d factor), |f| <= 1/2, p of degree 5 (relative error 2.4e-7). d is at least
+// `floor`, where the result is 0; a nan stays one. The product is rounded once only, in f: far from the maximum that
+// matters.
 template <class Vector>
 inline typename Vector::Register exp_of_difference(typename Vector::Register d, typename Vector::Register factor,
                                                    typename Vector::Register floor) {
@@ -178,7 +179,8 @@ struct RowKernel {
   // sums over the columns of [begin, end) but i*
   Sums sum_without(const Element* x, int64_t begin, int64_t end, int64_t argmax, Real reference) const {
     Sums sums = sum_block(x, begin, begin + (argmax - begin) / kLanes * kLanes, reference);
-    const int64_t first = begin + (argmax - begin) / kLanes * kLanes, last = first + kLanes < end ? first + kLanes : end;
+    const int64_t first = begin + (argmax - begin) / kLanes * kLanes,
+                  last = first + kLanes < end ? first + kLanes : end;
     Element buffer[kLanes];
     for (int64_t i = first; i < last; ++i) buffer[i - first] = x[i];
     narrow(-Real(INFINITY), buffer + (argmax - first));
@@ -200,7 +202,8 @@ struct RowKernel {
     constexpr Real lowest = kIsDouble ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f);
     const Real slack = 32 * options.temperature;  // sums up to e^32 times the block's size stay far from overflow
     Real reference = lowest;
-    Sums all{-Real(INFINITY), 0, 0, 0, 0}, best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
+    Sums all{-Real(INFINITY), 0, 0, 0, 0},
+        best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
     int64_t best_begin = 0, best_end = 0;
     const auto change_reference = [&](Real next) {
       const double shift = double(reference) - double(next), scale = exp_of(shift * double(inverse_temperature));
@@ -246,7 +249,8 @@ struct RowKernel {
   // the gradient of every column, as if none had an s_c of its own; `next` is the row after this one, fetched meanwhile
   void differentiate(const Element* x, Element* out, const RowStatistics<Real>& row, const DenseGradient<Real>& dense,
                      const Element* next) const {
-    const Register max = V::set(row.max), scale = V::set(dense.factor), slope = V::set(dense.slope), constant = V::set(dense.constant);
+    const Register max = V::set(row.max), scale = V::set(dense.factor), slope = V::set(dense.slope),
+                   constant = V::set(dense.constant);
     const auto gradient = [&](Register logits) {
       Register value = logits, cap_slope;
       if constexpr (kCapped) {
@@ -261,7 +265,8 @@ struct RowKernel {
       return g;
     };
     const int64_t n = arguments.vocab_size;
-    const int64_t to_alignment = int64_t((64 - (reinterpret_cast<uintptr_t>(out) & 63)) & 63) / int64_t(sizeof(Element));
+    const int64_t to_alignment =
+        int64_t((64 - (reinterpret_cast<uintptr_t>(out) & 63)) & 63) / int64_t(sizeof(Element));
     const int64_t head = to_alignment < n ? to_alignment : n;
     int64_t i = 0;
     for (; i < head; i += kLanes) {
@@ -322,11 +327,13 @@ struct RowKernel {
   }
 
   // dense gradient, then the columns with an s_c, computed before anything is written: `out` may be `x`
-  void write_gradient(const Element* x, Element* out, const RowStatistics<Real>& row, const RowCoefficients<Real>& coefficients,
-                      Entry* entries, int64_t n_entries, const Element* next) const {
+  void write_gradient(const Element* x, Element* out, const RowStatistics<Real>& row,
+                      const RowCoefficients<Real>& coefficients, Entry* entries, int64_t n_entries,
+                      const Element* next) const {
     if (row.count == 0) return zero(out, arguments.n_columns);
     Real others = 0, maximum = 0;  // sums of s_c: without the maximum, at the maximum
-    for (int64_t k = 0; k < n_entries; ++k) (entries[k].column == int64_t(row.argmax) ? maximum : others) += entries[k].own;
+    for (int64_t k = 0; k < n_entries; ++k)
+      (entries[k].column == int64_t(row.argmax) ? maximum : others) += entries[k].own;
     for (int64_t k = 0; k < n_entries; ++k) {
       Entry& entry = entries[k];
       const bool is_argmax = entry.column == int64_t(row.argmax);
@@ -401,9 +408,11 @@ struct RowKernel {
       evaluation.coefficients.probability *= row_weight;
       evaluation.coefficients.entropy *= row_weight;
       evaluation.coefficients.constant *= row_weight;
-      if (statistics) statistics[r] = row, *reinterpret_cast<RowCoefficients<Real>*>(own_coefficients) = evaluation.coefficients;
+      if (statistics)
+        statistics[r] = row, *reinterpret_cast<RowCoefficients<Real>*>(own_coefficients) = evaluation.coefficients;
       if (arguments.grad_logits)
-        write_gradient(x, gradient_of(r), row, evaluation.coefficients, entries, n_entries, r + 1 < row_end ? logits_of(r + 1) : nullptr);
+        write_gradient(x, gradient_of(r), row, evaluation.coefficients, entries, n_entries,
+                       r + 1 < row_end ? logits_of(r + 1) : nullptr);
     }
   }
 
@@ -450,7 +459,8 @@ struct RowKernel {
           if (column >= 0 && s != 0) add_entry(entries, n_entries, column, scalar_u(x, column, row), s);
         }
       }
-      write_gradient(x, gradient_of(r), row, coefficients, entries, n_entries, r + 1 < row_end ? logits_of(r + 1) : nullptr);
+      write_gradient(x, gradient_of(r), row, coefficients, entries, n_entries,
+                     r + 1 < row_end ? logits_of(r + 1) : nullptr);
     }
   }
 };

@@ -1,5 +1,5 @@
-// One double, behind the same operations: float64 rows run through the text of the float kernels, which is how gradcheck
-// reaches their formulas. Speed is not the point.
+// One double, behind the same operations: float64 rows run through the text of the float kernels, which is how
+// gradcheck reaches their formulas. Speed is not the point.
 #pragma once
 #include <math.h>
 

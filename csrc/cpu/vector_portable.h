@@ -1,4 +1,5 @@
-// Four floats in the compiler's own vector type (SSE2, NEON, or what the target has). See vector_avx512.h for the contracts.
+// Four floats in the compiler's own vector type (SSE2, NEON, or what the target has). See vector_avx512.h for the
+// contracts.
 #pragma once
 #include "../element_type.h"
 
