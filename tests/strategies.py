@@ -182,7 +182,7 @@ def segments(draw, shape, is_required) -> dict[str, Any]:
     lengths = st.lists(st.integers(1, 4), min_size=shape[-1], max_size=shape[-1])
     rows = []
     for _ in range(math.prod(given_shape[:-1])):
-        texts = [(number, position) for number, length in enumerate(draw(lengths)) for position in range(length)]
+        texts = [(number % 2, position) for number, length in enumerate(draw(lengths)) for position in range(length)]
         rows.append([text[kind == "position_ids"] for text in texts[: shape[-1]]])
     return {kind: torch.tensor(rows).reshape(given_shape)}
 
