@@ -23,6 +23,7 @@ CONFIGURATIONS = {
     "standard": {"primary_loss_type": "standard", **ROWS},
     "standard, unshifted, by row": {"primary_loss_type": "standard", **ROWS, "labels_are_shifted": False, "reduction": "none"},
     "deepseek": {"primary_loss_type": "deepseek", "use_mtp": True, **ROWS, **BATCH},
+    "experts": {"primary_loss_type": "deepseek", "num_experts": E, "use_moe_balancing": True, "use_auxiliary_loss": True},
     "shared head": {"primary_loss_type": "deepseek", "use_mtp": True, "mtp_share_head": True},
     "adaptive_mtp": {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 2},
 }
@@ -68,7 +69,9 @@ def train_step(loss_fn, config, seed):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, "aot_eager_decomp_partition") for name in CONFIGURATIONS if name != "standard"] + [("standard", "inductor")],
+    # both: what is saved for backward, and what computed again from buffers that have changed, is the backend's choice
+    [("experts", "inductor"), ("standard", "inductor")]
+    + [(name, "aot_eager_decomp_partition") for name in CONFIGURATIONS if name != "standard"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_compiled_training_is_eager_training(name, backend):
@@ -84,6 +87,10 @@ def test_compiled_training_is_eager_training(name, backend):
     # what the traced calls left behind serves eager calls
     eager_after = train_step(compiled_loss_fn, eager.config, 99)
     torch.testing.assert_close(eager_after, train_step(eager, eager.config, 99), rtol=1e-5, atol=1e-6)
+
+
+def test_copy_for_backward_is_an_operator_that_torch_can_trace():
+    torch.library.opcheck(torch.ops.ava_ext.copy_for_backward.default, (torch.rand(2, 3),))
 
 
 class NoSynchronisation(TorchDispatchMode):
