@@ -100,7 +100,9 @@ OUT_OF_RANGE = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+)
 def test_options_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=rf"^unified_loss: expected {name} to be .*, got "):
         UnifiedLoss(**{"vocab_size": 10, name: value})
@@ -128,7 +130,9 @@ def test_an_initial_temperature_beyond_the_bounds_is_fine_where_nothing_adapts()
     assert UnifiedLoss(10, primary_loss_type="standard", initial_temperature=3.0).config.temperature_adapts is False
 
 
-@pytest.mark.parametrize("build", [lambda options: UnifiedLoss(10, **options), UnifiedLossConfig.from_dict, create_unified_loss])
+@pytest.mark.parametrize(
+    "build", [lambda options: UnifiedLoss(10, **options), UnifiedLossConfig.from_dict, create_unified_loss]
+)
 def test_unknown_options_are_named_with_the_nearest_known(build):
     options = {"lable_smoothing": 0.1}
     with pytest.raises(TypeError, match="unknown option 'lable_smoothing'; did you mean 'label_smoothing'"):
@@ -136,7 +140,9 @@ def test_unknown_options_are_named_with_the_nearest_known(build):
 
 
 def test_there_and_back():
-    config = UnifiedLossConfig(vocab_size=10, eos_token_id=[3, 4], repetition_allow_list=[1], temperature_bounds=[0.7, 1.5])
+    config = UnifiedLossConfig(
+        vocab_size=10, eos_token_id=[3, 4], repetition_allow_list=[1], temperature_bounds=[0.7, 1.5]
+    )
     assert config.eos_ids == (3, 4)
     assert UnifiedLossConfig.from_dict(config.to_dict()) == config
     assert UnifiedLossConfig.from_json(config.to_json()) == config

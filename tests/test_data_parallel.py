@@ -59,7 +59,11 @@ def run(model, rows, factor, n_steps=12):
         getattr(model, "module", model).loss_fn.step()
     names = {name.removeprefix("module."): p for name, p in model.named_parameters()}
     buffers = getattr(model, "module", model).named_buffers()
-    kept = {name: buffer.clone() for name, buffer in buffers if not name.endswith(("score_sum", "expert_counts", "total_tokens"))}
+    kept = {
+        name: buffer.clone()
+        for name, buffer in buffers
+        if not name.endswith(("score_sum", "expert_counts", "total_tokens"))
+    }
     return {name: parameter.grad.clone() for name, parameter in names.items()} | kept
 
 

@@ -1,4 +1,4 @@
-"""What forward() is given: where logits come from, what is missing or does not fit, what is passed on without a copy."""
+"""What forward() is given: where logits come from, what is missing or does not fit, what is never copied."""
 
 import pytest
 import torch
@@ -65,7 +65,11 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
         for output in outputs if isinstance(outputs, (list, tuple)) else [outputs]:
-            if isinstance(output, torch.Tensor) and output.is_floating_point() and output.shape[-1:] == (self.n_columns,):
+            if (
+                isinstance(output, torch.Tensor)
+                and output.is_floating_point()
+                and output.shape[-1:] == (self.n_columns,)
+            ):
                 self.blocks.add(output.untyped_storage().data_ptr())
         return outputs
 
@@ -95,7 +99,11 @@ def test_logits_are_never_copied(labels_are_shifted):
 
 MISSING = [
     ({}, {"targets": TARGETS}, "expected logits, or hidden_states and lm_head_weight"),
-    ({}, {"targets": TARGETS, "hidden_states": torch.zeros(2, 4, 3)}, "expected logits, or hidden_states and lm_head_wei"),
+    (
+        {},
+        {"targets": TARGETS, "hidden_states": torch.zeros(2, 4, 3)},
+        "expected logits, or hidden_states and lm_head_wei",
+    ),
     ({}, {"logits": logits()}, "expected targets, got None"),
     ({"use_mtp": True, "hidden_size": 3}, {}, "use_mtp needs hidden_states, got None"),
     (
@@ -103,7 +111,11 @@ MISSING = [
         {"hidden_states": torch.zeros(2, 4, 3)},
         "mtp_share_head=True needs lm_head_weight, got None",
     ),
-    ({"use_mtp": True, "mtp_type": "adaptive"}, {}, "adaptive multi-token prediction needs additional_logits, got None"),
+    (
+        {"use_mtp": True, "mtp_type": "adaptive"},
+        {},
+        "adaptive multi-token prediction needs additional_logits, got None",
+    ),
     (
         {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 1},
         {"additional_logits": [logits()]},
@@ -139,7 +151,9 @@ NEED_SEQUENCES = [
 
 @pytest.mark.parametrize(("options", "name"), NEED_SEQUENCES)
 def test_rows_without_order_are_refused_where_order_matters(options, name):
-    with pytest.raises(ValueError, match=f"unified_loss: {name} needs sequences: .*segment_ids, position_ids or cu_seq"):
+    with pytest.raises(
+        ValueError, match=f"unified_loss: {name} needs sequences: .*segment_ids, position_ids or cu_seq"
+    ):
         UnifiedLoss(V, **options)(logits(5), torch.zeros(5, dtype=torch.int64))
 
 
@@ -150,7 +164,10 @@ MISFITS = [
     ({"targets": TARGETS.float()}, "expected targets of integers, got torch.float32"),
     ({"targets": TARGETS.bool()}, "expected targets of integers, got torch.bool"),
     ({"logits": logits(n_columns=V - 1)}, r"at least vocab_size = 6 columns, got shape \[2, 4, 5\]"),
-    ({"logits": logits(2, 4, 1), "targets": torch.zeros(2, 4, 1).long()}, r"expected targets of shape .*\[n_rows\], got \[2, 4, 1\]"),
+    (
+        {"logits": logits(2, 4, 1), "targets": torch.zeros(2, 4, 1).long()},
+        r"expected targets of shape .*\[n_rows\], got \[2, 4, 1\]",
+    ),
     ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"expected attention_mask of shape \[2, 4\], got \[2, 1, 4, 4\]"),
     ({"token_weights": torch.ones(4)}, r"expected token_weights of shape \[2, 4\], got \[4\]"),
     ({"token_weights": torch.ones(2, 4, requires_grad=True)}, "expected token_weights without requires_grad"),
@@ -169,7 +186,10 @@ MISFITS = [
         {"negative_ids": TARGETS[..., None], "negative_weights": torch.ones(2, 4, 1, requires_grad=True)},
         "weights without requires_grad",
     ),
-    ({"hidden_states": torch.zeros(2, 3, 5)}, r"expected hidden_states of shape \[2, 4, hidden_size\], got \[2, 3, 5\]"),
+    (
+        {"hidden_states": torch.zeros(2, 3, 5)},
+        r"expected hidden_states of shape \[2, 4, hidden_size\], got \[2, 3, 5\]",
+    ),
     ({"primary_logits": logits()}, "expected primary_logits with primary_loss_type='adaptive_mtp' only"),
     ({"lm_head_weight": torch.zeros(V, 3)}, "expected logits or lm_head_weight, got both"),
 ]

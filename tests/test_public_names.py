@@ -16,10 +16,16 @@ LOSSES = [
     "AdaptiveAntiRepetitionLoss", "FocalLoss", "LabelSmoothingLoss", "ContrastiveLoss", "DiversityLoss", "AuxiliaryLoss",
     "ConsistencyLoss", "PerplexityLoss", "AdaptiveLossScaling", "CompositeLoss",
 ]  # fmt: skip
-OTHERS = ["METRICS", "UnifiedLossConfig", "softmax_statistics", "token_log_probs", "repetition_candidates", "build_info"]
+OTHERS = [
+    "METRICS",
+    "UnifiedLossConfig",
+    "softmax_statistics",
+    "token_log_probs",
+    "repetition_candidates",
+    "build_info",
+]
 
-# modules of ava_ext/losses that are no component of UnifiedLoss: one is used by others, the rest are losses by themselves
-# or what UnifiedLoss is built around
+# modules of ava_ext/losses that are no addend of UnifiedLoss: losses by themselves, or what others are built with
 STAND_ALONE = {
     "composite", "consistency", "float32_buffers", "focal", "perplexity", "presets", "scaling", "temperature",
 }  # fmt: skip

@@ -113,7 +113,12 @@ def test_micro_batches_add_up_to_the_whole_batch(seed, kind, labels_are_shifted)
     logits, states = numbers.leaf(4, 5, V), numbers.leaf(4, 5, HIDDEN_SIZE)
     gates, targets = numbers.leaf(20, 3), numbers.integers(0, V, 4, 5)
     options = {"use_mtp": True, "use_ngram_penalty": True, "ngram_size": 1, "z_loss_weight": 0.1, "eos_token_id": 2}
-    options |= {"use_auxiliary_loss": True, "load_balancing_weight": 0.0, "router_z_weight": 0.3, "label_smoothing": 0.1}
+    options |= {
+        "use_auxiliary_loss": True,
+        "load_balancing_weight": 0.0,
+        "router_z_weight": 0.3,
+        "label_smoothing": 0.1,
+    }
     loss_fn = UnifiedLoss(V, HIDDEN_SIZE, labels_are_shifted=labels_are_shifted, **options).double().eval()
 
     def arguments(part):

@@ -80,7 +80,12 @@ def test_packed_flat_rows_are_one_packed_sequence():
 @given(seeds, st.booleans(), st.booleans())
 def test_nothing_leaks_across_texts(seed, labels_are_shifted, with_input_ids):
     # packed into one row, or one text a row: the rows' losses are the same
-    options = {**SEQUENTIAL, "use_contrastive_loss": False, "reduction": "none", "labels_are_shifted": labels_are_shifted}
+    options = {
+        **SEQUENTIAL,
+        "use_contrastive_loss": False,
+        "reduction": "none",
+        "labels_are_shifted": labels_are_shifted,
+    }
     loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **options).double()
     arguments = packed(seed)
     if with_input_ids:
@@ -114,7 +119,9 @@ def test_unshifted_labels_are_explicit_slices(case):
     if "logits" not in arguments and "primary_logits" not in arguments and "lm_head_weight" not in arguments:
         arguments["logits"] = torch.randn(*arguments["targets"].shape, config.vocab_size, dtype=torch.float64)
     if is_flat:
-        arguments = {name: value[None] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+        arguments = {
+            name: value[None] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+        }
     if "input_ids" in arguments:
         arguments.pop("attention_mask", None)  # unshifted it masks tokens, beside shifted labels it masks labels
     sliced = dict(arguments)
@@ -136,7 +143,12 @@ def test_simctg_of_unshifted_labels_reads_the_rows_with_and_without_a_mask():
     numbers = Numbers(2)
     states, targets = numbers.normal(2, 5, HIDDEN_SIZE), numbers.integers(0, V, 2, 5)
     loss_fn = UnifiedLoss(V, use_contrastive_loss=True, labels_are_shifted=False)
-    arguments = {"logits": numbers.normal(2, 5, V), "targets": targets, "hidden_states": states, "return_detailed": True}
+    arguments = {
+        "logits": numbers.normal(2, 5, V),
+        "targets": targets,
+        "hidden_states": states,
+        "return_detailed": True,
+    }
     for mask in (None, torch.ones(2, 5)):
         found = loss_fn(**arguments, attention_mask=mask)["contrastive_loss"]
         torch.testing.assert_close(found, loss_fn.contrastive(states[:, :-1]), **EXACT)

@@ -14,7 +14,13 @@ V, E = 6, 3
 OWN_HEADS = {"use_mtp": True, "num_future_tokens": 2}
 MOE = {"num_experts": E, "num_moe_layers": 2, "use_moe_balancing": True}
 ADAPTIVE = {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 2}
-CONFIGURATIONS = {"plain": {}, "own heads": OWN_HEADS, "experts": MOE, "adaptive": ADAPTIVE, "both": {**OWN_HEADS, **MOE}}
+CONFIGURATIONS = {
+    "plain": {},
+    "own heads": OWN_HEADS,
+    "experts": MOE,
+    "adaptive": ADAPTIVE,
+    "both": {**OWN_HEADS, **MOE},
+}
 
 
 def build(name, **options):
@@ -69,7 +75,9 @@ def test_strict_loading_with_a_component_more_or_less(source, destination, assig
     for name, value in loaded.state_dict().items():
         expected = saved.state_dict().get(name, before[name])
         torch.testing.assert_close(value, expected, rtol=0, atol=0, msg=name)
-    assert all(isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad for parameter in loaded.parameters())
+    assert all(
+        isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad for parameter in loaded.parameters()
+    )
 
 
 @pytest.mark.parametrize("wrong", ["temperature.values", "mtp.heads.7.weight", "unknown"])
@@ -79,7 +87,7 @@ def test_names_that_are_wrong_are_still_refused(wrong):
     with pytest.raises(RuntimeError, match=f'Unexpected key.*"{wrong}"'):
         loaded.load_state_dict({**checkpoint, wrong: torch.zeros(())})
     del checkpoint["mtp.heads.0.weight"]
-    with pytest.raises(RuntimeError, match='Missing key.*"mtp.heads.0.weight"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"mtp.heads.0.weight"'):
         loaded.load_state_dict(checkpoint)
 
 
@@ -99,7 +107,9 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped():
 # -- casts and copies
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.bfloat16)]
+)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_buffers_keep_their_precision(name, cast):
     loss_fn = build(name)
@@ -180,7 +190,9 @@ def test_statistics_of_every_component_that_keeps_some():
     averages = loss_fn.get_loss_statistics()["adaptive_mtp"]
     assert averages["count"] == 3
     for name in ("mtp_loss", "confidence_regularization"):
-        torch.testing.assert_close(averages[name].double(), torch.stack([c[name] for c in calls]).mean(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            averages[name].double(), torch.stack([c[name] for c in calls]).mean(), rtol=1e-6, atol=0
+        )
     assert set(build("plain").get_loss_statistics()) == {"temperature"}
 
 

@@ -46,7 +46,9 @@ def test_a_run_of_training_steps(seed, bounds, gain, initial, volatility):
         result = assert_equals_reference(loss_fn, arguments)  # with the temperature from before the call
         history.append(result["cross_entropy"].item())
     assert loss_fn.temperature.count.item() == len(history) == 12
-    torch.testing.assert_close(loss_fn.temperature.history[:12].double(), torch.tensor(history).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss_fn.temperature.history[:12].double(), torch.tensor(history).double(), rtol=1e-6, atol=0
+    )
 
 
 def test_only_the_last_hundred_losses_matter():
