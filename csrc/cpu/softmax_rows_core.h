@@ -12,29 +12,6 @@
 namespace ava {
 inline namespace AVA_ISA {
 
-// e^{d factor ln 2}: 2^n p(f), n = round(d factor), |f| <= 1/2, p of degree 5 (relative error 2.4e-7). d is at least
-// `floor`, where the result is 0; a nan stays one. The product is rounded once only, in f: far from the maximum that
-// matters.
-template <class Vector>
-inline typename Vector::Register exp_of_difference(typename Vector::Register d, typename Vector::Register factor,
-                                                   typename Vector::Register floor) {
-  using V = Vector;
-  const auto magic = V::set(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
-  d = V::max(floor, d);
-  const auto shifted = V::fma(d, factor, magic), n = V::sub(shifted, magic);
-  const auto f = V::fma(d, factor, V::sub(V::set(0.f), n));
-  auto p = V::fma(V::set(0.0013276472454890609f), f, V::set(0.009675540961325169f));
-  p = V::fma(p, f, V::set(0.05550713092088699f));
-  p = V::fma(p, f, V::set(0.24022120237350464f));
-  p = V::fma(p, f, V::set(0.6931469440460205f));
-  p = V::fma(p, f, V::set(1.f));
-  return V::scale_by_power(p, n, shifted);
-}
-template <>
-inline double exp_of_difference<VectorDouble>(double d, double factor, double) {
-  return exp_of(d * factor);
-}
-
 // tanh: odd polynomial below 0.625 (Cephes), (1 - e^-2y) / (1 + e^-2y) above; error below 2 ulp.
 template <class Vector>
 inline typename Vector::Register tanh_of_vector(typename Vector::Register x) {
@@ -45,7 +22,7 @@ inline typename Vector::Register tanh_of_vector(typename Vector::Register x) {
   p = V::fma(p, square, V::set(1.33314422036e-1f));
   p = V::fma(p, square, V::set(-3.33332819422e-1f));
   const auto small = V::fma(V::mul(p, square), x, x);
-  const auto power = exp_of_difference<V>(V::mul(y, V::set(-2.f)), V::set(1.4426950408889634f), V::set(-80.f));
+  const auto power = V::exponential(y, V::set(-2 * 1.4426950408889634f));
   const auto large = V::copy_sign(V::div(V::sub(one, power), V::add(one, power)), x);
   return V::select(V::less(y, V::set(0.625f)), small, large);
 }
@@ -66,21 +43,13 @@ struct RowKernel {
   const SoftmaxRowsArguments& arguments;
   const RowOptions<Real> options;
   const Real inverse_temperature = 1 / options.temperature;
-  // what exp_of_difference wants: log2(e) / T and the difference where e^(d / T) is 0
+  // what the float vectors' exponential wants: log2(e) / T
   const Real factor = kIsDouble ? inverse_temperature : Real(1.4426950408889634) * inverse_temperature;
-  const Real floor = smallest_power() / factor;
 
   explicit RowKernel(const SoftmaxRowsArguments& all)
       : arguments(all), options(*static_cast<const RowOptions<Real>*>(all.options)) {}
 
-  static Real smallest_power() {
-    if constexpr (kIsDouble)
-      return 0;
-    else
-      return Vector::kSmallestPower;
-  }
-
-  Register exponential(Register d) const { return exp_of_difference<Vector>(d, V::set(factor), V::set(floor)); }
+  Register exponential(Register d) const { return V::exponential(d, V::set(factor)); }
 
   // softcap(x), and its derivative; a raw -inf stays -inf, with derivative 0
   struct Capped {
@@ -144,7 +113,11 @@ struct RowKernel {
     Lanes lanes[4] = {no_lanes(), no_lanes(), no_lanes(), no_lanes()};
     int64_t i = begin;
     for (; i + 4 * kLanes <= end; i += 4 * kLanes)
-      for (int k = 0; k < 4; ++k) add(lanes[k], effective(V::load(x + i + k * kLanes)), reference);
+      for (int k = 0; k < 4; k += 2) {
+        const auto pair = V::load_pair(x + i + k * kLanes);
+        add(lanes[k], effective(pair.first), reference);
+        add(lanes[k + 1], effective(pair.second), reference);
+      }
     for (; i + kLanes <= end; i += kLanes) add(lanes[0], effective(V::load(x + i)), reference);
     if (i < end) add(lanes[1], effective(load_part(x + i, end - i)), reference);
     Sums sums{V::largest(V::max(V::max(lanes[0].max, lanes[1].max), V::max(lanes[2].max, lanes[3].max))),
@@ -280,13 +253,14 @@ struct RowKernel {
           V::prefetch(next + i);
           if (sizeof(Element) * kLanes >= 64) V::prefetch(next + i + kLanes);
         }
-        store(out + i, gradient(V::load(x + i)), gradient(V::load(x + i + kLanes)));
+        const auto pair = V::load_pair(x + i);
+        store(out + i, typename V::Pair{gradient(pair.first), gradient(pair.second)});
       }
     };
     if (arguments.stream)
-      in_pairs([](Element* p, Register first, Register second) { V::stream_pair(p, first, second); });
+      in_pairs([](Element* p, typename V::Pair pair) { V::stream_pair(p, pair); });
     else
-      in_pairs([](Element* p, Register first, Register second) { V::store_pair(p, first, second); });
+      in_pairs([](Element* p, typename V::Pair pair) { V::store_pair(p, pair); });
     for (; i < n; i += kLanes) {
       const int64_t part = n - i < kLanes ? n - i : kLanes;
       store_part(out + i, part, gradient(part < kLanes ? load_part(x + i, part) : V::load(x + i)));
