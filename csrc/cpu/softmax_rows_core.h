@@ -92,41 +92,54 @@ struct RowKernel {
   static Lanes no_lanes() {
     return {V::set(-Real(INFINITY)), V::set(Real(0)), V::set(Real(0)), V::set(Real(0)), V::set(Real(0))};
   }
+  // kMasked: there may be a -inf among the values; its e is 0, and 0 * -inf must not reach a sum
+  template <bool kMasked>
   void add(Lanes& lanes, Register value, Register reference) const {
-    const Register d = V::sub(value, reference), e = exponential(d);
+    Register d = V::sub(value, reference);
+    const Register e = exponential(d);
     lanes.max = V::max(lanes.max, value);
     lanes.rest = V::add(lanes.rest, e);
     if constexpr (kDense) {
-      const auto present = V::not_equal(d, V::set(-Real(INFINITY)));
-      const Register counted = V::keep(present, d);
-      lanes.weighted = V::fma(e, counted, lanes.weighted);
-      lanes.sum = V::add(lanes.sum, counted);
-      lanes.count = V::add(lanes.count, V::keep(present, V::set(Real(1))));
+      if constexpr (kMasked) {
+        const auto present = V::not_equal(d, V::set(-Real(INFINITY)));
+        d = V::keep(present, d);
+        lanes.count = V::add(lanes.count, V::keep(present, V::set(Real(1))));
+      }
+      lanes.weighted = V::fma(e, d, lanes.weighted);
+      lanes.sum = V::add(lanes.sum, d);
     }
   }
   struct Sums {
     Real max;
     double rest, weighted, sum, count;  // rest: all e, the maximum included
   };
-  Sums sum_block(const Element* x, int64_t begin, int64_t end, Real reference_logit) const {
+  Sums sum_block(const Element* x, int64_t begin, int64_t end, Real reference) const {
+    const Sums sums = sum_lanes<false>(x, begin, end, reference);
+    if (!kDense || sums.sum > -double(INFINITY)) return sums;
+    return sum_lanes<true>(x, begin, end, reference);  // a masked column, or a nan
+  }
+  template <bool kMasked>
+  Sums sum_lanes(const Element* x, int64_t begin, int64_t end, Real reference_logit) const {
     const Register reference = V::set(reference_logit);
     Lanes lanes[4] = {no_lanes(), no_lanes(), no_lanes(), no_lanes()};
     int64_t i = begin;
     for (; i + 4 * kLanes <= end; i += 4 * kLanes)
       for (int k = 0; k < 4; k += 2) {
         const auto pair = V::load_pair(x + i + k * kLanes);
-        add(lanes[k], effective(pair.first), reference);
-        add(lanes[k + 1], effective(pair.second), reference);
+        add<kMasked>(lanes[k], effective(pair.first), reference);
+        add<kMasked>(lanes[k + 1], effective(pair.second), reference);
       }
-    for (; i + kLanes <= end; i += kLanes) add(lanes[0], effective(V::load(x + i)), reference);
-    if (i < end) add(lanes[1], effective(load_part(x + i, end - i)), reference);
-    Sums sums{V::largest(V::max(V::max(lanes[0].max, lanes[1].max), V::max(lanes[2].max, lanes[3].max))),
-              V::total(V::add(V::add(lanes[0].rest, lanes[1].rest), V::add(lanes[2].rest, lanes[3].rest))), 0, 0, 0};
+    for (; i + kLanes <= end; i += kLanes) add<kMasked>(lanes[0], effective(V::load(x + i)), reference);
+    const double n_present = kMasked ? 0 : double(i - begin);
+    if (i < end) add<true>(lanes[1], effective(load_part(x + i, end - i)), reference);
+    const auto of_all = [&](Register Lanes::* field, auto join) {
+      return join(join(lanes[0].*field, lanes[1].*field), join(lanes[2].*field, lanes[3].*field));
+    };
+    Sums sums{V::largest(of_all(&Lanes::max, V::max)), V::total(of_all(&Lanes::rest, V::add)), 0, 0, 0};
     if constexpr (kDense) {
-      sums.weighted =
-          V::total(V::add(V::add(lanes[0].weighted, lanes[1].weighted), V::add(lanes[2].weighted, lanes[3].weighted)));
-      sums.sum = V::total(V::add(V::add(lanes[0].sum, lanes[1].sum), V::add(lanes[2].sum, lanes[3].sum)));
-      sums.count = V::total(V::add(V::add(lanes[0].count, lanes[1].count), V::add(lanes[2].count, lanes[3].count)));
+      sums.weighted = V::total(of_all(&Lanes::weighted, V::add));
+      sums.sum = V::total(of_all(&Lanes::sum, V::add));
+      sums.count = n_present + V::total(of_all(&Lanes::count, V::add));
     }
     return sums;
   }
@@ -219,7 +232,9 @@ struct RowKernel {
     return row;
   }
 
-  // the gradient of every column, as if none had an s_c of its own; `next` is the row after this one, fetched meanwhile
+  // The gradient of every column, as if none had an s_c of its own. kMasked: there are -inf among the logits. `next` is
+  // the row after this one, fetched meanwhile.
+  template <bool kMasked>
   void differentiate(const Element* x, Element* out, const RowStatistics<Real>& row, const DenseGradient<Real>& dense,
                      const Element* next) const {
     const Register max = V::set(row.max), scale = V::set(dense.factor), slope = V::set(dense.slope),
@@ -232,20 +247,20 @@ struct RowKernel {
       }
       const Register d = V::sub(value, max), e = exponential(d);
       if constexpr (!kDense) return V::mul(e, scale);
-      const auto present = V::not_equal(d, V::set(-Real(INFINITY)));
-      Register g = V::keep(present, V::fma(e, V::fma(slope, d, scale), constant));
+      Register g = V::fma(e, V::fma(slope, d, scale), constant);
+      if constexpr (kMasked) g = V::keep(V::not_equal(d, V::set(-Real(INFINITY))), g);
       if constexpr (kCapped) g = V::mul(g, cap_slope);
       return g;
     };
+    const auto gradient_of_part = [&](int64_t at, int64_t n) {
+      store_part(out + at, n, gradient(n < kLanes ? load_part(x + at, n) : V::load(x + at)));
+    };
     const int64_t n = arguments.vocab_size;
-    const int64_t to_alignment =
-        int64_t((64 - (reinterpret_cast<uintptr_t>(out) & 63)) & 63) / int64_t(sizeof(Element));
-    const int64_t head = to_alignment < n ? to_alignment : n;
+    const int64_t bytes_to_alignment = (64 - int64_t(reinterpret_cast<uintptr_t>(out) & 63)) & 63;
+    const int64_t to_alignment = bytes_to_alignment / int64_t(sizeof(Element)),
+                  head = to_alignment < n ? to_alignment : n;
     int64_t i = 0;
-    for (; i < head; i += kLanes) {
-      const int64_t part = head - i < kLanes ? head - i : kLanes;
-      store_part(out + i, part, gradient(part < kLanes ? load_part(x + i, part) : V::load(x + i)));
-    }
+    for (; i < head; i += kLanes) gradient_of_part(i, head - i < kLanes ? head - i : kLanes);
     i = head;
     const auto in_pairs = [&](auto store) {
       for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
@@ -261,10 +276,7 @@ struct RowKernel {
       in_pairs([](Element* p, typename V::Pair pair) { V::stream_pair(p, pair); });
     else
       in_pairs([](Element* p, typename V::Pair pair) { V::store_pair(p, pair); });
-    for (; i < n; i += kLanes) {
-      const int64_t part = n - i < kLanes ? n - i : kLanes;
-      store_part(out + i, part, gradient(part < kLanes ? load_part(x + i, part) : V::load(x + i)));
-    }
+    for (; i < n; i += kLanes) gradient_of_part(i, n - i < kLanes ? n - i : kLanes);
     if (arguments.stream) V::end_of_stream();
     zero(out + n, arguments.n_columns - n);
   }
@@ -275,11 +287,12 @@ struct RowKernel {
   // One column that has an s_c.
   struct Entry {
     int64_t column;
-    Real u, own, gradient;
+    Real u, probability, own, gradient;
   };
-  static_assert(sizeof(Entry) <= 32, "sparse_scratch_bytes counts 32 bytes for each");
+  static_assert(sizeof(Entry) <= 40, "sparse_scratch_bytes counts 40 bytes for each");
 
   Real scalar_u(const Element* x, int64_t column, const RowStatistics<Real>& row) const {
+    if (column == int64_t(row.argmax)) return 0;
     Real value = widen(x[column]);
     if (value == -Real(INFINITY)) return value;
     if constexpr (kCapped) value = options.softcap * tanh_of(value / options.softcap);
@@ -291,13 +304,13 @@ struct RowKernel {
     return 1 - t * t;
   }
   // adds s to the entry of this column, or makes one
-  static void add_entry(Entry* entries, int64_t& n_entries, int64_t column, Real u, Real s) {
+  static void add_entry(Entry* entries, int64_t& n_entries, int64_t column, Real u, Real probability, Real s) {
     for (int64_t k = 0; k < n_entries; ++k)
       if (entries[k].column == column) {
         entries[k].own += s;
         return;
       }
-    entries[n_entries++] = {column, u, s, 0};
+    entries[n_entries++] = {column, u, probability, s, 0};
   }
 
   // dense gradient, then the columns with an s_c, computed before anything is written: `out` may be `x`
@@ -311,13 +324,16 @@ struct RowKernel {
     for (int64_t k = 0; k < n_entries; ++k) {
       Entry& entry = entries[k];
       const bool is_argmax = entry.column == int64_t(row.argmax);
-      const Real u = is_argmax ? Real(0) : entry.u, probability = exp_of(u) / (1 + row.rest);
-      const Real gradient = sparse_gradient(row, coefficients, is_argmax, u, probability, entry.own,
+      const Real gradient = sparse_gradient(row, coefficients, is_argmax, entry.u, entry.probability, entry.own,
                                             is_argmax ? others : others - entry.own + maximum);
       const bool masked = entry.u == -Real(INFINITY);
       entry.gradient = masked ? Real(0) : gradient * inverse_temperature * scalar_cap_slope(x, entry.column);
     }
-    differentiate(x, out, row, dense_gradient(row, coefficients, others + maximum, inverse_temperature), next);
+    const DenseGradient<Real> dense = dense_gradient(row, coefficients, others + maximum, inverse_temperature);
+    if (!kDense || row.count == Real(arguments.vocab_size))  // without b and k, e = 0 is all that a masked column needs
+      differentiate<false>(x, out, row, dense, next);
+    else
+      differentiate<true>(x, out, row, dense, next);
     for (int64_t k = 0; k < n_entries; ++k) narrow(entries[k].gradient, out + entries[k].column);
   }
 
@@ -352,7 +368,8 @@ struct RowKernel {
         const Real target_u = scalar_u(x, target, row);
         evaluation = evaluate(row, options, arguments.flags, target == argmax, target_u);
         evaluation.target_coefficient *= row_weight;
-        add_entry(entries, n_entries, target, target_u, evaluation.target_coefficient);
+        const Real probability = exp_of(target_u) / (1 + row.rest);
+        add_entry(entries, n_entries, target, target_u, probability, evaluation.target_coefficient);
         if (own_coefficients) own_coefficients[4] = evaluation.target_coefficient;
         total = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
       } else if (own_coefficients) {
@@ -367,9 +384,10 @@ struct RowKernel {
             const bool is_argmax = column == int64_t(row.argmax);
             const Real u = scalar_u(x, column, row);
             if (u > -Real(INFINITY) || u != u) {  // a masked column has p = 0: nothing to push down
-              share = unlikelihood(row, is_argmax, exp_of(u) / (1 + row.rest), weights[k]);
+              const Real probability = exp_of(u) / (1 + row.rest);
+              share = unlikelihood(row, is_argmax, probability, weights[k]);
               penalty += share.loss;
-              add_entry(entries, n_entries, column, u, share.log_prob_coefficient * row_weight);
+              add_entry(entries, n_entries, column, u, probability, share.log_prob_coefficient * row_weight);
             }
           }
           if (own_coefficients) own_coefficients[5 + k] = share.log_prob_coefficient * row_weight;
@@ -411,7 +429,7 @@ struct RowKernel {
       for (int64_t k = 0; k < n_ids; ++k) {
         const int64_t column = arguments.ids[r * n_ids + k];
         Real& log_prob = static_cast<Real*>(arguments.id_log_probs)[r * n_ids + k];
-        log_prob = column < 0 ? Real(0) : column == int64_t(row.argmax) ? -total : scalar_u(x, column, row) - total;
+        log_prob = column < 0 ? Real(0) : scalar_u(x, column, row) - total;
       }
     }
   }
@@ -426,11 +444,13 @@ struct RowKernel {
       int64_t n_entries = 0;
       if (row.count != 0) {
         if (coefficients.maximum != 0 && row.argmax >= 0)
-          add_entry(entries, n_entries, int64_t(row.argmax), Real(0), coefficients.maximum);
+          add_entry(entries, n_entries, int64_t(row.argmax), Real(0), 1 / (1 + row.rest), coefficients.maximum);
         for (int64_t k = 0; k < n_ids; ++k) {
           const int64_t column = arguments.ids[r * n_ids + k];
           const Real s = own_coefficients[4 + k];
-          if (column >= 0 && s != 0) add_entry(entries, n_entries, column, scalar_u(x, column, row), s);
+          if (column < 0 || s == 0) continue;
+          const Real u = scalar_u(x, column, row);
+          add_entry(entries, n_entries, column, u, exp_of(u) / (1 + row.rest), s);
         }
       }
       write_gradient(x, gradient_of(r), row, coefficients, entries, n_entries,

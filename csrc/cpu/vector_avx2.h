@@ -47,9 +47,7 @@ struct VectorFloat {
     store(p, v.first), store(p + kLanes, v.second);
   }
   static void stream_pair(float* p, Pair v) { _mm256_stream_ps(p, v.first), _mm256_stream_ps(p + kLanes, v.second); }
-  static void stream_pair(BFloat16* p, Pair v) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(v));
-  }
+  static void stream_pair(BFloat16* p, Pair v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(v)); }
   static void stream_pair(Float16* p, Pair v) { store_pair(p, v); }
   static void end_of_stream() { _mm_sfence(); }
   static void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }

@@ -50,9 +50,7 @@ struct VectorFloat {
   }
   // past the caches; p is aligned to 64 bytes
   static void stream_pair(float* p, Pair v) { _mm512_stream_ps(p, v.first), _mm512_stream_ps(p + kLanes, v.second); }
-  static void stream_pair(BFloat16* p, Pair v) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(v));
-  }
+  static void stream_pair(BFloat16* p, Pair v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(v)); }
   static void stream_pair(Float16* p, Pair v) { store_pair(p, v); }
   static void end_of_stream() { _mm_sfence(); }
   static void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
