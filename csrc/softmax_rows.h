@@ -174,7 +174,7 @@ AVA_HOST_DEVICE CandidateShare<Real> unlikelihood(const RowStatistics<Real>& row
                                                   Real weight) {
   if (is_argmax) {
     const Real rest = row.rest < smallest_rest<Real>() ? smallest_rest<Real>() : row.rest;  // a nan passes
-    return {weight * (log1p_of(rest) - log_of(rest)), weight / rest};
+    return {weight * log1p_of(1 / rest), weight / rest};  // -log(R / S); log1p(R) - log(R) cancels for a large R
   }
   return {-weight * log_complement(probability), weight * probability / (1 - probability)};
 }

@@ -167,12 +167,13 @@ def row_loss(
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf:
+    if logits.is_leaf or (logits._is_view() and logits._base.is_leaf and logits._base.requires_grad):
         raise ValueError(
             "unified_loss: inplace_gradient=True would write over a leaf (a parameter or an input that requires grad); "
             "expected logits that were computed"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+    strides = zip(logits.shape, logits.stride(), strict=True)
+    if logits.numel() and any(stride == 0 and size > 1 for size, stride in strides):
         raise ValueError(
             "unified_loss: inplace_gradient=True expected logits that do not overlap in memory, got an expanded tensor"
         )
