@@ -154,14 +154,11 @@ class UnifiedLossConfig:
             value = getattr(self, name)
             if value is None and self._defaults()[name] is None:
                 continue
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or not holds(value)
-            ):
+            if not _is_number(value) or not holds(value):
                 raise _bad(name, f"a number {interval}", value)
-        for name in ("eos_token_id", "pad_token_id", "repetition_allow_list"):
+        if not isinstance(self.repetition_allow_list, tuple):
+            raise _bad("repetition_allow_list", "a sequence of token ids", self.repetition_allow_list)
+        for name in ("eos_token_id", "pad_token_id", "ignore_index", "repetition_allow_list"):
             value = getattr(self, name)
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
             for token in ids:
@@ -170,7 +167,8 @@ class UnifiedLossConfig:
                 if name == "eos_token_id" and not 0 <= token < self.vocab_size:
                     raise _bad(name, f"token ids in [0, vocab_size = {self.vocab_size})", value)
         low_high = self.temperature_bounds
-        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+        is_pair = isinstance(low_high, tuple) and len(low_high) == 2 and all(map(_is_number, low_high))
+        if not is_pair or not 0 < low_high[0] <= low_high[1]:
             raise _bad("temperature_bounds", "two numbers, 0 < low <= high", low_high)
 
     def _check_choices(self) -> None:
@@ -257,6 +255,10 @@ class UnifiedLossConfig:
     def to_json(self) -> str:
         """to_dict as JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _bad(name: str, expected: str, got: object) -> ValueError:

@@ -60,4 +60,4 @@ def shift_left(
 
     Rows keep their number, so that logits are never copied.
     """
-    return torch.nn.functional.pad(values[:, 1:], (0, 1), value=fill)
+    return torch.nn.functional.pad(values[:, 1:], (0, min(1, values.shape[1])), value=fill)

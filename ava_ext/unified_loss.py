@@ -209,7 +209,8 @@ class UnifiedLoss(nn.Module):
         )
         per_row = config.reduction == "none"
         total = output.row_loss if per_row else output.row_loss.sum()
-        further, metrics = Terms(), Terms()  # what the one pass over the rows does not give
+        further: Terms = {}  # what the one pass over the rows does not give
+        metrics: Terms = {}
         if self.mtp is not None:
             head = (lm_head_weight, lm_head_bias) if config.mtp_share_head else (None, None)
             own_heads(self.mtp, config, inputs, self._head_loss(coefficients), *head, mtp_active, further, metrics)
@@ -233,7 +234,7 @@ class UnifiedLoss(nn.Module):
         if self.diversity is not None:
             further["diversity_loss"] = diversity_term(self.diversity, inputs, expert_outputs)
         if self.contrastive is not None:
-            further["contrastive_loss"] = contrastive_term(self.contrastive, inputs, contrastive_pair)
+            further["contrastive_loss"] = contrastive_term(self.contrastive, config, inputs, contrastive_pair)
         for addend in further.values():
             total = total + addend
         if per_row:
@@ -259,7 +260,11 @@ class UnifiedLoss(nn.Module):
                 config.eos_penalty_weight,
                 config.ngram_penalty_weight,
             ]
-            self._constants[key] = (row_coefficients(like, **self._row_options), like.new_tensor(weights))
+            with torch.inference_mode(False):  # training may follow an evaluation
+                self._constants[key] = (
+                    row_coefficients(like, **self._row_options),
+                    torch.tensor(weights, dtype=like.dtype, device=like.device),
+                )
         coefficients, penalty_weights = self._constants[key]
         if self.config.temperature_adapts:
             coefficients = torch.cat([self.temperature.value.reshape(1).to(like.dtype), coefficients[1:]])

@@ -167,7 +167,8 @@ def row_loss(
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf or (logits._is_view() and logits._base.is_leaf and logits._base.requires_grad):
+    base = logits if logits._base is None else logits._base  # also what a slice would write to
+    if base.is_leaf and base.requires_grad:
         raise ValueError(
             "unified_loss: inplace_gradient=True would write over a leaf (a parameter or an input that requires grad); "
             "expected logits that were computed"
