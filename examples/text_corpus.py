@@ -57,7 +57,7 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 
 @dataclasses.dataclass
 class Corpus:
-    """Tokenised documents, every tenth held out. In the token streams each document ends with `end_of_text`."""
+    """Tokenised documents, every fifteenth held out. In the token streams each document ends with `end_of_text`."""
 
     tokenizer: Tokenizer
     train_tokens: Tensor  # [n_train_tokens]
@@ -67,7 +67,7 @@ class Corpus:
     @classmethod
     def from_texts(cls, texts: list[str], vocab_size: int = 4096) -> Corpus:
         """Trains a byte-level BPE on the texts that are not held out and tokenises all of them with it."""
-        held_out = range(0, len(texts), 10)
+        held_out = range(0, len(texts), 15)
         train_texts = [text for index, text in enumerate(texts) if index not in held_out]
         tokenizer = _train_tokenizer(train_texts, vocab_size)
         train = [encoding.ids for encoding in tokenizer.encode_batch(train_texts)]
