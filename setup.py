@@ -14,7 +14,10 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
-    raise SystemExit(f"ava_ext: building needs torch >= 2.10 ({error}). Install it, or build with isolation.") from error
+    message = f"ava_ext: building needs torch >= 2.10 ({error}). Install it, or build with isolation."
+    raise SystemExit(message) from error
+if torch.__version__ < (2, 10):
+    raise SystemExit(f"ava_ext: building needs torch >= 2.10, got {torch.__version__} in {torch.__path__[0]}")
 
 ROOT = Path(__file__).resolve().parent
 # the environment's own ninja, also where it is not activated: another ninja version discards the log of the
@@ -35,7 +38,8 @@ class Build(cpp_extension.BuildExtension):
 
 # CppExtension on a CUDA torch too: CUDAExtension links libtorch_cuda, and such a library needs a CUDA torch to load
 #
-# -fno-trapping-math: without it GCC does not vectorise comparisons. NaN and inf keep their meaning; -ffast-math would not
+# -fno-trapping-math: without it GCC does not vectorise comparisons. NaN and inf keep their meaning, which -ffast-math
+# would take away
 extension = cpp_extension.CppExtension(
     "ava_ext._C",
     (ROOT / "csrc/sources.txt").read_text().split(),

@@ -1,7 +1,11 @@
-// Argument checks of the operators, one check_<op>() per op: a message says what was expected and what came.
+// Argument checks of the operators: a message says what was expected and what came.
 #pragma once
+#include <optional>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "element_type.h"
 #include "torch_stable.h"
 
 namespace ava {
@@ -9,10 +13,80 @@ namespace ava {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape_string(const Tensor& tensor) {
+inline std::string shape_string(const std::vector<int64_t>& sizes) {
   std::string text = "[";
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text += (dim ? ", " : "") + std::to_string(tensor.size(dim));
+  for (size_t dim = 0; dim < sizes.size(); ++dim) text += (dim ? ", " : "") + std::to_string(sizes[dim]);
   return text + "]";
+}
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+inline std::string shape_string(const Tensor& tensor) { return shape_string(shape_of(tensor)); }
+inline const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return "another type";
+  }
+}
+
+// `tensor` has this shape and type
+inline void check_tensor(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType type) {
+  STD_TORCH_CHECK(shape_of(tensor) == shape, op, ": expected ", name, " of shape ", shape_string(shape), ", got ",
+                  shape_string(tensor));
+  STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": expected ", name, " of type ", type_name(type), ", got ",
+                  type_name(tensor.scalar_type()));
+}
+
+// float64 beside float64 logits, else float32: the type of statistics, terms, coefficients and weights
+inline ScalarType accumulation_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline ElementType element_type(const char* op, const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return ElementType::f32;
+    case ScalarType::BFloat16: return ElementType::bf16;
+    case ScalarType::Half: return ElementType::f16;
+    case ScalarType::Double: return ElementType::f64;
+    default:
+      STD_TORCH_CHECK(false, op, ": expected logits of type float32, bfloat16, float16 or float64, got ",
+                      type_name(logits.scalar_type()));
+      return ElementType::f32;
+  }
+}
+
+// logits [..., n_columns] with last stride 1, and the vocabulary within its columns
+inline void check_logits(const char* op, const Tensor& logits, int64_t vocab_size) {
+  element_type(op, logits);
+  STD_TORCH_CHECK(logits.dim() >= 1, op, ": expected logits of shape [..., n_columns], got a scalar");
+  const int64_t n_columns = logits.size(logits.dim() - 1);
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= n_columns, op, ": expected vocab_size in [1, ", n_columns,
+                  "] for logits of shape ", shape_string(logits), ", got ", vocab_size);
+  STD_TORCH_CHECK(vocab_size < (int64_t(1) << 24), op, ": expected vocab_size below 2^24, got ", vocab_size);
+  STD_TORCH_CHECK(n_columns == 1 || logits.stride(logits.dim() - 1) == 1, op, ": expected logits with last stride 1, got ",
+                  logits.stride(logits.dim() - 1));
+}
+
+// shape of the rows: logits' without its columns, and with one more dimension of this size where it is not negative
+inline std::vector<int64_t> rows_shape(const Tensor& logits, int64_t last = -1) {
+  std::vector<int64_t> shape = shape_of(logits);
+  shape.pop_back();
+  if (last >= 0) shape.push_back(last);
+  return shape;
+}
+
+inline void check_ids(const char* op, const Tensor& logits, const std::optional<Tensor>& ids) {
+  if (!ids) return;
+  STD_TORCH_CHECK(ids->dim() == logits.dim(), op, ": expected ids of shape ", shape_string(rows_shape(logits)),
+                  " + [n_ids], got ", shape_string(*ids));
+  check_tensor(op, "ids", *ids, rows_shape(logits, ids->size(ids->dim() - 1)), ScalarType::Int);
 }
 
 }  // namespace ava

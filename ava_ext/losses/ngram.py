@@ -1,0 +1,27 @@
+"""n-gram repetition: -w log(1 - p_c) for each token c that followed an earlier occurrence of the last n - 1 tokens.
+
+These are the tokens that no_repeat_ngram bans in generation. At most ngram_slots of them, most recent first and distinct; with
+ngram_window_size W only followers among the last W context tokens. n = 1 is token-level unlikelihood.
+
+Source: Welleck et al. 2019, "Neural text generation with unlikelihood training".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ava_ext.config import UnifiedLossConfig
+
+
+def is_on(config: UnifiedLossConfig) -> bool:
+    """Whether the configuration asks for the penalty."""
+    return config.use_ngram_penalty
+
+
+def candidate_options(config: UnifiedLossConfig) -> tuple[int, dict[str, Any]]:
+    """Slots of each row, and the arguments of repetition_candidates that fill them."""
+    return config.ngram_slots, {
+        "ngram_size": config.ngram_size,
+        "ngram_window": config.ngram_window_size,
+        "ngram_slots": config.ngram_slots,
+    }

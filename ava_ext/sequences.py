@@ -1,0 +1,57 @@
+"""Sequences: where a segment begins, and labels that are not shifted yet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_numbers(
+    shape: tuple[int, int],  # (batch_size, n_tokens)
+    segment_ids: Tensor | None,  # [batch_size, n_tokens], [1, n_tokens] or [n_tokens]
+    position_ids: Tensor | None,  # [batch_size, n_tokens], [1, n_tokens] or [n_tokens]
+    cu_seqlens: Tensor | None,  # [n_segments + 1], over the rows in reading order
+) -> Tensor | None:
+    """A number for each row that changes where a segment begins, [batch_size or 1, n_tokens]; None: one segment a batch row.
+
+    A segment begins where segment_ids change, where position_ids do not increase, and at every cu_seqlens; given together, each
+    of them begins segments.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+    """
+    batch_size, n_tokens = shape
+    parts = []
+    for name, given in (("segment_ids", segment_ids), ("position_ids", position_ids)):
+        if given is None:
+            continue
+        if given.shape not in ((batch_size, n_tokens), (1, n_tokens), (n_tokens,)):
+            raise ValueError(f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}")
+        parts.append(given.reshape(-1, n_tokens))
+    if segment_ids is not None and len(parts) == 1 and cu_seqlens is None:
+        return parts[0]
+    starts = []
+    if segment_ids is not None:
+        starts.append(parts[0][:, 1:] != parts[0][:, :-1])
+    if position_ids is not None:
+        starts.append(parts[-1][:, 1:] <= parts[-1][:, :-1])
+    numbers = None
+    if starts:
+        starting = starts[0] if len(starts) == 1 else starts[0] | starts[1]
+        numbers = torch.nn.functional.pad(starting.cumsum(1), (1, 0))
+    if cu_seqlens is None:
+        return numbers
+    if cu_seqlens.dim() != 1:
+        raise ValueError(f"unified_loss: expected cu_seqlens of shape [n_segments + 1], got {list(cu_seqlens.shape)}")
+    rows = torch.arange(batch_size * n_tokens, device=cu_seqlens.device).view(batch_size, n_tokens)
+    packed = torch.searchsorted(cu_seqlens.to(torch.int64), rows, right=True)
+    # both count upwards, so their sum changes where either does
+    return packed if numbers is None else packed + numbers
+
+
+def shift_left(
+    values: Tensor,  # [batch_size, n_tokens]
+    fill: int | float | bool,
+) -> Tensor:
+    """values[:, t + 1] at t, `fill` at the end; [batch_size, n_tokens]. Rows keep their number, so that logits are never copied."""
+    return torch.nn.functional.pad(values[:, 1:], (0, 1), value=fill)

@@ -1,0 +1,123 @@
+// repetition_candidates on the CPU: threads over sequences, any strides and integer types. The algorithm is in
+// ../repetition.h.
+#include "../repetition.h"
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks_repetition.h"
+
+namespace ava {
+
+// A [batch_size, n_tokens] tensor of int32 or int64 with any strides; batch size 1 stands for every sequence.
+struct TokenRows {
+  explicit TokenRows(const Tensor& tensor)
+      : data(tensor.const_data_ptr()),
+        is_int32(tensor.scalar_type() == ScalarType::Int),
+        batch_stride(tensor.size(0) == 1 ? 0 : tensor.stride(0)),
+        stride(tensor.stride(1)) {}
+
+  void read(int64_t sequence, std::vector<int64_t>& out) const {
+    if (is_int32)
+      copy(static_cast<const int32_t*>(data) + sequence * batch_stride, out);
+    else
+      copy(static_cast<const int64_t*>(data) + sequence * batch_stride, out);
+  }
+
+ private:
+  template <class Integer>
+  void copy(const Integer* row, std::vector<int64_t>& out) const {
+    for (size_t t = 0; t < out.size(); ++t) out[t] = row[static_cast<int64_t>(t) * stride];
+  }
+
+  const void* data;
+  bool is_int32;
+  int64_t batch_stride, stride;
+};
+
+// What one thread works in, O(n_tokens); kept for its next call, so that only the first one pays for fresh memory.
+struct RepetitionScratch {
+  std::vector<int64_t> tokens, targets, segments;
+  FollowerLists<> lists;
+};
+
+template <class Weight>
+static void candidates_of_batch(const RepetitionOptions& options,
+                                const Tensor& tokens,                   // [batch_size, n_tokens]
+                                const Tensor& targets,                  // [batch_size, n_tokens]
+                                const std::optional<Tensor>& segments,  // [batch_size or 1, n_tokens]
+                                const Tensor& weights,                  // [4]
+                                int32_t* ids,                           // [batch_size, n_tokens, n_slots]
+                                Weight* candidate_weights) {            // [batch_size, n_tokens, n_slots]
+  const TokenRows token_rows(tokens), target_rows(targets), segment_rows(segments ? *segments : tokens);
+  const Weight* weight = static_cast<const Weight*>(weights.const_data_ptr());
+  const int64_t weight_stride = weights.stride(0);
+  const RepetitionWeights values{weight[0], weight[weight_stride], weight[2 * weight_stride],
+                                 weight[3 * weight_stride]};
+  const int64_t n_tokens = tokens.size(1), n_slots = options.n_slots();
+  // about 100 microseconds of work for a thread, below which waking it costs more
+  const int64_t sequences_per_task = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, n_tokens));
+
+  torch::stable::parallel_for(0, tokens.size(0), sequences_per_task, [&](int64_t first, int64_t last) {
+    static thread_local RepetitionScratch scratch;
+    scratch.tokens.resize(n_tokens);
+    scratch.targets.resize(n_tokens);
+    scratch.segments.resize(segments ? n_tokens : 0);
+    for (int64_t sequence = first; sequence < last; ++sequence) {
+      token_rows.read(sequence, scratch.tokens);
+      target_rows.read(sequence, scratch.targets);
+      if (segments) segment_rows.read(sequence, scratch.segments);
+      for (int64_t begin = 0, end; begin < n_tokens; begin = end) {
+        end = segments ? begin + 1 : n_tokens;
+        while (end < n_tokens && scratch.segments[end] == scratch.segments[begin]) ++end;
+        const int64_t offset = (sequence * n_tokens + begin) * n_slots;
+        segment_candidates(options, values, scratch.tokens.data() + begin, scratch.targets.data() + begin, end - begin,
+                           scratch.lists, ids + offset, candidate_weights + offset);
+      }
+    }
+  });
+}
+
+static std::tuple<Tensor, Tensor> repetition_candidates_cpu(
+    const Tensor& tokens,                   // [batch_size, n_tokens]
+    const Tensor& targets,                  // [batch_size, n_tokens]
+    const std::optional<Tensor>& segments,  // [batch_size or 1, n_tokens]
+    const Tensor& weights,                  // [4]
+    bool tokens_include_row, int64_t vocab_size, int64_t ignore_index, std::vector<int64_t> excluded_ids,
+    bool immediate, int64_t immediate_threshold, int64_t ngram_size, int64_t ngram_window, int64_t ngram_slots,
+    std::vector<int64_t> eos_ids, int64_t min_sequence_length) {
+  RepetitionOptions options;
+  options.tokens_include_row = tokens_include_row;
+  options.vocab_size = vocab_size;
+  options.ignore_index = ignore_index;
+  options.excluded_ids = std::move(excluded_ids);
+  std::sort(options.excluded_ids.begin(), options.excluded_ids.end());
+  options.immediate = immediate;
+  options.immediate_threshold = immediate_threshold;
+  options.ngram_size = ngram_size;
+  options.ngram_window = ngram_window;
+  options.ngram_slots = ngram_slots;
+  options.eos_ids = std::move(eos_ids);
+  options.min_sequence_length = min_sequence_length;
+  check_repetition_candidates(tokens, targets, segments, weights, options);
+
+  const std::array<int64_t, 3> shape{tokens.size(0), tokens.size(1), options.n_slots()};
+  Tensor ids = torch::stable::new_empty(tokens, {shape.data(), shape.size()}, ScalarType::Int);
+  Tensor candidate_weights = torch::stable::new_empty(weights, {shape.data(), shape.size()});
+  int32_t* out_ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+  void* out_weights = candidate_weights.mutable_data_ptr();
+  if (weights.scalar_type() == ScalarType::Double)
+    candidates_of_batch(options, tokens, targets, segments, weights, out_ids, static_cast<double*>(out_weights));
+  else
+    candidates_of_batch(options, tokens, targets, segments, weights, out_ids, static_cast<float*>(out_weights));
+  return {ids, candidate_weights};
+}
+
+}  // namespace ava
+
+STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) {
+  m.impl("repetition_candidates", TORCH_BOX(&ava::repetition_candidates_cpu));
+}

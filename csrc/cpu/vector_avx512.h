@@ -1,0 +1,84 @@
+// 16 floats in an AVX-512 register: the operations the row kernels are written in.
+#pragma once
+#include <immintrin.h>
+
+#include "../element_type.h"
+
+namespace ava {
+inline namespace AVA_ISA {
+
+struct VectorFloat {
+  using Value = float;
+  using Register = __m512;
+  using Mask = __mmask16;
+  static constexpr int kLanes = 16;
+
+  static Register set(float value) { return _mm512_set1_ps(value); }
+  static Register load(const float* p) { return _mm512_loadu_ps(p); }
+  static Register load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static Register load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+  static void store(float* p, Register v) { _mm512_storeu_ps(p, v); }
+  static void store(BFloat16* p, Register v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
+  static void store(Float16* p, Register v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void store_pair(float* p, Register first, Register second) { store(p, first), store(p + kLanes, second); }
+  static void store_pair(Float16* p, Register first, Register second) { store(p, first), store(p + kLanes, second); }
+  static void store_pair(BFloat16* p, Register first, Register second) { _mm512_storeu_si512(p, narrow_pair(first, second)); }
+  // past the caches; p is aligned to 64 bytes
+  static void stream_pair(float* p, Register first, Register second) {
+    _mm512_stream_ps(p, first), _mm512_stream_ps(p + kLanes, second);
+  }
+  static void stream_pair(Float16* p, Register first, Register second) { store_pair(p, first, second); }
+  static void stream_pair(BFloat16* p, Register first, Register second) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(first, second));
+  }
+  static void end_of_stream() { _mm_sfence(); }
+  static void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
+
+  static Register add(Register a, Register b) { return _mm512_add_ps(a, b); }
+  static Register sub(Register a, Register b) { return _mm512_sub_ps(a, b); }
+  static Register mul(Register a, Register b) { return _mm512_mul_ps(a, b); }
+  static Register div(Register a, Register b) { return _mm512_div_ps(a, b); }
+  static Register fma(Register a, Register b, Register c) { return _mm512_fmadd_ps(a, b, c); }     // a b + c
+  static Register fnma(Register a, Register b, Register c) { return _mm512_fnmadd_ps(a, b, c); }   // c - a b
+  static Register max(Register a, Register b) { return _mm512_max_ps(a, b); }                      // b where either is nan
+  static Register abs(Register a) { return _mm512_abs_ps(a); }
+  static Register copy_sign(Register magnitude, Register sign) {
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(0x7fffffff), _mm512_castps_si512(magnitude),
+                                                         _mm512_castps_si512(sign), 0xca));
+  }
+  static Mask not_equal(Register a, Register b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }  // true for nan
+  static Mask less(Register a, Register b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static bool any_equal(Register a, Register b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) != 0; }
+  static bool any_greater(Register a, Register b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+  static Register keep(Mask mask, Register a) { return _mm512_maskz_mov_ps(mask, a); }             // 0 elsewhere
+  static Register select(Mask mask, Register yes, Register no) { return _mm512_mask_blend_ps(mask, no, yes); }
+  static float largest(Register a) { return _mm512_reduce_max_ps(a); }
+  static float total(Register a) { return _mm512_reduce_add_ps(a); }
+
+  // p 2^n; n a whole number, -inf included
+  static Register scale_by_power(Register p, Register n, Register) { return _mm512_scalef_ps(p, n); }
+  static constexpr float kSmallestPower = -200;  // 2^-200 is 0 in a float
+
+ private:
+  // to nearest even: the rounded value's upper halves. A nan stays one: arithmetic gives quiet nans, whose upper half does not overflow
+  static __m512i round_bf16(Register v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
+  static __m256i narrow_bf16(Register v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v), 16)); }
+  static __m512i narrow_pair(Register first, Register second) {
+    alignas(64) static constexpr uint16_t upper_halves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                              33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return _mm512_permutex2var_epi16(round_bf16(first), _mm512_load_si512(upper_halves), round_bf16(second));
+  }
+};
+
+}  // namespace AVA_ISA
+}  // namespace ava

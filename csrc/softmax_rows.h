@@ -1,0 +1,241 @@
+// The mathematics of one row of logits, shared by every kernel and by the C++ tests. Free of torch.
+//
+// Effective logits  z = softcap(x) / T,  softcap(x) = c tanh(x / c) where asked for. Columns whose raw logit is -inf, and columns
+// at or beyond vocab_size, are left out of everything; V is the number of those that remain. With m the maximum of z, at
+// column i* (the lowest of equals), and u_j = z_j - m:
+//
+//   statistics     R = sum_{j != i*} e^{u_j}     B = sum_j u_j e^{u_j}     U = sum_j u_j     V
+//   from them      S = 1 + R     p_j = e^{u_j} / S     E = B / S (mean of u)     lse = m + log1p(R)     H = log1p(R) - E (entropy)
+//                  -log p_j = log1p(R) - u_j     1 - p_{i*} = R / S
+//
+// R leaves the maximum out: where the model is sure, 1 - p_{i*} = R / S stays exact although p_{i*} rounds to 1. Every other
+// column has p_j <= 1/2, so that 1 - p_j does not cancel there either.
+//
+// Statistics are a monoid (`merge`), so lanes, blocks, vocabulary shards can be measured apart.
+//
+// Gradient. Every term's derivative is a combination of four shapes, so all terms together cost one pass over the row:
+//
+//   dz_j = a p_j + b p_j (u_j - E) + k + sum_c s_c (1(j = c) - p_j)                                                    (1)
+//
+// `a` comes from lse, `b` from the entropy, `k` (and a) from the mean log-probability, and s_c is the derivative by log p_c
+// of the target, of a candidate, or of the maximum. A candidate's penalty -w log(1 - p_c) has s_c = w p_c / (1 - p_c), at the
+// maximum w / R. Collected per column:
+//
+//   elsewhere          dz_j = p_j [ A + b (u_j - E) ] + k,                          A = a - sum_c s_c
+//   at c != i*         dz_c = p_c [ A + s_c + b (u_c - E) ] + k + s_c (1 - p_c)
+//   at i*              dz_i* = p_i* [ a - sum_{c != i*} s_c - b E ] + k + s_i* R / S
+//
+// s_i* may be 1e30 where a sure row repeats itself; it is never added to and subtracted from the same sum.
+#pragma once
+#include <math.h>
+
+#include "element_type.h"
+
+namespace ava {
+inline namespace AVA_ISA {
+
+AVA_HOST_DEVICE float exp_of(float value) { return expf(value); }
+AVA_HOST_DEVICE double exp_of(double value) { return exp(value); }
+AVA_HOST_DEVICE float log_of(float value) { return logf(value); }
+AVA_HOST_DEVICE double log_of(double value) { return log(value); }
+AVA_HOST_DEVICE float log1p_of(float value) { return log1pf(value); }
+AVA_HOST_DEVICE double log1p_of(double value) { return log1p(value); }
+AVA_HOST_DEVICE float expm1_of(float value) { return expm1f(value); }
+AVA_HOST_DEVICE double expm1_of(double value) { return expm1(value); }
+AVA_HOST_DEVICE float power_of(float base, float exponent) { return powf(base, exponent); }
+AVA_HOST_DEVICE double power_of(double base, double exponent) { return pow(base, exponent); }
+AVA_HOST_DEVICE float tanh_of(float value) { return tanhf(value); }
+AVA_HOST_DEVICE double tanh_of(double value) { return tanh(value); }
+
+// The smallest R that is told from 0: its inverse times a weight up to 30 is still a finite float.
+template <class Real>
+AVA_HOST_DEVICE Real smallest_rest() {
+  return sizeof(Real) == 4 ? Real(1e-37) : Real(1e-300);
+}
+
+// Statistics of a row. As a tensor: [n_rows, 6], in this order. A row that is left out (ignored, or nothing but masked columns)
+// has count 0, and its gradient is zero.
+template <class Real>
+struct RowStatistics {
+  Real max;       // of softcap(x), before the temperature, so that u of the maximum is exactly 0; -inf: nothing seen
+  Real argmax;    // i*, a whole number; -1: nothing seen
+  Real rest;      // R
+  Real weighted;  // B
+  Real sum;       // U
+  Real count;     // V
+};
+
+template <class Real>
+AVA_HOST_DEVICE RowStatistics<Real> empty_statistics() {
+  return {Real(-INFINITY), Real(-1), Real(0), Real(0), Real(0), Real(0)};
+}
+
+// Statistics of two disjoint sets of columns. Exact for empty ones: never e^-inf * -inf. A nan never wins the maximum; it
+// travels in `rest`, also out of an empty part.
+template <class Real>
+AVA_HOST_DEVICE RowStatistics<Real> merge(const RowStatistics<Real>& first, const RowStatistics<Real>& second,
+                                          Real inverse_temperature) {
+  const bool second_wins = second.max > first.max || (second.max == first.max && second.argmax < first.argmax);
+  RowStatistics<Real> high = second_wins ? second : first;
+  const RowStatistics<Real> low = second_wins ? first : second;
+  if (low.max == Real(-INFINITY)) {
+    high.rest += low.rest;  // 0, or nan
+    return high;
+  }
+  const Real shift = (low.max - high.max) * inverse_temperature, factor = exp_of(shift), total = 1 + low.rest;
+  high.weighted += factor * (low.weighted + shift * total);
+  high.rest += total * factor;
+  high.sum += low.sum + shift * low.count;
+  high.count += low.count;
+  return high;
+}
+
+// One more column, of effective logit `value` before the temperature: the scalar form of merge.
+template <class Real>
+AVA_HOST_DEVICE RowStatistics<Real> update(const RowStatistics<Real>& statistics, Real value, int64_t column,
+                                           Real inverse_temperature) {
+  RowStatistics<Real> one = empty_statistics<Real>();
+  if (value != value) one.rest = value;
+  if (value > Real(-INFINITY)) one.max = value, one.argmax = Real(column), one.count = 1;
+  return merge(statistics, one, inverse_temperature);
+}
+
+// What the loss terms are made with. The values come in one small tensor, `coefficients` [7], in this order, so that a schedule
+// may change them without a recompilation or a synchronisation; which terms are on (the flags below) is fixed.
+template <class Real>
+struct RowOptions {
+  Real temperature;
+  Real label_smoothing;            // e
+  Real focal_alpha, focal_gamma;
+  Real z_loss_weight;              // beta
+  Real confidence_penalty_weight;  // eta
+  Real softcap;                    // c
+};
+constexpr int kRowOptions = 7;
+
+enum RowFlag : int64_t {
+  kCrossEntropy = 1,     // the main term is on
+  kFocal = 2,            // and modulated
+  kLabelSmoothing = 4,   // and smoothed
+  kExcludeTarget = 8,    // with e / (V - 1) on the other columns instead of e / V on all
+  kZLoss = 16,
+  kConfidencePenalty = 32,
+  kSoftcap = 64,
+  kEntropy = 128,        // measure the entropy although no term needs it
+};
+
+// The first rows of row_terms; one more follows for each group of candidates.
+enum RowTerm { kMainLoss, kZLossTerm, kConfidencePenaltyTerm, kCrossEntropyMetric, kEntropyMetric, kCorrectMetric, kRowTerms };
+
+// a, b, k of (1), and s of the maximum. As a tensor: [n_rows, 4], in this order.
+template <class Real>
+struct RowCoefficients {
+  Real probability;  // a
+  Real entropy;      // b
+  Real constant;     // k
+  Real maximum;      // s of log p_i*, for a caller who does not name i* among his ids
+};
+
+template <class Real>
+AVA_HOST_DEVICE Real log_total(const RowStatistics<Real>& row) {
+  return log1p_of(row.rest);
+}
+// 1 - p_c, for a column with this p_c
+template <class Real>
+AVA_HOST_DEVICE Real complement(const RowStatistics<Real>& row, bool is_argmax, Real probability) {
+  return is_argmax ? row.rest / (1 + row.rest) : 1 - probability;
+}
+
+// A candidate's penalty -w log(1 - p_c), and its s_c.
+template <class Real>
+struct CandidateShare {
+  Real loss, log_prob_coefficient;
+};
+template <class Real>
+AVA_HOST_DEVICE CandidateShare<Real> unlikelihood(const RowStatistics<Real>& row, bool is_argmax, Real probability, Real weight) {
+  if (is_argmax) {
+    const Real rest = row.rest < smallest_rest<Real>() ? smallest_rest<Real>() : row.rest;  // a nan passes
+    return {weight * (log1p_of(rest) - log_of(rest)), weight / rest};
+  }
+  return {-weight * log1p_of(-probability), weight * probability / (1 - probability)};
+}
+
+// Every term of one counted row but the candidates', and the coefficients of its gradient.
+template <class Real>
+struct RowEvaluation {
+  Real terms[kRowTerms];
+  RowCoefficients<Real> coefficients;
+  Real target_coefficient;  // s of the target
+};
+template <class Real>
+AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, const RowOptions<Real>& options, int64_t flags,
+                                             bool target_is_argmax,
+                                             Real target_u) {  // u of the target; -inf where its column is masked
+  RowEvaluation<Real> out{};
+  const Real total = log_total(row), mean_u = row.weighted / (1 + row.rest);
+  const Real nll = target_is_argmax ? total : total - target_u;
+  out.terms[kCrossEntropyMetric] = nll;
+  out.terms[kEntropyMetric] = total - mean_u;
+  out.terms[kCorrectMetric] = target_is_argmax ? Real(1) : Real(0);
+
+  if (flags & kCrossEntropy) {
+    Real hard = nll, slope = 1;  // of the target's term, and its derivative by nll
+    if (flags & kFocal) {
+      // alpha o^gamma nll with o = 1 - p_t; its derivative alpha o^gamma (1 + gamma p_t nll / o) has no o^(gamma - 1)
+      const Real other = target_is_argmax ? row.rest / (1 + row.rest) : -expm1_of(-nll);
+      const Real modulation = options.focal_alpha * power_of(other, options.focal_gamma), p = exp_of(-nll);
+      const Real ratio = nll < Real(1e-6) ? Real(1) : nll / other;
+      hard = modulation * nll;
+      slope = modulation * (1 + (p == 0 ? Real(0) : options.focal_gamma * p * ratio));  // p = 0: nll may be inf
+    }
+    Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
+    if (flags & kExcludeTarget && row.count > 1) smoothing *= row.count / (row.count - 1);
+    out.terms[kMainLoss] = smoothing == 1 ? Real(0) : (1 - smoothing) * hard;
+    out.target_coefficient = -(1 - smoothing) * slope;
+    if (flags & kLabelSmoothing) {
+      out.terms[kMainLoss] += smoothing * (total - row.sum / row.count);
+      out.coefficients.probability += smoothing;
+      out.coefficients.constant = -smoothing / row.count;
+    }
+  }
+  if (flags & kZLoss) {
+    const Real lse = row.max / options.temperature + total;
+    out.terms[kZLossTerm] = options.z_loss_weight * lse * lse;
+    out.coefficients.probability += 2 * options.z_loss_weight * lse;
+  }
+  if (flags & kConfidencePenalty && row.count > 1) {
+    const Real slope = options.confidence_penalty_weight / log_of(row.count);
+    out.terms[kConfidencePenaltyTerm] = options.confidence_penalty_weight - slope * (total - mean_u);
+    out.coefficients.entropy = slope;
+  }
+  return out;
+}
+
+// (1) for the columns that are nobody's target or candidate, as a function of d = softcap(x) - max, already by x but for the soft cap:
+//   dx = e^{d / T} (factor + slope d) + constant
+template <class Real>
+struct DenseGradient {
+  Real factor, slope, constant;
+};
+template <class Real>
+AVA_HOST_DEVICE DenseGradient<Real> dense_gradient(const RowStatistics<Real>& row, const RowCoefficients<Real>& coefficients,
+                                                   Real log_prob_coefficients,  // sum of s_c over all columns, i* included
+                                                   Real inverse_temperature) {
+  const Real total = 1 + row.rest, mean_u = row.weighted / total;
+  return {(coefficients.probability - log_prob_coefficients - coefficients.entropy * mean_u) * inverse_temperature / total,
+          coefficients.entropy * inverse_temperature * inverse_temperature / total, coefficients.constant * inverse_temperature};
+}
+
+// (1) at a column that has an s_c, by z.
+template <class Real>
+AVA_HOST_DEVICE Real sparse_gradient(const RowStatistics<Real>& row, const RowCoefficients<Real>& coefficients, bool is_argmax,
+                                     Real u, Real probability,
+                                     Real own,       // s_c of this column
+                                     Real others) {  // sum of s over the other columns
+  const Real mean_u = row.weighted / (1 + row.rest);
+  return probability * (coefficients.probability - others + coefficients.entropy * (u - mean_u)) + coefficients.constant +
+         own * complement(row, is_argmax, probability);
+}
+
+}  // namespace AVA_ISA
+}  // namespace ava
