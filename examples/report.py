@@ -12,9 +12,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws into files, also where there is no screen
 import matplotlib.pyplot as plt
-from measure import Run, prompts_and_references, repeated_ngram_rate
+from evaluation import Run, repeated_ngram_rate
 from text_corpus import Corpus
-from torch import Tensor
 
 from ava_ext import METRICS
 
@@ -29,10 +28,10 @@ PENALTY_COLOURS = {
 Runs = dict[str, Run]  # one seed: the base run, and the two that continue it
 
 
-def print_samples(runs: Runs, corpus: Corpus, context: int, n_samples: int = 2) -> None:
+def print_samples(runs: Runs, corpus: Corpus, n_samples: int = 2) -> None:
     """The same prompts continued by both models and by their authors, with the share of repeated 4-grams of each."""
-    prompts, references = prompts_and_references(corpus, context)
-    texts = {PLAIN: runs[PLAIN].continuations, PENALISED: runs[PENALISED].continuations, "the real text": references}
+    prompts, real_text = corpus.prompts()
+    texts = {name: runs[name].continuations for name in (PLAIN, PENALISED)} | {"the real text": real_text}
     print("\nGreedy continuations of held-out text")
     for index in range(n_samples):
         print(f'\n  "{corpus.tokenizer.decode(prompts[index].tolist())}" goes on')
@@ -56,22 +55,22 @@ def contributions(run: Run, n_last: int) -> tuple[dict[str, float], float]:
     return means, total
 
 
-def print_trade(seeds: list[Runs], corpus: Corpus, context: int, penalty_weight: float) -> None:
+def print_trade(seeds: list[Runs], corpus: Corpus, penalty_weight: float) -> None:
     """What the penalties cost in perplexity beside what they save in repetition."""
     plain, penalised = [runs[PLAIN] for runs in seeds], [runs[PENALISED] for runs in seeds]
     perplexities = [[run.perplexity[-1] for run in kind] for kind in (plain, penalised)]
     repeats = [[100 * run.repeated[-1] for run in kind] for kind in (plain, penalised)]
-    real = 100 * repeated_ngram_rate(prompts_and_references(corpus, context)[1])
-    many = f", {len(seeds)} seeds: mean ± standard deviation" if len(seeds) > 1 else ", one seed (--seeds 3 shows the spread)"
+    real = 100 * repeated_ngram_rate(corpus.prompts()[1])
+    many = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed; try --seeds 3"
 
-    print(f"\nThe trade, on held-out text with penalty weight {penalty_weight:g}{many}")
+    print(f"\nThe trade, on held-out text, with penalty weight {penalty_weight:g} ({many})")
     row = "  {:<26}{:>16}{:>18}{:>18}{:>16}"
     print(row.format("", PLAIN, PENALISED, "change", "the real text"))
     for name, (before, after), unit, reference in (
         ("perplexity", perplexities, "", ""),
         ("repeated 4-grams, greedy", repeats, "%", f"{real:.1f}%"),
     ):
-        change = [100 * (b / a - 1) for a, b in zip(before, after)]
+        change = [100 * (b / a - 1) for a, b in zip(before, after, strict=True)]
         print(row.format(name, spread(before, unit), spread(after, unit), spread(change, "%", sign="+"), reference))
 
 
@@ -88,9 +87,9 @@ def write_json(seeds: list[Runs], options: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps({"options": options, "seeds": runs}, default=str))
 
 
-def plot_curves(seeds: list[Runs], corpus: Corpus, context: int, penalty_weight: float, path: Path) -> None:
+def plot_curves(seeds: list[Runs], corpus: Corpus, penalty_weight: float, path: Path) -> None:
     """Perplexity, repetition and the penalties along the training: the mean of the seeds, each seed thin behind it."""
-    real_rate = 100 * repeated_ngram_rate(prompts_and_references(corpus, context)[1])
+    real_rate = 100 * repeated_ngram_rate(corpus.prompts()[1])
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
     with plt.rc_context(style):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
@@ -120,7 +119,7 @@ def _draw(axes: plt.Axes, steps: Sequence[int], curves: list[list[float]], colou
     if len(curves) > 1:
         for curve in curves:
             axes.plot(steps, curve, color=colour, alpha=0.3, linewidth=0.8)
-    mean = [statistics.fmean(values) for values in zip(*curves)]
+    mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
     axes.plot(steps, mean, color=colour, linewidth=2, label=label)
 
 

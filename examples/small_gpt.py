@@ -65,7 +65,7 @@ class SmallGPT(nn.Module):
         start = 0 if pasts[0] is None else pasts[0][0].shape[2]
         hidden = self.token_embedding(ids) + self.position_embedding.weight[start : start + ids.shape[1]]
         presents = []
-        for block, past in zip(self.blocks, pasts):
+        for block, past in zip(self.blocks, pasts, strict=True):
             hidden, present = block(hidden, past)
             presents.append(present)
         return F.linear(self.final_norm(hidden), self.token_embedding.weight), presents

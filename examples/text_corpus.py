@@ -1,6 +1,6 @@
 """Real text that every Python carries with it: the documentation of its own standard library, as tokens.
 
-The text is the language reference of `pydoc_data.topics` and the docstrings of the standard library's modules, read from
+That is the language reference of `pydoc_data.topics` and the docstrings of the standard library's modules, read from
 their sources without importing them. It differs a little from one Python version to the next.
 """
 
@@ -57,15 +57,16 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 
 @dataclasses.dataclass
 class Corpus:
-    """Tokenised documents, every fifteenth held out. In the token streams each document ends with `end_of_text`."""
+    """Tokenised documents, every fifteenth held out. In the streams of tokens each document ends with `end_of_text`."""
 
     tokenizer: Tokenizer
+    context: int  # tokens per window
     train_tokens: Tensor  # [n_train_tokens]
     validation_tokens: Tensor  # [n_validation_tokens]
     validation_documents: list[Tensor]  # each [document_length], without end_of_text
 
     @classmethod
-    def from_texts(cls, texts: list[str], vocab_size: int = 4096) -> Corpus:
+    def from_texts(cls, texts: list[str], context: int, vocab_size: int = 4096) -> Corpus:
         """Trains a byte-level BPE on the texts that are not held out and tokenises all of them with it."""
         held_out = range(0, len(texts), 15)
         train_texts = [text for index, text in enumerate(texts) if index not in held_out]
@@ -75,6 +76,7 @@ class Corpus:
         end = [tokenizer.token_to_id(END_OF_TEXT)]
         return cls(
             tokenizer,
+            context,
             torch.tensor([token for ids in train for token in ids + end]),
             torch.tensor([token for ids in validation for token in ids + end]),
             [torch.tensor(ids) for ids in validation],
@@ -89,20 +91,27 @@ class Corpus:
         return self.tokenizer.token_to_id(END_OF_TEXT)
 
     def random_batch(
-        self, batch_size: int, length: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:  # each [batch_size, length]
+        self, batch_size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:  # each [batch_size, context]
         """Inputs, targets (the inputs one token later) and the segment of every target, from anywhere in the text."""
-        starts = torch.randint(len(self.train_tokens) - length, (batch_size, 1), generator=generator)
-        windows = self.train_tokens[starts + torch.arange(length + 1)]
+        starts = torch.randint(len(self.train_tokens) - self.context, (batch_size, 1), generator=generator)
+        windows = self.train_tokens[starts + torch.arange(self.context + 1)]
         inputs, targets = windows[:, :-1], windows[:, 1:]
         return inputs, targets, segments_of(targets, self.end_of_text)
 
-    def validation_windows(self, length: int) -> tuple[Tensor, Tensor]:  # each [n_windows, length]
+    def validation_windows(self) -> tuple[Tensor, Tensor]:  # each [n_windows, context]
         """Inputs and targets that cover the held-out text once; less than one window at its end is left out."""
-        n_windows = (len(self.validation_tokens) - 1) // length
-        inputs = self.validation_tokens[: n_windows * length].view(n_windows, length)
-        targets = self.validation_tokens[1 : n_windows * length + 1].view(n_windows, length)
-        return inputs, targets
+        n_tokens = (len(self.validation_tokens) - 1) // self.context * self.context
+        inputs, targets = self.validation_tokens[:n_tokens], self.validation_tokens[1 : n_tokens + 1]
+        return inputs.view(-1, self.context), targets.view(-1, self.context)
+
+    def prompts(
+        self, prompt_length: int = 24
+    ) -> tuple[Tensor, Tensor]:  # [n_documents, prompt_length], [n_documents, context - prompt_length]
+        """The beginnings of the held-out documents that fill the context, and how they really go on."""
+        documents = [ids[: self.context] for ids in self.validation_documents if len(ids) >= self.context]
+        texts = torch.stack(documents)
+        return texts[:, :prompt_length], texts[:, prompt_length:]
 
 
 def segments_of(targets: Tensor, end_of_text: int) -> Tensor:  # [batch, length] -> [batch, length]

@@ -4,10 +4,10 @@
     python examples/train_lm.py --quick     # under a minute: everything runs, little is learnt
     python examples/train_lm.py --seeds 3   # three times as long: mean and spread
 
-A base model learns the standard library's documentation with cross-entropy. From that checkpoint the training goes on twice,
-over the same batches: with cross-entropy alone, and with UnifiedLoss's penalties on repeated n-grams, repeated tokens and
-early ends. Both models then face text they have not seen: how well they predict it (perplexity, lower is better), and how
-much of what they write, always taking the likeliest token, is repetition.
+A base model learns the documentation of the standard library with cross-entropy. From that checkpoint the training goes
+on twice, over the same batches: with cross-entropy alone, and with UnifiedLoss's penalties on repeated n-grams,
+repeated tokens and early ends. Both models then face text they have not seen: how well they predict it (perplexity,
+lower is better), and how much of what they write, always taking the likeliest token, is repetition.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import report
 import torch
-from measure import Run
+from evaluation import Run
 from report import BASE, PENALISED, PLAIN
 from small_gpt import SmallGPT
 from text_corpus import Corpus, standard_library_documentation
@@ -70,7 +70,7 @@ def train(
     run.measure(model, corpus, first_step)
     progress = tqdm(learning_rates.tolist(), desc=title, unit="step", dynamic_ncols=True)
     for step, learning_rate in enumerate(progress, start=1):
-        inputs, targets, segment_ids = corpus.random_batch(BATCH_SIZE, CONTEXT, generator)
+        inputs, targets, segment_ids = corpus.random_batch(BATCH_SIZE, generator)
         loss = loss_fn(model(inputs), targets, segment_ids=segment_ids, return_detailed=True)
 
         optimizer.zero_grad()
@@ -91,16 +91,15 @@ def train(
 def compare(corpus: Corpus, n_steps: int, measure_every: int, penalty_weight: float, seed: int) -> dict[str, Run]:
     """Trains a base model for n_steps, then goes on from it with either loss for half as many."""
     torch.manual_seed(seed)
-    model = SmallGPT(corpus.vocab_size, CONTEXT)
+    model = SmallGPT(corpus.vocab_size, corpus.context)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
 
     warm_up = torch.arange(1, n_steps + 1) / max(1, n_steps // 10)
     base_rates = LEARNING_RATE * warm_up.clamp(max=1)
     falling_rates = LEARNING_RATE * torch.linspace(1, 0, n_steps // 2 + 1)[:-1]
 
-    runs = {
-        BASE: train(model, optimizer, plain_loss(corpus), corpus, base_rates, 0, measure_every, seed, f"seed {seed}, {BASE:<14}")
-    }
+    title = f"seed {seed}, {BASE:<14}"
+    runs = {BASE: train(model, optimizer, plain_loss(corpus), corpus, base_rates, 0, measure_every, seed, title)}
     for name, loss_fn in ((PLAIN, plain_loss(corpus)), (PENALISED, penalised_loss(corpus, penalty_weight))):
         checkpoint = copy.deepcopy((model, optimizer))
         title = f"seed {seed}, {name:<14}"
@@ -111,7 +110,7 @@ def compare(corpus: Corpus, n_steps: int, measure_every: int, penalty_weight: fl
 def main() -> None:
     options = parse_options()
     start = time.perf_counter()
-    corpus = Corpus.from_texts(standard_library_documentation())
+    corpus = Corpus.from_texts(standard_library_documentation(), CONTEXT)
     print(
         f"Documentation of the standard library: {len(corpus.train_tokens):,} tokens to learn from, "
         f"{len(corpus.validation_tokens):,} held out, {corpus.vocab_size:,} different ones"
@@ -121,13 +120,13 @@ def main() -> None:
         compare(corpus, options.steps, measure_every, options.penalty_weight, seed)
         for seed in range(options.seed, options.seed + options.seeds)
     ]
-    report.print_samples(seeds[0], corpus, CONTEXT)
+    report.print_samples(seeds[0], corpus)
     report.print_components(seeds[0][PENALISED])
-    report.print_trade(seeds, corpus, CONTEXT, options.penalty_weight)
+    report.print_trade(seeds, corpus, options.penalty_weight)
 
     options.output.mkdir(parents=True, exist_ok=True)
     report.write_json(seeds, vars(options), options.output / "results.json")
-    report.plot_curves(seeds, corpus, CONTEXT, options.penalty_weight, options.output / "curves.png")
+    report.plot_curves(seeds, corpus, options.penalty_weight, options.output / "curves.png")
     print(f"\n{options.output}/curves.png and results.json written, {time.perf_counter() - start:.0f} s in all")
 
 

@@ -10,8 +10,6 @@ from small_gpt import SmallGPT
 from text_corpus import Corpus
 from torch import Tensor
 
-PROMPT_LENGTH = 24  # tokens of a held-out document before the model continues it
-
 
 @dataclasses.dataclass
 class Run:
@@ -25,10 +23,9 @@ class Run:
 
     def measure(self, model: SmallGPT, corpus: Corpus, step: int) -> None:
         """Adds a measurement of the model as it is after this step."""
-        prompts, _ = prompts_and_references(corpus, model.context)
-        n_new_tokens = model.context - PROMPT_LENGTH
-        # without an end, all continuations have the same length and their rates compare
-        self.continuations = model.greedy(prompts, n_new_tokens, banned_token=corpus.end_of_text)
+        prompts, real_continuations = corpus.prompts()
+        # never ending, all continuations have the same length and their rates compare
+        self.continuations = model.greedy(prompts, real_continuations.shape[1], banned_token=corpus.end_of_text)
         self.measured_at.append(step)
         self.perplexity.append(validation_perplexity(model, corpus))
         self.repeated.append(repeated_ngram_rate(self.continuations))
@@ -37,19 +34,11 @@ class Run:
 @torch.no_grad()
 def validation_perplexity(model: SmallGPT, corpus: Corpus) -> float:
     """exp of the mean cross-entropy per token of the held-out text: PyTorch's own, whatever the training loss was."""
-    inputs, targets = corpus.validation_windows(model.context)
+    inputs, targets = corpus.validation_windows()
     total = torch.zeros((), dtype=torch.float64)
-    for rows, row_targets in zip(inputs.split(32), targets.split(32)):
+    for rows, row_targets in zip(inputs.split(32), targets.split(32), strict=True):
         total += F.cross_entropy(model(rows).flatten(0, 1), row_targets.flatten(), reduction="sum")
     return (total / targets.numel()).exp().item()
-
-
-def prompts_and_references(
-    corpus: Corpus, context: int
-) -> tuple[Tensor, Tensor]:  # [n_documents, PROMPT_LENGTH], [n_documents, context - PROMPT_LENGTH]
-    """The beginnings of the held-out documents that fill the context, and how each really goes on."""
-    texts = torch.stack([document[:context] for document in corpus.validation_documents if len(document) >= context])
-    return texts[:, :PROMPT_LENGTH], texts[:, PROMPT_LENGTH:]
 
 
 def repeated_ngram_rate(
