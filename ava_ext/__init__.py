@@ -1,5 +1,32 @@
-"""Fused losses for training language models."""
+"""Fused losses for training language models: forward and backward in one pass over the logits."""
 
+from ava_ext.losses import *  # noqa: F403, I001  first: the table of components refers to its modules
+from ava_ext.losses import __all__ as _losses
 from ava_ext._library import build_info
+from ava_ext.components import METRICS
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.repetition import repetition_candidates
+from ava_ext.ops.softmax_rows import (
+    Candidates,
+    RowTerms,
+    SoftmaxStatistics,
+    row_coefficients,
+    row_loss,
+    softmax_statistics,
+    token_log_probs,
+)
 
-__all__ = ["build_info"]
+__all__ = [  # noqa: PLE0604
+    "METRICS",
+    "Candidates",
+    "RowTerms",
+    "SoftmaxStatistics",
+    "UnifiedLossConfig",
+    "build_info",
+    "repetition_candidates",
+    "row_coefficients",
+    "row_loss",
+    "softmax_statistics",
+    "token_log_probs",
+    *_losses,
+]

@@ -186,7 +186,7 @@ class UnifiedLossConfig:
             raise _bad("num_experts_per_token", f"at most num_experts = {self.num_experts}", self.num_experts_per_token)
         if self.mtp_detach_head and not self.mtp_share_head:
             raise ValueError("unified_loss: mtp_detach_head=True needs mtp_share_head=True, got False")
-        if self.adaptive_temperature and not (
+        if self.temperature_adapts and not (
             self.temperature_bounds[0] <= self.initial_temperature <= self.temperature_bounds[1]
         ):
             raise _bad("initial_temperature", f"within temperature_bounds {self.temperature_bounds}", self.initial_temperature)
@@ -208,6 +208,11 @@ class UnifiedLossConfig:
         if self.adaptive_temperature is None:
             return self.primary_loss_type == "deepseek"
         return self.adaptive_temperature
+
+    def changed_options(self) -> str:
+        """The options that differ from their defaults, as name=value."""
+        defaults = self._defaults()
+        return ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items() if value != defaults[name])
 
     @classmethod
     def _defaults(cls) -> dict[str, Any]:

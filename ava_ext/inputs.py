@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
 
     logits: Tensor  # [batch_size, n_tokens, n_columns]
     rows: Rows  # of [batch_size, n_tokens]
-    segments: Tensor | None  # [batch_size or 1, n_tokens]
+    segments: Tensor | None  # [batch_size, n_tokens]
     context: Tensor | None  # [batch_size, n_tokens]: tokens read, ignore_index where masked; None: the targets
     negative_ids: Tensor | None  # [batch_size, n_tokens, n_negatives]
     negative_weights: Tensor | None  # [batch_size, n_tokens, n_negatives]
@@ -134,6 +134,7 @@ def prepare(
     segments = None
     if not (segment_ids is None and position_ids is None and cu_seqlens is None):
         segments = segment_numbers((targets.shape[0], targets.shape[1]), segment_ids, position_ids, cu_seqlens)
+        segments = segments.expand(targets.shape)
     context = input_ids
     if context is not None and attention_mask is not None:
         context = context.masked_fill(attention_mask == 0, config.ignore_index)

@@ -17,14 +17,12 @@ class Rows(NamedTuple):
     counted: Tensor  # [...] bool
     n_counted: Tensor  # [] int64
     weights: Tensor  # [...]: token weight / N, 0 where a row does not count; float32, or float64 beside float64 logits
-    batch_share: Tensor  # []: the factor of terms of the whole batch
+    n_items: Tensor | None  # []: N, where it is that of several micro-batches
 
-    def mean_metric(
-        self,
-        sums: Tensor,  # [...]: sums over the counted rows
-    ) -> Tensor:
-        """sums / number of counted rows; 0 where none counts."""
-        return sums / self.n_counted.clamp_min(1)
+    @property
+    def batch_share(self) -> Tensor:
+        """[]: the factor of terms of the whole batch, n_counted / n_items; without n_items 1, and 0 where no row counts."""
+        return self.n_counted.clamp_max(1) if self.n_items is None else self.n_counted / self.n_items
 
 
 def keep_rows(
@@ -66,16 +64,15 @@ def count_rows(
     weights = counted.to(dtype)
     if token_weights is not None:
         weights = torch.where(counted, token_weights.to(dtype), 0.0)
-    batch_share = n_counted
+    n_items = None
     if config.reduction == "mean":
         if num_items_in_batch is not None:
             n = torch.as_tensor(num_items_in_batch, device=targets.device).to(dtype)
-            n = torch.where(n == 0, 1.0, n)
-            batch_share = n_counted / n
+            n = n_items = torch.where(n == 0, 1.0, n)
         elif token_weights is not None:
             n = weights.sum()
             n = torch.where(n == 0, 1.0, n)
         else:
             n = n_counted.clamp_min(1)
         weights = weights / n
-    return Rows(targets, counted, n_counted, weights, batch_share)
+    return Rows(targets, counted, n_counted, weights, n_items)

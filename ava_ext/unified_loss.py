@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +14,25 @@ from ava_ext.components import (
     CANDIDATE_MODULES,
     COMPONENTS,
     DENSE_ROW_MODULES,
-    calibrates_confidence,
     has_adaptive_heads,
     has_own_heads,
 )
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.further_terms import (
+    RowFunction,
+    Terms,
+    adaptive_heads,
+    contrastive_term,
+    diversity_term,
+    own_heads,
+    router_terms,
+)
 from ava_ext.inputs import Inputs, given_logits, prepare
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.losses.diversity import DiversityLoss
-from ava_ext.losses.moe import MoEBalancer, load_variation
+from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
 from ava_ext.losses.negatives import given_negatives
 from ava_ext.losses.temperature import AdaptiveTemperature
@@ -40,6 +49,7 @@ from ava_ext.ops.softmax_rows import (
 )
 
 _CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
+_STATEFUL = ("temperature", "mtp", "adaptive_mtp", "moe_balancer")
 
 
 class UnifiedLoss(nn.Module):
@@ -198,22 +208,25 @@ class UnifiedLoss(nn.Module):
         )
         per_row = config.reduction == "none"
         total = output.row_loss if per_row else output.row_loss.sum()
-        addends: dict[str, Tensor] = {}  # what the rows' one pass does not give
-        metrics: dict[str, Tensor] = {}
+        further, metrics = Terms(), Terms()  # what the one pass over the rows does not give
         if self.mtp is not None:
-            self._add_own_heads(addends, metrics, inputs, coefficients, lm_head_weight, lm_head_bias, mtp_active)
+            head = (lm_head_weight, lm_head_bias) if config.mtp_share_head else (None, None)
+            own_heads(self.mtp, config, inputs, self._head_loss(coefficients), *head, mtp_active, further, metrics)
         if self.adaptive_mtp is not None:
-            self._add_adaptive_heads(
-                addends, metrics, inputs, coefficients, additional_logits, confidence_scores, mtp_active
-            )
-        self._add_batch_terms(
-            addends, metrics, inputs, gate_logits, expert_indices, expert_outputs, contrastive_pair
-        )
-        for addend in addends.values():
+            score_head = (self._head_loss(coefficients), self._head_probability(coefficients))
+            given = (additional_logits, confidence_scores, mtp_active)
+            adaptive_heads(self.adaptive_mtp, config, inputs, *score_head, *given, further, metrics)
+        if self.moe_balancer is not None or self.auxiliary is not None:
+            router_terms(self.moe_balancer, self.auxiliary, config, inputs, gate_logits, expert_indices, further, metrics)
+        if self.diversity is not None:
+            further["diversity_loss"] = diversity_term(self.diversity, inputs, expert_outputs)
+        if self.contrastive is not None:
+            further["contrastive_loss"] = contrastive_term(self.contrastive, inputs, contrastive_pair)
+        for addend in further.values():
             total = total + addend
         if per_row:
             total = inputs.like_targets(total, config)
-        result = self._detailed(total, output, inputs, addends, metrics, coefficients) if return_detailed else total
+        result = self._detailed(total, output, inputs, further, metrics, coefficients) if return_detailed else total
         if self.training and torch.is_grad_enabled():
             if config.temperature_adapts:
                 self.temperature.observe(output.row_terms[_CROSS_ENTROPY].sum(), rows.n_counted)
@@ -273,73 +286,143 @@ class UnifiedLoss(nn.Module):
         ids, weights = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
         return Candidates(ids, weights, groups)
 
-    def _add_own_heads(
-        self,
-        addends: dict[str, Tensor],
-        metrics: dict[str, Tensor],
-        inputs: Inputs,
-        coefficients: Tensor,  # [7]
-        lm_head_weight: Tensor | None,  # [n_columns, hidden_size]
-        lm_head_bias: Tensor | None,  # [n_columns]
-        mtp_active: bool | Tensor | None,
-    ) -> None:
-        per_row = self.config.reduction == "none"
-        if mtp_active is False:
-            zero = inputs.rows.weights * 0
-            addends["mtp_loss"] = zero if per_row else zero.sum()
-            depth_losses = zero.new_zeros(self.config.num_future_tokens)
-        else:
-            mtp = self.mtp(
-                _required(inputs.hidden_states, "hidden_states", "use_mtp"),
-                inputs.rows.targets,
-                inputs.rows.weights,
-                inputs.segments,
-                self._head_loss(coefficients),
-                lm_head_weight if self.config.mtp_share_head else None,
-                lm_head_bias if self.config.mtp_share_head else None,
-                per_row=per_row,
-            )
-            addends["mtp_loss"], depth_losses = mtp.loss, mtp.depth_losses
-            if isinstance(mtp_active, Tensor):
-                addends["mtp_loss"] = torch.where(mtp_active, mtp.loss, 0.0)
-                depth_losses = torch.where(mtp_active, depth_losses, 0.0)
-        metrics |= {f"mtp_loss_depth_{k}": loss for k, loss in enumerate(depth_losses.unbind(), start=1)}
+    def _head_loss(self, coefficients: Tensor) -> RowFunction:  # [7]
+        """The main term without focal, for the logits of a head."""
+        terms = self._terms & int(RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING | RowTerms.EXCLUDE_TARGET | RowTerms.SOFTCAP)
+        vocab_size, ignore_index = self.config.vocab_size, self.config.ignore_index
+        return lambda logits, targets: row_loss(
+            logits, targets, coefficients, terms=terms, vocab_size=vocab_size, ignore_index=ignore_index
+        ).row_loss
 
-    def _add_adaptive_heads(
-        self,
-        addends: dict[str, Tensor],
-        metrics: dict[str, Tensor],
-        inputs: Inputs,
-        coefficients: Tensor,  # [7]
-        additional_logits: Tensor | Sequence[Tensor] | None,  # num_future_tokens of logits' shape
-        confidence_scores: Tensor | None,
-        mtp_active: bool | Tensor | None,
-    ) -> None:
+    def _head_probability(self, coefficients: Tensor) -> RowFunction:  # [7]
+        """The probability that a head gives its targets."""
         config = self.config
-        heads = [] if mtp_active is False else list(_required(additional_logits, "additional_logits", "adaptive multi-token prediction"))
-        if mtp_active is not False:
-            if len(heads) != config.num_future_tokens:
-                raise ValueError(
-                    f"unified_loss: expected num_future_tokens = {config.num_future_tokens} additional_logits, "
-                    f"got {len(heads)}"
-                )
-            if config.use_confidence_weighting:
-                _required(confidence_scores, "confidence_scores", "use_confidence_weighting")
-        if inputs.is_flat:
-            heads = [head.unsqueeze(0) for head in heads]
-        terms = self.adaptive_mtp(
-            heads,
-            inputs.rows.targets,
-            inputs.rows.weights,
-            inputs.segments,
-            self._head_loss(coefficients),
-            confidence_scores=confidence_scores if config.use_confidence_weighting else None,
-            mtp_active=mtp_active,
-            target_probability=self._target_probability(coefficients),
-            per_row=config.reduction == "none",
-        )
-        addends["mtp_loss"] = terms.mtp_loss
-        if calibrates_confidence(config):
-            addends["confidence_regularization"] = terms.confidence_regularization
-        depth_losses = terms.depth_losses if heads else inputs.rows.weights.new_zeros(config.num_future_tokens)
-        metrics |= {f"mtp_loss_depth_{k}": loss for k, loss in enumerate(depth_losses.unbind(), start=1)}
+
+        def probability(logits: Tensor, targets: Tensor) -> Tensor:
+            log_prob, _ = token_log_probs(
+                logits,
+                targets,
+                temperature=coefficients[0],
+                logit_softcap=config.logit_softcap,
+                vocab_size=config.vocab_size,
+                ignore_index=config.ignore_index,
+            )
+            return log_prob.exp()
+
+        return probability
+
+    @torch.no_grad()
+    def _detailed(
+        self,
+        total: Tensor,
+        output: RowLoss,
+        inputs: Inputs,
+        further: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        coefficients: Tensor,  # [7]
+    ) -> dict[str, Tensor]:
+        """The dict of return_detailed; its keys depend on the configuration only."""
+        config, rows = self.config, inputs.rows
+        penalties = self._penalties if inputs.negative_ids is None else (*self._penalties, "negative_penalty")
+        weighted = output.row_terms * rows.weights  # [n_terms, batch_size, n_tokens]
+        if config.reduction == "none":
+            weighted = inputs.like_targets(weighted, config)
+            further = {key: inputs.like_targets(addend, config) for key, addend in further.items()}
+        else:
+            weighted = weighted.flatten(1).sum(1)
+        addends = dict(zip((*TERM_NAMES, *penalties), weighted.unbind(), strict=True)) | further
+        zero = torch.zeros_like(addends["main_loss"])
+        first = _CROSS_ENTROPY
+        cross_entropy, entropy, accuracy = (
+            output.row_terms[first : first + 3].flatten(1).sum(1) / rows.n_counted.clamp_min(1)
+        ).unbind()
+        result = {"total_loss": total} | {key: addends.get(key, zero).detach() for key in self._keys}
+        if config.use_focal_loss:
+            result["focal_loss"] = result["main_loss"]
+        return result | {
+            "cross_entropy": cross_entropy,
+            "perplexity": cross_entropy.exp(),
+            "n_tokens": rows.n_counted,
+            "accuracy": accuracy,
+            "entropy": entropy,
+            "temperature": coefficients[0].clone(),
+            **{key: metric.detach() for key, metric in metrics.items()},
+        }
+
+    def step(self) -> None:
+        """Commits what training calls have gathered: temperature, expert load and bias. Once per optimizer step.
+
+        With auto_step=True every training forward with grad enabled does so itself. Averages over process_group if given.
+        """
+        if self.config.temperature_adapts:
+            self.temperature.step(self.config.process_group)
+        if self.moe_balancer is not None:
+            self.moe_balancer.step(self.config.process_group)
+
+    def get_loss_statistics(self) -> dict[str, dict[str, Tensor]]:
+        """Running statistics of the components that keep some, on the device.
+
+        Returns:
+            {"temperature": {value, count, mean_loss}} and, where they are on, "adaptive_mtp" (averages, count) and
+            "moe_balancing" (expert_counts, expert_scores, total_tokens, max_violation).
+        """
+        statistics = {"temperature": self.temperature.statistics()}
+        if self.adaptive_mtp is not None:
+            statistics["adaptive_mtp"] = self.adaptive_mtp.statistics()
+        if self.moe_balancer is not None:
+            statistics["moe_balancing"] = self.moe_balancer.statistics()
+        return statistics
+
+    def reset_statistics(self) -> None:
+        """Clears averages, counts and recorded losses, and the temperature with them; not expert_bias."""
+        for module in (self.temperature, self.adaptive_mtp, self.moe_balancer):
+            if module is not None:
+                module.reset_statistics()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # a checkpoint of a configuration with a component more or less loads strictly: its state is left out, or kept as it is
+        own = {prefix + name: value for name, value in self.state_dict().items()}
+        for component in _STATEFUL:
+            begin = f"{prefix}{component}."
+            for name in [name for name in state_dict if name.startswith(begin)]:
+                if getattr(self, component) is None:
+                    del state_dict[name]
+            for name, value in own.items():
+                if name.startswith(begin) and not any(key.startswith(begin) for key in state_dict):
+                    state_dict[name] = value
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        return self.config.changed_options()
+
+
+def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
+    """UnifiedLoss from a dict of options, as it stands in a configuration file.
+
+    Raises:
+        TypeError: on an unknown option. ValueError: on an option out of range.
+
+    Example:
+        >>> create_unified_loss({"vocab_size": 32000, "label_smoothing": 0.1})
+    """
+    return UnifiedLoss(**options)
+
+
+def _signature() -> inspect.Signature:
+    kinds = inspect.Parameter
+    return inspect.Signature(
+        [
+            kinds(
+                option.name,
+                kinds.POSITIONAL_OR_KEYWORD if option.name in ("vocab_size", "hidden_size") else kinds.KEYWORD_ONLY,
+                default=kinds.empty if option.default is dataclasses.MISSING else option.default,
+                annotation=option.type,
+            )
+            for option in dataclasses.fields(UnifiedLossConfig)
+        ]
+    )
+
+
+# what help() and editors show is the configuration's own list
+UnifiedLoss.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -82,8 +82,13 @@ class AdaptiveTemperature(Float32Buffers):
         wanted = (self.initial * (1 - CALM * self.gain) + (self.initial * self.gain) * variation).clamp(*self.bounds)
         self.value.copy_(torch.where((self.count >= FIRST) & (mean > 0), wanted, self.initial))
 
+    def statistics(self) -> dict[str, Tensor]:
+        """value, count, and mean_loss of the recorded losses (0 where there is none); scalars on the device."""
+        mean_loss = self.history.sum() / self.count.clamp(1, HISTORY)
+        return {"value": self.value.clone(), "count": self.count.clone(), "mean_loss": mean_loss}
+
     @torch.no_grad()
-    def reset(self) -> None:
+    def reset_statistics(self) -> None:
         """Forgets every loss; the temperature is the initial one again."""
         self.value.fill_(self.initial)
         for buffer in (self.history, self.count, self.pending):

@@ -1,0 +1,284 @@
+"""Auxiliary losses of a router: load balancing, z-loss, entropies, coefficient of variation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.router_rows import RouterStatistics, layered_gate_logits, router_statistics, stack_expert_indices
+
+CONVENTIONS = ("switch", "huggingface")
+
+
+def load_balancing_loss(
+    statistics: RouterStatistics, *, k: int, convention: str = "switch", process_group: Any = None
+) -> Tensor:
+    """Switch Transformer's load balancing loss: n_experts * sum_e f_e P_e, 1 at perfect balance.
+
+    f_e = counts_e / (k n_rows) is the share of choices that fell on an expert (no gradient), P_e the mean probability.
+    Per layer, then averaged over the layers that have rows.
+
+    Args:
+        statistics: of router_statistics; for per-sequence balancing, every sequence of every layer is a layer.
+        k: experts per row.
+        convention: "switch", or "huggingface": what transformers' load_balancing_loss_func gives, f_e = counts_e / n_rows
+            (so k at perfect balance) with the rows of all layers thrown together (layers can hide each other's imbalance).
+        process_group: counts are summed over it: f of the global batch (Qiu et al. 2025). Averaging the gradients of
+            the ranks then gives the loss of the global batch.
+
+    Returns:
+        Scalar; 0 where no row counts.
+
+    Raises:
+        ValueError: an unknown convention.
+
+    Example:
+        >>> statistics = router_statistics(torch.zeros(1, 8, 4), torch.arange(8).remainder(4)[None, :, None], None, k=1)
+        >>> load_balancing_loss(statistics, k=1)
+        tensor(1.)
+
+    Source: Fedus et al. 2021, "Switch Transformers", equations 4-6; DeepSeek-V3, equations 17-20, for k > 1.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"load_balancing_loss: expected convention to be one of {CONVENTIONS}, got {convention!r}")
+    counts, probability_sum, n_rows = statistics.counts, statistics.probability_sum, statistics.n_rows
+    if convention == "huggingface":
+        counts, probability_sum, n_rows = (
+            value.sum(dim=0, keepdim=True) for value in (counts, probability_sum, n_rows)
+        )
+    if process_group is not None:
+        counts = counts.clone()
+        torch.distributed.all_reduce(counts, group=process_group)
+    share = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1)
+    mean_probability = probability_sum / n_rows.clamp_min(1).unsqueeze(-1)
+    loss = counts.shape[-1] * (share * mean_probability).sum(dim=-1)
+    return _mean_over_layers(loss, n_rows) * (k if convention == "huggingface" else 1)
+
+
+def router_z_loss(statistics: RouterStatistics) -> Tensor:
+    """Mean of lse^2 over the rows, averaged over layers: keeps the router's logits small.
+
+    Returns:
+        Scalar; 0 where no row counts.
+
+    Example:
+        >>> router_z_loss(router_statistics(torch.zeros(1, 3, 4), None, None, k=1))  # log(4)^2
+        tensor(1.9218)
+
+    Source: Zoph et al. 2022, "ST-MoE", equation 5.
+    """
+    return _mean_over_layers(statistics.lse_squared_sum / statistics.n_rows.clamp_min(1), statistics.n_rows)
+
+
+def token_entropy(statistics: RouterStatistics) -> Tensor:
+    """Mean over rows of the entropy of the router's probabilities, averaged over layers, in nats; [0, log n_experts].
+
+    Low: the router is sure of each token. Minimised together with a maximised marginal_entropy it asks for sure
+    decisions that are spread over the experts (Mustafa et al. 2022, "LIMoE": local and global entropy).
+
+    Returns:
+        Scalar; 0 where no row counts.
+
+    Example:
+        >>> token_entropy(router_statistics(torch.zeros(1, 3, 4), None, None, k=1))  # log(4)
+        tensor(1.3863)
+    """
+    return _mean_over_layers(statistics.entropy_sum / statistics.n_rows.clamp_min(1), statistics.n_rows)
+
+
+def marginal_entropy(statistics: RouterStatistics) -> Tensor:
+    """Entropy of the mean probabilities P_e, averaged over layers, in nats; log n_experts at balance.
+
+    Returns:
+        Scalar; 0 where no row counts.
+
+    Example:
+        >>> marginal_entropy(router_statistics(torch.eye(4)[None] * 1e3, None, None, k=1))  # sure rows, all experts
+        tensor(1.3863)
+    """
+    probability = statistics.probability_sum / statistics.n_rows.clamp_min(1).unsqueeze(-1)
+    log_probability = torch.where(probability > 0, probability, 1.0).log()  # 0 log 0 = 0, and no infinite gradient
+    return _mean_over_layers(-(probability * log_probability).sum(dim=-1), statistics.n_rows)
+
+
+def squared_variation(
+    values: Tensor,  # [n_layers, n_experts]
+) -> Tensor:
+    """CV^2: variance / mean^2 over the experts (population variance), averaged over layers; 0 at balance.
+
+    Args:
+        values: statistics.importance_sum (differentiable: Shazeer et al. 2017, "Outrageously large neural networks",
+            equation 7) or statistics.counts (a metric).
+
+    Returns:
+        Scalar; 0 where a layer's mean is 0.
+
+    Example:
+        >>> squared_variation(torch.tensor([[1.0, 3.0]]))
+        tensor(0.2500)
+    """
+    mean = values.mean(dim=-1)
+    safe_mean = torch.where(mean > 0, mean, 1.0)
+    return (values.var(dim=-1, correction=0) / safe_mean.square()).mean()
+
+
+def _mean_over_layers(values: Tensor, n_rows: Tensor) -> Tensor:  # [n_layers], [n_layers] -> []
+    has_rows = (n_rows > 0).to(values.dtype)
+    return (values * has_rows).sum() / has_rows.sum().clamp_min(1)
+
+
+class AuxiliaryLoss(nn.Module):
+    """load_balancing_weight * load balancing + router_z_weight * router z-loss, on router logits alone.
+
+    See load_balancing_loss and router_z_loss for the formulas and sources.
+
+    Args:
+        num_experts_per_token: k of the router's top-k.
+        num_experts: checked against gate_logits; None: as many as there are.
+        num_moe_layers: expected layers, see stack_gate_logits; None: as many as there are, and a tensor of three
+            dimensions is [n_layers, n_rows, n_experts].
+        load_balancing_weight: alpha.
+        router_z_weight: weight of the mean squared lse.
+        load_balancing_convention: "switch" or "huggingface" (k times larger, layers concatenated).
+        router_score: "softmax" or "sigmoid" (normalised).
+        per_sequence: balance every sequence on its own, then average (DeepSeek-V3, equations 17-20); gate_logits
+            then are [batch, length, n_experts] per layer. Not with the huggingface convention.
+        process_group: loads f of the global batch, see load_balancing_loss. Not with per_sequence.
+
+    Example:
+        >>> loss_fn = AuxiliaryLoss(num_experts_per_token=2, load_balancing_weight=0.01)
+        >>> loss_fn(outputs.router_logits, row_mask=attention_mask.bool())
+    """
+
+    def __init__(
+        self,
+        num_experts_per_token: int = UnifiedLossConfig.num_experts_per_token,
+        *,
+        num_experts: int | None = None,
+        num_moe_layers: int | None = None,
+        load_balancing_weight: float = UnifiedLossConfig.load_balancing_weight,
+        router_z_weight: float = UnifiedLossConfig.router_z_weight,
+        load_balancing_convention: str = UnifiedLossConfig.load_balancing_convention,
+        router_score: str = UnifiedLossConfig.router_score,
+        per_sequence: bool = False,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        if load_balancing_convention not in CONVENTIONS:
+            raise ValueError(
+                f"auxiliary_loss: expected load_balancing_convention to be one of {CONVENTIONS}, "
+                f"got {load_balancing_convention!r}"
+            )
+        if per_sequence and (load_balancing_convention == "huggingface" or process_group is not None):
+            raise ValueError(
+                "auxiliary_loss: per_sequence=True needs load_balancing_convention='switch' and process_group=None, got "
+                f"{load_balancing_convention!r} and {process_group!r}"
+            )
+        self.k = num_experts_per_token
+        self.n_experts = num_experts
+        self.n_layers = num_moe_layers
+        self.load_balancing_weight = load_balancing_weight
+        self.router_z_weight = router_z_weight
+        self.convention = load_balancing_convention
+        self.score = router_score
+        self.per_sequence = per_sequence
+        self.process_group = process_group
+
+    @classmethod
+    def from_config(cls, config: UnifiedLossConfig) -> AuxiliaryLoss:
+        """The module with the options of UnifiedLoss."""
+        return cls(
+            config.num_experts_per_token,
+            num_experts=config.num_experts,
+            num_moe_layers=config.num_moe_layers,
+            load_balancing_weight=config.load_balancing_weight,
+            router_z_weight=config.router_z_weight,
+            load_balancing_convention=config.load_balancing_convention,
+            router_score=config.router_score,
+        )
+
+    def forward(
+        self,
+        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer, see stack_gate_logits
+        expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
+        row_mask: Tensor | None = None,  # n_rows elements, bool
+        return_detailed: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The weighted sum.
+
+        Args:
+            gate_logits: router logits in any form that stack_gate_logits takes.
+            expert_indices: experts chosen by the router; None: the k largest gate_logits.
+            row_mask: True where a row counts; None: all.
+            return_detailed: return {"total_loss", "aux_load_balancing", "aux_router_z"}: total_loss with graph, the
+                others (weighted, they add up to it) detached.
+
+        Returns:
+            Scalar, or the dict; zeros where no row counts.
+
+        Raises:
+            ValueError: shapes that do not fit, k > n_experts.
+            IndexError: an expert index out of range (eager, CPU).
+        """
+        load_balancing, router_z = self.terms(self.measure(gate_logits, expert_indices, row_mask))
+        total = load_balancing + router_z
+        if not return_detailed:
+            return total
+        return {
+            "total_loss": total,
+            "aux_load_balancing": load_balancing.detach(),
+            "aux_router_z": router_z.detach(),
+        }
+
+    def measure(
+        self,
+        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer
+        expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
+        row_mask: Tensor | None = None,  # n_rows elements, bool
+    ) -> RouterStatistics:
+        """The statistics that `terms` needs; with per_sequence, every sequence of every layer is a layer."""
+        layers = layered_gate_logits(gate_logits, self.n_layers)
+        n_layers, n_experts = layers.shape[0], layers.shape[-1]
+        if self.n_experts not in (None, n_experts):
+            raise ValueError(
+                f"auxiliary_loss: expected gate_logits with num_experts = {self.n_experts} columns, got {n_experts}"
+            )
+        logits = layers.reshape(n_layers, -1, n_experts)
+        n_rows = logits.shape[1]
+        if expert_indices is not None:
+            expert_indices = stack_expert_indices(expert_indices, n_layers, n_rows, self.k)
+        if row_mask is not None:
+            if row_mask.numel() != n_rows:
+                raise ValueError(
+                    f"auxiliary_loss: expected row_mask of {n_rows} rows, got shape {list(row_mask.shape)}"
+                )
+            row_mask = row_mask.reshape(n_rows)
+        if self.per_sequence:
+            if layers.dim() != 4:
+                raise ValueError(
+                    "auxiliary_loss: per_sequence=True expects gate_logits [batch, length, n_experts] per layer, got "
+                    f"{list(layers.shape)} for {n_layers} layers"
+                )
+            batch, length = layers.shape[1:3]
+            logits = layers.reshape(n_layers * batch, length, n_experts)
+            if expert_indices is not None:
+                expert_indices = expert_indices.reshape(n_layers * batch, length, self.k)
+            if row_mask is not None:
+                row_mask = row_mask.reshape(batch, length).repeat(n_layers, 1)
+        return router_statistics(logits, expert_indices, row_mask, k=self.k, score=self.score)
+
+    def terms(self, statistics: RouterStatistics) -> tuple[Tensor, Tensor]:
+        """(load balancing, router z-loss), both weighted, from statistics that are already there."""
+        load_balancing = load_balancing_loss(
+            statistics, k=self.k, convention=self.convention, process_group=self.process_group
+        )
+        return self.load_balancing_weight * load_balancing, self.router_z_weight * self._z_loss(statistics)
+
+    def _z_loss(self, statistics: RouterStatistics) -> Tensor:
+        if self.per_sequence:  # a mean over rows, not over sequences: padding must not change a row's weight
+            return statistics.lse_squared_sum.sum() / statistics.n_rows.sum().clamp_min(1)
+        return router_z_loss(statistics)

@@ -1,0 +1,102 @@
+"""Consistency of two predictions of the same tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+DIVERGENCES = ("kl", "js")
+
+
+class ConsistencyLoss(nn.Module):
+    """T^2 times the mean divergence of two softmax distributions, both at temperature T.
+
+    With p of the targets and q of the logits, log-probabilities of x / T:
+
+        "kl":  KL(p || q) = sum_j p_j (log p_j - log q_j)                      (distillation; R-Drop uses both directions)
+        "js":  1/2 KL(p || m) + 1/2 KL(q || m),  m = (p + q) / 2               (symmetrical, at most log 2)
+
+    T^2 keeps the size of the gradient when T changes (Hinton et al. 2015, "Distilling the knowledge in a neural network").
+    A column at -inf in both has probability 0 and no part in the sum.
+
+    Args:
+        divergence: "kl" or "js".
+        temperature: T.
+        detach_targets: no gradient reaches the targets (a teacher).
+
+    Example:
+        >>> loss_fn = ConsistencyLoss("js")
+        >>> loss_fn(torch.zeros(4, 10), torch.zeros(4, 10))
+        tensor(0.)
+    """
+
+    def __init__(self, divergence: str = "kl", temperature: float = 1.0, detach_targets: bool = False) -> None:
+        super().__init__()
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"consistency_loss: expected divergence to be one of {DIVERGENCES}, got {divergence!r}")
+        if not temperature > 0:
+            raise ValueError(f"consistency_loss: expected temperature > 0, got {temperature}")
+        self.divergence = divergence
+        self.temperature = temperature
+        self.detach_targets = detach_targets
+
+    def forward(
+        self,
+        logits: Tensor,  # [..., vocab_size]
+        targets: Tensor,  # [..., vocab_size]
+        attention_mask: Tensor | None = None,  # [...]
+        return_detailed: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The mean over rows.
+
+        Args:
+            logits: predictions.
+            targets: logits of the prediction to agree with.
+            attention_mask: not 0 where a row counts; None: all.
+            return_detailed: return {"total_loss", "consistency_loss"}, the second detached.
+
+        Returns:
+            Scalar, float32 (float64 for float64 logits), or the dict; 0 where no row counts.
+
+        Raises:
+            ValueError: shapes that differ.
+        """
+        if logits.shape != targets.shape:
+            raise ValueError(
+                f"consistency_loss: expected targets of shape {list(logits.shape)}, got {list(targets.shape)}"
+            )
+        if attention_mask is not None and attention_mask.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"consistency_loss: expected attention_mask of shape {list(logits.shape[:-1])}, "
+                f"got {list(attention_mask.shape)}"
+            )
+        if self.detach_targets:
+            targets = targets.detach()
+        mask = None if attention_mask is None else attention_mask != 0
+        log_q, log_p = self._log_probability(logits, mask), self._log_probability(targets, mask)
+        rows = _kl(log_p, log_q) if self.divergence == "kl" else _js(log_p, log_q)
+        n_rows = rows.numel() if mask is None else mask.sum().clamp_min(1)
+        loss = self.temperature**2 * rows.sum() / (max(n_rows, 1) if isinstance(n_rows, int) else n_rows)
+        if not return_detailed:
+            return loss
+        return {"total_loss": loss, "consistency_loss": loss.detach()}
+
+    def _log_probability(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if mask is not None:  # equal rows, so that rows that do not count have divergence 0
+            logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
+        return torch.log_softmax(logits / self.temperature, dim=-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., vocab_size] each -> [...]
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(dim=-1)
+
+
+def _js(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., vocab_size] each -> [...]
+    # where both are -inf the gradient of logaddexp is nan; _kl takes nothing from that column, whatever m is there
+    absent = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_m = torch.logaddexp(log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)) - math.log(2)
+    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))

@@ -1,0 +1,253 @@
+"""Contrastive losses over representations: InfoNCE of pairs, SimCTG over the tokens of a sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ava_ext.config import UnifiedLossConfig
+
+# similarities held at a time; backward computes a block again, so this bounds the memory of both passes
+BLOCK_ELEMENTS = 2**22
+
+
+def info_nce(
+    first: Tensor,  # [n_pairs, hidden_size]
+    second: Tensor,  # [n_pairs, hidden_size]
+    *,
+    temperature: float = UnifiedLossConfig.contrastive_temperature,
+    row_mask: Tensor | None = None,  # [n_pairs] bool
+    document_ids: Tensor | None = None,  # [n_pairs]
+    block_elements: int = BLOCK_ELEMENTS,
+) -> Tensor:
+    """Symmetrical InfoNCE: each row of `first` finds its partner among all rows of `second`, and the other way round.
+
+        loss = 1/2 mean_i [ -log softmax_j(a_i . b_j / temperature)_i  -  log softmax_j(b_i . a_j / temperature)_i ]
+
+    with a, b the rows divided by their length.
+
+    Args:
+        first, second: partners at equal positions.
+        temperature: of the cosine similarities.
+        row_mask: True where a pair counts, as a pair and as a negative; None: all.
+        document_ids: pairs of the same document are no negatives of each other; None: every other pair is one.
+        block_elements: at most so many similarities (and at least one row of them) exist at a time.
+
+    Returns:
+        Scalar, float32 (float64 for float64 inputs); 0 where no pair counts.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Example:
+        >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.07) < 1e-5
+        tensor(True)
+
+    Source: van den Oord et al. 2018; symmetrical as in Radford et al. 2021 (CLIP).
+    """
+    if first.dim() != 2 or first.shape != second.shape:
+        raise ValueError(
+            "contrastive_loss: expected a pair of equal shapes [n_pairs, hidden_size], got "
+            f"{list(first.shape)} and {list(second.shape)}"
+        )
+    n_pairs = first.shape[0]
+    for name, value in (("row_mask", row_mask), ("document_ids", document_ids)):
+        if value is not None and list(value.shape) != [n_pairs]:
+            raise ValueError(f"contrastive_loss: expected {name} of shape [{n_pairs}], got {list(value.shape)}")
+    mask = first.new_ones(n_pairs, dtype=torch.bool) if row_mask is None else row_mask.to(torch.bool)
+    a, b = _directions(first, mask), _directions(second, mask)
+    block_rows = max(1, block_elements // max(n_pairs, 1))
+    total = (a[:0].sum() + b[:0].sum()) * 0.5  # 0, connected to the graph also without any pair
+    for queries, keys in ((a, b), (b, a)):
+        for start in range(0, n_pairs, block_rows):
+            total = total + 0.5 * _without_activations(
+                _info_nce_block, queries[start : start + block_rows], keys, mask, document_ids, start, temperature
+            )
+    return total / mask.sum().clamp_min(1)
+
+
+def _info_nce_block(
+    queries: Tensor,  # [block_rows, hidden_size]
+    keys: Tensor,  # [n_pairs, hidden_size]
+    mask: Tensor,  # [n_pairs] bool
+    document_ids: Tensor | None,  # [n_pairs]
+    start: int,
+    temperature: float,
+) -> Tensor:
+    rows = torch.arange(start, start + queries.shape[0], device=queries.device)
+    columns = torch.arange(keys.shape[0], device=keys.device)
+    is_partner = rows.unsqueeze(1) == columns
+    is_candidate = mask.expand(len(rows), -1)
+    if document_ids is not None:
+        is_candidate = is_candidate & (document_ids[start : start + len(rows)].unsqueeze(1) != document_ids)
+    similarity = queries @ keys.T / temperature
+    # the partner always stays, so that no row is empty
+    lse = similarity.masked_fill(~(is_candidate | is_partner), -torch.inf).logsumexp(dim=1)
+    partner = (queries * keys[start : start + len(rows)]).sum(dim=1) / temperature
+    return ((lse - partner) * mask[start : start + len(rows)]).sum()
+
+
+def simctg(
+    hidden_states: Tensor,  # [batch, length, hidden_size]
+    attention_mask: Tensor | None = None,  # [batch, length]
+    *,
+    segment_ids: Tensor | None = None,  # [batch, length]
+    margin: float = 0.5,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> Tensor:
+    """SimCTG: pushes the representations of different tokens of a sequence apart.
+
+        loss = sum over pairs i != j of max(0, margin - 1 + cos(h_i, h_j)) / number of pairs
+
+    Pairs are of the same sequence (and segment), over tokens that count; all pairs of the batch share one mean, as in
+    the authors' code.
+
+    Args:
+        hidden_states: the last layer's representations.
+        attention_mask: not 0 where a token counts; None: all.
+        segment_ids: documents packed in one row are kept apart; [1, length] broadcasts; None: a row is one segment.
+        margin: rho; 1 - margin is the cosine that costs nothing.
+        block_elements: at most so many similarities (and at least one row of them) exist at a time.
+
+    Returns:
+        Scalar, float32 (float64 for float64 inputs); 0 where no sequence has two tokens.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> simctg(torch.ones(1, 5, 8))  # all tokens alike: the margin itself
+        tensor(0.5000)
+
+    Source: Su et al. 2022, "A contrastive framework for neural text generation", equation 2.
+    """
+    if hidden_states.dim() != 3:
+        raise ValueError(
+            f"contrastive_loss: expected hidden_states [batch, length, hidden_size], got {list(hidden_states.shape)}"
+        )
+    batch, length, _ = hidden_states.shape
+    for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        if value is not None and list(value.shape) not in ([batch, length], [1, length]):
+            raise ValueError(f"contrastive_loss: expected {name} of shape [{batch}, {length}], got {list(value.shape)}")
+    if attention_mask is None:
+        mask = hidden_states.new_ones(1, length, dtype=torch.bool)
+    else:
+        mask = attention_mask != 0
+    mask = mask.expand(batch, length)
+    segments = None if segment_ids is None else segment_ids.expand(batch, length)
+    directions = _directions(hidden_states, mask)
+    block_rows = max(1, block_elements // max(batch * length, 1))
+    total = directions[..., :0].sum()
+    n_pairs = mask.sum() * 0
+    for start in range(0, length, block_rows):
+        is_pair = _pairs(mask, segments, start, min(start + block_rows, length))
+        n_pairs = n_pairs + is_pair.sum()
+        total = total + _without_activations(
+            _simctg_block, directions[:, start : start + block_rows], directions, mask, segments, start, margin
+        )
+    return total / n_pairs.clamp_min(1)
+
+
+def _simctg_block(
+    queries: Tensor,  # [batch, block_rows, hidden_size]
+    keys: Tensor,  # [batch, length, hidden_size]
+    mask: Tensor,  # [batch, length] bool
+    segments: Tensor | None,  # [batch, length]
+    start: int,
+    margin: float,
+) -> Tensor:
+    excess = torch.relu(margin - 1 + queries @ keys.transpose(1, 2))
+    return (excess * _pairs(mask, segments, start, start + queries.shape[1])).sum()
+
+
+def _pairs(mask: Tensor, segments: Tensor | None, start: int, stop: int) -> Tensor:  # [batch, stop - start, length]
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    pairs = mask[:, start:stop, None] & mask[:, None, :] & (columns[start:stop, None] != columns)
+    if segments is not None:
+        pairs = pairs & (segments[:, start:stop, None] == segments[:, None, :])
+    return pairs
+
+
+def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size], [...] -> [..., hidden_size]
+    """Vectors of length 1 where mask, 0 elsewhere; a zero vector stays zero, with gradient 0."""
+    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    vectors = torch.where(mask.unsqueeze(-1), vectors, 0.0)
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors * torch.where(length == 0, 0.0, 1 / length.masked_fill(length == 0, 1.0))
+
+
+def _without_activations(function, *arguments) -> Tensor:
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+class ContrastiveLoss(nn.Module):
+    """InfoNCE of a pair of representations, or SimCTG over the tokens of one; see info_nce and simctg.
+
+    Args:
+        temperature: of InfoNCE.
+        margin: of SimCTG.
+        weight: factor of the loss.
+
+    Example:
+        >>> loss_fn = ContrastiveLoss(temperature=0.07)
+        >>> loss = loss_fn(query_embeddings, document_embeddings)  # [n_pairs, hidden_size] each
+        >>> loss = loss_fn(hidden_states, attention_mask=attention_mask)  # [batch, length, hidden_size]: SimCTG
+    """
+
+    def __init__(
+        self,
+        temperature: float = UnifiedLossConfig.contrastive_temperature,
+        margin: float = 0.5,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"contrastive_loss: expected temperature > 0, got {temperature}")
+        self.temperature = temperature
+        self.margin = margin
+        self.weight = weight
+
+    def forward(
+        self,
+        inputs: Tensor,  # [n_pairs, hidden_size] or [batch, length, hidden_size]
+        targets: Tensor | None = None,  # [n_pairs, hidden_size]
+        attention_mask: Tensor | None = None,  # [n_pairs] or [batch, length]
+        return_detailed: bool = False,
+        *,
+        segment_ids: Tensor | None = None,  # [batch, length]
+        document_ids: Tensor | None = None,  # [n_pairs]
+    ) -> Tensor | dict[str, Tensor]:
+        """The weighted loss.
+
+        Args:
+            inputs: with targets, the first elements of the pairs; without, [batch, length, hidden_size] for SimCTG, or
+                [2 n_pairs, hidden_size] whose second half holds the partners of the first.
+            targets: the second elements of the pairs.
+            attention_mask: not 0 where a pair or a token counts; None: all.
+            return_detailed: return {"total_loss", "contrastive_loss"}, the second detached.
+            segment_ids: SimCTG: documents packed in one row.
+            document_ids: InfoNCE: pairs of one document are no negatives of each other.
+
+        Returns:
+            Scalar, or the dict.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        if targets is None and inputs.dim() == 3:
+            loss = simctg(inputs, attention_mask, segment_ids=segment_ids, margin=self.margin)
+        else:
+            if targets is None:
+                if inputs.dim() != 2 or inputs.shape[0] % 2:
+                    raise ValueError(
+                        "contrastive_loss: without targets, expected inputs [2 n_pairs, hidden_size] or "
+                        f"[batch, length, hidden_size], got {list(inputs.shape)}"
+                    )
+                inputs, targets = inputs.chunk(2)
+            mask = None if attention_mask is None else attention_mask != 0
+            loss = info_nce(inputs, targets, temperature=self.temperature, row_mask=mask, document_ids=document_ids)
+        loss = self.weight * loss
+        if not return_detailed:
+            return loss
+        return {"total_loss": loss, "contrastive_loss": loss.detach()}

@@ -1,0 +1,253 @@
+"""Multi-token prediction: extra depths that predict the tokens after the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad, silu
+from torch.utils.checkpoint import checkpoint
+
+from ava_ext.config import UnifiedLossConfig
+
+# cross-entropy of every row: logits [n_rows, vocab_size], targets [n_rows] -> [n_rows], 0 where ignored
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def counted_ahead(
+    row_weights: Tensor,  # [batch, length]
+    segments: Tensor | None,  # [batch, length]
+    k: int,
+) -> Tensor:
+    """Weight of the row k positions ahead; 0 where it is beyond the end or in another segment.
+
+    Returns:
+        [batch, length]: row_weights[:, t + k] where segments agree.
+
+    Example:
+        >>> counted_ahead(torch.tensor([[0.5, 0.0, 0.25, 1.0]]), None, k=2)
+        tensor([[0.2500, 1.0000, 0.0000, 0.0000]])
+    """
+    length = row_weights.shape[1]
+    k = min(k, length)
+    weights = row_weights[:, k:]
+    if segments is not None:
+        weights = torch.where(segments[:, k:] == segments[:, : length - k], weights, 0)
+    return pad(weights, (0, k))
+
+
+def shift_targets(
+    targets: Tensor,  # [batch, length]
+    segments: Tensor | None,  # [batch, length]
+    counted: Tensor,  # [batch, length] bool
+    k: int,
+    ignore_index: int,
+) -> Tensor:
+    """Targets of depth k: row t predicts targets[:, t + k], if that row counts and lies in the same segment.
+
+    Args:
+        targets: targets of depth 0.
+        segments: contiguous documents of packed rows; None: a row is one segment.
+        counted: True where a row counts at depth 0.
+        k: depth, >= 1.
+        ignore_index: target of rows that do not count at this depth.
+
+    Returns:
+        [batch, length], the dtype of targets.
+
+    Example:
+        >>> shift_targets(torch.tensor([[5, 6, 7, 8]]), None, torch.tensor([[True, True, False, True]]), 2, -100)
+        tensor([[-100,    8, -100, -100]])
+    """
+    k = min(k, targets.shape[1])
+    # 0 or 1 in the dtype of targets, so that the rule of segments and ends stands in one place
+    is_target = counted_ahead(counted.to(targets.dtype), segments, k) != 0
+    return torch.where(is_target, pad(targets[:, k:], (0, k)), ignore_index)
+
+
+class MTPOutput(NamedTuple):
+    """What MultiTokenPrediction returns."""
+
+    loss: Tensor  # []  mtp_weight * mean over depths, with graph; [batch, length] with per_row
+    depth_losses: Tensor  # [num_future_tokens]  mean loss of each depth over its own rows, unweighted; detached
+
+
+class ResidualHead(nn.Module):
+    """h + SiLU(Linear(RMSNorm(h))): what a depth adds before the shared head; the identity until it is trained.
+
+    Source: Cai et al. 2024, "Medusa", section 3.1, with a norm in front.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden_size)
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)  # SiLU'(0) = 1/2: it learns from the first step all the same
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [..., hidden_size]
+    ) -> Tensor:  # [..., hidden_size]
+        return hidden_states + silu(self.linear(self.norm(hidden_states)))
+
+
+class MultiTokenPrediction(nn.Module):
+    """mtp_weight * mean over depths k = 1..K of sum_t w_{t+k} CE(depth k's logits at t, targets[t + k]).
+
+    w is the weight of the row that is predicted (token weight / N, 0 where it does not count or is in another segment).
+    Depth k has a head of its own, Linear_k(LayerNorm(h)) with one norm for all, or with mtp_share_head a residual block
+    before the given lm_head: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). Logits exist for one chunk of rows of one depth at
+    a time; backward computes them again.
+
+    Args:
+        config: hidden_size, vocab_size, num_future_tokens, mtp_weight, mtp_share_head, mtp_detach_head, ignore_index and
+            linear_chunk_bytes are used.
+
+    Attributes:
+        norm: LayerNorm before the heads (Identity with mtp_share_head, whose blocks bring their own).
+        heads: num_future_tokens x Linear(hidden_size, vocab_size), or ResidualHead with mtp_share_head.
+
+    Raises:
+        ValueError: no hidden_size.
+
+    Example:
+        >>> config = UnifiedLossConfig(vocab_size=100, hidden_size=16, use_mtp=True)
+        >>> mtp = MultiTokenPrediction(config)
+        >>> mtp(hidden_states, targets, torch.full(targets.shape, 1 / targets.numel()), None, token_loss).loss
+
+    Source: Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction"; DeepSeek-V3.
+    """
+
+    def __init__(self, config: UnifiedLossConfig) -> None:
+        super().__init__()
+        if config.hidden_size is None:
+            raise ValueError("multi_token_prediction: expected hidden_size to be an integer, got None")
+        self.hidden_size = config.hidden_size
+        self.vocab_size = config.vocab_size
+        self.n_depths = config.num_future_tokens
+        self.weight = config.mtp_weight
+        self.share_head = config.mtp_share_head
+        self.detach_head = config.mtp_detach_head
+        self.ignore_index = config.ignore_index
+        self.chunk_bytes = config.linear_chunk_bytes
+        if self.share_head:
+            self.norm: nn.Module = nn.Identity()  # a parameter that nothing uses would stop DDP
+            self.heads = nn.ModuleList(ResidualHead(self.hidden_size) for _ in range(self.n_depths))
+        else:
+            self.norm = nn.LayerNorm(self.hidden_size)
+            self.heads = nn.ModuleList(nn.Linear(self.hidden_size, self.vocab_size) for _ in range(self.n_depths))
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [batch, length, hidden_size]
+        targets: Tensor,  # [batch, length]
+        row_weights: Tensor,  # [batch, length]
+        segments: Tensor | None,  # [batch, length]
+        token_loss: TokenLoss,
+        lm_head_weight: Tensor | None = None,  # [vocab_size, hidden_size]
+        lm_head_bias: Tensor | None = None,  # [vocab_size]
+        *,
+        per_row: bool = False,
+    ) -> MTPOutput:
+        """The weighted term and the loss of each depth.
+
+        Args:
+            hidden_states: the model's last hidden states; row t is what the logits at t are computed from.
+            targets: row t's target of depth 0 (the next token).
+            row_weights: token weight / N of each row at depth 0; 0 where it does not count. No gradient.
+            segments: contiguous documents of packed rows; None: a row is one segment.
+            token_loss: main's cross-entropy of rows: (logits [n_rows, vocab_size], targets [n_rows]) -> [n_rows], with
+                0 where the target is ignore_index. It is called again in backward.
+            lm_head_weight: with mtp_share_head, the shared head; without, unused.
+            lm_head_bias: its bias, or None.
+            per_row: return the loss of each row, [batch, length]: what row t contributes by its predictions.
+
+        Returns:
+            MTPOutput.
+
+        Raises:
+            ValueError: shapes that do not fit; mtp_share_head without lm_head_weight.
+        """
+        self._check(hidden_states, targets, row_weights, segments, lm_head_weight)
+        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        weights = row_weights.detach().to(dtype)
+        hidden_states = hidden_states.reshape(-1, self.hidden_size)
+        normed = self.norm(hidden_states.to(self._parameter_dtype()))
+        if self.detach_head and lm_head_weight is not None:
+            lm_head_weight = lm_head_weight.detach()
+            lm_head_bias = None if lm_head_bias is None else lm_head_bias.detach()
+        row_loss = torch.zeros(targets.numel(), dtype=dtype, device=targets.device)
+        depth_losses = []
+        for k, head in enumerate(self.heads, start=1):
+            depth_targets = shift_targets(targets, segments, weights != 0, k, self.ignore_index).reshape(-1)
+            losses = self._depth(head, normed, depth_targets, token_loss, lm_head_weight, lm_head_bias)
+            row_loss = row_loss + losses * counted_ahead(weights, segments, k).reshape(-1)
+            n_counted = (depth_targets != self.ignore_index).sum().clamp_min(1)
+            depth_losses.append(losses.detach().sum() / n_counted)
+        row_loss = row_loss * (self.weight / self.n_depths)
+        loss = row_loss.reshape(targets.shape) if per_row else row_loss.sum()
+        return MTPOutput(loss, torch.stack(depth_losses))
+
+    def _depth(
+        self,
+        head: nn.Module,
+        normed: Tensor,  # [n_rows, hidden_size]
+        targets: Tensor,  # [n_rows]
+        token_loss: TokenLoss,
+        lm_head_weight: Tensor | None,  # [vocab_size, hidden_size]
+        lm_head_bias: Tensor | None,  # [vocab_size]
+    ) -> Tensor:  # [n_rows]
+        def chunk_loss(rows: Tensor, row_targets: Tensor) -> Tensor:
+            outputs = head(rows)
+            if lm_head_weight is not None and self.share_head:
+                outputs = linear(outputs.to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
+            return token_loss(outputs, row_targets)
+
+        n_rows = self._chunk_rows(normed)
+        chunks = zip(normed.split(n_rows), targets.split(n_rows), strict=True)
+        return torch.cat(
+            [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        )
+
+    def _chunk_rows(self, normed: Tensor) -> int:
+        budget = self.chunk_bytes or (2**30 if normed.is_cuda else 2**26)
+        return max(1, budget // (self.vocab_size * normed.element_size()))
+
+    def _parameter_dtype(self) -> torch.dtype:
+        return next(self.heads.parameters()).dtype
+
+    def _check(
+        self,
+        hidden_states: Tensor,
+        targets: Tensor,
+        row_weights: Tensor,
+        segments: Tensor | None,
+        lm_head_weight: Tensor | None,
+    ) -> None:
+        if targets.dim() != 2:
+            raise ValueError(f"multi_token_prediction: expected targets [batch, length], got {list(targets.shape)}")
+        shape = list(targets.shape)
+        expected = [*shape, self.hidden_size]
+        if list(hidden_states.shape) != expected:
+            raise ValueError(
+                f"multi_token_prediction: expected hidden_states of shape {expected}, got {list(hidden_states.shape)}"
+            )
+        for name, value in (("row_weights", row_weights), ("segments", segments)):
+            if value is not None and list(value.shape) != shape:
+                raise ValueError(f"multi_token_prediction: expected {name} of shape {shape}, got {list(value.shape)}")
+        if not self.share_head:
+            return
+        if lm_head_weight is None:
+            raise ValueError("multi_token_prediction: mtp_share_head=True needs lm_head_weight, got None")
+        if (
+            lm_head_weight.dim() != 2
+            or lm_head_weight.shape[0] < self.vocab_size
+            or lm_head_weight.shape[1] != self.hidden_size
+        ):
+            raise ValueError(
+                f"multi_token_prediction: expected lm_head_weight of shape [{self.vocab_size}, {self.hidden_size}], "
+                f"got {list(lm_head_weight.shape)}"
+            )

@@ -1,0 +1,68 @@
+"""Perplexity as a loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ava_ext.config import UnifiedLossConfig
+
+
+class PerplexityLoss(nn.Module):
+    """exp of the mean cross-entropy over the rows that count.
+
+    Its gradient is that of the cross-entropy times the perplexity: a learning rate for cross-entropy is far too large at
+    the start of training, where perplexity is as large as the vocabulary. Mostly a metric.
+
+    Args:
+        ignore_index: target of a row that does not count.
+
+    Example:
+        >>> PerplexityLoss()(torch.zeros(6, 10), torch.arange(6))  # uniform over 10 tokens
+        tensor(10.0000)
+    """
+
+    def __init__(self, ignore_index: int = UnifiedLossConfig.ignore_index) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(
+        self,
+        logits: Tensor,  # [..., vocab_size]
+        targets: Tensor,  # [...]
+        attention_mask: Tensor | None = None,  # [...]
+        return_detailed: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The perplexity.
+
+        Args:
+            logits: predictions.
+            targets: token ids.
+            attention_mask: not 0 where a row counts; None: all that are not ignore_index.
+            return_detailed: return {"total_loss", "cross_entropy"}, the second detached.
+
+        Returns:
+            Scalar, float32 (float64 for float64 logits), or the dict; 1 with zero gradient where no row counts.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        for name, value in (("targets", targets), ("attention_mask", attention_mask)):
+            if value is not None and value.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"perplexity_loss: expected {name} of shape {list(logits.shape[:-1])}, got {list(value.shape)}"
+                )
+        if attention_mask is not None:
+            targets = torch.where(attention_mask != 0, targets, self.ignore_index)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        is_counted = targets != self.ignore_index
+        logits = torch.where(is_counted.unsqueeze(-1), logits, 0.0)  # nan in a row that does not count stays there
+        rows = cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=self.ignore_index, reduction="none"
+        )
+        mean = rows.sum() / is_counted.sum().clamp_min(1)
+        perplexity = mean.exp()
+        if not return_detailed:
+            return perplexity
+        return {"total_loss": perplexity, "cross_entropy": mean.detach()}

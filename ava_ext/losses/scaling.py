@@ -1,0 +1,75 @@
+"""Learned weights for a sum of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class AdaptiveLossScaling(nn.Module):
+    """Uncertainty weighting: sum over losses of exp(-s_i) L_i + s_i / 2, with a learned s_i (log variance) for each.
+
+    For a fixed L_i the best s_i is log(2 L_i), where exp(-s_i) L_i = 1/2: losses of any scale come to pull alike. The
+    s_i / 2 keeps the weights from going to 0; weights normalised by a softmax have nothing of the kind and collapse onto the
+    smallest loss. For losses that are positive. Give s_i to the optimizer, without weight decay.
+
+    Args:
+        names: of the losses.
+        initial_log_variance: s_i at the start; 0: every weight is 1.
+
+    Attributes:
+        log_variance: ParameterDict, a scalar s_i for each name.
+
+    Example:
+        >>> scaling = AdaptiveLossScaling(["main", "auxiliary"])
+        >>> scaling({"main": torch.tensor(2.0), "auxiliary": torch.tensor(0.5)})
+        tensor(2.5000, grad_fn=<AddBackward0>)
+
+    Source: Kendall, Gal and Cipolla 2018, "Multi-task learning using uncertainty to weigh losses", equation 10.
+    """
+
+    def __init__(self, names: Sequence[str], initial_log_variance: float = 0.0) -> None:
+        super().__init__()
+        if isinstance(names, str) or not names or len(set(names)) != len(names):
+            raise ValueError(f"adaptive_loss_scaling: expected names to be a list of different names, got {names!r}")
+        self.log_variance = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(float(initial_log_variance))) for name in names}
+        )
+
+    def forward(
+        self,
+        losses: Mapping[str, Tensor],  # scalars
+        return_detailed: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The weighted sum.
+
+        Args:
+            losses: a scalar for every name.
+            return_detailed: return total_loss, and detached: every name's part of it, and weight_<name> = exp(-s).
+
+        Returns:
+            Scalar, or the dict.
+
+        Raises:
+            ValueError: names that are missing or unknown, a loss that is no scalar.
+        """
+        if set(losses) != set(self.log_variance.keys()):
+            raise ValueError(
+                f"adaptive_loss_scaling: expected losses {sorted(self.log_variance.keys())}, got {sorted(losses)}"
+            )
+        parts: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        for name, log_variance in self.log_variance.items():
+            if losses[name].dim() != 0:
+                raise ValueError(
+                    f"adaptive_loss_scaling: expected a scalar for {name!r}, got shape {list(losses[name].shape)}"
+                )
+            weight = torch.exp(-log_variance)
+            parts[name] = weight * losses[name] + 0.5 * log_variance
+            weights[f"weight_{name}"] = weight.detach()
+        total = torch.stack(tuple(parts.values())).sum()
+        if not return_detailed:
+            return total
+        return {"total_loss": total} | {name: part.detach() for name, part in parts.items()} | weights

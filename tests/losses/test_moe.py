@@ -1,0 +1,286 @@
+"""MoE balancing: the steering term against its formula, and the state across micro-steps, resets and casts."""
+
+import multiprocessing
+
+import pytest
+import torch
+from torch import distributed
+
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.auxiliary import AuxiliaryLoss
+from ava_ext.losses.moe import MoEBalancer
+
+LAYERS, EXPERTS, K = 2, 4, 2
+
+
+def make_balancer(**options):
+    defaults = {"num_experts": EXPERTS, "num_experts_per_token": K, "num_moe_layers": LAYERS, "use_moe_balancing": True}
+    return MoEBalancer(UnifiedLossConfig(vocab_size=10, **(defaults | options)))
+
+
+def random_router(seed=0, n_rows=11):
+    generator = torch.Generator().manual_seed(seed)
+    gate_logits = torch.randn(LAYERS, n_rows, EXPERTS, generator=generator, dtype=torch.float64)
+    indices = torch.rand(LAYERS, n_rows, EXPERTS, generator=generator).topk(K).indices
+    return gate_logits, indices, torch.rand(n_rows, generator=generator) < 0.7
+
+
+def count(indices, mask):
+    """Counts of the masked rows, one index at a time."""
+    counts = torch.zeros(LAYERS, EXPERTS)
+    for layer in range(LAYERS):
+        for row in range(indices.shape[1]):
+            for expert in indices[layer, row].tolist():
+                counts[layer, expert] += float(mask[row])
+    return counts
+
+
+def steering_term(gate_logits, load, mask, weight=0.1):
+    """SPEC's formula, layer by layer, from softmax and plain means."""
+    terms = []
+    for layer in range(LAYERS):
+        p = gate_logits[layer][mask].softmax(-1).mean(0)
+        terms.append(weight * EXPERTS * sum((load[layer, e] - 1 / EXPERTS) * p[e] for e in range(EXPERTS)))
+    return sum(terms) / LAYERS
+
+
+def test_term_and_metrics():
+    gate_logits, indices, mask = random_router()
+    balancer = make_balancer()
+    got = balancer(gate_logits, indices, mask)
+    counts = count(indices, mask)
+    load = 0.9 / EXPERTS + 0.1 * counts / counts.sum(-1, keepdim=True)
+    torch.testing.assert_close(got.term, steering_term(gate_logits, load, mask).double(), rtol=1e-6, atol=1e-9)
+    assert abs(got.term) > 1e-4
+    cv = torch.stack([c.std(unbiased=False) / c.mean() for c in counts]).mean()
+    violation = torch.stack([c.max() / c.mean() - 1 for c in counts]).mean()
+    torch.testing.assert_close(got.moe_cv.float(), cv)
+    torch.testing.assert_close(got.moe_max_violation.float(), violation)
+    assert not got.moe_cv.requires_grad
+
+
+def test_gradcheck():
+    gate_logits, indices, mask = random_router(n_rows=5)
+    for score in ("softmax", "sigmoid"):
+        balancer = make_balancer(router_score=score).eval()
+        balancer.expert_load.copy_(torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.0, 0.5, 0.5, 0.0]]))
+        assert torch.autograd.gradcheck(lambda x, b=balancer: b(x, indices, mask).term, gate_logits.requires_grad_())
+
+
+def test_a_step_down_the_gradient_takes_probability_from_the_overloaded_expert():
+    balancer = make_balancer(num_moe_layers=1, num_experts_per_token=1)
+    gate_logits = torch.tensor([[3.0, 0, 0, 0]]).repeat(8, 1).requires_grad_()
+    balancer(gate_logits).term.backward()
+    assert (gate_logits.grad[:, 0] > 0).all() and (gate_logits.grad[:, 1:] < 0).all()
+
+
+def test_zero_at_balance():
+    balancer = make_balancer(num_moe_layers=1, num_experts_per_token=1)
+    gate_logits = torch.eye(4).mul(5).repeat(3, 1).requires_grad_()
+    got = balancer(gate_logits)
+    got.term.backward()
+    assert got.term.abs() < 1e-8 and gate_logits.grad.abs().max() < 1e-8
+    assert got.moe_cv == 0 and got.moe_max_violation == 0
+
+
+def test_opposite_imbalances_of_two_layers_do_not_cancel():
+    first = torch.tensor([4.0, 0, 0, 0]).repeat(6, 1)
+    second = torch.tensor([-4.0, 0, 0, 0]).repeat(6, 1)
+    both = make_balancer(num_experts_per_token=1)([first, second])
+    alone = [make_balancer(num_experts_per_token=1, num_moe_layers=1)(layer).term for layer in (first, second)]
+    assert min(alone) > 0.001
+    torch.testing.assert_close(both.term, sum(alone) / 2)
+    assert both.moe_max_violation == 3
+
+
+def test_micro_steps_add_up_to_one_big_step():
+    gate_logits, indices, mask = random_router(n_rows=20)
+    whole, parts = make_balancer(), make_balancer()
+    whole(gate_logits, indices, mask)
+    for rows in (slice(0, 3), slice(3, 15), slice(15, 20)):
+        parts(gate_logits[:, rows], indices[:, rows], mask[rows])
+    assert torch.equal(parts.expert_load, torch.full((LAYERS, EXPERTS), 0.25))  # nothing is committed before step()
+    assert (parts.expert_bias == 0).all()
+    for balancer in (whole, parts):
+        balancer.step()
+        counts = count(indices, mask)
+        load = 0.9 / EXPERTS + 0.1 * counts / counts.sum(-1, keepdim=True)
+        torch.testing.assert_close(balancer.expert_load, load)
+        expected_bias = 1e-3 * torch.sign(counts.mean(-1, keepdim=True) - counts)
+        assert torch.equal(balancer.expert_bias, expected_bias)
+        assert (balancer.pending_counts == 0).all()
+        assert torch.equal(balancer.expert_counts, counts)
+    balancer.step()  # without rows in between: nothing to learn from
+    torch.testing.assert_close(balancer.expert_load, load)
+    assert torch.equal(balancer.expert_bias, expected_bias)
+
+
+def test_term_uses_the_load_as_the_next_step_will_commit_it():
+    gate_logits, indices, mask = random_router()
+    balancer = make_balancer()
+    balancer(gate_logits[:, :4], indices[:, :4])
+    term = balancer(gate_logits, indices, mask).term
+    balancer.step()
+    torch.testing.assert_close(
+        term, steering_term(gate_logits, balancer.expert_load, mask).double(), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_evaluation_changes_nothing():
+    gate_logits, indices, mask = random_router()
+    balancer = make_balancer()
+    balancer(gate_logits, indices, mask)
+    balancer.step()
+    before = {name: value.clone() for name, value in balancer.named_buffers()}
+    expected = steering_term(gate_logits, balancer.expert_load, mask).double()
+    with torch.no_grad():
+        in_no_grad = balancer(gate_logits, indices, mask).term
+    balancer.eval()
+    for term in (in_no_grad, balancer(gate_logits, indices, mask).term):
+        torch.testing.assert_close(term, expected, rtol=1e-6, atol=1e-9)
+    for name, value in balancer.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+def test_backward_after_the_commit():
+    gate_logits, indices, mask = random_router()
+    gate_logits.requires_grad_()
+    for balancer in (make_balancer(), make_balancer().eval()):
+        term = balancer(gate_logits, indices, mask).term
+        expected = torch.autograd.grad(term, gate_logits, retain_graph=True)[0]
+        balancer.train()(gate_logits, indices)
+        balancer.step()
+        assert torch.equal(torch.autograd.grad(term, gate_logits)[0], expected)
+
+
+def test_no_counted_row():
+    gate_logits, indices, mask = random_router()
+    gate_logits.requires_grad_()
+    balancer = make_balancer()
+    balancer(gate_logits, indices, mask)
+    balancer.step()
+    before = {name: value.clone() for name, value in balancer.named_buffers()}
+    got = balancer(gate_logits, indices, torch.zeros_like(mask))
+    assert all(value == 0 for value in got)
+    got.term.backward()
+    assert (gate_logits.grad == 0).all()
+    balancer.step()
+    for name, value in balancer.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+def test_loss_free_bias_balances_a_skewed_router():
+    torch.manual_seed(0)
+    balancer = make_balancer(num_moe_layers=1, num_experts_per_token=1, expert_bias_rate=0.005)
+    gate_logits = torch.randn(200, EXPERTS) * 0.5 + torch.tensor([1.0, 0.3, 0.0, -0.5])
+    before = balancer(gate_logits, gate_logits.softmax(-1).topk(1).indices).moe_max_violation
+    balancer.reset_statistics()
+    for _ in range(120):
+        chosen = (gate_logits.softmax(-1) + balancer.expert_bias).topk(1).indices
+        after = balancer(gate_logits, chosen).moe_max_violation
+        balancer.step()
+    assert before > 1 and after < 0.2
+
+
+def test_statistics_and_reset():
+    gate_logits, indices, mask = random_router()
+    balancer = make_balancer()
+    for _ in range(2):
+        balancer(gate_logits, indices, mask)
+        balancer.step()
+    statistics = balancer.statistics()
+    counts = 2 * count(indices, mask)
+    assert torch.equal(statistics["expert_counts"], counts)
+    assert statistics["total_tokens"] == 2 * mask.sum()
+    torch.testing.assert_close(statistics["max_violation"], counts.amax(-1) / counts.mean(-1) - 1)
+    mean_probability = gate_logits[:, mask].softmax(-1).mean(1).float()
+    torch.testing.assert_close(statistics["expert_scores"], mean_probability)
+    bias = balancer.expert_bias.clone()
+    balancer.reset_statistics()
+    assert torch.equal(statistics["expert_counts"], counts), "statistics() must not be a view of the state"
+    fresh = make_balancer().statistics()
+    for name, value in balancer.statistics().items():
+        assert torch.equal(value, fresh[name]), name
+    assert torch.equal(balancer.expert_load, torch.full((LAYERS, EXPERTS), 0.25))
+    assert torch.equal(balancer.expert_bias, bias) and bias.abs().max() > 0
+
+
+def test_casts_and_state_dict():
+    balancer = make_balancer().bfloat16()
+    gate_logits, indices, mask = random_router()
+    got = balancer(gate_logits.bfloat16(), indices, mask)
+    assert got.term.dtype == torch.float32
+    balancer.step()
+    assert all(value.dtype == torch.float32 for value in balancer.buffers() if value.is_floating_point())
+    other = make_balancer()
+    other.load_state_dict(balancer.state_dict(), strict=True)
+    assert torch.equal(other.expert_bias, balancer.expert_bias)
+    assert set(balancer.state_dict()) == {"expert_load", "expert_counts", "expert_bias", "score_sum", "total_tokens"}
+
+
+def test_compiles_without_a_graph_break_and_updates_its_state():
+    eager, compiled = make_balancer(), make_balancer()
+
+    def call(balancer, gate_logits, indices, mask):
+        got = balancer(gate_logits, indices, mask)
+        balancer.step()
+        return got
+
+    # with the partitioner of the default backend; the one of "aot_eager" reads expert_load after its own update
+    run = torch.compile(call, fullgraph=True, backend="aot_eager_decomp_partition")
+    for seed in range(3):
+        gate_logits, indices, mask = random_router(seed)
+        gradients = []
+        for function, balancer in ((call, eager), (run, compiled)):
+            leaf = gate_logits.clone().requires_grad_()
+            function(balancer, leaf, indices, mask).term.backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+    for (name, value), other in zip(eager.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(value, other, msg=name)
+
+
+def run_rank(rank, path):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    group = distributed.group.WORLD
+    balancer = make_balancer(num_experts=2, num_experts_per_token=1, num_moe_layers=1)
+    rows = [[0, 0, 0, 1], [1, 1, 1, 0]][rank]  # skewed here, balanced in all
+    gate_logits = torch.tensor([[2.0, 0], [0, 2]])[rows]
+    balancer(gate_logits)
+    balancer.step(group)
+    assert torch.equal(balancer.expert_bias, torch.zeros(1, 2))
+    torch.testing.assert_close(balancer.expert_load, torch.full((1, 2), 0.5))
+    assert balancer.expert_counts.tolist() == [[[3.0, 1.0], [1.0, 3.0]][rank]]
+    loss_fn = AuxiliaryLoss(load_balancing_weight=1.0, router_z_weight=0.0, process_group=group)
+    torch.testing.assert_close(loss_fn(gate_logits), torch.tensor(1.0))  # f = 1/2 for both
+    assert AuxiliaryLoss(load_balancing_weight=1.0, router_z_weight=0.0)(gate_logits) > 1.1
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not distributed.is_available() or "fork" not in multiprocessing.get_all_start_methods(),
+    reason="needs gloo and fork",
+)
+def test_counts_are_summed_over_the_process_group(tmp_path):
+    context = multiprocessing.get_context("fork")  # a fresh import of torch takes longer than all other tests
+    ranks = [context.Process(target=run_rank, args=(rank, tmp_path / "store")) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def test_bad_input_is_named():
+    gate_logits, indices, mask = random_router()
+    balancer = make_balancer()
+    with pytest.raises(ValueError, match="num_experts = 4 columns, got 5"):
+        balancer(torch.zeros(LAYERS, 3, 5))
+    with pytest.raises(ValueError, match="num_moe_layers = 2 layers, got shape"):
+        balancer(gate_logits[0])
+    with pytest.raises(ValueError, match=r"row_mask of shape \[11\], got \[10\]"):
+        balancer(gate_logits, indices, mask[1:])
+    with pytest.raises(ValueError, match=r"expert_indices: expected shape \[1, 11, 2\], got \[11, 1\]"):
+        balancer(gate_logits, list(indices[..., :1]), mask)
+    assert (balancer.pending_counts == 0).all()

@@ -1,0 +1,245 @@
+"""Multi-token prediction against one cross-entropy per row, depth by depth."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, layer_norm, linear, rms_norm, silu
+
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.mtp import MultiTokenPrediction, counted_ahead, shift_targets
+
+BATCH, LENGTH, HIDDEN, VOCAB, DEPTHS = 2, 7, 5, 11, 3
+
+
+def token_loss(logits, targets):
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return cross_entropy(logits / 0.8, targets, ignore_index=-100, label_smoothing=0.1, reduction="none")
+
+
+def make_mtp(dtype=torch.float64, seed=3, **options):
+    torch.manual_seed(seed)
+    options = {"num_future_tokens": DEPTHS, "use_mtp": True, "mtp_weight": 0.3} | options
+    mtp = MultiTokenPrediction(UnifiedLossConfig(vocab_size=VOCAB, hidden_size=HIDDEN, **options)).double()
+    with torch.no_grad():
+        for parameter in mtp.parameters():  # the norms' ones and the residual blocks' zeros would hide mistakes
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return mtp.to(dtype)
+
+
+def make_inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
+    targets[0, 4], targets[1, 6] = -100, -100
+    weights = torch.rand(BATCH, LENGTH, generator=generator, dtype=torch.float64) * (targets != -100)
+    return {
+        "hidden_states": torch.randn(BATCH, LENGTH, HIDDEN, generator=generator, dtype=torch.float64),
+        "targets": targets,
+        "row_weights": weights,
+        "segments": torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]),
+    }
+
+
+def head_logits(mtp, hidden, k, lm_head_weight, lm_head_bias):
+    head = mtp.heads[k - 1]
+    if lm_head_weight is None:
+        return linear(layer_norm(hidden, (HIDDEN,), mtp.norm.weight, mtp.norm.bias), head.weight, head.bias)
+    block = linear(rms_norm(hidden, (HIDDEN,), head.norm.weight), head.linear.weight, head.linear.bias)
+    return linear(hidden + silu(block), lm_head_weight, lm_head_bias)
+
+
+def one_row_at_a_time(mtp, hidden_states, targets, row_weights, segments, lm_head_weight=None, lm_head_bias=None):
+    rows = torch.zeros(BATCH, LENGTH, dtype=torch.float64)
+    depth_losses = []
+    for k in range(1, DEPTHS + 1):
+        losses = []
+        for b in range(BATCH):
+            for t in range(LENGTH - k):
+                same_segment = segments is None or segments[b, t] == segments[b, t + k]
+                if row_weights[b, t + k] == 0 or not same_segment:
+                    continue
+                logits = head_logits(mtp, hidden_states[b, t], k, lm_head_weight, lm_head_bias)
+                loss = token_loss(logits[None], targets[b, t + k, None])[0]
+                losses.append(loss)
+                rows[b, t] = rows[b, t] + 0.3 * row_weights[b, t + k] * loss / DEPTHS
+        depth_losses.append(sum(losses) / max(len(losses), 1))
+    return rows, torch.stack(depth_losses).detach()
+
+
+def shared_head():
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64)
+    return {"lm_head_weight": weight, "lm_head_bias": torch.randn(VOCAB, generator=generator, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+def test_against_one_row_at_a_time(share, packed, chunk_rows):
+    mtp = make_mtp(mtp_share_head=share, linear_chunk_bytes=chunk_rows * VOCAB * 8)
+    inputs = make_inputs() | (shared_head() if share else {})
+    if not packed:
+        inputs["segments"] = None
+    expected, depth_losses = one_row_at_a_time(mtp, **inputs)
+    got = mtp(**inputs, token_loss=token_loss)
+    torch.testing.assert_close(got.loss, expected.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.depth_losses, depth_losses, rtol=1e-12, atol=0)
+    assert not got.depth_losses.requires_grad
+    per_row = mtp(**inputs, token_loss=token_loss, per_row=True).loss
+    torch.testing.assert_close(per_row, expected, rtol=1e-12, atol=0)
+    parameters = list(mtp.parameters())
+    gradients = (torch.autograd.grad(loss, parameters) for loss in (got.loss, expected.sum()))
+    for gradient, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_gradcheck(share):
+    mtp = make_mtp(mtp_share_head=share, linear_chunk_bytes=8 * VOCAB * 8)
+    inputs = make_inputs()
+    hidden_states = inputs.pop("hidden_states").requires_grad_()
+    head = [value.requires_grad_() for value in shared_head().values()] if share else []
+
+    def loss(hidden_states, *head):
+        return mtp(
+            hidden_states, **inputs, token_loss=token_loss, **dict(zip(("lm_head_weight", "lm_head_bias"), head))
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden_states, *head), fast_mode=True)
+
+
+def test_detached_head_gets_no_gradient():
+    inputs = make_inputs() | {name: value.requires_grad_() for name, value in shared_head().items()}
+    values, gradients = [], []
+    for detach in (False, True):
+        mtp = make_mtp(mtp_share_head=True, mtp_detach_head=detach)
+        values.append(mtp(**inputs, token_loss=token_loss).loss)
+        gradients.append(
+            torch.autograd.grad(values[-1], [inputs["lm_head_weight"], mtp.heads[0].linear.weight], allow_unused=True)
+        )
+    assert torch.equal(*values)
+    assert gradients[0][0] is not None and gradients[1][0] is None
+    assert torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_residual_blocks_start_as_the_identity_and_learn():
+    mtp = MultiTokenPrediction(
+        UnifiedLossConfig(vocab_size=VOCAB, hidden_size=HIDDEN, use_mtp=True, mtp_share_head=True)
+    )
+    hidden_states = torch.randn(2, HIDDEN)
+    assert torch.equal(mtp.heads[1](hidden_states), hidden_states)
+    mtp.heads[1](hidden_states).square().sum().backward()
+    assert mtp.heads[1].linear.weight.grad.abs().max() > 0
+    assert not list(mtp.norm.parameters())
+
+
+def test_shift_targets():
+    targets = torch.tensor([[5, 6, 7, 8, 9]])
+    counted = torch.tensor([[True, True, False, True, True]])
+    segments = torch.tensor([[0, 0, 0, 0, 1]])
+    assert shift_targets(targets, None, counted, 1, -1).tolist() == [[6, -1, 8, 9, -1]]
+    assert shift_targets(targets, segments, counted, 1, -1).tolist() == [[6, -1, 8, -1, -1]]
+    assert shift_targets(targets, segments, counted, 3, -1).tolist() == [[8, -1, -1, -1, -1]]
+    for k in (5, 9):
+        assert shift_targets(targets, None, counted, k, -1).tolist() == [[-1] * 5]
+    assert counted_ahead(torch.tensor([[0.5, 0.25, 1.0]]), torch.tensor([[0, 0, 1]]), 1).tolist() == [[0.25, 0, 0]]
+
+
+def test_nothing_leaks_across_segments_and_padding():
+    mtp, inputs = make_mtp(), make_inputs()
+    inputs["hidden_states"].requires_grad_()
+    mtp(**inputs, token_loss=token_loss).loss.backward()
+    reached = inputs["hidden_states"].grad.abs().sum(-1) > 0
+    # row 0: its targets 0-3, then 4 (ignored) to 6; row 1: 0-1, then 2 to 5, 6 ignored
+    assert reached.tolist() == [[True] * 3 + [False, True, True, False], [True, False, True, True, True, False, False]]
+
+
+def test_no_counted_row():
+    mtp, inputs = make_mtp(), make_inputs()
+    inputs["hidden_states"].requires_grad_()
+    inputs["row_weights"] = torch.zeros(BATCH, LENGTH)
+    got = mtp(**inputs, token_loss=token_loss)
+    got.loss.backward()
+    assert got.loss == 0 and (got.depth_losses == 0).all()
+    assert all((p.grad == 0).all() for p in [inputs["hidden_states"], *mtp.parameters()])
+
+
+def test_fewer_positions_than_depths():
+    mtp, inputs = make_mtp(), make_inputs()
+    short = {name: value[:, :1] for name, value in inputs.items()}
+    assert mtp(**short, token_loss=token_loss).loss == 0
+    empty = {name: value[:0] for name, value in inputs.items()}
+    assert mtp(**empty, token_loss=token_loss).loss == 0
+
+
+def test_logits_exist_one_chunk_at_a_time():
+    mtp, inputs = make_mtp(linear_chunk_bytes=2 * VOCAB * 8), make_inputs()
+    inputs["hidden_states"].requires_grad_()
+    saved, largest = {}, 0
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def watched(logits, targets):
+        nonlocal largest
+        largest = max(largest, logits.shape[0])
+        return token_loss(logits, targets)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mtp(**inputs, token_loss=watched).loss.backward()
+    assert largest == 2
+    assert not any(tensor.shape[-1:] == (VOCAB,) and tensor.dim() == 2 for tensor in saved.values())
+
+
+@pytest.mark.parametrize("model", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [False, True])
+def test_dtypes_of_model_and_heads_may_differ(model, heads, share):
+    inputs = make_inputs() | (shared_head() if share else {})
+    inputs = {name: value.to(model) if value.is_floating_point() else value for name, value in inputs.items()}
+    inputs["row_weights"] = inputs["row_weights"].float()
+    got = make_mtp(heads, mtp_share_head=share)(**inputs, token_loss=token_loss)
+    expected = one_row_at_a_time(
+        make_mtp(torch.float64, mtp_share_head=share), **(make_inputs() | (shared_head() if share else {}))
+    )
+    assert got.loss.dtype == torch.float32
+    torch.testing.assert_close(
+        got.loss.double(), expected[0].sum(), rtol=1e-5 if model == heads == torch.float32 else 0.05, atol=0
+    )
+
+
+def test_compiles_without_a_graph_break():
+    for share in (False, True):
+        mtp = make_mtp(mtp_share_head=share, linear_chunk_bytes=8 * VOCAB * 8)
+        inputs = make_inputs() | (shared_head() if share else {})
+
+        def call(inputs, mtp=mtp):
+            return mtp(**inputs, token_loss=token_loss).loss
+
+        compiled, eager = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs), call(inputs)
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad(loss, list(mtp.parameters())) for loss in (compiled, eager)]
+        for gradient, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-14)
+
+
+def test_state_dict_names():
+    assert set(make_mtp(num_future_tokens=2).state_dict()) == {
+        "norm.weight", "norm.bias", "heads.0.weight", "heads.0.bias", "heads.1.weight", "heads.1.bias",
+    }  # fmt: skip
+
+
+def test_bad_input_is_named():
+    mtp, inputs = make_mtp(), make_inputs()
+    for name, value, message in (
+        ("hidden_states", torch.zeros(BATCH, LENGTH, 4), r"hidden_states of shape \[2, 7, 5\], got \[2, 7, 4\]"),
+        ("targets", torch.zeros(14), r"targets \[batch, length\], got \[14\]"),
+        ("row_weights", torch.zeros(BATCH, 6), r"row_weights of shape \[2, 7\], got \[2, 6\]"),
+        ("segments", torch.zeros(1, LENGTH), r"segments of shape \[2, 7\], got \[1, 7\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mtp(**(inputs | {name: value}), token_loss=token_loss)
+    shared = make_mtp(mtp_share_head=True)
+    with pytest.raises(ValueError, match="mtp_share_head=True needs lm_head_weight"):
+        shared(**inputs, token_loss=token_loss)
+    with pytest.raises(ValueError, match=r"lm_head_weight of shape \[11, 5\], got \[5, 11\]"):
+        shared(**inputs, token_loss=token_loss, lm_head_weight=torch.zeros(5, 11))

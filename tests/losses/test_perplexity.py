@@ -1,0 +1,46 @@
+"""Perplexity against exp of F.cross_entropy."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from ava_ext.losses.perplexity import PerplexityLoss
+
+
+def make_inputs():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    return logits, torch.tensor([[1, -100, 3], [6, 0, 2]]), torch.tensor([[1, 1, 1], [1, 0, 1]])
+
+
+def test_value_and_gradient():
+    logits, targets, mask = make_inputs()
+    masked = targets.masked_fill(mask == 0, -100)
+    for attention_mask, kept in ((None, targets), (mask, masked)):
+        got = PerplexityLoss()(logits, targets, attention_mask, return_detailed=True)
+        expected = cross_entropy(logits.reshape(-1, 7), kept.reshape(-1))
+        torch.testing.assert_close(got["cross_entropy"], expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(got["total_loss"], expected.exp(), rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(lambda x: PerplexityLoss()(x, targets, mask), logits.requires_grad_())
+
+
+def test_uniform_low_precision_and_no_row():
+    uniform = PerplexityLoss()(torch.zeros(6, 10, dtype=torch.bfloat16), torch.arange(6))
+    assert uniform.dtype == torch.float32 and uniform.item() == pytest.approx(10)
+    logits = torch.full((3, 4), torch.nan, requires_grad=True)
+    loss = PerplexityLoss()(logits, torch.full((3,), -100))
+    loss.backward()
+    assert loss == 1 and (logits.grad == 0).all()
+
+
+def test_compiles_without_a_graph_break():
+    logits, targets, mask = make_inputs()
+    compiled = torch.compile(PerplexityLoss(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(logits, targets, mask), PerplexityLoss()(logits, targets, mask), rtol=1e-12, atol=0
+    )
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"targets of shape \[3\], got \[4\]"):
+        PerplexityLoss()(torch.zeros(3, 5), torch.zeros(4, dtype=torch.long))
