@@ -24,7 +24,9 @@ class Inputs(NamedTuple):
     negative_ids: Tensor | None  # [batch_size, n_tokens, n_negatives]
     negative_weights: Tensor | None  # [batch_size, n_tokens, n_negatives]
     hidden_states: Tensor | None  # [batch_size, n_tokens, hidden_size]
-    keep_targets: Tensor | None  # bool: rows whose target is no padding, without the row behind the last label; None: all
+    keep_targets: (
+        Tensor | None
+    )  # bool: rows whose target is no padding, without the row behind the last label; None: all
     keep_tokens: Tensor | None  # [batch_size, n_tokens] bool: tokens that are no padding; None: all
     is_flat: bool
 
