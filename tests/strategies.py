@@ -167,7 +167,5 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
     ignore_index = draw(st.sampled_from([IGNORED, -1, vocab_size - 1]))
     if ignore_index >= 0:
         ignored |= targets == ignore_index
-    return RowProblem(
-        base, view, targets.masked_fill(ignored, ignore_index), coefficients, terms, row_weights, candidates, vocab_size,
-        ignore_index,
-    )  # fmt: skip
+    targets = targets.masked_fill(ignored, ignore_index)
+    return RowProblem(base, view, targets, coefficients, terms, row_weights, candidates, vocab_size, ignore_index)

@@ -1,4 +1,4 @@
-"""Low precision: rounded once, and never much worse than what PyTorch computes in the same dtype. Bitwise repeatable."""
+"""Low precision: rounded once, never much worse than PyTorch in the same dtype. Bitwise repeatable."""
 
 import pytest
 import torch

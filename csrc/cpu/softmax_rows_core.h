@@ -81,7 +81,9 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     Real value = widen(x[column]);
     if (value == -Real(INFINITY)) return value;
     if constexpr (kCapped) value = options.softcap * tanh_of(value / options.softcap);
-    return (value - row.max) * inverse_temperature;
+    // -inf is for masked columns: beside a maximum of +inf this is a finite distance, and R a nan
+    const Real u = (value - row.max) * inverse_temperature;
+    return u < Reader::lowest() ? Reader::lowest() : u;
   }
   Real scalar_cap_slope(const Element* x, int64_t column) const {
     if constexpr (!kCapped) return 1;

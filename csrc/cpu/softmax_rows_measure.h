@@ -184,10 +184,11 @@ struct RowReader {
     sums.rest *= scale;
   }
 
+  static constexpr Real lowest() { return kIsDouble ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f); }
+
   RowStatistics<Real> measure(const Element* x) const {
-    constexpr Real lowest = kIsDouble ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f);
     const Real slack = 32 * options.temperature;  // sums up to e^32 times the block's size stay far from overflow
-    Real reference = lowest;
+    Real reference = lowest();
     Sums all{-Real(INFINITY), 0, 0, 0, 0},
         best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
     int64_t best_begin = 0, best_end = 0;
@@ -198,9 +199,9 @@ struct RowReader {
     };
     for (int64_t begin = 0; begin < arguments.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < arguments.vocab_size ? begin + kBlock : arguments.vocab_size;
-      if (reference == lowest) {
+      if (reference == lowest()) {
         const Real first = largest_in(x, begin, end);
-        if (first > lowest) reference = first;
+        if (first > lowest()) reference = first;
       }
       Sums sums = sum_block(x, begin, end, reference);
       if (sums.max > reference + slack) {
