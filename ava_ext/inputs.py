@@ -108,7 +108,11 @@ def prepare(
     """
     if targets is None:
         raise ValueError("unified_loss: expected targets, got None")
-    if targets.dim() not in (1, 2) or logits.shape[:-1] != targets.shape:
+    if targets.dim() not in (1, 2):
+        raise ValueError(
+            f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(targets.shape)}"
+        )
+    if logits.shape[:-1] != targets.shape:
         raise _bad_shape("targets", logits.shape[:-1], targets)
     if logits.shape[-1] < config.vocab_size:
         raise ValueError(
