@@ -175,7 +175,7 @@ def make_variants(case: Case) -> dict[str, Variant]:
 
 
 def relative(times: Times, name: str) -> dict[str, float]:
-    """Speed against PyTorch (for every term: against the composition), and time over copy_ and over plain UnifiedLoss."""
+    """Speed against PyTorch (every term: against the composition), and time over copy_ and over plain UnifiedLoss."""
     prefix = name.split("_")[0] + "_" if name.startswith(("terms_", "softcap_")) else ""
     return {
         "faster_than_eager": times.ratio(f"{prefix}eager", name),
