@@ -160,7 +160,8 @@ class UnifiedLossConfig:
             raise _bad("repetition_allow_list", "a sequence of token ids", self.repetition_allow_list)
         for name in ("eos_token_id", "pad_token_id", "ignore_index", "repetition_allow_list"):
             value = getattr(self, name)
-            ids = value if isinstance(value, tuple) else () if value is None else (value,)
+            is_none = value is None and self._defaults()[name] is None
+            ids = value if isinstance(value, tuple) else () if is_none else (value,)
             for token in ids:
                 if isinstance(token, bool) or not isinstance(token, int):
                     raise _bad(name, "token ids (integers)", value)

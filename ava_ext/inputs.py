@@ -24,7 +24,9 @@ class Inputs(NamedTuple):
     negative_ids: Tensor | None  # [batch_size, n_tokens, n_negatives]
     negative_weights: Tensor | None  # [batch_size, n_tokens, n_negatives]
     hidden_states: Tensor | None  # [batch_size, n_tokens, hidden_size]
-    keep_targets: Tensor | None  # bool: rows whose target is no padding, without the row behind the last label; None: all
+    keep_targets: (
+        Tensor | None
+    )  # bool: rows whose target is no padding, without the row behind the last label; None: all
     keep_tokens: Tensor | None  # [batch_size, n_tokens] bool: tokens that are no padding; None: all
     is_flat: bool
 
@@ -106,7 +108,11 @@ def prepare(
     """
     if targets is None:
         raise ValueError("unified_loss: expected targets, got None")
-    if targets.dim() not in (1, 2) or logits.shape[:-1] != targets.shape:
+    if targets.dim() not in (1, 2):
+        raise ValueError(
+            f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(targets.shape)}"
+        )
+    if logits.shape[:-1] != targets.shape:
         raise _bad_shape("targets", logits.shape[:-1], targets)
     if logits.shape[-1] < config.vocab_size:
         raise ValueError(

@@ -31,8 +31,6 @@ def segment_numbers(
                 f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
             )
         parts.append(given.reshape(-1, n_tokens))
-    if segment_ids is not None and len(parts) == 1 and cu_seqlens is None:
-        return parts[0]
     starts = []
     if segment_ids is not None:
         starts.append(parts[0][:, 1:] != parts[0][:, :-1])
@@ -41,7 +39,7 @@ def segment_numbers(
     numbers = None
     if starts:
         starting = starts[0] if len(starts) == 1 else starts[0] | starts[1]
-        numbers = torch.nn.functional.pad(starting.cumsum(1), (1, 0))
+        numbers = torch.nn.functional.pad(starting.cumsum(1), (min(1, n_tokens), 0))
     if cu_seqlens is None:
         return numbers
     if cu_seqlens.dim() != 1:

@@ -37,15 +37,8 @@ from ava_ext.losses.mtp import MultiTokenPrediction
 from ava_ext.losses.negatives import given_negatives
 from ava_ext.losses.temperature import AdaptiveTemperature
 from ava_ext.ops.repetition import repetition_candidates
-from ava_ext.ops.softmax_rows import (
-    TERM_NAMES,
-    Candidates,
-    RowLoss,
-    RowTerms,
-    row_coefficients,
-    row_loss,
-    token_log_probs,
-)
+from ava_ext.ops.softmax_rows import TERM_NAMES, Candidates, RowLoss, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_statistics import token_log_probs
 
 _CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 _STATEFUL = ("temperature", "mtp", "adaptive_mtp", "moe_balancer")

@@ -25,10 +25,10 @@ def composed_loss(
 
         (1-e) (1-p_t)^gamma n + e mean_j(-log p_j) + beta lse(z)^2 + eta (1 - H / log V) - sum_c w_c log(1 - p_c)
 
-    One log_softmax, in float32 for 16-bit logits, which all terms share; one gather for the target and the candidates, so
-    that nothing is [n_rows, n_candidates, vocab_size]; lse from one column, without a second pass over the row. Of six ways
-    to write it (torch.logsumexp, entropy from softmax times logits, ...) this was the fastest, or as fast, eager and
-    compiled.
+    One log_softmax, in float32 for 16-bit logits, which all terms share; one gather for the target and the candidates,
+    so that nothing is [n_rows, n_candidates, vocab_size]; lse from one column, without a second pass over the row. Of
+    six ways to write it (torch.logsumexp, entropy from softmax times logits, ...) this was the fastest, or as fast,
+    eager and compiled.
 
     Returns:
         A scalar.

@@ -1,9 +1,9 @@
 """Peak extra memory of one loss and its gradient, as a fraction of the logits.
 
-A process of its own makes the logits, warms up on two rows (code is loaded, but no pool holds a gradient yet), and then
-calls once. Extra = the greatest resident memory during the call - the resident memory before it. The gradient counts: an
-extra of 1 is a gradient and nothing else. A compiled variant warms up at full size, or its compilation would be measured;
-PyTorch keeps none of that memory. Linux only: VmRSS and VmHWM of /proc/self/status, after writing 5 to
+A process of its own makes the logits, warms up on two rows (code is loaded, but no pool holds a gradient yet), and
+then calls once. Extra = the greatest resident memory during the call - the resident memory before it. The gradient
+counts: an extra of 1 is a gradient and nothing else. A compiled variant warms up at full size, or its compilation would
+be measured; PyTorch keeps none of that memory. Linux only: VmRSS and VmHWM of /proc/self/status, after writing 5 to
 /proc/self/clear_refs, which resets VmHWM.
 """
 

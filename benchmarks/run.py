@@ -57,12 +57,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def print_row_loss(times: Times, variants: dict[str, row_loss.Variant]) -> None:
-    print(f"{'forward + backward':50}{'ms':>9}{'quartiles':>19}  vs eager  vs comp.  / copy_  / ours")
+    print(f"{'forward + backward':54}{'ms':>9}{'quartiles':>19}  vs eager  vs comp.  / copy_  / ours")
     for name, variant in variants.items():
         lower, upper = times.quartiles(name)
         eager, compiled, copy, ours = row_loss.relative(times, name).values()
         milliseconds = f"{times.median(name):9.2f}{f'{lower:.2f} .. {upper:.2f}':>19}"
-        print(f"{variant.label:50}{milliseconds}{eager:9.1f}x{compiled:9.1f}x{copy:9.2f}{ours:8.2f}")
+        print(f"{variant.label:54}{milliseconds}{eager:9.1f}x{compiled:9.1f}x{copy:9.2f}{ours:8.2f}")
 
 
 def print_verdicts(verdicts: list[targets.Verdict]) -> None:

@@ -104,18 +104,21 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
 
     smallest_rest = 1e-300 if is_float64 else 1e-37
     for ids, weights in _groups(problem, counted):
-        penalty = zero
+        penalty, penalty_size = zero, zero
         for columns, column_weights in zip(ids.unbind(-1), weights.unbind(-1), strict=True):
             candidate = columns.clamp(min=0).long().unsqueeze(-1)
             is_pushed = (columns >= 0) & (columns != targets) & present.gather(-1, candidate).squeeze(-1)
             (n,) = is_pushed.nonzero(as_tuple=True)
-            odds = reference.log_odds(z[n], candidate[n, 0])
+            c = candidate[n, 0]
+            odds = reference.log_odds(z[n], c)
             penalties = column_weights[n] * reference.softplus(odds.clamp(max=-math.log(smallest_rest)))
             penalty = penalty.index_add(0, n, penalties)
+            as_uncertain_as_p = 1 + of_u[n, c] / of_rest[n]
+            penalty_size = penalty_size.index_add(0, n, penalties.detach() * as_uncertain_as_p)
             s = column_weights[n] * torch.where(odds < -math.log(smallest_rest), torch.exp(odds.detach()), 0.0)
-            own[n, candidate[n, 0]] += s * (1 - p[n, candidate[n, 0]])
-            probability_size = probability_size.index_add(0, n, s)
-        terms[f"group {len(terms)}"] = penalty, penalty
+            own[n, c] += s * as_uncertain_as_p * (1 - p[n, c])
+            probability_size = probability_size.index_add(0, n, s * as_uncertain_as_p)
+        terms[f"group {len(terms)}"] = penalty, penalty_size
 
     added = [name for name in terms if name not in ("cross_entropy", "entropy", "correct")]
     row_loss = row_weights * sum(terms[name][0] for name in added)

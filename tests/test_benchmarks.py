@@ -69,6 +69,7 @@ def test_refill_hides_what_an_inplace_gradient_wrote(case):
     case.refill()
     assert torch.equal(case.logits, case.source)
     assert not case.logits.is_leaf and case.logits.requires_grad
+    assert case.logits.data_ptr() == case.buffer.data_ptr()
 
 
 def test_ratio_is_the_median_of_paired_rounds():

@@ -1,4 +1,4 @@
-"""Low precision: rounded once, and never much worse than what PyTorch computes in the same dtype. Bitwise repeatable."""
+"""Low precision: rounded once, never much worse than PyTorch in the same dtype. Bitwise repeatable."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from assertions import assert_bitwise_equal, relative_error
 from hypothesis import given
 from strategies import row_problems
 
-from ava_ext.ops.softmax_rows import row_coefficients, row_loss, softmax_statistics
+from ava_ext.ops.softmax_rows import row_coefficients, row_loss
+from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext
 LOW_PRECISION = [torch.bfloat16, torch.float16]

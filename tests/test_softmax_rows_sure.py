@@ -27,7 +27,7 @@ def row_loss(logits, targets, ids, weights, terms=0, **coefficients):
 
 
 def sure_row(gap, vocab_size, place, dtype, seed=0):
-    """Column `place` leads by `gap` in front of many others within 1 of each other. Exact in every dtype but for the gap."""
+    """Column `place` leads by `gap`; the others are within 1 of each other."""
     logits = torch.randint(-4, 1, (1, vocab_size), generator=torch.Generator().manual_seed(seed)).to(dtype) / 4
     logits[0, place] = gap
     return logits

@@ -76,8 +76,8 @@ struct VectorFloat {
   static float largest(Register a) { return _mm512_reduce_max_ps(a); }
   static float total(Register a) { return _mm512_reduce_add_ps(a); }
 
-  // e^{d factor ln 2} = 2^floor(t) 2^f, t = d factor, f = t - floor(t) in [0, 1), the second by a polynomial of degree 5.
-  // Relative error 2.4e-7, and |t| 4.1e-8 from rounding t. Exact for -inf, a nan stays one.
+  // e^{d factor ln 2} = 2^floor(t) 2^f, t = d factor, f = t - floor(t) in [0, 1), the second by a polynomial of degree
+  // 5. Relative error 2.4e-7, and |t| 4.1e-8 from rounding t. Exact for -inf, a nan stays one.
   static Register exponential(Register d, Register factor) {
     const Register t = mul(d, factor), f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     Register p = fma(set(0.0018775766948238015f), f, set(0.00898933969438076f));
@@ -89,8 +89,8 @@ struct VectorFloat {
   }
 
  private:
-  // The rounded value's upper half, to nearest even. A nan stays one: arithmetic gives quiet nans, whose upper half does
-  // not overflow.
+  // The rounded value's upper half, to nearest even. A nan stays one: arithmetic gives quiet nans, whose upper half
+  // does not overflow.
   static __m512i round_bf16(Register v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));

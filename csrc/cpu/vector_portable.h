@@ -71,8 +71,8 @@ struct VectorFloat {
   }
   static float total(Register a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
-  // e^{d factor ln 2}: 2^n p(f), n = round(d factor), |f| <= 1/2, p of degree 5 (relative error 2.4e-7). 0 from 2^-127 down;
-  // a nan stays one.
+  // e^{d factor ln 2}: 2^n p(f), n = round(d factor), |f| <= 1/2, p of degree 5 (relative error 2.4e-7). 0 from 2^-127
+  // down; a nan stays one.
   static Register exponential(Register d, Register factor) {
     const Register magic = set(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
     const Register t = max(set(-127.f), mul(d, factor)), shifted = add(t, magic), f = sub(t, sub(shifted, magic));
