@@ -30,7 +30,7 @@ def segment_numbers(
             raise ValueError(
                 f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
             )
-        parts.append(given.reshape(-1, n_tokens))
+        parts.append(given if given.dim() == 2 else given.unsqueeze(0))
     starts = []
     if segment_ids is not None:
         starts.append(parts[0][:, 1:] != parts[0][:, :-1])

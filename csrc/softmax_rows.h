@@ -208,7 +208,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       slope = modulation * (1 + (p == 0 ? Real(0) : options.focal_gamma * p * ratio));  // p = 0: nll may be inf
     }
     Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
-    if (flags & kExcludeTarget && row.count > 1) smoothing *= row.count / (row.count - 1);
+    if (flags & kExcludeTarget) smoothing *= row.count > 1 ? row.count / (row.count - 1) : Real(0);  // V = 1: no others
     out.terms[kMainLoss] = smoothing == 1 ? Real(0) : (1 - smoothing) * hard;
     out.target_coefficient = -(1 - smoothing) * slope;
     if (flags & kLabelSmoothing) {

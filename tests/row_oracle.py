@@ -96,6 +96,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         probability_size, constant_size = probability_size + size + e, e / n_present
         own.scatter_(-1, targets.unsqueeze(-1), size.unsqueeze(-1))
     if on[RowTerms.Z_LOSS]:
+        lse_size = lse_size + 2.0**-50 * (1 + largest.abs()) / of_rest  # the reference adds R to 1
         terms["z_loss"] = z_weight * reference.z_loss(z), z_weight * lse_size.square()
         probability_size = probability_size + 2 * z_weight * lse_size
     if on[RowTerms.CONFIDENCE_PENALTY]:
@@ -134,11 +135,13 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         size = p * (probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * (u.abs() + mean_u.abs()))
         size = size + (own + constant_size.unsqueeze(-1)) * present
         cap_slope = 1 - torch.tanh(logits / cap).square().nan_to_num() if on[RowTerms.SOFTCAP] else torch.ones(())
+        of_oracle = 2.0**-48 * entropy_size  # autograd's own, of the derivative of the entropy at the maximum
         grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
         underflow = (0.0 if is_float64 else 2e-38) * (
             1 + probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * 100
         )
-        grad_bound = row_weights.abs().unsqueeze(-1) * (grad_bound + underflow * present) / temperature
+        grad_bound = grad_bound + (underflow + of_oracle.unsqueeze(-1)) * present
+        grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature
     return Expected(row_loss.detach(), row_loss_bound, row_terms, row_terms_bound, grad_logits, grad_bound)
 
 
