@@ -162,7 +162,7 @@ def row_loss(
         _check_inplace(logits)
     # a float16 gradient rounded before the scaler's factor would be zeros
     split = inplace_gradient or logits.dtype == torch.float16
-    return RowLoss(*_RowLoss.apply(*arguments, not split, split, inplace_gradient))
+    return RowLoss(*_RowLoss.apply(*arguments, not split, split, inplace_gradient)[:2])
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -179,14 +179,14 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
-def _save_row_loss(ctx, inputs, output):
+def _save_row_loss(ctx, inputs, output, origin=None):
     (logits, targets, coefficients, _, ids, _, _, ctx.terms, ctx.vocab_size, ctx.ignore_index, ctx.fused) = inputs[:11]
     _, row_terms, grad_logits, statistics, row_coefficients = output
     ctx.mark_non_differentiable(row_terms, grad_logits, statistics, row_coefficients)
     ctx.set_materialize_grads(False)
     ctx.owns_gradient = ctx.inplace = False
     if ctx.fused:
-        ctx.save_for_backward(grad_logits)
+        ctx.save_for_backward(grad_logits, origin)
     else:
         ctx.save_for_backward(logits, targets, statistics, row_coefficients, ids, coefficients)
 
@@ -197,11 +197,11 @@ def _row_loss_backward(ctx, grad_row_loss, *_):
     if grad_row_loss is None:
         return None, *nothing
     if ctx.fused:
-        (grad_logits,) = ctx.saved_tensors
+        grad_logits, origin = ctx.saved_tensors
         if not ctx.owns_gradient or _graph_is_kept():
             grad_logits = grad_logits.clone()
         _ops.scale_rows_(grad_logits, grad_row_loss)
-        return without_second_derivative(grad_logits), *nothing
+        return without_second_derivative(grad_logits, origin), *nothing
     logits, targets, statistics, coefficients_of_rows, ids, coefficients = ctx.saved_tensors
     targets = targets.masked_fill(targets == ctx.ignore_index, -1).to(torch.int32).unsqueeze(-1)
     arguments = (
@@ -214,20 +214,26 @@ def _row_loss_backward(ctx, grad_row_loss, *_):
         ctx.vocab_size,
     )
     if not ctx.inplace:
-        return without_second_derivative(_ops.row_gradient(*arguments)), *nothing
+        return without_second_derivative(_ops.row_gradient(*arguments), logits), *nothing
     _ops.row_gradient_(*arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told so by autograd
-    return without_second_derivative(logits.detach()), *nothing
+    return without_second_derivative(logits.detach(), logits), *nothing
 
 
-def without_second_derivative(gradient: Tensor) -> Tensor:
-    """Inside backward(create_graph=True): a gradient that raises when it is differentiated,
-    instead of passing for a constant.
+def without_second_derivative(
+    gradient: Tensor,  # [..., n_columns]
+    origin: Tensor | None,
+) -> Tensor:  # [..., n_columns]
+    """Inside backward(create_graph=True): a gradient that raises when it is differentiated, instead of passing for a
+    constant.
+
+    origin is a tensor that autograd reaches the logits by: autograd.grad(penalty, parameters) goes only where a
+    parameter can be, and would pass by a gradient that leads nowhere.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient  # compiled: row_gradient's own autograd raises
-    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 1)
-    return raise_later(gradient.detach().requires_grad_())
+    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
+    return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
 
 
 class _RowLoss(torch.autograd.Function):
@@ -237,9 +243,10 @@ class _RowLoss(torch.autograd.Function):
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = _row_loss(*inputs[:-1])
-        _save_row_loss(ctx, inputs, output)
+        origin = inputs[0].new_empty(0)  # an output that nobody can have changed, and that keeps no logits alive
+        _save_row_loss(ctx, inputs, output, origin)
         ctx.owns_gradient, ctx.inplace = True, inputs[-1]
-        return output[:2]
+        return *output[:2], origin
 
     @staticmethod
     def backward(ctx, *grads):

@@ -148,7 +148,7 @@ def _row_statistics_backward(ctx, _, grad_log_probs, grad_summaries):
     shapes = torch.stack([grad_lse - grad_mean, -grad_entropy, constant, maximum], -1)
     row_coefficients = torch.cat([shapes, grad_log_probs], -1)
     arguments = (logits.detach(), statistics, row_coefficients, ids, coefficients, ctx.flags, ctx.vocab_size)
-    return without_second_derivative(_ops.row_gradient(*arguments)), None, None, None, None, None
+    return without_second_derivative(_ops.row_gradient(*arguments), logits), None, None, None, None, None
 
 
 torch.library.register_autograd("ava_ext::row_statistics", _row_statistics_backward, setup_context=_save_row_statistics)
