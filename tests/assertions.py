@@ -23,7 +23,7 @@ def leaves(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def gradients(loss: Tensor, loss_fn: UnifiedLoss, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """d loss / d every leaf and every parameter; zeros where unused. A loss of rows is weighted by position first."""
+    """d loss (weighted by position, if it has rows) / d every leaf and parameter of the loss; zeros where unused."""
     names = dict(leaves(arguments)) | dict(loss_fn.named_parameters())
     weighting = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape) if loss.dim() else 1.0
     if not names:
@@ -86,3 +86,29 @@ def assert_equals_reference(loss_fn: UnifiedLoss, arguments: dict[str, Any]) -> 
             got_gradients[name], value, **tolerance, msg=lambda text, name=name: f"gradient of {name}: {text}"
         )
     return got
+
+
+# -- Rows of logits
+
+
+def assert_within(value, expected, bound, name=""):
+    """|value - expected| <= bound, element by element. inf is within any bound of itself, nan of nan."""
+    value = value.double()
+    same = (value == expected) | (value.isnan() & expected.isnan())
+    wrong = ~same & ~((value - expected).abs() <= bound)
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}{list(place)} is {value[place].item()!r}, expected {expected[place].item()!r} within "
+            f"{bound[place].item():.3g}; {int(wrong.sum())} of {wrong.numel()} are wrong"
+        )
+
+
+def relative_error(value, expected):
+    """|value - expected| / |expected| in the L2 norm."""
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def assert_bitwise_equal(value, expected, name=""):
+    """The same bits, nan included; 0 and -0 are the same."""
+    torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "tensors.h"
 
@@ -55,9 +56,11 @@ void give_back(void* data, void* bytes) {
   Block block{data, int64_t(reinterpret_cast<intptr_t>(bytes))}, dropped;
   {
     const std::lock_guard<std::mutex> lock(pool().mutex);
-    dropped = pool().idle[1];
-    pool().idle[1] = pool().idle[0];
-    pool().idle[0] = block;
+    Block(&idle)[2] = pool().idle;
+    if (!idle[0].data) std::swap(idle[0], idle[1]);  // the more recent one is in front
+    dropped = idle[1];
+    idle[1] = idle[0];
+    idle[0] = block;
   }
   std::free(dropped.data);
 }

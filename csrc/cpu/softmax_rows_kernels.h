@@ -51,7 +51,7 @@ struct SoftmaxRowsKernels {
   SoftmaxRowsKernel scale_rows;      // grad_logits *= row_weights
 };
 
-inline int64_t sparse_scratch_bytes(int64_t n_ids) { return (n_ids + 2) * 32; }
+inline int64_t sparse_scratch_bytes(int64_t n_ids) { return (n_ids + 2) * 40; }
 
 extern const SoftmaxRowsKernels softmax_rows_portable, softmax_rows_avx2, softmax_rows_avx512;
 
