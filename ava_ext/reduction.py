@@ -15,7 +15,7 @@ class Rows(NamedTuple):
 
     targets: Tensor  # [...] int64; ignore_index where a row does not count
     counted: Tensor  # [...] bool
-    n_counted: Tensor  # [] int64
+    n_counted: Tensor  # [], of the type of weights
     weights: Tensor  # [...]: token weight / N, 0 where a row does not count; float32, or float64 beside float64 logits
     n_items: Tensor | None  # []: N, where it is that of several micro-batches
 
@@ -65,8 +65,8 @@ def count_rows(
     if keep is not None:
         counted = counted & keep
         targets = torch.where(counted, targets, config.ignore_index)
-    n_counted = counted.sum()
     weights = counted.to(dtype)
+    n_counted = weights.sum()
     if token_weights is not None:
         weights = torch.where(counted, token_weights.to(dtype), 0.0)
     n_items = None

@@ -37,7 +37,15 @@ from ava_ext.losses.mtp import MultiTokenPrediction
 from ava_ext.losses.negatives import given_negatives
 from ava_ext.losses.temperature import AdaptiveTemperature
 from ava_ext.ops.repetition import repetition_candidates
-from ava_ext.ops.softmax_rows import TERM_NAMES, Candidates, RowLoss, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import (
+    TERM_NAMES,
+    Candidates,
+    RowLoss,
+    RowTerms,
+    accumulation_dtype,
+    row_coefficients,
+    row_loss,
+)
 from ava_ext.ops.softmax_statistics import token_log_probs
 
 _CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
@@ -254,13 +262,14 @@ class UnifiedLoss(nn.Module):
                 config.ngram_penalty_weight,
             ]
             with torch.inference_mode(False):  # training may follow an evaluation
+                coefficients = row_coefficients(like, **self._row_options)
                 self._constants[key] = (
-                    row_coefficients(like, **self._row_options),
+                    coefficients[1:] if config.temperature_adapts else coefficients,
                     torch.tensor(weights, dtype=like.dtype, device=like.device),
                 )
         coefficients, penalty_weights = self._constants[key]
         if self.config.temperature_adapts:
-            coefficients = torch.cat([self.temperature.value.reshape(1).to(like.dtype), coefficients[1:]])
+            coefficients = torch.cat([self.temperature.value.view(1).to(like.dtype), coefficients])
         return coefficients, penalty_weights
 
     def _candidates(
@@ -304,11 +313,14 @@ class UnifiedLoss(nn.Module):
             RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING | RowTerms.EXCLUDE_TARGET | RowTerms.SOFTCAP
         )
         vocab_size, ignore_index = self.config.vocab_size, self.config.ignore_index
-        return lambda logits, targets: (
-            row_loss(
-                logits, targets, coefficients, terms=terms, vocab_size=vocab_size, ignore_index=ignore_index
-            ).row_loss
-        )
+
+        def loss(logits: Tensor, targets: Tensor) -> Tensor:
+            # a head may be of another precision than the main logits
+            of_head = coefficients.to(accumulation_dtype(logits.dtype))
+            options = {"terms": terms, "vocab_size": vocab_size, "ignore_index": ignore_index}
+            return row_loss(logits, targets, of_head, **options).row_loss
+
+        return loss
 
     def _head_probability(self, coefficients: Tensor) -> RowFunction:  # [7]
         """The probability that a head gives its targets."""
@@ -358,7 +370,7 @@ class UnifiedLoss(nn.Module):
         return result | {
             "cross_entropy": cross_entropy,
             "perplexity": cross_entropy.exp(),
-            "n_tokens": rows.n_counted,
+            "n_tokens": rows.n_counted.long(),
             "accuracy": accuracy,
             "entropy": entropy,
             "temperature": coefficients[0].clone(),
@@ -402,12 +414,12 @@ class UnifiedLoss(nn.Module):
         own = {prefix + name: value for name, value in self.state_dict().items()}
         for component in _STATEFUL:
             begin = f"{prefix}{component}."
-            for name in [name for name in state_dict if name.startswith(begin)]:
-                if getattr(self, component) is None:
+            given = [name for name in state_dict if name.startswith(begin)]
+            if not given:
+                state_dict.update({name: value for name, value in own.items() if name.startswith(begin)})
+            elif getattr(self, component) is None:
+                for name in given:
                     del state_dict[name]
-            for name, value in own.items():
-                if name.startswith(begin) and not any(key.startswith(begin) for key in state_dict):
-                    state_dict[name] = value
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:

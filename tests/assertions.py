@@ -23,7 +23,7 @@ def leaves(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def gradients(loss: Tensor, loss_fn: UnifiedLoss, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """d (loss weighted by position, if it has rows) / d every leaf and every parameter of the loss; zeros where unused."""
+    """d loss (weighted by position, if it has rows) / d every leaf and parameter of the loss; zeros where unused."""
     names = dict(leaves(arguments)) | dict(loss_fn.named_parameters())
     weighting = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape) if loss.dim() else 1.0
     if not names:

@@ -1,4 +1,4 @@
-"""Random configurations of UnifiedLoss, and random arguments that fit them. Tiny sizes: the reference loops in Python."""
+"""Random configurations of UnifiedLoss and arguments that fit them (tiny: the reference loops in Python); random rows."""
 
 import math
 from collections.abc import Callable
@@ -193,7 +193,7 @@ def segments(draw, shape, is_required) -> dict[str, Any]:
 
 @st.composite
 def logits(draw, config, shape, numbers, given) -> dict[str, Any]:
-    """logits, primary_logits, or hidden_states and lm_head_weight; with padded columns, masked columns, wild ignored rows."""
+    """logits, primary_logits, or hidden_states and lm_head_weight; padded and masked columns, wild ignored rows."""
     n_columns = config.vocab_size + draw(st.integers(0, 2))
     if draw(st.sampled_from([False, False, True])):
         return {

@@ -1,4 +1,4 @@
-"""What forward() is given: where logits come from, what is missing or does not fit, what is passed on without a copy."""
+"""What forward() is given: where logits come from, what is missing or does not fit, what is not copied."""
 
 import pytest
 import torch

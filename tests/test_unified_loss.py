@@ -1,4 +1,4 @@
-"""UnifiedLoss as a whole, against the reference and torch.nn.functional; what detailed results promise; hostile values."""
+"""UnifiedLoss as a whole, against the reference and torch.nn.functional; detailed results; hostile values."""
 
 import math
 import sys
@@ -29,7 +29,7 @@ def test_equals_the_reference(case, training):
 @settings(max_examples=20)
 @given(cases(labels_are_shifted=True, use_contrastive_loss=False), seeds)
 def test_flat_rows_in_one_segment_equal_one_sequence(case, seed):
-    config, arguments = case
+    config, _ = case
     numbers, n_rows = Numbers(seed), 6
     row_wise = config.to_dict() | {"use_mtp": False, "use_moe_balancing": False, "use_auxiliary_loss": False}
     row_wise |= {"use_diversity_loss": False, "primary_loss_type": "standard"}
