@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import row_problems
 
 from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext
 TARGETS = torch.tensor([[3, 0, 10], [-100, 7, 7]])
@@ -195,6 +196,22 @@ def test_double_backward_raises(dtype, inplace_gradient):
     (gradient,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("way", ["fused", "split", "in place", "open"])
+def test_a_gradient_penalty_on_parameters_raises(way):
+    """torch.autograd.grad goes only where the parameters are: the error must lie on that way."""
+    first, second = torch.randn(6, 6, requires_grad=True), torch.randn(6, 11, requires_grad=True)
+    logits = (torch.randn(2, 3, 6) @ first).tanh() @ second
+    logits = logits.half() if way == "split" else logits
+    if way == "open":
+        loss = softmax_statistics(logits, None).entropy
+    else:
+        loss = loss_of(logits, inplace_gradient=way == "in place")
+    gradients = torch.autograd.grad(loss.sum(), (first, second), create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(penalty, (first, second), allow_unused=True)
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])

@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ava_ext.ops.softmax_rows import (
-    Candidates,
-    RowTerms,
-    row_coefficients,
-    row_loss,
-    softmax_statistics,
-    token_log_probs,
-)
+from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 ops = torch.ops.ava_ext
 EVERY_TERM = int(sum(RowTerms))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from assertions import assert_bitwise_equal
 
-from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss, token_log_probs
+from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_statistics import token_log_probs
 
 ops = torch.ops.ava_ext
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal, relative_error
+from assertions import assert_bitwise_equal, assert_within, relative_error
 from hypothesis import given
 from strategies import row_problems
 
-from ava_ext.ops.softmax_rows import row_coefficients, row_loss, softmax_statistics
+from ava_ext.ops.softmax_rows import row_coefficients, row_loss
+from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext
 LOW_PRECISION = [torch.bfloat16, torch.float16]
@@ -14,12 +15,19 @@ LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 @given(row_problems(dtypes=LOW_PRECISION))
 def test_gradient_is_that_of_float32_rounded_once(problem):
+    """Half a unit of the low precision from the float32 kernel's, and no more but that kernel's own rounding.
+
+    Not bitwise: bfloat16 rows are summed in another order. What was rounded twice is up to a whole unit off.
+    """
     wide = problem.in_dtype(torch.float32)
-    loss, terms, gradient, *_ = ops.row_loss(problem.logits, *problem.arguments, True, False)
-    wide_loss, wide_terms, wide_gradient, *_ = ops.row_loss(wide.logits, *wide.arguments, True, False)
-    assert_bitwise_equal(loss, wide_loss, "row_loss")
-    assert_bitwise_equal(terms, wide_terms, "row_terms")
-    assert_bitwise_equal(gradient, wide_gradient.to(gradient.dtype), "gradient")
+    loss, _, gradient, *_ = ops.row_loss(problem.logits, *problem.arguments, True, False)
+    wide_loss, _, wide_gradient, *_ = ops.row_loss(wide.logits, *wide.arguments, True, False)
+    torch.testing.assert_close(loss, wide_loss, rtol=1e-6, atol=1e-6, equal_nan=True)
+    finfo = torch.finfo(gradient.dtype)
+    rows = wide_gradient.double()
+    float32_rounding = 1e-6 * rows.abs() + 1e-7 * rows.nan_to_num().abs().amax(-1, keepdim=True)
+    half_unit = torch.maximum(rows.abs() * finfo.eps / 2, torch.tensor(finfo.smallest_normal * finfo.eps / 2))
+    assert_within(gradient, rows, half_unit * (1 + 1e-6) + float32_rounding, "gradient")
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)

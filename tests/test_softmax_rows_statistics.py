@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import row_problems
 
 from ava_ext import reference
-from ava_ext.ops.softmax_rows import softmax_statistics, token_log_probs
+from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 
 def inputs_of(problem, n_ids, seed):
