@@ -824,12 +824,12 @@ def unified_loss(
     metrics with use_moe_balancing or use_auxiliary_loss. Choices where the specification is silent:
 
     * Router rows, expert outputs and hidden states leave out *padding* (attention_mask 0 or a pad target), not rows
-      that are only ignore_index: prompts are routed too. In unshifted mode a router over all B T tokens is masked by the
-      unshifted mask. moe_ metrics: counts of this call, per layer, then averaged over layers.
+      that are only ignore_index: prompts are routed too. In unshifted mode a router over all B T tokens is masked by
+      the unshifted mask. moe_ metrics: counts of this call, per layer, then averaged over layers.
     * Terms of a batch are multiplied by n_local / N with num_items_in_batch under "mean" (n_local: number of local rows
       that count), else by 1, or 0 where no row counts: the whole loss is 0 then.
-    * primary "adaptive_mtp" uses the adaptive heads whatever mtp_type says. The depth metrics are the depth's loss with
-      main's smoothing, unweighted, over the rows that count at that depth. BCE rows are weighted and divided by N as
+    * primary "adaptive_mtp" uses the adaptive heads whatever mtp_type says. The depth metrics are the depth's loss
+      (with main's smoothing), unweighted, over the rows that count at that depth. BCE rows are weighted and divided by N as
       token terms are.
     * labels_are_shifted=False on flat rows needs segments; reduction "none" then has the shape [B, T-1].
     """

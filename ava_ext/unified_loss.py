@@ -317,8 +317,9 @@ class UnifiedLoss(nn.Module):
         def loss(logits: Tensor, targets: Tensor) -> Tensor:
             # a head may be of another precision than the main logits
             of_head = coefficients.to(accumulation_dtype(logits.dtype))
-            options = {"terms": terms, "vocab_size": vocab_size, "ignore_index": ignore_index}
-            return row_loss(logits, targets, of_head, **options).row_loss
+            return row_loss(
+                logits, targets, of_head, terms=terms, vocab_size=vocab_size, ignore_index=ignore_index
+            ).row_loss
 
         return loss
 

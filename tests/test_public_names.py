@@ -13,8 +13,8 @@ from ava_ext import METRICS, UnifiedLoss, components, losses, reference
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = [
     "UnifiedLoss", "create_unified_loss", "DeepSeekLoss", "AdaptiveMTPLoss", "AntiRepetitionLoss",
-    "AdaptiveAntiRepetitionLoss", "FocalLoss", "LabelSmoothingLoss", "ContrastiveLoss", "DiversityLoss", "AuxiliaryLoss",
-    "ConsistencyLoss", "PerplexityLoss", "AdaptiveLossScaling", "CompositeLoss",
+    "AdaptiveAntiRepetitionLoss", "FocalLoss", "LabelSmoothingLoss", "ContrastiveLoss", "DiversityLoss",
+    "AuxiliaryLoss", "ConsistencyLoss", "PerplexityLoss", "AdaptiveLossScaling", "CompositeLoss",
 ]  # fmt: skip
 OTHERS = [
     "METRICS",
