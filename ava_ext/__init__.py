@@ -6,17 +6,10 @@ from ava_ext._library import build_info
 from ava_ext.components import METRICS
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.repetition import repetition_candidates
-from ava_ext.ops.softmax_rows import (
-    Candidates,
-    RowTerms,
-    SoftmaxStatistics,
-    row_coefficients,
-    row_loss,
-    softmax_statistics,
-    token_log_probs,
-)
+from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics, token_log_probs
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "METRICS",
     "Candidates",
     "RowTerms",

@@ -68,7 +68,17 @@ class _MetricNames(frozenset[str]):
 
 
 METRICS = _MetricNames(
-    ["cross_entropy", "perplexity", "focal_loss", "n_tokens", "accuracy", "entropy", "temperature"]
-    + ["moe_cv", "moe_max_violation", "mtp_loss_depth_1"]
+    (
+        "cross_entropy",
+        "perplexity",
+        "focal_loss",
+        "n_tokens",
+        "accuracy",
+        "entropy",
+        "temperature",
+        "moe_cv",
+        "moe_max_violation",
+        "mtp_loss_depth_1",
+    )
 )
 """Entries of the detailed dict that are no addends of total_loss (and mtp_loss_depth_k for every k)."""

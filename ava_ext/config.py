@@ -42,7 +42,7 @@ class UnifiedLossConfig:
 
     # the logits row
     initial_temperature: float = _option(1.0, "T0: the logits are divided by the temperature")
-    adaptive_temperature: bool | None = _option(None, "let step() set the temperature; None: on for \"deepseek\"")
+    adaptive_temperature: bool | None = _option(None, 'let step() set the temperature; None: on for "deepseek"')
     temperature_bounds: tuple[float, float] = _option((0.5, 2.0), "least and greatest adaptive temperature")
     temperature_gain: float = _option(1.0, "how strongly volatility moves the temperature")
     auto_step: bool = _option(True, "every training forward with grad enabled is followed by step()")
@@ -92,7 +92,9 @@ class UnifiedLossConfig:
     use_auxiliary_loss: bool = _option(False, "load balancing and router z-loss on gate_logits")
     load_balancing_weight: float = _option(1e-4, "weight of the load balancing term")
     router_z_weight: float = _option(1e-3, "weight of the router's mean lse^2")
-    load_balancing_convention: str = _option("switch", '"switch" or "huggingface" (k times larger, layers concatenated)')
+    load_balancing_convention: str = _option(
+        "switch", '"switch" or "huggingface" (k times larger, layers concatenated)'
+    )
     router_score: str = _option("softmax", '"softmax" or "sigmoid" (normalised)')
 
     use_contrastive_loss: bool = _option(False, "InfoNCE of contrastive_pair, or SimCTG of hidden_states")
@@ -125,10 +127,10 @@ class UnifiedLossConfig:
     } | {
         name: (">= 0", lambda v: v >= 0)
         for name in (
-            "temperature_gain", "z_loss_weight", "confidence_penalty_weight", "focal_alpha", "focal_gamma", "mtp_weight",
-            "confidence_reg_strength", "ngram_penalty_weight", "immediate_repetition_weight", "eos_penalty_weight",
-            "gradient_balance_weight", "expert_bias_rate", "diversity_weight", "load_balancing_weight",
-            "router_z_weight", "contrastive_weight",
+            "temperature_gain", "z_loss_weight", "confidence_penalty_weight", "focal_alpha", "focal_gamma",
+            "mtp_weight", "confidence_reg_strength", "ngram_penalty_weight", "immediate_repetition_weight",
+            "eos_penalty_weight", "gradient_balance_weight", "expert_bias_rate", "diversity_weight",
+            "load_balancing_weight", "router_z_weight", "contrastive_weight",
         )
     }  # fmt: skip
     _CHOICES = {
@@ -152,18 +154,22 @@ class UnifiedLossConfig:
             value = getattr(self, name)
             if value is None and self._defaults()[name] is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
+            if not _is_number(value) or not holds(value):
                 raise _bad(name, f"a number {interval}", value)
-        for name in ("eos_token_id", "pad_token_id", "repetition_allow_list"):
+        if not isinstance(self.repetition_allow_list, tuple):
+            raise _bad("repetition_allow_list", "a sequence of token ids", self.repetition_allow_list)
+        for name in ("eos_token_id", "pad_token_id", "ignore_index", "repetition_allow_list"):
             value = getattr(self, name)
-            ids = value if isinstance(value, tuple) else () if value is None else (value,)
+            is_none = value is None and self._defaults()[name] is None
+            ids = value if isinstance(value, tuple) else () if is_none else (value,)
             for token in ids:
                 if isinstance(token, bool) or not isinstance(token, int):
                     raise _bad(name, "token ids (integers)", value)
                 if name == "eos_token_id" and not 0 <= token < self.vocab_size:
                     raise _bad(name, f"token ids in [0, vocab_size = {self.vocab_size})", value)
         low_high = self.temperature_bounds
-        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+        is_pair = isinstance(low_high, tuple) and len(low_high) == 2 and all(map(_is_number, low_high))
+        if not is_pair or not 0 < low_high[0] <= low_high[1]:
             raise _bad("temperature_bounds", "two numbers, 0 < low <= high", low_high)
 
     def _check_choices(self) -> None:
@@ -189,11 +195,16 @@ class UnifiedLossConfig:
         if self.temperature_adapts and not (
             self.temperature_bounds[0] <= self.initial_temperature <= self.temperature_bounds[1]
         ):
-            raise _bad("initial_temperature", f"within temperature_bounds {self.temperature_bounds}", self.initial_temperature)
+            raise _bad(
+                "initial_temperature", f"within temperature_bounds {self.temperature_bounds}", self.initial_temperature
+            )
         if self.reduction == "none":
             for name in ("use_moe_balancing", "use_diversity_loss", "use_auxiliary_loss", "use_contrastive_loss"):
                 if getattr(self, name):
-                    raise ValueError(f"unified_loss: {name}=True is a batch-level term and needs reduction 'mean' or 'sum', got 'none'")
+                    raise ValueError(
+                        f"unified_loss: {name}=True is a batch-level term and needs reduction 'mean' or 'sum', "
+                        f"got 'none'"
+                    )
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -245,6 +256,10 @@ class UnifiedLossConfig:
     def to_json(self) -> str:
         """to_dict as JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _bad(name: str, expected: str, got: object) -> ValueError:

@@ -1,4 +1,4 @@
-"""The addends of UnifiedLoss that the pass over the rows does not give: other heads, routers, experts, representations."""
+"""What the pass over the rows does not give: terms of other heads, of routers, experts and representations."""
 
 from __future__ import annotations
 
@@ -66,12 +66,15 @@ def adaptive_heads(
         heads = list(required(additional_logits, "additional_logits", "adaptive multi-token prediction"))
         if len(heads) != config.num_future_tokens:
             raise ValueError(
-                f"unified_loss: expected num_future_tokens = {config.num_future_tokens} additional_logits, got {len(heads)}"
+                f"unified_loss: expected num_future_tokens = {config.num_future_tokens} additional_logits, "
+                f"got {len(heads)}"
             )
         if config.use_confidence_weighting:
             required(confidence_scores, "confidence_scores", "use_confidence_weighting=True")
     if inputs.is_flat:
         heads = [head.unsqueeze(0) for head in heads]
+        if confidence_scores is not None and len(confidence_scores) == inputs.rows.targets.numel():
+            confidence_scores = confidence_scores.unsqueeze(0)
     terms = adaptive_mtp(
         heads,
         inputs.rows.targets,
@@ -131,6 +134,7 @@ def diversity_term(
 
 def contrastive_term(
     contrastive: ContrastiveLoss,
+    config: UnifiedLossConfig,
     inputs: Inputs,
     contrastive_pair: tuple[Tensor, Tensor] | None,  # two of [n_pairs, hidden_size]
 ) -> Tensor:  # []
@@ -138,7 +142,10 @@ def contrastive_term(
     if contrastive_pair is not None:
         return inputs.rows.batch_share * contrastive(*contrastive_pair)
     tokens = required(inputs.hidden_states, "contrastive_pair or hidden_states", "use_contrastive_loss")
-    loss = contrastive(tokens, attention_mask=inputs.keep_targets, segment_ids=inputs.segments)
+    segments = inputs.segments
+    if not config.labels_are_shifted:  # the row behind the last label is none
+        tokens, segments = tokens[:, :-1], None if segments is None else segments[:, :-1]
+    loss = contrastive(tokens, attention_mask=inputs.keep_targets, segment_ids=segments)
     return inputs.rows.batch_share * loss
 
 

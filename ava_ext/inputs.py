@@ -24,22 +24,28 @@ class Inputs(NamedTuple):
     negative_ids: Tensor | None  # [batch_size, n_tokens, n_negatives]
     negative_weights: Tensor | None  # [batch_size, n_tokens, n_negatives]
     hidden_states: Tensor | None  # [batch_size, n_tokens, hidden_size]
-    keep_targets: Tensor | None  # [batch_size, n_tokens] bool: rows whose target is no padding; None: all
+    keep_targets: (
+        Tensor | None
+    )  # bool: rows whose target is no padding, without the row behind the last label; None: all
     keep_tokens: Tensor | None  # [batch_size, n_tokens] bool: tokens that are no padding; None: all
     is_flat: bool
 
     def like_targets(
         self,
-        values: Tensor,  # [batch_size, n_tokens]
+        values: Tensor,  # [..., batch_size, n_tokens]
         config: UnifiedLossConfig,
     ) -> Tensor:
-        """Row-wise results in the shape the caller expects: without the row behind the last label, flat for flat targets."""
+        """Row-wise results in the shape the caller expects: without the row behind the last label,
+        flat for flat targets.
+        """
         if not config.labels_are_shifted:
-            values = values[:, :-1]
-        return values.squeeze(0) if self.is_flat else values
+            values = values[..., :-1]
+        return values.squeeze(-2) if self.is_flat else values
 
     def padding_free(self, n_rows: int) -> Tensor | None:
-        """[n_rows] bool: which of so many rows of a router or an expert are no padding; None: all, or another number."""
+        """[n_rows] bool: which of so many rows of a router or an expert are no padding;
+        None: all, or another number.
+        """
         for keep in (self.keep_targets, self.keep_tokens):
             if keep is not None and keep.numel() == n_rows:
                 return keep.reshape(-1)
@@ -102,19 +108,28 @@ def prepare(
     """
     if targets is None:
         raise ValueError("unified_loss: expected targets, got None")
-    if targets.dim() not in (1, 2) or logits.shape[:-1] != targets.shape:
+    if targets.dim() not in (1, 2):
+        raise ValueError(
+            f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(targets.shape)}"
+        )
+    if logits.shape[:-1] != targets.shape:
         raise _bad_shape("targets", logits.shape[:-1], targets)
     if logits.shape[-1] < config.vocab_size:
         raise ValueError(
             f"unified_loss: expected logits with at least vocab_size = {config.vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"unified_loss: expected targets of integers, got {targets.dtype}")
+    for name, ids in (("targets", targets), ("input_ids", input_ids), ("negative_ids", negative_ids)):
+        if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
+            raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
     of_rows = {"attention_mask": attention_mask, "token_weights": token_weights, "input_ids": input_ids}
     for name, given in of_rows.items():
         if given is not None and given.shape != targets.shape:
             raise _bad_shape(name, targets.shape, given)
+    if hidden_states is not None and hidden_states.shape[:-1] != targets.shape:
+        raise _bad_shape("hidden_states", (*targets.shape, "hidden_size"), hidden_states)
+    if negative_weights is not None and negative_ids is None:
+        raise ValueError("unified_loss: negative_weights need negative_ids, got None")
     if token_weights is not None and token_weights.requires_grad:
         raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
     is_flat = targets.dim() == 1
@@ -134,25 +149,37 @@ def prepare(
     segments = None
     if not (segment_ids is None and position_ids is None and cu_seqlens is None):
         segments = segment_numbers((targets.shape[0], targets.shape[1]), segment_ids, position_ids, cu_seqlens)
-        segments = segments.expand(targets.shape)
+        segments = None if segments is None else segments.expand(targets.shape)
     context = input_ids
-    if context is not None and attention_mask is not None:
-        context = context.masked_fill(attention_mask == 0, config.ignore_index)
+    if context is not None:
+        keep_context = keep_rows(config, context, attention_mask)
+        context = context if keep_context is None else torch.where(keep_context, context, config.ignore_index)
     keep_tokens = keep_targets = keep_rows(config, targets, attention_mask)
     if not config.labels_are_shifted:
         targets = shift_left(targets, config.ignore_index)
-        if segments is not None:
-            targets = targets.masked_fill(segments != shift_left(segments, -1), config.ignore_index)
         attention_mask = None if attention_mask is None else shift_left(attention_mask, 0)
         token_weights = None if token_weights is None else shift_left(token_weights, 0)
         keep_targets = keep_rows(config, targets, attention_mask)
+        keep_targets = None if keep_targets is None else keep_targets[:, :-1]
+        if segments is not None:
+            targets = targets.masked_fill(segments != shift_left(segments, -1), config.ignore_index)
     rows = count_rows(
         config, targets.long(), attention_mask, token_weights, num_items_in_batch, accumulation_dtype(logits.dtype)
     )
     return Inputs(
-        logits, rows, segments, context, negative_ids, negative_weights, hidden_states, keep_targets, keep_tokens, is_flat
-    )  # fmt: skip
+        logits,
+        rows,
+        segments,
+        context,
+        negative_ids,
+        negative_weights,
+        hidden_states,
+        keep_targets,
+        keep_tokens,
+        is_flat,
+    )
 
 
-def _bad_shape(name: str, expected: torch.Size, got: Tensor) -> ValueError:
-    return ValueError(f"unified_loss: expected {name} of shape {list(expected)}, got {list(got.shape)}")
+def _bad_shape(name: str, expected: tuple[int | str, ...], got: Tensor) -> ValueError:
+    shape = ", ".join(map(str, expected))
+    return ValueError(f"unified_loss: expected {name} of shape [{shape}], got {list(got.shape)}")

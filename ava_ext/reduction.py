@@ -15,13 +15,15 @@ class Rows(NamedTuple):
 
     targets: Tensor  # [...] int64; ignore_index where a row does not count
     counted: Tensor  # [...] bool
-    n_counted: Tensor  # [] int64
+    n_counted: Tensor  # [], of the type of weights
     weights: Tensor  # [...]: token weight / N, 0 where a row does not count; float32, or float64 beside float64 logits
     n_items: Tensor | None  # []: N, where it is that of several micro-batches
 
     @property
     def batch_share(self) -> Tensor:
-        """[]: the factor of terms of the whole batch, n_counted / n_items; without n_items 1, and 0 where no row counts."""
+        """[]: the factor of terms of the whole batch, n_counted / n_items;
+        without n_items 1, and 0 where no row counts.
+        """
         return self.n_counted.clamp_max(1) if self.n_items is None else self.n_counted / self.n_items
 
 
@@ -30,7 +32,9 @@ def keep_rows(
     targets: Tensor,  # [...]
     attention_mask: Tensor | None,  # [...]
 ) -> Tensor | None:
-    """[...] bool: the rows that are no padding (attention_mask 0, or a pad target where pad is no EOS id); None: all."""
+    """[...] bool: the rows that are no padding (attention_mask 0, or a pad target where pad is no EOS id);
+    None: all.
+    """
     keep = None if attention_mask is None else attention_mask != 0
     if config.pad_token_id is not None and config.pad_token_id not in config.eos_ids:
         no_pad = targets != config.pad_token_id
@@ -48,20 +52,21 @@ def count_rows(
 ) -> Rows:
     """Decides which rows count and their weights.
 
-    A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch, else the sum of the
-    token weights of the rows that count, else their number, and 1 where that is 0: the loss is 0 then, and still in the graph.
+    A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch, else the
+    sum of the token weights of the rows that count, else their number, and 1 where that is 0: the loss is 0 then, and
+        still in the graph.
     Under "sum" and "none" N is 1.
 
-    Terms of the whole batch are multiplied by n_counted / N where num_items_in_batch is given (micro-batches then add up to the
-    whole batch), and by 0 where no row counts.
+    Terms of the whole batch are multiplied by n_counted / N where num_items_in_batch is given (micro-batches then add
+    up to the whole batch), and by 0 where no row counts.
     """
     counted = targets != config.ignore_index
     keep = keep_rows(config, targets, attention_mask)
     if keep is not None:
         counted = counted & keep
         targets = torch.where(counted, targets, config.ignore_index)
-    n_counted = counted.sum()
     weights = counted.to(dtype)
+    n_counted = weights.sum()
     if token_weights is not None:
         weights = torch.where(counted, token_weights.to(dtype), 0.0)
     n_items = None

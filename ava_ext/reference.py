@@ -317,16 +317,15 @@ def contexts(
     """(b, t, context) of every row that counts.
 
     context = targets[b, :t], or input_ids[b, :t+1] where given, within the row's segment. Positions that hold
-    ignore_index or whose attention_mask is 0 are None. A pad token is a token like others here (only no candidate).
+    ignore_index or padding are None.
     """
-    source = (targets if input_ids is None else input_ids).tolist()
-    void = ((targets if input_ids is None else input_ids) == config.ignore_index).tolist()
-    masked = torch.zeros_like(targets).bool() if attention_mask is None else attention_mask == 0
-    masked, segments = masked.tolist(), segments.tolist()
+    tokens = targets if input_ids is None else input_ids
+    source, void = tokens.tolist(), (~counted_rows(config, tokens, attention_mask)).tolist()
+    segments = segments.tolist()
     for b, t in counted.nonzero().tolist():
         end = t if input_ids is None else t + 1
         inside = [s for s in range(end) if segments[b][s] == segments[b][t]]
-        yield b, t, [None if void[b][s] or masked[b][s] else source[b][s] for s in inside]
+        yield b, t, [None if void[b][s] else source[b][s] for s in inside]
 
 
 def is_never_candidate(config: UnifiedLossConfig, token: int | None, target: int) -> bool:
@@ -375,7 +374,8 @@ def ngram_weights(
     input_ids: Tensor | None = None,  # [B, T]
     attention_mask: Tensor | None = None,  # [B, T]
 ) -> Tensor:
-    """Tokens that followed earlier occurrences of the last n-1 context tokens: the ngram_slots most recent distinct ones.
+    """Tokens that followed earlier occurrences of the last n-1 context tokens: the ngram_slots most recent distinct
+    ones.
 
     With ngram_window_size W only followers at the last W context positions (None positions are positions too); the key
     before such a follower may reach further back. n = 1: the key is empty, every context token is a follower.
@@ -488,8 +488,7 @@ Terms = tuple[dict[str, Tensor], dict[str, Tensor]]  # weighted contributions, m
 def row_terms(
     rows: Rows,
     logits: Tensor,  # [B, T, vocab]
-    input_ids: Tensor | None,  # [B, T]
-    attention_mask: Tensor | None,  # [B, T]
+    read: dict[str, Tensor],  # [B, T] input_ids and their attention_mask
     negative_ids: Tensor | None,  # [B, T, M]
     negative_weights: Tensor | None,  # [B, T, M]
 ) -> Terms:
@@ -505,7 +504,6 @@ def row_terms(
         return rows.reduce(values.reshape(targets.shape))
 
     place = (config, rows.targets, rows.counted, rows.segments)
-    read = {"input_ids": input_ids, "attention_mask": attention_mask}
     addends = {"main_loss": rows.reduce(smoothed(hard, z, config.label_smoothing, config.smoothing_mode))}
     if config.z_loss_weight > 0:
         addends["z_loss"] = config.z_loss_weight * rows.reduce(z_loss(z))
@@ -595,7 +593,7 @@ def mtp_terms(
         if depths:
             bce = rows.reduce(confidence_calibration(confidence, depths[0]), depths[0].counted, depths[0].token_weights)
         addends["confidence_regularization"] = config.confidence_reg_strength * bce
-    means = [rows.mean(d.nll, d.counted) for d in depths] or [torch.zeros_like(rows.n)] * n_depths
+    means = [rows.mean(d.loss, d.counted) for d in depths] or [torch.zeros_like(rows.n)] * n_depths
     return addends, {f"mtp_loss_depth_{depth}": value for depth, value in enumerate(means, start=1)}
 
 
@@ -727,7 +725,9 @@ def diversity(
     expert_outputs: Tensor,  # [E, N, H]
     keep: Tensor,  # [N] bool
 ) -> Tensor:
-    """Mean cosine similarity over the pairs of experts and the kept rows, []; 0 for E < 2 and for vectors of length 0."""
+    """Mean cosine similarity over the pairs of experts and the kept rows, [];
+    0 for E < 2 and for vectors of length 0.
+    """
     units = F.normalize(torch.where(keep.unsqueeze(-1), expert_outputs, 0.0), dim=-1)
     n_experts = len(units)
     pairs = [(units[i] * units[j]).sum(-1) for i in range(n_experts) for j in range(i)]
@@ -741,9 +741,14 @@ def info_nce(
     positives: Tensor,  # [n, H]
     temperature: float,
 ) -> Tensor:
-    """Mean cross-entropy of cosine(a_i, b_j) / temperature with target j = i, [] (from a to b only); 0 for n = 0."""
+    """Mean cross-entropy of cosine(a_i, b_j) / temperature with target j = i, []; 0 for n = 0.
+
+    Both ways, from a to b and from b to a, averaged (Radford et al. 2021, CLIP).
+    """
     similarity = F.normalize(anchors, dim=-1) @ F.normalize(positives, dim=-1).T / temperature
-    return F.cross_entropy(similarity, torch.arange(len(anchors)), reduction="sum") / max(len(anchors), 1)
+    partners = torch.arange(len(anchors))
+    both = [F.cross_entropy(logits, partners, reduction="sum") for logits in (similarity, similarity.T)]
+    return torch.stack(both).mean() / max(len(anchors), 1)
 
 
 def simctg(
@@ -752,7 +757,9 @@ def simctg(
     segments: Tensor,  # [B, T]
     margin: float = 0.5,
 ) -> Tensor:
-    """Mean of max(0, margin - 1 + cosine(h_i, h_j)) over all pairs i != j of kept tokens of one segment, [] (Su et al. 2022)."""
+    """Mean of max(0, margin - 1 + cosine(h_i, h_j)) over all pairs i != j of kept tokens of one segment,
+    [] (Su et al. 2022).
+    """
     units = F.normalize(torch.where(keep.unsqueeze(-1), hidden_states, 0.0), dim=-1)
     same = segments.unsqueeze(1) == segments.unsqueeze(2)
     pairs = same & keep.unsqueeze(1) & keep.unsqueeze(2) & ~torch.eye(keep.shape[1], dtype=torch.bool)
@@ -764,7 +771,9 @@ def adaptive_temperature(
     config: UnifiedLossConfig,
     history: Sequence[float],  # the finite cross-entropies of the commits so far
 ) -> float:
-    """T = clamp(T0 (1 + gain (cv - 0.075)), bounds) with cv = population std / mean of the last 100; T0 below 10 of them."""
+    """T = clamp(T0 (1 + gain (cv - 0.075)), bounds) with cv = population std / mean of the last 100;
+    T0 below 10 of them.
+    """
     recent = list(history)[-100:]
     if len(recent) < 10:
         return config.initial_temperature
@@ -814,13 +823,14 @@ def unified_loss(
     `confidence_regularization` where the adaptive heads use confidence weighting and its strength is > 0, the `moe_`
     metrics with use_moe_balancing or use_auxiliary_loss. Choices where the specification is silent:
 
-    * Router rows, expert outputs and hidden states leave out *padding* (attention_mask 0 or a pad target), not rows that
-      are only ignore_index: prompts are routed too. In unshifted mode a router over all B T tokens is masked by the
-      unshifted mask. moe_ metrics: counts of this call, per layer, then averaged over layers.
+    * Router rows, expert outputs and hidden states leave out *padding* (attention_mask 0 or a pad target), not rows
+      that are only ignore_index: prompts are routed too. In unshifted mode a router over all B T tokens is masked by
+      the unshifted mask. moe_ metrics: counts of this call, per layer, then averaged over layers.
     * Terms of a batch are multiplied by n_local / N with num_items_in_batch under "mean" (n_local: number of local rows
       that count), else by 1, or 0 where no row counts: the whole loss is 0 then.
-    * primary "adaptive_mtp" uses the adaptive heads whatever mtp_type says. The depth metrics are unweighted and
-      unsmoothed, over the rows that count at that depth. BCE rows are weighted and divided by N as token terms are.
+    * primary "adaptive_mtp" uses the adaptive heads whatever mtp_type says. The depth metrics are the depth's loss with
+      main's smoothing, unweighted, over the rows that count at that depth. BCE rows are weighted and divided by N as
+      token terms are.
     * labels_are_shifted=False on flat rows needs segments; reduction "none" then has the shape [B, T-1].
     """
     adaptive_heads = config.primary_loss_type == "adaptive_mtp" or (config.use_mtp and config.mtp_type == "adaptive")
@@ -861,7 +871,7 @@ def unified_loss(
     token_segments = segment_numbers(
         n_batch, n_time, segment_ids=segment_ids, position_ids=position_ids, cu_seqlens=cu_seqlens
     )
-    token_keep = ~is_padding(config, targets, attention_mask)
+    token_keep, token_mask = ~is_padding(config, targets, attention_mask), of_rows(attention_mask)
     logits, targets, attention_mask = of_rows(logits), of_labels(targets), of_labels(attention_mask)
     row_keep = ~is_padding(config, targets, attention_mask)
     segments = token_segments[:, :rows_end]
@@ -879,9 +889,11 @@ def unified_loss(
     temperature = config.initial_temperature if temperature is None else temperature
     rows = Rows(config, targets, counted, segments, weights, n, temperature)
 
-    terms = [
-        row_terms(rows, logits, of_rows(input_ids), attention_mask, of_rows(negative_ids), of_rows(negative_weights))
-    ]
+    # unshifted: the mask is that of the tokens read, and that of the labels where it is shifted with them
+    read = {"attention_mask": attention_mask}
+    if input_ids is not None:
+        read = {"input_ids": of_rows(input_ids), "attention_mask": token_mask}
+    terms = [row_terms(rows, logits, read, of_rows(negative_ids), of_rows(negative_weights))]
     if deepseek_heads or adaptive_heads:
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting

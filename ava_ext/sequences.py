@@ -12,10 +12,11 @@ def segment_numbers(
     position_ids: Tensor | None,  # [batch_size, n_tokens], [1, n_tokens] or [n_tokens]
     cu_seqlens: Tensor | None,  # [n_segments + 1], over the rows in reading order
 ) -> Tensor | None:
-    """A number for each row that changes where a segment begins, [batch_size or 1, n_tokens]; None: one segment a batch row.
+    """A number for each row that changes where a segment begins, [batch_size or 1, n_tokens]; None: one segment a
+    batch row.
 
-    A segment begins where segment_ids change, where position_ids do not increase, and at every cu_seqlens; given together, each
-    of them begins segments.
+    A segment begins where segment_ids change, where position_ids do not increase, and at every cu_seqlens; given
+    together, each of them begins segments.
 
     Raises:
         ValueError: on shapes that do not fit.
@@ -26,10 +27,10 @@ def segment_numbers(
         if given is None:
             continue
         if given.shape not in ((batch_size, n_tokens), (1, n_tokens), (n_tokens,)):
-            raise ValueError(f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}")
-        parts.append(given.reshape(-1, n_tokens))
-    if segment_ids is not None and len(parts) == 1 and cu_seqlens is None:
-        return parts[0]
+            raise ValueError(
+                f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
+            )
+        parts.append(given if given.dim() == 2 else given.unsqueeze(0))
     starts = []
     if segment_ids is not None:
         starts.append(parts[0][:, 1:] != parts[0][:, :-1])
@@ -38,7 +39,7 @@ def segment_numbers(
     numbers = None
     if starts:
         starting = starts[0] if len(starts) == 1 else starts[0] | starts[1]
-        numbers = torch.nn.functional.pad(starting.cumsum(1), (1, 0))
+        numbers = torch.nn.functional.pad(starting.cumsum(1), (min(1, n_tokens), 0))
     if cu_seqlens is None:
         return numbers
     if cu_seqlens.dim() != 1:
@@ -53,5 +54,8 @@ def shift_left(
     values: Tensor,  # [batch_size, n_tokens]
     fill: int | float | bool,
 ) -> Tensor:
-    """values[:, t + 1] at t, `fill` at the end; [batch_size, n_tokens]. Rows keep their number, so that logits are never copied."""
-    return torch.nn.functional.pad(values[:, 1:], (0, 1), value=fill)
+    """values[:, t + 1] at t, `fill` at the end; [batch_size, n_tokens].
+
+    Rows keep their number, so that logits are never copied.
+    """
+    return torch.nn.functional.pad(values[:, 1:], (0, min(1, values.shape[1])), value=fill)

@@ -45,8 +45,8 @@ from ava_ext.ops.softmax_rows import (
     accumulation_dtype,
     row_coefficients,
     row_loss,
-    token_log_probs,
 )
+from ava_ext.ops.softmax_statistics import token_log_probs
 
 _CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 _STATEFUL = ("temperature", "mtp", "adaptive_mtp", "moe_balancer")
@@ -100,7 +100,8 @@ class UnifiedLoss(nn.Module):
         on = [component for component in COMPONENTS if component.is_on(config)]
         self._keys = tuple(dict.fromkeys(component.key for component in on))
         self._sequence_keys = tuple(component.key for component in on if component.needs_sequences)
-        terms, self._row_options = RowTerms(0), {}
+        terms = RowTerms(0)
+        self._row_options: dict[str, float] = {}
         for module in DENSE_ROW_MODULES:
             flags, row_options = module.row_options(config)
             terms |= flags
@@ -115,8 +116,9 @@ class UnifiedLoss(nn.Module):
                 self._penalties += (key,)
                 self._groups += (n_slots,)
                 self._candidate_options |= candidate_options
-        pad_may_repeat = config.pad_token_id is None or config.pad_token_id in config.eos_ids
-        self._may_repeat = config.repetition_allow_list + (() if pad_may_repeat else (config.pad_token_id,))
+        self._may_repeat = config.repetition_allow_list
+        if config.pad_token_id is not None and config.pad_token_id not in config.eos_ids:
+            self._may_repeat += (config.pad_token_id,)
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def forward(
@@ -208,20 +210,32 @@ class UnifiedLoss(nn.Module):
         )
         per_row = config.reduction == "none"
         total = output.row_loss if per_row else output.row_loss.sum()
-        further, metrics = Terms(), Terms()  # what the one pass over the rows does not give
+        further: Terms = {}  # what the one pass over the rows does not give
+        metrics: Terms = {}
         if self.mtp is not None:
             head = (lm_head_weight, lm_head_bias) if config.mtp_share_head else (None, None)
             own_heads(self.mtp, config, inputs, self._head_loss(coefficients), *head, mtp_active, further, metrics)
         if self.adaptive_mtp is not None:
-            score_head = (self._head_loss(coefficients), self._head_probability(coefficients))
-            given = (additional_logits, confidence_scores, mtp_active)
-            adaptive_heads(self.adaptive_mtp, config, inputs, *score_head, *given, further, metrics)
+            adaptive_heads(
+                self.adaptive_mtp,
+                config,
+                inputs,
+                self._head_loss(coefficients),
+                self._head_probability(coefficients),
+                additional_logits,
+                confidence_scores,
+                mtp_active,
+                further,
+                metrics,
+            )
         if self.moe_balancer is not None or self.auxiliary is not None:
-            router_terms(self.moe_balancer, self.auxiliary, config, inputs, gate_logits, expert_indices, further, metrics)
+            router_terms(
+                self.moe_balancer, self.auxiliary, config, inputs, gate_logits, expert_indices, further, metrics
+            )
         if self.diversity is not None:
             further["diversity_loss"] = diversity_term(self.diversity, inputs, expert_outputs)
         if self.contrastive is not None:
-            further["contrastive_loss"] = contrastive_term(self.contrastive, inputs, contrastive_pair)
+            further["contrastive_loss"] = contrastive_term(self.contrastive, config, inputs, contrastive_pair)
         for addend in further.values():
             total = total + addend
         if per_row:
@@ -235,7 +249,9 @@ class UnifiedLoss(nn.Module):
         return result
 
     def _row_tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The kernel's coefficients [7] and the weights [4] of repetition_candidates, of the device and type of `like`."""
+        """The kernel's coefficients [7] and the weights [4] of repetition_candidates, of the device
+        and type of `like`.
+        """
         key = (like.device, like.dtype)
         if key not in self._constants:
             config = self.config
@@ -245,10 +261,15 @@ class UnifiedLoss(nn.Module):
                 config.eos_penalty_weight,
                 config.ngram_penalty_weight,
             ]
-            self._constants[key] = (row_coefficients(like, **self._row_options), like.new_tensor(weights))
+            with torch.inference_mode(False):  # training may follow an evaluation
+                coefficients = row_coefficients(like, **self._row_options)
+                self._constants[key] = (
+                    coefficients[1:] if config.temperature_adapts else coefficients,
+                    torch.tensor(weights, dtype=like.dtype, device=like.device),
+                )
         coefficients, penalty_weights = self._constants[key]
         if self.config.temperature_adapts:
-            coefficients = torch.cat([self.temperature.value.reshape(1).to(like.dtype), coefficients[1:]])
+            coefficients = torch.cat([self.temperature.value.view(1).to(like.dtype), coefficients])
         return coefficients, penalty_weights
 
     def _candidates(
@@ -288,11 +309,19 @@ class UnifiedLoss(nn.Module):
 
     def _head_loss(self, coefficients: Tensor) -> RowFunction:  # [7]
         """The main term without focal, for the logits of a head."""
-        terms = self._terms & int(RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING | RowTerms.EXCLUDE_TARGET | RowTerms.SOFTCAP)
+        terms = self._terms & int(
+            RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING | RowTerms.EXCLUDE_TARGET | RowTerms.SOFTCAP
+        )
         vocab_size, ignore_index = self.config.vocab_size, self.config.ignore_index
-        return lambda logits, targets: row_loss(
-            logits, targets, coefficients, terms=terms, vocab_size=vocab_size, ignore_index=ignore_index
-        ).row_loss
+
+        def loss(logits: Tensor, targets: Tensor) -> Tensor:
+            # a head may be of another precision than the main logits
+            of_head = coefficients.to(accumulation_dtype(logits.dtype))
+            return row_loss(
+                logits, targets, of_head, terms=terms, vocab_size=vocab_size, ignore_index=ignore_index
+            ).row_loss
+
+        return loss
 
     def _head_probability(self, coefficients: Tensor) -> RowFunction:  # [7]
         """The probability that a head gives its targets."""
@@ -342,7 +371,7 @@ class UnifiedLoss(nn.Module):
         return result | {
             "cross_entropy": cross_entropy,
             "perplexity": cross_entropy.exp(),
-            "n_tokens": rows.n_counted,
+            "n_tokens": rows.n_counted.long(),
             "accuracy": accuracy,
             "entropy": entropy,
             "temperature": coefficients[0].clone(),
@@ -352,7 +381,8 @@ class UnifiedLoss(nn.Module):
     def step(self) -> None:
         """Commits what training calls have gathered: temperature, expert load and bias. Once per optimizer step.
 
-        With auto_step=True every training forward with grad enabled does so itself. Averages over process_group if given.
+        With auto_step=True every training forward with grad enabled does so itself. Averages over process_group if
+        given.
         """
         if self.config.temperature_adapts:
             self.temperature.step(self.config.process_group)
@@ -380,16 +410,17 @@ class UnifiedLoss(nn.Module):
                 module.reset_statistics()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # a checkpoint of a configuration with a component more or less loads strictly: its state is left out, or kept as it is
+        # a checkpoint of a configuration with a component more or less loads strictly: its state is left out, or kept
+        # as it is
         own = {prefix + name: value for name, value in self.state_dict().items()}
         for component in _STATEFUL:
             begin = f"{prefix}{component}."
-            for name in [name for name in state_dict if name.startswith(begin)]:
-                if getattr(self, component) is None:
+            given = [name for name in state_dict if name.startswith(begin)]
+            if not given:
+                state_dict.update({name: value for name, value in own.items() if name.startswith(begin)})
+            elif getattr(self, component) is None:
+                for name in given:
                     del state_dict[name]
-            for name, value in own.items():
-                if name.startswith(begin) and not any(key.startswith(begin) for key in state_dict):
-                    state_dict[name] = value
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:

@@ -37,7 +37,8 @@ inline const char* type_name(ScalarType type) {
 }
 
 // `tensor` has this shape and type
-inline void check_tensor(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType type) {
+inline void check_tensor(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+                         ScalarType type) {
   STD_TORCH_CHECK(shape_of(tensor) == shape, op, ": expected ", name, " of shape ", shape_string(shape), ", got ",
                   shape_string(tensor));
   STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": expected ", name, " of type ", type_name(type), ", got ",
@@ -70,8 +71,8 @@ inline void check_logits(const char* op, const Tensor& logits, int64_t vocab_siz
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= n_columns, op, ": expected vocab_size in [1, ", n_columns,
                   "] for logits of shape ", shape_string(logits), ", got ", vocab_size);
   STD_TORCH_CHECK(vocab_size < (int64_t(1) << 24), op, ": expected vocab_size below 2^24, got ", vocab_size);
-  STD_TORCH_CHECK(n_columns == 1 || logits.stride(logits.dim() - 1) == 1, op, ": expected logits with last stride 1, got ",
-                  logits.stride(logits.dim() - 1));
+  STD_TORCH_CHECK(n_columns == 1 || logits.stride(logits.dim() - 1) == 1, op,
+                  ": expected logits with last stride 1, got ", logits.stride(logits.dim() - 1));
 }
 
 // shape of the rows: logits' without its columns, and with one more dimension of this size where it is not negative

@@ -43,7 +43,8 @@ AVA_HOST_DEVICE float widen(BFloat16 value) { return bits_to_float(uint32_t(valu
 AVA_HOST_DEVICE float widen(Float16 value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, nan
-  if (magnitude < 0x400u) return (sign ? -1.f : 1.f) * float(magnitude) * 5.9604644775390625e-8f;     // subnormal: times 2^-24
+  if (magnitude < 0x400u)
+    return (sign ? -1.f : 1.f) * float(magnitude) * 5.9604644775390625e-8f;  // subnormal: times 2^-24
   return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
 }
 

@@ -10,8 +10,9 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   // rows of logits: softmax_rows.h
   m.def(
       "row_loss(Tensor logits, Tensor targets, Tensor coefficients, Tensor? row_weights, Tensor? candidate_ids, "
-      "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index, bool with_gradient, "
-      "bool with_statistics) -> (Tensor row_loss, Tensor row_terms, Tensor grad_logits, Tensor statistics, Tensor row_coefficients)");
+      "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index, "
+      "bool with_gradient, bool with_statistics) "
+      "-> (Tensor row_loss, Tensor row_terms, Tensor grad_logits, Tensor statistics, Tensor row_coefficients)");
   m.def(
       "row_loss_(Tensor(a!) logits, Tensor targets, Tensor coefficients, Tensor? row_weights, Tensor? candidate_ids, "
       "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index) "
@@ -20,20 +21,28 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
       "row_statistics(Tensor logits, Tensor? ids, Tensor? row_mask, Tensor coefficients, int flags, int vocab_size) "
       "-> (Tensor statistics, Tensor log_probs, Tensor summaries)");
   m.def(
-      "row_gradient(Tensor logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, Tensor coefficients, int flags, "
-      "int vocab_size) -> Tensor grad_logits");
+      "row_gradient(Tensor logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, Tensor coefficients, "
+      "int flags, int vocab_size) -> Tensor grad_logits");
   m.def(
-      "row_gradient_(Tensor(a!) logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, Tensor coefficients, int flags, "
-      "int vocab_size) -> ()");
+      "row_gradient_(Tensor(a!) logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, "
+      "Tensor coefficients, int flags, int vocab_size) -> ()");
   m.def("scale_rows_(Tensor(a!) rows, Tensor factors) -> ()");
 
   // token sequences: repetition.h
   m.def(
-      "repetition_candidates(Tensor tokens, Tensor targets, Tensor? segments, Tensor weights, *, bool tokens_include_row, "
-      "int vocab_size, int ignore_index, int[] excluded_ids, bool immediate, int immediate_threshold, int ngram_size, "
-      "int ngram_window, int ngram_slots, int[] eos_ids, int min_sequence_length) -> (Tensor ids, Tensor candidate_weights)");
+      "repetition_candidates(Tensor tokens, Tensor targets, Tensor? segments, Tensor weights, *, "
+      "bool tokens_include_row, int vocab_size, int ignore_index, int[] excluded_ids, bool immediate, int immediate_threshold, int ngram_size, "
+      "int ngram_window, int ngram_slots, int[] eos_ids, int min_sequence_length) "
+      "-> (Tensor ids, Tensor candidate_weights)");
+
+  // the state of the adaptive temperature: temperature.h
+  m.def(
+      "temperature_step_(Tensor(a!) value, Tensor(b!) history, Tensor(c!) count, Tensor(d!) pending_loss, "
+      "Tensor(e!) pending_rows, float initial, float gain, float low, float high) -> ()");
 
   // which instruction set the CPU kernels use
   m.def("cpu_capability() -> str");
 }
-STABLE_TORCH_LIBRARY_IMPL(ava_ext, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&cpu_capability)); }
+STABLE_TORCH_LIBRARY_IMPL(ava_ext, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}

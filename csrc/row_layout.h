@@ -1,4 +1,5 @@
-// Where row i of a tensor [..., n_columns] starts: any leading strides, so that a slice is read in place. Free of torch.
+// Where row i of a tensor [..., n_columns] starts: any leading strides, so that a slice is read in place. Free of
+// torch.
 #pragma once
 #include <stdint.h>
 
@@ -9,7 +10,7 @@ namespace ava {
 constexpr int kMostLeadingDims = 8;
 
 struct RowLayout {
-  int n_dims;                         // leading dimensions, merged where they are contiguous
+  int n_dims;  // leading dimensions, merged where they are contiguous
   int64_t sizes[kMostLeadingDims];
   int64_t strides[kMostLeadingDims];  // in elements
 };

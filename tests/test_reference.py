@@ -52,10 +52,12 @@ def test_equals_cross_entropy(reduction, label_smoothing):
     logits = randn(3, 5, 11, scale=3)
     targets = torch.randint(0, 11, (3, 5))
     targets[0, 1] = targets[2, 4] = -100
-    loss = reference.unified_loss(
-        standard(11, reduction=reduction, label_smoothing=label_smoothing), logits, targets
-    )["total_loss"]
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction, label_smoothing=label_smoothing)
+    loss = reference.unified_loss(standard(11, reduction=reduction, label_smoothing=label_smoothing), logits, targets)[
+        "total_loss"
+    ]
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction=reduction, label_smoothing=label_smoothing
+    )
     assert_same(loss, expected.reshape(loss.shape), logits)
 
 
@@ -166,7 +168,10 @@ def test_no_row_counts():
     logits = torch.full((2, 3, 7), math.nan, dtype=F64, requires_grad=True)
     pair = randn(4, 3), randn(4, 3)
     result = reference.unified_loss(
-        standard(7, use_contrastive_loss=True, **EVERY_ROW_TERM), logits, torch.full((2, 3), -100), contrastive_pair=pair
+        standard(7, use_contrastive_loss=True, **EVERY_ROW_TERM),
+        logits,
+        torch.full((2, 3), -100),
+        contrastive_pair=pair,
     )
     assert result["total_loss"].item() == 0
     for gradient in gradients(result["total_loss"], logits, *pair):
@@ -202,7 +207,9 @@ def test_uniform_logits():
     z = torch.full((1, 16), 0.7, dtype=F64)
     assert reference.confidence_penalty(z).item() == pytest.approx(0, abs=1e-15)
     assert reference.z_loss(z).item() == pytest.approx((0.7 + math.log(16)) ** 2, rel=1e-14)
-    assert reference.unlikelihood(z, 2 * F.one_hot(torch.tensor([3]), 16)).item() == pytest.approx(2 * math.log(16 / 15))
+    assert reference.unlikelihood(z, 2 * F.one_hot(torch.tensor([3]), 16)).item() == pytest.approx(
+        2 * math.log(16 / 15)
+    )
     statistics = reference.softmax_statistics(z, torch.tensor([[3, -1]]))
     torch.testing.assert_close(statistics.log_probs, torch.tensor([[-math.log(16), 0]], dtype=F64), **EXACT)
     torch.testing.assert_close(statistics.log_rest, torch.tensor([math.log(15)], dtype=F64), **EXACT)
@@ -305,7 +312,7 @@ def test_ngram_never_candidates_come_before_the_cut():
     text = [1, 2, 1, 3, 1, 4, 1, 5, 1, 9]
     assert ngrams(text)[-1] == {2, 3, 4, 5}
     assert ngrams(text, ngram_slots=2)[-1] == {4, 5}
-    assert ngrams(text[:-1] + [5], ngram_slots=2)[-1] == {3, 4}
+    assert ngrams([*text[:-1], 5], ngram_slots=2)[-1] == {3, 4}
     assert ngrams(text, ngram_slots=2, pad_token_id=5)[-1] == {3, 4}
     assert ngrams(text, ngram_slots=2, pad_token_id=5, eos_token_id=5)[-1] == {4, 5}
     assert ngrams(text, ngram_slots=2, repetition_allow_list=(4,))[-1] == {3, 5}
@@ -314,7 +321,14 @@ def test_ngram_never_candidates_come_before_the_cut():
 
 def test_ngram_window_counts_followers():
     text = [1, 2, 1, 3, 1, 4, 1, 9]  # followers of 1 at 1, 3, 5 of a context of 7 tokens
-    assert [ngrams(text, ngram_window_size=w)[-1] for w in (1, 2, 3, 4, 5, 6)] == [set(), {4}, {4}, {3, 4}, {3, 4}, {2, 3, 4}]
+    assert [ngrams(text, ngram_window_size=w)[-1] for w in (1, 2, 3, 4, 5, 6)] == [
+        set(),
+        {4},
+        {4},
+        {3, 4},
+        {3, 4},
+        {2, 3, 4},
+    ]
 
 
 def test_ngram_voids_segments_and_ids_outside_the_vocabulary():
@@ -416,10 +430,13 @@ def test_flat_rows_are_one_packed_sequence():
 def test_unshifted_labels_by_hand():
     logits, labels = randn(1, 5, 8), torch.tensor([[1, 1, 2, 3, 3]])
     segments = torch.tensor([[0, 0, 0, 1, 1]])
-    config = standard(8, labels_are_shifted=False, use_immediate_repetition_penalty=True, immediate_repetition_weight=1.0)
+    config = standard(
+        8, labels_are_shifted=False, use_immediate_repetition_penalty=True, immediate_repetition_weight=1.0
+    )
     loss = reference.unified_loss(config, logits, labels, segment_ids=segments)["total_loss"]
     log_p = logits.log_softmax(-1)[0]
-    # row 0 predicts 1, row 1 predicts 2 after having seen the label 1; row 2 would predict the next document; row 3 predicts 3
+    # row 0 predicts 1, row 1 predicts 2 after having seen the label 1; row 2 would predict the next document; row 3
+    # predicts 3
     penalty = -torch.log1p(-log_p[1, 1].exp())
     assert_same(loss, (-log_p[0, 1] - log_p[1, 2] + penalty - log_p[3, 3]) / 3, logits)
     mask = torch.tensor([[1, 1, 0, 1, 1]])  # shifts with the labels: row 1 predicts position 2
@@ -463,7 +480,8 @@ def test_mtp_adaptive(shape):
     main = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     mtp = -0.5 * sum(per_row[b, t].detach() * log_p[b, t, y] for b, t, y in hits) / 5
     bce = -sum(
-        log_p[b, t, y].exp().detach() * per_row[b, t].log() + (1 - log_p[b, t, y].exp().detach()) * (1 - per_row[b, t]).log()
+        log_p[b, t, y].exp().detach() * per_row[b, t].log()
+        + (1 - log_p[b, t, y].exp().detach()) * (1 - per_row[b, t]).log()
         for b, t, y in hits
     )
     assert_same(result["total_loss"], main + mtp + 0.2 * bce / 5, logits, heads, confidence)
@@ -508,15 +526,13 @@ def test_huggingface_convention():
     gates, targets = randn(2, 8, 4, scale=2), torch.randint(1, 5, (2, 4))
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     config = standard(
-        5, use_auxiliary_loss=True, load_balancing_weight=1.0, router_z_weight=0.0, load_balancing_convention="huggingface",
-        num_experts=4, num_experts_per_token=2, num_moe_layers=2,
+        5, use_auxiliary_loss=True, load_balancing_weight=1.0, router_z_weight=0.0,
+        load_balancing_convention="huggingface", num_experts=4, num_experts_per_token=2, num_moe_layers=2,
     )  # fmt: skip
     result = reference.unified_loss(config, randn(2, 4, 5), targets, mask, gate_logits=gates)
     expected = transformers_load_balancing(gates, 2, mask.flatten())
     torch.testing.assert_close(result["aux_load_balancing"], expected.detach(), **EXACT)
-    torch.testing.assert_close(
-        gradients(result["total_loss"], gates)[0], gradients(expected, gates)[0], **EXACT
-    )
+    torch.testing.assert_close(gradients(result["total_loss"], gates)[0], gradients(expected, gates)[0], **EXACT)
 
 
 def test_moe_steering_and_state():
@@ -572,7 +588,9 @@ def test_adaptive_temperature():
     config = UnifiedLossConfig(vocab_size=5, initial_temperature=1.2)
     assert reference.adaptive_temperature(config, [1.0, 3.0] * 4 + [9.0]) == 1.2
     assert reference.adaptive_temperature(config, [7.0] * 300) == pytest.approx(1.2 * (1 - 0.075))
-    assert reference.adaptive_temperature(config, [50.0] * 20 + [1.0, 3.0] * 50) == pytest.approx(1.2 * (1 + 0.5 - 0.075))
+    assert reference.adaptive_temperature(config, [50.0] * 20 + [1.0, 3.0] * 50) == pytest.approx(
+        1.2 * (1 + 0.5 - 0.075)
+    )
     assert reference.adaptive_temperature(config, [0.0] * 99 + [1.0]) == 2.0
 
 
@@ -590,9 +608,13 @@ def test_addends_add_up_and_keys_follow_the_configuration():
     ]  # fmt: skip
     torch.testing.assert_close(sum(result[name] for name in addends), result["total_loss"].detach(), **EXACT)
     assert [name for name in result if result[name].requires_grad] == ["total_loss"]
-    torch.testing.assert_close(result["cross_entropy"], F.cross_entropy(logits.flatten(0, 1), targets.flatten()).detach())
+    torch.testing.assert_close(
+        result["cross_entropy"], F.cross_entropy(logits.flatten(0, 1), targets.flatten()).detach()
+    )
     assert result["accuracy"].item() == (logits.argmax(-1) == targets).double().mean().item()
-    given = reference.unified_loss(config, logits, targets, hidden_states=states, negative_ids=torch.ones(2, 6, 1).long())
+    given = reference.unified_loss(
+        config, logits, targets, hidden_states=states, negative_ids=torch.ones(2, 6, 1).long()
+    )
     assert given.keys() == result.keys()
     assert given["negative_penalty"] > 0
 

@@ -19,7 +19,6 @@ from ava_ext.losses.presets import (
 )
 from ava_ext.losses.scaling import AdaptiveLossScaling
 from ava_ext.losses.temperature import AdaptiveTemperature
-
 from ava_ext.unified_loss import UnifiedLoss, create_unified_loss
 
 __all__ = [

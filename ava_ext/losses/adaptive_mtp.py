@@ -47,8 +47,9 @@ def adaptive_mtp_terms(
         mtp_loss = mtp_weight * mean over heads k of sum_t w_{t+k} c_t CE(head k's logits at t, targets[t + k])
         confidence_regularization = strength * sum_t w_{t+1} BCE(c_t, q_t)
 
-    w is row_weights, c the confidence (detached in mtp_loss: the heads' losses cannot be lowered by giving up; 1 without
-    confidence weighting), q the detached probability that head 1 gives its target. The second term is lowest at c = q.
+    w is row_weights, c the confidence (detached in mtp_loss: the heads' losses cannot be lowered by giving up; 1
+    without confidence weighting), q the detached probability that head 1 gives its target. The second term is lowest
+    at c = q.
 
     Args:
         additional_logits: of the heads k = 1..n_heads; head k's row t predicts targets[:, t + k].
@@ -154,7 +155,8 @@ def _rows(values: Tensor, batch: int, length: int, name: str) -> Tensor:  # [bat
     if shape == [batch, length] or (not shape and name == "mtp_active"):
         return values.expand(batch, length)
     raise ValueError(
-        f"adaptive_mtp: expected {name} of shape [{batch}], [{batch}, 1], [{batch}, {length}] or [{batch}, {length}, 1], "
+        f"adaptive_mtp: expected {name} of shape [{batch}], [{batch}, 1], [{batch}, {length}] or [{batch}, "
+        f"{length}, 1], "
         f"got {shape}"
     )
 
@@ -262,7 +264,9 @@ class AdaptiveMTP(Float32Buffers):
         return terms
 
     def statistics(self) -> dict[str, Tensor]:
-        """Averages per call since the last reset_statistics, and the number of calls as count; scalars on the device."""
+        """Averages per call since the last reset_statistics, and the number of calls as count;
+        scalars on the device.
+        """
         averages = self.sums / self.count.clamp_min(1)
         return dict(zip(self.AVERAGES, averages.unbind(), strict=True)) | {"count": self.count.clone()}
 

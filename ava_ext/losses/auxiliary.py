@@ -25,8 +25,9 @@ def load_balancing_loss(
     Args:
         statistics: of router_statistics; for per-sequence balancing, every sequence of every layer is a layer.
         k: experts per row.
-        convention: "switch", or "huggingface": what transformers' load_balancing_loss_func gives, f_e = counts_e / n_rows
-            (so k at perfect balance) with the rows of all layers thrown together (layers can hide each other's imbalance).
+        convention: "switch", or "huggingface": what transformers' load_balancing_loss_func gives, f_e = counts_e /
+            n_rows (so k at perfect balance) with the rows of all layers thrown together (layers can hide each other's
+            imbalance).
         process_group: counts are summed over it: f of the global batch (Qiu et al. 2025). Averaging the gradients of
             the ranks then gives the loss of the global batch.
 
@@ -175,7 +176,8 @@ class AuxiliaryLoss(nn.Module):
             )
         if per_sequence and (load_balancing_convention == "huggingface" or process_group is not None):
             raise ValueError(
-                "auxiliary_loss: per_sequence=True needs load_balancing_convention='switch' and process_group=None, got "
+                "auxiliary_loss: per_sequence=True needs load_balancing_convention='switch' and process_group=None, "
+                "got "
                 f"{load_balancing_convention!r} and {process_group!r}"
             )
         self.k = num_experts_per_token

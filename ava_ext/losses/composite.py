@@ -12,7 +12,8 @@ class CompositeLoss(nn.Module):
     """sum over losses of weight_i * loss_i(*args, **kwargs).
 
     Args:
-        losses: modules or functions by name; each is called with the same arguments and returns a scalar (or a dict with
+        losses: modules or functions by name; each is called with the same arguments and returns a scalar (or a dict
+            with
             "total_loss"). Modules are registered, so that .to(), parameters() and state_dict() reach them.
         weights: factor of each name; names left out have 1.
 

@@ -1,8 +1,10 @@
-"""Confidence penalty: eta (1 - H / log V), in [0, eta], with H the entropy of the row and V its columns that are not masked.
+"""Confidence penalty: eta (1 - H / log V), in [0, eta], with H the entropy of the row and V its columns that are not
+masked.
 
 It is eta for a one-hot prediction and 0 for a uniform one (and where V = 1).
 
-Source: Pereyra et al. 2017, "Regularizing neural networks by penalizing confident output distributions" (there without log V).
+Source: Pereyra et al. 2017, "Regularizing neural networks by penalizing confident output distributions" (there without
+    log V).
 """
 
 from __future__ import annotations

@@ -15,11 +15,12 @@ class ConsistencyLoss(nn.Module):
 
     With p of the targets and q of the logits, log-probabilities of x / T:
 
-        "kl":  KL(p || q) = sum_j p_j (log p_j - log q_j)                      (distillation; R-Drop uses both directions)
+        "kl":  KL(p || q) = sum_j p_j (log p_j - log q_j)                      (distillation; R-Drop uses both
+        directions)
         "js":  1/2 KL(p || m) + 1/2 KL(q || m),  m = (p + q) / 2               (symmetrical, at most log 2)
 
-    T^2 keeps the size of the gradient when T changes (Hinton et al. 2015, "Distilling the knowledge in a neural network").
-    A column at -inf in both has probability 0 and no part in the sum.
+    T^2 keeps the size of the gradient when T changes (Hinton et al. 2015, "Distilling the knowledge in a neural
+    network"). A column at -inf in both has probability 0 and no part in the sum.
 
     Args:
         divergence: "kl" or "js".

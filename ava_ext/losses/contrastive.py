@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -177,7 +180,7 @@ def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size],
     return vectors * torch.where(length == 0, 0.0, 1 / length.masked_fill(length == 0, 1.0))
 
 
-def _without_activations(function, *arguments) -> Tensor:
+def _without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -19,8 +19,8 @@ class DiversityLoss(nn.Module):
 
     similarity="cosine" normalises u_e to length 1 (a zero vector stays zero: similarity 0 with all, gradient 0); the
     loss is in [-1 / (n_experts - 1), 1]. "dot" takes the outputs as they are. "l2" is minus the mean squared distance,
-    -2 (n_experts sum |u_e|^2 - |sum u_e|^2) / (n_experts (n_experts - 1)). "dot" and "l2" have no lower bound: for outputs whose
-    length something else controls, or as a metric.
+    -2 (n_experts sum |u_e|^2 - |sum u_e|^2) / (n_experts (n_experts - 1)). "dot" and "l2" have no lower bound: for
+    outputs whose length something else controls, or as a metric.
 
     Args:
         weight: factor of the loss.
@@ -103,12 +103,14 @@ def _stack_experts(expert_outputs: Tensor | Sequence[Tensor]) -> Tensor:  # [n_e
         for number, output in enumerate(expert_outputs):
             if output.shape != first.shape:
                 raise ValueError(
-                    f"diversity_loss: expected {list(first.shape)} from every expert, got {list(output.shape)} from expert {number}"
+                    f"diversity_loss: expected {list(first.shape)} from every expert, "
+                    f"got {list(output.shape)} from expert {number}"
                 )
         expert_outputs = torch.stack(tuple(expert_outputs))
     if expert_outputs.dim() < 3:
         raise ValueError(
-            f"diversity_loss: expected expert_outputs [n_experts, n_rows, hidden_size], got {list(expert_outputs.shape)}"
+            f"diversity_loss: expected expert_outputs [n_experts, n_rows, hidden_size], "
+            f"got {list(expert_outputs.shape)}"
         )
     outputs = expert_outputs.reshape(expert_outputs.shape[0], -1, expert_outputs.shape[-1])
     return outputs if outputs.dtype == torch.float64 else outputs.float()

@@ -1,6 +1,7 @@
 """Early EOS: -w log(1 - p_eos) while fewer than min_sequence_length counted targets of the segment precede the row.
 
-Not where the target itself is an EOS id. Counted targets, so that left padding, right padding and prompt masking do not shift it.
+Not where the target itself is an EOS id. Counted targets, so that left padding, right padding and prompt masking do
+not shift it.
 
 Source: the unlikelihood form of the minimum length that text generation enforces.
 """

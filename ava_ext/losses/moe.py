@@ -10,7 +10,13 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.ops.router_rows import RouterStatistics, router_statistics, stack_expert_indices, stack_gate_logits
+from ava_ext.ops.router_rows import (
+    RouterStatistics,
+    copy_for_backward,
+    router_statistics,
+    stack_expert_indices,
+    stack_gate_logits,
+)
 
 
 class MoEBalance(NamedTuple):
@@ -24,7 +30,8 @@ class MoEBalance(NamedTuple):
 class MoEBalancer(Float32Buffers):
     """Steers a router against the running load of its experts.
 
-    Per layer, then averaged over layers, with f the running share of rows of each expert and p the router's probabilities:
+    Per layer, then averaged over layers, with f the running share of rows of each expert and p the router's
+    probabilities:
 
         term = gradient_balance_weight * n_experts * sum_e (f_e - 1 / n_experts) * mean_i p_ie
 
@@ -32,9 +39,9 @@ class MoEBalancer(Float32Buffers):
     exponential average over optimizer steps. In training with grad enabled a call adds its counts to those pending
     since the last `step()` and uses f as it will be with them; otherwise it uses the committed f and changes nothing.
 
-    `step()`, once per optimizer step, commits f and moves `expert_bias` by the loss-free rule b_e += u sign(mean(c) - c_e)
-    (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). The user's router adds `expert_bias` to its
-    scores before its top-k (and not to the weights of the chosen experts) and gives the experts it chose as
+    `step()`, once per optimizer step, commits f and moves `expert_bias` by the loss-free rule b_e += u sign(mean(c) -
+    c_e) (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). The user's router adds `expert_bias` to
+    its scores before its top-k (and not to the weights of the chosen experts) and gives the experts it chose as
     expert_indices; a router that does not add it may ignore it.
 
     Buffers: expert_load (f), expert_counts (since reset_statistics), expert_bias, all [n_layers, n_experts] float32;
@@ -110,7 +117,8 @@ class MoEBalancer(Float32Buffers):
         logits = stack_gate_logits(gate_logits, self.n_layers)
         if logits.shape[-1] != self.n_experts:
             raise ValueError(
-                f"moe_balancer: expected gate_logits with num_experts = {self.n_experts} columns, got {logits.shape[-1]}"
+                f"moe_balancer: expected gate_logits with num_experts = {self.n_experts} columns, "
+                f"got {logits.shape[-1]}"
             )
         if expert_indices is not None:
             expert_indices = stack_expert_indices(expert_indices, self.n_layers, logits.shape[1], self.k)
@@ -128,7 +136,8 @@ class MoEBalancer(Float32Buffers):
                 self.total_tokens.add_(statistics.n_rows[0].to(torch.int64))
                 load = self._updated_load(self.pending_counts)
         else:
-            load = self.expert_load.clone()  # backward keeps it; step() writes over the buffer
+            load = self.expert_load
+        load = copy_for_backward(load)  # step() writes over the buffers
         mean_probability = statistics.probability_sum / statistics.n_rows.clamp_min(1).unsqueeze(-1)
         steering = ((load - 1 / self.n_experts) * mean_probability).sum(dim=-1).mean()
         return MoEBalance(self.weight * self.n_experts * steering, *load_variation(statistics.counts))

@@ -99,12 +99,13 @@ class MultiTokenPrediction(nn.Module):
 
     w is the weight of the row that is predicted (token weight / N, 0 where it does not count or is in another segment).
     Depth k has a head of its own, Linear_k(LayerNorm(h)) with one norm for all, or with mtp_share_head a residual block
-    before the given lm_head: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). Logits exist for one chunk of rows of one depth at
+    before the given lm_head: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). Logits exist for one chunk of rows of one
+        depth at
     a time; backward computes them again.
 
     Args:
-        config: hidden_size, vocab_size, num_future_tokens, mtp_weight, mtp_share_head, mtp_detach_head, ignore_index and
-            linear_chunk_bytes are used.
+        config: hidden_size, vocab_size, num_future_tokens, mtp_weight, mtp_share_head, mtp_detach_head, ignore_index
+            and linear_chunk_bytes are used.
 
     Attributes:
         norm: LayerNorm before the heads (Identity with mtp_share_head, whose blocks bring their own).

@@ -24,12 +24,14 @@ def given_negatives(
     """
     if negative_ids.shape[:-1] != targets.shape or negative_ids.dim() != targets.dim() + 1:
         raise ValueError(
-            f"unified_loss: expected negative_ids of shape {list(targets.shape)} + [n_negatives], got {list(negative_ids.shape)}"
+            f"unified_loss: expected negative_ids of shape {list(targets.shape)} + [n_negatives], "
+            f"got {list(negative_ids.shape)}"
         )
     if negative_weights is None:
         return negative_ids.to(torch.int32), torch.ones_like(negative_ids, dtype=dtype)
     if negative_weights.shape != negative_ids.shape:
         raise ValueError(
-            f"unified_loss: expected negative_weights of shape {list(negative_ids.shape)}, got {list(negative_weights.shape)}"
+            f"unified_loss: expected negative_weights of shape {list(negative_ids.shape)}, "
+            f"got {list(negative_weights.shape)}"
         )
     return negative_ids.to(torch.int32), negative_weights.to(dtype)

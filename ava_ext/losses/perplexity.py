@@ -12,8 +12,8 @@ from ava_ext.config import UnifiedLossConfig
 class PerplexityLoss(nn.Module):
     """exp of the mean cross-entropy over the rows that count.
 
-    Its gradient is that of the cross-entropy times the perplexity: a learning rate for cross-entropy is far too large at
-    the start of training, where perplexity is as large as the vocabulary. Mostly a metric.
+    Its gradient is that of the cross-entropy times the perplexity: a learning rate for cross-entropy is far too large
+    at the start of training, where perplexity is as large as the vocabulary. Mostly a metric.
 
     Args:
         ignore_index: target of a row that does not count.

@@ -1,4 +1,4 @@
-"""UnifiedLoss under names of their own, with the options each is about. Every other option of UnifiedLoss is taken too."""
+"""UnifiedLoss under names that say what they are about; each takes every other option of UnifiedLoss too."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ class LabelSmoothingLoss(UnifiedLoss):
 
 
 class AntiRepetitionLoss(UnifiedLoss):
-    """Cross-entropy, and unlikelihood of repeated n-grams, of the previous token and of an early end. Welleck et al. 2019.
+    """Cross-entropy, and unlikelihood of repeated n-grams, of the previous token and of an early end. Welleck et al.
+    2019.
 
     Args:
         vocab_size: real columns of the logits.

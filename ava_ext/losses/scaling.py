@@ -12,8 +12,8 @@ class AdaptiveLossScaling(nn.Module):
     """Uncertainty weighting: sum over losses of exp(-s_i) L_i + s_i / 2, with a learned s_i (log variance) for each.
 
     For a fixed L_i the best s_i is log(2 L_i), where exp(-s_i) L_i = 1/2: losses of any scale come to pull alike. The
-    s_i / 2 keeps the weights from going to 0; weights normalised by a softmax have nothing of the kind and collapse onto the
-    smallest loss. For losses that are positive. Give s_i to the optimizer, without weight decay.
+    s_i / 2 keeps the weights from going to 0; weights normalised by a softmax have nothing of the kind and collapse
+    onto the smallest loss. For losses that are positive. Give s_i to the optimizer, without weight decay.
 
     Args:
         names: of the losses.

@@ -10,6 +10,20 @@ from torch import Tensor
 
 SCORES = ("softmax", "sigmoid")
 
+# torch.compile saves what backward needs or computes it again from its inputs. Where an input is a buffer that the same
+# call updates, that would be the updated value: silently another gradient. An operator it does not know is saved.
+_LIBRARY = torch.library.Library("ava_ext", "FRAGMENT")
+_LIBRARY.define("copy_for_backward(Tensor value) -> Tensor")
+_LIBRARY.impl("copy_for_backward", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("ava_ext::copy_for_backward", torch.empty_like)
+
+
+def copy_for_backward(
+    value: Tensor,  # [...]
+) -> Tensor:  # [...]
+    """A copy without grad that a backward may keep, also when `value` or what it was computed from changes in place."""
+    return torch.ops.ava_ext.copy_for_backward(value.detach())
+
 
 class RouterStatistics(NamedTuple):
     """Sums over the counted rows of each layer; float32, or float64 for float64 logits.
@@ -180,7 +194,7 @@ def stack_expert_indices(
         layers = [stack_expert_indices(layer, 1, n_rows, k) for layer in expert_indices]
         return torch.cat(layers)
     shape = list(expert_indices.shape)
-    ends_in_k = len(shape) > 1 and shape[-1] == k or k == 1
+    ends_in_k = (len(shape) > 1 and shape[-1] == k) or k == 1
     starts_with_layers = n_layers == 1 or (len(shape) > 1 and shape[0] == n_layers)
     if expert_indices.numel() != n_layers * n_rows * k or not ends_in_k or not starts_with_layers:
         raise ValueError(f"expert_indices: expected shape [{n_layers}, {n_rows}, {k}], got {shape}")
@@ -207,7 +221,8 @@ def _check(
         raise ValueError(f"router_statistics: expected score to be one of {SCORES}, got {score!r}")
     if expert_indices is not None and list(expert_indices.shape) != [n_layers, n_rows, k]:
         raise ValueError(
-            f"router_statistics: expected expert_indices of shape [{n_layers}, {n_rows}, {k}], got {list(expert_indices.shape)}"
+            f"router_statistics: expected expert_indices of shape [{n_layers}, {n_rows}, {k}], "
+            f"got {list(expert_indices.shape)}"
         )
     if row_mask is not None and list(row_mask.shape) not in ([n_rows], [n_layers, n_rows]):
         raise ValueError(f"router_statistics: expected row_mask of shape [{n_rows}], got {list(row_mask.shape)}")
@@ -225,6 +240,7 @@ def _check_indices(expert_indices: Tensor, mask: Tensor, n_experts: int) -> None
     if outside.any():
         layer, row, slot = outside.nonzero()[0].tolist()
         raise IndexError(
-            f"router_statistics: expected expert_indices in [0, {n_experts}), got {int(expert_indices[layer, row, slot])} "
+            f"router_statistics: expected expert_indices in [0, {n_experts}), "
+            f"got {int(expert_indices[layer, row, slot])} "
             f"in layer {layer}, row {row}"
         )

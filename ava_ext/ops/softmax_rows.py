@@ -1,6 +1,6 @@
-"""Rows of logits: the fused loss, and the softmax statistics that any other loss can be made of.
+"""Rows of logits: every row-wise loss term and its gradient in one pass.
 
-The formulas stand in csrc/softmax_rows.h. One gradient kernel serves both: it is the vector-Jacobian product of the statistics.
+The formulas stand in csrc/softmax_rows.h. What is made of the statistics themselves is in ops/softmax_statistics.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 
 _ops = torch.ops.ava_ext
-# private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the price of a copy
+_row_loss = _ops.row_loss.default  # looked up once: each look-up costs a microsecond
+# private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
+# price of a copy
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -106,8 +108,9 @@ def row_loss(
         candidates: tokens to push down; see `Candidates`.
         vocab_size: columns beyond it are padding. Default: n_columns.
         ignore_index: target of the rows that do not count.
-        inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable until
-            then; a second backward raises. Under torch.compile, which plans memory itself, the option changes nothing.
+        inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable
+            until then; a second backward raises. Under torch.compile, which plans memory itself, the option changes
+            nothing.
 
     Returns:
         RowLoss(row_loss [...], row_terms [6 + n_groups, ...]).
@@ -149,36 +152,41 @@ def row_loss(
     )
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much as the gradient
-        return RowLoss(*_ops.row_loss(*arguments, False, differentiable)[:2])
+        # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
+        # as the gradient
+        return RowLoss(*_row_loss(*arguments, False, differentiable)[:2])
     if not differentiable:
         with torch._C._AutoDispatchBelowAutograd():
-            return RowLoss(*_ops.row_loss(*arguments, False, False)[:2])
+            return RowLoss(*_row_loss(*arguments, False, False)[:2])
     if inplace_gradient:
         _check_inplace(logits)
     # a float16 gradient rounded before the scaler's factor would be zeros
     split = inplace_gradient or logits.dtype == torch.float16
-    return RowLoss(*_RowLoss.apply(*arguments, not split, split, inplace_gradient))
+    return RowLoss(*_RowLoss.apply(*arguments, not split, split, inplace_gradient)[:2])
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf:
+    base = logits if logits._base is None else logits._base  # also what a slice would write to
+    if base.is_leaf and base.requires_grad:
         raise ValueError(
             "unified_loss: inplace_gradient=True would write over a leaf (a parameter or an input that requires grad); "
             "expected logits that were computed"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError("unified_loss: inplace_gradient=True expected logits that do not overlap in memory, got an expanded tensor")
+    strides = zip(logits.shape, logits.stride(), strict=True)
+    if logits.numel() and any(stride == 0 and size > 1 for size, stride in strides):
+        raise ValueError(
+            "unified_loss: inplace_gradient=True expected logits that do not overlap in memory, got an expanded tensor"
+        )
 
 
-def _save_row_loss(ctx, inputs, output):
+def _save_row_loss(ctx, inputs, output, origin=None):
     (logits, targets, coefficients, _, ids, _, _, ctx.terms, ctx.vocab_size, ctx.ignore_index, ctx.fused) = inputs[:11]
     _, row_terms, grad_logits, statistics, row_coefficients = output
     ctx.mark_non_differentiable(row_terms, grad_logits, statistics, row_coefficients)
     ctx.set_materialize_grads(False)
     ctx.owns_gradient = ctx.inplace = False
     if ctx.fused:
-        ctx.save_for_backward(grad_logits)
+        ctx.save_for_backward(grad_logits, origin)
     else:
         ctx.save_for_backward(logits, targets, statistics, row_coefficients, ids, coefficients)
 
@@ -189,11 +197,11 @@ def _row_loss_backward(ctx, grad_row_loss, *_):
     if grad_row_loss is None:
         return None, *nothing
     if ctx.fused:
-        (grad_logits,) = ctx.saved_tensors
+        grad_logits, origin = ctx.saved_tensors
         if not ctx.owns_gradient or _graph_is_kept():
             grad_logits = grad_logits.clone()
         _ops.scale_rows_(grad_logits, grad_row_loss)
-        return _without_second_derivative(grad_logits), *nothing
+        return without_second_derivative(grad_logits, origin), *nothing
     logits, targets, statistics, coefficients_of_rows, ids, coefficients = ctx.saved_tensors
     targets = targets.masked_fill(targets == ctx.ignore_index, -1).to(torch.int32).unsqueeze(-1)
     arguments = (
@@ -206,18 +214,26 @@ def _row_loss_backward(ctx, grad_row_loss, *_):
         ctx.vocab_size,
     )
     if not ctx.inplace:
-        return _without_second_derivative(_ops.row_gradient(*arguments)), *nothing
+        return without_second_derivative(_ops.row_gradient(*arguments), logits), *nothing
     _ops.row_gradient_(*arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told so by autograd
-    return _without_second_derivative(logits.detach()), *nothing
+    return without_second_derivative(logits.detach(), logits), *nothing
 
 
-def _without_second_derivative(gradient: Tensor) -> Tensor:
-    """Inside backward(create_graph=True): a gradient that raises when it is differentiated, instead of passing for a constant."""
+def without_second_derivative(
+    gradient: Tensor,  # [..., n_columns]
+    origin: Tensor | None,
+) -> Tensor:  # [..., n_columns]
+    """Inside backward(create_graph=True): a gradient that raises when it is differentiated, instead of passing for a
+    constant.
+
+    origin is a tensor that autograd reaches the logits by: autograd.grad(penalty, parameters) goes only where a
+    parameter can be, and would pass by a gradient that leads nowhere.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient  # compiled: row_gradient's own autograd raises
-    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 1)
-    return raise_later(gradient.detach().requires_grad_())
+    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
+    return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
 
 
 class _RowLoss(torch.autograd.Function):
@@ -226,10 +242,11 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
-            output = _ops.row_loss(*inputs[:-1])
-        _save_row_loss(ctx, inputs, output)
+            output = _row_loss(*inputs[:-1])
+        origin = inputs[0].new_empty(0)  # an output that nobody can have changed, and that keeps no logits alive
+        _save_row_loss(ctx, inputs, output, origin)
         ctx.owns_gradient, ctx.inplace = True, inputs[-1]
-        return output[:2]
+        return *output[:2], origin
 
     @staticmethod
     def backward(ctx, *grads):
@@ -238,7 +255,18 @@ class _RowLoss(torch.autograd.Function):
 
 @torch.library.register_fake("ava_ext::row_loss")
 def _(
-    logits, targets, coefficients, row_weights, ids, weights, groups, flags, vocab_size, ignore_index, with_gradient, with_statistics
+    logits,
+    targets,
+    coefficients,
+    row_weights,
+    ids,
+    weights,
+    groups,
+    flags,
+    vocab_size,
+    ignore_index,
+    with_gradient,
+    with_statistics,
 ):
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     n_ids = 0 if ids is None else ids.shape[-1]
@@ -281,134 +309,3 @@ def _no_double_backward(ctx, *grads):
 
 
 torch.library.register_autograd("ava_ext::row_gradient", _no_double_backward)
-
-
-class SoftmaxStatistics(NamedTuple):
-    """Centred quantities of each row, which do not cancel. See `softmax_statistics`."""
-
-    log_probs: Tensor  # [..., n_ids]
-    entropy: Tensor  # [...]
-    lse: Tensor  # [...]
-    log_rest: Tensor  # [...]
-    mean_log_prob: Tensor  # [...]
-
-
-def softmax_statistics(
-    logits: Tensor,  # [..., n_columns]
-    ids: Tensor | None,  # [..., n_ids]
-    *,
-    temperature: float | Tensor = 1.0,
-    logit_softcap: float | None = None,
-    vocab_size: int | None = None,
-    row_mask: Tensor | None = None,  # [...]
-) -> SoftmaxStatistics:
-    """Softmax statistics of each row, differentiable at kernel speed: a new loss is a few lines of PyTorch on [n_rows] vectors.
-
-    With z = softcap(logits) / temperature over the columns that are not masked (raw logit -inf, or beyond vocab_size):
-    log_probs = z_id - lse, entropy = -sum p log p, lse = log sum exp z, log_rest = log sum_{j != argmax} exp(z_j - max z) (so
-    that log(1 - max p) = log_rest - log1p(exp(log_rest)), exact however sure the row is), mean_log_prob = mean of log p.
-
-    Args:
-        logits: [..., n_columns], float32, bfloat16, float16 or float64.
-        ids: [..., n_ids] integers in [0, vocab_size); -1 gives 0. None: no log_probs.
-        temperature: a number, or a 0-dim tensor that does not require grad.
-        logit_softcap: c of c tanh(logits / c).
-        vocab_size: columns beyond it are padding. Default: n_columns.
-        row_mask: [...] bool; rows where it is False give zeros and get a zero gradient, whatever they hold.
-
-    Returns:
-        SoftmaxStatistics, float32 (float64 for float64 logits).
-
-    Raises:
-        RuntimeError: on wrong shapes and types; on double backward. IndexError: on ids out of range.
-
-    Example:
-        >>> s = softmax_statistics(logits, targets.unsqueeze(-1))
-        >>> margin_loss = torch.relu(1 + s.log_rest + s.entropy - s.log_probs[..., 0]).mean()
-        >>> margin_loss.backward()
-    """
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("softmax_statistics: expected a temperature without requires_grad")
-        coefficients = row_coefficients(logits, logit_softcap=logit_softcap)
-        coefficients = torch.cat([temperature.reshape(1).to(coefficients), coefficients[1:]])
-    else:
-        coefficients = row_coefficients(logits, temperature=temperature, logit_softcap=logit_softcap)
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    flags = int(RowTerms.ENTROPY | RowTerms.SOFTCAP) if logit_softcap else int(RowTerms.ENTROPY)
-    ids = None if ids is None else ids.to(torch.int32)
-    n_columns = logits.shape[-1]
-    _, log_probs, summaries = _ops.row_statistics(
-        logits, ids, row_mask, coefficients, flags, n_columns if vocab_size is None else vocab_size
-    )
-    return SoftmaxStatistics(log_probs, *summaries.unbind(0))
-
-
-def token_log_probs(
-    logits: Tensor,  # [..., n_columns]
-    targets: Tensor,  # [...]
-    *,
-    temperature: float | Tensor = 1.0,
-    logit_softcap: float | None = None,
-    vocab_size: int | None = None,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
-    """log p of each target, and each row's entropy: what policy gradients need, in one pass over the logits.
-
-    Args:
-        logits, temperature, logit_softcap, vocab_size: as in `softmax_statistics`.
-        targets: [...], integers in [0, vocab_size), or ignore_index: such rows give (0, 0) and get a zero gradient.
-
-    Returns:
-        (log_prob [...], entropy [...]), float32 (float64 for float64 logits), differentiable in the logits.
-
-    Example:
-        >>> log_prob, entropy = token_log_probs(logits, actions)
-        >>> loss = -(advantages * log_prob).mean() - 0.01 * entropy.mean()
-        >>> loss.backward()
-    """
-    counted = targets != ignore_index
-    statistics = softmax_statistics(
-        logits,
-        targets.masked_fill(~counted, -1).unsqueeze(-1),
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        vocab_size=vocab_size,
-        row_mask=counted,
-    )
-    return statistics.log_probs.squeeze(-1), statistics.entropy
-
-
-@torch.library.register_fake("ava_ext::row_statistics")
-def _(logits, ids, row_mask, coefficients, flags, vocab_size):
-    rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
-    return (
-        logits.new_empty((*rows, N_STATISTICS), dtype=real),
-        logits.new_empty((*rows, 0 if ids is None else ids.shape[-1]), dtype=real),
-        logits.new_empty((4, *rows), dtype=real),
-    )
-
-
-def _save_row_statistics(ctx, inputs, output):
-    logits, ids, _, coefficients, ctx.flags, ctx.vocab_size = inputs
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(logits, ids, coefficients, output[0])
-
-
-def _row_statistics_backward(ctx, _, grad_log_probs, grad_summaries):
-    """grad_log_probs: [..., n_ids], grad_summaries: [4, ...]."""
-    logits, ids, coefficients, statistics = ctx.saved_tensors
-    grad_entropy, grad_lse, grad_log_rest, grad_mean = grad_summaries.unbind(0)
-    rest, count = statistics[..., 2], statistics[..., 5]
-    # d entropy = -p (u - E),  d lse = p,  d mean = 1/V - p,  d log R = d (log(1 - p_max) - log p_max), by z
-    smallest = 1e-37 if rest.dtype == torch.float32 else 1e-300
-    maximum = -grad_log_rest * (1 + rest) / rest.clamp_min(smallest)
-    constant = grad_mean / count.clamp_min(1)
-    shapes = torch.stack([grad_lse - grad_mean, -grad_entropy, constant, maximum], -1)
-    row_coefficients = torch.cat([shapes, grad_log_probs], -1)
-    arguments = (logits.detach(), statistics, row_coefficients, ids, coefficients, ctx.flags, ctx.vocab_size)
-    return _without_second_derivative(_ops.row_gradient(*arguments)), None, None, None, None, None
-
-
-torch.library.register_autograd("ava_ext::row_statistics", _row_statistics_backward, setup_context=_save_row_statistics)

@@ -1,5 +1,6 @@
-// Memory for large gradients that outlives them. A fresh gradient costs more in page faults than in arithmetic (a row kernel at
-// [1024, 50257] float32: 15 ms into warm memory, 25 to 80 ms into fresh); the next step wants the same size again.
+// Memory for large gradients that outlives them. A fresh gradient costs more in page faults than in arithmetic (a row
+// kernel at [1024, 50257] float32: 15 ms into warm memory, 25 to 80 ms into fresh); the next step wants the same size
+// again.
 #pragma once
 #include <vector>
 
@@ -7,8 +8,10 @@
 
 namespace ava {
 
-// An uninitialised CPU tensor. Its memory goes back to the pool when the last reference to its storage dies, whoever holds it.
-// The pool keeps at most two idle blocks; below 1 MiB, and on a torch without torch_from_blob (2.10), torch allocates as usual.
-torch::stable::Tensor pooled_empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type, int64_t element_bytes);
+// An uninitialised CPU tensor. Its memory goes back to the pool when the last reference to its storage dies, whoever
+// holds it. The pool keeps at most two idle blocks; below 1 MiB, and on a torch without torch_from_blob (2.10), torch
+// allocates as usual.
+torch::stable::Tensor pooled_empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type,
+                                   int64_t element_bytes);
 
 }  // namespace ava

@@ -36,7 +36,8 @@ RowLayout layout_of(const Tensor& tensor) {
       layout.strides[last] = stride;
       continue;
     }
-    STD_TORCH_CHECK(layout.n_dims < kMostLeadingDims, "expected logits with at most ", kMostLeadingDims, " leading strides");
+    STD_TORCH_CHECK(layout.n_dims < kMostLeadingDims, "expected logits with at most ", kMostLeadingDims,
+                    " leading strides");
     layout.sizes[layout.n_dims] = size;
     layout.strides[layout.n_dims++] = stride;
   }
@@ -51,8 +52,8 @@ int64_t rows_of(const Tensor& logits) {
 
 int64_t bytes_of(ElementType type) { return type == ElementType::f64 ? 8 : type == ElementType::f32 ? 4 : 2; }
 
-// Threads of torch's own pool, so that torch.set_num_threads holds here too, take a few rows at a time: rows that do not count cost
-// little, and may all be in one place.
+// Threads of torch's own pool, so that torch.set_num_threads holds here too, take a few rows at a time: rows that do
+// not count cost little, and may all be in one place.
 void for_rows(SoftmaxRowsKernel kernel, const SoftmaxRowsArguments& arguments) {
   if (arguments.n_rows == 0) return;
   const int64_t rows_at_once = std::max<int64_t>(1, (int64_t(1) << 18) / arguments.n_columns);
@@ -71,7 +72,8 @@ void for_rows(SoftmaxRowsKernel kernel, const SoftmaxRowsArguments& arguments) {
 }
 
 // what all three operators are given
-SoftmaxRowsArguments row_arguments(const char* op, const Tensor& logits, const Tensor& coefficients, int64_t flags, int64_t vocab_size) {
+SoftmaxRowsArguments row_arguments(const char* op, const Tensor& logits, const Tensor& coefficients, int64_t flags,
+                                   int64_t vocab_size) {
   check_logits(op, logits, vocab_size);
   check_tensor(op, "coefficients", coefficients, {kRowOptions}, accumulation_type(logits));
   SoftmaxRowsArguments arguments{};
@@ -95,8 +97,9 @@ void check_range(const char* op, const char* name, const Tensor& dense_ids, int6
   for (int64_t i = 0; i < n; ++i) {
     const int64_t id = wide ? longs[i] : ints[i];
     if ((id < 0 || id >= vocab_size) && id != absent)
-      throw std::out_of_range(std::string(op) + ": expected " + name + " in [0, " + std::to_string(vocab_size) + ") or " +
-                              std::to_string(absent) + ", got " + std::to_string(id) + " at position " + std::to_string(i));
+      throw std::out_of_range(std::string(op) + ": expected " + name + " in [0, " + std::to_string(vocab_size) +
+                              ") or " + std::to_string(absent) + ", got " + std::to_string(id) + " at position " +
+                              std::to_string(i));
   }
 }
 
@@ -105,8 +108,8 @@ void write_gradient_to(SoftmaxRowsArguments& arguments, const Tensor& grad_logit
   arguments.grad_layout = layout_of(grad_logits);
   // a gradient that will not be in the caches when it is wanted is written past them, which saves reading it first
   constexpr int64_t cached_bytes = int64_t(8) << 20;
-  arguments.stream =
-      arguments.grad_logits != arguments.logits && grad_logits.numel() * bytes_of(arguments.element_type) > cached_bytes;
+  arguments.stream = arguments.grad_logits != arguments.logits &&
+                     grad_logits.numel() * bytes_of(arguments.element_type) > cached_bytes;
 }
 
 struct RowLossOutputs {
@@ -120,13 +123,13 @@ struct RowLossOutputs {
 enum class Gradient { none, fused, split, in_place };
 
 RowLossOutputs run_row_loss(const char* op,
-                            const Tensor& logits,                             // [..., n_columns]
-                            const Tensor& targets,                            // [...]
-                            const Tensor& coefficients,                       // [kRowOptions]
-                            const std::optional<Tensor>& row_weights,         // [...]
-                            const std::optional<Tensor>& candidate_ids,       // [..., n_candidates]
-                            const std::optional<Tensor>& candidate_weights,   // [..., n_candidates]
-                            const std::vector<int64_t>& candidate_groups,     // sizes that add up to n_candidates
+                            const Tensor& logits,                            // [..., n_columns]
+                            const Tensor& targets,                           // [...]
+                            const Tensor& coefficients,                      // [kRowOptions]
+                            const std::optional<Tensor>& row_weights,        // [...]
+                            const std::optional<Tensor>& candidate_ids,      // [..., n_candidates]
+                            const std::optional<Tensor>& candidate_weights,  // [..., n_candidates]
+                            const std::vector<int64_t>& candidate_groups,    // sizes that add up to n_candidates
                             int64_t flags, int64_t vocab_size, int64_t ignore_index, Gradient gradient) {
   SoftmaxRowsArguments arguments = row_arguments(op, logits, coefficients, flags, vocab_size);
   const ScalarType real = accumulation_type(logits);
@@ -142,7 +145,8 @@ RowLossOutputs run_row_loss(const char* op,
   }
   int64_t in_groups = 0;
   for (const int64_t size : candidate_groups) in_groups += size;
-  STD_TORCH_CHECK(in_groups == arguments.n_ids, op, ": expected candidate_groups to add up to ", arguments.n_ids, ", got ", in_groups);
+  STD_TORCH_CHECK(in_groups == arguments.n_ids, op, ": expected candidate_groups to add up to ", arguments.n_ids,
+                  ", got ", in_groups);
 
   const Tensor dense_targets = torch::stable::contiguous(targets);
   check_range(op, "targets", dense_targets, vocab_size, ignore_index);
@@ -154,7 +158,8 @@ RowLossOutputs run_row_loss(const char* op,
     arguments.row_weights = dense_weights->const_data_ptr();
   }
   if (candidate_ids) {
-    dense_ids = torch::stable::contiguous(*candidate_ids), dense_id_weights = torch::stable::contiguous(*candidate_weights);
+    dense_ids = torch::stable::contiguous(*candidate_ids),
+    dense_id_weights = torch::stable::contiguous(*candidate_weights);
     check_range(op, "candidate_ids", *dense_ids, vocab_size, -1);
     arguments.ids = static_cast<const int32_t*>(dense_ids->const_data_ptr());
     arguments.id_values = dense_id_weights->const_data_ptr();
@@ -165,13 +170,13 @@ RowLossOutputs run_row_loss(const char* op,
   std::vector<int64_t> terms_shape = rows;
   terms_shape.insert(terms_shape.begin(), kRowTerms + arguments.n_groups);
   const bool split = gradient == Gradient::split;
-  RowLossOutputs outputs{
-      empty_tensor(rows, real), empty_tensor(terms_shape, real),
-      gradient == Gradient::in_place ? logits
-      : gradient == Gradient::fused  ? pooled_empty(shape_of(logits), logits.scalar_type(), bytes_of(arguments.element_type))
-                                     : empty_tensor({0}, logits.scalar_type()),
-      split ? empty_tensor(rows_shape(logits, 6), real) : empty_tensor({0}, real),
-      split ? empty_tensor(rows_shape(logits, 5 + arguments.n_ids), real) : empty_tensor({0}, real)};
+  RowLossOutputs outputs{empty_tensor(rows, real), empty_tensor(terms_shape, real),
+                         gradient == Gradient::in_place ? logits
+                         : gradient == Gradient::fused
+                             ? pooled_empty(shape_of(logits), logits.scalar_type(), bytes_of(arguments.element_type))
+                             : empty_tensor({0}, logits.scalar_type()),
+                         split ? empty_tensor(rows_shape(logits, 6), real) : empty_tensor({0}, real),
+                         split ? empty_tensor(rows_shape(logits, 5 + arguments.n_ids), real) : empty_tensor({0}, real)};
   arguments.row_loss = outputs.row_loss.mutable_data_ptr();
   arguments.row_terms = outputs.row_terms.mutable_data_ptr();
   if (split) {
@@ -184,32 +189,34 @@ RowLossOutputs run_row_loss(const char* op,
   return outputs;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_loss(const Tensor& logits, const Tensor& targets, const Tensor& coefficients,
-                                                            std::optional<Tensor> row_weights, std::optional<Tensor> candidate_ids,
-                                                            std::optional<Tensor> candidate_weights,
-                                                            std::vector<int64_t> candidate_groups, int64_t flags, int64_t vocab_size,
-                                                            int64_t ignore_index, bool with_gradient, bool with_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_loss(
+    const Tensor& logits, const Tensor& targets, const Tensor& coefficients, std::optional<Tensor> row_weights,
+    std::optional<Tensor> candidate_ids, std::optional<Tensor> candidate_weights, std::vector<int64_t> candidate_groups,
+    int64_t flags, int64_t vocab_size, int64_t ignore_index, bool with_gradient, bool with_statistics) {
   STD_TORCH_CHECK(!(with_gradient && with_statistics), "row_loss: expected with_gradient or with_statistics, got both");
   const Gradient gradient = with_gradient ? Gradient::fused : with_statistics ? Gradient::split : Gradient::none;
-  const RowLossOutputs out = run_row_loss("row_loss", logits, targets, coefficients, row_weights, candidate_ids, candidate_weights,
-                                          candidate_groups, flags, vocab_size, ignore_index, gradient);
+  const RowLossOutputs out =
+      run_row_loss("row_loss", logits, targets, coefficients, row_weights, candidate_ids, candidate_weights,
+                   candidate_groups, flags, vocab_size, ignore_index, gradient);
   return {out.row_loss, out.row_terms, out.grad_logits, out.statistics, out.row_coefficients};
 }
 
 std::tuple<Tensor, Tensor> row_loss_(const Tensor& logits, const Tensor& targets, const Tensor& coefficients,
                                      std::optional<Tensor> row_weights, std::optional<Tensor> candidate_ids,
-                                     std::optional<Tensor> candidate_weights, std::vector<int64_t> candidate_groups, int64_t flags,
-                                     int64_t vocab_size, int64_t ignore_index) {
-  const RowLossOutputs out = run_row_loss("row_loss_", logits, targets, coefficients, row_weights, candidate_ids, candidate_weights,
-                                          candidate_groups, flags, vocab_size, ignore_index, Gradient::in_place);
+                                     std::optional<Tensor> candidate_weights, std::vector<int64_t> candidate_groups,
+                                     int64_t flags, int64_t vocab_size, int64_t ignore_index) {
+  const RowLossOutputs out =
+      run_row_loss("row_loss_", logits, targets, coefficients, row_weights, candidate_ids, candidate_weights,
+                   candidate_groups, flags, vocab_size, ignore_index, Gradient::in_place);
   return {out.row_loss, out.row_terms};
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_statistics(const Tensor& logits,         // [..., n_columns]
-                                                  std::optional<Tensor> ids,       // [..., n_ids]
-                                                  std::optional<Tensor> row_mask,  // [...]: rows to measure; the others give 0
-                                                  const Tensor& coefficients,      // [kRowOptions]
-                                                  int64_t flags, int64_t vocab_size) {
+std::tuple<Tensor, Tensor, Tensor> row_statistics(
+    const Tensor& logits,            // [..., n_columns]
+    std::optional<Tensor> ids,       // [..., n_ids]
+    std::optional<Tensor> row_mask,  // [...]: rows to measure; the others give 0
+    const Tensor& coefficients,      // [kRowOptions]
+    int64_t flags, int64_t vocab_size) {
   SoftmaxRowsArguments arguments = row_arguments("row_statistics", logits, coefficients, flags | kEntropy, vocab_size);
   const ScalarType real = accumulation_type(logits);
   check_ids("row_statistics", logits, ids);
@@ -227,7 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> row_statistics(const Tensor& logits,         
   }
   std::vector<int64_t> summaries_shape = rows_shape(logits);
   summaries_shape.insert(summaries_shape.begin(), 4);
-  Tensor statistics = empty_tensor(rows_shape(logits, 6), real), log_probs = empty_tensor(rows_shape(logits, arguments.n_ids), real),
+  Tensor statistics = empty_tensor(rows_shape(logits, 6), real),
+         log_probs = empty_tensor(rows_shape(logits, arguments.n_ids), real),
          summaries = empty_tensor(summaries_shape, real);
   arguments.statistics = statistics.mutable_data_ptr();
   arguments.id_log_probs = log_probs.mutable_data_ptr();
@@ -237,20 +245,21 @@ std::tuple<Tensor, Tensor, Tensor> row_statistics(const Tensor& logits,         
 }
 
 void run_row_gradient(const char* op,
-                      const Tensor& logits,                // [..., n_columns]
-                      const Tensor& statistics,            // [..., 6]
-                      const Tensor& row_coefficients,      // [..., 4 + n_ids]
-                      const std::optional<Tensor>& ids,    // [..., n_ids]
-                      const Tensor& coefficients,          // [kRowOptions]
+                      const Tensor& logits,              // [..., n_columns]
+                      const Tensor& statistics,          // [..., 6]
+                      const Tensor& row_coefficients,    // [..., 4 + n_ids]
+                      const std::optional<Tensor>& ids,  // [..., n_ids]
+                      const Tensor& coefficients,        // [kRowOptions]
                       int64_t flags, int64_t vocab_size,
-                      const Tensor& grad_logits) {         // [..., n_columns]; may be the logits
+                      const Tensor& grad_logits) {  // [..., n_columns]; may be the logits
   SoftmaxRowsArguments arguments = row_arguments(op, logits, coefficients, flags, vocab_size);
   const ScalarType real = accumulation_type(logits);
   check_ids(op, logits, ids);
   arguments.n_ids = ids ? ids->size(ids->dim() - 1) : 0;
   check_tensor(op, "statistics", statistics, rows_shape(logits, 6), real);
   check_tensor(op, "row_coefficients", row_coefficients, rows_shape(logits, 4 + arguments.n_ids), real);
-  const Tensor dense_statistics = torch::stable::contiguous(statistics), dense = torch::stable::contiguous(row_coefficients);
+  const Tensor dense_statistics = torch::stable::contiguous(statistics),
+               dense = torch::stable::contiguous(row_coefficients);
   std::optional<Tensor> dense_ids;
   if (ids) {
     dense_ids = torch::stable::contiguous(*ids);
@@ -263,16 +272,18 @@ void run_row_gradient(const char* op,
   for_rows(kernels().row_gradient, arguments);
 }
 
-Tensor row_gradient(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients, std::optional<Tensor> ids,
-                    const Tensor& coefficients, int64_t flags, int64_t vocab_size) {
+Tensor row_gradient(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients,
+                    std::optional<Tensor> ids, const Tensor& coefficients, int64_t flags, int64_t vocab_size) {
   check_logits("row_gradient", logits, vocab_size);
-  Tensor grad_logits = pooled_empty(shape_of(logits), logits.scalar_type(), bytes_of(element_type("row_gradient", logits)));
-  run_row_gradient("row_gradient", logits, statistics, row_coefficients, ids, coefficients, flags, vocab_size, grad_logits);
+  Tensor grad_logits =
+      pooled_empty(shape_of(logits), logits.scalar_type(), bytes_of(element_type("row_gradient", logits)));
+  run_row_gradient("row_gradient", logits, statistics, row_coefficients, ids, coefficients, flags, vocab_size,
+                   grad_logits);
   return grad_logits;
 }
 
-void row_gradient_(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients, std::optional<Tensor> ids,
-                   const Tensor& coefficients, int64_t flags, int64_t vocab_size) {
+void row_gradient_(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients,
+                   std::optional<Tensor> ids, const Tensor& coefficients, int64_t flags, int64_t vocab_size) {
   run_row_gradient("row_gradient_", logits, statistics, row_coefficients, ids, coefficients, flags, vocab_size, logits);
 }
 

@@ -22,23 +22,23 @@ struct SoftmaxRowsArguments {
 
   const int64_t* targets;  // [n_rows]
   int64_t ignore_index;
-  const void* row_weights;     // Real [n_rows]
-  const bool* row_mask;        // [n_rows]: rows to measure; null: all
-  const int32_t* ids;          // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent
-  const void* id_values;       // Real [n_rows, n_ids]: weights of the candidates
+  const void* row_weights;  // Real [n_rows]
+  const bool* row_mask;     // [n_rows]: rows to measure; null: all
+  const int32_t* ids;       // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent
+  const void* id_values;    // Real [n_rows, n_ids]: weights of the candidates
   int64_t n_ids;
   const int64_t* group_sizes;  // [n_groups]: the candidates of a row are reported in these groups
   int64_t n_groups;
 
-  void* row_loss;          // Real [n_rows]
-  void* row_terms;         // Real [kRowTerms + n_groups, n_rows]
-  int64_t n_rows;          // stride of row_terms
-  void* statistics;        // RowStatistics<Real> [n_rows]: output, or input of row_gradient
-  // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, 4 + 1 + n_ids], of the target and the candidates; input
-  // of row_gradient, [n_rows, 4 + n_ids], of the ids
+  void* row_loss;    // Real [n_rows]
+  void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
+  int64_t n_rows;    // stride of row_terms
+  void* statistics;  // RowStatistics<Real> [n_rows]: output, or input of row_gradient
+  // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, 4 + 1 + n_ids], of the target and the
+  // candidates; input of row_gradient, [n_rows, 4 + n_ids], of the ids
   void* row_coefficients;
-  void* id_log_probs;      // Real [n_rows, n_ids]
-  void* summaries;         // Real [4, n_rows]: entropy, lse, log R, mean log-probability
+  void* id_log_probs;  // Real [n_rows, n_ids]
+  void* summaries;     // Real [4, n_rows]: entropy, lse, log R, mean log-probability
 };
 
 // Rows [row_begin, row_end); scratch holds sparse_scratch_bytes(n_ids).
@@ -51,7 +51,7 @@ struct SoftmaxRowsKernels {
   SoftmaxRowsKernel scale_rows;      // grad_logits *= row_weights
 };
 
-inline int64_t sparse_scratch_bytes(int64_t n_ids) { return (n_ids + 2) * 32; }
+inline int64_t sparse_scratch_bytes(int64_t n_ids) { return (n_ids + 2) * 40; }
 
 extern const SoftmaxRowsKernels softmax_rows_portable, softmax_rows_avx2, softmax_rows_avx512;
 

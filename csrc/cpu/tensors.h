@@ -1,4 +1,5 @@
-// New CPU tensors, straight from the C interface: a kernel makes several, and each call through the dispatcher costs a microsecond.
+// New CPU tensors, straight from the C interface: a kernel makes several, and each call through the dispatcher costs a
+// microsecond.
 #pragma once
 #include <vector>
 
@@ -27,8 +28,8 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
 
 inline torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), contiguous_strides(sizes).data(), shim_type(type),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), contiguous_strides(sizes).data(),
+                                                  shim_type(type), aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
 }
 

@@ -1,5 +1,5 @@
-// One double, behind the same operations: float64 rows run through the text of the float kernels, which is how gradcheck
-// reaches their formulas. Speed is not the point.
+// One double, behind the same operations: float64 rows run through the text of the float kernels, which is how
+// gradcheck reaches their formulas. Speed is not the point.
 #pragma once
 #include <math.h>
 
@@ -17,8 +17,12 @@ struct VectorDouble {
   static Register set(double value) { return value; }
   static Register load(const double* p) { return *p; }
   static void store(double* p, Register v) { *p = v; }
-  static void store_pair(double* p, Register first, Register second) { p[0] = first, p[1] = second; }
-  static void stream_pair(double* p, Register first, Register second) { store_pair(p, first, second); }
+  struct Pair {
+    Register first, second;
+  };
+  static Pair load_pair(const double* p) { return {p[0], p[1]}; }
+  static void store_pair(double* p, Pair v) { p[0] = v.first, p[1] = v.second; }
+  static void stream_pair(double* p, Pair v) { store_pair(p, v); }
   static void end_of_stream() {}
   static void prefetch(const void*) {}
 
@@ -34,6 +38,7 @@ struct VectorDouble {
   static Register select(Mask mask, Register yes, Register no) { return mask ? yes : no; }
   static double largest(Register a) { return a; }
   static double total(Register a) { return a; }
+  static Register exponential(Register d, Register factor) { return exp(d * factor); }
 };
 
 }  // namespace AVA_ISA

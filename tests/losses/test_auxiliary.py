@@ -188,7 +188,7 @@ def test_compiles_without_a_graph_break():
 
 def test_bad_input_is_named():
     gate_logits, indices, mask = random_router()
-    with pytest.raises(ValueError, match="one of .*, got 'mixtral'"):
+    with pytest.raises(ValueError, match=r"one of .*, got 'mixtral'"):
         AuxiliaryLoss(K, load_balancing_convention="mixtral")
     with pytest.raises(ValueError, match="per_sequence=True needs"):
         AuxiliaryLoss(K, load_balancing_convention="huggingface", per_sequence=True)

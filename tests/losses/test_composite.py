@@ -12,7 +12,10 @@ from ava_ext.losses.scaling import AdaptiveLossScaling
 def test_weighted_sum():
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.arange(4)
-    details = lambda x, y: {"total_loss": x.square().mean()}
+
+    def details(x, y):
+        return {"total_loss": x.square().mean()}
+
     loss_fn = CompositeLoss(
         {"ce": cross_entropy, "ppl": PerplexityLoss(), "norm": details}, weights={"ppl": 0.25, "norm": 3}
     )

@@ -1,0 +1,76 @@
+"""The speeds this project has set itself: 2 cores with AVX-512, logits [1024, 50257], as ratios within one run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from timing import Times
+
+N_ROWS, VOCAB_SIZE = 1024, 50257
+# (ours, dtype) -> at least so many times faster than F.cross_entropy eager, compiled; time over copy_ at most
+_SPEED = {
+    ("ours_inplace", "float32"): (14, 7, 1.0),
+    ("ours", "float32"): (10, 5, 1.3),
+    ("ours_kernel", "float32"): (18, 9, 0.8),
+    ("ours", "bfloat16"): (9, 5, 1.8),
+}
+_COMPOSED_EAGER, _COMPOSED_COMPILED = 60, 20
+_TERMS_OVER_PLAIN = 1.25
+# one gradient, rounded to huge pages of 2 MiB (2% of it in bfloat16), and vectors of n_rows
+_EXTRA_MEMORY = {"ours": 1.03, "ours_inplace": 0.01, "terms_ours": 1.03, "terms_ours_inplace": 0.01}
+_CANDIDATES_MS = 5
+_PYTHON_US = 100
+
+
+class Verdict(NamedTuple):
+    """One target and what was measured."""
+
+    name: str
+    measured: float
+    relation: str  # ">=" or "<="
+    wanted: float
+
+    @property
+    def is_met(self) -> bool:
+        return self.measured >= self.wanted if self.relation == ">=" else self.measured <= self.wanted
+
+
+def of_row_loss(times: Times, dtype: str) -> list[Verdict]:
+    """Targets of the times of one dtype at [N_ROWS, VOCAB_SIZE]."""
+    verdicts = []
+    for (name, of_dtype), (eager, compiled, copy) in _SPEED.items():
+        if of_dtype == dtype:
+            verdicts += [
+                Verdict(f"{dtype} {name}: faster than F.cross_entropy", times.ratio("eager", name), ">=", eager),
+                Verdict(f"{dtype} {name}: faster than compiled", times.ratio("compiled", name), ">=", compiled),
+                Verdict(f"{dtype} {name}: time over copy_", times.ratio(name, "copy"), "<=", copy),
+            ]
+    for prefix in ("terms", "softcap"):
+        ours = f"{prefix}_ours"
+        eager, compiled = times.ratio(f"{prefix}_eager", ours), times.ratio(f"{prefix}_compiled", ours)
+        verdicts += [
+            Verdict(f"{dtype} {ours}: faster than composed", eager, ">=", _COMPOSED_EAGER),
+            Verdict(f"{dtype} {ours}: faster than composed, compiled", compiled, ">=", _COMPOSED_COMPILED),
+        ]
+    for ours, plain in (("terms_ours", "ours"), ("terms_ours_inplace", "ours_inplace")):
+        ratio = times.ratio(ours, plain)
+        verdicts.append(Verdict(f"{dtype} {ours}: time over {plain}", ratio, "<=", _TERMS_OVER_PLAIN))
+    return verdicts
+
+
+def of_memory(extra: dict[str, float], dtype: str) -> list[Verdict]:
+    """Targets of the peak extra memory over the logits, by variant."""
+    return [
+        Verdict(f"{dtype} {name}: extra memory over the logits", extra[name], "<=", wanted)
+        for name, wanted in _EXTRA_MEMORY.items()
+    ]
+
+
+def of_overhead(python_side: Times, repetition: Times) -> list[Verdict]:
+    """Targets of what does not grow with the logits."""
+    microseconds = python_side.median("every_term") * 1e3
+    verdicts = [Verdict("Python side of a call, every term on, us", microseconds, "<=", _PYTHON_US)]
+    for text in repetition.milliseconds:
+        milliseconds = repetition.median(text)
+        verdicts.append(Verdict(f"candidates of {text} text [8, 4096], ms", milliseconds, "<=", _CANDIDATES_MS))
+    return verdicts

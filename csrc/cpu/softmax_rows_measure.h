@@ -1,0 +1,238 @@
+// Reads one row of logits with the vector operations of one instruction set: its softmax statistics. Included by
+// softmax_rows_core.h. The formulas are in softmax_rows.h.
+//
+// measure() reads the row in blocks. Each block is summed against a reference that was near the maximum when the block
+// began (no pass of its own to find the maximum); only when a block's maximum is far above is it summed again. The
+// sums of the block that holds the maximum are then taken again without it, against the exact maximum: that gives R.
+#pragma once
+#include "../softmax_rows.h"
+#include "softmax_rows_kernels.h"
+#include "vector_double.h"
+
+namespace ava {
+inline namespace AVA_ISA {
+
+// tanh: odd polynomial below 0.625 (Cephes), (1 - e^-2y) / (1 + e^-2y) above; error below 2 ulp.
+template <class Vector>
+inline typename Vector::Register tanh_of_vector(typename Vector::Register x) {
+  using V = Vector;
+  const auto y = V::abs(x), square = V::mul(x, x), one = V::set(1.f);
+  auto p = V::fma(V::set(-5.70498872745e-3f), square, V::set(2.06390887954e-2f));
+  p = V::fma(p, square, V::set(-5.37397155531e-2f));
+  p = V::fma(p, square, V::set(1.33314422036e-1f));
+  p = V::fma(p, square, V::set(-3.33332819422e-1f));
+  const auto small = V::fma(V::mul(p, square), x, x);
+  const auto power = V::exponential(y, V::set(-2 * 1.4426950408889634f));
+  const auto large = V::copy_sign(V::div(V::sub(one, power), V::add(one, power)), x);
+  return V::select(V::less(y, V::set(0.625f)), small, large);
+}
+template <>
+inline double tanh_of_vector<VectorDouble>(double x) {
+  return tanh_of(x);
+}
+
+template <class Vector, class Element, bool kDense, bool kCapped>
+struct RowReader {
+  using V = Vector;
+  using Real = typename Vector::Value;
+  using Register = typename Vector::Register;
+  static constexpr int kLanes = Vector::kLanes;
+  static constexpr int64_t kBlock = 64 * kLanes;
+  static constexpr bool kIsDouble = sizeof(Real) == 8;
+
+  const SoftmaxRowsArguments& arguments;
+  const RowOptions<Real> options;
+  const Real inverse_temperature = 1 / options.temperature;
+  // what the float vectors' exponential wants: log2(e) / T
+  const Real factor = kIsDouble ? inverse_temperature : Real(1.4426950408889634) * inverse_temperature;
+
+  explicit RowReader(const SoftmaxRowsArguments& all)
+      : arguments(all), options(*static_cast<const RowOptions<Real>*>(all.options)) {}
+
+  Register exponential(Register d) const { return V::exponential(d, V::set(factor)); }
+
+  // softcap(x), and its derivative; a raw -inf stays -inf, with derivative 0
+  struct Capped {
+    Register value, slope;
+  };
+  Capped capped(Register x) const {
+    const auto present = V::not_equal(x, V::set(-Real(INFINITY)));
+    const Register t = tanh_of_vector<Vector>(V::mul(x, V::set(1 / options.softcap)));
+    return {V::select(present, V::mul(V::set(options.softcap), t), V::set(-Real(INFINITY))),
+            V::keep(present, V::sub(V::set(Real(1)), V::mul(t, t)))};
+  }
+  Register effective(Register x) const {
+    if constexpr (kCapped)
+      return capped(x).value;
+    else
+      return x;
+  }
+
+  // the first n < kLanes elements, -inf behind them
+  static Register load_part(const Element* x, int64_t n) {
+    Element buffer[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (lane < n)
+        buffer[lane] = x[lane];
+      else
+        narrow(-Real(INFINITY), buffer + lane);
+    }
+    return V::load(buffer);
+  }
+  static void store_part(Element* out, int64_t n, Register v) {
+    Element buffer[kLanes];
+    V::store(buffer, v);
+    for (int64_t lane = 0; lane < n; ++lane) out[lane] = buffer[lane];
+  }
+
+  // Sums over some columns, with d = value - reference in logits (not yet divided by T) and e = e^(d / T).
+  struct Lanes {
+    Register max, rest, weighted, sum, count;
+  };
+  static Lanes no_lanes() {
+    return {V::set(-Real(INFINITY)), V::set(Real(0)), V::set(Real(0)), V::set(Real(0)), V::set(Real(0))};
+  }
+  // kMasked: there may be a -inf among the values; its e is 0, and 0 * -inf must not reach a sum
+  template <bool kMasked>
+  void add(Lanes& lanes, Register value, Register reference) const {
+    Register d = V::sub(value, reference);
+    const Register e = exponential(d);
+    lanes.max = V::max(lanes.max, value);
+    lanes.rest = V::add(lanes.rest, e);
+    if constexpr (kDense) {
+      if constexpr (kMasked) {
+        const auto present = V::not_equal(d, V::set(-Real(INFINITY)));
+        d = V::keep(present, d);
+        lanes.count = V::add(lanes.count, V::keep(present, V::set(Real(1))));
+      }
+      lanes.weighted = V::fma(e, d, lanes.weighted);
+      lanes.sum = V::add(lanes.sum, d);
+    }
+  }
+  struct Sums {
+    Real max;
+    double rest, weighted, sum, count;  // rest: all e, the maximum included
+  };
+  Sums sum_block(const Element* x, int64_t begin, int64_t end, Real reference) const {
+    const Sums sums = sum_lanes<false>(x, begin, end, reference);
+    if (!kDense || sums.sum > -double(INFINITY)) return sums;
+    return sum_lanes<true>(x, begin, end, reference);  // a masked column, or a nan
+  }
+  template <bool kMasked>
+  Sums sum_lanes(const Element* x, int64_t begin, int64_t end, Real reference_logit) const {
+    const Register reference = V::set(reference_logit);
+    Lanes lanes[4] = {no_lanes(), no_lanes(), no_lanes(), no_lanes()};
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes)
+      for (int k = 0; k < 4; k += 2) {
+        const auto pair = V::load_pair(x + i + k * kLanes);
+        add<kMasked>(lanes[k], effective(pair.first), reference);
+        add<kMasked>(lanes[k + 1], effective(pair.second), reference);
+      }
+    for (; i + kLanes <= end; i += kLanes) add<kMasked>(lanes[0], effective(V::load(x + i)), reference);
+    const double n_present = kMasked ? 0 : double(i - begin);
+    if (i < end) add<true>(lanes[1], effective(load_part(x + i, end - i)), reference);
+    const auto of_all = [&](Register Lanes::* field, auto join) {
+      return join(join(lanes[0].*field, lanes[1].*field), join(lanes[2].*field, lanes[3].*field));
+    };
+    Sums sums{V::largest(of_all(&Lanes::max, V::max)), V::total(of_all(&Lanes::rest, V::add)), 0, 0, 0};
+    if constexpr (kDense) {
+      sums.weighted = V::total(of_all(&Lanes::weighted, V::add));
+      sums.sum = V::total(of_all(&Lanes::sum, V::add));
+      sums.count = n_present + V::total(of_all(&Lanes::count, V::add));
+    }
+    return sums;
+  }
+  Real largest_in(const Element* x, int64_t begin, int64_t end) const {
+    Register max = V::set(-Real(INFINITY));
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) max = V::max(max, effective(V::load(x + i)));
+    if (i < end) max = V::max(max, effective(load_part(x + i, end - i)));
+    return V::largest(max);
+  }
+  int64_t first_equal(const Element* x, int64_t begin, int64_t end, Real wanted) const {
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int64_t n = end - i < kLanes ? end - i : kLanes;
+      const Register value = effective(n < kLanes ? load_part(x + i, n) : V::load(x + i));
+      if (!V::any_equal(value, V::set(wanted))) continue;
+      Real values[kLanes];
+      V::store(values, value);
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (values[lane] == wanted) return i + lane;
+    }
+    return -1;
+  }
+  // sums over the columns of [begin, end) but i*
+  Sums sum_without(const Element* x, int64_t begin, int64_t end, int64_t argmax, Real reference) const {
+    Sums sums = sum_block(x, begin, begin + (argmax - begin) / kLanes * kLanes, reference);
+    const int64_t first = begin + (argmax - begin) / kLanes * kLanes,
+                  last = first + kLanes < end ? first + kLanes : end;
+    Element buffer[kLanes];
+    for (int64_t i = first; i < last; ++i) buffer[i - first] = x[i];
+    narrow(-Real(INFINITY), buffer + (argmax - first));
+    const Sums around = sum_block(buffer, 0, last - first, reference), behind = sum_block(x, last, end, reference);
+    sums.rest += around.rest + behind.rest;
+    sums.weighted += around.weighted + behind.weighted;
+    return sums;
+  }
+
+  // to another reference; nothing summed yet: no shift, which may be infinite, by nothing
+  static void move(Sums& sums, double shift, double scale) {
+    if (sums.rest == 0 && sums.count == 0) return;
+    sums.weighted = scale * (sums.weighted + shift * sums.rest);
+    sums.sum += shift * sums.count;
+    sums.rest *= scale;
+  }
+
+  static constexpr Real lowest() { return kIsDouble ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f); }
+
+  RowStatistics<Real> measure(const Element* x) const {
+    const Real slack = 32 * options.temperature;  // sums up to e^32 times the block's size stay far from overflow
+    Real reference = lowest();
+    Sums all{-Real(INFINITY), 0, 0, 0, 0},
+        best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
+    int64_t best_begin = 0, best_end = 0;
+    const auto change_reference = [&](Real next) {
+      const double shift = double(reference) - double(next), scale = exp_of(shift * double(inverse_temperature));
+      move(all, shift, scale), move(best, shift, scale);
+      reference = next;
+    };
+    for (int64_t begin = 0; begin < arguments.vocab_size; begin += kBlock) {
+      const int64_t end = begin + kBlock < arguments.vocab_size ? begin + kBlock : arguments.vocab_size;
+      if (reference == lowest()) {
+        const Real first = largest_in(x, begin, end);
+        if (first > lowest()) reference = first;
+      }
+      Sums sums = sum_block(x, begin, end, reference);
+      if (sums.max > reference + slack) {
+        change_reference(sums.max);
+        sums = sum_block(x, begin, end, reference);
+      }
+      const bool leads = sums.max > best.max;
+      const Sums& other = leads ? best : sums;
+      all.rest += other.rest, all.weighted += other.weighted, all.sum += other.sum, all.count += other.count;
+      if (leads) best = sums, best_begin = begin, best_end = end;
+    }
+    RowStatistics<Real> row = empty_statistics<Real>();
+    if (!(best.max > -Real(INFINITY))) {
+      row.rest = Real(all.rest);  // 0, or nan
+      if (row.rest != row.rest) row.count = 1, row.max = row.rest;
+      return row;
+    }
+    row.max = best.max;
+    row.argmax = Real(first_equal(x, best_begin, best_end, row.max));
+    change_reference(row.max);
+    const Sums rest = sum_without(x, best_begin, best_end, int64_t(row.argmax), row.max);
+    row.rest = row.max == Real(INFINITY) ? Real(NAN) : Real(all.rest + rest.rest);  // +inf logits give nan, as in torch
+    row.count = 1;  // a row that is there; its columns are counted in the dense kernels only
+    if constexpr (kDense) {
+      row.weighted = Real((all.weighted + rest.weighted) * double(inverse_temperature));
+      row.sum = Real((all.sum + best.sum) * double(inverse_temperature));
+      row.count = Real(all.count + best.count);
+    }
+    return row;
+  }
+};
+
+}  // namespace AVA_ISA
+}  // namespace ava

@@ -1,0 +1,153 @@
+"""What `row_loss` should give, by ava_ext/reference.py in float64, and how far rounding may take a kernel from it."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from strategies import RowProblem
+from torch import Tensor
+
+from ava_ext import reference
+from ava_ext.ops.softmax_rows import TERM_NAMES, RowTerms
+
+
+class Expected(NamedTuple):
+    """float64, with a bound of the rounding error beside each."""
+
+    row_loss: Tensor  # [...]
+    row_loss_bound: Tensor
+    row_terms: Tensor  # [6 + n_groups, ...]
+    row_terms_bound: Tensor
+    grad_logits: Tensor  # [..., n_columns]
+    grad_logits_bound: Tensor
+
+
+def expected_row_loss(problem: RowProblem) -> Expected:
+    rows, counted = problem.targets.shape, problem.targets != problem.ignore_index
+    terms_shape = (len(TERM_NAMES) + (len(problem.candidates.groups) if problem.candidates else 0), *rows)
+    shapes = (rows, rows, terms_shape, terms_shape, problem.logits.shape, problem.logits.shape)
+    expected = Expected(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+    if counted.any():
+        for name, all_rows, value in zip(Expected._fields, expected, _counted_rows(problem, counted), strict=True):
+            all_rows[(slice(None), counted) if "terms" in name else counted] = value
+    return expected
+
+
+def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
+    """The rows that count, one after the other.
+
+    u_j = z_j - max is rounded, so e^u_j is off by |u_j| units, and R and all that is made of it by the distance of the
+    largest column but one. What adds up in a term or in dz_j is bounded by the sum of the sizes of its parts.
+    """
+    temperature, smoothing, alpha, gamma, z_weight, confidence_weight, cap = problem.coefficients.double().tolist()
+    on = {flag: bool(problem.terms & flag) for flag in RowTerms}
+    is_float64 = problem.base.dtype == torch.float64
+    unit = 2.0**-45 if is_float64 else 2.0**-24  # the reference, too, rounds in float64
+    logits, targets = problem.logits[counted].double().requires_grad_(), problem.targets[counted]
+    row_weights = torch.ones(len(targets)).double()
+    if problem.row_weights is not None:
+        row_weights = problem.row_weights[counted].double()
+    z = reference.effective_logits(
+        logits,
+        temperature=temperature,
+        logit_softcap=cap if on[RowTerms.SOFTCAP] else None,
+        vocab_size=problem.vocab_size,
+    )
+    zero = torch.zeros(len(targets)).double()
+
+    with torch.no_grad():
+        present, largest = z > -math.inf, z.amax(-1)
+        n_present = present.sum(-1)
+        u = torch.where(present, z - largest.unsqueeze(-1), 0.0)
+        p = torch.where(present, torch.exp(z - reference.log_normaliser(z).unsqueeze(-1)), 0.0)
+        second = torch.where(present, z, -math.inf).scatter(-1, z.argmax(-1, keepdim=True), -math.inf).amax(-1)
+        cap_error = 16 * unit * cap / temperature if on[RowTerms.SOFTCAP] else 0.0  # of u: tanh has 2 ulp
+        of_rest = 8 * unit + 4 * unit * torch.where(second > -math.inf, largest - second, 0.0) + cap_error
+        of_u = 4 * unit * u.abs() + cap_error
+        lse_size = largest.abs() + reference.log_normaliser(z) - largest
+        if on[RowTerms.CROSS_ENTROPY] and on[RowTerms.FOCAL]:
+            of_rest = of_rest * (1 + gamma)
+
+    # every term with the size that its error is measured by
+    terms = dict.fromkeys(TERM_NAMES, (zero, zero))
+    nll = reference.negative_log_likelihood(z, targets)
+    terms["cross_entropy"] = nll, nll
+    terms["entropy"] = reference.token_entropy(z), reference.token_entropy(z)
+    terms["correct"] = (z.argmax(-1) == targets).double(), zero
+    probability_size, entropy_size, own = (
+        zero,
+        zero,
+        torch.zeros_like(z),
+    )  # of the coefficients of p_j, p_j (u_j - E), 1(j=c)
+    constant_size = zero
+    if on[RowTerms.CROSS_ENTROPY]:
+        hard = reference.focal(z, targets, alpha, gamma) if on[RowTerms.FOCAL] else nll
+        e = zero
+        if on[RowTerms.LABEL_SMOOTHING]:
+            e = zero + smoothing
+            if on[RowTerms.EXCLUDE_TARGET]:
+                e = torch.where(n_present > 1, e * n_present / (n_present - 1).clamp(min=1), 0.0)
+            mode = "exclude_target" if on[RowTerms.EXCLUDE_TARGET] else "uniform"
+            main = reference.smoothed(hard, z, smoothing, mode)
+            terms["main_loss"] = main, main.abs() + 2 * torch.where(e > 1, (e - 1) * hard, 0.0)
+        else:
+            terms["main_loss"] = hard, hard
+        size = (1 - e).abs() * (alpha * (1 + gamma) if on[RowTerms.FOCAL] else 1)
+        probability_size, constant_size = probability_size + size + e, e / n_present
+        own.scatter_(-1, targets.unsqueeze(-1), size.unsqueeze(-1))
+    if on[RowTerms.Z_LOSS]:
+        lse_size = lse_size + 2.0**-50 * (1 + largest.abs()) / of_rest  # the reference adds R to 1
+        terms["z_loss"] = z_weight * reference.z_loss(z), z_weight * lse_size.square()
+        probability_size = probability_size + 2 * z_weight * lse_size
+    if on[RowTerms.CONFIDENCE_PENALTY]:
+        terms["confidence_penalty"] = confidence_weight * reference.confidence_penalty(z), zero + confidence_weight
+        entropy_size = confidence_weight / torch.log(n_present.clamp(min=2).double())
+
+    smallest_rest = 1e-300 if is_float64 else 1e-37
+    for ids, weights in _groups(problem, counted):
+        penalty, penalty_size = zero, zero
+        for columns, column_weights in zip(ids.unbind(-1), weights.unbind(-1), strict=True):
+            candidate = columns.clamp(min=0).long().unsqueeze(-1)
+            is_pushed = (columns >= 0) & (columns != targets) & present.gather(-1, candidate).squeeze(-1)
+            (n,) = is_pushed.nonzero(as_tuple=True)
+            c = candidate[n, 0]
+            odds = reference.log_odds(z[n], c)
+            penalties = column_weights[n] * reference.softplus(odds.clamp(max=-math.log(smallest_rest)))
+            penalty = penalty.index_add(0, n, penalties)
+            as_uncertain_as_p = 1 + of_u[n, c] / of_rest[n]
+            penalty_size = penalty_size.index_add(0, n, penalties.detach() * as_uncertain_as_p)
+            s = column_weights[n] * torch.where(odds < -math.log(smallest_rest), torch.exp(odds.detach()), 0.0)
+            own[n, c] += s * as_uncertain_as_p * (1 - p[n, c])
+            probability_size = probability_size.index_add(0, n, s * as_uncertain_as_p)
+        terms[f"group {len(terms)}"] = penalty, penalty_size
+
+    added = [name for name in terms if name not in ("cross_entropy", "entropy", "correct")]
+    row_loss = row_weights * sum(terms[name][0] for name in added)
+    grad_logits = torch.zeros_like(logits)
+    if row_loss.requires_grad:
+        (grad_logits,) = torch.autograd.grad(row_loss.sum(), logits)
+    with torch.no_grad():
+        row_terms = torch.stack([value for value, _ in terms.values()])
+        underflow = 0.0 if is_float64 else 1e-34  # of a sum over the columns, times u
+        row_terms_bound = torch.stack([size for _, size in terms.values()]) * of_rest + underflow
+        row_loss_bound = row_weights.abs() * (sum(terms[name][1] for name in added) * (of_rest + 4 * unit) + underflow)
+        mean_u = (p * u).sum(-1, keepdim=True)
+        size = p * (probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * (u.abs() + mean_u.abs()))
+        size = size + (own + constant_size.unsqueeze(-1)) * present
+        cap_slope = 1 - torch.tanh(logits / cap).square().nan_to_num() if on[RowTerms.SOFTCAP] else torch.ones(())
+        of_oracle = 2.0**-48 * entropy_size  # autograd's own, of the derivative of the entropy at the maximum
+        grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
+        underflow = (0.0 if is_float64 else 2e-38) * (
+            1 + probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * 100
+        )
+        grad_bound = grad_bound + (underflow + of_oracle.unsqueeze(-1)) * present
+        grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature
+    return Expected(row_loss.detach(), row_loss_bound, row_terms, row_terms_bound, grad_logits, grad_bound)
+
+
+def _groups(problem: RowProblem, counted: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(ids, float64 weights) [n_counted, size] of each group of candidates."""
+    if problem.candidates is None:
+        return []
+    ids, weights, groups = problem.candidates
+    return list(zip(ids[counted].split(groups, -1), weights[counted].double().split(groups, -1), strict=True))

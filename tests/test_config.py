@@ -1,0 +1,158 @@
+"""Options: names, ranges, contradictions, and the way to a file and back."""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+
+from ava_ext import UnifiedLoss, UnifiedLossConfig, create_unified_loss
+
+OPTIONS = {option.name: option for option in dataclasses.fields(UnifiedLossConfig)}
+
+
+def test_every_option_has_a_line_of_documentation():
+    for option in OPTIONS.values():
+        assert option.metadata["doc"], option.name
+        assert "\n" not in option.metadata["doc"], option.name
+
+
+def test_signature_is_the_list_of_options():
+    parameters = inspect.signature(UnifiedLoss).parameters
+    assert list(parameters) == list(OPTIONS)
+    for name, parameter in parameters.items():
+        is_positional = name in ("vocab_size", "hidden_size")
+        assert parameter.kind == (parameter.POSITIONAL_OR_KEYWORD if is_positional else parameter.KEYWORD_ONLY), name
+        assert parameter.default == (parameter.empty if name == "vocab_size" else OPTIONS[name].default), name
+
+
+# what a caller relies on when an option is left out
+def test_defaults():
+    config = UnifiedLossConfig(vocab_size=10)
+    expected = {
+        "hidden_size": None, "primary_loss_type": "deepseek", "ignore_index": -100, "pad_token_id": None,
+        "eos_token_id": None, "reduction": "mean", "labels_are_shifted": True, "inplace_gradient": False,
+        "initial_temperature": 1.0, "adaptive_temperature": None, "temperature_bounds": (0.5, 2.0),
+        "temperature_gain": 1.0, "auto_step": True, "process_group": None, "linear_chunk_bytes": None,
+        "label_smoothing": 0.0, "smoothing_mode": "uniform", "logit_softcap": None, "z_loss_weight": 0.0,
+        "confidence_penalty_weight": 0.0, "use_mtp": False, "num_future_tokens": 3, "mtp_weight": 0.1,
+        "mtp_type": "deepseek", "mtp_share_head": False, "mtp_detach_head": False, "use_confidence_weighting": True,
+        "confidence_reg_strength": 0.01, "use_ngram_penalty": False, "ngram_size": 4, "ngram_penalty_weight": 0.1,
+        "ngram_window_size": None, "ngram_slots": 8, "use_immediate_repetition_penalty": False,
+        "immediate_repetition_weight": 0.5, "immediate_repetition_threshold": 1, "immediate_repetition_growth": 1.0,
+        "repetition_allow_list": (), "min_sequence_length": 20, "eos_penalty_weight": 0.05, "num_experts": None,
+        "num_experts_per_token": 1, "num_moe_layers": 1, "use_moe_balancing": False, "gradient_balance_weight": 0.1,
+        "moe_momentum": 0.9, "expert_bias_rate": 1e-3, "use_focal_loss": False, "focal_alpha": 1.0, "focal_gamma": 2.0,
+        "use_diversity_loss": False, "diversity_weight": 0.01, "use_auxiliary_loss": False,
+        "load_balancing_weight": 1e-4, "router_z_weight": 1e-3, "load_balancing_convention": "switch",
+        "router_score": "softmax", "use_contrastive_loss": False, "contrastive_weight": 0.1,
+        "contrastive_temperature": 0.07,
+    }  # fmt: skip
+    assert {option.name: getattr(config, option.name) for option in OPTIONS.values()} == {"vocab_size": 10, **expected}
+
+
+OUT_OF_RANGE = {
+    "vocab_size": [0, -1, 7.0, True, None, "7"],
+    "hidden_size": [0, 1.5],
+    "primary_loss_type": ["deepseeek", None, ["standard"]],
+    "ignore_index": [1.5, None, True],
+    "pad_token_id": [1.5, "0"],
+    "eos_token_id": [10, -1, 1.5, "eos", [3, 10]],
+    "reduction": ["average", None],
+    "labels_are_shifted": [1, None],
+    "inplace_gradient": ["yes"],
+    "linear_chunk_bytes": [0],
+    "initial_temperature": [0.0, -1.0, float("nan"), 3.0, "1"],
+    "adaptive_temperature": [1, "yes"],
+    "temperature_bounds": [(0.0, 2.0), (2.0, 0.5), (1.0,), 3, ("a", 2.0), (0.5, float("inf"))],
+    "temperature_gain": [-1.0],
+    "auto_step": [None],
+    "label_smoothing": [-0.1, 1.1, float("nan"), True],
+    "smoothing_mode": ["exclude"],
+    "logit_softcap": [0.0, -30.0, float("inf")],
+    "z_loss_weight": [-1.0],
+    "confidence_penalty_weight": [-0.1],
+    "focal_alpha": [-1.0],
+    "focal_gamma": [-0.5],
+    "num_future_tokens": [0],
+    "mtp_weight": [-1.0],
+    "mtp_type": ["medusa"],
+    "confidence_reg_strength": [-1.0],
+    "ngram_size": [0, 2.0],
+    "ngram_penalty_weight": [-0.1],
+    "ngram_window_size": [0],
+    "ngram_slots": [0],
+    "immediate_repetition_weight": [-1.0],
+    "immediate_repetition_threshold": [0],
+    "immediate_repetition_growth": [0.5],
+    "repetition_allow_list": [3, [1.5], None],
+    "min_sequence_length": [-1],
+    "eos_penalty_weight": [-1.0],
+    "num_experts": [0],
+    "num_experts_per_token": [0],
+    "num_moe_layers": [0],
+    "gradient_balance_weight": [-1.0],
+    "moe_momentum": [1.0, -0.1],
+    "expert_bias_rate": [-1.0],
+    "load_balancing_convention": ["deepseek"],
+    "router_score": ["relu"],
+    "contrastive_temperature": [0.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_options_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"^unified_loss: expected {name} to be .*, got "):
+        UnifiedLoss(**{"vocab_size": 10, name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_mtp": True}, "use_mtp=True with mtp_type='deepseek' needs hidden_size, got None"),
+        ({"use_moe_balancing": True}, "use_moe_balancing=True needs num_experts, got None"),
+        ({"num_experts": 2, "num_experts_per_token": 3}, "num_experts_per_token to be at most num_experts = 2, got 3"),
+        ({"mtp_detach_head": True}, "mtp_detach_head=True needs mtp_share_head=True"),
+        ({"reduction": "none", "use_auxiliary_loss": True}, "use_auxiliary_loss=True is a batch-level term"),
+        ({"reduction": "none", "use_diversity_loss": True}, "use_diversity_loss=True is a batch-level term"),
+        ({"reduction": "none", "use_contrastive_loss": True}, "use_contrastive_loss=True is a batch-level term"),
+        ({"reduction": "none", "use_moe_balancing": True, "num_experts": 2}, "use_moe_balancing=True is a batch-level"),
+    ],
+)
+def test_contradictory_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        UnifiedLoss(10, **options)
+
+
+def test_an_initial_temperature_beyond_the_bounds_is_fine_where_nothing_adapts():
+    assert UnifiedLoss(10, primary_loss_type="standard", initial_temperature=3.0).config.temperature_adapts is False
+
+
+@pytest.mark.parametrize(
+    "build", [lambda options: UnifiedLoss(10, **options), UnifiedLossConfig.from_dict, create_unified_loss]
+)
+def test_unknown_options_are_named_with_the_nearest_known(build):
+    options = {"lable_smoothing": 0.1}
+    with pytest.raises(TypeError, match="unknown option 'lable_smoothing'; did you mean 'label_smoothing'"):
+        build(options if build is not create_unified_loss else {"vocab_size": 10, **options})
+
+
+def test_there_and_back():
+    config = UnifiedLossConfig(
+        vocab_size=10, eos_token_id=[3, 4], repetition_allow_list=[1], temperature_bounds=[0.7, 1.5]
+    )
+    assert config.eos_ids == (3, 4)
+    assert UnifiedLossConfig.from_dict(config.to_dict()) == config
+    assert UnifiedLossConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["temperature_bounds"] == [0.7, 1.5]
+    assert create_unified_loss(config.to_dict()).config == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.vocab_size = 11
+
+
+def test_repr_shows_what_differs_from_the_defaults():
+    text = repr(UnifiedLoss(10, label_smoothing=0.1))
+    assert "vocab_size=10, label_smoothing=0.1" in text
+    assert "reduction" not in text

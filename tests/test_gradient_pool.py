@@ -1,0 +1,81 @@
+"""Gradients of a megabyte and more come from a small pool: reused once released, never while anyone holds them."""
+
+import gc
+
+import pytest
+import torch
+from assertions import assert_bitwise_equal
+
+from ava_ext.ops.softmax_rows import row_coefficients, row_loss
+
+SIZES = [(64, 8192), (300, 5003), (1024, 9001)]  # of 2, 6 and 37 MB, some of them no whole number of pages
+
+
+def gradient_of(logits, targets=None):
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64) if targets is None else targets
+    logits = logits.detach().requires_grad_()
+    return torch.autograd.grad(row_loss(logits, targets, row_coefficients(logits)).row_loss.sum(), logits)[0]
+
+
+def random_logits(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_released_memory_is_used_again(shape):
+    logits = random_logits(shape, 0)
+    gradient_of(logits)
+    gc.collect()
+    places = set()
+    for _ in range(5):
+        gradient = gradient_of(logits)
+        places.add(gradient.data_ptr())
+        del gradient
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_held_memory_is_never_used_again(shape):
+    held, copies = [], []
+    for seed in range(4):
+        gradient = gradient_of(random_logits(shape, seed))
+        held.append(gradient)
+        copies.append(gradient.clone())
+    views = [gradient[1:].view(-1) for gradient in held]  # a view holds it, too
+    assert len({gradient.data_ptr() for gradient in held}) == 4
+    for gradient, copy in zip(held, copies, strict=True):
+        assert_bitwise_equal(gradient, copy)
+    del held, gradient
+    for seed in range(4, 7):
+        gradient_of(random_logits(shape, seed))
+    for view, copy in zip(views, copies, strict=True):
+        assert_bitwise_equal(view, copy[1:].view(-1))
+
+
+def test_smaller_and_larger_gradients_in_turn():
+    """Whatever the pool hands out has room for all of it."""
+    for seed, n_rows in enumerate([300, 100, 290, 1000, 40, 600, 299]):
+        logits = random_logits((n_rows, 3001), seed)
+        expected = logits.softmax(-1)
+        expected[:, 0] -= 1
+        torch.testing.assert_close(gradient_of(logits), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_that_a_leaf_keeps():
+    """AccumulateGrad may keep the pool's own tensor as leaf.grad: the next step must not write into it."""
+    leaves = [random_logits((100, 4000), seed).requires_grad_() for seed in range(3)]
+    expected = [gradient_of(leaf) for leaf in leaves]
+    for leaf in leaves:
+        row_loss(leaf, torch.zeros(100, dtype=torch.int64), row_coefficients(leaf)).row_loss.sum().backward()
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert_bitwise_equal(leaf.grad, gradient)
+
+
+def test_a_gradient_outlives_its_graph_and_can_be_written():
+    logits = random_logits((64, 8192), 1)
+    gradient = gradient_of(logits)
+    gradient.mul_(2).add_(1)
+    expected = gradient.clone()
+    other = gradient_of(logits)
+    assert_bitwise_equal(gradient, expected)
+    torch.testing.assert_close(other * 2 + 1, expected)

@@ -1,0 +1,244 @@
+"""What forward() is given: where logits come from, what is missing or does not fit, what is not copied."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import HIDDEN_SIZE, Numbers, seeds
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ava_ext import UnifiedLoss
+
+V = 6
+TARGETS = torch.tensor([[0, 1, 2, 3], [4, 5, 0, -100]])
+
+
+def logits(*shape, n_columns=V):
+    return torch.zeros(*(shape or TARGETS.shape), n_columns)
+
+
+# -- where the logits come from
+
+
+def test_hidden_states_and_head_are_logits():
+    numbers = Numbers(0)
+    states, weight, bias = numbers.leaf(2, 4, HIDDEN_SIZE), numbers.leaf(V + 2, HIDDEN_SIZE), numbers.leaf(V + 2)
+    loss_fn = UnifiedLoss(V, label_smoothing=0.1)
+    fused = loss_fn(targets=TARGETS, hidden_states=states, lm_head_weight=weight, lm_head_bias=bias)
+    unfused = loss_fn(torch.nn.functional.linear(states, weight, bias), TARGETS)
+    torch.testing.assert_close(fused, unfused, rtol=1e-12, atol=0)
+    got, want = (torch.autograd.grad(loss, (states, weight, bias)) for loss in (fused, unfused))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+def test_primary_logits_stand_in_for_logits():
+    numbers = Numbers(1)
+    values, heads = numbers.normal(2, 4, V), numbers.normal(3, 2, 4, V)
+    loss_fn = UnifiedLoss(V, primary_loss_type="adaptive_mtp", use_confidence_weighting=False)
+    given_by_name = loss_fn(primary_logits=values, targets=TARGETS, additional_logits=heads)
+    torch.testing.assert_close(given_by_name, loss_fn(values, TARGETS, additional_logits=list(heads)), rtol=0, atol=0)
+
+
+@given(seeds, st.booleans())
+def test_flat_confidence_is_that_of_the_rows(seed, with_last_dimension):
+    numbers = Numbers(seed)
+    heads, values, targets = numbers.normal(2, 5, V), numbers.normal(5, V), numbers.integers(0, V, 5)
+    scores, segment_ids = numbers.uniform(5), torch.zeros(5, dtype=torch.int64)
+    loss_fn = UnifiedLoss(V, primary_loss_type="adaptive_mtp", num_future_tokens=2)
+    flat_scores = scores[:, None] if with_last_dimension else scores
+    flat = loss_fn(values, targets, additional_logits=heads, confidence_scores=flat_scores, segment_ids=segment_ids)
+    rows = {"additional_logits": heads[:, None], "confidence_scores": scores[None]}
+    torch.testing.assert_close(flat, loss_fn(values[None], targets[None], **rows), rtol=1e-14, atol=0)
+
+
+# -- nothing of the size of the logits is copied
+
+
+class Allocations(TorchDispatchMode):
+    """Collects the memory of every floating tensor with `n_columns` columns that an op returns."""
+
+    def __init__(self, n_columns):
+        super().__init__()
+        self.n_columns = n_columns
+        self.blocks = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, (list, tuple)) else [outputs]:
+            if (
+                isinstance(output, torch.Tensor)
+                and output.is_floating_point()
+                and output.shape[-1:] == (self.n_columns,)
+            ):
+                self.blocks.add(output.untyped_storage().data_ptr())
+        return outputs
+
+
+@pytest.mark.parametrize("labels_are_shifted", [True, False])
+def test_logits_are_never_copied(labels_are_shifted):
+    n_columns = 501
+    parent = torch.randn(2, 9, n_columns + 3, requires_grad=True)
+    values = parent[:, :8, 1:-2]  # a slice in every dimension
+    targets = torch.randint(0, 500, (2, 8))
+    options = {"use_ngram_penalty": True, "z_loss_weight": 0.1, "labels_are_shifted": labels_are_shifted}
+    loss_fn = UnifiedLoss(500, **options)
+    with Allocations(n_columns) as seen:
+        loss = loss_fn(values, targets, torch.ones_like(targets))
+    assert len(seen.blocks - {parent.untyped_storage().data_ptr()}) <= 1  # the gradient that the same pass writes
+    with torch.no_grad(), Allocations(n_columns) as seen:
+        loss_fn(values, targets, torch.ones_like(targets))
+    assert not seen.blocks - {parent.untyped_storage().data_ptr()}
+    loss.backward()
+    outside = torch.ones_like(parent, dtype=torch.bool)
+    outside[:, : 8 if labels_are_shifted else 7, 1:501] = False
+    assert (parent.grad[outside] == 0).all()
+    assert (parent.grad[~outside] != 0).all()
+
+
+# -- what is missing
+
+MISSING = [
+    ({}, {"targets": TARGETS}, "expected logits, or hidden_states and lm_head_weight"),
+    (
+        {},
+        {"targets": TARGETS, "hidden_states": torch.zeros(2, 4, 3)},
+        "expected logits, or hidden_states and lm_head_wei",
+    ),
+    ({}, {"logits": logits()}, "expected targets, got None"),
+    ({"use_mtp": True, "hidden_size": 3}, {}, "use_mtp needs hidden_states, got None"),
+    (
+        {"use_mtp": True, "mtp_share_head": True, "hidden_size": 3},
+        {"hidden_states": torch.zeros(2, 4, 3)},
+        "mtp_share_head=True needs lm_head_weight, got None",
+    ),
+    (
+        {"use_mtp": True, "mtp_type": "adaptive"},
+        {},
+        "adaptive multi-token prediction needs additional_logits, got None",
+    ),
+    (
+        {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 1},
+        {"additional_logits": [logits()]},
+        "use_confidence_weighting=True needs confidence_scores, got None",
+    ),
+    ({"use_moe_balancing": True, "num_experts": 2}, {}, "use_moe_balancing needs gate_logits, got None"),
+    ({"use_auxiliary_loss": True}, {}, "use_auxiliary_loss needs gate_logits, got None"),
+    ({"use_diversity_loss": True}, {}, "use_diversity_loss needs expert_outputs, got None"),
+    ({"use_contrastive_loss": True}, {}, "use_contrastive_loss needs contrastive_pair or hidden_states, got None"),
+    ({}, {"negative_weights": torch.ones(2, 4, 1)}, "negative_weights need negative_ids, got None"),
+]
+
+
+@pytest.mark.parametrize(("options", "arguments", "message"), MISSING)
+def test_what_is_missing_is_named_with_the_option_that_wants_it(options, arguments, message):
+    if arguments and ("targets" in arguments or "logits" in arguments):
+        given_arguments = arguments
+    else:
+        given_arguments = {"logits": logits(), "targets": TARGETS, **arguments}
+    with pytest.raises(ValueError, match=message):
+        UnifiedLoss(V, **options)(**given_arguments)
+
+
+NEED_SEQUENCES = [
+    ({"use_ngram_penalty": True}, "ngram_penalty"),
+    ({"use_immediate_repetition_penalty": True}, "immediate_repetition_penalty"),
+    ({"eos_token_id": 1}, "eos_penalty"),
+    ({"use_mtp": True, "hidden_size": 3}, "mtp_loss"),
+    ({"primary_loss_type": "adaptive_mtp"}, "mtp_loss"),
+    ({"labels_are_shifted": False}, "labels_are_shifted=False"),
+]
+
+
+@pytest.mark.parametrize(("options", "name"), NEED_SEQUENCES)
+def test_rows_without_order_are_refused_where_order_matters(options, name):
+    with pytest.raises(
+        ValueError, match=f"unified_loss: {name} needs sequences: .*segment_ids, position_ids or cu_seq"
+    ):
+        UnifiedLoss(V, **options)(logits(5), torch.zeros(5, dtype=torch.int64))
+
+
+# -- what does not fit
+
+MISFITS = [
+    ({"targets": TARGETS[:, :3]}, r"expected targets of shape \[2, 4\], got \[2, 3\]"),
+    ({"targets": TARGETS.float()}, "expected targets of integers, got torch.float32"),
+    ({"targets": TARGETS.bool()}, "expected targets of integers, got torch.bool"),
+    ({"logits": logits(n_columns=V - 1)}, r"at least vocab_size = 6 columns, got shape \[2, 4, 5\]"),
+    (
+        {"logits": logits(2, 4, 1), "targets": torch.zeros(2, 4, 1).long()},
+        r"expected targets of shape .*\[n_rows\], got \[2, 4, 1\]",
+    ),
+    ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"expected attention_mask of shape \[2, 4\], got \[2, 1, 4, 4\]"),
+    ({"token_weights": torch.ones(4)}, r"expected token_weights of shape \[2, 4\], got \[4\]"),
+    ({"token_weights": torch.ones(2, 4, requires_grad=True)}, "expected token_weights without requires_grad"),
+    ({"input_ids": TARGETS[:1]}, r"expected input_ids of shape \[2, 4\], got \[1, 4\]"),
+    ({"input_ids": TARGETS.double()}, "expected input_ids of integers, got torch.float64"),
+    ({"segment_ids": torch.zeros(2, 3)}, r"expected segment_ids of shape \[2, 4\], got \[2, 3\]"),
+    ({"position_ids": torch.zeros(3, 4)}, r"expected position_ids of shape \[2, 4\], got \[3, 4\]"),
+    ({"cu_seqlens": torch.zeros(1, 3)}, r"expected cu_seqlens of shape \[n_segments \+ 1\], got \[1, 3\]"),
+    ({"negative_ids": TARGETS}, r"expected negative_ids of shape \[2, 4\] \+ \[n_negatives\], got \[2, 4\]"),
+    ({"negative_ids": torch.ones(2, 4, 1)}, "expected negative_ids of integers, got torch.float32"),
+    (
+        {"negative_ids": TARGETS[..., None], "negative_weights": torch.ones(2, 4)},
+        r"expected negative_weights of shape \[2, 4, 1\], got \[2, 4\]",
+    ),
+    (
+        {"negative_ids": TARGETS[..., None], "negative_weights": torch.ones(2, 4, 1, requires_grad=True)},
+        "weights without requires_grad",
+    ),
+    (
+        {"hidden_states": torch.zeros(2, 3, 5)},
+        r"expected hidden_states of shape \[2, 4, hidden_size\], got \[2, 3, 5\]",
+    ),
+    ({"primary_logits": logits()}, "expected primary_logits with primary_loss_type='adaptive_mtp' only"),
+    ({"lm_head_weight": torch.zeros(V, 3)}, "expected logits or lm_head_weight, got both"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISFITS)
+def test_what_does_not_fit_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        UnifiedLoss(V)(**{"logits": logits(), "targets": TARGETS, **arguments})
+
+
+def test_a_head_that_does_not_fit_the_hidden_states_is_named():
+    with pytest.raises(ValueError, match=r"expected lm_head_weight of shape \[vocab_size, 3\] .*, got \[6, 4\]"):
+        UnifiedLoss(V)(targets=TARGETS, hidden_states=torch.zeros(2, 4, 3), lm_head_weight=torch.zeros(V, 4))
+
+
+def test_another_number_of_heads_is_named():
+    loss_fn = UnifiedLoss(V, primary_loss_type="adaptive_mtp", num_future_tokens=2, use_confidence_weighting=False)
+    with pytest.raises(ValueError, match="expected num_future_tokens = 2 additional_logits, got 1"):
+        loss_fn(logits(), TARGETS, additional_logits=[logits()])
+
+
+@pytest.mark.parametrize("outside", [V, -1])
+def test_a_counted_target_out_of_range_is_named(outside):
+    targets = TARGETS.clone()
+    targets[1, 1] = outside
+    with pytest.raises(IndexError, match=rf"got {outside} at position 5"):
+        UnifiedLoss(V)(logits(), targets)
+
+
+# -- integer types, empty batches
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_targets_of_other_integer_types(dtype):
+    values = Numbers(2).normal(2, 4, V)
+    loss_fn = UnifiedLoss(V, use_ngram_penalty=True, ngram_size=1, pad_token_id=2, eos_token_id=1)
+    torch.testing.assert_close(loss_fn(values, TARGETS.to(dtype)), loss_fn(values, TARGETS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("labels_are_shifted", [True, False])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_empty_batches(shape, labels_are_shifted):
+    options = {"use_ngram_penalty": True, "eos_token_id": 1, "use_mtp": True, "hidden_size": HIDDEN_SIZE}
+    loss_fn = UnifiedLoss(V, labels_are_shifted=labels_are_shifted, **options)
+    values, states = torch.zeros(*shape, V, requires_grad=True), torch.zeros(*shape, HIDDEN_SIZE)
+    targets = torch.zeros(shape, dtype=torch.int64)
+    given_arguments = {"hidden_states": states, "position_ids": targets, "segment_ids": targets}
+    result = loss_fn(values, targets, **given_arguments, return_detailed=True)
+    result["total_loss"].backward()
+    assert result["total_loss"].item() == 0
+    assert (result["n_tokens"].item(), result["perplexity"].item(), result["accuracy"].item()) == (0, 1, 0)

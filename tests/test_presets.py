@@ -1,0 +1,131 @@
+"""The loss classes that are UnifiedLoss with the options each is about."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from strategies import HIDDEN_SIZE, Numbers
+
+import ava_ext
+from ava_ext import UnifiedLoss
+from ava_ext.losses import (
+    AdaptiveAntiRepetitionLoss,
+    AdaptiveMTPLoss,
+    AntiRepetitionLoss,
+    DeepSeekLoss,
+    FocalLoss,
+    LabelSmoothingLoss,
+)
+
+V = 7
+STANDARD = {"primary_loss_type": "standard"}
+REPETITION = {"use_ngram_penalty": True, "use_immediate_repetition_penalty": True}
+SAME = [
+    (DeepSeekLoss(V), {"primary_loss_type": "deepseek"}),
+    (DeepSeekLoss(V, HIDDEN_SIZE, use_mtp=True), {"hidden_size": HIDDEN_SIZE, "use_mtp": True}),
+    (AdaptiveMTPLoss(V, num_future_tokens=2), {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 2}),
+    (FocalLoss(V, 0.5, 3.0), {**STANDARD, "use_focal_loss": True, "focal_alpha": 0.5, "focal_gamma": 3.0}),
+    (FocalLoss(V), {**STANDARD, "use_focal_loss": True}),
+    (LabelSmoothingLoss(V), {**STANDARD, "label_smoothing": 0.1}),
+    (
+        LabelSmoothingLoss(V, 0.2, "exclude_target"),
+        {**STANDARD, "label_smoothing": 0.2, "smoothing_mode": "exclude_target"},
+    ),
+    (AntiRepetitionLoss(V, 2, 0), {**STANDARD, **REPETITION, "eos_token_id": 2, "pad_token_id": 0}),
+    (AntiRepetitionLoss(V, ngram_size=2), {**STANDARD, **REPETITION, "ngram_size": 2}),
+]
+
+
+@pytest.mark.parametrize(("preset", "options"), SAME, ids=lambda value: type(value).__name__)
+def test_a_preset_is_unified_loss_with_these_options(preset, options):
+    assert preset.config == UnifiedLoss(V, **options).config
+    assert isinstance(preset, UnifiedLoss)
+
+
+def arguments(numbers, n_heads=3):
+    return {
+        "logits": numbers.leaf(2, 6, V),
+        "targets": numbers.integers(0, 3, 2, 6),
+        "hidden_states": numbers.leaf(2, 6, HIDDEN_SIZE),
+        "additional_logits": numbers.leaf(n_heads, 2, 6, V),
+        "confidence_scores": numbers.uniform(2, 6),
+    }
+
+
+def test_presets_give_the_loss_of_their_options():
+    given = arguments(Numbers(0))
+    expected = F.cross_entropy(given["logits"].flatten(0, 1), given["targets"].flatten(), label_smoothing=0.3)
+    torch.testing.assert_close(LabelSmoothingLoss(V, 0.3)(**given), expected, rtol=1e-12, atol=0)
+    rows = F.cross_entropy(given["logits"].flatten(0, 1), given["targets"].flatten(), reduction="none")
+    focal = 0.25 * ((1 - torch.exp(-rows)) ** 1.5 * rows).mean()
+    torch.testing.assert_close(FocalLoss(V, alpha=0.25, gamma=1.5)(**given), focal, rtol=1e-12, atol=0)
+    result = AntiRepetitionLoss(V, eos_token_id=5, ngram_size=1)(**given, return_detailed=True)
+    addends = {"main_loss", "ngram_penalty", "immediate_repetition_penalty", "eos_penalty", "negative_penalty"}
+    assert {name for name in result if name not in ava_ext.METRICS} == {"total_loss", *addends}
+    assert all(result[name] > 0 for name in addends - {"negative_penalty"})
+    for preset in (DeepSeekLoss(V, HIDDEN_SIZE, use_mtp=True).double(), AdaptiveMTPLoss(V)):
+        result = preset(**given, return_detailed=True)
+        assert result["mtp_loss"] > 0
+        result["total_loss"].backward()
+
+
+@pytest.mark.parametrize("preset", [DeepSeekLoss, AdaptiveMTPLoss, FocalLoss, LabelSmoothingLoss, AntiRepetitionLoss])
+def test_every_option_of_unified_loss_is_taken_and_checked(preset):
+    assert preset(V, z_loss_weight=0.5, reduction="sum").config.z_loss_weight == 0.5
+    with pytest.raises(TypeError, match="unknown option 'z_loss'; did you mean 'z_loss_weight'"):
+        preset(V, z_loss=0.5)
+
+
+# -- penalties on a schedule
+
+
+def penalties(loss_fn, seed=1):
+    result = loss_fn(**arguments(Numbers(seed)), return_detailed=True)
+    names = ("ngram_penalty", "immediate_repetition_penalty", "eos_penalty")
+    return torch.stack([result[name] for name in names]), result
+
+
+def test_the_schedule_moves_with_the_steps():
+    options = {"eos_token_id": 5, "ngram_size": 1, "immediate_repetition_growth": 2.0}
+    loss_fn = AdaptiveAntiRepetitionLoss(V, initial_weight=0.5, final_weight=4.0, warmup_steps=5, **options)
+    full, result = penalties(AntiRepetitionLoss(V, **options))
+    assert (full > 0).all()
+    for step in range(8):
+        factor = 0.5 + 3.5 * min(step / 5, 1)
+        found, found_result = penalties(loss_fn)
+        torch.testing.assert_close(found, factor * full, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found_result["main_loss"], result["main_loss"], rtol=0, atol=0)
+        assert loss_fn.penalty_factor().item() == pytest.approx(factor)
+        penalties(loss_fn)  # a micro-batch moves nothing
+        loss_fn.step()
+    assert loss_fn.steps == 8
+
+
+def test_a_schedule_that_starts_at_nothing():
+    loss_fn = AdaptiveAntiRepetitionLoss(V, eos_token_id=5, ngram_size=1, warmup_steps=2)
+    assert (penalties(loss_fn)[0] == 0).all()
+    loss_fn.step()
+    torch.testing.assert_close(penalties(loss_fn)[0], 0.5 * penalties(AntiRepetitionLoss(V, 5, ngram_size=1))[0])
+
+
+def test_the_schedule_is_part_of_a_checkpoint():
+    loss_fn = AdaptiveAntiRepetitionLoss(V, warmup_steps=10)
+    for _ in range(3):
+        loss_fn.step()
+    other = AdaptiveAntiRepetitionLoss(V, warmup_steps=10)
+    other.load_state_dict(loss_fn.state_dict())
+    assert other.penalty_factor().item() == pytest.approx(0.3)
+    assert loss_fn.bfloat16().steps.dtype == torch.int64
+
+
+def test_auto_step_may_be_turned_on():
+    loss_fn = AdaptiveAntiRepetitionLoss(V, eos_token_id=5, warmup_steps=10, auto_step=True)
+    penalties(loss_fn)
+    assert loss_fn.steps == 1
+    penalties(loss_fn.eval())
+    assert loss_fn.steps == 1
+
+
+@pytest.mark.parametrize("options", [{"warmup_steps": 0}, {"initial_weight": -1.0}, {"final_weight": -1.0}])
+def test_bad_schedules_raise(options):
+    with pytest.raises(ValueError, match="adaptive_anti_repetition_loss: expected warmup_steps >= 1 and weights >= 0"):
+        AdaptiveAntiRepetitionLoss(V, **options)

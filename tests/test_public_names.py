@@ -1,0 +1,109 @@
+"""Names that can be imported, and the lists of components that have to agree: README, modules, table, reference."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import ava_ext
+from ava_ext import METRICS, UnifiedLoss, components, losses, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+LOSSES = [
+    "UnifiedLoss", "create_unified_loss", "DeepSeekLoss", "AdaptiveMTPLoss", "AntiRepetitionLoss",
+    "AdaptiveAntiRepetitionLoss", "FocalLoss", "LabelSmoothingLoss", "ContrastiveLoss", "DiversityLoss",
+    "AuxiliaryLoss", "ConsistencyLoss", "PerplexityLoss", "AdaptiveLossScaling", "CompositeLoss",
+]  # fmt: skip
+OTHERS = [
+    "METRICS",
+    "UnifiedLossConfig",
+    "softmax_statistics",
+    "token_log_probs",
+    "repetition_candidates",
+    "build_info",
+]
+
+# modules of ava_ext/losses that are no addend of UnifiedLoss: losses by themselves, or what others are built with
+STAND_ALONE = {
+    "composite", "consistency", "float32_buffers", "focal", "perplexity", "presets", "scaling", "temperature",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_importable_from_both(name):
+    assert getattr(ava_ext, name) is getattr(losses, name)
+    assert name in losses.__all__
+    assert getattr(ava_ext, name).__doc__
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_further_names(name):
+    assert name in ava_ext.__all__
+
+
+def test_every_exported_name_exists_once():
+    for module in (ava_ext, losses):
+        assert len(set(module.__all__)) == len(module.__all__)
+        for name in module.__all__:
+            assert hasattr(module, name), name
+
+
+def modules_on_disk():
+    return {path.stem for path in (ROOT / "ava_ext" / "losses").glob("*.py")} - {"__init__"}
+
+
+def test_modules_are_the_components_of_the_table_and_the_stand_alone_losses():
+    table = {component.module for component in components.COMPONENTS}
+    assert not table & STAND_ALONE
+    assert table | STAND_ALONE == modules_on_disk()
+    for name in table:
+        assert importlib.import_module(f"ava_ext.losses.{name}").__doc__, name
+
+
+def readme_tree():
+    """Modules that the README's trees of files mention as losses/<module>.py."""
+    blocks = re.findall(r"^```.*?^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return {name for block in blocks for name in re.findall(r"losses/(\w+)\.py", block)} - {"__init__"}
+
+
+def test_the_tree_in_the_readme_is_the_folder():
+    assert readme_tree() == modules_on_disk()
+
+
+# options that turn everything on: the second for the keys of the loss's own heads
+FULL = {
+    "vocab_size": 5, "hidden_size": 3, "z_loss_weight": 0.1, "confidence_penalty_weight": 0.1, "use_focal_loss": True,
+    "use_ngram_penalty": True, "use_immediate_repetition_penalty": True, "eos_token_id": 1, "num_experts": 3,
+    "use_moe_balancing": True, "use_auxiliary_loss": True, "use_diversity_loss": True, "use_contrastive_loss": True,
+    "num_future_tokens": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [{"primary_loss_type": "adaptive_mtp"}, {"use_mtp": True}])
+def test_the_table_is_what_the_reference_computes(heads):
+    loss_fn = UnifiedLoss(**FULL, **heads).double()
+    config = loss_fn.config
+    states, logits = torch.zeros(1, 4, 3).double(), torch.zeros(1, 4, 5).double()
+    result = reference.unified_loss(
+        config,
+        logits,
+        torch.zeros(1, 4, dtype=torch.int64),
+        hidden_states=states,
+        additional_logits=[logits, logits],
+        confidence_scores=torch.full((1, 4), 0.5).double(),
+        gate_logits=torch.zeros(4, 3).double(),
+        expert_outputs=torch.zeros(3, 4, 3).double(),
+        mtp_logits=[logits, logits],
+    )
+    table = {component.key for component in components.COMPONENTS if component.is_on(config)}
+    assert {name for name in result if name not in METRICS} - {"total_loss"} == table
+    assert {name for name in result if name in METRICS} == {*reference.METRICS, "mtp_loss_depth_1", "mtp_loss_depth_2"}
+
+
+def test_metrics_are_those_of_the_reference():
+    assert set(METRICS) == {*reference.METRICS, "mtp_loss_depth_1"}
+    assert "mtp_loss_depth_17" in METRICS
+    assert "total_loss" not in METRICS
+    assert not {component.key for component in components.COMPONENTS} & set(METRICS)

@@ -1,0 +1,199 @@
+"""Texts packed into rows, labels that are not shifted yet, and what a row's context is."""
+
+import pytest
+import torch
+from assertions import gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import HIDDEN_SIZE, Numbers, cases, seeds
+
+from ava_ext import UnifiedLoss
+
+V = 5
+EXACT = {"rtol": 1e-11, "atol": 1e-13}
+SEQUENTIAL = {
+    "use_ngram_penalty": True, "ngram_size": 2, "use_immediate_repetition_penalty": True, "eos_token_id": 3,
+    "min_sequence_length": 2, "use_mtp": True, "mtp_weight": 0.5, "num_future_tokens": 2, "use_contrastive_loss": True,
+}  # fmt: skip
+# three texts in one row of eight, said in three ways
+LENGTHS = [3, 1, 4]
+SEGMENT_IDS = torch.tensor([[7, 7, 7, 2, 7, 7, 7, 7]])
+POSITION_IDS = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3]])
+CU_SEQLENS = torch.tensor([0, 3, 4, 8])
+
+
+def packed(seed, n_batch=1):
+    numbers = Numbers(seed)
+    return {
+        "logits": numbers.leaf(n_batch, 8, V),
+        "targets": numbers.integers(0, 3, n_batch, 8),
+        "hidden_states": numbers.leaf(n_batch, 8, HIDDEN_SIZE),
+    }
+
+
+def detailed(loss_fn, arguments, **further):
+    result = loss_fn(**arguments, **further, return_detailed=True)
+    return result, gradients(result["total_loss"], loss_fn, arguments)
+
+
+def batch_cu_seqlens(n_batch):
+    return torch.cat([CU_SEQLENS[:-1] + 8 * b for b in range(n_batch)] + [torch.tensor([8 * n_batch])])
+
+
+@pytest.mark.parametrize("n_batch", [1, 2])
+@pytest.mark.parametrize("options", [SEQUENTIAL, {**SEQUENTIAL, "labels_are_shifted": False}])
+def test_three_ways_to_say_where_texts_begin(options, n_batch):
+    loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **options).double().eval()
+    arguments = packed(0, n_batch)
+    expected = detailed(loss_fn, arguments, segment_ids=SEGMENT_IDS.expand(n_batch, 8))
+    plain = loss_fn(**arguments)
+    assert not torch.isclose(plain, expected[0]["total_loss"])  # else the test could not see anything
+    for given_segments in (
+        {"segment_ids": SEGMENT_IDS},
+        {"segment_ids": SEGMENT_IDS[0]},
+        {"position_ids": POSITION_IDS.expand(n_batch, 8)},
+        {"position_ids": POSITION_IDS},
+        {"position_ids": POSITION_IDS[0]},
+        {"cu_seqlens": batch_cu_seqlens(n_batch)},
+        {"cu_seqlens": batch_cu_seqlens(n_batch).int()},
+        {"segment_ids": SEGMENT_IDS.int(), "position_ids": POSITION_IDS},
+        {"position_ids": POSITION_IDS, "cu_seqlens": batch_cu_seqlens(n_batch)},
+        {"segment_ids": torch.zeros(1, 8).long(), "cu_seqlens": batch_cu_seqlens(n_batch)},
+    ):
+        torch.testing.assert_close(detailed(loss_fn, arguments, **given_segments), expected, **EXACT)
+
+
+def test_packed_flat_rows_are_one_packed_sequence():
+    loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **SEQUENTIAL).double().eval()
+    arguments = packed(1)
+    expected, expected_gradients = detailed(loss_fn, arguments, segment_ids=SEGMENT_IDS)
+    flat = {name: tensor.detach().squeeze(0).requires_grad_(tensor.requires_grad) for name, tensor in arguments.items()}
+    for given_segments in ({"segment_ids": SEGMENT_IDS[0]}, {"position_ids": POSITION_IDS}, {"cu_seqlens": CU_SEQLENS}):
+        result, found = detailed(loss_fn, flat, **given_segments)
+        torch.testing.assert_close(result, expected, **EXACT)
+        for name in arguments:
+            if name != "targets":
+                torch.testing.assert_close(found[name], expected_gradients[name].squeeze(0), **EXACT)
+
+
+@settings(max_examples=40)
+@given(seeds, st.booleans(), st.booleans())
+def test_nothing_leaks_across_texts(seed, labels_are_shifted, with_input_ids):
+    # packed into one row, or one text a row: the rows' losses are the same
+    options = {
+        **SEQUENTIAL,
+        "use_contrastive_loss": False,
+        "reduction": "none",
+        "labels_are_shifted": labels_are_shifted,
+    }
+    loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **options).double()
+    arguments = packed(seed)
+    if with_input_ids:
+        arguments["input_ids"] = Numbers(seed + 1).integers(0, 3, 1, 8)
+    rows = loss_fn(**arguments, segment_ids=SEGMENT_IDS)
+    start = 0
+    for length in LENGTHS:
+        text = {name: tensor[:, start : start + length] for name, tensor in arguments.items()}
+        alone = loss_fn(**text)
+        torch.testing.assert_close(rows[:, start : start + alone.shape[1]], alone, **EXACT)
+        if not labels_are_shifted and start + length < 8:
+            assert rows[0, start + length - 1] == 0  # its label is the next text's first token
+        start += length
+
+
+# -- labels that are not shifted yet
+
+
+@settings(max_examples=60)
+@given(cases(labels_are_shifted=True, use_moe_balancing=False, use_auxiliary_loss=False, use_diversity_loss=False))
+def test_unshifted_labels_are_explicit_slices(case):
+    config, arguments = case
+    by_label = ("targets", "attention_mask", "token_weights")
+    by_row = ("logits", "primary_logits", "hidden_states", "input_ids", "negative_ids", "negative_weights")
+    is_flat = arguments["targets"].dim() == 1
+    if is_flat or arguments.keys() & {"cu_seqlens", "segment_ids", "position_ids", "confidence_scores"}:
+        arguments = {name: value for name, value in arguments.items() if name in (*by_label, *by_row)}
+        config = type(config)(**config.to_dict() | {"use_mtp": False, "primary_loss_type": "standard"})
+        config = type(config)(**config.to_dict() | {"use_contrastive_loss": False})
+        arguments.pop("primary_logits", None)
+    if "logits" not in arguments and "primary_logits" not in arguments and "lm_head_weight" not in arguments:
+        arguments["logits"] = torch.randn(*arguments["targets"].shape, config.vocab_size, dtype=torch.float64)
+    if is_flat:
+        arguments = {
+            name: value[None] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+        }
+    if "input_ids" in arguments:
+        arguments.pop("attention_mask", None)  # unshifted it masks tokens, beside shifted labels it masks labels
+    sliced = dict(arguments)
+    for name, value in arguments.items():
+        if name in by_label:
+            sliced[name] = value[:, 1:]
+        elif name in by_row:
+            sliced[name] = value[:, :-1]
+        elif name == "additional_logits":
+            sliced[name] = [head[:, :-1] for head in value]
+    shifted = UnifiedLoss(**config.to_dict()).double().eval()
+    unshifted = UnifiedLoss(**config.to_dict() | {"labels_are_shifted": False}).double().eval()
+    unshifted.load_state_dict(shifted.state_dict())
+    got = unshifted(**arguments, return_detailed=True)
+    torch.testing.assert_close(got, shifted(**sliced, return_detailed=True), **EXACT, equal_nan=True)
+
+
+def test_simctg_of_unshifted_labels_reads_the_rows_with_and_without_a_mask():
+    numbers = Numbers(2)
+    states, targets = numbers.normal(2, 5, HIDDEN_SIZE), numbers.integers(0, V, 2, 5)
+    loss_fn = UnifiedLoss(V, use_contrastive_loss=True, labels_are_shifted=False)
+    arguments = {
+        "logits": numbers.normal(2, 5, V),
+        "targets": targets,
+        "hidden_states": states,
+        "return_detailed": True,
+    }
+    for mask in (None, torch.ones(2, 5)):
+        found = loss_fn(**arguments, attention_mask=mask)["contrastive_loss"]
+        torch.testing.assert_close(found, loss_fn.contrastive(states[:, :-1]), **EXACT)
+
+
+# -- the context of a row
+
+
+def immediate_penalties(targets, mask=None, **further):
+    options = {"use_immediate_repetition_penalty": True, "reduction": "none", "primary_loss_type": "standard"}
+    options |= further.pop("options", {})
+    loss_fn = UnifiedLoss(V, **options)
+    targets = torch.tensor([targets])
+    result = loss_fn(torch.zeros(1, targets.shape[1], V), targets, mask, **further, return_detailed=True)
+    return [value > 0 for value in result["immediate_repetition_penalty"][0].tolist()]
+
+
+def test_the_context_is_the_targets_before_the_row():
+    assert immediate_penalties([1, 2, 2, 3]) == [False, True, False, True]
+
+
+def test_input_ids_are_the_context_up_to_the_row_itself():
+    assert immediate_penalties([1, 2, 2, 3], input_ids=torch.tensor([[4, 1, 2, 2]])) == [True, True, False, True]
+
+
+def test_ignored_and_masked_positions_are_no_context():
+    assert immediate_penalties([1, -100, 2, 3]) == [False, False, False, True]
+    assert immediate_penalties([1, 4, 2, 3], torch.tensor([[1, 0, 1, 1]])) == [False, False, False, True]
+    read = {"input_ids": torch.tensor([[4, -100, 4, 4]])}
+    assert immediate_penalties([1, 1, 1, 1], **read) == [True, False, True, True]
+    masked = immediate_penalties([1, 1, 1, 1], torch.tensor([[1, 1, 0, 1]]), input_ids=torch.full((1, 4), 4))
+    assert masked == [True, True, False, True]
+
+
+def test_pad_is_no_context_and_ends_a_run():
+    options = {"pad_token_id": 0, "immediate_repetition_threshold": 2}
+    assert immediate_penalties([4, 4, 1, 1], options=options) == [False, False, True, False]
+    assert immediate_penalties([4, 0, 4, 1, 1], options=options) == [False] * 5
+    read = {"input_ids": torch.tensor([[4, 0, 4, 4]])}
+    assert immediate_penalties([1, 1, 1, 1], options=options, **read) == [False, False, False, True]
+
+
+def test_unshifted_the_mask_of_the_tokens_is_that_of_the_context():
+    # left padding: the first token read at row 1 is a real one
+    options = {"labels_are_shifted": False}
+    mask, tokens = torch.tensor([[0, 1, 1, 1]]), torch.tensor([[4, 4, 4, 4]])
+    found = immediate_penalties([-100, 1, 1, 1], mask, input_ids=tokens, options=options)
+    assert found == [False, True, True]

@@ -1,0 +1,206 @@
+"""row_loss at the edges: nan, infinities, empty batches, wrong arguments, more than 2^31 logits."""
+
+import math
+import re
+
+import pytest
+import torch
+from assertions import assert_bitwise_equal
+
+from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_statistics import token_log_probs
+
+ops = torch.ops.ava_ext
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EVERY_TERM = sum(RowTerms) - RowTerms.SOFTCAP
+
+
+def loss_and_gradient(logits, targets, terms=RowTerms.CROSS_ENTROPY, **options):
+    logits = logits.detach().requires_grad_()
+    coefficients = row_coefficients(logits, label_smoothing=0.1, z_loss_weight=0.1, confidence_penalty_weight=0.1)
+    loss = row_loss(logits, targets, coefficients, terms=terms, **options).row_loss
+    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "terms", [RowTerms.CROSS_ENTROPY, EVERY_TERM, RowTerms.Z_LOSS, RowTerms.CROSS_ENTROPY | RowTerms.SOFTCAP]
+)
+@pytest.mark.parametrize("column", [0, 3, 500, 1023, 1024, 1499])
+def test_nan_is_never_hidden(dtype, terms, column):
+    logits = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    clean_loss, clean_gradient = loss_and_gradient(logits, torch.tensor([3, 3, 3]), terms)
+    logits[1, column] = math.nan
+    loss, gradient = loss_and_gradient(logits, torch.tensor([3, 3, 3]), terms)
+    assert loss[1].isnan() and gradient[1].isnan().any()
+    assert_bitwise_equal(loss[::2], clean_loss[::2])
+    assert_bitwise_equal(gradient[::2], clean_gradient[::2])
+
+
+def test_nan_beside_masked_columns_and_alone():
+    for row in ([math.nan, -math.inf, -math.inf], [-math.inf, math.nan, 1.0], [math.nan] * 3):
+        for terms in (RowTerms.CROSS_ENTROPY, EVERY_TERM):
+            assert loss_and_gradient(torch.tensor([row]), torch.tensor([2]), terms)[0].isnan()
+        assert token_log_probs(torch.tensor([row]), torch.tensor([2]))[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [[2], [5], [2, 5], [1100]])
+def test_positive_infinity_as_pytorch(dtype, columns):
+    logits = torch.randn(2, 1200, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[1, columns] = math.inf
+    targets = torch.tensor([2, 2])
+    loss, gradient = loss_and_gradient(logits, targets)
+    x = logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(x, targets, reduction="none")
+    expected.sum().backward()
+    assert expected[1].isnan() and x.grad[1].isnan().all()
+    assert loss[1].isnan() and gradient[1].isnan().all()
+    assert gradient[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_but_masked_columns(dtype):
+    logits = torch.full((2, 40), -math.inf, dtype=dtype)
+    logits[1, 7] = 0.0
+    loss, gradient = loss_and_gradient(logits, torch.tensor([3, 3]))
+    assert loss.tolist() == [math.inf, math.inf]
+    assert not gradient[0].any() and gradient[1, 7] == 1 and gradient[1].count_nonzero() == 1
+
+
+def test_extreme_logits_are_exact():
+    largest = torch.finfo(torch.float32).max
+    logits = torch.tensor([[largest, -largest, 0.0], [1e30, 1e30, -1e30], [-largest, -largest, -largest]])
+    loss, gradient = loss_and_gradient(logits, torch.tensor([0, 0, 0]))
+    torch.testing.assert_close(loss, torch.tensor([0.0, math.log(2), math.log(3)]), rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        gradient, torch.tensor([[0.0, 0, 0], [-0.5, 0.5, 0], [-2 / 3, 1 / 3, 1 / 3]]), rtol=1e-6, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7), (0, 3, 7)])
+@pytest.mark.parametrize("inplace_gradient", [False, True])
+def test_empty_batches(shape, inplace_gradient):
+    leaf = torch.zeros(shape, requires_grad=True)
+    logits, targets = leaf * 1, torch.zeros(shape[:-1], dtype=torch.int64)
+    ids = torch.zeros((*shape[:-1], 2), dtype=torch.int32)
+    candidates = Candidates(ids, torch.zeros(ids.shape), (2,))
+    loss, terms = row_loss(
+        logits, targets, row_coefficients(logits), candidates=candidates, inplace_gradient=inplace_gradient
+    )
+    assert loss.shape == shape[:-1] and terms.shape == (7, *shape[:-1])
+    assert torch.autograd.grad(loss.sum(), leaf)[0].shape == shape
+
+
+def test_no_row_counts():
+    logits = torch.full((5, 9), math.nan)
+    loss, gradient = loss_and_gradient(logits, torch.full((5,), -100), EVERY_TERM)
+    assert not loss.any() and not gradient.any()
+
+
+def test_targets_of_any_integer_type():
+    logits, targets = torch.randn(3, 9), torch.tensor([1, 2, 8])
+    expected = loss_and_gradient(logits, targets)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert_bitwise_equal(loss_and_gradient(logits, targets.to(dtype)), expected)
+
+
+def test_logits_whose_last_stride_is_not_one():
+    logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(2))
+    targets = torch.tensor([1, 2, 8])
+    assert_bitwise_equal(loss_and_gradient(logits.T, targets), loss_and_gradient(logits.T.contiguous(), targets))
+
+
+@pytest.mark.parametrize("value", [9, -1, 2**40, -(2**40)])
+def test_target_out_of_range_names_row_and_value(value):
+    logits, targets = torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.int64)
+    targets[1, 1] = value
+    message = rf"row_loss: expected targets in \[0, 9\) or -100, got {value} at position 4"
+    with pytest.raises(IndexError, match=message):
+        row_loss(logits, targets, row_coefficients(logits), vocab_size=9)
+    targets[1, 1], targets[0, 2] = 0, -100
+    row_loss(logits, targets, row_coefficients(logits), vocab_size=9)
+
+
+def test_candidate_out_of_range():
+    logits, ids = torch.zeros(2, 10), torch.tensor([[1, -1], [10, 2]], dtype=torch.int32)
+    with pytest.raises(IndexError, match=r"expected candidate_ids in \[0, 10\) or -1, got 10 at position 2"):
+        row_loss(
+            logits, torch.zeros(2).long(), row_coefficients(logits), candidates=Candidates(ids, torch.ones(2, 2), (2,))
+        )
+
+
+WRONG = {
+    "row_loss: expected targets of shape [4, 3], got [4, 2]": dict(targets=torch.zeros(4, 2).long()),
+    "row_loss: expected coefficients of shape [7], got [6]": dict(coefficients=torch.ones(6)),
+    "row_loss: expected coefficients of type float32, got float64": dict(coefficients=torch.ones(7).double()),
+    "row_loss: expected row_weights of shape [4, 3], got [12]": dict(row_weights=torch.ones(12)),
+    "row_loss: expected row_weights of type float32, got float64": dict(row_weights=torch.ones(4, 3).double()),
+    "row_loss: expected vocab_size in [1, 10] for logits of shape [4, 3, 10], got 11": dict(vocab_size=11),
+    "row_loss: expected vocab_size in [1, 10] for logits of shape [4, 3, 10], got 0": dict(vocab_size=0),
+    "row_loss: expected logits of type float32, bfloat16, float16 or float64": dict(logits=torch.zeros(4, 3, 10).int()),
+    "row_loss: expected ids of shape [4, 3, 2], got [4, 1, 2]": dict(
+        candidates=Candidates(torch.zeros(4, 1, 2).int(), torch.zeros(4, 1, 2), (2,))
+    ),
+    "row_loss: expected ids of type int32, got int64": dict(
+        candidates=Candidates(torch.zeros(4, 3, 2).long(), torch.zeros(4, 3, 2), (2,))
+    ),
+    "row_loss: expected candidate_weights of shape [4, 3, 2], got [4, 3, 1]": dict(
+        candidates=Candidates(torch.zeros(4, 3, 2).int(), torch.zeros(4, 3, 1), (2,))
+    ),
+    "row_loss: expected candidate_groups to add up to 2, got 3": dict(
+        candidates=Candidates(torch.zeros(4, 3, 2).int(), torch.zeros(4, 3, 2), (2, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message):
+    arguments = dict(logits=torch.zeros(4, 3, 10), targets=torch.zeros(4, 3).long(), coefficients=torch.ones(7))
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        row_loss(**(arguments | WRONG[message]))
+
+
+def test_wrong_arguments_of_the_other_operators():
+    logits, coefficients = torch.zeros(4, 10), row_coefficients(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"row_statistics: expected row_mask of shape \[4\], got \[3\]"):
+        ops.row_statistics(logits, None, torch.ones(3).bool(), coefficients, 128, 10)
+    with pytest.raises(RuntimeError, match=r"row_gradient: expected statistics of shape \[4, 6\], got \[4, 5\]"):
+        ops.row_gradient(logits, torch.zeros(4, 5), torch.zeros(4, 4), None, coefficients, 1, 10)
+    with pytest.raises(RuntimeError, match=r"row_gradient_: expected row_coefficients of shape \[4, 4\], got \[4, 5\]"):
+        ops.row_gradient_(logits, torch.zeros(4, 6), torch.zeros(4, 5), None, coefficients, 1, 10)
+    with pytest.raises(RuntimeError, match=r"scale_rows_: expected factors of shape \[4\], got \[5\]"):
+        ops.scale_rows_(logits, torch.zeros(5))
+    with pytest.raises(RuntimeError, match="row_loss: expected logits with last stride 1, got 4"):
+        ops.row_loss(
+            torch.zeros(10, 4).T, torch.zeros(4).long(), coefficients, None, None, None, [], 1, 10, -100, False, False
+        )
+
+
+def test_scale_rows():
+    rows = torch.randn(3, 5, 33)[:, 1:]
+    factors = torch.tensor([[1.0, 0.0, -2.0, 0.5]]).expand(3, 4)
+    expected = rows * factors.unsqueeze(-1)
+    ops.scale_rows_(rows, factors)
+    assert_bitwise_equal(rows, expected)
+
+
+def test_more_than_two_billion_logits():
+    """One row, 45000 times: offsets beyond 2^31 in what is counted, rows at the end like those at the beginning."""
+    row = torch.randn(50257, generator=torch.Generator().manual_seed(3))
+    targets = torch.arange(45000) % 50257
+    with torch.no_grad():
+        loss = row_loss(row.expand(45000, -1), targets, row_coefficients(row)).row_loss
+    torch.testing.assert_close(loss.double(), -row.double().log_softmax(-1)[targets], rtol=1e-6, atol=0)
+
+
+def test_rows_beyond_two_billion_elements_of_their_memory():
+    """A stride times a row number over 2^31; the memory in between is never touched, so it is never there."""
+    n_rows, stride = 3, 2**30 + 5
+    memory = torch.empty(n_rows * stride, dtype=torch.float32)
+    logits = memory.as_strided((n_rows, 100), (stride, 1))
+    logits.copy_(torch.randn(n_rows, 100, generator=torch.Generator().manual_seed(4)))
+    targets = torch.tensor([1, 2, 3])
+    loss = row_loss(logits, targets, row_coefficients(logits)).row_loss
+    expected = torch.nn.functional.cross_entropy(logits.contiguous(), targets, reduction="none")
+    torch.testing.assert_close(loss, expected)

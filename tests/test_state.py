@@ -1,0 +1,210 @@
+"""State of UnifiedLoss: its names in a checkpoint, loading into another configuration, casts, copies, statistics."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from strategies import HIDDEN_SIZE, Numbers
+
+from ava_ext import UnifiedLoss, reference
+
+V, E = 6, 3
+OWN_HEADS = {"use_mtp": True, "num_future_tokens": 2}
+MOE = {"num_experts": E, "num_moe_layers": 2, "use_moe_balancing": True}
+ADAPTIVE = {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 2}
+CONFIGURATIONS = {
+    "plain": {},
+    "own heads": OWN_HEADS,
+    "experts": MOE,
+    "adaptive": ADAPTIVE,
+    "both": {**OWN_HEADS, **MOE},
+}
+
+
+def build(name, **options):
+    return UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name], **options)
+
+
+def train(loss_fn, n_steps=12, seed=0):
+    """A few training calls; returns the last detailed dict."""
+    numbers = Numbers(seed)
+    for step in range(n_steps):
+        values = {
+            "logits": numbers.normal(2, 4, V, scale=1.0 + 3 * (step % 2)),
+            "hidden_states": numbers.normal(2, 4, HIDDEN_SIZE).to(next(loss_fn.parameters(), torch.zeros(1)).dtype),
+            "additional_logits": numbers.normal(2, 2, 4, V),
+            "confidence_scores": numbers.uniform(2, 4),
+            "gate_logits": numbers.normal(2, 8, E),
+        }
+        result = loss_fn(targets=numbers.integers(0, V, 2, 4), **values, return_detailed=True)
+    return result
+
+
+# -- checkpoints
+
+
+def test_names_in_a_checkpoint():
+    names = set(build("both").state_dict())
+    assert names >= {"temperature.value", "temperature.history", "temperature.count"}
+    assert names >= {"moe_balancer.expert_load", "moe_balancer.expert_counts", "moe_balancer.expert_bias"}
+    assert names >= {"mtp.norm.weight", "mtp.heads.0.weight", "mtp.heads.1.weight", "mtp.heads.1.bias"}
+    assert {name.split(".")[0] for name in names} == {"temperature", "mtp", "moe_balancer"}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("source", CONFIGURATIONS)
+@pytest.mark.parametrize("destination", CONFIGURATIONS)
+def test_strict_loading_with_a_component_more_or_less(source, destination, assign, nested):
+    saved, loaded = build(source), build(destination)
+    train(saved)
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    checkpoint = {name: value.clone() for name, value in saved.state_dict().items()}
+    if nested:
+        parent = torch.nn.ModuleDict({"model": torch.nn.Linear(2, 2), "loss": loaded})
+        checkpoint = {f"loss.{name}": value for name, value in checkpoint.items()}
+        checkpoint |= {f"model.{name}": value for name, value in parent["model"].state_dict().items()}
+        names = list(checkpoint)
+        parent.load_state_dict(checkpoint, assign=assign)
+    else:
+        names = list(checkpoint)
+        loaded.load_state_dict(checkpoint, assign=assign)
+    assert list(checkpoint) == names  # the caller's
+    for name, value in loaded.state_dict().items():
+        expected = saved.state_dict().get(name, before[name])
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, msg=name)
+    assert all(
+        isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad for parameter in loaded.parameters()
+    )
+
+
+@pytest.mark.parametrize("wrong", ["temperature.values", "mtp.heads.7.weight", "unknown"])
+def test_names_that_are_wrong_are_still_refused(wrong):
+    loaded = build("own heads")
+    checkpoint = dict(loaded.state_dict())
+    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{wrong}"'):
+        loaded.load_state_dict({**checkpoint, wrong: torch.zeros(())})
+    del checkpoint["mtp.heads.0.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"mtp.heads.0.weight"'):
+        loaded.load_state_dict(checkpoint)
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped():
+    whole, first, second = (build("both") for _ in range(3))
+    first.load_state_dict(whole.state_dict())
+    train(whole, 5)
+    expected = train(whole, 8, seed=1)
+    train(first, 5)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file))
+    torch.testing.assert_close(train(second, 8, seed=1), expected, rtol=0, atol=0)
+
+
+# -- casts and copies
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.bfloat16)]
+)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_buffers_keep_their_precision(name, cast):
+    loss_fn = build(name)
+    train(loss_fn)
+    before = {name: buffer.clone() for name, buffer in loss_fn.named_buffers()}
+    cast(torch.nn.Sequential(loss_fn))
+    torch.testing.assert_close(dict(loss_fn.named_buffers()), before, rtol=0, atol=0)
+    assert all(parameter.dtype != torch.float32 for parameter in loss_fn.parameters())
+    train(loss_fn)  # and still works
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_copies_are_equal_and_independent(name, duplicate):
+    loss_fn = build(name)
+    train(loss_fn, 10)
+    other = duplicate(loss_fn)
+    assert other.config == loss_fn.config
+    expected = train(loss_fn, 3)
+    state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
+    torch.testing.assert_close(train(other, 3), expected, rtol=0, atol=0)
+    train(other, 2)
+    torch.testing.assert_close(dict(loss_fn.state_dict()), state, rtol=0, atol=0)
+
+
+# -- experts
+
+
+def test_load_counts_and_bias_of_the_experts():
+    loss_fn = UnifiedLoss(V, **MOE, num_experts_per_token=2, auto_step=False, moe_momentum=0.75, expert_bias_rate=0.01)
+    numbers, balancer = Numbers(2), loss_fn.moe_balancer
+    load, bias, counts = torch.full((2, E), 1 / E), torch.zeros(2, E), torch.zeros(2, E)
+    for _ in range(3):
+        pending = torch.zeros(2, E)
+        for n_rows in (8, 5):  # micro-steps
+            gates = numbers.normal(2, n_rows, E)
+            chosen = gates.topk(2, dim=-1).indices
+            pending += torch.nn.functional.one_hot(chosen, E).sum((1, 2))
+            loss_fn(numbers.normal(2, 4, V), numbers.integers(0, V, 2, 4), gate_logits=gates, expert_indices=chosen)
+            torch.testing.assert_close(balancer.expert_load, load, rtol=0, atol=0)  # until the step
+        loss_fn.step()
+        counts += pending
+        for layer in range(2):
+            load[layer] = reference.updated_expert_load(load[layer], pending[layer], 0.75)
+            bias[layer] = reference.updated_expert_bias(bias[layer], pending[layer], 0.01)
+        torch.testing.assert_close(balancer.expert_load, load)
+        torch.testing.assert_close(balancer.expert_bias, bias)
+        torch.testing.assert_close(balancer.expert_counts, counts)
+    assert bias.abs().sum() > 0
+
+
+def test_evaluation_changes_no_state():
+    loss_fn = build("both")
+    before = {name: value.clone() for name, value in loss_fn.named_buffers()}
+    train(loss_fn.eval())
+    with torch.no_grad():
+        train(loss_fn.train())
+    torch.testing.assert_close(dict(loss_fn.named_buffers()), before, rtol=0, atol=0)
+
+
+# -- statistics
+
+
+def test_statistics_of_every_component_that_keeps_some():
+    loss_fn = build("experts")
+    result = train(loss_fn, 3)
+    statistics = loss_fn.get_loss_statistics()
+    assert set(statistics) == {"temperature", "moe_balancing"}
+    routing = statistics["moe_balancing"]
+    assert set(routing) == {"expert_counts", "expert_scores", "total_tokens", "max_violation"}
+    assert routing["total_tokens"] == 24
+    assert routing["expert_counts"].sum() == 2 * 24
+    assert routing["expert_scores"].sum(-1).tolist() == pytest.approx([1, 1])
+    assert result["moe_max_violation"] >= 0
+
+    loss_fn = build("adaptive")
+    calls = [train(loss_fn, 1, seed) for seed in range(3)]
+    averages = loss_fn.get_loss_statistics()["adaptive_mtp"]
+    assert averages["count"] == 3
+    for name in ("mtp_loss", "confidence_regularization"):
+        torch.testing.assert_close(
+            averages[name].double(), torch.stack([c[name] for c in calls]).mean(), rtol=1e-6, atol=0
+        )
+    assert set(build("plain").get_loss_statistics()) == {"temperature"}
+
+
+def test_reset_clears_statistics_but_not_the_bias():
+    loss_fn = build("both")
+    train(loss_fn)
+    bias = loss_fn.moe_balancer.expert_bias.clone()
+    statistics = loss_fn.get_loss_statistics()
+    kept = copy.deepcopy(statistics)
+    loss_fn.reset_statistics()
+    torch.testing.assert_close(statistics, kept, rtol=0, atol=0)  # what was returned does not change
+    fresh = dict(build("both").named_buffers())
+    fresh["moe_balancer.expert_bias"] = bias
+    assert bias.abs().sum() > 0
+    torch.testing.assert_close(dict(loss_fn.named_buffers()), fresh, rtol=0, atol=0)
