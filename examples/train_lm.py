@@ -141,7 +141,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run")
     parser.add_argument("--penalty-weight", type=float, default=16.0, help="weight of the penalties on repetition")
-    parser.add_argument("--output", type=Path, default=Path("train_lm_output"), help="folder of the curves and numbers")
+    parser.add_argument("--output", type=Path, default=Path("build/train_lm"), help="folder of the curves and numbers")
     parser.add_argument("--quick", action="store_true", help="few steps: does everything run?")
     options = parser.parse_args()
     if options.steps is None:
