@@ -829,8 +829,8 @@ def unified_loss(
     * Terms of a batch are multiplied by n_local / N with num_items_in_batch under "mean" (n_local: number of local rows
       that count), else by 1, or 0 where no row counts: the whole loss is 0 then.
     * primary "adaptive_mtp" uses the adaptive heads whatever mtp_type says. The depth metrics are the depth's loss
-      (with main's smoothing), unweighted, over the rows that count at that depth. BCE rows are weighted and divided by N as
-      token terms are.
+      (with main's smoothing), unweighted, over the rows that count at that depth. BCE rows are weighted and divided by
+      N as token terms are.
     * labels_are_shifted=False on flat rows needs segments; reduction "none" then has the shape [B, T-1].
     """
     adaptive_heads = config.primary_loss_type == "adaptive_mtp" or (config.use_mtp and config.mtp_type == "adaptive")
