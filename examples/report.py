@@ -32,7 +32,7 @@ def print_samples(runs: Runs, corpus: Corpus, n_samples: int = 2) -> None:
     """The same prompts continued by both models and by their authors, with the share of repeated 4-grams of each."""
     prompts, real_text = corpus.prompts()
     texts = {name: runs[name].continuations for name in (PLAIN, PENALISED)} | {"the real text": real_text}
-    print("\nGreedy continuations of held-out text")
+    print("\nGreedy continuations of held-out text, each with its share of repeated 4-grams")
     for index in range(n_samples):
         print(f'\n  "{corpus.tokenizer.decode(prompts[index].tolist())}" goes on')
         for name, tokens in texts.items():
@@ -41,18 +41,14 @@ def print_samples(runs: Runs, corpus: Corpus, n_samples: int = 2) -> None:
 
 
 def print_components(run: Run, n_last: int = 50) -> None:
-    """Each weighted contribution to the loss, averaged over the last steps."""
-    parts, total = contributions(run, n_last)
-    print(f"\nWhat the loss with penalties is made of (mean of its last {n_last} steps)")
-    for name, value in {**parts, "total_loss": total}.items():
-        print(f"  {name:<30}{value:8.4f}  {'█' * round(40 * value / total)}")
-
-
-def contributions(run: Run, n_last: int) -> tuple[dict[str, float], float]:
-    """The mean of every part of the loss over the last steps, and of their sum, total_loss."""
+    """Each weighted contribution to the loss, averaged over the last steps; together they are the total."""
     means = {name: statistics.fmean(values[-n_last:]) for name, values in run.components.items() if name not in METRICS}
     total = means.pop("total_loss")
-    return means, total
+    print(f"\nWhat the loss with penalties is made of (mean of its last {n_last} steps)")
+    for name, mean in means.items():
+        if mean > 0:
+            print(f"  {name:<30}{mean:8.4f}{mean / total:8.1%}")
+    print(f"  {'total_loss':<30}{total:8.4f}")
 
 
 def print_trade(seeds: list[Runs], corpus: Corpus, penalty_weight: float) -> None:
@@ -106,6 +102,7 @@ def plot_curves(seeds: list[Runs], corpus: Corpus, penalty_weight: float, path: 
 
         left.set(title="Perplexity of held-out text", yscale="log")
         left.yaxis.set_major_formatter("{x:.0f}")
+        left.yaxis.set_minor_formatter("{x:.0f}")
         middle.set(title="Repeated 4-grams in greedy text, %", ylim=(0, 100))
         right.set(title=f"Penalties in the loss, weight {penalty_weight:g}", ylim=(0, None))
         for axes in (left, middle, right):

@@ -45,7 +45,7 @@ class SmallGPT(nn.Module):
         torch.Size([2, 16, 4096])
     """
 
-    def __init__(self, vocab_size: int, context: int, width: int = 192, n_layers: int = 4, n_heads: int = 6) -> None:
+    def __init__(self, vocab_size: int, context: int, width: int = 128, n_layers: int = 2, n_heads: int = 4) -> None:
         super().__init__()
         self.context = context
         self.token_embedding = nn.Embedding(vocab_size, width)

@@ -74,11 +74,9 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     terms["cross_entropy"] = nll, nll
     terms["entropy"] = reference.token_entropy(z), reference.token_entropy(z)
     terms["correct"] = (z.argmax(-1) == targets).double(), zero
-    probability_size, entropy_size, own = (
-        zero,
-        zero,
-        torch.zeros_like(z),
-    )  # of the coefficients of p_j, p_j (u_j - E), 1(j=c)
+    # sizes of the coefficients of p_j, of p_j (u_j - E), of 1(j = c) - p_j, and the last one's share at c itself
+    probability_size, entropy_size = zero, zero
+    log_prob_size, own = torch.zeros_like(z), torch.zeros_like(z)
     constant_size = zero
     if on[RowTerms.CROSS_ENTROPY]:
         hard = reference.focal(z, targets, alpha, gamma) if on[RowTerms.FOCAL] else nll
@@ -93,8 +91,10 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         else:
             terms["main_loss"] = hard, hard
         size = (1 - e).abs() * (alpha * (1 + gamma) if on[RowTerms.FOCAL] else 1)
-        probability_size, constant_size = probability_size + size + e, e / n_present
-        own.scatter_(-1, targets.unsqueeze(-1), size.unsqueeze(-1))
+        probability_size, constant_size = probability_size + e, e / n_present
+        log_prob_size.scatter_(-1, targets.unsqueeze(-1), size.unsqueeze(-1))
+        other_probability = torch.sigmoid(-reference.log_odds(z, targets)).detach()
+        own.scatter_(-1, targets.unsqueeze(-1), (size * other_probability).unsqueeze(-1))
     if on[RowTerms.Z_LOSS]:
         lse_size = lse_size + 2.0**-50 * (1 + largest.abs()) / of_rest  # the reference adds R to 1
         terms["z_loss"] = z_weight * reference.z_loss(z), z_weight * lse_size.square()
@@ -117,8 +117,8 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
             as_uncertain_as_p = 1 + of_u[n, c] / of_rest[n]
             penalty_size = penalty_size.index_add(0, n, penalties.detach() * as_uncertain_as_p)
             s = column_weights[n] * torch.where(odds < -math.log(smallest_rest), torch.exp(odds.detach()), 0.0)
-            own[n, c] += s * as_uncertain_as_p * (1 - p[n, c])
-            probability_size = probability_size.index_add(0, n, s * as_uncertain_as_p)
+            log_prob_size[n, c] += s * as_uncertain_as_p
+            own[n, c] += s * as_uncertain_as_p * torch.sigmoid(-odds.detach())
         terms[f"group {len(terms)}"] = penalty, penalty_size
 
     added = [name for name in terms if name not in ("cross_entropy", "entropy", "correct")]
@@ -132,14 +132,17 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         row_terms_bound = torch.stack([size for _, size in terms.values()]) * of_rest + underflow
         row_loss_bound = row_weights.abs() * (sum(terms[name][1] for name in added) * (of_rest + 4 * unit) + underflow)
         mean_u = (p * u).sum(-1, keepdim=True)
-        size = p * (probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * (u.abs() + mean_u.abs()))
+        # s_c at its own column is s_c (1 - p_c): at the maximum that is small, and must not hide what the others give
+        at_maximum = torch.zeros_like(present).scatter(-1, z.argmax(-1, keepdim=True), True)
+        others = log_prob_size.masked_fill(at_maximum, 0).sum(-1, keepdim=True)
+        others = others + torch.where(at_maximum, 0.0, log_prob_size.masked_fill(~at_maximum, 0).sum(-1, keepdim=True))
+        probability_size = probability_size.unsqueeze(-1) + others
+        size = p * (probability_size + entropy_size.unsqueeze(-1) * (u.abs() + mean_u.abs()))
         size = size + (own + constant_size.unsqueeze(-1)) * present
         cap_slope = 1 - torch.tanh(logits / cap).square().nan_to_num() if on[RowTerms.SOFTCAP] else torch.ones(())
         of_oracle = 2.0**-48 * entropy_size  # autograd's own, of the derivative of the entropy at the maximum
         grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
-        underflow = (0.0 if is_float64 else 2e-38) * (
-            1 + probability_size.unsqueeze(-1) + entropy_size.unsqueeze(-1) * 100
-        )
+        underflow = (0.0 if is_float64 else 2e-38) * (1 + probability_size + entropy_size.unsqueeze(-1) * 100)
         grad_bound = grad_bound + (underflow + of_oracle.unsqueeze(-1)) * present
         grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature
     return Expected(row_loss.detach(), row_loss_bound, row_terms, row_terms_bound, grad_logits, grad_bound)

@@ -1,4 +1,4 @@
-"""Random configurations of UnifiedLoss with arguments that fit (tiny: the reference loops in Python); random rows."""
+"""Random configurations of UnifiedLoss and arguments that fit them (tiny: the reference is slow); random rows."""
 
 import math
 from collections.abc import Callable

@@ -79,8 +79,8 @@ def test_cross_entropy_of_a_sure_row(gap, vocab_size, target_leads):
 def test_duplicates_are_one_candidate_with_the_sum_of_weights(gap, weights, leads):
     logits, place = sure_row(gap, 300, 150, torch.float32), 150 if leads else 7
     target = torch.tensor([9])
-    loss, gradient = row_loss(logits, target, [place] * len(weights), weights, RowTerms.CROSS_ENTROPY)
-    expected_loss, expected_gradient = row_loss(logits, target, [place], [sum(weights)], RowTerms.CROSS_ENTROPY)
+    loss, gradient = row_loss(logits, target, [place] * len(weights), weights)
+    expected_loss, expected_gradient = row_loss(logits, target, [place], [sum(weights)])
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, expected_gradient, rtol=2e-6, atol=0)
 

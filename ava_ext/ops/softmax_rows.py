@@ -42,7 +42,9 @@ class RowLoss(NamedTuple):
     """What `row_loss` returns."""
 
     row_loss: Tensor  # [...]: row_weights times the sum of the terms and penalties; the differentiable output
-    row_terms: Tensor  # [len(TERM_NAMES) + n_groups, ...]: each by itself, unweighted, without graph
+    # [len(TERM_NAMES) + n_groups, ...]: each by itself, unweighted, without graph. The entropy is measured only with
+    # RowTerms.ENTROPY, LABEL_SMOOTHING, CONFIDENCE_PENALTY or SOFTCAP.
+    row_terms: Tensor
 
 
 class Candidates(NamedTuple):
