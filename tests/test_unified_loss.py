@@ -206,7 +206,7 @@ def test_upstream_gradients_second_users_and_double_backward():
 
 def test_training_after_inference_mode():
     for dtype, options in ((torch.float16, {}), (torch.float32, {"inplace_gradient": True})):
-        loss_fn = UnifiedLoss(5, use_ngram_penalty=True, **options)
+        loss_fn = UnifiedLoss(5, primary_loss_type="standard", use_ngram_penalty=True, **options)
         targets = torch.ones(1, 3, dtype=torch.int64)
         with torch.inference_mode():
             loss_fn(torch.zeros(1, 3, 5, dtype=dtype), targets)
