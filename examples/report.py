@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files, also where there is no screen
 import matplotlib.pyplot as plt
 from evaluation import Run, repeated_ngram_rate
+from matplotlib.ticker import LogLocator, NullFormatter
 from text_corpus import Corpus
 
 from ava_ext import METRICS
@@ -20,9 +21,9 @@ from ava_ext import METRICS
 BASE, PLAIN, PENALISED = "base", "cross-entropy", "with penalties"
 COLOURS = {BASE: "#7f7f7f", PLAIN: "#1f77b4", PENALISED: "#d95f02"}
 PENALTY_COLOURS = {
-    "ngram_penalty": "#d95f02",
-    "immediate_repetition_penalty": "#7570b3",
-    "eos_penalty": "#1b9e77",
+    "ngram_penalty": "#7570b3",
+    "immediate_repetition_penalty": "#e7298a",
+    "eos_penalty": "#66a61e",
 }
 
 Runs = dict[str, Run]  # one seed: the base run, and the two that continue it
@@ -101,8 +102,9 @@ def plot_curves(seeds: list[Runs], corpus: Corpus, penalty_weight: float, path: 
             _draw(right, range(first_step, first_step + len(curves[0])), curves, colour, name.replace("_", " "))
 
         left.set(title="Perplexity of held-out text", yscale="log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.yaxis.set_major_formatter("{x:.0f}")
-        left.yaxis.set_minor_formatter("{x:.0f}")
+        left.yaxis.set_minor_formatter(NullFormatter())
         middle.set(title="Repeated 4-grams in greedy text, %", ylim=(0, 100))
         right.set(title=f"Penalties in the loss, weight {penalty_weight:g}", ylim=(0, None))
         for axes in (left, middle, right):
