@@ -164,7 +164,8 @@ def row_loss(
         _check_inplace(logits)
     # a float16 gradient rounded before the scaler's factor would be zeros
     split = inplace_gradient or logits.dtype == torch.float16
-    return RowLoss(*_RowLoss.apply(*arguments, not split, split, inplace_gradient)[:2])
+    tensors, options = arguments[:6], (*arguments[6:], not split, split)
+    return RowLoss(*_RowLoss.apply(*tensors, options, inplace_gradient)[:2])
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -239,20 +240,24 @@ def without_second_derivative(
 
 
 class _RowLoss(torch.autograd.Function):
-    """`row_loss` of the eager mode: torch.library's own autograd, below, costs three times as much Python."""
+    """`row_loss` of the eager mode: torch.library's own autograd, below, costs three times as much Python.
+
+    The arguments that are no tensors come as one: torch looks at each.
+    """
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, logits, targets, coefficients, row_weights, ids, weights, options, inplace_gradient):
+        inputs = (logits, targets, coefficients, row_weights, ids, weights, *options)
         with torch._C._AutoDispatchBelowAutograd():
-            output = _row_loss(*inputs[:-1])
-        origin = inputs[0].new_empty(0)  # an output that nobody can have changed, and that keeps no logits alive
+            output = _row_loss(*inputs)
+        origin = logits.new_empty(0)  # an output that nobody can have changed, and that keeps no logits alive
         _save_row_loss(ctx, inputs, output, origin)
-        ctx.owns_gradient, ctx.inplace = True, inputs[-1]
+        ctx.owns_gradient, ctx.inplace = True, inplace_gradient
         return *output[:2], origin
 
     @staticmethod
     def backward(ctx, *grads):
-        return *_row_loss_backward(ctx, *grads), None
+        return _row_loss_backward(ctx, *grads)[0], None, None, None, None, None, None, None
 
 
 @torch.library.register_fake("ava_ext::row_loss")
