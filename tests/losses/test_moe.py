@@ -36,7 +36,7 @@ def count(indices, mask):
 
 
 def steering_term(gate_logits, load, mask, weight=0.1):
-    """SPEC's formula, layer by layer, from softmax and plain means."""
+    """The formula, layer by layer, from softmax and plain means."""
     terms = []
     for layer in range(LAYERS):
         p = gate_logits[layer][mask].softmax(-1).mean(0)
