@@ -5,6 +5,9 @@ from ava_ext.losses import __all__ as _losses
 from ava_ext._library import build_info
 from ava_ext.components import METRICS
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.functional import linear_unified_loss
+from ava_ext.ops.linear_rows import LinearLogits, linear_row_loss
+from ava_ext.ops.linear_statistics import linear_softmax_statistics, linear_token_log_probs
 from ava_ext.ops.repetition import repetition_candidates
 from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
 from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics, token_log_probs
@@ -12,10 +15,15 @@ from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics
 __all__ = [
     "METRICS",
     "Candidates",
+    "LinearLogits",
     "RowTerms",
     "SoftmaxStatistics",
     "UnifiedLossConfig",
     "build_info",
+    "linear_row_loss",
+    "linear_softmax_statistics",
+    "linear_token_log_probs",
+    "linear_unified_loss",
     "repetition_candidates",
     "row_coefficients",
     "row_loss",
