@@ -100,13 +100,13 @@ class Numbers:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape, scale=1.0):
-        return torch.randn(*shape, dtype=F64, generator=self.generator) * scale
+        return torch.randn(shape, dtype=F64, generator=self.generator) * scale
 
     def leaf(self, *shape, scale=1.0):
         return self.normal(*shape, scale=scale).requires_grad_()
 
     def uniform(self, *shape, low=0.0, high=1.0):
-        return low + (high - low) * torch.rand(*shape, dtype=F64, generator=self.generator)
+        return low + (high - low) * torch.rand(shape, dtype=F64, generator=self.generator)
 
     def integers(self, low, high, *shape):
         return torch.randint(low, high, shape, generator=self.generator)
