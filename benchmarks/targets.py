@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from timing import Times
 
@@ -18,6 +18,9 @@ _COMPOSED_EAGER, _COMPOSED_COMPILED = 60, 20
 _TERMS_OVER_PLAIN = 1.25
 # one gradient, rounded to huge pages of 2 MiB (2% of it in bfloat16), and vectors of n_rows
 _EXTRA_MEMORY = {"ours": 1.03, "ours_inplace": 0.01, "terms_ours": 1.03, "terms_ours_inplace": 0.01}
+_LINEAR_OVER_PRODUCTS, _LINEAR_EAGER, _LINEAR_COMPILED, _LINEAR_TORCH = 1.06, 1.1, 1.0, 1.0
+_CHUNK_BYTES, _LINEAR_MEMORY, _LINEAR_EAGER_MEMORY = 64_000_000, 1.1, 8
+_MTP_OVER_LINEAR = 1 + 3.2  # three heads beside the first
 _CANDIDATES_MS = 5
 _PYTHON_US = 100
 
@@ -64,6 +67,33 @@ def of_memory(extra: dict[str, float], dtype: str) -> list[Verdict]:
         Verdict(f"{dtype} {name}: extra memory over the logits", extra[name], "<=", wanted)
         for name, wanted in _EXTRA_MEMORY.items()
     ]
+
+
+def of_linear(times: Times, extra: dict[str, int], size: dict[str, Any]) -> list[Verdict]:
+    """Targets of the fused linear layer at one size, or of multi-token prediction beside it."""
+    at = f"{size['dtype']} [{size['n_rows']}, {size['hidden_size']}] x {size['vocab_size']}"
+    if "mtp_ours" in times.milliseconds:
+        ratio = times.ratio("mtp_ours", "ours")
+        return [Verdict(f"{at}: 3 heads more, time over one", ratio, "<=", _MTP_OVER_LINEAR)]
+    torchs = [name for name in times.milliseconds if name.startswith("torch_")]
+    best = min(torchs, key=times.median, default=None)
+    verdicts = [
+        Verdict(f"{at}: every term, time over the products", times.ratio("ours_terms", "products"), "<=",
+                _LINEAR_OVER_PRODUCTS),
+        Verdict(f"{at}: faster than eager", times.ratio("eager", "ours"), ">=", _LINEAR_EAGER),
+        Verdict(f"{at}: faster than compiled", times.ratio("compiled", "ours"), ">=", _LINEAR_COMPILED),
+    ]  # fmt: skip
+    if best is not None:
+        verdicts.append(Verdict(f"{at}: faster than {best}", times.ratio(best, "ours"), ">=", _LINEAR_TORCH))
+    if extra:
+        # bfloat16 weights have a float32 accumulator
+        accumulator = size["vocab_size"] * size["hidden_size"] * 4 if size["dtype"] == "bfloat16" else 0
+        over_budget = (extra["ours"] - accumulator) / _CHUNK_BYTES
+        verdicts.append(Verdict(f"{at}: extra memory over the budget", over_budget, "<=", _LINEAR_MEMORY))
+        if size["dtype"] == "float32":
+            less = extra["eager"] / extra["ours"]
+            verdicts.append(Verdict(f"{at}: less memory than eager", less, ">=", _LINEAR_EAGER_MEMORY))
+    return verdicts
 
 
 def of_overhead(python_side: Times, repetition: Times) -> list[Verdict]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import linear
 import row_loss
 import targets
 import timing
@@ -95,3 +96,14 @@ def test_interleave_runs_every_variant_once_a_round():
 def test_verdicts_compare_in_their_direction():
     assert targets.Verdict("", 10.0, ">=", 9.0).is_met and not targets.Verdict("", 8.0, ">=", 9.0).is_met
     assert targets.Verdict("", 1.0, "<=", 1.3).is_met and not targets.Verdict("", 1.4, "<=", 1.3).is_met
+
+
+@pytest.mark.parametrize("make", [linear.make_variants, linear.make_mtp_variants])
+def test_linear_variants_give_the_same_loss_and_gradients(make):
+    variants = make(linear.Case(40, 8, 70, torch.float64))
+    ours = variants.pop("mtp_ours" if "mtp_ours" in variants else "ours").call()
+    for name, variant in variants.items():
+        if name not in ("products", "ours", "ours_terms"):  # which are another computation
+            torch.testing.assert_close(variant.call(), ours, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+    if "products" in variants:
+        assert [tuple(gradient.shape) for gradient in variants["products"].call()] == [(40, 8), (70, 8)]

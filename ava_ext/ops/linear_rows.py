@@ -25,7 +25,7 @@ from ava_ext.ops.softmax_rows import (
 
 _ops = torch.ops.ava_ext
 # what a chunk of logits may take, by default
-CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**26, 2**30
+CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 64_000_000, 1_000_000_000
 
 
 class LinearLogits(NamedTuple):
@@ -84,7 +84,7 @@ class LinearLogits(NamedTuple):
                 )
 
     def chunk_rows(self, chunk_bytes: int | None) -> int:
-        """Rows of one chunk: as many as the budget allows (default 64 MiB, 1 GiB on CUDA), shared out evenly."""
+        """Rows of one chunk: as many as the budget allows (default 64 MB, 1 GB on CUDA), shared out evenly."""
         budget = chunk_bytes or (CUDA_CHUNK_BYTES if self.hidden_states.is_cuda else CPU_CHUNK_BYTES)
         most = max(1, budget // max(1, self.weight.shape[0] * self.dtype.itemsize))
         n_rows = self.shape[:-1].numel()
@@ -115,7 +115,7 @@ def linear_row_loss(
         logits: LinearLogits(hidden_states [..., hidden_size], weight [n_columns, hidden_size], bias [n_columns]).
         targets, coefficients, terms, row_weights, candidates, vocab_size, ignore_index: as in `row_loss`.
         per_row: give the loss of each row [...], not their sum [].
-        chunk_bytes: what the logits of one chunk may take. Default: 64 MiB, on CUDA 1 GiB.
+        chunk_bytes: what the logits of one chunk may take. Default: 64 MB, on CUDA 1 GB.
 
     Returns:
         RowLoss(row_loss [] or [...], row_terms [6 + n_groups, ...]).
@@ -221,6 +221,7 @@ def by_chunks(
     buffer = hidden_states.new_empty((min(chunk_rows, n_rows), n_columns), dtype=dtype)
     # this may run inside an autocast region: a float32 product here is meant
     with torch.autocast(hidden_states.device.type, enabled=False):
+        logits = buffer
         columns, offsets = weight.to(dtype), None if bias is None else bias.to(dtype)
         for begin in range(0, n_rows, chunk_rows):
             rows = slice(begin, min(begin + chunk_rows, n_rows))
@@ -239,6 +240,7 @@ def by_chunks(
                 _add_product(grad_weight, logits, states)
             if with_bias:
                 grad_bias += logits.sum(0, dtype=real)
+    del buffer, logits  # before the copies of lower precision
     return grad_hidden_states, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype if bias is None else bias.dtype)
 
 

@@ -31,7 +31,7 @@ def linear_softmax_statistics(
     Args:
         hidden_states, weight, bias: of one type, or under autocast.
         ids, temperature, logit_softcap, vocab_size, row_mask: as in `softmax_statistics`.
-        chunk_bytes: what the logits of one chunk may take. Default: 64 MiB, on CUDA 1 GiB.
+        chunk_bytes: what the logits of one chunk may take. Default: 64 MB, on CUDA 1 GB.
 
     Returns:
         SoftmaxStatistics, float32 (float64 for float64).
