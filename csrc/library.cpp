@@ -40,6 +40,10 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
       "temperature_step_(Tensor(a!) value, Tensor(b!) history, Tensor(c!) count, Tensor(d!) pending_loss, "
       "Tensor(e!) pending_rows, float initial, float gain, float low, float high) -> ()");
 
+  // the gradient of a linear layer's weight: cpu/weight_gradient.h
+  m.def("add_weight_gradient_(Tensor(a!) grad_weight, Tensor grad_logits, Tensor hidden_states) -> ()");
+  m.def("has_bfloat16_products() -> bool");
+
   // which instruction set the CPU kernels use
   m.def("cpu_capability() -> str");
 }
