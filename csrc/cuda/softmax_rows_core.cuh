@@ -7,7 +7,8 @@
 //   5. warp 0 writes the few target and candidate columns over it, in full precision, and the outputs of the row
 //
 // Filling the places again in step 4 keeps memory busy: reads of the next row and writes of this one are under way
-// together without more buffers. Where no gradient is wanted, step 2 does it, and steps 4 and 5 are left out.
+// together without more buffers. Where no gradient is wanted, steps 4 and 5 are left out, and the places are filled
+// again before step 3.
 //
 // In place is safe: a logit is overwritten by the thread that read it, behind the barrier before which warp 0 gathered
 // the target's and the candidates' logits.
@@ -21,18 +22,18 @@
 namespace ava {
 
 inline size_t row_shared_bytes(bool kept_in_shared, int capacity, int cluster_size, int n_threads, int n_ids) {
-  return (kept_in_shared ? size_t(capacity) * 16 : 0) + sizeof(RowScratch<float>) +
+  return (kept_in_shared ? size_t(capacity) * 16 : 0) + sizeof(LogitScale) + sizeof(RowScratch<float>) +
          size_t(2) * cluster_size * (n_threads / 32) * sizeof(RowStatistics<float>) +
          size_t(n_ids + 1) * sizeof(SparseEntry<float>);
 }
 
-// Statistics of this warp's vectors. Step 1 and 2 of what is above; `after` is called for each slot that step 2 is done
-// with. `careful` is set where some logit of the warp needs the careful exponent.
-template <class Element, Residence kResidence, Features kFeatures, class EachSlot, class Gather, class After>
+// Statistics of this warp's vectors: steps 1 and 2 of what is above, with `gather` between them. `careful` is set where
+// some logit of the warp needs the careful exponent.
+template <class Element, Residence kResidence, Features kFeatures, class EachSlot, class Gather>
 __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Element>& row,
                                                              const Kept<Element, kResidence>& kept,
                                                              const LogitScale& scale, int n_stages, EachSlot each_slot,
-                                                             Gather gather, After after, bool& careful) {
+                                                             Gather gather, bool& careful) {
   const int thread = threadIdx.x, n_threads = blockDim.x;
   float best = -INFINITY, lowest = INFINITY;
   int best_vector = kNoColumn;
@@ -62,23 +63,19 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
     const Exponent<Element, kFeatures, decltype(is_careful)::value> exponent(scale, reference);
     Sums sums;
     int argmax = kNoColumn;
-    for (int stage = 0; stage < n_stages; ++stage) {
+    for (int stage = 0; stage < n_stages; ++stage)
       each_slot(stage, [&](int i) {
         const int vector = row.first + i * n_threads + thread;
-        if (vector < row.last) {
-          float logits[kVectorSize<Element>];
-          unpack<Element>(kept.get(row, i, vector), logits);
-          int excluded = -1;
-          if (vector == winner) {
-            excluded = first_equal<Element>(logits, warp_best);
-            argmax = row.column(vector) + excluded < argmax ? row.column(vector) + excluded : argmax;
-          }
-          accumulate(logits, row.column(vector), excluded, exponent, sums, argmax);
+        if (vector >= row.last) return;
+        float logits[kVectorSize<Element>];
+        unpack<Element>(kept.get(row, i, vector), logits);
+        int excluded = -1;
+        if (vector == winner) {
+          excluded = first_equal<Element>(logits, warp_best);
+          argmax = row.column(vector) + excluded < argmax ? row.column(vector) + excluded : argmax;
         }
-        after(i);
+        accumulate(logits, row.column(vector), excluded, exponent, sums, argmax);
       });
-      after(-1);
-    }
     sums.rest = warp_sum(sums.rest);
     if constexpr (kFeatures != Features::plain) {
       sums.weighted = warp_sum(sums.weighted);
@@ -132,11 +129,11 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
   const int rank = kClustered ? int(cluster_rank()) : 0, cluster_size = kClustered ? a.cluster_size : 1;
   const int n_slots = kResidence == Residence::registers ? kRegisterVectors : (a.capacity + n_threads - 1) / n_threads;
   const int per_stage = (n_slots + kStages - 1) / kStages;
-  const LogitScale scale = logit_scale(*static_cast<const RowOptions<float>*>(a.options));
   const bool differentiates = a.grad_logits != nullptr;
 
   unsigned char* const behind_slots = shared + (kStaged ? size_t(a.capacity) * 16 : 0);
-  auto* const scratch = reinterpret_cast<RowScratch<float>*>(behind_slots);
+  auto* const shared_scale = reinterpret_cast<LogitScale*>(behind_slots);
+  auto* const scratch = reinterpret_cast<RowScratch<float>*>(shared_scale + 1);
   auto* const partials = reinterpret_cast<RowStatistics<float>*>(scratch + 1);  // [2, cluster_size, n_warps]
   auto* const entries = reinterpret_cast<SparseEntry<float>*>(partials + 2 * cluster_size * n_warps);  // [1 + n_ids]
 
@@ -147,70 +144,70 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
     for_slots<kResidence>(begin, end < n_slots ? end : n_slots, body);
   };
 
-  const int64_t step = gridDim.x / cluster_size;
-  int64_t row_index = blockIdx.x / cluster_size;
-  int32_t target = row_index < a.n_rows ? counted_target(a, row_index) : -1;
-  if (target >= 0) {
-    const RowSlice<Element> row(a, row_index, rank);
+  const auto fetch_row = [&](unsigned index) {
+    const RowSlice<Element> row(a, index, rank);
     for (int stage = 0; stage < kStages; ++stage) {
       each_slot(stage, [&](int i) { kept.fetch(row, i, row.first + i * n_threads + thread); });
       if constexpr (kStaged) cp_async_commit();
     }
-  }
-  if constexpr (kClustered) cluster_sync();  // shared memory may be written from outside once its block runs
+  };
+
+  const unsigned step = gridDim.x / cluster_size, n_rows = unsigned(a.n_rows);
+  unsigned row_index = blockIdx.x / cluster_size;
+  int32_t target = row_index < n_rows ? counted_target(a, row_index) : -1;
+  if (target >= 0) fetch_row(row_index);
+  if (thread == 0) *shared_scale = logit_scale(*static_cast<const RowOptions<float>*>(a.options));
+  if constexpr (kClustered)
+    cluster_sync();  // shared memory may be written from outside once its block runs
+  else
+    __syncthreads();
 
   int parity = 0;  // partials alternate, so that one barrier for a row is enough
-  for (int64_t next_index; row_index < a.n_rows; row_index = next_index) {
+  for (unsigned next_index; row_index < n_rows; row_index = next_index) {
     next_index = row_index + step;
-    const int32_t next_target = next_index < a.n_rows ? counted_target(a, next_index) : -1;
-    const RowSlice<Element> row(a, row_index, rank), next(a, next_target >= 0 ? next_index : row_index, rank);
-    const auto refill = [&](int i) {
-      if (i >= 0 && next_target >= 0) kept.fetch(next, i, next.first + i * n_threads + thread);
-      if (kStaged && i < 0) cp_async_commit();  // the end of a stage
-    };
-    const auto write_row = [&](auto gradient_of) {
+    const int32_t next_target = next_index < n_rows ? counted_target(a, next_index) : -1;
+    const auto write_row = [&](const RowSlice<Element>& row, auto gradient_of) {
+      const RowSlice<Element> next(a, next_target >= 0 ? next_index : row_index, rank);
       const GradientSlice<Element> gradient(a, row, row_index);
       for (int stage = 0; stage < kStages; ++stage) {
         each_slot(stage, [&](int i) {
           const int vector = row.first + i * n_threads + thread;
           if (vector < row.last) gradient.store(vector, gradient_of(i, vector));
-          refill(i);
+          if (next_target >= 0) kept.fetch(next, i, next.first + i * n_threads + thread);
         });
-        refill(-1);
+        if constexpr (kStaged) cp_async_commit();
       }
     };
 
     if (target < 0) {  // the same for the whole cluster; the logits are not looked at
       if (differentiates)
-        write_row([](int, int) { return uint4{0, 0, 0, 0}; });
-      else
-        for (int stage = 0; stage < kStages; ++stage) {
-          each_slot(stage, refill);
-          refill(-1);
-        }
+        write_row(RowSlice<Element>(a, row_index, rank), [](int, int) { return uint4{0, 0, 0, 0}; });
+      else if (next_target >= 0)
+        fetch_row(next_index);
       if (rank == 0 && warp == 0) write_nothing<float>(a, row_index, lane);
       target = next_target;
       continue;
     }
 
-    const auto gather = [&] {  // between steps 1 and 2: the logits are under way meanwhile
-      if (warp > 0) return;
-      for (int k = lane; k <= a.n_ids; k += 32)
-        entries[k] = gathered<float>(a, row_index, a.targets ? target : -1, k, [&](int c) { return row.logit(c); });
-    };
     bool careful = false;
     RowStatistics<float> partial;
-    if constexpr (kResidence == Residence::streamed) {
-      gather();
-      partial = measure_streamed<Element, kFeatures>(row, scale, n_slots, careful);
-    } else {
-      partial = measure_kept<Element, kResidence, kFeatures>(
-          row, kept, scale, kStages, each_slot, gather,
-          [&](int i) {
-            if (!differentiates) refill(i);
-          },
-          careful);
+    {
+      const RowSlice<Element> row(a, row_index, rank);
+      const LogitScale scale = *shared_scale;
+      const auto gather = [&] {  // between steps 1 and 2: the logits are under way meanwhile
+        if (warp > 0) return;
+        for (int k = lane; k <= a.n_ids; k += 32)
+          entries[k] = gathered<float>(a, row_index, a.targets ? target : -1, k, [&](int c) { return row.logit(c); });
+      };
+      if constexpr (kResidence == Residence::streamed) {
+        gather();
+        partial = measure_streamed<Element, kFeatures>(row, scale, n_slots, careful);
+      } else {
+        partial =
+            measure_kept<Element, kResidence, kFeatures>(row, kept, scale, kStages, each_slot, gather, careful);
+      }
     }
+    if (!differentiates && next_target >= 0) fetch_row(next_index);
     // pushed, not pulled: after the barrier every block has all partials in its own shared memory
     if (lane < cluster_size) {
       RowStatistics<float>* const slot = partials + (parity * cluster_size + rank) * n_warps + warp;
@@ -223,9 +220,10 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
 
     if (warp == 0) {
       RowStatistics<float> total = empty_statistics<float>();
+      const float inverse_temperature = shared_scale->inverse_temperature;
       for (int i = lane; i < cluster_size * n_warps; i += 32)
-        total = merge(total, partials[parity * cluster_size * n_warps + i], scale.inverse_temperature);
-      total = merge_lanes(total, scale.inverse_temperature);
+        total = merge(total, partials[parity * cluster_size * n_warps + i], inverse_temperature);
+      total = merge_lanes(total, inverse_temperature);
       total = finished(total, kFeatures != Features::plain);
       if (a.summaries) {
         if (rank == 0) write_summaries(a, row_index, total, entries, lane);
@@ -236,11 +234,14 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
     }
     if (differentiates) {
       __syncthreads();
+      row_index = computed_again(row_index);
+      const RowSlice<Element> row(a, row_index, rank);
+      const LogitScale scale = *shared_scale;
       const float max = scratch->statistics.max, reference = max == -INFINITY ? 0.f : max;  // step 4
       const auto differentiate = [&](auto is_careful) {
         const Exponent<Element, kFeatures, decltype(is_careful)::value> exponent(scale, reference);
         const GradientScalars scalars = gradient_scalars(scratch->dense, exponent);
-        write_row([&](int i, int vector) { return gradient_vector(kept.get(row, i, vector), scalars, exponent); });
+        write_row(row, [&](int i, int vector) { return gradient_vector(kept.get(row, i, vector), scalars, exponent); });
       };
       if (careful || needs_care(reference, scale))
         differentiate(std::true_type());
@@ -248,6 +249,8 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
         differentiate(std::false_type());
       __syncthreads();
       if (warp == 0) {  // step 5
+        row_index = computed_again(row_index);
+        const RowSlice<Element> row(a, row_index, rank);
         const GradientSlice<Element> gradient(a, row, row_index);
         write_entries(
             a, entries, scratch, lane, [&](int column) { return row.has_column(column); },
