@@ -231,6 +231,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
         evaluate_row(a, row_index, total, entries, scratch, lane);
         if (!differentiates && rank == 0) write_loss(a, row_index, entries, scratch, lane);
       }
+      __syncwarp();  // entries and scratch are free for the next row
     }
     if (differentiates) {
       __syncthreads();
