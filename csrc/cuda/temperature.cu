@@ -1,0 +1,45 @@
+// The adaptive temperature on CUDA: one launch in place of some twenty, and nothing comes back to the host.
+#include "../temperature.h"
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace ava {
+namespace {
+
+__global__ void temperature_kernel(float* value,         // []
+                                   float* history,       // [kHistory]
+                                   int64_t* count,       // []
+                                   float* pending_loss,  // []
+                                   float* pending_rows,  // []
+                                   TemperatureOptions options) {
+  *value = next_temperature(history, count, *pending_loss, *pending_rows, options);
+  *pending_loss = *pending_rows = 0;
+}
+
+void temperature_step_(const Tensor& value,         // []
+                       const Tensor& history,       // [kHistory]
+                       const Tensor& count,         // [], int64
+                       const Tensor& pending_loss,  // []: sum of the losses since the last step; set to 0
+                       const Tensor& pending_rows,  // []: of so many rows; set to 0
+                       double initial, double gain, double low, double high) {
+  const char* op = "temperature_step_";
+  check_tensor(op, "value", value, {}, ScalarType::Float);
+  check_tensor(op, "history", history, {kHistory}, ScalarType::Float);
+  check_tensor(op, "count", count, {}, ScalarType::Long);
+  check_tensor(op, "pending_loss", pending_loss, {}, ScalarType::Float);
+  check_tensor(op, "pending_rows", pending_rows, {}, ScalarType::Float);
+  STD_TORCH_CHECK(history.is_contiguous(), op, ": expected a contiguous history");
+  for (const Tensor& state : {history, count, pending_loss, pending_rows})
+    STD_TORCH_CHECK(state.device() == value.device(), op, ": expected every buffer on one device");
+  const DeviceScope device(value);
+  launch(op, temperature_kernel, {dim3(1), dim3(1)}, device.stream(), static_cast<float*>(value.mutable_data_ptr()),
+         static_cast<float*>(history.mutable_data_ptr()), static_cast<int64_t*>(count.mutable_data_ptr()),
+         static_cast<float*>(pending_loss.mutable_data_ptr()), static_cast<float*>(pending_rows.mutable_data_ptr()),
+         TemperatureOptions{initial, gain, low, high});
+}
+
+}  // namespace
+}  // namespace ava
+
+AVA_CUDA_OPERATORS(m) { m.impl("temperature_step_", TORCH_BOX(&ava::temperature_step_)); }
