@@ -1,21 +1,11 @@
-// The adaptive temperature on CUDA: one launch in place of some twenty, and nothing comes back to the host.
-#include "../temperature.h"
+// The adaptive temperature on CUDA. The kernel is in temperature.cuh.
+#include "temperature.cuh"
 
 #include "../checks.h"
 #include "launch.h"
 
 namespace ava {
 namespace {
-
-__global__ void temperature_kernel(float* value,         // []
-                                   float* history,       // [kHistory]
-                                   int64_t* count,       // []
-                                   float* pending_loss,  // []
-                                   float* pending_rows,  // []
-                                   TemperatureOptions options) {
-  *value = next_temperature(history, count, *pending_loss, *pending_rows, options);
-  *pending_loss = *pending_rows = 0;
-}
 
 void temperature_step_(const Tensor& value,         // []
                        const Tensor& history,       // [kHistory]
@@ -33,10 +23,11 @@ void temperature_step_(const Tensor& value,         // []
   for (const Tensor& state : {history, count, pending_loss, pending_rows})
     STD_TORCH_CHECK(state.device() == value.device(), op, ": expected every buffer on one device");
   const DeviceScope device(value);
-  launch(op, temperature_kernel, {dim3(1), dim3(1)}, device.stream(), static_cast<float*>(value.mutable_data_ptr()),
-         static_cast<float*>(history.mutable_data_ptr()), static_cast<int64_t*>(count.mutable_data_ptr()),
-         static_cast<float*>(pending_loss.mutable_data_ptr()), static_cast<float*>(pending_rows.mutable_data_ptr()),
-         TemperatureOptions{initial, gain, low, high});
+  temperature_step(
+      {static_cast<float*>(value.mutable_data_ptr()), static_cast<float*>(history.mutable_data_ptr()),
+       static_cast<int64_t*>(count.mutable_data_ptr()), static_cast<float*>(pending_loss.mutable_data_ptr()),
+       static_cast<float*>(pending_rows.mutable_data_ptr())},
+      {initial, gain, low, high}, device.stream());
 }
 
 }  // namespace

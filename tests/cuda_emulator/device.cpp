@@ -1,5 +1,6 @@
 // The emulated device: launches, the scheduler, barriers, warps. cuda_emulator.h explains the whole.
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <string>
 
@@ -26,6 +27,9 @@ Thread& running() { return *static_cast<Thread*>(current); }
 std::string text(const Place& place) {
   const std::string file = place.file_name();
   return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(place.line());
+}
+bool same(const Place& a, const Place& b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 std::string name(const Thread& thread) {
   return "block " + std::to_string(thread.block_index.x) + " thread " + std::to_string(thread.index);
@@ -77,12 +81,15 @@ class Device {
     Fiber::arrived();
     device.launch_begins_.acquire();
     (*device.body_)();
-    device.launch_ends_.release();
     running().request.reason = Reason::ended;
+    device.launch_ends_.release();
     Fiber::switch_between(running().fiber, device.host_, true);
     std::abort();
   }
-  void give_up_control() { Fiber::switch_between(running().fiber, host_); }
+  void give_up_control() {
+    launch_ends_.release();  // it may not come back: another thread can end the launch by an error
+    Fiber::switch_between(running().fiber, host_);
+  }
   void wait_at(Reason reason, Barrier& barrier, Place place) {
     running().request.reason = reason;
     running().request.place = place;
@@ -232,7 +239,7 @@ class Device {
   void arrive(Thread& thread, Barrier& barrier, unsigned n_expected) {
     if (!barrier.waiting.empty()) {
       const Thread& first = *barrier.waiting.front();
-      if (text(first.request.place) != text(thread.request.place))
+      if (!same(first.request.place, thread.request.place))
         throw Failure{"divergent barrier: " + name(thread) + " in " + where(thread.request) + " while " + name(first) +
                       " waits in " + where(first.request)};
     }
@@ -257,7 +264,7 @@ class Device {
     WarpGroup& group = warp.groups[at];
     if (group.arrived) {
       const Thread& first = *warp.lanes[__builtin_ctz(group.arrived)];
-      if (first.request.operation != request.operation || first.request.place.line() != request.place.line())
+      if (first.request.operation != request.operation || !same(first.request.place, request.place))
         throw Failure{"divergent warp: " + name(thread) + " in " + where(request) + " while " + name(first) +
                       " waits in " + where(first.request)};
     }

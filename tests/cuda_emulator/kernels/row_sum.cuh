@@ -1,5 +1,6 @@
-// A kernel that uses the whole dialect, to prove it and to break it (see mutants.cpp): sums of rows, each by a cluster
-// of two blocks, with cp.async, shuffles, static and dynamic shared memory, and a result pushed to the other block.
+// A kernel that uses the whole dialect, to prove it, and for tests/test_cuda_mutants.py to break it: sums of rows, each
+// by a cluster of two blocks, with cp.async, shuffles, static and dynamic shared memory, and a result pushed to the
+// other block.
 #pragma once
 #include "../../../csrc/cuda/primitives.cuh"
 
