@@ -135,7 +135,9 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
 
   Kept<Element, kResidence> kept;
   kept.slots = reinterpret_cast<uint4*>(shared) + thread;
-  constexpr int kUnrolled = kFeatures == Features::capped ? 1 : 2;  // two hyperbolic tangents at a time would spill
+  // two vectors with hyperbolic tangents would spill; of float32, with 4 elements, two come to as much code as one of 16
+  // bits
+  constexpr int kUnrolled = kFeatures == Features::capped || sizeof(Element) == 4 ? 1 : 2;
   const auto each_slot = [&](int stage, auto body) {
     const int per_stage = (a.n_slots + kStages - 1) / kStages, begin = stage * per_stage, end = begin + per_stage;
     for_slots<kResidence, kUnrolled>(begin, end < a.n_slots ? end : a.n_slots, body);
