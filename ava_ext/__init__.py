@@ -5,6 +5,7 @@ from ava_ext.losses import __all__ as _losses
 from ava_ext._library import build_info
 from ava_ext.components import METRICS
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops import without_kernels as _without_kernels  # noqa: F401  registers what is missing
 from ava_ext.ops.repetition import repetition_candidates
 from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
 from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics, token_log_probs
