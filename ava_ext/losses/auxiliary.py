@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.router_rows import RouterStatistics, layered_gate_logits, router_statistics, stack_expert_indices
+from ava_ext.ops.router_layers import layered_gate_logits, stack_expert_indices
+from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 
 CONVENTIONS = ("switch", "huggingface")
 
