@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.float32_buffers import Float32Buffers
+from ava_ext.ops.copy_for_backward import copy_for_backward
 from ava_ext.ops.router_layers import stack_expert_indices, stack_gate_logits
 from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 
@@ -132,6 +133,7 @@ class MoEBalancer(Float32Buffers):
                 load = self._updated_load(self.pending_counts)
         else:
             load = self.expert_load
+        load = copy_for_backward(load)  # step() writes over the buffers
         mean_probability = statistics.probability_sum / statistics.n_rows.clamp_min(1).unsqueeze(-1)
         steering = ((load - 1 / self.n_experts) * mean_probability).sum(dim=-1).mean()
         return MoEBalance(self.weight * self.n_experts * steering, *load_variation(statistics.counts))

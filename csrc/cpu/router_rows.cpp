@@ -2,6 +2,7 @@
 // router_rows_core.h.
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <tuple>
 
 #include "../checks_router.h"
@@ -122,8 +123,12 @@ struct RouterRows {
     const int64_t n_threads = std::min<int64_t>(n_blocks, torch::stable::get_num_threads());
     std::atomic<int64_t> next{0};
     const auto run = [&](int64_t, int64_t) {
-      std::vector<char> scratch(router_scratch_bytes(arguments.n_experts));
-      for (int64_t block; (block = next.fetch_add(1)) < n_blocks;) work(block, scratch.data());
+      constexpr size_t kAlignment = 64;  // of a register that lies in one cache line
+      size_t bytes = router_scratch_bytes(arguments.n_experts) + kAlignment;
+      std::vector<char> scratch(bytes);
+      void* aligned = scratch.data();
+      std::align(kAlignment, bytes - kAlignment, aligned, bytes);
+      for (int64_t block; (block = next.fetch_add(1)) < n_blocks;) work(block, aligned);
     };
     if (n_threads == 1)
       run(0, 1);

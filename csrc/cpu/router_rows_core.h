@@ -40,6 +40,7 @@ struct RouterKernel {
   using Register = typename Vector::Register;
   static constexpr int kLanes = Vector::kLanes;
   static constexpr int kBatch = 4;  // rows that are added up at once, so that the sums are loaded and stored less often
+  static constexpr int64_t kPrefetched = 1024;  // logits ahead of the one that is read
   static constexpr bool kIsDouble = sizeof(Real) == 8;
 
   const RouterRowsArguments& arguments;
@@ -48,9 +49,9 @@ struct RouterKernel {
   const int64_t padded = (n_experts + kLanes - 1) / kLanes * kLanes;
 
   // vectors of `padded` Reals; those of a row have -inf, or weight 0, behind the last expert
-  Real* const weights;  // [kBatch, padded] e^u
-  Real* const logits = weights + kBatch * padded;
-  Real* const effective = logits + padded;
+  Real* const weights;                             // [kBatch, padded] e^u
+  Real* const logits = weights + kBatch * padded;  // [kBatch, padded]
+  Real* const effective = logits + kBatch * padded;
   Real* const scores = effective + padded;
   Real* const probability = scores + padded;  // of the sums; in the backward: v
   Real* const importance = probability + padded;
@@ -75,19 +76,19 @@ struct RouterKernel {
   }
 
   // z as Reals up to `padded`: the row itself where it is that already
-  const Real* load_row(const Element* x) const {
+  const Real* load_row(const Element* x, Real* converted) const {
     if constexpr (sizeof(Element) == sizeof(Real))
       if (padded == n_experts) return reinterpret_cast<const Real*>(x);
     int64_t i = 0;
-    for (; i + kLanes <= n_experts; i += kLanes) V::store(logits + i, V::load(x + i));
-    for (; i < n_experts; ++i) logits[i] = widen(x[i]);
-    for (; i < padded; ++i) logits[i] = -Real(INFINITY);
-    return logits;
+    for (; i + kLanes <= n_experts; i += kLanes) V::store(converted + i, V::load(x + i));
+    for (; i < n_experts; ++i) converted[i] = widen(x[i]);
+    for (; i < padded; ++i) converted[i] = -Real(INFINITY);
+    return converted;
   }
-  const Real* effective_row(const Real* z) const {
+  const Real* effective_row(const Real* z, Real* converted) const {
     if constexpr (!kSigmoid) return z;
-    for (int64_t i = 0; i < padded; i += kLanes) V::store(effective + i, log_sigmoid_of_vector<V>(V::load(z + i)));
-    return effective;
+    for (int64_t i = 0; i < padded; i += kLanes) V::store(converted + i, log_sigmoid_of_vector<V>(V::load(z + i)));
+    return converted;
   }
   Real largest(const Real* values) const {
     Register max = V::set(-Real(INFINITY));
@@ -109,14 +110,15 @@ struct RouterKernel {
     return rest;
   }
 
-  // kEntropy: B too
+  // kEntropy: B too. Inlined, so that the constants of exponential() stay in registers from row to row.
   template <bool kEntropy>
-  RouterRow<Real> measure_row(const Real* y, Real* row_weights) const {
+  __attribute__((always_inline)) RouterRow<Real> measure_row(const Real* y, Real* row_weights) const {
     const Real max = largest(y);
     const Register reference = V::set(max), lowest = V::set(lowest_u<Real>());
     Register total = V::set(Real(0)), weighted = total;
     for (int64_t i = 0; i < padded; i += kLanes) {
       const Register u = V::sub(V::load(y + i), reference), e = exponential(u);
+      V::prefetch(y + i + kPrefetched);
       V::store(row_weights + i, e);
       total = V::add(total, e);
       if constexpr (kEntropy) weighted = V::fma(e, V::max(lowest, u), weighted);
@@ -124,17 +126,31 @@ struct RouterKernel {
     return {max, rest_of(row_weights, V::total(total)), kEntropy ? V::total(weighted) : Real(0)};
   }
 
-  // The k best of `scores`, which it destroys; false where one of them is -inf, which also marks those taken.
+  // The k best of `scores`, which it destroys: those taken become -inf. False where there is nothing else left.
   bool choose_from_scores(int32_t* chosen) const {
+    Real numbers[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = Real(lane);
+    const Register lanes = V::load(numbers), nothing = V::set(-Real(INFINITY));
+    Register taken = V::set(Real(-1));
     for (int64_t slot = 0; slot < arguments.k; ++slot) {
-      const Real best = largest(scores);
-      if (!(best > -Real(INFINITY))) return false;
-      const Register wanted = V::set(best);
-      int64_t e = 0;
-      while (!V::any_equal(V::load(scores + e), wanted)) e += kLanes;
-      while (scores[e] != best) ++e;
-      chosen[slot] = int32_t(e);
-      scores[e] = -Real(INFINITY);
+      Register best = nothing;
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const Register place = V::add(lanes, V::set(Real(i)));
+        const Register score = V::select(V::not_equal(place, taken), V::load(scores + i), nothing);
+        V::store(scores + i, score);
+        best = V::max(best, score);
+      }
+      const Real wanted = V::largest(best);
+      if (!(wanted > -Real(INFINITY))) return false;
+      Register minus_first = nothing;
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const Register minus_place = V::sub(V::set(Real(-i)), lanes);
+        const auto differs = V::not_equal(V::load(scores + i), V::set(wanted));
+        minus_first = V::max(minus_first, V::select(differs, nothing, minus_place));
+      }
+      const Real first = -V::largest(minus_first);
+      chosen[slot] = int32_t(first);
+      taken = V::set(first);
     }
     return true;
   }
@@ -144,8 +160,8 @@ struct RouterKernel {
     if (bias) bias += block.layer * n_experts;
     const Real scale = kSigmoid ? exp_of(row.max) : 1 / (1 + row.rest);
     const auto score_of = [&](int64_t e) { return bias ? row_weights[e] * scale + bias[e] : z[e]; };
-    for (int64_t e = 0; e < n_experts; ++e) scores[e] = score_of(e);
-    for (int64_t e = n_experts; e < padded; ++e) scores[e] = -Real(INFINITY);
+    for (int64_t i = 0; i < padded; i += kLanes) V::store(scores + i, V::load(z + i));
+    for (int64_t e = 0; bias && e < n_experts; ++e) scores[e] = score_of(e);
     if (row.rest == row.rest && choose_from_scores(chosen)) return;
     choose<Real>(n_experts, arguments.k, score_of, chosen);
   }
@@ -180,17 +196,10 @@ struct RouterKernel {
 
   void add_chunk(Chunk& chunk, RouterSums& sums) const {
     for (int64_t e = 0; e < padded; ++e) probability[e] = importance[e] = 0;
-    for (int64_t first = 0; first < chunk.n; first += kBatch) {
-      const int64_t n = chunk.n - first < kBatch ? chunk.n - first : kBatch;
-      Real inverse[kBatch] = {};
-      for (int64_t r = 0; r < n; ++r) inverse[r] = measure_into(chunk, first + r, weights + r * padded);
-      if (n == kBatch)
-        add_probabilities<kBatch>(inverse);
-      else
-        for (int64_t r = 0; r < n; ++r) add_probabilities<1>(inverse + r, weights + r * padded);
-      for (int64_t r = 0; r < n; ++r) add_choices(chunk.rows[first + r], weights + r * padded, inverse[r], sums);
-    }
     const int64_t n = chunk.n;
+    int64_t first = 0;
+    for (; first + kBatch <= n; first += kBatch) add_rows<kBatch>(chunk, first, sums);
+    for (; first < n; ++first) add_rows<1>(chunk, first, sums);
     Real lse_squared[kRowsInFloat], entropies[kRowsInFloat];
     for (int64_t r = 0; r < n; ++r) {
       const Real log_total = log1p_of_rest(chunk.rest[r]);
@@ -205,47 +214,50 @@ struct RouterKernel {
     sums.counts[n_experts] += n;
   }
 
-  // measures row number `at` of the chunk, chooses where nobody has, and returns 1 / (1 + R)
-  Real measure_into(Chunk& chunk, int64_t at, Real* row_weights) const {
-    const int64_t row_number = chunk.rows[at];
-    const Real* z = load_row(row_of(row_number));
-    if constexpr (kSigmoid) {
-      const RouterRow<Real> of_logits = measure_row<false>(z, row_weights);
-      chunk.max_logit[at] = of_logits.max, chunk.rest_of_logits[at] = of_logits.rest;
-    }
-    const RouterRow<Real> row = measure_row<true>(effective_row(z), row_weights);
-    chunk.max[at] = row.max, chunk.rest[at] = row.rest, chunk.weighted[at] = row.weighted;
-    if (arguments.choice)
-      choose_of_row(z, row_weights, row,
-                    arguments.choice + (block.layer * arguments.n_rows + row_number) * arguments.k);
-    return 1 / (1 + row.rest);
-  }
-
   template <int kRows>
-  void add_probabilities(const Real* inverse, const Real* first_weights) const {
+  void add_rows(Chunk& chunk, int64_t first, RouterSums& sums) const {
+    const Real* z[kRows];
+    RouterRow<Real> rows[kRows];
+    Real inverse[kRows];
     Register factor[kRows];
-    for (int r = 0; r < kRows; ++r) factor[r] = V::set(inverse[r]);
+    for (int r = 0; r < kRows; ++r) {
+      Real* const row_weights = weights + r * padded;
+      z[r] = load_row(row_of(chunk.rows[first + r]), logits + r * padded);
+      if constexpr (kSigmoid) {
+        const RouterRow<Real> of_logits = measure_row<false>(z[r], row_weights);
+        chunk.max_logit[first + r] = of_logits.max, chunk.rest_of_logits[first + r] = of_logits.rest;
+      }
+      rows[r] = measure_row<true>(effective_row(z[r], effective), row_weights);
+      chunk.max[first + r] = rows[r].max, chunk.rest[first + r] = rows[r].rest;
+      chunk.weighted[first + r] = rows[r].weighted;
+      inverse[r] = 1 / (1 + rows[r].rest), factor[r] = V::set(inverse[r]);
+    }
     for (int64_t i = 0; i < padded; i += kLanes) {
       Register sum = V::load(probability + i);
-      for (int r = 0; r < kRows; ++r) sum = V::fma(V::load(first_weights + r * padded + i), factor[r], sum);
+      for (int r = 0; r < kRows; ++r) sum = V::fma(V::load(weights + r * padded + i), factor[r], sum);
       V::store(probability + i, sum);
     }
-  }
-  template <int kRows>
-  void add_probabilities(const Real* inverse) const {
-    add_probabilities<kRows>(inverse, weights);
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = chunk.rows[first + r], at = (block.layer * arguments.n_rows + row) * arguments.k;
+      const Real* row_weights = weights + r * padded;
+      if (arguments.choice) choose_of_row(z[r], row_weights, rows[r], arguments.choice + at);
+      if (arguments.wide_indices)
+        add_choices(arguments.wide_indices + at, row, row_weights, inverse[r], sums);
+      else
+        add_choices((arguments.choice ? arguments.choice : arguments.indices) + at, row, row_weights, inverse[r], sums);
+    }
   }
 
-  void add_choices(int64_t row, const Real* row_weights, Real inverse, RouterSums& sums) const {
-    const int32_t* own =
-        arguments.choice ? arguments.choice + (block.layer * arguments.n_rows + row) * arguments.k : nullptr;
-    for (int64_t slot = 0; slot < arguments.k; ++slot) {
-      const int64_t e = own ? own[slot] : choice_at(row, slot);
-      if (e < 0 || e >= n_experts) {
+  template <class Index>
+  void add_choices(const Index* chosen, int64_t row, const Real* row_weights, Real inverse, RouterSums& sums) const {
+    int64_t* const n_choices = sums.counts;
+    for (int64_t slot = 0, k = arguments.k, n = n_experts; slot < k; ++slot) {
+      const int64_t e = chosen[slot];
+      if (e < 0 || e >= n) {
         if (sums.bad_row < 0 || row < sums.bad_row) sums.bad_row = row;
         continue;
       }
-      ++sums.counts[e];
+      ++n_choices[e];
       importance[e] += row_weights[e] * inverse;
     }
   }
@@ -312,8 +324,8 @@ struct RouterKernel {
   template <bool kEntropy>
   void differentiate_row(const Element* x, Element* out, const Real* v, Real grad_lse_squared,
                          Real grad_entropy) const {
-    const Real* z = load_row(x);
-    const Real* y = effective_row(z);
+    const Real* z = load_row(x, logits);
+    const Real* y = effective_row(z, effective);
     Real* const logit_weights = weights + padded;
     RouterRow<Real> of_logits{};
     if constexpr (kSigmoid) of_logits = measure_row<false>(z, logit_weights);

@@ -52,8 +52,8 @@ struct RouterRowsKernels {
   RouterDifferentiate differentiate;
 };
 
-// a number of vectors of n_experts Reals, each padded to whole registers, and the scalars of some rows
-inline int64_t router_scratch_bytes(int64_t n_experts) { return (n_experts + 64) * 10 * 8 + 16 * 1024; }
+// 12 vectors of n_experts Reals, each padded to whole registers
+inline int64_t router_scratch_bytes(int64_t n_experts) { return (n_experts + 16) * 12 * 8; }
 
 extern const RouterRowsKernels router_rows_portable, router_rows_avx2, router_rows_avx512;
 
