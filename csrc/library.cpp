@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   m.def(
       "router_statistics(Tensor[] gate_logits, Tensor? expert_indices, Tensor? row_mask, Tensor? segment_ids, "
       "Tensor? expert_bias, int n_segments, int k, bool is_sigmoid) "
-      "-> (Tensor counts, Tensor probability_sum, Tensor importance_sum, Tensor lse_squared_sum, Tensor entropy_sum, "
+      "-> (Tensor probability_sum, Tensor importance_sum, Tensor lse_squared_sum, Tensor entropy_sum, Tensor counts, "
       "Tensor n_rows, Tensor expert_choice)");
   m.def(
       "router_gradient(Tensor[] gate_logits, Tensor? expert_indices, Tensor? row_mask, Tensor? segment_ids, "

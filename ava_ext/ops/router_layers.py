@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def stack_gate_logits(
+def layered_gate_logits(
     gate_logits: Tensor | Sequence[Tensor], num_layers: int | None = None
-) -> Tensor:  # [n_layers, n_rows, n_experts]
-    """Router logits in any of their usual forms, as one tensor.
+) -> list[Tensor]:  # of [n_layers, ..., n_experts], one after another
+    """Router logits in any of their usual forms, as router_statistics takes them; nothing is copied.
 
     Args:
         gate_logits: a list or tuple with one [n_rows, n_experts] or [batch, length, n_experts] per layer (what a
@@ -21,23 +21,15 @@ def stack_gate_logits(
             as many as there are, and three dimensions are [n_layers, n_rows, n_experts].
 
     Returns:
-        [n_layers, n_rows, n_experts], rows of a batch one after another.
+        A list: the tensor [n_layers, ..., n_experts], or [1, ..., n_experts] of every layer.
 
     Raises:
         ValueError: another number of layers, layers of different shapes, a shape that is none of these.
 
     Example:
-        >>> stack_gate_logits([torch.zeros(2, 3, 8)] * 4, num_layers=4).shape
-        torch.Size([4, 6, 8])
+        >>> [layer.shape for layer in layered_gate_logits((torch.zeros(6, 8), torch.zeros(6, 8)), num_layers=2)]
+        [torch.Size([1, 6, 8]), torch.Size([1, 6, 8])]
     """
-    layers = layered_gate_logits(gate_logits, num_layers)
-    return layers.reshape(layers.shape[0], -1, layers.shape[-1])
-
-
-def layered_gate_logits(
-    gate_logits: Tensor | Sequence[Tensor], num_layers: int | None = None
-) -> Tensor:  # [n_layers, n_rows, n_experts] or [n_layers, batch, length, n_experts]
-    """As stack_gate_logits, with batch and length kept apart where they were."""
     if not isinstance(gate_logits, Tensor):
         if len(gate_logits) == 0 or num_layers not in (None, len(gate_logits)):
             expected = "at least 1 layer" if num_layers is None else f"num_moe_layers = {num_layers} layers"
@@ -49,7 +41,7 @@ def layered_gate_logits(
                 raise ValueError(
                     f"gate_logits: expected {shape} in every layer, got {list(layer.shape)} in layer {number}"
                 )
-        return torch.stack(tuple(gate_logits))
+        return [layer.unsqueeze(0) for layer in gate_logits]
     sizes = list(gate_logits.shape)
     is_one_layer = len(sizes) == 2 or (len(sizes) == 3 and num_layers == 1)
     if len(sizes) not in (2, 3, 4):
@@ -57,13 +49,21 @@ def layered_gate_logits(
     n_layers = 1 if is_one_layer else sizes[0]
     if num_layers not in (None, n_layers):
         raise ValueError(f"gate_logits: expected num_moe_layers = {num_layers} layers, got shape {sizes}")
-    return gate_logits.unsqueeze(0) if is_one_layer else gate_logits
+    return [gate_logits.unsqueeze(0) if is_one_layer else gate_logits]
+
+
+def layers_shape(
+    layers: Sequence[Tensor],  # of [n_layers, ..., n_experts]
+) -> tuple[int, int, int]:
+    """(n_layers, n_rows, n_experts) of them all."""
+    first = layers[0]
+    return sum(layer.shape[0] for layer in layers), first.shape[1:-1].numel(), first.shape[-1]
 
 
 def stack_expert_indices(
     expert_indices: Tensor | Sequence[Tensor], n_layers: int, n_rows: int, k: int
 ) -> Tensor:  # [n_layers, n_rows, k]
-    """The chosen experts in the forms of stack_gate_logits (last dimension k; it may be left out where k = 1).
+    """The chosen experts in the forms of layered_gate_logits (last dimension k; it may be left out where k = 1).
 
     Raises:
         ValueError: a shape that does not fit n_layers, n_rows and k.

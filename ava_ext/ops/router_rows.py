@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.router_layers import layers_shape
 from ava_ext.ops.softmax_rows import accumulation_dtype, without_second_derivative
 
 _ops = torch.ops.ava_ext
@@ -34,11 +35,11 @@ class RouterStatistics(NamedTuple):
 
 
 def router_statistics(
-    gate_logits: Tensor | Sequence[Tensor],  # [n_layers, n_rows, n_experts], or [n_rows, n_experts] of each layer
-    expert_indices: Tensor | None,  # [n_layers, n_rows, k]
-    row_mask: Tensor | None,  # [n_rows] or [n_layers, n_rows] bool
+    gate_logits: Tensor | Sequence[Tensor],  # [n_layers, n_rows, n_experts], one or several
+    expert_indices: Tensor | None = None,  # [n_layers, n_rows, k]
+    row_mask: Tensor | None = None,  # [n_rows] or [n_layers, n_rows] bool
     *,
-    k: int,
+    k: int | None = None,
     score: str = "softmax",
     expert_bias: Tensor | None = None,  # [n_layers, n_experts]
     segment_ids: Tensor | None = None,  # [n_rows]
@@ -50,14 +51,14 @@ def router_statistics(
     that results are repeatable bit by bit.
 
     Args:
-        gate_logits: router logits, [n_layers, n_rows, n_experts] or [n_rows, n_experts] (one layer), or a list with
-            such a [n_rows, n_experts] for each layer, which is not copied; float32, bfloat16, float16 or float64.
-            n_rows may be several dimensions; any leading strides.
+        gate_logits: router logits, [n_layers, n_rows, n_experts], or [n_rows, n_experts] of one layer, where n_rows may
+            be several dimensions behind the layers; or a list of such tensors, layers one after another. float32,
+            bfloat16, float16 or float64, any leading strides; nothing is copied.
         expert_indices: the experts that each row was sent to, [n_layers, n_rows, k]; None: the k best by probability
             (by score + expert_bias where a bias is given, as DeepSeek-V3 chooses), of equals the lowest index.
         row_mask: True where a row counts, [n_rows] or [n_layers, n_rows]; None: all. What the other rows hold (nan,
             indices out of range) is not looked at.
-        k: experts per row.
+        k: experts per row; may be left out beside expert_indices.
         score: "softmax", or "sigmoid" (p_e = sigmoid(z_e) / sum sigmoid(z)).
         expert_bias: added to the scores for the choice alone, [n_layers, n_experts].
         segment_ids: the segment of each row, [n_rows] integers below n_segments; negative: the row does not count.
@@ -68,7 +69,7 @@ def router_statistics(
         RouterStatistics; a group without a counted row has zeros.
 
     Raises:
-        ValueError: shapes that do not fit, k > n_experts, an unknown score.
+        ValueError: shapes that do not fit, neither expert_indices nor k, k > n_experts, an unknown score.
         IndexError: an expert index of a counted row outside [0, n_experts), a segment not below n_segments.
         RuntimeError: on double backward.
 
@@ -77,10 +78,16 @@ def router_statistics(
         >>> statistics.counts
         tensor([[2., 2., 1., 1.]])
     """
-    layers = _layers(gate_logits)
+    layers = [gate_logits] if isinstance(gate_logits, Tensor) else list(gate_logits)
+    layers = [layer.unsqueeze(0) if layer.dim() == 2 else layer for layer in layers]
+    if k is None:
+        if expert_indices is None:
+            raise ValueError("router_statistics: expected expert_indices or k, got neither")
+        k = expert_indices.shape[-1]
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
+    layers = [layer if layer.stride(-1) == 1 else layer.contiguous() for layer in layers]
     dtype = accumulation_dtype(layers[0].dtype)
-    counts, probability_sum, importance_sum, lse_squared_sum, entropy_sum, n_rows, _ = _ops.router_statistics(
+    probability_sum, importance_sum, lse_squared_sum, entropy_sum, counts, n_rows, _ = _ops.router_statistics(
         layers,
         expert_indices,
         None if row_mask is None else row_mask.to(torch.bool),
@@ -95,14 +102,6 @@ def router_statistics(
     )
 
 
-def _layers(gate_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:  # of [n_layers, ..., n_experts]
-    if isinstance(gate_logits, Tensor):
-        layers = [gate_logits.unsqueeze(0) if gate_logits.dim() == 2 else gate_logits]
-    else:
-        layers = [layer.unsqueeze(0) for layer in gate_logits]
-    return [layer if layer.dim() == 0 or layer.stride(-1) == 1 else layer.contiguous() for layer in layers]
-
-
 def _check(
     layers: list[Tensor],  # of [n_layers, ..., n_experts]
     expert_indices: Tensor | None,
@@ -111,16 +110,15 @@ def _check(
     score: str,
     expert_bias: Tensor | None,
 ) -> None:
+    if not layers:
+        raise ValueError("router_statistics: expected gate_logits of at least one layer, got none")
     for layer in layers:
         if layer.dim() < 3 or not layer.is_floating_point() or layer.shape[1:] != layers[0].shape[1:]:
             raise ValueError(
                 "router_statistics: expected floating gate_logits [n_layers, n_rows, n_experts], layers of one shape, "
                 f"got {[list(layer.shape) for layer in layers]} of {layer.dtype}"
             )
-    if not layers:
-        raise ValueError("router_statistics: expected gate_logits of at least one layer, got none")
-    n_layers, n_experts = sum(layer.shape[0] for layer in layers), layers[0].shape[-1]
-    n_rows = layers[0].shape[1:-1].numel()
+    n_layers, n_rows, n_experts = layers_shape(layers)
     if not 1 <= k <= n_experts:
         raise ValueError(f"router_statistics: expected k between 1 and n_experts = {n_experts}, got {k}")
     if score not in SCORES:
@@ -140,16 +138,15 @@ def _check(
 
 @torch.library.register_fake("ava_ext::router_statistics")
 def _(gate_logits, expert_indices, row_mask, segment_ids, expert_bias, n_segments, k, is_sigmoid):
-    first, n_layers = gate_logits[0], sum(layers.shape[0] for layers in gate_logits)
-    groups, real = n_layers * n_segments, accumulation_dtype(first.dtype)
-    n_rows = first.shape[1:-1].numel()
-    vector, scalar = (groups, first.shape[-1]), (groups,)
+    n_layers, n_rows, n_experts = layers_shape(gate_logits)
+    first, real = gate_logits[0], accumulation_dtype(gate_logits[0].dtype)
+    vector, scalar = (n_layers * n_segments, n_experts), (n_layers * n_segments,)
     return (
+        first.new_empty(vector, dtype=real),
+        first.new_empty(vector, dtype=real),
+        first.new_empty(scalar, dtype=real),
+        first.new_empty(scalar, dtype=real),
         first.new_empty(vector, dtype=torch.int64),
-        first.new_empty(vector, dtype=real),
-        first.new_empty(vector, dtype=real),
-        first.new_empty(scalar, dtype=real),
-        first.new_empty(scalar, dtype=real),
         first.new_empty(scalar, dtype=torch.int64),
         first.new_empty((n_layers, n_rows, k) if expert_indices is None else (0,), dtype=torch.int32),
     )
@@ -169,12 +166,12 @@ def _(
     is_sigmoid,
 ):
     first = gate_logits[0]
-    return first.new_empty((sum(layers.shape[0] for layers in gate_logits), *first.shape[1:]))
+    return first.new_empty((layers_shape(gate_logits)[0], *first.shape[1:]))
 
 
 def _save_router_statistics(ctx, inputs, output):
     gate_logits, expert_indices, row_mask, segment_ids, _, ctx.n_segments, _, ctx.is_sigmoid = inputs
-    counts, n_rows, choice = output[0], output[5], output[6]
+    counts, n_rows, choice = output[4:]
     ctx.mark_non_differentiable(counts, n_rows, choice)
     ctx.set_materialize_grads(False)
     chosen = choice if expert_indices is None else expert_indices
@@ -183,7 +180,6 @@ def _save_router_statistics(ctx, inputs, output):
 
 def _router_statistics_backward(
     ctx,
-    _grad_counts,
     grad_probability_sum,  # [n_groups, n_experts]
     grad_importance_sum,  # [n_groups, n_experts]
     grad_lse_squared_sum,  # [n_groups]

@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_statis
   write(rows, sums, n_groups, probability.mutable_data_ptr(), importance.mutable_data_ptr(),
         lse_squared.mutable_data_ptr(), entropy.mutable_data_ptr(), static_cast<int64_t*>(counts.mutable_data_ptr()),
         static_cast<int64_t*>(n_rows.mutable_data_ptr()));
-  return {counts, probability, importance, lse_squared, entropy, n_rows, choice};
+  return {probability, importance, lse_squared, entropy, counts, n_rows, choice};
 }
 
 Tensor router_gradient(std::vector<Tensor> gate_logits,         // of [n_layers, ..., n_experts]
