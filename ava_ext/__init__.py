@@ -6,18 +6,21 @@ from ava_ext._library import build_info
 from ava_ext.components import METRICS
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.repetition import repetition_candidates
+from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
 from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics, token_log_probs
 
 __all__ = [
     "METRICS",
     "Candidates",
+    "RouterStatistics",
     "RowTerms",
     "SoftmaxStatistics",
     "UnifiedLossConfig",
     "build_info",
     "repetition_candidates",
     "row_coefficients",
+    "router_statistics",
     "row_loss",
     "softmax_statistics",
     "token_log_probs",

@@ -1,4 +1,4 @@
-"""A router's losses: one pass over its logits against the same losses composed in PyTorch, and the diversity of experts."""
+"""A router's losses in one pass over its logits against the same composed in PyTorch; the diversity of experts."""
 
 from __future__ import annotations
 

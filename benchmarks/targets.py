@@ -19,6 +19,10 @@ _TERMS_OVER_PLAIN = 1.25
 # one gradient, rounded to huge pages of 2 MiB (2% of it in bfloat16), and vectors of n_rows
 _EXTRA_MEMORY = {"ours": 1.03, "ours_inplace": 0.01, "terms_ours": 1.03, "terms_ours_inplace": 0.01}
 _CANDIDATES_MS = 5
+# a router's losses, and the diversity of [n_experts, n_rows, hidden_size]
+N_ROUTER_ROWS, N_EXPERTS, EXPERTS_PER_ROW = 65536, (64, 128, 256), 2
+EXPERT_OUTPUTS = (8, 8192, 1024)
+_ROUTER_EAGER, _ROUTER_COMPILED, _ROUTER_OVER_READ, _DIVERSITY_PAIRWISE = 10, 1.5, 1.5, 3
 _PYTHON_US = 100
 
 
@@ -74,3 +78,23 @@ def of_overhead(python_side: Times, repetition: Times) -> list[Verdict]:
         milliseconds = repetition.median(text)
         verdicts.append(Verdict(f"candidates of {text} text [8, 4096], ms", milliseconds, "<=", _CANDIDATES_MS))
     return verdicts
+
+
+def of_router(times: Times, n_experts: int) -> list[Verdict]:
+    """Targets of one router."""
+    eager, compiled = times.ratio("eager", "ours"), times.ratio("compiled", "ours")
+    return [
+        Verdict(f"router of {n_experts}: faster than composed", eager, ">=", _ROUTER_EAGER),
+        Verdict(f"router of {n_experts}: faster than composed, compiled", compiled, ">=", _ROUTER_COMPILED),
+        Verdict(
+            f"router of {n_experts}: forward over reading once",
+            times.ratio("ours_forward", "read"),
+            "<=",
+            _ROUTER_OVER_READ,
+        ),
+    ]
+
+
+def of_diversity(times: Times) -> list[Verdict]:
+    """Target of the diversity of experts."""
+    return [Verdict("diversity: faster than pair by pair", times.ratio("pairwise", "ours"), ">=", _DIVERSITY_PAIRWISE)]
