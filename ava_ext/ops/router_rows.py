@@ -16,6 +16,7 @@ from ava_ext.ops.router_layers import layers_shape
 from ava_ext.ops.softmax_rows import accumulation_dtype, without_second_derivative
 
 _ops = torch.ops.ava_ext
+_router_statistics = _ops.router_statistics.default  # looked up once: each look-up costs a microsecond
 SCORES = ("softmax", "sigmoid")
 
 
@@ -87,16 +88,21 @@ def router_statistics(
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
     layers = [layer if layer.stride(-1) == 1 else layer.contiguous() for layer in layers]
     dtype = accumulation_dtype(layers[0].dtype)
-    probability_sum, importance_sum, lse_squared_sum, entropy_sum, counts, n_rows, _ = _ops.router_statistics(
-        layers,
+    tensors = (
         expert_indices,
         None if row_mask is None else row_mask.to(torch.bool),
         None if segment_ids is None else segment_ids.reshape(-1).to(torch.int64),
         None if expert_bias is None else expert_bias.detach().to(dtype),
-        n_segments,
-        k,
-        score == "sigmoid",
     )
+    options = (n_segments, k, score == "sigmoid")
+    if torch.compiler.is_compiling():
+        outputs = _router_statistics(layers, *tensors, *options)
+    elif torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
+        outputs = _RouterStatistics.apply(*tensors, options, *layers)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = _router_statistics(layers, *tensors, *options)
+    probability_sum, importance_sum, lse_squared_sum, entropy_sum, counts, n_rows, _ = outputs
     return RouterStatistics(
         counts.to(dtype), probability_sum, importance_sum, lse_squared_sum, entropy_sum, n_rows.to(dtype)
     )
@@ -203,6 +209,25 @@ def _router_statistics_backward(
     parts = grad_logits.split([layers.shape[0] for layers in gate_logits])
     pairs = zip(parts, gate_logits, strict=True)
     return [without_second_derivative(part, layers) for part, layers in pairs], *nothing
+
+
+class _RouterStatistics(torch.autograd.Function):
+    """`router_statistics` of the eager mode: torch.library's own autograd, below, costs three times as much Python.
+
+    The arguments that are no tensors come as one: torch looks at each.
+    """
+
+    @staticmethod
+    def forward(ctx, expert_indices, row_mask, segment_ids, expert_bias, options, *layers):
+        inputs = (layers, expert_indices, row_mask, segment_ids, expert_bias, *options)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _router_statistics(*inputs)
+        _save_router_statistics(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, None, None, None, None, *_router_statistics_backward(ctx, *grads)[0]
 
 
 torch.library.register_autograd(
