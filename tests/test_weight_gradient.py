@@ -143,6 +143,36 @@ def test_subnormal_numbers_count_as_zeros():
     torch.testing.assert_close(kept, torch.full((3, 2), least / 4), rtol=0, atol=0)
 
 
+# a tensor that ends where memory that nobody may touch begins
+NO_STEP_FURTHER = """
+import ctypes, mmap, torch
+from ava_ext.ops.weight_gradient import add_weight_gradient_
+PAGE, kept = mmap.PAGESIZE, []
+def before_a_wall(tensor):
+    n_bytes = tensor.numel() * tensor.itemsize
+    wall = -(-n_bytes // PAGE) * PAGE
+    kept.append(memory := mmap.mmap(-1, wall + PAGE))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + wall), PAGE, 0) == 0
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=wall - n_bytes)
+    return flat.view(tensor.shape).copy_(tensor)
+for n_rows, n_columns, hidden_size in [(1, 1, 1), (3, 13, 15), (4, 14, 16), (5, 15, 17), (2, 29, 31), (7, 28, 33)]:
+    shapes = [(n_columns, hidden_size), (n_rows, n_columns), (n_rows, hidden_size)]
+    dtypes = [torch.float32, torch.bfloat16, torch.bfloat16]
+    tensors = [before_a_wall(torch.ones(shape, dtype=dtype)) for shape, dtype in zip(shapes, dtypes)]
+    add_weight_gradient_(*tensors)
+    assert bool((tensors[0] == 1 + n_rows).all()), (n_rows, n_columns, hidden_size)
+print("done")
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+def test_nothing_beyond_the_tensors_is_read_or_written():
+    result = subprocess.run([sys.executable, "-c", NO_STEP_FURTHER], capture_output=True, text=True)
+    assert result.stdout.strip() == "done", f"exit status {result.returncode}\n{result.stderr}"
+
+
 # -- one order of additions
 
 
