@@ -213,7 +213,7 @@ def has_instructions():
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux for the instruction sets")
-@pytest.mark.parametrize("capability", ["", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("capability", ["", "avx512", "avx2"])
 def test_processor_and_environment_decide(capability):
     code = "from ava_ext.ops.weight_gradient import has_bfloat16_products; print(has_bfloat16_products())"
     environment = {**os.environ, "AVA_CPU_CAPABILITY": capability}
