@@ -11,38 +11,32 @@
 namespace ava {
 namespace {
 
-bool has_bfloat16_products() {
+const WeightGradientKernels* kernels() {
 #ifdef AVA_X86
-  return cpu_capability() == CpuCapability::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
+  if (cpu_capability() == CpuCapability::avx512 && __builtin_cpu_supports("avx512bf16"))
+    return &weight_gradient_avx512bf16;
 #endif
+  return nullptr;
 }
 
-// Threads of torch's own pool take one piece after another: some are done sooner.
-template <class Work>
-void for_pieces(int64_t n_pieces, const Work& work) {
-  std::atomic<int64_t> next_piece{0};
-  const int64_t n_threads = std::min<int64_t>(n_pieces, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) { work(next_piece); });
-}
+bool has_bfloat16_products() { return kernels() != nullptr; }
 
-int64_t divided_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
+// grad_weight += the product of arguments.n_rows <= kMostRows rows. packed_states: [n_hidden_tiles, n_pairs, 2]
 void add_rows(const WeightGradientKernels& kernels, const WeightGradientArguments& arguments,
               PackedPairs* packed_states) {
-  const int64_t n_pairs = arguments.n_pairs();
-  const int64_t n_hidden_tiles = arguments.n_hidden_tiles(), n_column_tiles = arguments.n_column_tiles();
-  for_pieces(n_hidden_tiles, [&](std::atomic<int64_t>& next) {
-    for (int64_t tile; (tile = next.fetch_add(1)) < n_hidden_tiles;)
-      kernels.pack_states(arguments, tile, tile + 1, packed_states);
+  torch::stable::parallel_for(0, n_hidden_tiles_of(arguments), 1, [&](int64_t begin, int64_t end) {
+    kernels.pack_states(arguments, begin, end, packed_states);
   });
+  const int64_t n_pairs = n_pairs_of(arguments), n_tiles = n_column_tiles_of(arguments);
   const int64_t tiles_at_once = std::max<int64_t>(1, kGradientBytes / (n_pairs * int64_t(sizeof(PackedPairs))));
-  const int64_t n_blocks = divided_up(n_column_tiles, tiles_at_once);
-  for_pieces(n_blocks, [&](std::atomic<int64_t>& next) {
+  const int64_t n_blocks = divided_up(n_tiles, tiles_at_once);
+  // threads take one block after another: some are done sooner
+  std::atomic<int64_t> next_block{0};
+  const int64_t n_threads = std::min<int64_t>(n_blocks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
     const std::unique_ptr<PackedPairs[]> packed_gradient(new PackedPairs[tiles_at_once * n_pairs]);
-    for (int64_t block; (block = next.fetch_add(1)) < n_blocks;)
-      kernels.add_columns(arguments, block * tiles_at_once, std::min(n_column_tiles, (block + 1) * tiles_at_once),
+    for (int64_t block; (block = next_block.fetch_add(1)) < n_blocks;)
+      kernels.add_columns(arguments, block * tiles_at_once, std::min(n_tiles, (block + 1) * tiles_at_once),
                           packed_states, packed_gradient.get());
   });
 }
@@ -65,9 +59,7 @@ void add_weight_gradient_(const Tensor& grad_weight,      // [n_columns, hidden_
   check_tensor(op, "grad_weight", grad_weight, {n_columns, hidden_size}, ScalarType::Float);
   STD_TORCH_CHECK(grad_weight.is_contiguous(), op, ": expected a contiguous grad_weight");
   STD_TORCH_CHECK(has_bfloat16_products(), op,
-                  ": expected a processor with AVX512-BF16, and AVA_CPU_CAPABILITY not "
-                  "below avx512; has_bfloat16_products() tells");
-#ifdef AVA_X86
+                  ": expected a processor with AVX512-BF16, and AVA_CPU_CAPABILITY not below avx512");
   WeightGradientArguments arguments{};
   arguments.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
   arguments.grad_logits = static_cast<const BFloat16*>(grad_logits.const_data_ptr());
@@ -79,14 +71,13 @@ void add_weight_gradient_(const Tensor& grad_weight,      // [n_columns, hidden_
   if (n_rows == 0 || n_columns == 0 || hidden_size == 0) return;
   // groups of equal size, and of whole pairs
   const int64_t rows_at_once = 2 * divided_up(n_rows, 2 * divided_up(n_rows, kMostRows));
-  const std::unique_ptr<PackedPairs[]> packed_states(new PackedPairs[arguments.n_hidden_tiles() * rows_at_once]);
+  const std::unique_ptr<PackedPairs[]> packed_states(new PackedPairs[n_hidden_tiles_of(arguments) * rows_at_once]);
   for (int64_t row = 0; row < n_rows; row += rows_at_once) {
     arguments.n_rows = std::min(rows_at_once, n_rows - row);
-    add_rows(weight_gradient_avx512bf16, arguments, packed_states.get());
+    add_rows(*kernels(), arguments, packed_states.get());
     arguments.grad_logits += rows_at_once * arguments.grad_logits_stride;
     arguments.hidden_states += rows_at_once * arguments.hidden_states_stride;
   }
-#endif
 }
 
 }  // namespace

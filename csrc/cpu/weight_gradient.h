@@ -29,14 +29,18 @@
 //         pack its gradient tiles
 //         for each states tile, for each gradient tile: the sums, then grad_weight += sums
 //
-// Error. A product of two bfloat16 numbers is exact in float32, so each of n_rows additions rounds once:
+// Error. A product of two bfloat16 numbers is exact in float32, so each of n_rows additions rounds once, and so does
+// the one to grad_weight:
 //
-//     |error| <= (n_rows + 1) 2^-24 sum_r |grad_logits[r, v]| |hidden_states[r, h]| + 2^-24 |grad_weight[v, h]|
+//     |error| <= n_rows 2^-24 sum_r |grad_logits[r, v]| |hidden_states[r, h]| + 2^-24 |grad_weight[v, h]|
 //
-// and in the mean much less: 2.3e-7 of the norm for 900 random rows (a float32 product by MKL: 1.0e-7). The order of additions depends on n_rows alone: the result is bitwise the same for every
-// number of threads and however the columns are cut. vdpbf16ps knows no subnormal numbers, whatever MXCSR says: an
-// element below 2^-126 counts as 0 (an error below 2^-126 times the other element), and so does a sum (below 2^-126 for
-// each row). Infinities and nans come through as in any product.
+// (the last for each group of rows), and in the mean much less: 2.3e-7 of the norm for 900 random rows, a float32
+// product by MKL 1.0e-7. vdpbf16ps knows no subnormal numbers, whatever MXCSR says: an element below 2^-126 counts as 0
+// (an error below 2^-126 times the other element), and so does a sum (below 2^-126 for each row). Infinities and nans
+// come through as in any product.
+//
+// The order of additions depends on n_rows alone: the result is bitwise the same for every number of threads and
+// however the columns are cut.
 #pragma once
 #include <stdint.h>
 
@@ -59,13 +63,19 @@ struct WeightGradientArguments {
   const BFloat16* hidden_states;                     // [n_rows, hidden_size], last stride 1
   int64_t grad_logits_stride, hidden_states_stride;  // of the rows
   int64_t n_rows, n_columns, hidden_size;
-
-  int64_t n_pairs() const { return (n_rows + 1) / 2; }
-  int64_t n_column_tiles() const { return (n_columns + kTileColumns - 1) / kTileColumns; }
-  int64_t n_hidden_tiles() const { return (hidden_size + kTileHidden - 1) / kTileHidden; }
 };
 
-// Needs AVX512-BF16.
+inline namespace AVA_ISA {
+inline int64_t divided_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
+inline int64_t n_pairs_of(const WeightGradientArguments& arguments) { return divided_up(arguments.n_rows, 2); }
+inline int64_t n_column_tiles_of(const WeightGradientArguments& arguments) {
+  return divided_up(arguments.n_columns, kTileColumns);
+}
+inline int64_t n_hidden_tiles_of(const WeightGradientArguments& arguments) {
+  return divided_up(arguments.hidden_size, kTileHidden);
+}
+}  // namespace AVA_ISA
+
 struct WeightGradientKernels {
   // states tiles [tile_begin, tile_end) into packed_states [n_hidden_tiles, n_pairs, 2]
   void (*pack_states)(const WeightGradientArguments&, int64_t tile_begin, int64_t tile_end, PackedPairs* packed_states);
@@ -74,6 +84,7 @@ struct WeightGradientKernels {
                       const PackedPairs* packed_states, PackedPairs* packed_gradient);
 };
 
+// for processors with AVX512-BF16
 extern const WeightGradientKernels weight_gradient_avx512bf16;
 
 }  // namespace ava

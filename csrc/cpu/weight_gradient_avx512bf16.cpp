@@ -17,9 +17,9 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // the first n of 16 lanes
 static __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1 << n) - 1); }
 
-// Rows `row` and `row + 1` of `n` <= 16 elements; beyond n_rows there are zeros.
-static void pack_pair(const BFloat16* elements, int64_t stride, int64_t row, int64_t n_rows, __mmask16 lanes,
-                      PackedPairs* out) {
+// Up to 16 elements of the rows `row` and, if there is one, `row + 1`; zeros elsewhere.
+static void pack_pair(const BFloat16* elements,  // [n_rows, lanes]
+                      int64_t stride, int64_t row, int64_t n_rows, __mmask16 lanes, PackedPairs* out) {
   const BFloat16* even = elements + row * stride;
   const bool has_odd = row + 1 < n_rows;
   const __m256i low = _mm256_maskz_loadu_epi16(lanes, even),
@@ -31,13 +31,12 @@ static void pack_pair(const BFloat16* elements, int64_t stride, int64_t row, int
 static void pack_states(const WeightGradientArguments& arguments, int64_t tile_begin, int64_t tile_end,
                         PackedPairs* packed_states) {
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    PackedPairs* out = packed_states + tile * arguments.n_pairs() * 2;
+    PackedPairs* out = packed_states + tile * n_pairs_of(arguments) * 2;
     const int64_t begin = tile * kTileHidden, n = arguments.hidden_size - begin;
     for (int64_t row = 0; row < arguments.n_rows; row += 2)
       for (int64_t half = 0; half < 2; ++half) {
-        const __mmask16 lanes = first_lanes(n - 16 * half);
-        const BFloat16* elements = arguments.hidden_states + begin + (lanes ? 16 * half : 0);
-        pack_pair(elements, arguments.hidden_states_stride, row, arguments.n_rows, lanes, out++);
+        const BFloat16* elements = arguments.hidden_states + begin + 16 * half;
+        pack_pair(elements, arguments.hidden_states_stride, row, arguments.n_rows, first_lanes(n - 16 * half), out++);
       }
   }
 }
@@ -45,7 +44,7 @@ static void pack_states(const WeightGradientArguments& arguments, int64_t tile_b
 // row by row, in the order of the memory they come from
 static void pack_gradient(const WeightGradientArguments& arguments, int64_t tile_begin, int64_t tile_end,
                           PackedPairs* packed_gradient) {
-  const int64_t n_pairs = arguments.n_pairs();
+  const int64_t n_pairs = n_pairs_of(arguments);
   for (int64_t pair = 0; pair < n_pairs; ++pair)
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t begin = tile * kTileColumns;
@@ -90,8 +89,8 @@ static void add_tile(const PackedPairs* gradient,  // [n_pairs]
 static void add_columns(const WeightGradientArguments& arguments, int64_t tile_begin, int64_t tile_end,
                         const PackedPairs* packed_states, PackedPairs* packed_gradient) {
   pack_gradient(arguments, tile_begin, tile_end, packed_gradient);
-  const int64_t n_pairs = arguments.n_pairs(), hidden_size = arguments.hidden_size;
-  for (int64_t hidden_tile = 0; hidden_tile < arguments.n_hidden_tiles(); ++hidden_tile) {
+  const int64_t n_pairs = n_pairs_of(arguments), hidden_size = arguments.hidden_size;
+  for (int64_t hidden_tile = 0; hidden_tile < n_hidden_tiles_of(arguments); ++hidden_tile) {
     const int64_t begin = hidden_tile * kTileHidden;
     const __mmask16 first = first_lanes(hidden_size - begin), second = first_lanes(hidden_size - begin - 16);
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
