@@ -1,10 +1,14 @@
-"""Builds ava_ext/_C.abi3.so: one library for every CPython >= 3.10 and torch >= 2.10.
+"""Builds ava_ext/_C.abi3.so: one library for every CPython >= 3.10 and torch >= 2.10, with or without a GPU.
 
-MAX_JOBS, CXX: as for every torch extension.
+AVA_CUDA=auto   CUDA kernels are compiled where nvcc is found, also when torch itself is CPU-only
+AVA_CUDA=1      nvcc is required       AVA_CUDA=0  no CUDA kernels
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX: as for every torch extension
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -24,16 +28,56 @@ ROOT = Path(__file__).resolve().parent
 # last build and recompiles everything
 os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")
 
+
+def find_cuda() -> tuple[str, str] | None:
+    """Folder and version of the CUDA toolkit, or None for a library without CUDA."""
+    mode = os.environ.get("AVA_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"ava_ext: expected AVA_CUDA to be auto, 0 or 1, got {mode!r}")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if mode == "0" or (mode == "auto" and nvcc is None):
+        return None
+    if nvcc is None:
+        where = f"{home}/bin" if home else "PATH"
+        raise SystemExit(f"ava_ext: AVA_CUDA=1 but nvcc was not found in {where}. Set CUDA_HOME, or AVA_CUDA=0.")
+    # nvcc on PATH can be a wrapper script far from the toolkit: ask it where its toolkit is
+    dry_run = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(.+)", dry_run)
+    version = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+    if not top or not version:
+        raise SystemExit(f"ava_ext: {nvcc} does not work: {dry_run.strip()[:300]}. Set CUDA_HOME, or AVA_CUDA=0.")
+    return os.path.realpath(top[1].strip()), version[1]
+
+
+CUDA = find_cuda()
+CUDA_VERSION = CUDA[1] if CUDA else ""
+sources = [line for line in (ROOT / "csrc/sources.txt").read_text().split() if CUDA or not line.endswith(".cu")]
+cuda_options = {}
+if CUDA:
+    home, version = CUDA
+    cpp_extension.CUDA_HOME = home  # cpp_extension leaves it None where torch is CPU-only
+    # same reason: without it, .cu files get no header dependencies and are not rebuilt after a header edit
+    torch.version.cuda = torch.version.cuda or version
+    # without a visible GPU cpp_extension's own default fails with IndexError
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
+    cuda_options = {
+        "include_dirs": [f"{home}/include"],
+        "library_dirs": [f"{home}/lib64"],
+        "libraries": ["cudart_static", "rt", "dl", "pthread"],  # static: nothing to find where there is no CUDA
+    }
 for stale in ROOT.glob("build/lib.*"):  # setuptools would pack modules that were deleted since
     shutil.rmtree(stale)
-print(f"ava_ext: building against torch {torch.__version__}", flush=True)
+with_cuda = f"CUDA {CUDA[1]} from {CUDA[0]}" if CUDA else "no CUDA kernels"
+print(f"ava_ext: building against torch {torch.__version__}, {with_cuda}", flush=True)
 
 
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self):
         super().finalize_options()
         # `pip install -e .` gives a new temporary folder each time, so that ninja would find nothing to reuse
-        self.build_temp = str(ROOT / "build" / f"torch{torch.__version__}")
+        kind = f"cuda{CUDA_VERSION}" if CUDA else "cpu"
+        self.build_temp = str(ROOT / "build" / f"torch{torch.__version__}-{kind}")
 
 
 # CppExtension on a CUDA torch too: CUDAExtension links libtorch_cuda, and such a library needs a CUDA torch to load
@@ -42,9 +86,16 @@ class Build(cpp_extension.BuildExtension):
 # would take away
 extension = cpp_extension.CppExtension(
     "ava_ext._C",
-    (ROOT / "csrc/sources.txt").read_text().split(),
+    sources,
     py_limited_api=True,
-    extra_compile_args={"cxx": ["-O3", "-g0", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]},
+    define_macros=[("AVA_CUDA_VERSION", f'"{CUDA_VERSION}"')],
+    extra_compile_args={
+        "cxx": ["-O3", "-g0", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        "nvcc": ["-O3", "-lineinfo", "--compiler-options=-fvisibility=hidden", "-Werror=all-warnings"],
+    },
+    # libtorch is what pulls in libtorch_cuda: it has to stay although no symbol comes from it directly
+    extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+    **cuda_options,
 )
 setup(
     ext_modules=[extension],

@@ -17,15 +17,18 @@ if not _LIBRARY.exists():
     raise ImportError(message)
 torch.ops.load_library(_LIBRARY)
 
+CUDA_VERSION: str = torch.ops.ava_ext.cuda_version()  # "" in a library without CUDA kernels
+
 
 def build_info() -> dict[str, str]:
     """What this build runs with here.
 
     Returns:
-        cpu: "portable", "avx2" or "avx512" (set AVA_CPU_CAPABILITY before the first use to force one).
+        cpu: "portable", "avx2" or "avx512" (set AVA_CPU_CAPABILITY before the first use to force one);
+        cuda: the version of the CUDA toolkit that compiled the CUDA kernels, or "none: ..." in a library without.
 
     Example:
         >>> ava_ext.build_info()
-        {'cpu': 'avx512'}
+        {'cpu': 'avx512', 'cuda': '13.0'}
     """
-    return {"cpu": torch.ops.ava_ext.cpu_capability()}
+    return {"cpu": torch.ops.ava_ext.cpu_capability(), "cuda": CUDA_VERSION or "none: built without nvcc"}

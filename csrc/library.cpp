@@ -4,7 +4,12 @@
 #include "cpu/capability.h"
 #include "torch_stable.h"
 
+#ifndef AVA_CUDA_VERSION
+#define AVA_CUDA_VERSION ""
+#endif
+
 static std::string cpu_capability() { return ava::name(ava::cpu_capability()); }
+static std::string cuda_version() { return AVA_CUDA_VERSION; }
 
 STABLE_TORCH_LIBRARY(ava_ext, m) {
   // rows of logits: softmax_rows.h
@@ -42,7 +47,10 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
 
   // which instruction set the CPU kernels use
   m.def("cpu_capability() -> str");
+  // of the toolkit that compiled the CUDA kernels; empty where there are none
+  m.def("cuda_version() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(ava_ext, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("cuda_version", TORCH_BOX(&cuda_version));
 }

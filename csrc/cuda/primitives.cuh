@@ -1,0 +1,194 @@
+// What a kernel needs assembly for, and the few collectives made of shuffles. All inline PTX is in this file; what the
+// emulator of the tests does instead is in tests/cuda_emulator/emulated_primitives.h.
+#pragma once
+#include <cstring>
+#include <type_traits>
+
+#include "dialect.cuh"
+
+#ifdef __CUDACC__
+
+namespace ava {
+
+// 2^x by the special function unit, 2 ulp; exactly 0 for -inf and 1 for 0. Results under 2^-126 become 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The larger one; a nan wins, which fmaxf's does not.
+__device__ __forceinline__ float max_keep_nan(float x, float y) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+
+// One transaction of 16 bytes: left to itself the compiler splits loads and stores of uint4 into words.
+__device__ __forceinline__ uint4 load16(const void* global) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(global)));
+  return value;
+}
+__device__ __forceinline__ void store16(void* global, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+// 16 bytes from global to shared memory, past the registers and the first cache. They are there for the thread that
+// asked once it has waited, and for others after a barrier behind that.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+// Closes a group: the copies asked for since the last one.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most so many of this thread's latest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Clusters exist from sm_90 on; device_limits().largest_cluster keeps older devices away from them.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+// A barrier for all threads of the cluster, behind which they see each other's writes.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+// The same place in the shared memory of another block of the cluster. That block has to have started (a cluster_sync
+// before) and must not have ended (one behind).
+template <class Type>
+__device__ __forceinline__ Type* cluster_map(Type* shared, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  Type* mapped;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
+  return mapped;
+#else
+  __trap();
+  return shared;
+#endif
+}
+
+}  // namespace ava
+
+#else
+#include "emulated_primitives.h"
+#endif
+
+namespace ava {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// Every lane gets the same bits: lane i adds its value to that of lane i ^ offset, and addition commutes.
+template <class Type>
+__device__ __forceinline__ Type warp_sum(Type value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kWholeWarp, value, offset);
+  return value;
+}
+// A nan loses.
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kWholeWarp, value, offset));
+  return value;
+}
+__device__ __forceinline__ int warp_min(int value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const int other = __shfl_xor_sync(kWholeWarp, value, offset);
+    value = other < value ? other : value;
+  }
+  return value;
+}
+
+// A row's elements: float, double, __half, __nv_bfloat16.
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class Element>
+__device__ __forceinline__ Element from_float(float value) {  // to nearest, ties to even
+  if constexpr (std::is_same<Element, __half>::value)
+    return __float2half_rn(value);
+  else if constexpr (std::is_same<Element, __nv_bfloat16>::value)
+    return __float2bfloat16_rn(value);
+  else
+    return value;
+}
+
+// Rows travel as uint4: in registers, arrays of 16-bit elements cost a register each and are stored piecewise.
+template <class Element>
+constexpr int kVectorSize = 16 / int(sizeof(Element));
+
+template <class Element>
+__device__ __forceinline__ void unpack(uint4 bits, float* values) {  // values: [kVectorSize]
+  const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same<Element, float>::value) {
+      values[i] = __uint_as_float(words[i]);
+    } else if constexpr (std::is_same<Element, __nv_bfloat16>::value) {  // one integer instruction each
+      values[2 * i] = __uint_as_float(words[i] << 16);
+      values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    } else {
+      __half2 pair;
+      memcpy(static_cast<void*>(&pair), &words[i], 4);
+      const float2 both = __half22float2(pair);
+      values[2 * i] = both.x;
+      values[2 * i + 1] = both.y;
+    }
+  }
+}
+
+template <class Element>
+__device__ __forceinline__ uint4 pack(const float* values) {  // values: [kVectorSize]
+  unsigned words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same<Element, float>::value) {
+      words[i] = __float_as_uint(values[i]);
+    } else if constexpr (std::is_same<Element, __nv_bfloat16>::value) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+      memcpy(&words[i], &pair, 4);
+    } else {
+      const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+      memcpy(&words[i], &pair, 4);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The largest and the smallest element; a nan loses (it reaches the result through the sums).
+template <class Element>
+__device__ __forceinline__ void vector_range(uint4 bits, float& highest, float& lowest) {
+  if constexpr (sizeof(Element) == 2) {  // two elements per instruction
+    using Pair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
+    Pair pairs[4];
+    memcpy(static_cast<void*>(pairs), &bits, 16);
+    const Pair high = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
+    const Pair low = __hmin2(__hmin2(pairs[0], pairs[1]), __hmin2(pairs[2], pairs[3]));
+    highest = fmaxf(to_float(high.x), to_float(high.y));
+    lowest = fminf(to_float(low.x), to_float(low.y));
+  } else {
+    float values[kVectorSize<Element>];
+    unpack<Element>(bits, values);
+    highest = fmaxf(fmaxf(values[0], values[1]), fmaxf(values[2], values[3]));
+    lowest = fminf(fminf(values[0], values[1]), fminf(values[2], values[3]));
+  }
+}
+
+}  // namespace ava

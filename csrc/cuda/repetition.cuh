@@ -1,0 +1,245 @@
+// Repetition candidates on the device; what they are is in ../repetition.h.
+//
+// One warp per row, which reads the row's context backwards, 32 tokens at a time, until every slot is decided: the run
+// that ends the context, the counted rows before, the followers of the row's key. Most recent first is the order in
+// which they are met, so there is nothing to sort; a follower that is in a slot already is left out. No hashes, so
+// nothing to verify: every match compares the tokens themselves. Time is quadratic in the length at worst, and at the
+// lengths that models are trained with less than what one launch costs (a row of 8192 tokens reads 256 times).
+#pragma once
+#include <cmath>
+
+#include "../repetition.h"
+#include "primitives.cuh"
+
+namespace ava {
+
+constexpr int kRepetitionWarps = 8, kRepetitionRowsPerBlock = 32;
+
+// A [batch_size, n_tokens] tensor of int32 or int64 with any strides; batch size 1 stands for every sequence.
+struct TokenMatrix {
+  const void* data;
+  bool is_int32;
+  int64_t batch_stride, stride;  // in elements
+
+  __device__ int64_t at(int64_t sequence, int64_t position) const {
+    const int64_t offset = sequence * batch_stride + position * stride;
+    return is_int32 ? static_cast<const int32_t*>(data)[offset] : static_cast<const int64_t*>(data)[offset];
+  }
+};
+
+template <class Weight>
+struct RepetitionArguments {
+  TokenMatrix tokens, targets, segments;  // segments.data may be null
+  const Weight* weights;                  // [4]: immediate, growth, EOS, n-gram
+  int64_t weight_stride;
+  const int32_t* excluded_ids;  // [n_excluded], sorted
+  const int32_t* eos_ids;       // [n_eos]
+  int64_t n_excluded, n_eos;
+  int64_t n_sequences, n_tokens;
+  // as in RepetitionOptions
+  int64_t vocab_size, ignore_index, immediate_threshold, ngram_size, ngram_window, ngram_slots, min_sequence_length;
+  bool tokens_include_row, immediate;
+  int32_t* ids;               // [n_sequences, n_tokens, n_slots]
+  Weight* candidate_weights;  // [n_sequences, n_tokens, n_slots]
+
+  __host__ __device__ int64_t n_slots() const { return immediate + n_eos + (ngram_size > 0 ? ngram_slots : 0); }
+};
+
+// One row, as the lanes of a warp see it.
+template <class Weight>
+class RowCandidates {
+ public:
+  __device__ RowCandidates(const RepetitionArguments<Weight>& arguments, int64_t sequence, int64_t row)
+      : a_(arguments),
+        sequence_(sequence),
+        row_(row),
+        end_(row + arguments.tokens_include_row),
+        lane_(threadIdx.x % 32),
+        target_(arguments.targets.at(sequence, row)),
+        segment_(arguments.segments.data ? arguments.segments.at(sequence, row) : 0) {
+    const int64_t first_slot = (sequence * a_.n_tokens + row) * a_.n_slots();
+    ids_ = a_.ids + first_slot;
+    weights_ = a_.candidate_weights + first_slot;
+  }
+
+  // Every lane of the warp calls it.
+  __device__ void write() {
+    if (target_ == a_.ignore_index) return put_absent(0, a_.n_slots());
+    read_context();
+    if (a_.immediate) put_immediate();
+    put_eos();
+    if (a_.ngram_size > 0) put_absent(first_ngram_slot() + n_found_, a_.n_slots());
+  }
+
+ private:
+  __device__ int64_t first_ngram_slot() const { return a_.immediate + a_.n_eos; }
+  __device__ double weight(int index) const { return double(a_.weights[index * a_.weight_stride]); }
+  __device__ void put(int64_t slot, int64_t id, double value) {
+    ids_[slot] = int32_t(id);
+    weights_[slot] = Weight(value);
+  }
+  __device__ void put_absent(int64_t first, int64_t last) {
+    for (int64_t slot = first + lane_; slot < last; slot += 32) put(slot, -1, 0);
+  }
+
+  __device__ bool may_penalize(int64_t token) const {
+    if (token < 0 || token >= a_.vocab_size || token == a_.ignore_index) return false;
+    int64_t first = 0, last = a_.n_excluded;  // the first excluded id that is not below the token
+    while (first < last) {
+      const int64_t middle = (first + last) / 2;
+      if (a_.excluded_ids[middle] < token)
+        first = middle + 1;
+      else
+        last = middle;
+    }
+    return first == a_.n_excluded || a_.excluded_ids[first] != token;
+  }
+  __device__ bool is_eos(int64_t token) const {
+    for (int64_t i = 0; i < a_.n_eos; ++i)
+      if (a_.eos_ids[i] == token) return true;
+    return false;
+  }
+  // of the row's segment, if every position from here to the row is
+  __device__ bool in_segment(int64_t position) const {
+    return position >= 0 && (!a_.segments.data || a_.segments.at(sequence_, position) == segment_);
+  }
+
+  // whether the context ends with a whole key, none of it masked
+  __device__ bool has_key() const {
+    bool whole = true;
+    for (int64_t k = lane_; k < a_.ngram_size - 1; k += 32) {
+      const int64_t position = end_ - 1 - k;
+      whole = whole && in_segment(position) && a_.tokens.at(sequence_, position) != a_.ignore_index;
+    }
+    return __all_sync(kWholeWarp, whole);
+  }
+  // whether the token here follows the row's key
+  __device__ bool follows_key(int64_t position) const {
+    for (int64_t k = 1; k < a_.ngram_size; ++k)
+      if (!in_segment(position - k) || a_.tokens.at(sequence_, position - k) != a_.tokens.at(sequence_, end_ - k))
+        return false;
+    return true;
+  }
+
+  __device__ void read_context() {
+    last_ = in_segment(end_ - 1) ? a_.tokens.at(sequence_, end_ - 1) : a_.ignore_index;
+    bool run_is_open = a_.immediate && last_ != a_.ignore_index;
+    const bool may_be_early = a_.n_eos > 0 && a_.min_sequence_length > 0 && !is_eos(target_);
+    bool count_is_open = may_be_early;
+    bool slots_are_open = a_.ngram_size > 0 && has_key();
+    const int64_t oldest = a_.ngram_window > 0 ? end_ - a_.ngram_window : 0;
+
+    for (int64_t newest = end_ - 1; newest >= 0 && (run_is_open || count_is_open || slots_are_open); newest -= 32) {
+      const int64_t position = newest - lane_;
+      const unsigned outside = __ballot_sync(kWholeWarp, !in_segment(position));
+      const int n_inside = outside ? __ffs(int(outside)) - 1 : 32;
+      const bool inside = lane_ < n_inside;
+      const int64_t token = inside ? a_.tokens.at(sequence_, position) : a_.ignore_index;
+      if (run_is_open) {
+        const unsigned differs = __ballot_sync(kWholeWarp, !inside || token != last_);
+        run_ += differs ? __ffs(int(differs)) - 1 : 32;
+        run_is_open = differs == 0;
+      }
+      if (count_is_open) {
+        const bool counts = inside && position < row_ && a_.targets.at(sequence_, position) != a_.ignore_index;
+        n_counted_ += __popc(__ballot_sync(kWholeWarp, counts));
+        count_is_open = n_counted_ < a_.min_sequence_length;
+      }
+      if (slots_are_open) {
+        const bool may_follow = inside && position >= oldest && token != target_ && may_penalize(token);
+        take_followers(token, may_follow && follows_key(position));
+        slots_are_open = n_found_ < a_.ngram_slots && newest - 32 >= oldest;
+      }
+      if (n_inside < 32) break;
+    }
+    is_early_ = may_be_early && n_counted_ < a_.min_sequence_length;
+  }
+
+  // Fills slots with the distinct tokens among the lanes' that are in none yet; lane 0 has the most recent one.
+  __device__ void take_followers(int64_t token, bool is_new) {
+    if (!__any_sync(kWholeWarp, is_new)) return;
+    int32_t* const found = ids_ + first_ngram_slot();
+    for (int64_t slot = 0; slot < n_found_; ++slot) is_new = is_new && token != found[slot];
+    unsigned lanes = __ballot_sync(kWholeWarp, is_new);
+    for (; lanes != 0 && n_found_ < a_.ngram_slots; lanes = __ballot_sync(kWholeWarp, is_new)) {
+      const int32_t newest = __shfl_sync(kWholeWarp, int32_t(token), __ffs(int(lanes)) - 1);
+      if (lane_ == 0) put(first_ngram_slot() + n_found_, newest, weight(3));
+      is_new = is_new && token != newest;
+      ++n_found_;
+    }
+    __syncwarp();  // the other lanes read lane 0's slots
+  }
+
+  __device__ void put_immediate() {
+    if (lane_ != 0) return;
+    if (run_ >= a_.immediate_threshold && run_ > 0 && last_ != target_ && may_penalize(last_))
+      put(0, last_, weight(0) * fmin(pow(weight(1), double(run_ - 1)), 4.0));
+    else
+      put(0, -1, 0);
+  }
+  __device__ void put_eos() {
+    for (int64_t i = lane_; i < a_.n_eos; i += 32) {
+      if (is_early_)
+        put(a_.immediate + i, a_.eos_ids[i], weight(2));
+      else
+        put(a_.immediate + i, -1, 0);
+    }
+  }
+
+  const RepetitionArguments<Weight>& a_;
+  int64_t sequence_, row_;
+  int64_t end_;  // of the context
+  int lane_;
+  int64_t target_, segment_;
+  int32_t* ids_;     // [n_slots]
+  Weight* weights_;  // [n_slots]
+
+  int64_t last_ = 0;  // token of the context, or ignore_index
+  int64_t run_ = 0, n_counted_ = 0, n_found_ = 0;
+  bool is_early_ = false;
+};
+
+template <class Weight>
+__global__ void __launch_bounds__(32 * kRepetitionWarps)
+    repetition_kernel(const RepetitionArguments<Weight> arguments) {
+  const int64_t n_tiles = (arguments.n_tokens + kRepetitionRowsPerBlock - 1) / kRepetitionRowsPerBlock;
+  const int64_t sequence = blockIdx.x / n_tiles, first = blockIdx.x % n_tiles * kRepetitionRowsPerBlock;
+  for (int64_t i = threadIdx.x / 32; i < kRepetitionRowsPerBlock && first + i < arguments.n_tokens;
+       i += kRepetitionWarps)
+    RowCandidates<Weight>(arguments, sequence, first + i).write();
+}
+
+template <class Weight>
+void write_candidates(const RepetitionArguments<Weight>& arguments, Stream stream) {
+  const int64_t n_tiles = (arguments.n_tokens + kRepetitionRowsPerBlock - 1) / kRepetitionRowsPerBlock;
+  const int64_t n_blocks = arguments.n_sequences * n_tiles;
+  if (n_blocks == 0 || arguments.n_slots() == 0) return;
+  launch("repetition_candidates", repetition_kernel<Weight>, {dim3(unsigned(n_blocks)), dim3(32 * kRepetitionWarps)},
+         stream, arguments);
+}
+
+// Lists of ids travel to the device as arguments of a launch: a copy from host memory could neither be captured in a
+// CUDA graph nor outlive the call.
+constexpr int kIdsPerLaunch = 512;
+struct IdChunk {
+  int32_t ids[kIdsPerLaunch];
+  int n_ids;
+};
+
+static __global__ void store_ids_kernel(const IdChunk chunk,
+                                        int32_t* out) {  // [chunk.n_ids]
+  for (int i = threadIdx.x; i < chunk.n_ids; i += blockDim.x) out[i] = chunk.ids[i];
+}
+
+inline void store_ids(const std::vector<int32_t>& ids,
+                      int32_t* out,  // [ids.size()], on the device
+                      Stream stream) {
+  for (size_t first = 0; first < ids.size(); first += kIdsPerLaunch) {
+    IdChunk chunk;
+    chunk.n_ids = int(std::min<size_t>(kIdsPerLaunch, ids.size() - first));
+    std::copy_n(ids.begin() + first, chunk.n_ids, chunk.ids);
+    launch("repetition_candidates", store_ids_kernel, {dim3(1), dim3(128)}, stream, chunk, out + first);
+  }
+}
+
+}  // namespace ava

@@ -1,0 +1,95 @@
+"""The emulated device catches broken kernels: each mutant changes one line of a kernel whose C++ test is green, which
+`make test-sanitizers` shows."""
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import pytest
+from ninja_library import ROOT, build_library
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator needs x86-64")
+
+SANITIZERS = {
+    "none": ["-O1"],
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+}
+
+
+@dataclass
+class Mutant:
+    name: str
+    sanitizer: str
+    kernel: str  # below the root of the project
+    line: str  # of the kernel, once
+    replacement: str
+    report: str  # what the program says
+
+
+ROW_SUM, REPETITION = "tests/cuda_emulator/kernels/row_sum.cuh", "csrc/cuda/repetition.cuh"
+MUTANTS = [
+    Mutant("barrier_removed", "thread", ROW_SUM, "__syncthreads();", "", "data race"),
+    Mutant("barrier_removed_nan", "none", ROW_SUM, "__syncthreads();", "", "nan, expected"),
+    Mutant(
+        "barrier_for_some", "none", ROW_SUM, "__syncthreads();", "if (threadIdx.x < 64) __syncthreads();",
+        "waits in __syncthreads at row_sum.cuh",
+    ),
+    Mutant(
+        "two_barriers", "none", ROW_SUM, "__syncthreads();",
+        "if (threadIdx.x < 64) __syncthreads(); else __syncthreads();", "divergent barrier",
+    ),
+    Mutant("shuffle_for_some", "none", ROW_SUM, "sum = warp_sum(sum);", "if (threadIdx.x % 2) sum = warp_sum(sum);",
+           "waits in __shfl_xor_sync at primitives.cuh"),
+    Mutant("past_the_row", "address", ROW_SUM, "column < n_columns", "column <= n_columns", "heap-buffer-overflow"),
+    Mutant("past_the_array", "none", ROW_SUM, "partial[threadIdx.x / 32] = sum", "partial[threadIdx.x / 32 + 1] = sum",
+           "a write outside the arrays of shared memory"),
+    Mutant("past_the_array_by_address", "address", ROW_SUM, "partial[threadIdx.x / 32] = sum",
+           "partial[threadIdx.x / 32 + 1] = sum", "use-after-poison"),
+    Mutant("unaligned", "none", ROW_SUM, "cp_async16(slot, values + column)", "cp_async16(slot, values + column + 1)",
+           "cp_async16: expected addresses aligned to 16 bytes at row_sum.cuh"),
+    Mutant("no_wait_for_copies", "none", ROW_SUM, "cp_async_wait<0>();", "", "nan, expected"),
+    Mutant("one_copy_too_few", "none", ROW_SUM, "cp_async_wait<0>();", "cp_async_wait<1>();", "nan, expected"),
+    Mutant("no_first_cluster_sync", "none", ROW_SUM, "cluster_sync();  // the other", "  // the other",
+           "the other block has not begun"),
+    Mutant("no_last_cluster_sync", "none", ROW_SUM, "cluster_sync();\n  if (rank == 0", "if (rank == 0",
+           "the other block has ended"),
+    Mutant("no_syncwarp", "thread", REPETITION, "__syncwarp();", "", "data race"),
+    Mutant("past_the_list", "address", REPETITION, "i < chunk.n_ids", "i <= chunk.n_ids", "heap-buffer-overflow"),
+    Mutant("past_the_last_row", "address", REPETITION, "first + i < arguments.n_tokens",
+           "first + i <= arguments.n_tokens", "heap-buffer-overflow"),
+]  # fmt: skip
+
+
+def run_test_of(kernel, folder, sanitizer):
+    """Compiles the C++ test of a kernel in a copy of the sources and runs it."""
+    device_flags = ["-O1", "-g", "-DAVA_EMULATOR_TSAN"] if sanitizer == "thread" else SANITIZERS[sanitizer]
+    library = build_library(
+        f"emulated_device_{sanitizer}",
+        ".so",
+        {"tests/cuda_emulator/device.cpp": []},
+        [*device_flags, "-fvisibility=default", f"-I{ROOT}/tests/cuda_emulator"],
+        SANITIZERS[sanitizer],
+    )
+    emulator, program = folder / "tests/cuda_emulator", folder / "program"
+    test = emulator / f"test_{os.path.basename(kernel).removesuffix('.cuh')}.cpp"
+    flags = ["-std=c++20", "-Wno-unknown-pragmas", f"-I{emulator}", *SANITIZERS[sanitizer]]
+    link = [str(library), f"-Wl,-rpath,{library.parent}"]
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, *flags, str(test), *link, "-o", str(program)], check=True)
+    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutants_are_caught(tmp_path, mutant):
+    for part in ("csrc", "tests/cuda_emulator", "tests/cpp"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    path = tmp_path / mutant.kernel
+    text = path.read_text()
+    assert text.count(mutant.line) == 1
+    path.write_text(text.replace(mutant.line, mutant.replacement))
+    result = run_test_of(mutant.kernel, tmp_path, mutant.sanitizer)
+    assert result.returncode != 0
+    assert mutant.report in result.stdout + result.stderr
