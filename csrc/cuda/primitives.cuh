@@ -24,6 +24,12 @@ __device__ __forceinline__ float max_keep_nan(float x, float y) {
   return result;
 }
 
+// The same value, of unknown origin to the compiler: what is made of it is computed again instead of kept in registers.
+__device__ __forceinline__ unsigned computed_again(unsigned value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // One transaction of 16 bytes: left to itself the compiler splits loads and stores of uint4 into words.
 __device__ __forceinline__ uint4 load16(const void* global) {
   uint4 value;

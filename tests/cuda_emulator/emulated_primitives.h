@@ -14,6 +14,8 @@ inline float exp2_fast(float x) {
 }
 inline float max_keep_nan(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
 
+inline unsigned computed_again(unsigned value) { return value; }
+
 inline bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 inline uint4 load16(const void* global, Place place = Place::current()) {
   cuda_emulator::require(is_aligned16(global), "load16: expected an address aligned to 16 bytes", place);

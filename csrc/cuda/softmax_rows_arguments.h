@@ -1,0 +1,64 @@
+// What the operators hand to the kernels of rows of logits, and what those keep in shared memory besides the row.
+#pragma once
+#include "../row_layout.h"
+#include "../softmax_rows.h"
+
+namespace ava {
+
+constexpr int kMostGroups = 32;
+
+// Real below is double for float64 logits, else float. Pointers that an operator does not use are null.
+struct RowArguments {
+  const void* logits;  // [n_rows, n_columns] through its layout
+  RowLayout logits_layout;
+  void* grad_logits;  // [n_rows, n_columns] through its layout; may be the logits themselves; null: no gradient
+  RowLayout grad_layout;
+  const void* options;  // RowOptions<Real>
+
+  const int64_t* targets;  // [n_rows]
+  int64_t ignore_index;
+  const bool* row_mask;     // [n_rows]: rows to measure; null: all
+  const void* row_weights;  // Real [n_rows]
+  const int32_t* ids;       // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent
+  const void* id_values;    // Real [n_rows, n_ids]: weights of the candidates
+
+  void* row_loss;    // Real [n_rows]
+  void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
+  void* statistics;  // RowStatistics<Real> [n_rows]: output, or input of the gradient kernels
+  // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, 4 + 1 + n_ids], of the target and the
+  // candidates; input of the gradient kernels, [n_rows, 4 + n_ids], of the ids
+  void* row_coefficients;
+  void* id_log_probs;  // Real [n_rows, n_ids]
+  void* summaries;     // Real [4, n_rows]: entropy, lse, log R, mean log-probability
+
+  int64_t n_rows;
+  int32_t n_columns, vocab_size;  // columns at or beyond vocab_size are padding
+  int32_t n_ids, n_groups;
+  int32_t group_sizes[kMostGroups];  // the candidates of a row are reported in these groups
+  int32_t flags;                     // RowFlag
+
+  int32_t cluster_size;  // parts that a row is cut into, one for each block
+  int32_t capacity;      // 16-byte vectors in a part at most
+};
+
+// A column that may have an s_c of its own. Entry 0 of a row is its target, or, where coefficients are given, i*; the
+// ids follow.
+template <class Real>
+struct SparseEntry {
+  Real logit;      // as it is stored
+  Real u;          // -inf: masked
+  Real own;        // first the candidate's weight, then s_c
+  Real loss;       // the candidate's penalty
+  int32_t column;  // -1: absent
+};
+
+// What one warp finds out about a row for all others and for its own later use.
+template <class Real>
+struct RowScratch {
+  RowStatistics<Real> statistics;
+  RowEvaluation<Real> evaluation;  // the coefficients already by the row's weight
+  DenseGradient<Real> dense;
+  Real others, maximum;  // sums of s_c: without i*, at i*
+};
+
+}  // namespace ava

@@ -1,0 +1,110 @@
+// The kernels that need nothing of a row but its elements, one after the other: the gradient from given statistics and
+// coefficients, and rows times a factor. A row is cut into parts of 32 KB, a block for each.
+#pragma once
+#include "softmax_rows_measure.cuh"
+#include "softmax_rows_slice.cuh"
+#include "softmax_rows_sparse.cuh"
+
+namespace ava {
+
+constexpr int kPartThreads = 256, kPartVectors = 8, kVectorsAhead = 4;
+constexpr int kPartCapacity = kPartThreads * kPartVectors;
+
+// Vectors are read before it is known what to do with them, so that the wait for coefficients is not added to theirs.
+template <class Element>
+struct VectorsAhead {
+  uint4 vectors[kVectorsAhead];
+
+  __device__ __forceinline__ void load(const RowSlice<Element>& row, int first) {
+#pragma unroll
+    for (int i = 0; i < kVectorsAhead; ++i) {
+      const int vector = first + i * kPartThreads;
+      if (vector < row.last) vectors[i] = row.load(vector);
+    }
+  }
+  template <class Body>
+  __device__ __forceinline__ void each(const RowSlice<Element>& row, int first, Body body) const {
+#pragma unroll
+    for (int i = 0; i < kVectorsAhead; ++i) {
+      const int vector = first + i * kPartThreads;
+      if (vector < row.last) body(vector, vectors[i]);
+    }
+  }
+};
+
+template <class Element, class Body>
+__device__ __forceinline__ void for_vectors(const RowSlice<Element>& row, VectorsAhead<Element>& ahead, Body body) {
+  constexpr int kStride = kVectorsAhead * kPartThreads;
+  for (int first = row.first + int(threadIdx.x); first < row.last; first += kStride) {
+    ahead.each(row, first, body);
+    ahead.load(row, first + kStride);
+  }
+}
+
+// grid: rows, parts
+template <class Element, Features kFeatures>
+__global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArguments a) {
+  AVA_DYNAMIC_SHARED(shared);
+  auto* const scratch = reinterpret_cast<RowScratch<float>*>(shared);
+  auto* const entries = reinterpret_cast<SparseEntry<float>*>(scratch + 1);  // [1 + n_ids]
+  const int64_t row_index = blockIdx.x;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const RowSlice<Element> row(a, row_index, int(blockIdx.y));
+  const GradientSlice<Element> gradient(a, row, row_index);
+  const RowStatistics<float> statistics = static_cast<const RowStatistics<float>*>(a.statistics)[row_index];
+  if (statistics.count == 0) {
+    for (int vector = row.first + thread; vector < row.last; vector += kPartThreads)
+      gradient.store(vector, uint4{0, 0, 0, 0});
+    return;
+  }
+
+  VectorsAhead<Element> ahead;
+  ahead.load(row, row.first + thread);
+  if (thread < 32) {
+    const auto logit = [&](int column) { return row.has_column(column) ? row.logit(column) : 0.f; };  // else another's
+    const int32_t argmax = statistics.argmax < float(a.vocab_size) ? int32_t(statistics.argmax) : -1;
+    for (int k = lane; k <= a.n_ids; k += 32) entries[k] = gathered<float>(a, row_index, argmax, k, logit);
+    take_coefficients(a, row_index, statistics, entries, scratch, lane);
+  }
+  __syncthreads();
+
+  const LogitScale scale = logit_scale(*static_cast<const RowOptions<float>*>(a.options));
+  const Exponent<Element, kFeatures, false> exponent(scale, statistics.max);
+  const Exponent<Element, kFeatures, true> careful(scale, statistics.max);
+  const GradientScalars scalars = gradient_scalars(scratch->dense, exponent);
+  const bool needs_all_care = needs_care(statistics.max, scale);
+  for_vectors(row, ahead, [&](int vector, uint4 logits) {
+    float high, low = 0;  // without b and k, e = 0 is all that a masked or low column needs
+    if constexpr (kFeatures != Features::plain) vector_range<Element>(logits, high, low);
+    if (needs_all_care || low < kLowestOrdinary)
+      gradient.store(vector, gradient_vector(logits, gradient_scalars(scratch->dense, careful), careful));
+    else
+      gradient.store(vector, gradient_vector(logits, scalars, exponent));
+  });
+  __syncthreads();
+  if (thread < 32)
+    write_entries(
+        a, entries, scratch, lane, [&](int column) { return row.has_column(column); },
+        [&](int column, float value) { gradient.store_column(column, value); });
+}
+
+// rows *= factors, in place; a row whose factor is 1 is not touched. grid: rows, parts
+template <class Element>
+__global__ void __launch_bounds__(kPartThreads) scale_rows_kernel(const RowArguments a) {
+  const int64_t row_index = blockIdx.x;
+  const float factor = static_cast<const float*>(a.row_weights)[row_index];
+  if (factor == 1) return;
+  const RowSlice<Element> row(a, row_index, int(blockIdx.y));
+  const GradientSlice<Element> gradient(a, row, row_index);
+  VectorsAhead<Element> ahead;
+  ahead.load(row, row.first + int(threadIdx.x));
+  for_vectors(row, ahead, [&](int vector, uint4 bits) {
+    float values[kVectorSize<Element>];
+    unpack<Element>(bits, values);
+#pragma unroll
+    for (int k = 0; k < kVectorSize<Element>; ++k) values[k] *= factor;
+    gradient.store(vector, pack<Element>(values));
+  });
+}
+
+}  // namespace ava

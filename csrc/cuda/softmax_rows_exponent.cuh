@@ -1,0 +1,93 @@
+// e^u of a logit, as fast as its precision allows.
+//
+// t = u / ln 2 = (x - reference) factor, factor = log2(e) / T. The reference is a maximum: of a warp's share of the row
+// or of the row.
+//
+// * float32: the difference is exact or rounded once; what the product lost is known by a fused multiply-add and put
+//   back, so that e^u is right to 2.5 ulp up to a gap of 80 and beyond. 8 bytes of traffic for each element leave time
+//   for that.
+// * 16 bits: one fused multiply-add, t = x factor - (reference factor, rounded). What that rounding adds to every t of
+//   the row, `excess`, is known exactly and taken out once for the row, not for each element.
+// * kCareful: the difference first and bounded below, for rows with masked or huge logits.
+#pragma once
+#include "../softmax_rows.h"
+#include "primitives.cuh"
+
+namespace ava {
+
+enum class Features {
+  plain,   // R alone: no smoothing, no confidence penalty, no entropy
+  dense,   // B, U and V too
+  capped,  // dense, under a soft cap
+};
+
+constexpr float kLog2e = 1.4426950408889634f, kLog2eLow = 1.9259629e-8f, kLn2 = 0.6931471805599453f;
+
+struct LogitScale {
+  float factor, factor_low;  // log2(e) / T in two floats
+  float lowest_difference;   // at or below it e^u is 0
+  float inverse_temperature;
+  float softcap, inverse_softcap;
+};
+__device__ __forceinline__ LogitScale logit_scale(const RowOptions<float>& options) {
+  const float inverse_temperature = 1 / options.temperature, factor = kLog2e * inverse_temperature;
+  return {factor,
+          fmaf(kLog2e, inverse_temperature, -factor) + kLog2eLow * inverse_temperature,
+          -1000.f / factor,
+          inverse_temperature,
+          options.softcap,
+          1 / options.softcap};
+}
+
+// softcap(x) and its derivative; a masked logit stays -inf
+struct CappedLogit {
+  float value, slope;
+};
+template <Features kFeatures>
+__device__ __forceinline__ CappedLogit capped_logit(float logit, const LogitScale& scale) {
+  if constexpr (kFeatures != Features::capped) return {logit, 1.f};
+  const float t = tanhf(logit * scale.inverse_softcap);
+  return {logit == -INFINITY ? logit : scale.softcap * t, fmaf(-t, t, 1.f)};
+}
+
+// Logits below are masked, or so low that t e^u needs care.
+constexpr float kLowestOrdinary = -1e30f;
+// A reference so large that its rounding would show in e^u.
+__device__ __forceinline__ bool needs_care(float reference, const LogitScale& scale) {
+  return !(fabsf(reference * scale.factor) <= 1e6f);
+}
+
+template <class Element, Features kFeatures, bool kCareful>
+struct Exponent {
+  static constexpr bool kExact = kCareful || sizeof(Element) == 4;
+  static constexpr bool kBounded = kCareful || (kExact && kFeatures == Features::plain);
+  const LogitScale& scale;
+  float reference, offset, excess;
+
+  __device__ __forceinline__ Exponent(const LogitScale& scale, float reference) : scale(scale), reference(reference) {
+    offset = kExact ? 0.f : -reference * scale.factor;
+    excess = kExact ? 0.f : fmaf(reference, scale.factor, offset);  // exact: it has at most 24 bits
+  }
+  // e^u = exponential * undo()
+  __device__ __forceinline__ float undo() const { return kExact ? 1.f : exp2_fast(-excess); }
+
+  __device__ __forceinline__ float exponential(float x, float& steps) const {
+    if constexpr (!kExact) {
+      steps = fmaf(x, scale.factor, offset);
+      return exp2_fast(steps);
+    }
+    float difference = x - reference;
+    if constexpr (kBounded) difference = max_keep_nan(difference, scale.lowest_difference);
+    steps = difference * scale.factor;
+    const float lost = fmaf(difference, scale.factor_low, fmaf(difference, scale.factor, -steps));
+    const float e = exp2_fast(steps);
+    return fmaf(e, lost * kLn2, e);
+  }
+  // What U adds up, for all columns alike: differences, which do not overflow, or steps, which are there already.
+  __device__ __forceinline__ float summand(float x, float steps) const { return kExact ? x - reference : steps; }
+  __device__ __forceinline__ float sum_of_u(float sum, float count) const {
+    return kExact ? sum * scale.inverse_temperature : (sum - excess * count) * kLn2;
+  }
+};
+
+}  // namespace ava

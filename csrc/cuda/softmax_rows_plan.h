@@ -1,0 +1,81 @@
+// Which kernel a row is for: by its length, its type and the device, never by the number of rows, so that a row's result
+// does not depend on that.
+//
+// Bytes under way hide the memory's latency: on an H200 4.3 TB/s times 0.7 us over 132 multiprocessors are 23 KB, which
+// any part of a long row exceeds. What is scarce is *overlap*: while a part is summed, or waits at a barrier, it asks for
+// nothing. So two to four parts on a multiprocessor, at different stages, come before one large one.
+#pragma once
+#include "softmax_rows_core.cuh"
+
+namespace ava {
+
+struct RowPlan {
+  Residence residence;
+  int cluster_size;  // blocks for a row
+  int capacity;      // 16-byte vectors in a block's part at most
+  int n_threads;
+  int blocks_per_multiprocessor;
+  size_t shared_bytes;
+
+  // Persistent: a block takes one row after another and reads the next while it writes the last.
+  int64_t n_blocks(int64_t n_rows, const DeviceLimits& device) const {
+    const int64_t at_once = int64_t(device.n_multiprocessors) * blocks_per_multiprocessor / cluster_size;
+    const int64_t clusters = at_once > 1 ? at_once : 1;
+    return (n_rows < clusters ? n_rows : clusters) * cluster_size;
+  }
+};
+
+constexpr int kMostRegisterThreads = 256, kThreadsPerMultiprocessor = 1024;  // at 64 registers
+
+inline int whole_warps(int n_threads) { return (n_threads + 31) / 32 * 32; }
+
+// One block for a row, a row of up to 8 KB in registers.
+inline bool plan_registers(RowPlan& plan, int row_vectors, int n_ids, const DeviceLimits& device) {
+  if (row_vectors > kRegisterVectors * kMostRegisterThreads) return false;
+  // never binds on a GPU; a small limit moves shorter rows to the other kernels, which is how the tests reach them
+  if (row_vectors * 16 > device.shared_per_block / 16) return false;
+  plan.residence = Residence::registers;
+  plan.cluster_size = 1;
+  plan.capacity = row_vectors;
+  plan.n_threads = whole_warps((row_vectors + kRegisterVectors - 1) / kRegisterVectors);
+  plan.blocks_per_multiprocessor = 768 / plan.n_threads;  // at 80 registers
+  plan.shared_bytes = row_shared_bytes(false, 0, 1, plan.n_threads, n_ids);
+  return true;
+}
+
+// The smallest cluster that leaves room for `wanted` parts on a multiprocessor.
+inline bool plan_shared(RowPlan& plan, int row_vectors, int n_ids, const DeviceLimits& device, int wanted) {
+  for (int cluster = 1; cluster <= device.largest_cluster; cluster *= 2) {
+    const int capacity = (row_vectors + cluster - 1) / cluster;
+    const size_t most_bytes = row_shared_bytes(true, capacity, cluster, kThreadsPerMultiprocessor / wanted, n_ids);
+    if (most_bytes > size_t(device.shared_per_block)) continue;
+    const int fit = int(device.shared_per_multiprocessor / (most_bytes + device.shared_reserved_per_block));
+    if (fit < wanted) continue;
+    plan.residence = cluster > 1 ? Residence::clusters : Residence::shared;
+    plan.cluster_size = cluster;
+    plan.capacity = capacity;
+    plan.blocks_per_multiprocessor = fit < 8 ? fit : 8;
+    plan.n_threads = kThreadsPerMultiprocessor / plan.blocks_per_multiprocessor / 32 * 32;
+    plan.shared_bytes = row_shared_bytes(true, capacity, cluster, plan.n_threads, n_ids);
+    return true;
+  }
+  return false;
+}
+
+inline RowPlan plan_rows(int n_columns, int element_bytes, int n_ids, const DeviceLimits& device) {
+  const int size = 16 / element_bytes;
+  const int row_vectors = (n_columns + size - 1) / size + 1;  // one more where a row straddles a boundary
+  RowPlan plan{};
+  if (plan_registers(plan, row_vectors, n_ids, device)) return plan;
+  if (plan_shared(plan, row_vectors, n_ids, device, 2)) return plan;
+  if (plan_shared(plan, row_vectors, n_ids, device, 1)) return plan;
+  plan.residence = Residence::streamed;  // the second time partly from L2
+  plan.cluster_size = 1;
+  plan.capacity = row_vectors;
+  plan.n_threads = 512;
+  plan.blocks_per_multiprocessor = 2;
+  plan.shared_bytes = row_shared_bytes(false, 0, 1, plan.n_threads, n_ids);
+  return plan;
+}
+
+}  // namespace ava

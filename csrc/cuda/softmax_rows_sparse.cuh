@@ -1,0 +1,248 @@
+// What one warp does for a row besides its vectors: the entries of the target and of the candidates, the terms, the
+// coefficients, the outputs. Everything here is called by all 32 lanes of one warp; entries and scratch are in shared
+// memory that only this warp writes. Lane i looks after the entries i, i + 32, ...
+#pragma once
+#include "primitives.cuh"
+#include "softmax_rows_arguments.h"
+
+namespace ava {
+
+// The target of a row; 0 where the operator has none; -1 for a row that is left out, whose logits nobody looks at.
+__device__ __forceinline__ int32_t counted_target(const RowArguments& a, int64_t row) {
+  if (!a.targets) return a.row_mask && !a.row_mask[row] ? -1 : 0;
+  const int64_t target = a.targets[row];
+  if (target == a.ignore_index) return -1;
+  if (threadIdx.x == 0)
+    AVA_DEVICE_CHECK((target >= 0 && target < a.vocab_size) &&
+                     "row_loss: expected targets in [0, vocab_size) or ignore_index");
+  return int32_t(target);
+}
+
+// The column of entry 1 + k, checked.
+__device__ __forceinline__ int32_t id_of(const RowArguments& a, int64_t row, int k) {
+  const int32_t id = a.ids[row * a.n_ids + k];
+  AVA_DEVICE_CHECK((id >= -1 && id < a.vocab_size) && "row operators: expected ids in [0, vocab_size) or -1");
+  return id;
+}
+
+template <class Real>
+__device__ __forceinline__ Real lowest_finite() {
+  return sizeof(Real) == 8 ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f);
+}
+
+__device__ __forceinline__ float warp_total(float value) { return warp_sum(value); }
+__device__ __forceinline__ double warp_total(double value) { return warp_sum(value); }
+
+// u of one column
+template <class Real>
+__device__ __forceinline__ Real scalar_u(const RowArguments& a, const RowOptions<Real>& options,
+                                         const RowStatistics<Real>& row, int32_t column, Real logit) {
+  if (column == int32_t(row.argmax)) return 0;
+  if (logit == Real(-INFINITY)) return logit;
+  if (a.flags & kSoftcap) logit = options.softcap * tanh_of(logit * (1 / options.softcap));
+  // -inf is for masked columns: beside a maximum of +inf this is a finite distance, and R a nan
+  const Real u = (logit - row.max) * (1 / options.temperature);
+  return u < lowest_finite<Real>() ? lowest_finite<Real>() : u;
+}
+template <class Real>
+__device__ __forceinline__ Real scalar_cap_slope(const RowArguments& a, const RowOptions<Real>& options, Real logit) {
+  if (!(a.flags & kSoftcap)) return 1;
+  const Real t = tanh_of(logit * (1 / options.softcap));
+  return 1 - t * t;
+}
+
+// Reads the entries of a row: before anything is written over it.
+template <class Real, class LogitOf>
+__device__ __forceinline__ SparseEntry<Real> gathered(const RowArguments& a, int64_t row, int32_t first_column, int k,
+                                                      LogitOf logit_of) {
+  SparseEntry<Real> entry{};
+  entry.column = k == 0 ? first_column : id_of(a, row, k - 1);
+  if (entry.column >= 0) entry.logit = logit_of(entry.column);
+  if (k > 0 && a.id_values) entry.own = static_cast<const Real*>(a.id_values)[row * a.n_ids + k - 1];
+  return entry;
+}
+
+template <class Real>
+__device__ __forceinline__ void sum_of_entries(const SparseEntry<Real>& entry, const RowStatistics<Real>& row,
+                                               Real& others, Real& maximum) {
+  if (entry.column < 0) return;
+  if (entry.column == int32_t(row.argmax))
+    maximum += entry.own;
+  else
+    others += entry.own;
+}
+
+template <class Real>
+__device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const RowStatistics<Real>& row,
+                                               const RowEvaluation<Real>& evaluation, Real others, Real maximum,
+                                               Real inverse_temperature, int lane) {
+  others = warp_total(others);
+  maximum = warp_total(maximum);
+  if (lane == 0) {
+    DenseGradient<Real> dense = dense_gradient(row, evaluation.coefficients, others + maximum, inverse_temperature);
+    if (row.count == 0) dense = {};
+    *scratch = {row, evaluation, dense, others, maximum};
+  }
+  __syncwarp();
+}
+
+// Terms and coefficients of a counted row of row_loss; entry 0 is its target.
+template <class Real>
+__device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_index, const RowStatistics<Real>& row,
+                                             SparseEntry<Real>* entries, RowScratch<Real>* scratch, int lane) {
+  const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
+  const Real row_weight = a.row_weights ? static_cast<const Real*>(a.row_weights)[row_index] : Real(1);
+  const int32_t target = entries[0].column, argmax = int32_t(row.argmax);
+  const Real target_u = scalar_u(a, options, row, target, entries[0].logit);
+  RowEvaluation<Real> evaluation = evaluate(row, options, a.flags, target == argmax, target_u);
+  evaluation.target_coefficient *= row_weight;
+  evaluation.coefficients.probability *= row_weight;
+  evaluation.coefficients.entropy *= row_weight;
+  evaluation.coefficients.constant *= row_weight;
+  __syncwarp();  // entries[0] has been read
+  Real others = 0, maximum = 0;
+  for (int k = lane; k <= a.n_ids; k += 32) {
+    SparseEntry<Real> entry = entries[k];
+    const Real weight = entry.own;
+    entry.u = k == 0 ? target_u : Real(0);
+    entry.own = k == 0 ? evaluation.target_coefficient : Real(0);
+    if (k > 0) {
+      bool counts = entry.column >= 0 && entry.column != target && weight != 0;
+      if (counts) entry.u = scalar_u(a, options, row, entry.column, entry.logit);
+      counts = counts && (entry.u > Real(-INFINITY) || entry.u != entry.u);  // masked: nothing to push down
+      if (counts) {
+        const Real probability = exp_of(entry.u) / (1 + row.rest);
+        const CandidateShare<Real> share = unlikelihood(row, entry.column == argmax, probability, weight);
+        entry.loss = share.loss;
+        entry.own = share.log_prob_coefficient * row_weight;
+      } else {
+        entry.column = -1;
+      }
+    }
+    sum_of_entries(entry, row, others, maximum);
+    entries[k] = entry;
+  }
+  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, lane);
+}
+
+// The same where statistics and coefficients are given; entry 0 is i*.
+template <class Real>
+__device__ __forceinline__ void take_coefficients(const RowArguments& a, int64_t row_index,
+                                                  const RowStatistics<Real>& row, SparseEntry<Real>* entries,
+                                                  RowScratch<Real>* scratch, int lane) {
+  const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
+  const Real* own_coefficients = static_cast<const Real*>(a.row_coefficients) + row_index * (4 + a.n_ids);
+  RowEvaluation<Real> evaluation{};
+  evaluation.coefficients = {own_coefficients[0], own_coefficients[1], own_coefficients[2], own_coefficients[3]};
+  Real others = 0, maximum = 0;
+  for (int k = lane; k <= a.n_ids; k += 32) {
+    SparseEntry<Real> entry = entries[k];
+    entry.own = own_coefficients[3 + k];
+    if (row.count == 0 || entry.own == 0) entry.column = -1;
+    if (entry.column >= 0) entry.u = scalar_u(a, options, row, entry.column, entry.logit);
+    sum_of_entries(entry, row, others, maximum);
+    entries[k] = entry;
+  }
+  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, lane);
+}
+
+// The gradient of the entries' columns, in full precision, over what the dense pass left there. Duplicates add up; the
+// first one writes. `is_mine` says which columns this block has.
+template <class Real, class IsMine, class Store>
+__device__ __forceinline__ void write_entries(const RowArguments& a, const SparseEntry<Real>* entries,
+                                              const RowScratch<Real>* scratch, int lane, IsMine is_mine, Store store) {
+  const RowStatistics<Real> row = scratch->statistics;
+  if (row.count == 0) return;
+  const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
+  for (int k = lane; k <= a.n_ids; k += 32) {
+    const int32_t column = entries[k].column;
+    bool writes = column >= 0 && is_mine(column);
+    for (int earlier = 0; writes && earlier < k; ++earlier) writes = entries[earlier].column != column;
+    if (!writes) continue;
+    Real own = 0;
+    for (int same = k; same <= a.n_ids; ++same)
+      if (entries[same].column == column) own += entries[same].own;
+    const bool is_argmax = column == int32_t(row.argmax);
+    const Real u = entries[k].u, others = is_argmax ? scratch->others : scratch->others - own + scratch->maximum;
+    const Real probability = exp_of(u) / (1 + row.rest);
+    const Real gradient =
+        sparse_gradient(row, scratch->evaluation.coefficients, is_argmax, u, probability, own, others);
+    store(column, u == Real(-INFINITY) ? Real(0)
+                                       : gradient * (1 / options.temperature) *
+                                             scalar_cap_slope(a, options, entries[k].logit));
+  }
+}
+
+// row_loss, row_terms, and where asked for statistics and row_coefficients, of a counted row.
+template <class Real>
+__device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, const SparseEntry<Real>* entries,
+                                           const RowScratch<Real>* scratch, int lane) {
+  const RowEvaluation<Real>& evaluation = scratch->evaluation;
+  auto* terms = static_cast<Real*>(a.row_terms);
+  Real total =
+      evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
+  for (int group = 0, first = 1; group < a.n_groups; ++group) {
+    const int last = first + a.group_sizes[group];
+    Real penalty = 0;
+    for (int k = first + lane; k < last; k += 32) penalty += entries[k].loss;
+    penalty = warp_total(penalty);
+    if (lane == 0) terms[(kRowTerms + group) * a.n_rows + row] = penalty;
+    total += penalty;
+    first = last;
+  }
+  if (lane < kRowTerms) terms[lane * a.n_rows + row] = evaluation.terms[lane];
+  if (lane == 0) {
+    const Real row_weight = a.row_weights ? static_cast<const Real*>(a.row_weights)[row] : Real(1);
+    static_cast<Real*>(a.row_loss)[row] = total * row_weight;
+  }
+  if (!a.row_coefficients) return;
+  Real* own_coefficients = static_cast<Real*>(a.row_coefficients) + row * (5 + a.n_ids);
+  if (lane == 0) {
+    static_cast<RowStatistics<Real>*>(a.statistics)[row] = scratch->statistics;
+    own_coefficients[0] = evaluation.coefficients.probability;
+    own_coefficients[1] = evaluation.coefficients.entropy;
+    own_coefficients[2] = evaluation.coefficients.constant;
+    own_coefficients[3] = evaluation.coefficients.maximum;
+  }
+  for (int k = lane; k <= a.n_ids; k += 32) own_coefficients[4 + k] = entries[k].own;
+}
+
+// What the open operator reports of a measured row; entry 0 is absent.
+template <class Real>
+__device__ __forceinline__ void write_summaries(const RowArguments& a, int64_t row_index,
+                                                const RowStatistics<Real>& row, const SparseEntry<Real>* entries,
+                                                int lane) {
+  const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
+  const Real total = log_total(row);
+  if (lane == 0) {
+    static_cast<RowStatistics<Real>*>(a.statistics)[row_index] = row;
+    auto* summaries = static_cast<Real*>(a.summaries);
+    summaries[row_index] = total - row.weighted / (1 + row.rest);
+    summaries[a.n_rows + row_index] = row.max * (1 / options.temperature) + total;
+    summaries[2 * a.n_rows + row_index] = log_of(row.rest);
+    summaries[3 * a.n_rows + row_index] = row.sum / row.count - total;
+  }
+  for (int k = 1 + lane; k <= a.n_ids; k += 32) {
+    const SparseEntry<Real> entry = entries[k];
+    static_cast<Real*>(a.id_log_probs)[row_index * a.n_ids + k - 1] =
+        entry.column < 0 ? Real(0) : scalar_u(a, options, row, entry.column, entry.logit) - total;
+  }
+}
+
+// The outputs of a row that is left out.
+template <class Real>
+__device__ __forceinline__ void write_nothing(const RowArguments& a, int64_t row, int lane) {
+  if (lane == 0 && a.row_loss) static_cast<Real*>(a.row_loss)[row] = 0;
+  if (a.row_terms)
+    for (int term = lane; term < kRowTerms + a.n_groups; term += 32)
+      static_cast<Real*>(a.row_terms)[term * a.n_rows + row] = 0;
+  if (lane == 0 && a.statistics) static_cast<RowStatistics<Real>*>(a.statistics)[row] = empty_statistics<Real>();
+  if (a.row_coefficients)
+    for (int k = lane; k < 5 + a.n_ids; k += 32)
+      static_cast<Real*>(a.row_coefficients)[row * (5 + a.n_ids) + k] = 0;
+  if (a.summaries && lane < 4) static_cast<Real*>(a.summaries)[lane * a.n_rows + row] = 0;
+  if (a.id_log_probs)
+    for (int k = lane; k < a.n_ids; k += 32) static_cast<Real*>(a.id_log_probs)[row * a.n_ids + k] = 0;
+}
+
+}  // namespace ava
