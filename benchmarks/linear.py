@@ -29,14 +29,22 @@ N_DEPTHS = 3  # of multi-token prediction
 class Case:
     """Hidden states, a head and targets of one size and dtype."""
 
-    def __init__(self, n_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.hidden_states = torch.randn(n_rows, hidden_size, generator=generator).to(dtype).requires_grad_()
-        weight = torch.randn(vocab_size, hidden_size, generator=generator) * (2 / hidden_size**0.5)
+    def __init__(
+        self,
+        n_rows: int,
+        hidden_size: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        to = {"generator": generator, "device": device}
+        self.hidden_states = torch.randn(n_rows, hidden_size, **to).to(dtype).requires_grad_()
+        weight = torch.randn(vocab_size, hidden_size, **to) * (2 / hidden_size**0.5)
         self.weight = weight.to(dtype).requires_grad_()
-        words = torch.randint(1, vocab_size, (16,), generator=generator)  # a text that repeats itself
-        self.targets = words[torch.randint(0, 16, (n_rows,), generator=generator)]
-        self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), generator=generator)
+        words = torch.randint(1, vocab_size, (16,), **to)  # a text that repeats itself
+        self.targets = words[torch.randint(0, 16, (n_rows,), **to)]
+        self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), **to)
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
 
 

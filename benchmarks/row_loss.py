@@ -55,20 +55,20 @@ class _Written(torch.autograd.Function):
 class Case:
     """Logits and targets of one size and dtype. `refill` writes the logits anew, as the last GEMM of a model does."""
 
-    def __init__(self, n_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.source = torch.empty(n_rows, vocab_size, dtype=dtype).normal_(0, 2, generator=generator)
+    def __init__(self, n_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.source = torch.empty(n_rows, vocab_size, dtype=dtype, device=device).normal_(0, 2, generator=generator)
         self.buffer = torch.empty_like(self.source)
         # sixteen words: a text that repeats itself, so that the slots of n-grams are filled
-        words = torch.randint(1, vocab_size, (16,), generator=generator)
-        self.targets = words[torch.randint(0, 16, (n_rows,), generator=generator)]
-        self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), generator=generator)
+        words = torch.randint(1, vocab_size, (16,), generator=generator, device=device)
+        self.targets = words[torch.randint(0, 16, (n_rows,), generator=generator, device=device)]
+        self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), generator=generator, device=device)
         self.logits: Tensor
         self.refill()
 
     def refill(self) -> None:
         """Fresh logits [n_rows, vocab_size] that require grad and are no leaf; always in the same memory."""
-        self.logits = _Written.apply(torch.zeros((), requires_grad=True), self)
+        self.logits = _Written.apply(torch.zeros((), device=self.source.device, requires_grad=True), self)
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Ids and weights [n_rows, 32] for composed_loss. UnifiedLoss finds them itself, within its time."""
@@ -76,7 +76,7 @@ class Case:
         ids, weights = repetition_candidates(
             text,
             text,
-            weights=torch.tensor([IMMEDIATE_WEIGHT, 1.0, EOS_WEIGHT, NGRAM_WEIGHT], dtype=torch.float64),
+            weights=self.targets.new_tensor([IMMEDIATE_WEIGHT, 1.0, EOS_WEIGHT, NGRAM_WEIGHT], dtype=torch.float64),
             vocab_size=self.source.shape[-1],
             immediate=True,
             eos_ids=[EOS],
@@ -121,7 +121,7 @@ def _ours_with_every_term(case: Case, **options: Any) -> Callable[[], tuple[Tens
 def _kernel_in_place(case: Case) -> Callable[[], tuple[Tensor, Tensor]]:
     coefficients = row_coefficients(case.source)
     n_rows, vocab_size = case.source.shape
-    row_weights = torch.full((n_rows,), 1 / n_rows, dtype=coefficients.dtype)
+    row_weights = coefficients.new_full((n_rows,), 1 / n_rows)
     options = (None, None, [], int(RowTerms.CROSS_ENTROPY), vocab_size, -100)
 
     def call() -> tuple[Tensor, Tensor]:
