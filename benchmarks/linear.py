@@ -56,7 +56,7 @@ class Variant(NamedTuple):
     is_compiled: bool = False
 
 
-def _with_gradients(case: Case, loss: Callable[[Tensor, Tensor], Tensor], parameters: Any = ()) -> Callable[[], object]:
+def with_gradients(case: Case, loss: Callable[[Tensor, Tensor], Tensor], parameters: Any = ()) -> Callable[[], object]:
     def call() -> tuple[Tensor, ...]:
         value = loss(case.hidden_states, case.weight)
         return value, *torch.autograd.grad(value, (case.hidden_states, case.weight, *parameters), allow_unused=True)
@@ -90,7 +90,7 @@ def _products(case: Case) -> Callable[[], object]:
 
 def _ours(case: Case, **options: Any) -> Callable[[], object]:
     loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **options)
-    return _with_gradients(
+    return with_gradients(
         case, lambda states, weight: loss_fn(targets=case.targets, hidden_states=states, lm_head_weight=weight)
     )
 
@@ -98,7 +98,7 @@ def _ours(case: Case, **options: Any) -> Callable[[], object]:
 def _ours_with_every_term(case: Case) -> Callable[[], object]:
     loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **EVERY_TERM)
     targets, negative_ids = case.targets.unsqueeze(0), case.negative_ids.unsqueeze(0)
-    return _with_gradients(
+    return with_gradients(
         case,
         lambda states, weight: loss_fn(
             targets=targets, hidden_states=states.unsqueeze(0), lm_head_weight=weight, negative_ids=negative_ids
@@ -122,7 +122,7 @@ def _torch_options(case: Case) -> dict[str, Variant]:
 
     return {
         f"torch_{name}": Variant(
-            f"F.linear_cross_entropy, {name}", _with_gradients(case, partial(loss, options=options))
+            f"F.linear_cross_entropy, {name}", with_gradients(case, partial(loss, options=options))
         )
         for name, options in choices.items()
     }
@@ -134,7 +134,7 @@ def _cut_cross_entropy(case: Case) -> dict[str, Variant]:
     except ImportError:
         return {}
     loss = partial(linear_cross_entropy, targets=case.targets, impl="torch_compile")
-    return {"cut": Variant("cut-cross-entropy, torch_compile", _with_gradients(case, loss), is_compiled=True)}
+    return {"cut": Variant("cut-cross-entropy, torch_compile", with_gradients(case, loss), is_compiled=True)}
 
 
 def make_variants(case: Case) -> dict[str, Variant]:
@@ -145,10 +145,10 @@ def make_variants(case: Case) -> dict[str, Variant]:
 
     return {
         "products": Variant("the three matrix products alone", _products(case)),
-        "eager": Variant("F.linear + F.cross_entropy", _with_gradients(case, plain)),
+        "eager": Variant("F.linear + F.cross_entropy", with_gradients(case, plain)),
         "compiled": Variant(
             "F.linear + F.cross_entropy, compiled",
-            _with_gradients(case, torch.compile(plain, dynamic=False, fullgraph=True)),
+            with_gradients(case, torch.compile(plain, dynamic=False, fullgraph=True)),
             is_compiled=True,
         ),
         **_torch_options(case),
@@ -185,8 +185,8 @@ def make_mtp_variants(case: Case) -> dict[str, Variant]:
     parameters = list(loss_fn.parameters())
     return {
         "ours": Variant("UnifiedLoss", _ours(case)),
-        "mtp_eager": Variant("3 heads of nn.Linear, eager", _with_gradients(case, eager, parameters)),
-        "mtp_ours": Variant("UnifiedLoss, 3 heads", _with_gradients(case, ours, parameters)),
+        "mtp_eager": Variant("3 heads of nn.Linear, eager", with_gradients(case, eager, parameters)),
+        "mtp_ours": Variant("UnifiedLoss, 3 heads", with_gradients(case, ours, parameters)),
     }
 
 

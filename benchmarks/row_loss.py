@@ -99,7 +99,7 @@ class Variant(NamedTuple):
     is_compiled: bool = False
 
 
-def _forward_and_backward(case: Case, loss: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+def forward_and_backward(case: Case, loss: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
     def call() -> tuple[Tensor, Tensor]:
         value = loss(case.logits)
         return value, torch.autograd.grad(value, case.logits)[0]
@@ -109,13 +109,13 @@ def _forward_and_backward(case: Case, loss: Callable[[Tensor], Tensor]) -> Calla
 
 def _ours(case: Case, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
     loss_fn = UnifiedLoss(case.source.shape[-1], primary_loss_type="standard", **options)
-    return _forward_and_backward(case, lambda logits: loss_fn(logits, case.targets))
+    return forward_and_backward(case, lambda logits: loss_fn(logits, case.targets))
 
 
 def _ours_with_every_term(case: Case, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
     loss_fn = UnifiedLoss(case.source.shape[-1], primary_loss_type="standard", **EVERY_TERM, **options)
     targets, negative_ids = case.targets.unsqueeze(0), case.negative_ids.unsqueeze(0)
-    return _forward_and_backward(case, lambda logits: loss_fn(logits.unsqueeze(0), targets, negative_ids=negative_ids))
+    return forward_and_backward(case, lambda logits: loss_fn(logits.unsqueeze(0), targets, negative_ids=negative_ids))
 
 
 def _kernel_in_place(case: Case) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -145,10 +145,10 @@ def make_variants(case: Case) -> dict[str, Variant]:
     targets, candidates = case.targets, case.candidates()
     plain_compiled = _compile(F.cross_entropy)
     variants = {
-        "eager": Variant("F.cross_entropy", _forward_and_backward(case, lambda z: F.cross_entropy(z, targets))),
+        "eager": Variant("F.cross_entropy", forward_and_backward(case, lambda z: F.cross_entropy(z, targets))),
         "compiled": Variant(
             "F.cross_entropy, compiled",
-            _forward_and_backward(case, lambda z: plain_compiled(z, targets)),
+            forward_and_backward(case, lambda z: plain_compiled(z, targets)),
             is_compiled=True,
         ),
         "copy": Variant("copy_ of the logits", _copy(case)),
@@ -165,11 +165,11 @@ def make_variants(case: Case) -> dict[str, Variant]:
 
         variants |= {
             f"{prefix}_eager": Variant(
-                f"every term{end}: composed", _forward_and_backward(case, composed), is_slow=True
+                f"every term{end}: composed", forward_and_backward(case, composed), is_slow=True
             ),
             f"{prefix}_compiled": Variant(
                 f"every term{end}: composed, compiled",
-                _forward_and_backward(case, _compile(composed)),
+                forward_and_backward(case, _compile(composed)),
                 is_slow=True,
                 is_compiled=True,
             ),
