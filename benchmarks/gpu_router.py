@@ -88,7 +88,7 @@ def make_variants(case: Case, with_compiled: bool) -> tuple[dict[str, Variant], 
         return *outputs, torch.autograd.grad(outputs, logits, upstream)[0]
 
     variants = {
-        "copy": Variant("copy_ of 1 GiB", lambda: (destination, destination.copy_(case.copied))),
+        "copy": Variant("copy_ of a large buffer", lambda: (destination, destination.copy_(case.copied))),
         "eager": Variant("composed", with_gradient(composed_loss)),
         "compiled": Variant(
             "composed, compiled",
