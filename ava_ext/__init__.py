@@ -8,7 +8,9 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.functional import linear_unified_loss
 from ava_ext.ops.linear_rows import LinearLogits, linear_row_loss
 from ava_ext.ops.linear_statistics import linear_softmax_statistics, linear_token_log_probs
+from ava_ext.ops import without_kernels as _without_kernels  # noqa: F401  registers what is missing
 from ava_ext.ops.repetition import repetition_candidates
+from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
 from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics, token_log_probs
 
@@ -16,6 +18,7 @@ __all__ = [
     "METRICS",
     "Candidates",
     "LinearLogits",
+    "RouterStatistics",
     "RowTerms",
     "SoftmaxStatistics",
     "UnifiedLossConfig",
@@ -26,6 +29,7 @@ __all__ = [
     "linear_unified_loss",
     "repetition_candidates",
     "row_coefficients",
+    "router_statistics",
     "row_loss",
     "softmax_statistics",
     "token_log_probs",

@@ -13,6 +13,7 @@ from typing import Any
 import linear
 import overhead
 import peak_memory
+import router
 import row_loss
 import targets
 import torch
@@ -20,7 +21,7 @@ from timing import Times
 
 from ava_ext import build_info
 
-PARTS = ("row_loss", "peak_memory", "linear", "overhead")
+PARTS = ("row_loss", "peak_memory", "linear", "overhead", "router")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,6 +105,14 @@ def run_linear(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], lis
     return results, verdicts
 
 
+def print_router(times: Times, variants: dict[str, router.Variant]) -> None:
+    print(f"{'forward + backward':54}{'ms':>9}{'quartiles':>19}  / ours")
+    for name, variant in variants.items():
+        lower, upper = times.quartiles(name)
+        milliseconds = f"{times.median(name):9.2f}{f'{lower:.2f} .. {upper:.2f}':>19}"
+        print(f"{variant.label:54}{milliseconds}{times.ratio(name, 'ours'):8.2f}")
+
+
 def print_verdicts(verdicts: list[targets.Verdict]) -> None:
     print(f"\n{'targets':60}{'measured':>10}{'wanted':>11}")
     for verdict in verdicts:
@@ -122,7 +131,14 @@ def main() -> None:
     arguments = parse_arguments()
     machine = describe_machine()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    result: dict[str, Any] = {"machine": machine, "row_loss": [], "peak_memory": [], "linear": [], "overhead": {}}
+    result: dict[str, Any] = {
+        "machine": machine,
+        "row_loss": [],
+        "peak_memory": [],
+        "linear": [],
+        "overhead": {},
+        "router": [],
+    }
     verdicts: list[targets.Verdict] = []
     n_rows = targets.N_ROWS
     for dtype in arguments.dtype if "row_loss" in arguments.only else ():
@@ -160,6 +176,20 @@ def main() -> None:
             print(f"{name:50}{forward:9.1f}{both:12.1f}")
         result["overhead"] = {"python_side": summary(python_side), "repetition": summary(repetition)}
         verdicts += targets.of_overhead(python_side, repetition)
+    if "router" in arguments.only:
+        few = {"rounds": max(4, arguments.rounds // 2), "slow_every": max(2, arguments.rounds // 4)}
+        for n_experts in targets.N_EXPERTS:
+            size = [targets.N_ROUTER_ROWS, n_experts, targets.EXPERTS_PER_ROW]
+            print("\nrouter [{}, {}] float32, {} experts a row".format(*size), flush=True)
+            times, router_variants = router.measure_router(*size, **few)
+            print_router(times, router_variants)
+            result["router"].append({"size": size, "times": summary(times)})
+            verdicts += targets.of_router(times, n_experts)
+        print(f"\ndiversity of experts' outputs {targets.EXPERT_OUTPUTS} float32", flush=True)
+        times, router_variants = router.measure_diversity(*targets.EXPERT_OUTPUTS, rounds=4, slow_every=2)
+        print_router(times, router_variants)
+        result["router"].append({"size": targets.EXPERT_OUTPUTS, "times": summary(times)})
+        verdicts += targets.of_diversity(times)
     print_verdicts(verdicts)
     result["targets"] = [{**verdict._asdict(), "is_met": verdict.is_met} for verdict in verdicts]
     slug = re.sub(r"[^a-z0-9]+", "_", machine["cpu"].lower()).strip("_")

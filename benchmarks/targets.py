@@ -22,6 +22,10 @@ _LINEAR_OVER_PRODUCTS, _LINEAR_EAGER, _LINEAR_COMPILED, _LINEAR_TORCH = 1.06, 1.
 _CHUNK_BYTES, _LINEAR_MEMORY, _LINEAR_EAGER_MEMORY = 64_000_000, 1.1, 8
 _MTP_OVER_LINEAR = 1 + 3.2  # three heads beside the first
 _CANDIDATES_MS = 5
+# a router's losses, and the diversity of [n_experts, n_rows, hidden_size]
+N_ROUTER_ROWS, N_EXPERTS, EXPERTS_PER_ROW = 65536, (64, 128, 256), 2
+EXPERT_OUTPUTS = (8, 8192, 1024)
+_ROUTER_EAGER, _ROUTER_COMPILED, _ROUTER_OVER_READ, _DIVERSITY_PAIRWISE = 10, 1.5, 1.5, 3
 _PYTHON_US = 100
 
 
@@ -104,3 +108,23 @@ def of_overhead(python_side: Times, repetition: Times) -> list[Verdict]:
         milliseconds = repetition.median(text)
         verdicts.append(Verdict(f"candidates of {text} text [8, 4096], ms", milliseconds, "<=", _CANDIDATES_MS))
     return verdicts
+
+
+def of_router(times: Times, n_experts: int) -> list[Verdict]:
+    """Targets of one router."""
+    eager, compiled = times.ratio("eager", "ours"), times.ratio("compiled", "ours")
+    return [
+        Verdict(f"router of {n_experts}: faster than composed", eager, ">=", _ROUTER_EAGER),
+        Verdict(f"router of {n_experts}: faster than composed, compiled", compiled, ">=", _ROUTER_COMPILED),
+        Verdict(
+            f"router of {n_experts}: forward over reading once",
+            times.ratio("ours_forward", "read"),
+            "<=",
+            _ROUTER_OVER_READ,
+        ),
+    ]
+
+
+def of_diversity(times: Times) -> list[Verdict]:
+    """Target of the diversity of experts."""
+    return [Verdict("diversity: faster than pair by pair", times.ratio("pairwise", "ours"), ">=", _DIVERSITY_PAIRWISE)]

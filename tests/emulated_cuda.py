@@ -8,6 +8,7 @@ import ctypes
 import functools
 import platform
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,18 +74,22 @@ def operators() -> set[str]:
 
 
 @contextmanager
-def kernels_in_place():
-    """While it lasts, the operators on CPU tensors run the emulated CUDA kernels."""
+def cpu_kernels_replaced(kernels: dict[str, Callable]):
+    """While it lasts, these operators of the package run these functions on CPU tensors."""
     implementations = torch.library.Library("ava_ext", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that a kernel is overridden, which is the point
-        for name in operators():
-            kernel = getattr(torch.ops.ava_ext_emulated, name).default
+        for name, kernel in kernels.items():
             implementations.impl(name, kernel, "CPU", allow_override=True)
     try:
         yield
     finally:
         implementations._destroy()
+
+
+def kernels_in_place():
+    """While it lasts, the operators on CPU tensors run the emulated CUDA kernels."""
+    return cpu_kernels_replaced({name: getattr(torch.ops.ava_ext_emulated, name).default for name in operators()})
 
 
 def set_schedule(order: str = "forward", seed: int = 0) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import linear
+import router
 import row_loss
 import targets
 import timing
@@ -71,6 +72,32 @@ def test_refill_hides_what_an_inplace_gradient_wrote(case):
     assert torch.equal(case.logits, case.source)
     assert not case.logits.is_leaf and case.logits.requires_grad
     assert case.logits.data_ptr() == case.buffer.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["compiled", "ours"])
+def test_router_variants_are_one_loss(name):
+    variants = router.router_variants(router.RouterCase(200, 16, 2, torch.float64))
+    expected_loss, expected_gradient = variants["eager"].call()
+    loss, gradient = variants[name].call()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-15)
+
+
+def test_forward_of_the_router_measures_what_it_says():
+    case = router.RouterCase(200, 16, 2, torch.float64)
+    variants = router.router_variants(case)
+    p, z = case.logits.softmax(-1), case.logits.logsumexp(-1).square().mean()
+    share = F.one_hot(case.expert_indices, 16).double().mean((0, 1))
+    expected = 16 * (share * p.mean(0)).sum() + z
+    torch.testing.assert_close(variants["ours_forward"].call(), expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(variants["read"].call(), case.logits.detach().sum(), rtol=1e-12, atol=0)
+
+
+def test_diversity_variants_are_one_loss():
+    variants = router.diversity_variants(router.ExpertsCase(4, 10, 8, torch.float64))
+    (expected_loss, expected_gradient), (loss, gradient) = (variants[name].call() for name in ("pairwise", "ours"))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-15)
 
 
 def test_ratio_is_the_median_of_paired_rounds():

@@ -22,6 +22,7 @@ from ava_ext.ops.softmax_rows import (
     graph_is_kept,
     without_second_derivative,
 )
+from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
 _ops = torch.ops.ava_ext
 # what a chunk of logits may take, by default
@@ -254,6 +255,8 @@ def _add_product(
         grad_weight.addmm_(grad_logits.t(), hidden_states)
     elif grad_logits.is_cuda:
         torch.addmm(grad_weight, grad_logits.t(), hidden_states, out_dtype=grad_weight.dtype, out=grad_weight)
+    elif grad_logits.dtype == torch.bfloat16 and has_bfloat16_products():
+        add_weight_gradient_(grad_weight, grad_logits, hidden_states)
     else:
         # by blocks of columns: the float32 copy of the gradient stays in the caches
         states, n_columns = hidden_states.to(grad_weight.dtype), 4096

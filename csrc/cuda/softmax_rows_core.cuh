@@ -84,16 +84,16 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
     }
     return to_statistics(sums, exponent, warp_best == -INFINITY ? warp_best : reference, warp_min(argmax));
   };
-  return careful || needs_care(reference, scale) ? sum_up(std::true_type()) : sum_up(std::false_type());
+  return with_care<Element, kFeatures>(careful || needs_care(reference, scale), sum_up);
 }
 
 // The same for a row that is not kept: every vector is a part of its own.
 template <class Element, Features kFeatures>
 __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<Element>& row, const LogitScale& scale,
-                                                                 int n_slots, bool& careful) {
+                                                                 int n_slots) {
   const int thread = threadIdx.x, n_threads = blockDim.x;
   RowStatistics<float> partial = empty_statistics<float>();
-#pragma unroll 2
+#pragma unroll(kFeatures == Features::capped ? 1 : 2)
   for (int i = 0; i < n_slots; ++i) {
     const int vector = row.first + i * n_threads + thread;
     if (vector >= row.last) break;
@@ -101,7 +101,6 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
     float high, low, logits[kVectorSize<Element>];
     vector_range<Element>(bits, high, low);
     unpack<Element>(bits, logits);
-    careful |= low < kLowestOrdinary;
     const bool is_empty = high == -INFINITY;
     const float reference = is_empty ? 0.f : capped_logit<kFeatures>(high, scale).value;
     const Exponent<Element, kFeatures, true> exponent(scale, reference);
@@ -112,7 +111,6 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
     partial = merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax),
                     scale.inverse_temperature);
   }
-  careful = __any_sync(kWholeWarp, careful);
   return merge_lanes(partial, scale.inverse_temperature);
 }
 
@@ -127,8 +125,6 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
   const int thread = threadIdx.x, n_threads = blockDim.x, warp = thread / 32, lane = thread % 32;
   const int n_warps = n_threads / 32;
   const int rank = kClustered ? int(cluster_rank()) : 0, cluster_size = kClustered ? a.cluster_size : 1;
-  const int n_slots = kResidence == Residence::registers ? kRegisterVectors : (a.capacity + n_threads - 1) / n_threads;
-  const int per_stage = (n_slots + kStages - 1) / kStages;
   const bool differentiates = a.grad_logits != nullptr;
 
   unsigned char* const behind_slots = shared + (kStaged ? size_t(a.capacity) * 16 : 0);
@@ -139,9 +135,12 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
 
   Kept<Element, kResidence> kept;
   kept.slots = reinterpret_cast<uint4*>(shared) + thread;
+  // two vectors with hyperbolic tangents would spill; of float32, with 4 elements, two come to as much code as one of 16
+  // bits
+  constexpr int kUnrolled = kFeatures == Features::capped || sizeof(Element) == 4 ? 1 : 2;
   const auto each_slot = [&](int stage, auto body) {
-    const int begin = stage * per_stage, end = begin + per_stage;
-    for_slots<kResidence>(begin, end < n_slots ? end : n_slots, body);
+    const int per_stage = (a.n_slots + kStages - 1) / kStages, begin = stage * per_stage, end = begin + per_stage;
+    for_slots<kResidence, kUnrolled>(begin, end < a.n_slots ? end : a.n_slots, body);
   };
 
   const auto fetch_row = [&](unsigned index) {
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
     }
   };
 
-  const unsigned step = gridDim.x / cluster_size, n_rows = unsigned(a.n_rows);
+  const unsigned n_rows = unsigned(a.n_rows);
   unsigned row_index = blockIdx.x / cluster_size;
   int32_t target = row_index < n_rows ? counted_target(a, row_index) : -1;
   if (target >= 0) fetch_row(row_index);
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
 
   int parity = 0;  // partials alternate, so that one barrier for a row is enough
   for (unsigned next_index; row_index < n_rows; row_index = next_index) {
-    next_index = row_index + step;
+    next_index = row_index + a.row_step;
     const int32_t next_target = next_index < n_rows ? counted_target(a, next_index) : -1;
     const auto write_row = [&](const RowSlice<Element>& row, auto gradient_of) {
       const RowSlice<Element> next(a, next_target >= 0 ? next_index : row_index, rank);
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       continue;
     }
 
-    bool careful = false;
+    [[maybe_unused]] bool careful = false;
     RowStatistics<float> partial;
     {
       const RowSlice<Element> row(a, row_index, rank);
@@ -201,7 +200,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       };
       if constexpr (kResidence == Residence::streamed) {
         gather();
-        partial = measure_streamed<Element, kFeatures>(row, scale, n_slots, careful);
+        partial = measure_streamed<Element, kFeatures>(row, scale, a.n_slots);
       } else {
         partial =
             measure_kept<Element, kResidence, kFeatures>(row, kept, scale, kStages, each_slot, gather, careful);
@@ -244,10 +243,10 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
         const GradientScalars scalars = gradient_scalars(scratch->dense, exponent);
         write_row(row, [&](int i, int vector) { return gradient_vector(kept.get(row, i, vector), scalars, exponent); });
       };
-      if (careful || needs_care(reference, scale))
+      if constexpr (kResidence == Residence::streamed)
         differentiate(std::true_type());
       else
-        differentiate(std::false_type());
+        with_care<Element, kFeatures>(careful || needs_care(reference, scale), differentiate);
       __syncthreads();
       if (warp == 0) {  // step 5
         row_index = computed_again(row_index);

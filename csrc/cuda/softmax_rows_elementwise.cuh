@@ -69,17 +69,21 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
   __syncthreads();
 
   const LogitScale scale = logit_scale(*static_cast<const RowOptions<float>*>(a.options));
-  const Exponent<Element, kFeatures, false> exponent(scale, statistics.max);
-  const Exponent<Element, kFeatures, true> careful(scale, statistics.max);
-  const GradientScalars scalars = gradient_scalars(scratch->dense, exponent);
-  const bool needs_all_care = needs_care(statistics.max, scale);
+  constexpr bool kUsual = kFeatures == Features::capped;  // see with_care
+  const Exponent<Element, kFeatures, kUsual> usual(scale, statistics.max);
+  const GradientScalars scalars = gradient_scalars(scratch->dense, usual);
+  const bool all_careful = needs_care(statistics.max, scale);
   for_vectors(row, ahead, [&](int vector, uint4 logits) {
-    float high, low = 0;  // without b and k, e = 0 is all that a masked or low column needs
-    if constexpr (kFeatures != Features::plain) vector_range<Element>(logits, high, low);
-    if (needs_all_care || low < kLowestOrdinary)
-      gradient.store(vector, gradient_vector(logits, gradient_scalars(scratch->dense, careful), careful));
-    else
-      gradient.store(vector, gradient_vector(logits, scalars, exponent));
+    [[maybe_unused]] float high, low = 0;  // without b and k, e = 0 is all that a masked or low column needs
+    if constexpr (kFeatures == Features::dense) vector_range<Element>(logits, high, low);
+    with_care<Element, kFeatures>(all_careful || low < kLowestOrdinary, [&](auto is_careful) {
+      if constexpr (decltype(is_careful)::value == kUsual) {
+        gradient.store(vector, gradient_vector(logits, scalars, usual));
+      } else {
+        const Exponent<Element, kFeatures, !kUsual> exponent(scale, statistics.max);
+        gradient.store(vector, gradient_vector(logits, gradient_scalars(scratch->dense, exponent), exponent));
+      }
+    });
   });
   __syncthreads();
   if (thread < 32)

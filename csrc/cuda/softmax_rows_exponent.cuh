@@ -79,6 +79,7 @@ struct Exponent {
     float difference = x - reference;
     if constexpr (kBounded) difference = max_keep_nan(difference, scale.lowest_difference);
     steps = difference * scale.factor;
+    if constexpr (kFeatures == Features::capped) return exp2_fast(steps);  // the cap's own rounding is larger
     const float lost = fmaf(difference, scale.factor_low, fmaf(difference, scale.factor, -steps));
     const float e = exp2_fast(steps);
     return fmaf(e, lost * kLn2, e);
@@ -86,8 +87,20 @@ struct Exponent {
   // What U adds up, for all columns alike: differences, which do not overflow, or steps, which are there already.
   __device__ __forceinline__ float summand(float x, float steps) const { return kExact ? x - reference : steps; }
   __device__ __forceinline__ float sum_of_u(float sum, float count) const {
-    return kExact ? sum * scale.inverse_temperature : (sum - excess * count) * kLn2;
+    return (kExact ? sum * scale.factor : sum - excess * count) * kLn2;
   }
 };
+
+// body(std::bool_constant<careful>()), compiled only for what can come. Plain float32 rows bound every difference
+// anyway; under a soft cap the hyperbolic tangent costs far more than the care.
+template <class Element, Features kFeatures, class Body>
+__device__ __forceinline__ auto with_care(bool careful, Body body) {
+  if constexpr (kFeatures == Features::capped)
+    return body(std::true_type());
+  else if constexpr (kFeatures == Features::plain && sizeof(Element) == 4)
+    return body(std::false_type());
+  else
+    return careful ? body(std::true_type()) : body(std::false_type());
+}
 
 }  // namespace ava

@@ -11,8 +11,10 @@ void launch_row_loss_with(const char* op, RowArguments arguments, const DeviceLi
   const RowPlan plan = plan_rows(arguments.n_columns, int(sizeof(Element)), arguments.n_ids, device);
   arguments.cluster_size = plan.cluster_size;
   arguments.capacity = plan.capacity;
+  arguments.n_slots = (plan.capacity + plan.n_threads - 1) / plan.n_threads;
   LaunchShape shape{};
   shape.grid = dim3(unsigned(plan.n_blocks(arguments.n_rows, device)));
+  arguments.row_step = shape.grid.x / unsigned(plan.cluster_size);
   shape.block = dim3(unsigned(plan.n_threads));
   shape.shared_bytes = plan.shared_bytes;
   shape.cluster_size = unsigned(plan.cluster_size);

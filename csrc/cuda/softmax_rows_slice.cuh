@@ -17,8 +17,7 @@ struct RowSlice {
   const RowArguments& arguments;  // in the constant bank: no registers
   const Element* aligned;         // column -phase; only columns [0, n_columns) are looked at
   int phase, first, last;         // vectors [first, last)
-  int first_whole;
-  unsigned n_whole;  // vectors that lie inside [0, vocab_size)
+  unsigned n_whole;               // vectors that lie inside [0, vocab_size)
 
   __device__ __forceinline__ RowSlice(const RowArguments& a, int64_t row, int part) : arguments(a) {
     const Element* const logits = static_cast<const Element*>(a.logits) + row_offset(a.logits_layout, uint32_t(row));
@@ -28,17 +27,17 @@ struct RowSlice {
     const int per_part = (n_vectors + a.cluster_size - 1) / a.cluster_size;
     first = part * per_part < n_vectors ? part * per_part : n_vectors;
     last = first + per_part < n_vectors ? first + per_part : n_vectors;
-    first_whole = phase > 0;
     const int end_whole = (phase + a.vocab_size) / kSize;
-    n_whole = end_whole > first_whole ? unsigned(end_whole - first_whole) : 0;
+    n_whole = end_whole > first_whole() ? unsigned(end_whole - first_whole()) : 0;
   }
+  __device__ __forceinline__ int first_whole() const { return phase > 0; }
   __device__ __forceinline__ int column(int vector) const { return vector * kSize - phase; }
   __device__ __forceinline__ bool has_column(int column) const {
     const int vector = (phase + column) / kSize;
     return vector >= first && vector < last;
   }
   __device__ __forceinline__ float logit(int column) const { return to_float(aligned[phase + column]); }
-  __device__ __forceinline__ bool is_whole(int vector) const { return unsigned(vector - first_whole) < n_whole; }
+  __device__ __forceinline__ bool is_whole(int vector) const { return unsigned(vector - first_whole()) < n_whole; }
   __device__ __forceinline__ const Element* address(int vector) const { return aligned + int64_t(vector) * kSize; }
 
   // Element by element through a shift register of 16 bytes: no indexed array, little code.
@@ -86,7 +85,7 @@ struct GradientSlice {
     n_whole = (reinterpret_cast<uintptr_t>(aligned) & 15) == 0 ? row.n_whole : 0;  // else cut at other boundaries
   }
   __device__ __forceinline__ void store(int vector, uint4 bits) const {
-    if (unsigned(vector - row.first_whole) < n_whole)
+    if (unsigned(vector - row.first_whole()) < n_whole)
       store16(aligned + int64_t(vector) * RowSlice<Element>::kSize, bits);
     else
       row.store_edge(aligned, vector, bits);
@@ -129,13 +128,13 @@ struct Kept {
 };
 
 // Register arrays need indices known at compile time; shared memory a rolled loop.
-template <Residence kResidence, class Body>
+template <Residence kResidence, int kUnrolled, class Body>
 __device__ __forceinline__ void for_slots(int begin, int end, Body body) {
   if constexpr (kResidence == Residence::registers) {
 #pragma unroll
     for (int i = 0; i < kRegisterVectors; ++i) body(i);
   } else {
-#pragma unroll 2
+#pragma unroll kUnrolled
     for (int i = begin; i < end; ++i) body(i);
   }
 }

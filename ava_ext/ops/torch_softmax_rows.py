@@ -1,0 +1,333 @@
+"""Rows of logits as PyTorch operators; the formulas stand in csrc/softmax_rows.h, and the names are the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ava_ext.ops.softmax_rows import RowTerms, accumulation_dtype
+
+LOWEST_U = -1000.0  # e^u is 0, and u e^u too
+
+
+class _Options(NamedTuple):
+    temperature: Tensor  # []
+    label_smoothing: Tensor
+    focal_alpha: Tensor
+    focal_gamma: Tensor
+    z_loss_weight: Tensor
+    confidence_penalty_weight: Tensor
+    softcap: Tensor
+
+
+class _Row(NamedTuple):
+    """RowStatistics, all [...]."""
+
+    max: Tensor
+    argmax: Tensor
+    rest: Tensor
+    weighted: Tensor
+    total_u: Tensor  # U
+    n_present: Tensor  # V
+
+
+class _Columns(NamedTuple):
+    """All [..., vocab_size]."""
+
+    u: Tensor  # -inf where masked
+    is_argmax: Tensor
+    probability: Tensor
+    cap_slope: Tensor | None
+
+
+def _check(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise RuntimeError(f"{op}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_rows(op: str, logits: Tensor, coefficients: Tensor, vocab_size: int) -> None:
+    if logits.dim() < 1 or not 1 <= vocab_size <= logits.shape[-1]:
+        raise RuntimeError(f"{op}: expected vocab_size in [1, n_columns], got {vocab_size} and {list(logits.shape)}")
+    _check(op, "coefficients", coefficients, (len(_Options._fields),))
+
+
+def _capped(
+    logits: Tensor,  # [..., n_columns]
+    options: _Options,
+    flags: int,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor | None]:  # [..., vocab_size] and the derivative, or None for 1
+    x = logits[..., :vocab_size].to(accumulation_dtype(logits.dtype))
+    if not flags & RowTerms.SOFTCAP:
+        return x, None
+    tanh = torch.tanh(x / options.softcap)
+    return torch.where(x == -math.inf, x, options.softcap * tanh), 1 - tanh * tanh
+
+
+def _u_of(
+    value: Tensor,  # [..., vocab_size]
+    row_max: Tensor,  # [...]
+    argmax: Tensor,  # [...]
+    temperature: Tensor,  # []
+) -> tuple[Tensor, Tensor]:  # u and is_argmax, both [..., vocab_size]
+    places = torch.arange(value.shape[-1], device=value.device)
+    is_argmax = places == argmax.unsqueeze(-1)
+    shift = torch.where(row_max == -math.inf, 0, row_max).unsqueeze(-1)
+    u = ((value - shift) / temperature).clamp_min(LOWEST_U).masked_fill(is_argmax, 0)
+    return u.masked_fill(value == -math.inf, -math.inf), is_argmax
+
+
+def _measure(
+    logits: Tensor,  # [..., n_columns]
+    options: _Options,
+    flags: int,
+    vocab_size: int,
+    measured: Tensor | None,  # [...] bool
+) -> tuple[_Row, _Columns]:
+    value, cap_slope = _capped(logits, options, flags, vocab_size)
+    present = value > -math.inf  # a nan is not: it travels in R alone
+    sortable = torch.where(present, value, -math.inf)
+    argmax = sortable.argmax(-1)
+    row_max = sortable.gather(-1, argmax.unsqueeze(-1)).squeeze(-1)
+    argmax = torch.where(row_max == -math.inf, -1, argmax)
+    u, is_argmax = _u_of(value, row_max, argmax, options.temperature)
+    exponential = u.exp()
+    rest = exponential.masked_fill(is_argmax, 0).sum(-1)
+    weighted = torch.where(present, u * exponential, 0).sum(-1)
+    row = _Row(
+        row_max, argmax.to(u.dtype), rest, weighted, torch.where(present, u, 0).sum(-1), present.sum(-1).to(u.dtype)
+    )
+    if measured is not None:
+        nothing = (-math.inf, -1, 0, 0, 0, 0)
+        row = _Row(*(torch.where(measured, field, empty) for field, empty in zip(row, nothing, strict=True)))
+    return row, _Columns(u, is_argmax, exponential / (1 + row.rest).unsqueeze(-1), cap_slope)
+
+
+def _evaluate(
+    row: _Row,
+    options: _Options,
+    flags: int,
+    target_is_argmax: Tensor,  # [...]
+    target_u: Tensor,  # [...]
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The six terms, the coefficients a, b, k, and s of the target; all [...]."""
+    zero = torch.zeros_like(row.rest)
+    total, mean_u = row.rest.log1p(), row.weighted / (1 + row.rest)
+    nll = torch.where(target_is_argmax, total, total - target_u)
+    main, z_loss, confidence, own = zero, zero, zero, zero
+    probability, entropy, constant = zero, zero, zero
+    if flags & RowTerms.CROSS_ENTROPY:
+        hard, slope = nll, torch.ones_like(nll)
+        if flags & RowTerms.FOCAL:
+            other = torch.where(target_is_argmax, row.rest / (1 + row.rest), -torch.expm1(-nll))
+            modulation, p = options.focal_alpha * other.pow(options.focal_gamma), (-nll).exp()
+            ratio = torch.where(nll < 1e-6, 1, nll / other)
+            hard = modulation * nll
+            slope = modulation * (1 + torch.where(p == 0, 0, options.focal_gamma * p * ratio))
+        smoothing = options.label_smoothing if flags & RowTerms.LABEL_SMOOTHING else zero
+        if flags & RowTerms.EXCLUDE_TARGET:
+            smoothing = smoothing * torch.where(row.n_present > 1, row.n_present / (row.n_present - 1), 0)
+        main = torch.where(smoothing == 1, 0, (1 - smoothing) * hard)
+        own = -(1 - smoothing) * slope
+        if flags & RowTerms.LABEL_SMOOTHING:
+            main = main + smoothing * (total - row.total_u / row.n_present)
+            probability = probability + smoothing
+            constant = -smoothing / row.n_present
+    if flags & RowTerms.Z_LOSS:
+        lse = row.max / options.temperature + total
+        z_loss = options.z_loss_weight * lse * lse
+        probability = probability + 2 * options.z_loss_weight * lse
+    if flags & RowTerms.CONFIDENCE_PENALTY:
+        several = row.n_present > 1
+        entropy = torch.where(several, options.confidence_penalty_weight / row.n_present.log(), 0)
+        confidence = torch.where(several, options.confidence_penalty_weight - entropy * (total - mean_u), 0)
+    terms = [main, z_loss, confidence, nll, total - mean_u, target_is_argmax.to(nll.dtype)]
+    return terms, [probability, entropy, constant], own
+
+
+def _penalties(
+    row: _Row,
+    columns: _Columns,
+    ids: Tensor,  # [..., n_candidates]
+    weights: Tensor,  # [..., n_candidates]
+    targets: Tensor,  # [...], -1 where the row does not count
+) -> tuple[Tensor, Tensor]:
+    """-w log(1 - p) of each candidate, and its s; both [..., n_candidates]."""
+    at = ids.clamp_min(0).long()
+    u, p = columns.u.gather(-1, at), columns.probability.gather(-1, at)
+    target = targets.unsqueeze(-1)
+    valid = (ids >= 0) & (ids != target) & (target >= 0) & (weights != 0) & (u != -math.inf)
+    smallest = 1e-37 if weights.dtype == torch.float32 else 1e-300
+    rest = torch.where(row.rest < smallest, smallest, row.rest).unsqueeze(-1)
+    is_argmax = columns.is_argmax.gather(-1, at)
+    loss = torch.where(is_argmax, (1 / rest).log1p(), -torch.log1p(-p))
+    slope = torch.where(is_argmax, 1 / rest, p / (1 - p))
+    return torch.where(valid, weights * loss, 0), torch.where(valid, weights * slope, 0)
+
+
+def _gradient(
+    logits: Tensor,  # [..., n_columns]
+    options: _Options,
+    row: _Row,
+    columns: _Columns,
+    coefficients: Sequence[Tensor],  # a, b, k, each [...]
+    ids: Tensor,  # [..., n_ids], -1: absent
+    own: Tensor,  # [..., n_ids]: s of each
+) -> Tensor:  # [..., n_columns]
+    """(1) of csrc/softmax_rows.h, rounded once."""
+    own = own.masked_fill(ids < 0, 0)
+    probability, entropy, constant = (c.unsqueeze(-1) for c in coefficients)
+    rest, argmax = row.rest.unsqueeze(-1), row.argmax.unsqueeze(-1)
+    mean_u = row.weighted.unsqueeze(-1) / (1 + rest)
+    at_maximum = ids == argmax
+    # apart from each other: where a row is sure, s of the maximum may be 1e30
+    maximum = torch.where(at_maximum, own, 0).sum(-1, keepdim=True)
+    others = torch.where(at_maximum, 0, own).sum(-1, keepdim=True)
+    by_column = torch.zeros_like(columns.u).scatter_add_(-1, ids.clamp_min(0).long(), own)
+    p, u = columns.probability, columns.u.clamp_min(LOWEST_U)
+    elsewhere = torch.where(columns.is_argmax, others, others - by_column + maximum)
+    complement = torch.where(columns.is_argmax, rest / (1 + rest), 1 - p)
+    gradient = p * (probability - elsewhere + entropy * (u - mean_u)) + constant + by_column * complement
+    gradient = gradient / options.temperature
+    if columns.cap_slope is not None:
+        gradient = gradient * columns.cap_slope
+    left_out = (columns.u == -math.inf) | (row.n_present == 0).unsqueeze(-1)
+    padding = logits.shape[-1] - columns.u.shape[-1]
+    return torch.nn.functional.pad(gradient.masked_fill(left_out, 0).to(logits.dtype), (0, padding))
+
+
+def row_loss(
+    logits: Tensor,  # [..., n_columns]
+    targets: Tensor,  # [...]
+    coefficients: Tensor,  # [7]
+    row_weights: Tensor | None,  # [...]
+    candidate_ids: Tensor | None,  # [..., n_candidates]
+    candidate_weights: Tensor | None,  # [..., n_candidates]
+    candidate_groups: Sequence[int],
+    flags: int,
+    vocab_size: int,
+    ignore_index: int,
+    with_gradient: bool,
+    with_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(row_loss, row_terms, grad_logits, statistics, row_coefficients); see csrc/library.cpp."""
+    rows = tuple(logits.shape[:-1])
+    _check_rows("row_loss", logits, coefficients, vocab_size)
+    _check("row_loss", "targets", targets, rows)
+    _check("row_loss", "row_weights", row_weights, rows)
+    options, counts = _Options(*coefficients.unbind()), targets != ignore_index
+    row, columns = _measure(logits, options, flags, vocab_size, counts)
+    at = torch.where(counts, targets, 0).unsqueeze(-1)
+    target_u = columns.u.gather(-1, at).squeeze(-1)
+    target_is_argmax = columns.is_argmax.gather(-1, at).squeeze(-1)
+    terms, row_coefficients, own = _evaluate(row, options, flags, target_is_argmax, target_u)
+    weight = torch.ones_like(row.rest) if row_weights is None else row_weights
+    counted_targets = torch.where(counts, targets, -1)
+    terms = [torch.where(counts, term, 0) for term in terms]
+    ids, all_own = counted_targets.unsqueeze(-1), own.unsqueeze(-1)
+    if candidate_ids is not None and candidate_weights is not None:
+        _check("row_loss", "candidate_weights", candidate_weights, tuple(candidate_ids.shape))
+        losses, slopes = _penalties(row, columns, candidate_ids, candidate_weights, counted_targets)
+        terms += [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
+        ids, all_own = torch.cat([ids, candidate_ids.long()], -1), torch.cat([all_own, slopes], -1)
+    total = sum(terms[6:], terms[0] + terms[1] + terms[2])
+    loss = torch.where(counts, total * weight, 0)
+    row_coefficients = [torch.where(counts, c * weight, 0) for c in row_coefficients]
+    all_own = torch.where(counts.unsqueeze(-1), all_own * weight.unsqueeze(-1), 0)
+    nothing = loss.new_empty(0)
+    gradient, statistics, saved = logits.new_empty(0), nothing, nothing
+    if with_gradient:
+        gradient = _gradient(logits, options, row, columns, row_coefficients, ids, all_own)
+    if with_statistics:
+        statistics = torch.stack(row, -1)
+        saved = torch.cat([torch.stack([*row_coefficients, torch.zeros_like(loss)], -1), all_own], -1)
+    return loss, torch.stack(terms), gradient, statistics, saved
+
+
+def row_loss_(
+    logits: Tensor,  # [..., n_columns]
+    *arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """row_loss whose gradient is written over the logits; the same arguments but the last two."""
+    loss, terms, gradient, _, _ = row_loss(logits, *(*arguments, True, False))
+    logits.copy_(gradient)
+    return loss, terms
+
+
+def row_statistics(
+    logits: Tensor,  # [..., n_columns]
+    ids: Tensor | None,  # [..., n_ids]
+    row_mask: Tensor | None,  # [...]
+    coefficients: Tensor,  # [7]
+    flags: int,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(statistics [..., 6], log_probs [..., n_ids], summaries [4, ...])."""
+    _check_rows("row_statistics", logits, coefficients, vocab_size)
+    _check("row_statistics", "row_mask", row_mask, tuple(logits.shape[:-1]))
+    row, columns = _measure(logits, _Options(*coefficients.unbind()), flags, vocab_size, row_mask)
+    total = row.rest.log1p()
+    summaries = torch.stack(
+        [
+            total - row.weighted / (1 + row.rest),
+            row.max / coefficients[0] + total,
+            row.rest.log(),
+            row.total_u / row.n_present - total,
+        ]
+    )
+    log_probs = row.rest.new_empty(*row.rest.shape, 0)
+    if ids is not None:
+        log_probs = columns.u.gather(-1, ids.clamp_min(0).long()) - total.unsqueeze(-1)
+        log_probs = log_probs.masked_fill(ids < 0, 0)
+    if row_mask is not None:
+        summaries = torch.where(row_mask, summaries, 0)
+        log_probs = torch.where(row_mask.unsqueeze(-1), log_probs, 0)
+    return torch.stack(row, -1), log_probs, summaries
+
+
+def row_gradient(
+    logits: Tensor,  # [..., n_columns]
+    statistics: Tensor,  # [..., 6]
+    row_coefficients: Tensor,  # [..., 4 + n_ids]
+    ids: Tensor | None,  # [..., n_ids]
+    coefficients: Tensor,  # [7]
+    flags: int,
+    vocab_size: int,
+) -> Tensor:  # [..., n_columns]
+    """The gradient from statistics and coefficients."""
+    rows = tuple(logits.shape[:-1])
+    _check_rows("row_gradient", logits, coefficients, vocab_size)
+    _check("row_gradient", "statistics", statistics, (*rows, 6))
+    n_ids = 0 if ids is None else ids.shape[-1]
+    _check("row_gradient", "row_coefficients", row_coefficients, (*rows, 4 + n_ids))
+    options, row = _Options(*coefficients.unbind()), _Row(*statistics.unbind(-1))
+    value, cap_slope = _capped(logits, options, flags, vocab_size)
+    u, is_argmax = _u_of(value, row.max, row.argmax, options.temperature)
+    columns = _Columns(u, is_argmax, u.exp() / (1 + row.rest).unsqueeze(-1), cap_slope)
+    named = row.argmax.long().unsqueeze(-1)  # i*, whose s is the fourth coefficient
+    if ids is not None:
+        named = torch.cat([named, ids.long()], -1)
+    return _gradient(
+        logits, options, row, columns, row_coefficients[..., :3].unbind(-1), named, row_coefficients[..., 3:]
+    )
+
+
+def row_gradient_(
+    logits: Tensor,  # [..., n_columns]
+    *arguments: Any,
+) -> None:
+    """row_gradient written over the logits; the same arguments."""
+    logits.copy_(row_gradient(logits, *arguments))
+
+
+def scale_rows_(
+    rows: Tensor,  # [..., n_columns]
+    factors: Tensor,  # [...]
+) -> None:
+    _check("scale_rows_", "factors", factors, tuple(rows.shape[:-1]))
+    """Multiplies each row by its factor, in place."""
+    rows.copy_(rows.to(factors.dtype) * factors.unsqueeze(-1))
