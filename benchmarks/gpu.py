@@ -51,7 +51,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", nargs="+", type=int, help="of rows; default: all")
     parser.add_argument("--rounds", type=int, help="default: 30, or 3 with --quick")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to compile")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="default: build/gpu/<GPU>.json; parts add up in it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="of <GPU>.json, in which parts add up; default: results beside this file, for a dry run build/gpu",
+    )
     parsed = parser.parse_args(arguments)
     if unknown := set(parsed.parts) - set(PARTS):
         parser.error(f"expected parts of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
@@ -160,8 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cpu":
         print("a dry run: no device is measured")
     name = re.sub(r"[^a-z0-9]+", "_", machine.get("gpu", "dry run").lower()).strip("_")
-    path = parsed.json or ROOT / "build/gpu" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = parsed.out or ROOT / ("benchmarks/results" if device.type == "cuda" else "build/gpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     stored |= {"machine": machine, "dry_run": device.type == "cpu"}
     verdicts: list[Verdict] = []
