@@ -81,6 +81,7 @@ def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[Result
                     dtype,
                     device,
                     rounds=arguments.rounds,
+                    n_sequences=2 if arguments.quick else n_rows // 2048,
                     is_whole=arguments.quick or (n_rows, vocab_size) == gpu_rows.MAIN_SIZE,
                     with_compiled=not arguments.no_compile,
                 )
@@ -195,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
                 }
             )
             path.write_text(json.dumps(stored, indent=1) + "\n")  # after every case: a run may be cut short
-    print_verdicts(verdicts)
+    if device.type == "cuda":
+        print_verdicts(verdicts)
     print(f"\n{path}")
     for failure in failures:
         print(f"FAILED {failure}")

@@ -89,14 +89,14 @@ def _products(case: Case) -> Callable[[], object]:
 
 
 def _ours(case: Case, **options: Any) -> Callable[[], object]:
-    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **options)
+    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **options).to(case.weight.device)
     return with_gradients(
         case, lambda states, weight: loss_fn(targets=case.targets, hidden_states=states, lm_head_weight=weight)
     )
 
 
 def _ours_with_every_term(case: Case) -> Callable[[], object]:
-    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **EVERY_TERM)
+    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **EVERY_TERM).to(case.weight.device)
     targets, negative_ids = case.targets.unsqueeze(0), case.negative_ids.unsqueeze(0)
     return with_gradients(
         case,

@@ -55,7 +55,14 @@ class _Written(torch.autograd.Function):
 class Case:
     """Logits and targets of one size and dtype. `refill` writes the logits anew, as the last GEMM of a model does."""
 
-    def __init__(self, n_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        n_rows: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        n_sequences: int = 1,
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
         self.source = torch.empty(n_rows, vocab_size, dtype=dtype, device=device).normal_(0, 2, generator=generator)
         self.buffer = torch.empty_like(self.source)
@@ -63,6 +70,7 @@ class Case:
         words = torch.randint(1, vocab_size, (16,), generator=generator, device=device)
         self.targets = words[torch.randint(0, 16, (n_rows,), generator=generator, device=device)]
         self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), generator=generator, device=device)
+        self.text_shape = (n_sequences, n_rows // n_sequences)
         self.logits: Tensor
         self.refill()
 
@@ -72,7 +80,7 @@ class Case:
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Ids and weights [n_rows, 32] for composed_loss. UnifiedLoss finds them itself, within its time."""
-        text = self.targets.unsqueeze(0)
+        text = self.targets.view(self.text_shape)
         ids, weights = repetition_candidates(
             text,
             text,
@@ -83,8 +91,8 @@ class Case:
             min_sequence_length=EVERY_TERM["min_sequence_length"],
             ngram_size=EVERY_TERM["ngram_size"],
         )
-        ids = torch.cat([ids.squeeze(0).long(), self.negative_ids], -1)
-        weights = torch.cat([weights.squeeze(0), torch.ones_like(self.negative_ids, dtype=weights.dtype)], -1)
+        ids = torch.cat([ids.flatten(0, 1).long(), self.negative_ids], -1)
+        weights = torch.cat([weights.flatten(0, 1), torch.ones_like(self.negative_ids, dtype=weights.dtype)], -1)
         absent = (ids < 0) | (ids == self.targets.unsqueeze(-1))
         real = torch.float64 if self.source.dtype == torch.float64 else torch.float32
         return ids.clamp_min(0), weights.masked_fill(absent, 0).to(real)
@@ -108,14 +116,19 @@ def forward_and_backward(case: Case, loss: Callable[[Tensor], Tensor]) -> Callab
 
 
 def _ours(case: Case, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
-    loss_fn = UnifiedLoss(case.source.shape[-1], primary_loss_type="standard", **options)
+    loss_fn = UnifiedLoss(case.source.shape[-1], primary_loss_type="standard", **options).to(case.source.device)
     return forward_and_backward(case, lambda logits: loss_fn(logits, case.targets))
 
 
 def _ours_with_every_term(case: Case, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
     loss_fn = UnifiedLoss(case.source.shape[-1], primary_loss_type="standard", **EVERY_TERM, **options)
-    targets, negative_ids = case.targets.unsqueeze(0), case.negative_ids.unsqueeze(0)
-    return forward_and_backward(case, lambda logits: loss_fn(logits.unsqueeze(0), targets, negative_ids=negative_ids))
+    loss_fn.to(case.source.device)
+    targets, negative_ids = (value.unflatten(0, case.text_shape) for value in (case.targets, case.negative_ids))
+
+    def loss(logits: Tensor) -> Tensor:  # [n_rows, vocab_size]
+        return loss_fn(logits.unflatten(0, case.text_shape), targets, negative_ids=negative_ids)
+
+    return forward_and_backward(case, loss)
 
 
 def _kernel_in_place(case: Case) -> Callable[[], tuple[Tensor, Tensor]]:

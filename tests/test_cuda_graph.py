@@ -96,7 +96,7 @@ def unified(options, upstream=1.0):
 
 
 def fused_linear(place):
-    loss_fn = UnifiedLoss(VOCAB, primary_loss_type="standard", linear_chunk_bytes=17 * VOCAB * 2)
+    loss_fn = UnifiedLoss(VOCAB, primary_loss_type="standard", linear_chunk_bytes=17 * VOCAB * 2).to(place)
 
     def step(given):
         leaves = [given[name].detach().requires_grad_() for name in ("hidden_states", "weight")]
