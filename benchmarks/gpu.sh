@@ -133,17 +133,19 @@ measure() { # PART
 }
 
 run() {
+  for name in $STEPS; do
+    if [[ ! " build check sanitize rows linear router " == *" $name "* ]]; then
+      echo "GPU_STEPS: expected build, check, sanitize, rows, linear or router, got $name"
+      return 1
+    fi
+  done
   look_around || return 1
   for name in $STEPS; do
     case $name in
       build) build || break ;; # nothing else can be right
       check) check ;;
       sanitize) sanitize ;;
-      rows | linear | router) measure "$name" ;;
-      *)
-        echo "GPU_STEPS: expected build, check, sanitize, rows, linear or router, got $name"
-        return 1
-        ;;
+      *) measure "$name" ;;
     esac
   done
   printf '\nresults in %s\n' "$OUT"
