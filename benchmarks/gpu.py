@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds")
     parser.add_argument("--dtype", nargs="+", choices=list(gpu_rows.DTYPES), default=list(gpu_rows.DTYPES))
     parser.add_argument("--vocab-size", nargs="+", type=int, help="of rows; default: all")
-    parser.add_argument("--rounds", type=int, help="default: 30, or 3 with --quick")
+    parser.add_argument("--rounds", type=int, help="default: 20, or 3 with --quick")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to compile")
     parser.add_argument(
         "--out",
@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if unknown := set(parsed.parts) - set(PARTS):
         parser.error(f"expected parts of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     parsed.parts = parsed.parts or list(PARTS)
-    parsed.rounds = parsed.rounds or (3 if parsed.quick else 30)
+    parsed.rounds = parsed.rounds or (3 if parsed.quick else 20)
     if parsed.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("found no GPU that torch can use; --device cpu --quick is a dry run")

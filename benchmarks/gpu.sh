@@ -116,7 +116,7 @@ sanitize() {
     return
   fi
   # our kernels only; older releases call the option otherwise, and check all kernels here
-  if "$sanitizer" --help | grep -q -- --kernel-name; then filter=(--kernel-name kernel_substring=_ZN3ava); fi
+  if grep -q -- --kernel-name <<<"$("$sanitizer" --help 2>&1)"; then filter=(--kernel-name kernel_substring=_ZN3ava); fi
   # every tensor an allocation of its own, so that an access behind its end is seen
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck synccheck; do
@@ -150,7 +150,7 @@ run() {
   done
   printf '\nresults in %s\n' "$OUT"
   printf '  %s\n' "${results[@]}"
-  ! printf '%s\n' "${results[@]}" | grep -qE ': (FAILED|cut off)'
+  ! grep -qE ': (FAILED|cut off)' <<<"$(printf '%s\n' "${results[@]}")"
 }
 
 run 2>&1 | tee "$OUT/gpu.log"

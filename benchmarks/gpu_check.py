@@ -244,6 +244,8 @@ def checks(device: torch.device, is_small: bool) -> Iterator[Check]:
             shape = (1, 3) if is_small or vocab_size > 10_000 else (2, 6)  # the reference is slow
             at = f"{name} [{shape[0]}, {shape[1]}, {vocab_size}]"
             for title, options in CONFIGURATIONS.items():
+                if vocab_size > 1_000_000 and title != "every term":
+                    continue
                 arguments = (device, shape, vocab_size, dtype, options)
                 yield f"unified_loss {at}, {title}", lambda arguments=arguments: check_unified_loss(*arguments)
             arguments = (device, vocab_size, dtype)

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -158,9 +160,14 @@ def test_small_entries_of_a_gradient_are_compared_by_themselves():
 
 
 def test_the_whole_script_runs_dry(tmp_path):
-    """Every step but the build, which the tests run in the result of."""
+    """Every step but the build, which the tests run in the result of; compute-sanitizer is a stand-in."""
+    sanitizer = tmp_path / "bin/compute-sanitizer"
+    sanitizer.parent.mkdir()
+    sanitizer.write_text('#!/bin/sh\n[ "$1" = --help ] && echo "  --kernel-name arg" || echo "sanitizing $*"\n')
+    sanitizer.chmod(0o755)
     environment = {
         **os.environ,
+        "PATH": f"{sanitizer.parent}{os.pathsep}{os.environ['PATH']}",
         "GPU_DEVICE": "cpu",
         "GPU_STEPS": "check sanitize rows linear router",
         "OUT": str(tmp_path),
@@ -169,8 +176,10 @@ def test_the_whole_script_runs_dry(tmp_path):
     }
     script = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert script.returncode == 0, script.stdout[-3000:] + script.stderr[-3000:]
-    for step in ("check", "rows", "linear", "router"):
+    for step in ("check", "memcheck", "racecheck", "synccheck", "rows", "linear", "router"):
         assert f"{step}: passed" in script.stdout
+    options = "--error-exitcode 9 --print-limit 20 --kernel-name kernel_substring=_ZN3ava"
+    assert f"sanitizing --tool racecheck {options} {sys.executable} benchmarks/gpu_check.py" in script.stdout
     assert " 0 failed" in script.stdout
     assert (tmp_path / "gpu.log").read_text() == script.stdout
     stored = json.loads((tmp_path / "dry_run.json").read_text())
@@ -193,3 +202,40 @@ def test_the_script_says_what_is_wrong(tmp_path, changes, expected):
     environment = {**os.environ, "GPU_DEVICE": "cpu", "OUT": str(tmp_path), "PYTHON": sys.executable, **changes}
     script = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert expected in script.stdout
+
+
+def test_peers_are_called_as_they_want_to_be(monkeypatch):
+    """Stand-ins with the signatures of the libraries, which need a GPU."""
+
+    def liger(input, target, weight=None):
+        return F.cross_entropy(input, target)
+
+    def quack(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean", inplace_backward=False):
+        return F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
+
+    def liger_linear(input, weight, target, bias=None, accum_dtype=None):
+        return F.cross_entropy(F.linear(input, weight, bias), target)
+
+    def cut(e, c, targets, filter_eps="high", impl="cce"):
+        assert impl == "cce"
+        return F.cross_entropy(F.linear(e, c), targets)
+
+    of_liger = types.SimpleNamespace(liger_cross_entropy=liger, liger_fused_linear_cross_entropy=liger_linear)
+    modules = {
+        "liger_kernel.transformers.functional": of_liger,
+        "quack.cross_entropy": types.SimpleNamespace(cross_entropy=quack),
+        "cut_cross_entropy": types.SimpleNamespace(linear_cross_entropy=cut),
+    }
+    monkeypatch.setattr(gpu_peers, "import_module", modules.__getitem__)
+
+    case = row_loss.Case(16, 31, torch.float64)
+    peers, absent = gpu_peers.row_losses(case.targets, lambda loss: row_loss.forward_and_backward(case, loss))
+    assert set(peers) == set(gpu_rows.PEERS) and not absent
+    variants = peers | {"eager": row_loss.make_variants(case)["eager"]}
+    assert_same_values(variants, dict.fromkeys(peers, "eager"), rtol=0, atol=0)
+
+    case = linear.Case(16, 5, 31, torch.float64)
+    peers, absent = gpu_peers.linear_losses(case.targets, lambda loss: linear.with_gradients(case, loss))
+    assert set(peers) == {"liger", "liger_float32", "cut_cce", "cut_exact"} and not absent
+    variants = peers | {"eager": linear.make_variants(case)["eager"]}
+    assert_same_values(variants, dict.fromkeys(peers, "eager"), rtol=0, atol=0)
