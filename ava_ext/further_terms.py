@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor
 from ava_ext.components import calibrates_confidence
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.inputs import Inputs
-from ava_ext.losses.adaptive_mtp import AdaptiveMTP
+from ava_ext.losses.adaptive_mtp import AdaptiveMTP, Heads
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer, load_variation
-from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.losses.mtp import HeadLoss, MultiTokenPrediction
+from ava_ext.ops.linear_rows import LinearLogits
 
-RowFunction = Callable[[Tensor, Tensor], Tensor]  # (logits [n_rows, n_columns], targets [n_rows]) -> [n_rows]
 Terms = dict[str, Tensor]  # by key of the detailed dict
 
 
@@ -26,7 +26,7 @@ def own_heads(
     mtp: MultiTokenPrediction,
     config: UnifiedLossConfig,
     inputs: Inputs,
-    head_loss: RowFunction,
+    head_loss: HeadLoss,
     lm_head_weight: Tensor | None,  # [n_columns, hidden_size]
     lm_head_bias: Tensor | None,  # [n_columns]
     mtp_active: bool | Tensor | None,
@@ -41,7 +41,7 @@ def own_heads(
     else:
         hidden_states = required(inputs.hidden_states, "hidden_states", "use_mtp")
         rows = (inputs.rows.targets, inputs.rows.weights, inputs.segments)
-        loss, depth_losses = mtp(hidden_states, *rows, head_loss, lm_head_weight, lm_head_bias, per_row=per_row)
+        loss, depth_losses = mtp(hidden_states, *rows, head_loss, lm_head_weight, lm_head_bias)
         if isinstance(mtp_active, Tensor):
             loss, depth_losses = torch.where(mtp_active, loss, 0.0), torch.where(mtp_active, depth_losses, 0.0)
     further["mtp_loss"] = loss
@@ -52,18 +52,18 @@ def adaptive_heads(
     adaptive_mtp: AdaptiveMTP,
     config: UnifiedLossConfig,
     inputs: Inputs,
-    head_loss: RowFunction,
-    head_probability: RowFunction,
-    additional_logits: Tensor | Sequence[Tensor] | None,  # num_future_tokens of logits' shape
+    head_loss: HeadLoss,
+    additional_logits: Heads,  # num_future_tokens of logits' shape
     confidence_scores: Tensor | None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
     mtp_active: bool | Tensor | None,
     further: Terms,
     metrics: Terms,
 ) -> None:
     """Adds multi-token prediction on heads of the model, and the calibration of its confidence."""
-    heads: list[Tensor] = []
+    heads: list[Any] = []
     if mtp_active is not False:
-        heads = list(required(additional_logits, "additional_logits", "adaptive multi-token prediction"))
+        heads = required(additional_logits, "additional_logits", "adaptive multi-token prediction")
+        heads = [heads] if isinstance(heads, LinearLogits) else list(heads)
         if len(heads) != config.num_future_tokens:
             raise ValueError(
                 f"unified_loss: expected num_future_tokens = {config.num_future_tokens} additional_logits, "
@@ -83,7 +83,6 @@ def adaptive_heads(
         head_loss,
         confidence_scores=confidence_scores if config.use_confidence_weighting else None,
         mtp_active=mtp_active,
-        target_probability=head_probability,
         per_row=config.reduction == "none",
     )
     further["mtp_loss"] = terms.mtp_loss

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.softmax_rows import accumulation_dtype
 from ava_ext.reduction import Rows, count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
@@ -17,7 +17,7 @@ from ava_ext.sequences import segment_numbers, shift_left
 class Inputs(NamedTuple):
     """The rows of one call; a flat batch [n_rows] is one sequence."""
 
-    logits: Tensor  # [batch_size, n_tokens, n_columns]
+    logits: Tensor | LinearLogits  # [batch_size, n_tokens, n_columns]
     rows: Rows  # of [batch_size, n_tokens]
     segments: Tensor | None  # [batch_size, n_tokens]
     context: Tensor | None  # [batch_size, n_tokens]: tokens read, ignore_index where masked; None: the targets
@@ -54,39 +54,45 @@ class Inputs(NamedTuple):
 
 def given_logits(
     config: UnifiedLossConfig,
-    logits: Tensor | None,  # [..., n_columns]
-    primary_logits: Tensor | None,  # [..., n_columns]
+    logits: Tensor | LinearLogits | None,  # [..., n_columns]
+    primary_logits: Tensor | LinearLogits | None,  # [..., n_columns]
     hidden_states: Tensor | None,  # [..., hidden_size]
     lm_head_weight: Tensor | None,  # [n_columns, hidden_size]
     lm_head_bias: Tensor | None,  # [n_columns]
-) -> Tensor:
-    """logits, primary_logits, or hidden_states @ lm_head_weight.T + lm_head_bias: exactly one of them must be given."""
-    if primary_logits is not None:
-        if config.primary_loss_type != "adaptive_mtp":
-            raise ValueError(
-                "unified_loss: expected primary_logits with primary_loss_type='adaptive_mtp' only, "
-                f"got them with {config.primary_loss_type!r}"
-            )
-        return primary_logits
-    if logits is not None:
-        if lm_head_weight is not None and not config.mtp_share_head:
-            raise ValueError(
-                "unified_loss: expected logits or lm_head_weight, got both (only mtp_share_head=True uses both)"
-            )
-        return logits
-    if hidden_states is None or lm_head_weight is None:
-        raise ValueError("unified_loss: expected logits, or hidden_states and lm_head_weight, got neither")
-    if lm_head_weight.dim() != 2 or hidden_states.shape[-1] != lm_head_weight.shape[1]:
+) -> Tensor | LinearLogits:
+    """logits, primary_logits, or what lm_head makes of hidden_states: exactly one of them must be given."""
+    if lm_head_bias is not None and lm_head_weight is None:
+        raise ValueError("unified_loss: lm_head_bias needs lm_head_weight, got None")
+    if primary_logits is not None and config.primary_loss_type != "adaptive_mtp":
         raise ValueError(
-            f"unified_loss: expected lm_head_weight of shape [vocab_size, {hidden_states.shape[-1]}] for hidden_states "
-            f"of shape {list(hidden_states.shape)}, got {list(lm_head_weight.shape)}"
+            "unified_loss: expected primary_logits with primary_loss_type='adaptive_mtp' only, "
+            f"got them with {config.primary_loss_type!r}"
         )
-    return linear(hidden_states, lm_head_weight, lm_head_bias)
+    if primary_logits is not None and logits is not None:
+        raise ValueError("unified_loss: expected logits or primary_logits, got both")
+    given = logits if primary_logits is None else primary_logits
+    if given is None:
+        if hidden_states is None or lm_head_weight is None:
+            raise ValueError("unified_loss: expected logits, or hidden_states and lm_head_weight, got neither")
+        given = LinearLogits(hidden_states, lm_head_weight, lm_head_bias)
+    elif lm_head_weight is not None and not config.mtp_share_head:
+        name = "logits" if primary_logits is None else "primary_logits"
+        raise ValueError(
+            f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True uses both)"
+        )
+    if isinstance(given, LinearLogits):
+        given.check("unified_loss")
+        if len(given.weight) < config.vocab_size:
+            raise ValueError(
+                f"unified_loss: expected lm_head_weight with at least vocab_size = {config.vocab_size} rows, got shape "
+                f"{list(given.weight.shape)}"
+            )
+    return given
 
 
 def prepare(
     config: UnifiedLossConfig,
-    logits: Tensor,  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
+    logits: Tensor | LinearLogits,  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
     targets: Tensor | None,  # [batch_size, n_tokens] or [n_rows]
     *,
     needs_sequences: tuple[str, ...],  # keys of the components that do

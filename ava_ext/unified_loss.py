@@ -19,7 +19,6 @@ from ava_ext.components import (
 )
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.further_terms import (
-    RowFunction,
     Terms,
     adaptive_heads,
     contrastive_term,
@@ -28,14 +27,15 @@ from ava_ext.further_terms import (
     router_terms,
 )
 from ava_ext.inputs import Inputs, given_logits, prepare
-from ava_ext.losses.adaptive_mtp import AdaptiveMTP
+from ava_ext.losses.adaptive_mtp import AdaptiveMTP, Heads
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer
-from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.losses.mtp import HeadLoss, MultiTokenPrediction
 from ava_ext.losses.negatives import given_negatives
 from ava_ext.losses.temperature import AdaptiveTemperature
+from ava_ext.ops.linear_rows import LinearLogits, linear_row_loss
 from ava_ext.ops.repetition import repetition_candidates
 from ava_ext.ops.softmax_rows import (
     TERM_NAMES,
@@ -46,7 +46,6 @@ from ava_ext.ops.softmax_rows import (
     row_coefficients,
     row_loss,
 )
-from ava_ext.ops.softmax_statistics import token_log_probs
 
 _CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 _STATEFUL = ("temperature", "mtp", "adaptive_mtp", "moe_balancer")
@@ -123,12 +122,12 @@ class UnifiedLoss(nn.Module):
 
     def forward(
         self,
-        logits: Tensor | None = None,  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
+        logits: Tensor | LinearLogits | None = None,  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
         targets: Tensor | None = None,  # [batch_size, n_tokens] or [n_rows]
         attention_mask: Tensor | None = None,  # as targets
         hidden_states: Tensor | None = None,  # [batch_size, n_tokens, hidden_size] or [n_rows, hidden_size]
-        primary_logits: Tensor | None = None,  # as logits
-        additional_logits: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of logits' shape
+        primary_logits: Tensor | LinearLogits | None = None,  # as logits
+        additional_logits: Heads = None,  # num_future_tokens of logits' shape
         confidence_scores: Tensor | None = None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
         mtp_active: bool | Tensor | None = None,
         gate_logits: Tensor | Sequence[Tensor] | None = None,  # [n, n_experts] per layer
@@ -155,10 +154,12 @@ class UnifiedLoss(nn.Module):
                 hidden_states and lm_head_weight, may stand in their place.
             targets: the token each row predicts; with labels_are_shifted=False, the token read at that row.
             attention_mask: rows where it is 0 do not count (with labels_are_shifted=False: labels).
-            hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias. hidden_states are
-                also read by multi-token prediction and, without contrastive_pair, by the contrastive term.
+            hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, computed a few rows
+                at a time (`linear_row_loss`): they never exist as a whole. hidden_states are also read by multi-token
+                prediction and, without contrastive_pair, by the contrastive term.
             additional_logits, confidence_scores, mtp_active: adaptive multi-token prediction, see
-                `losses.adaptive_mtp`; mtp_active=False switches heads of either kind off for this call.
+                `losses.adaptive_mtp`; mtp_active=False switches heads of either kind off for this call. A head may be
+                LinearLogits(hidden_states, weight, bias), and so may logits and primary_logits.
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
                 `losses.diversity`. Padding is left out where their number of rows is that of the targets.
             token_weights: multiply every token term of their row; must not require grad.
@@ -197,19 +198,16 @@ class UnifiedLoss(nn.Module):
         )
         rows = inputs.rows
         coefficients, penalty_weights = self._row_tensors(rows.weights)
-        output = row_loss(
+        output = self._row_loss(
             inputs.logits,
             rows.targets,
             coefficients,
-            terms=self._terms | RowTerms.ENTROPY if return_detailed else self._terms,
-            row_weights=rows.weights,
-            candidates=self._candidates(inputs, penalty_weights),
-            vocab_size=config.vocab_size,
-            ignore_index=config.ignore_index,
+            self._terms | RowTerms.ENTROPY if return_detailed else self._terms,
+            rows.weights,
+            self._candidates(inputs, penalty_weights),
             inplace_gradient=config.inplace_gradient,
         )
-        per_row = config.reduction == "none"
-        total = output.row_loss if per_row else output.row_loss.sum()
+        total = output.row_loss
         further: Terms = {}  # what the one pass over the rows does not give
         metrics: Terms = {}
         if self.mtp is not None:
@@ -221,7 +219,6 @@ class UnifiedLoss(nn.Module):
                 config,
                 inputs,
                 self._head_loss(coefficients),
-                self._head_probability(coefficients),
                 additional_logits,
                 confidence_scores,
                 mtp_active,
@@ -238,7 +235,7 @@ class UnifiedLoss(nn.Module):
             further["contrastive_loss"] = contrastive_term(self.contrastive, config, inputs, contrastive_pair)
         for addend in further.values():
             total = total + addend
-        if per_row:
+        if config.reduction == "none":
             total = inputs.like_targets(total, config)
         result = self._detailed(total, output, inputs, further, metrics, coefficients) if return_detailed else total
         if self.training and torch.is_grad_enabled():
@@ -307,38 +304,42 @@ class UnifiedLoss(nn.Module):
         ids, weights = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
         return Candidates(ids, weights, groups)
 
-    def _head_loss(self, coefficients: Tensor) -> RowFunction:  # [7]
+    def _row_loss(
+        self,
+        logits: Tensor | LinearLogits,  # [batch_size, n_tokens, n_columns]
+        targets: Tensor,  # [batch_size, n_tokens]
+        coefficients: Tensor,  # [7]
+        terms: int,
+        row_weights: Tensor,  # [batch_size, n_tokens]
+        candidates: Candidates | None = None,
+        inplace_gradient: bool = False,
+    ) -> RowLoss:
+        """row_loss of logits of either kind: the sum [], or that of each row with reduction="none"."""
+        config, per_row = self.config, self.config.reduction == "none"
+        options: dict[str, Any] = {
+            "terms": terms,
+            "row_weights": row_weights,
+            "candidates": candidates,
+            "vocab_size": config.vocab_size,
+            "ignore_index": config.ignore_index,
+        }
+        if isinstance(logits, LinearLogits):
+            chunk_bytes = config.linear_chunk_bytes
+            return linear_row_loss(logits, targets, coefficients, per_row=per_row, chunk_bytes=chunk_bytes, **options)
+        output = row_loss(logits, targets, coefficients, inplace_gradient=inplace_gradient, **options)
+        return output if per_row else RowLoss(output.row_loss.sum(), output.row_terms)
+
+    def _head_loss(self, coefficients: Tensor) -> HeadLoss:  # [7]
         """The main term without focal, for the logits of a head."""
         terms = self._terms & int(
             RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING | RowTerms.EXCLUDE_TARGET | RowTerms.SOFTCAP
         )
-        vocab_size, ignore_index = self.config.vocab_size, self.config.ignore_index
 
-        def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            # a head may be of another precision than the main logits
-            of_head = coefficients.to(accumulation_dtype(logits.dtype))
-            return row_loss(
-                logits, targets, of_head, terms=terms, vocab_size=vocab_size, ignore_index=ignore_index
-            ).row_loss
+        def loss(logits: Tensor | LinearLogits, targets: Tensor, row_weights: Tensor) -> RowLoss:
+            real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
+            return self._row_loss(logits, targets, coefficients.to(real), terms, row_weights.to(real))
 
         return loss
-
-    def _head_probability(self, coefficients: Tensor) -> RowFunction:  # [7]
-        """The probability that a head gives its targets."""
-        config = self.config
-
-        def probability(logits: Tensor, targets: Tensor) -> Tensor:
-            log_prob, _ = token_log_probs(
-                logits,
-                targets,
-                temperature=coefficients[0],
-                logit_softcap=config.logit_softcap,
-                vocab_size=config.vocab_size,
-                ignore_index=config.ignore_index,
-            )
-            return log_prob.exp()
-
-        return probability
 
     @torch.no_grad()
     def _detailed(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 VARIANTS = (
@@ -37,6 +38,16 @@ def peak_extra_memory(variant: str, n_rows: int, vocab_size: int, dtype: str) ->
     return float(result.stdout.split()[-1])
 
 
+def extra_bytes(call: Callable[[], object]) -> int:
+    """Greatest resident memory during the call - resident memory before it, in this process."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    result = call()
+    extra = _status_bytes("VmHWM") - before
+    del result  # what the call returns counts
+    return extra
+
+
 def _status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -53,12 +64,7 @@ def _measure(name: str, n_rows: int, vocab_size: int, dtype: str) -> float:
     for _ in range(2):
         warm_up.call()
         case.refill()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    loss_and_gradient = variant.call()
-    extra = _status_bytes("VmHWM") - before
-    del loss_and_gradient
-    return extra / (case.source.numel() * case.source.element_size())
+    return extra_bytes(variant.call) / (case.source.numel() * case.source.element_size())
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import linear
 import overhead
 import peak_memory
+import router
 import row_loss
 import targets
 import torch
@@ -19,7 +21,7 @@ from timing import Times
 
 from ava_ext import build_info
 
-PARTS = ("row_loss", "peak_memory", "overhead")
+PARTS = ("row_loss", "peak_memory", "linear", "overhead", "router")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,6 +67,52 @@ def print_row_loss(times: Times, variants: dict[str, row_loss.Variant]) -> None:
         print(f"{variant.label:54}{milliseconds}{eager:9.1f}x{compiled:9.1f}x{copy:9.2f}{ours:8.2f}")
 
 
+def print_linear(times: Times, variants: dict[str, linear.Variant], extra: dict[str, int]) -> None:
+    print(f"{'forward + backward':54}{'ms':>9}{'quartiles':>19}  / ours   extra MB")
+    for name, variant in variants.items():
+        lower, upper = times.quartiles(name)
+        milliseconds = f"{times.median(name):9.0f}{f'{lower:.0f} .. {upper:.0f}':>19}"
+        memory = f"{extra[name] / 1e6:11.1f}" if name in extra else ""
+        print(f"{variant.label:54}{milliseconds}{times.ratio(name, 'ours'):8.2f}{memory}", flush=True)
+
+
+def run_linear(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[targets.Verdict]]:
+    """The fused linear layer, and heads of multi-token prediction at its first size."""
+    results: list[dict[str, Any]] = []
+    verdicts: list[targets.Verdict] = []
+    rounds = max(3, arguments.rounds // 8)
+    for dtype in arguments.dtype:
+        for n_rows, hidden_size, vocab_size in linear.SIZES[:1] if arguments.quick else linear.SIZES:
+            size = {"n_rows": n_rows, "hidden_size": hidden_size, "vocab_size": vocab_size, "dtype": dtype}
+            for make in (linear.make_variants, linear.make_mtp_variants):
+                is_mtp = make is linear.make_mtp_variants
+                if is_mtp and (n_rows, hidden_size, vocab_size) != linear.SIZES[0]:
+                    continue
+                print(f"\n[{n_rows}, {hidden_size}] x {vocab_size} {dtype}, {rounds} rounds", flush=True)
+                case = linear.Case(n_rows, hidden_size, vocab_size, row_loss.DTYPES[dtype])
+                times, variants = linear.measure(make, case, rounds)
+                del case
+                extra = {}
+                if peak_memory.is_available():
+                    extra = {
+                        name: linear.extra_memory(name, n_rows, hidden_size, vocab_size, dtype)
+                        for name in variants
+                        if name.startswith(("ours", "eager", "mtp"))
+                    }
+                print_linear(times, variants, extra)
+                results.append({**size, "times": summary(times), "extra_bytes": extra})
+                verdicts += targets.of_linear(times, extra, size)
+    return results, verdicts
+
+
+def print_router(times: Times, variants: dict[str, router.Variant]) -> None:
+    print(f"{'forward + backward':54}{'ms':>9}{'quartiles':>19}  / ours")
+    for name, variant in variants.items():
+        lower, upper = times.quartiles(name)
+        milliseconds = f"{times.median(name):9.2f}{f'{lower:.2f} .. {upper:.2f}':>19}"
+        print(f"{variant.label:54}{milliseconds}{times.ratio(name, 'ours'):8.2f}")
+
+
 def print_verdicts(verdicts: list[targets.Verdict]) -> None:
     print(f"\n{'targets':60}{'measured':>10}{'wanted':>11}")
     for verdict in verdicts:
@@ -83,7 +131,14 @@ def main() -> None:
     arguments = parse_arguments()
     machine = describe_machine()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    result: dict[str, Any] = {"machine": machine, "row_loss": [], "peak_memory": [], "overhead": {}}
+    result: dict[str, Any] = {
+        "machine": machine,
+        "row_loss": [],
+        "peak_memory": [],
+        "linear": [],
+        "overhead": {},
+        "router": [],
+    }
     verdicts: list[targets.Verdict] = []
     n_rows = targets.N_ROWS
     for dtype in arguments.dtype if "row_loss" in arguments.only else ():
@@ -110,6 +165,9 @@ def main() -> None:
             print(f"{name:50}{extra[name]:9.3f}", flush=True)
         result["peak_memory"].append({"dtype": dtype, "extra_over_logits": extra})
         verdicts += targets.of_memory(extra, dtype)
+    if "linear" in arguments.only:
+        result["linear"], of_linear = run_linear(arguments)
+        verdicts += of_linear
     if "overhead" in arguments.only:
         python_side, repetition = overhead.python_side(arguments.rounds), overhead.repetition(arguments.rounds)
         print(f"\n{'one call on tiny inputs, microseconds':50}{'forward':>9}{'+ backward':>12}")
@@ -118,6 +176,20 @@ def main() -> None:
             print(f"{name:50}{forward:9.1f}{both:12.1f}")
         result["overhead"] = {"python_side": summary(python_side), "repetition": summary(repetition)}
         verdicts += targets.of_overhead(python_side, repetition)
+    if "router" in arguments.only:
+        few = {"rounds": max(4, arguments.rounds // 2), "slow_every": max(2, arguments.rounds // 4)}
+        for n_experts in targets.N_EXPERTS:
+            size = [targets.N_ROUTER_ROWS, n_experts, targets.EXPERTS_PER_ROW]
+            print("\nrouter [{}, {}] float32, {} experts a row".format(*size), flush=True)
+            times, router_variants = router.measure_router(*size, **few)
+            print_router(times, router_variants)
+            result["router"].append({"size": size, "times": summary(times)})
+            verdicts += targets.of_router(times, n_experts)
+        print(f"\ndiversity of experts' outputs {targets.EXPERT_OUTPUTS} float32", flush=True)
+        times, router_variants = router.measure_diversity(*targets.EXPERT_OUTPUTS, rounds=4, slow_every=2)
+        print_router(times, router_variants)
+        result["router"].append({"size": targets.EXPERT_OUTPUTS, "times": summary(times)})
+        verdicts += targets.of_diversity(times)
     print_verdicts(verdicts)
     result["targets"] = [{**verdict._asdict(), "is_met": verdict.is_met} for verdict in verdicts]
     slug = re.sub(r"[^a-z0-9]+", "_", machine["cpu"].lower()).strip("_")

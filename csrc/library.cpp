@@ -40,10 +40,25 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
       "int ngram_window, int ngram_slots, int[] eos_ids, int min_sequence_length) "
       "-> (Tensor ids, Tensor candidate_weights)");
 
+  // rows of a mixture of experts' router: router_rows.h
+  m.def(
+      "router_statistics(Tensor[] gate_logits, Tensor? expert_indices, Tensor? row_mask, Tensor? segment_ids, "
+      "Tensor? expert_bias, int n_segments, int k, bool is_sigmoid) "
+      "-> (Tensor probability_sum, Tensor importance_sum, Tensor lse_squared_sum, Tensor entropy_sum, Tensor counts, "
+      "Tensor n_rows, Tensor expert_choice)");
+  m.def(
+      "router_gradient(Tensor[] gate_logits, Tensor? expert_indices, Tensor? row_mask, Tensor? segment_ids, "
+      "Tensor? grad_probability_sum, Tensor? grad_importance_sum, Tensor? grad_lse_squared_sum, "
+      "Tensor? grad_entropy_sum, int n_segments, bool is_sigmoid) -> Tensor grad_logits");
+
   // the state of the adaptive temperature: temperature.h
   m.def(
       "temperature_step_(Tensor(a!) value, Tensor(b!) history, Tensor(c!) count, Tensor(d!) pending_loss, "
       "Tensor(e!) pending_rows, float initial, float gain, float low, float high) -> ()");
+
+  // the gradient of a linear layer's weight: cpu/weight_gradient.h
+  m.def("add_weight_gradient_(Tensor(a!) grad_weight, Tensor grad_logits, Tensor hidden_states) -> ()");
+  m.def("has_bfloat16_products() -> bool");
 
   // which instruction set the CPU kernels use
   m.def("cpu_capability() -> str");

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from ava_ext import UnifiedLoss, reference
+from ava_ext.ops.linear_rows import LinearLogits
 
 # float64 against float64; the running load of experts is float32
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -16,10 +18,18 @@ FLOAT32_STATE = {"rtol": 1e-6, "atol": 3e-8}
 
 def leaves(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a call that wants a gradient, by name."""
-    for name, value in arguments.items():
-        for number, tensor in enumerate(value if isinstance(value, (list, tuple)) else [value]):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                yield f"{name}[{number}]" if isinstance(value, (list, tuple)) else name, tensor
+    for path, value in tree_flatten_with_path(arguments)[0]:
+        if isinstance(value, Tensor) and value.requires_grad:
+            yield f"{path[0].key}{keystr(path[1:])}", value
+
+
+def with_dense_logits(arguments: Any) -> Any:
+    """The arguments with logits in the place of LinearLogits."""
+
+    def dense(value):
+        return F.linear(*value) if isinstance(value, LinearLogits) else value
+
+    return tree_map(dense, arguments, is_leaf=lambda value: isinstance(value, LinearLogits))
 
 
 def gradients(loss: Tensor, loss_fn: UnifiedLoss, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -68,7 +78,7 @@ def assert_equals_reference(loss_fn: UnifiedLoss, arguments: dict[str, Any]) -> 
         load = expected_load(loss_fn, load, balancer.expert_counts - counts)
     want = reference.unified_loss(
         loss_fn.config,
-        **arguments,
+        **with_dense_logits(arguments),
         temperature=temperature,
         expert_load=load,
         mtp_logits=own_head_logits(loss_fn, arguments),

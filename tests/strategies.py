@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ava_ext.components import COMPONENTS, has_adaptive_heads, has_own_heads
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.softmax_rows import Candidates, RowTerms, accumulation_dtype, row_coefficients
 
 F64 = torch.float64
@@ -99,13 +100,13 @@ class Numbers:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape, scale=1.0):
-        return torch.randn(*shape, dtype=F64, generator=self.generator) * scale
+        return torch.randn(shape, dtype=F64, generator=self.generator) * scale
 
     def leaf(self, *shape, scale=1.0):
         return self.normal(*shape, scale=scale).requires_grad_()
 
     def uniform(self, *shape, low=0.0, high=1.0):
-        return low + (high - low) * torch.rand(*shape, dtype=F64, generator=self.generator)
+        return low + (high - low) * torch.rand(shape, dtype=F64, generator=self.generator)
 
     def integers(self, low, high, *shape):
         return torch.randint(low, high, shape, generator=self.generator)
@@ -230,8 +231,19 @@ def further_heads(draw, config, shape, numbers, given) -> dict[str, Any]:
             further["lm_head_weight"] = numbers.leaf(config.vocab_size + 1, HIDDEN_SIZE)
         return further
     n_columns = config.vocab_size + draw(st.integers(0, 1))
-    heads = [numbers.leaf(*shape, n_columns, scale=2.0) for _ in range(config.num_future_tokens)]
-    further["additional_logits"] = heads
+    if draw(st.booleans()):
+        further["additional_logits"] = [
+            numbers.leaf(*shape, n_columns, scale=2.0) for _ in range(config.num_future_tokens)
+        ]
+    else:
+        further["additional_logits"] = [
+            LinearLogits(
+                numbers.leaf(*shape, 3),
+                numbers.leaf(n_columns, 3),
+                draw(st.sampled_from([None, numbers.leaf(n_columns)])),
+            )
+            for _ in range(config.num_future_tokens)
+        ]
     if config.use_confidence_weighting:
         per_row = [shape, (*shape, 1)]
         per_sequence = [(1,), (1, 1)] if len(shape) == 1 else [shape[:1], (shape[0], 1)]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import linear
+import router
 import row_loss
 import targets
 import timing
@@ -72,6 +74,32 @@ def test_refill_hides_what_an_inplace_gradient_wrote(case):
     assert case.logits.data_ptr() == case.buffer.data_ptr()
 
 
+@pytest.mark.parametrize("name", ["compiled", "ours"])
+def test_router_variants_are_one_loss(name):
+    variants = router.router_variants(router.RouterCase(200, 16, 2, torch.float64))
+    expected_loss, expected_gradient = variants["eager"].call()
+    loss, gradient = variants[name].call()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-15)
+
+
+def test_forward_of_the_router_measures_what_it_says():
+    case = router.RouterCase(200, 16, 2, torch.float64)
+    variants = router.router_variants(case)
+    p, z = case.logits.softmax(-1), case.logits.logsumexp(-1).square().mean()
+    share = F.one_hot(case.expert_indices, 16).double().mean((0, 1))
+    expected = 16 * (share * p.mean(0)).sum() + z
+    torch.testing.assert_close(variants["ours_forward"].call(), expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(variants["read"].call(), case.logits.detach().sum(), rtol=1e-12, atol=0)
+
+
+def test_diversity_variants_are_one_loss():
+    variants = router.diversity_variants(router.ExpertsCase(4, 10, 8, torch.float64))
+    (expected_loss, expected_gradient), (loss, gradient) = (variants[name].call() for name in ("pairwise", "ours"))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-15)
+
+
 def test_ratio_is_the_median_of_paired_rounds():
     times = timing.Times({"ours": [1.0, 10.0, 2.0, 1.0], "eager": [3.0, 50.0, 8.0, None]})
     assert times.ratio("eager", "ours") == 4.0  # of 3, 5 and 4; the ratio of the medians would be 8 / 1.5
@@ -95,3 +123,14 @@ def test_interleave_runs_every_variant_once_a_round():
 def test_verdicts_compare_in_their_direction():
     assert targets.Verdict("", 10.0, ">=", 9.0).is_met and not targets.Verdict("", 8.0, ">=", 9.0).is_met
     assert targets.Verdict("", 1.0, "<=", 1.3).is_met and not targets.Verdict("", 1.4, "<=", 1.3).is_met
+
+
+@pytest.mark.parametrize("make", [linear.make_variants, linear.make_mtp_variants])
+def test_linear_variants_give_the_same_loss_and_gradients(make):
+    variants = make(linear.Case(40, 8, 70, torch.float64))
+    ours = variants.pop("mtp_ours" if "mtp_ours" in variants else "ours").call()
+    for name, variant in variants.items():
+        if name not in ("products", "ours", "ours_terms"):  # which are another computation
+            torch.testing.assert_close(variant.call(), ours, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+    if "products" in variants:
+        assert [tuple(gradient.shape) for gradient in variants["products"].call()] == [(40, 8), (70, 8)]

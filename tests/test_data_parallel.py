@@ -17,8 +17,9 @@ V, E, WORLD_SIZE = 9, 3, 2
 class Model(torch.nn.Module):
     """Embedding, head and router, and the loss with heads of its own: what DistributedDataParallel wraps."""
 
-    def __init__(self, process_group=None):
+    def __init__(self, is_fused, process_group=None):
         super().__init__()
+        self.is_fused = is_fused
         torch.manual_seed(0)
         self.embedding = torch.nn.Embedding(V, HIDDEN_SIZE)
         self.head = torch.nn.Linear(HIDDEN_SIZE, V)
@@ -32,9 +33,13 @@ class Model(torch.nn.Module):
 
     def forward(self, input_ids, targets, num_items_in_batch):
         hidden_states = self.embedding(input_ids)
+        if self.is_fused:
+            head = {"lm_head_weight": self.head.weight, "lm_head_bias": self.head.bias}
+        else:
+            head = {"logits": self.head(hidden_states)}
         return self.loss_fn(
-            self.head(hidden_states),
-            targets,
+            **head,
+            targets=targets,
             hidden_states=hidden_states,
             gate_logits=self.router(hidden_states).flatten(0, 1),
             num_items_in_batch=num_items_in_batch,
@@ -67,10 +72,11 @@ def run(model, rows, factor, n_steps=12):
     return {name: parameter.grad.clone() for name, parameter in names.items()} | kept
 
 
-def worker(rank, folder):
+def worker(rank, folder, is_fused):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-    model = torch.nn.parallel.DistributedDataParallel(Model(torch.distributed.group.WORLD), broadcast_buffers=False)
+    model = Model(is_fused, torch.distributed.group.WORLD)
+    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     half = slice(2 * rank, 2 * rank + 2)
     # as documented: N over all ranks, and the averaging of DistributedDataParallel undone by the world size
     torch.save(run(model, half, WORLD_SIZE), Path(folder) / f"{rank}.pt")
@@ -79,10 +85,11 @@ def worker(rank, folder):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_two_processes_train_as_one():
-    expected = run(Model(), slice(0, 4), 1)
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_two_processes_train_as_one(is_fused):
+    expected = run(Model(not is_fused), slice(0, 4), 1)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(worker, (folder,), WORLD_SIZE, start_method="fork")
+        torch.multiprocessing.start_processes(worker, (folder, is_fused), WORLD_SIZE, start_method="fork")
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD_SIZE)]
     assert expected["loss_fn.temperature.value"] != 1.0
     assert expected["loss_fn.moe_balancer.expert_bias"].abs().sum() > 0

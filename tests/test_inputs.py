@@ -206,6 +206,27 @@ def test_a_head_that_does_not_fit_the_hidden_states_is_named():
         UnifiedLoss(V)(targets=TARGETS, hidden_states=torch.zeros(2, 4, 3), lm_head_weight=torch.zeros(V, 4))
 
 
+def test_a_head_of_another_vocabulary_is_named():
+    message = r"expected lm_head_weight with at least vocab_size = 6 rows, got shape \[5, 3\]"
+    with pytest.raises(ValueError, match=message):
+        UnifiedLoss(V)(targets=TARGETS, hidden_states=torch.zeros(2, 4, 3), lm_head_weight=torch.zeros(V - 1, 3))
+
+
+TWO_SOURCES = [
+    ({"logits": logits(), "lm_head_weight": torch.zeros(V, 3)}, "expected logits or lm_head_weight, got both"),
+    ({"primary_logits": logits(), "lm_head_weight": torch.zeros(V, 3)}, "expected primary_logits or lm_head_weight"),
+    ({"logits": logits(), "primary_logits": logits()}, "expected logits or primary_logits, got both"),
+    ({"logits": logits(), "lm_head_bias": torch.zeros(V)}, "lm_head_bias needs lm_head_weight, got None"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), TWO_SOURCES)
+def test_two_sources_of_logits_are_named(arguments, message):
+    loss_fn = UnifiedLoss(V, primary_loss_type="adaptive_mtp", num_future_tokens=1, use_confidence_weighting=False)
+    with pytest.raises(ValueError, match=message):
+        loss_fn(targets=TARGETS, additional_logits=[logits()], **arguments)
+
+
 def test_another_number_of_heads_is_named():
     loss_fn = UnifiedLoss(V, primary_loss_type="adaptive_mtp", num_future_tokens=2, use_confidence_weighting=False)
     with pytest.raises(ValueError, match="expected num_future_tokens = 2 additional_logits, got 1"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from assertions import gradients
+from assertions import gradients, with_dense_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import HIDDEN_SIZE, Numbers, cases, seeds
@@ -131,7 +131,7 @@ def test_unshifted_labels_are_explicit_slices(case):
         elif name in by_row:
             sliced[name] = value[:, :-1]
         elif name == "additional_logits":
-            sliced[name] = [head[:, :-1] for head in value]
+            sliced[name] = [head[:, :-1] for head in with_dense_logits(value)]
     shifted = UnifiedLoss(**config.to_dict()).double().eval()
     unshifted = UnifiedLoss(**config.to_dict() | {"labels_are_shifted": False}).double().eval()
     unshifted.load_state_dict(shifted.state_dict())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +10,17 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.losses.mtp import TokenLoss, counted_ahead, shift_targets
+from ava_ext.losses.mtp import MAIN_LOSS, HeadLoss, counted_ahead, shift_targets
+from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.softmax_rows import TERM_NAMES
+
+CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 
 # log(confidence) and log(1 - confidence) stay above log(1e-6): a confidence of exactly 0 or 1 costs 13.8, not infinity
 CONFIDENCE_MARGIN = 1e-6
+
+
+Heads = Tensor | Sequence[Tensor | LinearLogits] | None
 
 
 class AdaptiveMTPTerms(NamedTuple):
@@ -27,11 +34,11 @@ class AdaptiveMTPTerms(NamedTuple):
 
 
 def adaptive_mtp_terms(
-    additional_logits: Tensor | Sequence[Tensor] | None,  # [n_heads, batch, length, vocab_size], or a list
+    additional_logits: Heads,  # [n_heads, batch, length, vocab_size], or a list
     targets: Tensor,  # [batch, length]
     row_weights: Tensor,  # [batch, length]
     segments: Tensor | None,  # [batch, length]
-    token_loss: TokenLoss,
+    head_loss: HeadLoss,
     *,
     confidence_scores: Tensor | None = None,  # [batch], [batch, 1], [batch, length] or [batch, length, 1]
     mtp_active: bool | Tensor | None = None,  # [] or [batch] bool
@@ -39,7 +46,6 @@ def adaptive_mtp_terms(
     confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
     use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
     ignore_index: int = UnifiedLossConfig.ignore_index,
-    target_probability: Callable[[Tensor, Tensor], Tensor] | None = None,
     per_row: bool = False,
 ) -> AdaptiveMTPTerms:
     """Confidence-weighted losses of the heads, and the term that calibrates the confidence.
@@ -52,18 +58,17 @@ def adaptive_mtp_terms(
     at c = q.
 
     Args:
-        additional_logits: of the heads k = 1..n_heads; head k's row t predicts targets[:, t + k].
+        additional_logits: of the heads k = 1..n_heads; head k's row t predicts targets[:, t + k]. A list may hold
+            LinearLogits, whose logits never exist as a whole.
         targets: row t's target of depth 0 (the next token).
         row_weights: token weight / N of each row at depth 0, 0 where it does not count; no gradient.
         segments: contiguous documents of packed rows; None: a row is one segment.
-        token_loss: main's cross-entropy of rows: (logits [n_rows, vocab_size], targets [n_rows]) -> [n_rows], with 0
-            where the target is ignore_index.
+        head_loss: main's cross-entropy: (logits, targets, row_weights) -> RowLoss, of the sum or with per_row of each
+            row, with 0 where the target is ignore_index.
         confidence_scores: in [0, 1], per sequence or per row. Without, c = 1 and no confidence term.
         mtp_active: False switches the heads off for this call; a tensor does so on the device, for all or per
             sequence; None: on.
         mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
-        target_probability: (logits [n_rows, vocab_size], targets [n_rows]) -> [n_rows], what replaces the plain
-            softmax in q (for a temperature or a soft cap); called without grad.
         per_row: give both terms per row, [batch, length].
 
     Returns:
@@ -74,7 +79,7 @@ def adaptive_mtp_terms(
 
     Example:
         >>> weights = torch.full((2, 5), 1 / 10)
-        >>> terms = adaptive_mtp_terms(heads, targets, weights, None, token_loss, confidence_scores=confidence)
+        >>> terms = adaptive_mtp_terms(heads, targets, weights, None, head_loss, confidence_scores=confidence)
         >>> loss = main + terms.mtp_loss + terms.confidence_regularization
     """
     heads = _heads(additional_logits, targets)
@@ -90,47 +95,41 @@ def adaptive_mtp_terms(
     confidence = None
     if confidence_scores is not None:
         confidence = _rows(confidence_scores, batch, length, "confidence_scores").to(dtype)
-    row_weighting = torch.ones((), dtype=dtype, device=targets.device)
+    head_weights = weights.new_tensor(mtp_weight / len(heads))
     if confidence is not None and use_confidence_weighting:
-        row_weighting = confidence.detach()
-    row_loss = torch.zeros(batch, length, dtype=dtype, device=targets.device)
-    depth_losses = []
-    for k, logits in enumerate(heads, start=1):
-        depth_targets = shift_targets(targets, segments, weights != 0, k, ignore_index)
-        losses = token_loss(logits.reshape(-1, logits.shape[-1]), depth_targets.reshape(-1)).reshape(batch, length)
-        row_loss = row_loss + losses * (row_weighting * counted_ahead(weights, segments, k))
-        depth_losses.append(_mean_of(losses.detach(), depth_targets != ignore_index))
-    row_loss = row_loss * (mtp_weight / len(heads))
-
-    first_targets = shift_targets(targets, segments, weights != 0, 1, ignore_index)
-    is_target = first_targets != ignore_index
-    with torch.no_grad():
-        rows = heads[0].detach().reshape(-1, heads[0].shape[-1]), first_targets.reshape(-1)
-        probability = (
-            _softmax_probability(*rows, ignore_index) if target_probability is None else target_probability(*rows)
-        )
-        probability = probability.reshape(batch, length).to(dtype)
-    regularization = torch.zeros_like(row_loss)
+        head_weights = head_weights * confidence.detach()
+    losses, main_losses, probability = [], [], torch.zeros_like(weights)
+    all_targets = [shift_targets(targets, segments, weights != 0, k, ignore_index) for k in range(1, len(heads) + 1)]
+    for k, (logits, depth_targets) in enumerate(zip(heads, all_targets, strict=True), start=1):
+        output = head_loss(logits, depth_targets, head_weights * counted_ahead(weights, segments, k))
+        losses.append(output.row_loss)
+        main_losses.append(_mean_of(output.row_terms[MAIN_LOSS], depth_targets != ignore_index))
+        if k == 1:
+            probability = output.row_terms[CROSS_ENTROPY].neg().exp().to(dtype)
+    is_target = all_targets[0] != ignore_index
+    regularization = torch.zeros_like(weights)
     if confidence is not None:
         certainty = confidence.clamp(CONFIDENCE_MARGIN, 1 - CONFIDENCE_MARGIN)
         cross_entropy = -(probability * certainty.log() + (1 - probability) * torch.log1p(-certainty))
         row_weight = confidence_reg_strength * counted_ahead(weights, segments, 1)
         regularization = torch.where(is_target, cross_entropy, 0.0) * row_weight
-    seen = row_weighting.expand(batch, length) if confidence is None else confidence.detach()
+    seen = torch.ones_like(weights) if confidence is None else confidence.detach()
     return AdaptiveMTPTerms(
-        mtp_loss=row_loss if per_row else row_loss.sum(),
+        mtp_loss=torch.stack(losses).sum(0),
         confidence_regularization=regularization if per_row else regularization.sum(),
-        depth_losses=torch.stack(depth_losses),
+        depth_losses=torch.stack(main_losses),
         mean_confidence=_mean_of(seen, is_target),
         mean_target_probability=_mean_of(probability, is_target),
     )
 
 
-def _heads(additional_logits: Tensor | Sequence[Tensor] | None, targets: Tensor) -> list[Tensor]:
+def _heads(additional_logits: Heads, targets: Tensor) -> list[Tensor | LinearLogits]:
     if targets.dim() != 2:
         raise ValueError(f"adaptive_mtp: expected targets [batch, length], got {list(targets.shape)}")
     if additional_logits is None:
         return []
+    if isinstance(additional_logits, LinearLogits):  # a tuple, but of one head
+        raise ValueError("adaptive_mtp: expected a list of LinearLogits, one per head, got one LinearLogits")
     if isinstance(additional_logits, Tensor) and additional_logits.dim() != 4:
         raise ValueError(
             "adaptive_mtp: expected additional_logits [n_heads, batch, length, vocab_size], got "
@@ -138,7 +137,9 @@ def _heads(additional_logits: Tensor | Sequence[Tensor] | None, targets: Tensor)
         )
     heads = list(additional_logits)
     for number, logits in enumerate(heads):
-        if logits.dim() != 3 or logits.shape[:2] != targets.shape:
+        if isinstance(logits, LinearLogits):
+            logits.check(f"adaptive_mtp: additional_logits[{number}]")
+        if len(logits.shape) != 3 or logits.shape[:2] != targets.shape:
             raise ValueError(
                 f"adaptive_mtp: expected additional_logits[{number}] of shape [{targets.shape[0]}, {targets.shape[1]}, "
                 f"vocab_size], got {list(logits.shape)}"
@@ -161,34 +162,24 @@ def _rows(values: Tensor, batch: int, length: int, name: str) -> Tensor:  # [bat
     )
 
 
-def _softmax_probability(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:  # [n_rows]
-    chunk_rows = max(1, 2**24 // logits.shape[-1])  # the float32 copy of low precision, and log_softmax, by the chunk
-    chunks = zip(logits.split(chunk_rows), targets.split(chunk_rows), strict=True)
-    losses = [
-        torch.nn.functional.cross_entropy(
-            rows if rows.dtype == torch.float64 else rows.float(),
-            row_targets,
-            ignore_index=ignore_index,
-            reduction="none",
-        )
-        for rows, row_targets in chunks
-    ]
-    return torch.cat(losses).neg().exp()
-
-
 def _mean_of(values: Tensor, mask: Tensor) -> Tensor:  # [batch, length], [batch, length] -> []
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
 def _switched_off(
-    heads: list[Tensor], targets: Tensor, row_weights: Tensor, confidence_scores: Tensor | None, per_row: bool
+    heads: list[Tensor | LinearLogits],
+    targets: Tensor,
+    row_weights: Tensor,
+    confidence_scores: Tensor | None,
+    per_row: bool,
 ) -> AdaptiveMTPTerms:
     dtype = torch.float64 if row_weights.dtype == torch.float64 else torch.float32
     zeros = torch.zeros(targets.shape if per_row else (), dtype=dtype, device=targets.device)
     mtp_loss, regularization = zeros, zeros.clone()
     # sums of nothing: connected to the graph, so that DDP sees a gradient for every parameter, and blind to nan
     for logits in heads:
-        mtp_loss = mtp_loss + logits[..., :0].sum()
+        for part in logits if isinstance(logits, LinearLogits) else (logits,):
+            mtp_loss = mtp_loss if part is None else mtp_loss + part[..., :0].sum()
     if confidence_scores is not None:
         regularization = regularization + confidence_scores.reshape(-1)[:0].sum()
     nothing = torch.zeros((), dtype=dtype, device=targets.device)
@@ -206,7 +197,7 @@ class AdaptiveMTP(Float32Buffers):
 
     Example:
         >>> adaptive = AdaptiveMTP(UnifiedLossConfig(vocab_size=100, primary_loss_type="adaptive_mtp"))
-        >>> terms = adaptive(heads, targets, weights, None, token_loss, confidence_scores=confidence)
+        >>> terms = adaptive(heads, targets, weights, None, head_loss, confidence_scores=confidence)
         >>> adaptive.statistics()["mean_confidence"]
     """
 
@@ -226,15 +217,14 @@ class AdaptiveMTP(Float32Buffers):
 
     def forward(
         self,
-        additional_logits: Tensor | Sequence[Tensor] | None,  # [n_heads, batch, length, vocab_size], or a list
+        additional_logits: Heads,  # [n_heads, batch, length, vocab_size], or a list
         targets: Tensor,  # [batch, length]
         row_weights: Tensor,  # [batch, length]
         segments: Tensor | None,  # [batch, length]
-        token_loss: TokenLoss,
+        head_loss: HeadLoss,
         *,
         confidence_scores: Tensor | None = None,  # [batch], [batch, 1], [batch, length] or [batch, length, 1]
         mtp_active: bool | Tensor | None = None,  # [] or [batch] bool
-        target_probability: Callable[[Tensor, Tensor], Tensor] | None = None,
         per_row: bool = False,
     ) -> AdaptiveMTPTerms:
         """See adaptive_mtp_terms."""
@@ -243,14 +233,13 @@ class AdaptiveMTP(Float32Buffers):
             targets,
             row_weights,
             segments,
-            token_loss,
+            head_loss,
             confidence_scores=confidence_scores,
             mtp_active=mtp_active,
             mtp_weight=self.mtp_weight,
             confidence_reg_strength=self.confidence_reg_strength,
             use_confidence_weighting=self.use_confidence_weighting,
             ignore_index=self.ignore_index,
-            target_probability=target_probability,
             per_row=per_row,
         )
         if self.training and torch.is_grad_enabled() and mtp_active is not False:

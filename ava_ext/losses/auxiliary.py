@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.router_rows import RouterStatistics, layered_gate_logits, router_statistics, stack_expert_indices
+from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices
+from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 
 CONVENTIONS = ("switch", "huggingface")
 
@@ -140,7 +141,7 @@ class AuxiliaryLoss(nn.Module):
     Args:
         num_experts_per_token: k of the router's top-k.
         num_experts: checked against gate_logits; None: as many as there are.
-        num_moe_layers: expected layers, see stack_gate_logits; None: as many as there are, and a tensor of three
+        num_moe_layers: expected layers, see layered_gate_logits; None: as many as there are, and a tensor of three
             dimensions is [n_layers, n_rows, n_experts].
         load_balancing_weight: alpha.
         router_z_weight: weight of the mean squared lse.
@@ -205,7 +206,7 @@ class AuxiliaryLoss(nn.Module):
 
     def forward(
         self,
-        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer, see stack_gate_logits
+        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer, see layered_gate_logits
         expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
         row_mask: Tensor | None = None,  # n_rows elements, bool
         return_detailed: bool = False,
@@ -213,7 +214,7 @@ class AuxiliaryLoss(nn.Module):
         """The weighted sum.
 
         Args:
-            gate_logits: router logits in any form that stack_gate_logits takes.
+            gate_logits: router logits in any form that layered_gate_logits takes.
             expert_indices: experts chosen by the router; None: the k largest gate_logits.
             row_mask: True where a row counts; None: all.
             return_detailed: return {"total_loss", "aux_load_balancing", "aux_router_z"}: total_loss with graph, the
@@ -224,7 +225,7 @@ class AuxiliaryLoss(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit, k > n_experts.
-            IndexError: an expert index out of range (eager, CPU).
+            IndexError: an expert index out of range.
         """
         load_balancing, router_z = self.terms(self.measure(gate_logits, expert_indices, row_mask))
         total = load_balancing + router_z
@@ -244,13 +245,11 @@ class AuxiliaryLoss(nn.Module):
     ) -> RouterStatistics:
         """The statistics that `terms` needs; with per_sequence, every sequence of every layer is a layer."""
         layers = layered_gate_logits(gate_logits, self.n_layers)
-        n_layers, n_experts = layers.shape[0], layers.shape[-1]
+        n_layers, n_rows, n_experts = layers_shape(layers)
         if self.n_experts not in (None, n_experts):
             raise ValueError(
                 f"auxiliary_loss: expected gate_logits with num_experts = {self.n_experts} columns, got {n_experts}"
             )
-        logits = layers.reshape(n_layers, -1, n_experts)
-        n_rows = logits.shape[1]
         if expert_indices is not None:
             expert_indices = stack_expert_indices(expert_indices, n_layers, n_rows, self.k)
         if row_mask is not None:
@@ -260,18 +259,18 @@ class AuxiliaryLoss(nn.Module):
                 )
             row_mask = row_mask.reshape(n_rows)
         if self.per_sequence:
-            if layers.dim() != 4:
+            if layers[0].dim() != 4:
                 raise ValueError(
                     "auxiliary_loss: per_sequence=True expects gate_logits [batch, length, n_experts] per layer, got "
-                    f"{list(layers.shape)} for {n_layers} layers"
+                    f"{list(layers[0].shape[1:])}"
                 )
-            batch, length = layers.shape[1:3]
-            logits = layers.reshape(n_layers * batch, length, n_experts)
+            batch, length = layers[0].shape[1:3]
+            layers = [layer.flatten(0, 1) for layer in layers]
             if expert_indices is not None:
                 expert_indices = expert_indices.reshape(n_layers * batch, length, self.k)
             if row_mask is not None:
                 row_mask = row_mask.reshape(batch, length).repeat(n_layers, 1)
-        return router_statistics(logits, expert_indices, row_mask, k=self.k, score=self.score)
+        return router_statistics(layers, expert_indices, row_mask, k=self.k, score=self.score)
 
     def terms(self, statistics: RouterStatistics) -> tuple[Tensor, Tensor]:
         """(load balancing, router z-loss), both weighted, from statistics that are already there."""

@@ -10,13 +10,9 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.ops.router_rows import (
-    RouterStatistics,
-    copy_for_backward,
-    router_statistics,
-    stack_expert_indices,
-    stack_gate_logits,
-)
+from ava_ext.ops.copy_for_backward import copy_for_backward
+from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices
+from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 
 
 class MoEBalance(NamedTuple):
@@ -87,14 +83,14 @@ class MoEBalancer(Float32Buffers):
 
     def forward(
         self,
-        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer, see stack_gate_logits
+        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer, see layered_gate_logits
         expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
         row_mask: Tensor | None = None,  # n_rows elements, bool
     ) -> MoEBalance:
         """The steering term and the metrics of this call; see the class.
 
         Args:
-            gate_logits: router logits in any form that stack_gate_logits takes.
+            gate_logits: router logits in any form that layered_gate_logits takes.
             expert_indices: experts chosen by the router; None: the k largest gate_logits.
             row_mask: True where a row counts; None: all.
 
@@ -103,7 +99,7 @@ class MoEBalancer(Float32Buffers):
 
         Raises:
             ValueError: shapes that do not fit num_experts, num_moe_layers or num_experts_per_token.
-            IndexError: an expert index out of range (eager, CPU).
+            IndexError: an expert index out of range.
         """
         return self.balance(self.measure(gate_logits, expert_indices, row_mask))
 
@@ -114,17 +110,17 @@ class MoEBalancer(Float32Buffers):
         row_mask: Tensor | None = None,  # n_rows elements, bool
     ) -> RouterStatistics:
         """The statistics that `balance` needs, and that AuxiliaryLoss.terms can share."""
-        logits = stack_gate_logits(gate_logits, self.n_layers)
-        if logits.shape[-1] != self.n_experts:
+        layers = layered_gate_logits(gate_logits, self.n_layers)
+        n_layers, n_rows, n_experts = layers_shape(layers)
+        if n_experts != self.n_experts:
             raise ValueError(
-                f"moe_balancer: expected gate_logits with num_experts = {self.n_experts} columns, "
-                f"got {logits.shape[-1]}"
+                f"moe_balancer: expected gate_logits with num_experts = {self.n_experts} columns, got {n_experts}"
             )
         if expert_indices is not None:
-            expert_indices = stack_expert_indices(expert_indices, self.n_layers, logits.shape[1], self.k)
+            expert_indices = stack_expert_indices(expert_indices, n_layers, n_rows, self.k)
         if row_mask is not None:
             row_mask = row_mask.reshape(-1)
-        return router_statistics(logits, expert_indices, row_mask, k=self.k, score=self.score)
+        return router_statistics(layers, expert_indices, row_mask, k=self.k, score=self.score)
 
     def balance(self, statistics: RouterStatistics) -> MoEBalance:
         """forward from statistics that are already there; updates the state as forward does."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, silu
+from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.softmax_rows import TERM_NAMES, RowLoss
 
-# cross-entropy of every row: logits [n_rows, vocab_size], targets [n_rows] -> [n_rows], 0 where ignored
-TokenLoss = Callable[[Tensor, Tensor], Tensor]
+# The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose row_loss is the
+# weighted sum [], or the weighted loss of each row [...]; 0 where the target is ignored.
+HeadLoss = Callable[[Tensor | LinearLogits, Tensor, Tensor], RowLoss]
+MAIN_LOSS = TERM_NAMES.index("main_loss")
 
 
 def counted_ahead(
@@ -70,7 +74,7 @@ def shift_targets(
 class MTPOutput(NamedTuple):
     """What MultiTokenPrediction returns."""
 
-    loss: Tensor  # []  mtp_weight * mean over depths, with graph; [batch, length] with per_row
+    loss: Tensor  # []  mtp_weight * mean over depths, with graph; [batch, length] where head_loss gives that of rows
     depth_losses: Tensor  # [num_future_tokens]  mean loss of each depth over its own rows, unweighted; detached
 
 
@@ -99,13 +103,12 @@ class MultiTokenPrediction(nn.Module):
 
     w is the weight of the row that is predicted (token weight / N, 0 where it does not count or is in another segment).
     Depth k has a head of its own, Linear_k(LayerNorm(h)) with one norm for all, or with mtp_share_head a residual block
-    before the given lm_head: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). Logits exist for one chunk of rows of one
-        depth at
-    a time; backward computes them again.
+    before the given lm_head: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). The logits of a depth go to head_loss as
+    LinearLogits: what they are computed from.
 
     Args:
-        config: hidden_size, vocab_size, num_future_tokens, mtp_weight, mtp_share_head, mtp_detach_head, ignore_index
-            and linear_chunk_bytes are used.
+        config: hidden_size, vocab_size, num_future_tokens, mtp_weight, mtp_share_head, mtp_detach_head and
+            ignore_index are used.
 
     Attributes:
         norm: LayerNorm before the heads (Identity with mtp_share_head, whose blocks bring their own).
@@ -117,7 +120,7 @@ class MultiTokenPrediction(nn.Module):
     Example:
         >>> config = UnifiedLossConfig(vocab_size=100, hidden_size=16, use_mtp=True)
         >>> mtp = MultiTokenPrediction(config)
-        >>> mtp(hidden_states, targets, torch.full(targets.shape, 1 / targets.numel()), None, token_loss).loss
+        >>> mtp(hidden_states, targets, torch.full(targets.shape, 1 / targets.numel()), None, head_loss).loss
 
     Source: Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction"; DeepSeek-V3.
     """
@@ -133,7 +136,6 @@ class MultiTokenPrediction(nn.Module):
         self.share_head = config.mtp_share_head
         self.detach_head = config.mtp_detach_head
         self.ignore_index = config.ignore_index
-        self.chunk_bytes = config.linear_chunk_bytes
         if self.share_head:
             self.norm: nn.Module = nn.Identity()  # a parameter that nothing uses would stop DDP
             self.heads = nn.ModuleList(ResidualHead(self.hidden_size) for _ in range(self.n_depths))
@@ -147,11 +149,9 @@ class MultiTokenPrediction(nn.Module):
         targets: Tensor,  # [batch, length]
         row_weights: Tensor,  # [batch, length]
         segments: Tensor | None,  # [batch, length]
-        token_loss: TokenLoss,
-        lm_head_weight: Tensor | None = None,  # [vocab_size, hidden_size]
-        lm_head_bias: Tensor | None = None,  # [vocab_size]
-        *,
-        per_row: bool = False,
+        head_loss: HeadLoss,
+        lm_head_weight: Tensor | None = None,  # [n_columns, hidden_size]
+        lm_head_bias: Tensor | None = None,  # [n_columns]
     ) -> MTPOutput:
         """The weighted term and the loss of each depth.
 
@@ -160,11 +160,9 @@ class MultiTokenPrediction(nn.Module):
             targets: row t's target of depth 0 (the next token).
             row_weights: token weight / N of each row at depth 0; 0 where it does not count. No gradient.
             segments: contiguous documents of packed rows; None: a row is one segment.
-            token_loss: main's cross-entropy of rows: (logits [n_rows, vocab_size], targets [n_rows]) -> [n_rows], with
-                0 where the target is ignore_index. It is called again in backward.
+            head_loss: main's cross-entropy: (logits, targets, row_weights) -> RowLoss of the sum, or of the rows.
             lm_head_weight: with mtp_share_head, the shared head; without, unused.
             lm_head_bias: its bias, or None.
-            per_row: return the loss of each row, [batch, length]: what row t contributes by its predictions.
 
         Returns:
             MTPOutput.
@@ -173,52 +171,29 @@ class MultiTokenPrediction(nn.Module):
             ValueError: shapes that do not fit; mtp_share_head without lm_head_weight.
         """
         self._check(hidden_states, targets, row_weights, segments, lm_head_weight)
-        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        weights = row_weights.detach().to(dtype)
-        hidden_states = hidden_states.reshape(-1, self.hidden_size)
-        normed = self.norm(hidden_states.to(self._parameter_dtype()))
-        if self.detach_head and lm_head_weight is not None:
-            lm_head_weight = lm_head_weight.detach()
-            lm_head_bias = None if lm_head_bias is None else lm_head_bias.detach()
-        row_loss = torch.zeros(targets.numel(), dtype=dtype, device=targets.device)
-        depth_losses = []
-        for k, head in enumerate(self.heads, start=1):
-            depth_targets = shift_targets(targets, segments, weights != 0, k, self.ignore_index).reshape(-1)
-            losses = self._depth(head, normed, depth_targets, token_loss, lm_head_weight, lm_head_bias)
-            row_loss = row_loss + losses * counted_ahead(weights, segments, k).reshape(-1)
-            n_counted = (depth_targets != self.ignore_index).sum().clamp_min(1)
-            depth_losses.append(losses.detach().sum() / n_counted)
-        row_loss = row_loss * (self.weight / self.n_depths)
-        loss = row_loss.reshape(targets.shape) if per_row else row_loss.sum()
-        return MTPOutput(loss, torch.stack(depth_losses))
-
-    def _depth(
-        self,
-        head: nn.Module,
-        normed: Tensor,  # [n_rows, hidden_size]
-        targets: Tensor,  # [n_rows]
-        token_loss: TokenLoss,
-        lm_head_weight: Tensor | None,  # [vocab_size, hidden_size]
-        lm_head_bias: Tensor | None,  # [vocab_size]
-    ) -> Tensor:  # [n_rows]
-        def chunk_loss(rows: Tensor, row_targets: Tensor) -> Tensor:
-            outputs = head(rows)
-            if lm_head_weight is not None and self.share_head:
-                outputs = linear(outputs.to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
-            return token_loss(outputs, row_targets)
-
-        n_rows = self._chunk_rows(normed)
-        chunks = zip(normed.split(n_rows), targets.split(n_rows), strict=True)
-        return torch.cat(
-            [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        )
-
-    def _chunk_rows(self, normed: Tensor) -> int:
-        budget = self.chunk_bytes or (2**30 if normed.is_cuda else 2**26)
-        return max(1, budget // (self.vocab_size * normed.element_size()))
-
-    def _parameter_dtype(self) -> torch.dtype:
-        return next(self.heads.parameters()).dtype
+        weights = row_weights.detach()
+        depths = range(1, self.n_depths + 1)
+        depth_targets = [shift_targets(targets, segments, weights != 0, k, self.ignore_index) for k in depths]
+        depth_weights = [counted_ahead(weights, segments, k) * (self.weight / self.n_depths) for k in depths]
+        normed = self.norm(hidden_states.to(next(self.heads.parameters()).dtype))
+        if lm_head_weight is not None and self.share_head:
+            if self.detach_head:
+                lm_head_weight = lm_head_weight.detach()
+                lm_head_bias = None if lm_head_bias is None else lm_head_bias.detach()
+            states = [checkpoint(head, normed, use_reentrant=False, preserve_rng_state=False) for head in self.heads]
+            # one weight, so one pass over all depths: one gradient of it, not one per depth
+            logits = LinearLogits(torch.cat(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
+            output = head_loss(logits, torch.cat(depth_targets), torch.cat(depth_weights))
+            loss, main_loss = output.row_loss, output.row_terms[MAIN_LOSS].view(self.n_depths, *targets.shape)
+            loss = loss.view(main_loss.shape).sum(0) if loss.dim() else loss
+        else:
+            parameters: Any = self.heads
+            logits_of_depths = [LinearLogits(normed, head.weight, head.bias) for head in parameters]
+            outputs = list(map(head_loss, logits_of_depths, depth_targets, depth_weights))
+            loss = torch.stack([output.row_loss for output in outputs]).sum(0)
+            main_loss = torch.stack([output.row_terms[MAIN_LOSS] for output in outputs])
+        n_counted = (torch.stack(depth_targets) != self.ignore_index).sum((1, 2)).clamp_min(1)
+        return MTPOutput(loss, main_loss.sum((1, 2)) / n_counted)
 
     def _check(
         self,

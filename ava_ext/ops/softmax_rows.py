@@ -17,7 +17,7 @@ _ops = torch.ops.ava_ext
 _row_loss = _ops.row_loss.default  # looked up once: each look-up costs a microsecond
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class RowTerms(IntFlag):
@@ -201,7 +201,7 @@ def _row_loss_backward(ctx, grad_row_loss, *_):
         return None, *nothing
     if ctx.fused:
         grad_logits, origin = ctx.saved_tensors
-        if not ctx.owns_gradient or _graph_is_kept():
+        if not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
         _ops.scale_rows_(grad_logits, grad_row_loss)
         return without_second_derivative(grad_logits, origin), *nothing

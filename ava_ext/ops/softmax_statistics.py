@@ -67,22 +67,30 @@ def softmax_statistics(
         >>> margin_loss = torch.relu(1 + s.log_rest + s.entropy - s.log_probs[..., 0]).mean()
         >>> margin_loss.backward()
     """
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("softmax_statistics: expected a temperature without requires_grad")
-        coefficients = row_coefficients(logits, logit_softcap=logit_softcap)
-        coefficients = torch.cat([temperature.reshape(1).to(coefficients), coefficients[1:]])
-    else:
-        coefficients = row_coefficients(logits, temperature=temperature, logit_softcap=logit_softcap)
+    coefficients, flags = statistics_options(logits.dtype, logits.device, temperature, logit_softcap)
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
-    flags = int(RowTerms.ENTROPY | RowTerms.SOFTCAP) if logit_softcap else int(RowTerms.ENTROPY)
     ids = None if ids is None else ids.to(torch.int32)
     n_columns = logits.shape[-1]
     _, log_probs, summaries = _ops.row_statistics(
         logits, ids, row_mask, coefficients, flags, n_columns if vocab_size is None else vocab_size
     )
     return SoftmaxStatistics(log_probs, *summaries.unbind(0))
+
+
+def statistics_options(
+    dtype: torch.dtype, device: torch.device, temperature: float | Tensor, logit_softcap: float | None
+) -> tuple[Tensor, int]:
+    """Coefficients [7] and flags of a kernel that measures logits of this type."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("softmax_statistics: expected a temperature without requires_grad")
+        coefficients = row_coefficients(like, logit_softcap=logit_softcap)
+        coefficients = torch.cat([temperature.reshape(1).to(coefficients), coefficients[1:]])
+    else:
+        coefficients = row_coefficients(like, temperature=temperature, logit_softcap=logit_softcap)
+    return coefficients, int(RowTerms.ENTROPY | RowTerms.SOFTCAP) if logit_softcap else int(RowTerms.ENTROPY)
 
 
 def token_log_probs(
@@ -139,6 +147,17 @@ def _save_row_statistics(ctx, inputs, output):
 def _row_statistics_backward(ctx, _, grad_log_probs, grad_summaries):
     """grad_log_probs: [..., n_ids], grad_summaries: [4, ...]."""
     logits, ids, coefficients, statistics = ctx.saved_tensors
+    of_rows = coefficients_of_rows(statistics, grad_log_probs, grad_summaries)
+    arguments = (logits.detach(), statistics, of_rows, ids, coefficients, ctx.flags, ctx.vocab_size)
+    return without_second_derivative(_ops.row_gradient(*arguments), logits), None, None, None, None, None
+
+
+def coefficients_of_rows(
+    statistics: Tensor,  # [..., 6]
+    grad_log_probs: Tensor,  # [..., n_ids]
+    grad_summaries: Tensor,  # [4, ...]
+) -> Tensor:  # [..., 4 + n_ids]
+    """What row_gradient multiplies p, p log p, 1, and the one-hots of the maximum and the ids with."""
     grad_entropy, grad_lse, grad_log_rest, grad_mean = grad_summaries.unbind(0)
     rest, count = statistics[..., 2], statistics[..., 5]
     # d entropy = -p (u - E),  d lse = p,  d mean = 1/V - p,  d log R = d (log(1 - p_max) - log p_max), by z
@@ -146,9 +165,7 @@ def _row_statistics_backward(ctx, _, grad_log_probs, grad_summaries):
     maximum = -grad_log_rest * (1 + rest) / rest.clamp_min(smallest)
     constant = grad_mean / count.clamp_min(1)
     shapes = torch.stack([grad_lse - grad_mean, -grad_entropy, constant, maximum], -1)
-    row_coefficients = torch.cat([shapes, grad_log_probs], -1)
-    arguments = (logits.detach(), statistics, row_coefficients, ids, coefficients, ctx.flags, ctx.vocab_size)
-    return without_second_derivative(_ops.row_gradient(*arguments), logits), None, None, None, None, None
+    return torch.cat([shapes, grad_log_probs], -1)
 
 
 torch.library.register_autograd("ava_ext::row_statistics", _row_statistics_backward, setup_context=_save_row_statistics)

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP, adaptive_mtp_terms
+from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.softmax_rows import TERM_NAMES, RowLoss
 
 BATCH, LENGTH, VOCAB, HEADS = 2, 6, 9, 3
 
@@ -15,6 +17,21 @@ BATCH, LENGTH, VOCAB, HEADS = 2, 6, 9, 3
 def token_loss(logits, targets):
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return cross_entropy(logits / 0.7, targets, ignore_index=-100, reduction="none")
+
+
+def head_loss_of(per_row):
+    def head_loss(logits, targets, row_weights):
+        if isinstance(logits, LinearLogits):
+            logits = linear(*logits)
+        losses = token_loss(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
+        of_rows = losses * row_weights
+        # main_loss and cross_entropy are what is read
+        return RowLoss(of_rows if per_row else of_rows.sum(), losses.detach().expand(len(TERM_NAMES), *targets.shape))
+
+    return head_loss
+
+
+head_loss, head_loss_of_rows = head_loss_of(False), head_loss_of(True)
 
 
 def make_inputs(seed=0):
@@ -48,7 +65,7 @@ def one_row_at_a_time(additional_logits, targets, row_weights, segments, confide
                 ce = -(logits / 0.7).log_softmax(-1)[target]
                 loss[b, t] = loss[b, t] + 0.1 * row_weights[b, t + k] * c * ce / HEADS
                 if k == 1 and confidence_scores is not None:
-                    q, c = logits.detach().softmax(-1)[target], confidence[b, t]
+                    q, c = (logits.detach() / 0.7).softmax(-1)[target], confidence[b, t]
                     bce = -(q * c.log() + (1 - q) * (1 - c).log())
                     regularization[b, t] = regularization[b, t] + 0.01 * row_weights[b, t + 1] * bce
     return loss, regularization
@@ -71,8 +88,8 @@ def test_against_one_row_at_a_time(form, packed):
         inputs["segments"] = None
     expected = one_row_at_a_time(**inputs)
     for logits in (inputs["additional_logits"], list(inputs["additional_logits"])):
-        terms = adaptive_mtp_terms(**(inputs | {"additional_logits": logits}), token_loss=token_loss)
-        rows = adaptive_mtp_terms(**(inputs | {"additional_logits": logits}), token_loss=token_loss, per_row=True)
+        terms = adaptive_mtp_terms(**(inputs | {"additional_logits": logits}), head_loss=head_loss)
+        rows = adaptive_mtp_terms(**(inputs | {"additional_logits": logits}), head_loss=head_loss_of_rows, per_row=True)
         for got, per_row, value in zip(terms, rows, expected, strict=False):
             torch.testing.assert_close(got, value.sum(), rtol=1e-12, atol=0)
             torch.testing.assert_close(per_row, value, rtol=1e-12, atol=1e-18)
@@ -81,20 +98,20 @@ def test_against_one_row_at_a_time(form, packed):
 def test_without_confidence_weighting_the_confidence_is_still_calibrated():
     inputs = make_inputs()
     expected = one_row_at_a_time(**inputs, weighting=False)
-    terms = adaptive_mtp_terms(**inputs, token_loss=token_loss, use_confidence_weighting=False)
+    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss, use_confidence_weighting=False)
     for got, value in zip(terms, expected, strict=False):
         torch.testing.assert_close(got, value.sum(), rtol=1e-12, atol=0)
 
 
 def test_metrics():
     inputs = make_inputs()
-    terms = adaptive_mtp_terms(**inputs, token_loss=token_loss)
+    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
     rows = [(0, 0), (0, 1), (0, 4), (1, 0), (1, 1), (1, 3), (1, 4)]  # head 1 has a counted target in the same segment
     losses, probabilities = [], []
     for b, t in rows:
         logits, target = inputs["additional_logits"][0, b, t], inputs["targets"][b, t + 1]
         losses.append(token_loss(logits[None], target[None])[0])
-        probabilities.append(logits.softmax(-1)[target])
+        probabilities.append((logits / 0.7).softmax(-1)[target])
     torch.testing.assert_close(terms.depth_losses[0], torch.stack(losses).mean())
     torch.testing.assert_close(terms.mean_target_probability, torch.stack(probabilities).mean())
     confidence = torch.stack([inputs["confidence_scores"][row] for row in rows]).mean()
@@ -106,13 +123,13 @@ def test_gradcheck():
     logits = inputs.pop("additional_logits").requires_grad_()
 
     def mtp_loss(logits):
-        return adaptive_mtp_terms(logits, **inputs, token_loss=token_loss).mtp_loss
+        return adaptive_mtp_terms(logits, **inputs, head_loss=head_loss).mtp_loss
 
     assert torch.autograd.gradcheck(mtp_loss, logits, fast_mode=True)
     confidence = inputs.pop("confidence_scores").requires_grad_()
 
     def regularization(confidence):
-        return adaptive_mtp_terms(logits, **inputs, token_loss=token_loss, confidence_scores=confidence)[1]
+        return adaptive_mtp_terms(logits, **inputs, head_loss=head_loss, confidence_scores=confidence)[1]
 
     assert torch.autograd.gradcheck(regularization, confidence)
 
@@ -120,7 +137,7 @@ def test_gradcheck():
 def test_confidence_and_heads_do_not_learn_from_each_other():
     inputs = make_inputs()
     logits, confidence = (inputs[name].requires_grad_() for name in ("additional_logits", "confidence_scores"))
-    terms = adaptive_mtp_terms(**inputs, token_loss=token_loss)
+    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
     assert torch.autograd.grad(terms.mtp_loss, confidence, allow_unused=True, retain_graph=True)[0] is None
     assert torch.autograd.grad(terms.confidence_regularization, logits, allow_unused=True)[0] is None
 
@@ -128,16 +145,16 @@ def test_confidence_and_heads_do_not_learn_from_each_other():
 def test_the_optimum_is_calibrated_and_the_ends_are_finite():
     inputs = make_inputs()
     inputs["segments"] = None
-    first = inputs["additional_logits"][0, :, :-1].softmax(-1)
+    first = (inputs["additional_logits"][0, :, :-1] / 0.7).softmax(-1)
     q = first.gather(-1, inputs["targets"][:, 1:, None].clamp_min(0))[..., 0]
     confidence = torch.cat([q, torch.full((BATCH, 1), 0.5)], 1).requires_grad_()
-    terms = adaptive_mtp_terms(**(inputs | {"confidence_scores": confidence}), token_loss=token_loss)
+    terms = adaptive_mtp_terms(**(inputs | {"confidence_scores": confidence}), head_loss=head_loss)
     assert torch.autograd.grad(terms.confidence_regularization, confidence)[0].abs().max() < 1e-15
     for end in (0.0, 1.0):
         logit = torch.full((BATCH, LENGTH), math.copysign(40.0, end - 0.5), requires_grad=True)
         sure = torch.full((BATCH, LENGTH), end, requires_grad=True)
         for value, leaf in ((sure, sure), (logit.sigmoid(), logit)):
-            terms = adaptive_mtp_terms(**(inputs | {"confidence_scores": value}), token_loss=token_loss)
+            terms = adaptive_mtp_terms(**(inputs | {"confidence_scores": value}), head_loss=head_loss)
             assert terms.confidence_regularization.isfinite()
             assert torch.autograd.grad(terms.confidence_regularization, leaf)[0].isfinite().all()
 
@@ -148,21 +165,21 @@ def test_switched_off():
     with torch.no_grad():
         leaves[0][0, 0, 0, 0] = torch.nan  # a head that is off may hold anything
     for per_row in (False, True):
-        terms = adaptive_mtp_terms(**inputs, token_loss=token_loss, mtp_active=False, per_row=per_row)
+        terms = adaptive_mtp_terms(**inputs, head_loss=head_loss, mtp_active=False, per_row=per_row)
         assert terms.mtp_loss.shape == ((BATCH, LENGTH) if per_row else ())
         total = terms.mtp_loss.sum() + terms.confidence_regularization.sum()
         gradients = torch.autograd.grad(total, leaves)
         assert total == 0 and all((gradient == 0).all() for gradient in gradients)
         assert terms.depth_losses.shape == (HEADS,)
-    off = adaptive_mtp_terms(None, inputs["targets"], inputs["row_weights"], None, token_loss, mtp_active=False)
+    off = adaptive_mtp_terms(None, inputs["targets"], inputs["row_weights"], None, head_loss, mtp_active=False)
     assert off.mtp_loss == 0
 
 
 def test_switched_by_a_tensor():
     inputs = make_inputs()
-    on = adaptive_mtp_terms(**inputs, token_loss=token_loss, per_row=True)
+    on = adaptive_mtp_terms(**inputs, head_loss=head_loss_of_rows, per_row=True)
     for active in (torch.tensor(True), torch.tensor(False), torch.tensor([False, True])):
-        got = adaptive_mtp_terms(**inputs, token_loss=token_loss, per_row=True, mtp_active=active)
+        got = adaptive_mtp_terms(**inputs, head_loss=head_loss_of_rows, per_row=True, mtp_active=active)
         for term, value in zip(got[:2], on[:2], strict=True):
             torch.testing.assert_close(term, value * active.reshape(-1, 1), rtol=1e-12, atol=1e-18)
 
@@ -171,7 +188,7 @@ def test_no_counted_row():
     inputs = make_inputs()
     inputs["row_weights"] = torch.zeros(BATCH, LENGTH)
     leaves = [inputs[name].requires_grad_() for name in ("additional_logits", "confidence_scores")]
-    terms = adaptive_mtp_terms(**inputs, token_loss=token_loss)
+    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
     assert all((value == 0).all() for value in terms)
     gradients = torch.autograd.grad(terms.mtp_loss + terms.confidence_regularization, leaves)
     assert all((gradient == 0).all() for gradient in gradients)
@@ -181,7 +198,7 @@ def test_low_precision_is_summed_in_float32():
     inputs = make_inputs()
     inputs["additional_logits"] = inputs["additional_logits"].bfloat16()
     exact = inputs | {"additional_logits": inputs["additional_logits"].double()}
-    terms = adaptive_mtp_terms(**inputs, token_loss=token_loss)
+    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
     for got, value in zip(terms, one_row_at_a_time(**exact), strict=False):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), value.sum(), rtol=1e-5, atol=0)
@@ -193,17 +210,17 @@ def make_module():
 
 def test_running_averages():
     adaptive = make_module().bfloat16()
-    seen = [adaptive(**make_inputs(seed), token_loss=token_loss) for seed in range(3)]
-    adaptive(**make_inputs(7), token_loss=token_loss, mtp_active=False)
-    adaptive(**make_inputs(7), token_loss=token_loss, mtp_active=torch.tensor(False))
+    seen = [adaptive(**make_inputs(seed), head_loss=head_loss) for seed in range(3)]
+    adaptive(**make_inputs(7), head_loss=head_loss, mtp_active=False)
+    adaptive(**make_inputs(7), head_loss=head_loss, mtp_active=torch.tensor(False))
     with torch.no_grad():
-        adaptive(**make_inputs(8), token_loss=token_loss)
-    adaptive(**(make_inputs(7) | {"row_weights": torch.zeros(BATCH, LENGTH)}), token_loss=token_loss)
+        adaptive(**make_inputs(8), head_loss=head_loss)
+    adaptive(**(make_inputs(7) | {"row_weights": torch.zeros(BATCH, LENGTH)}), head_loss=head_loss)
     adaptive(
         **(make_inputs(7) | {"additional_logits": torch.full((1, BATCH, LENGTH, VOCAB), torch.nan)}),
-        token_loss=token_loss,
+        head_loss=head_loss,
     )
-    adaptive.eval()(**make_inputs(9), token_loss=token_loss)
+    adaptive.eval()(**make_inputs(9), head_loss=head_loss)
     statistics = adaptive.statistics()
     assert statistics["count"] == 3
     for name in adaptive.AVERAGES:
@@ -219,7 +236,7 @@ def test_compiles_without_a_graph_break():
     logits = inputs.pop("additional_logits").requires_grad_()
 
     def call(adaptive, logits, inputs):
-        terms = adaptive(logits, **inputs, token_loss=token_loss)
+        terms = adaptive(logits, **inputs, head_loss=head_loss)
         return terms.mtp_loss + terms.confidence_regularization
 
     losses = [
@@ -241,9 +258,14 @@ def test_bad_input_is_named():
             {"additional_logits": [torch.zeros(2, 5, 9)]},
             r"additional_logits\[0\] of shape \[2, 6, vocab_size\], got \[2, 5, 9\]",
         ),
+        ({"additional_logits": LinearLogits(torch.zeros(2, 6, 3), torch.zeros(9, 3))}, "got one LinearLogits"),
+        (
+            {"additional_logits": [LinearLogits(torch.zeros(2, 6, 3), torch.zeros(9, 4))]},
+            r"additional_logits\[0\]: expected lm_head_weight",
+        ),
         ({"confidence_scores": torch.zeros(2, 5)}, r"confidence_scores of shape .* got \[2, 5\]"),
         ({"mtp_active": torch.ones(3)}, r"mtp_active of shape .* got \[3\]"),
         ({"targets": torch.zeros(12)}, r"targets \[batch, length\], got \[12\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            adaptive_mtp_terms(**(inputs | change), token_loss=token_loss)
+            adaptive_mtp_terms(**(inputs | change), head_loss=head_loss)

@@ -6,6 +6,8 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, rms_norm, sil
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.mtp import MultiTokenPrediction, counted_ahead, shift_targets
+from ava_ext.ops.linear_rows import linear_row_loss
+from ava_ext.ops.softmax_rows import RowLoss, RowTerms, accumulation_dtype, row_coefficients
 
 BATCH, LENGTH, HIDDEN, VOCAB, DEPTHS = 2, 7, 5, 11, 3
 
@@ -13,6 +15,32 @@ BATCH, LENGTH, HIDDEN, VOCAB, DEPTHS = 2, 7, 5, 11, 3
 def token_loss(logits, targets):
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return cross_entropy(logits / 0.8, targets, ignore_index=-100, label_smoothing=0.1, reduction="none")
+
+
+def head_loss_of(per_row=False, chunk_rows=3):
+    """token_loss without logits."""
+
+    def head_loss(logits, targets, row_weights):
+        real = accumulation_dtype(logits.dtype)
+        return linear_row_loss(
+            logits,
+            targets,
+            row_coefficients(torch.empty(0, dtype=logits.dtype), temperature=0.8, label_smoothing=0.1),
+            terms=int(RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING),
+            row_weights=row_weights.to(real),
+            per_row=per_row,
+            chunk_bytes=chunk_rows * VOCAB * logits.dtype.itemsize,
+        )
+
+    return head_loss
+
+
+head_loss = head_loss_of()
+
+
+def dense_head_loss(logits, targets, row_weights):
+    losses = token_loss(linear(*logits).flatten(0, 1), targets.flatten()).view(targets.shape)
+    return RowLoss((losses * row_weights).sum(), losses.detach().unsqueeze(0))
 
 
 def make_mtp(dtype=torch.float64, seed=3, **options):
@@ -74,16 +102,17 @@ def shared_head():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
 def test_against_one_row_at_a_time(share, packed, chunk_rows):
-    mtp = make_mtp(mtp_share_head=share, linear_chunk_bytes=chunk_rows * VOCAB * 8)
+    mtp = make_mtp(mtp_share_head=share)
     inputs = make_inputs() | (shared_head() if share else {})
     if not packed:
         inputs["segments"] = None
     expected, depth_losses = one_row_at_a_time(mtp, **inputs)
-    got = mtp(**inputs, token_loss=token_loss)
+    got = mtp(**inputs, head_loss=head_loss_of(chunk_rows=chunk_rows))
     torch.testing.assert_close(got.loss, expected.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got, mtp(**inputs, head_loss=dense_head_loss), rtol=1e-12, atol=0)
     torch.testing.assert_close(got.depth_losses, depth_losses, rtol=1e-12, atol=0)
     assert not got.depth_losses.requires_grad
-    per_row = mtp(**inputs, token_loss=token_loss, per_row=True).loss
+    per_row = mtp(**inputs, head_loss=head_loss_of(per_row=True, chunk_rows=chunk_rows)).loss
     torch.testing.assert_close(per_row, expected, rtol=1e-12, atol=0)
     parameters = list(mtp.parameters())
     gradients = (torch.autograd.grad(loss, parameters) for loss in (got.loss, expected.sum()))
@@ -93,7 +122,7 @@ def test_against_one_row_at_a_time(share, packed, chunk_rows):
 
 @pytest.mark.parametrize("share", [False, True])
 def test_gradcheck(share):
-    mtp = make_mtp(mtp_share_head=share, linear_chunk_bytes=8 * VOCAB * 8)
+    mtp = make_mtp(mtp_share_head=share)
     inputs = make_inputs()
     hidden_states = inputs.pop("hidden_states").requires_grad_()
     head = [value.requires_grad_() for value in shared_head().values()] if share else []
@@ -102,7 +131,7 @@ def test_gradcheck(share):
         return mtp(
             hidden_states,
             **inputs,
-            token_loss=token_loss,
+            head_loss=head_loss,
             **dict(zip(("lm_head_weight", "lm_head_bias"), head, strict=False)),
         ).loss
 
@@ -114,7 +143,7 @@ def test_detached_head_gets_no_gradient():
     values, gradients = [], []
     for detach in (False, True):
         mtp = make_mtp(mtp_share_head=True, mtp_detach_head=detach)
-        values.append(mtp(**inputs, token_loss=token_loss).loss)
+        values.append(mtp(**inputs, head_loss=head_loss).loss)
         gradients.append(
             torch.autograd.grad(values[-1], [inputs["lm_head_weight"], mtp.heads[0].linear.weight], allow_unused=True)
         )
@@ -149,7 +178,7 @@ def test_shift_targets():
 def test_nothing_leaks_across_segments_and_padding():
     mtp, inputs = make_mtp(), make_inputs()
     inputs["hidden_states"].requires_grad_()
-    mtp(**inputs, token_loss=token_loss).loss.backward()
+    mtp(**inputs, head_loss=head_loss).loss.backward()
     reached = inputs["hidden_states"].grad.abs().sum(-1) > 0
     # row 0: its targets 0-3, then 4 (ignored) to 6; row 1: 0-1, then 2 to 5, 6 ignored
     assert reached.tolist() == [[True] * 3 + [False, True, True, False], [True, False, True, True, True, False, False]]
@@ -159,7 +188,7 @@ def test_no_counted_row():
     mtp, inputs = make_mtp(), make_inputs()
     inputs["hidden_states"].requires_grad_()
     inputs["row_weights"] = torch.zeros(BATCH, LENGTH)
-    got = mtp(**inputs, token_loss=token_loss)
+    got = mtp(**inputs, head_loss=head_loss)
     got.loss.backward()
     assert got.loss == 0 and (got.depth_losses == 0).all()
     assert all((p.grad == 0).all() for p in [inputs["hidden_states"], *mtp.parameters()])
@@ -168,29 +197,26 @@ def test_no_counted_row():
 def test_fewer_positions_than_depths():
     mtp, inputs = make_mtp(), make_inputs()
     short = {name: value[:, :1] for name, value in inputs.items()}
-    assert mtp(**short, token_loss=token_loss).loss == 0
+    assert mtp(**short, head_loss=head_loss).loss == 0
     empty = {name: value[:0] for name, value in inputs.items()}
-    assert mtp(**empty, token_loss=token_loss).loss == 0
+    assert mtp(**empty, head_loss=head_loss).loss == 0
 
 
-def test_logits_exist_one_chunk_at_a_time():
-    mtp, inputs = make_mtp(linear_chunk_bytes=2 * VOCAB * 8), make_inputs()
+@pytest.mark.parametrize("share", [False, True])
+def test_backward_keeps_no_logits(share):
+    mtp, inputs = make_mtp(mtp_share_head=share), make_inputs() | (shared_head() if share else {})
     inputs["hidden_states"].requires_grad_()
-    saved, largest = {}, 0
+    saved = []
 
     def keep(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor
+        saved.append(tensor)
         return tensor
 
-    def watched(logits, targets):
-        nonlocal largest
-        largest = max(largest, logits.shape[0])
-        return token_loss(logits, targets)
-
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        mtp(**inputs, token_loss=watched).loss.backward()
-    assert largest == 2
-    assert not any(tensor.shape[-1:] == (VOCAB,) and tensor.dim() == 2 for tensor in saved.values())
+        mtp(**inputs, head_loss=head_loss).loss.backward()
+    # of vocab_size there are the heads' own gradients only
+    assert any(VOCAB in tensor.shape for tensor in saved) or share
+    assert all(tensor.shape in ((VOCAB, HIDDEN), (VOCAB,)) for tensor in saved if VOCAB in tensor.shape)
 
 
 @pytest.mark.parametrize("model", [torch.float32, torch.bfloat16])
@@ -200,7 +226,7 @@ def test_dtypes_of_model_and_heads_may_differ(model, heads, share):
     inputs = make_inputs() | (shared_head() if share else {})
     inputs = {name: value.to(model) if value.is_floating_point() else value for name, value in inputs.items()}
     inputs["row_weights"] = inputs["row_weights"].float()
-    got = make_mtp(heads, mtp_share_head=share)(**inputs, token_loss=token_loss)
+    got = make_mtp(heads, mtp_share_head=share)(**inputs, head_loss=head_loss)
     expected = one_row_at_a_time(
         make_mtp(torch.float64, mtp_share_head=share), **(make_inputs() | (shared_head() if share else {}))
     )
@@ -212,11 +238,11 @@ def test_dtypes_of_model_and_heads_may_differ(model, heads, share):
 
 def test_compiles_without_a_graph_break():
     for share in (False, True):
-        mtp = make_mtp(mtp_share_head=share, linear_chunk_bytes=8 * VOCAB * 8)
+        mtp = make_mtp(mtp_share_head=share)
         inputs = make_inputs() | (shared_head() if share else {})
 
         def call(inputs, mtp=mtp):
-            return mtp(**inputs, token_loss=token_loss).loss
+            return mtp(**inputs, head_loss=head_loss).loss
 
         compiled, eager = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs), call(inputs)
         torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)
@@ -240,9 +266,9 @@ def test_bad_input_is_named():
         ("segments", torch.zeros(1, LENGTH), r"segments of shape \[2, 7\], got \[1, 7\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            mtp(**(inputs | {name: value}), token_loss=token_loss)
+            mtp(**(inputs | {name: value}), head_loss=head_loss)
     shared = make_mtp(mtp_share_head=True)
     with pytest.raises(ValueError, match="mtp_share_head=True needs lm_head_weight"):
-        shared(**inputs, token_loss=token_loss)
+        shared(**inputs, head_loss=head_loss)
     with pytest.raises(ValueError, match=r"lm_head_weight of shape \[11, 5\], got \[5, 11\]"):
-        shared(**inputs, token_loss=token_loss, lm_head_weight=torch.zeros(5, 11))
+        shared(**inputs, head_loss=head_loss, lm_head_weight=torch.zeros(5, 11))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from ava_ext.ops.router_rows import router_statistics, stack_expert_indices, stack_gate_logits
+from ava_ext.ops.router_layers import layered_gate_logits, stack_expert_indices
+from ava_ext.ops.router_rows import router_statistics
 
 
 def oracle(gate_logits, expert_indices, mask, k, score):
@@ -12,7 +13,8 @@ def oracle(gate_logits, expert_indices, mask, k, score):
     z = gate_logits.double()
     n_layers, _, n_experts = z.shape
     p = z.softmax(-1) if score == "softmax" else z.sigmoid() / z.sigmoid().sum(-1, keepdim=True)
-    indices = p.topk(k, dim=-1).indices if expert_indices is None else expert_indices
+    best = torch.argsort(z, dim=-1, descending=True, stable=True)[..., :k]  # of equals the lowest index
+    indices = best if expert_indices is None else expert_indices
     chosen = one_hot(indices, n_experts).sum(2).double()
     keep = mask.double()[None, :, None]
     return {
@@ -152,7 +154,7 @@ def test_index_out_of_range_is_named():
     ("change", "message"),
     [
         ({"k": 5}, "expected k between 1 and n_experts = 4, got 5"),
-        ({"gate_logits": torch.zeros(6, 4)}, r"got \[6, 4\]"),
+        ({"gate_logits": torch.zeros(6)}, r"got \[\[6\]\]"),
         (
             {"expert_indices": torch.zeros(1, 6, 3, dtype=torch.long)},
             r"expert_indices of shape \[1, 6, 2\], got \[1, 6, 3\]",
@@ -160,6 +162,9 @@ def test_index_out_of_range_is_named():
         ({"row_mask": torch.ones(5, dtype=torch.bool)}, r"row_mask of shape \[6\], got \[5\]"),
         ({"expert_bias": torch.zeros(4)}, r"expert_bias of shape \[1, 4\], got \[4\]"),
         ({"score": "relu"}, "got 'relu'"),
+        ({"k": None}, "expected expert_indices or k, got neither"),
+        ({"gate_logits": []}, "at least one layer, got none"),
+        ({"gate_logits": [torch.zeros(1, 6, 4), torch.zeros(1, 6, 5)]}, r"got \[\[1, 6, 4\], \[1, 6, 5\]\]"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -168,14 +173,21 @@ def test_bad_input_is_named(change, message):
         router_statistics(**arguments)
 
 
+def flat(layers):
+    """[n_layers, n_rows, n_experts] of what layered_gate_logits returns."""
+    return torch.cat([layer.flatten(1, -2) for layer in layers])
+
+
 def test_every_form_of_gate_logits():
     x = torch.randn(2, 3, 4, 5)  # [n_layers, batch, length, n_experts]
     expected = x.reshape(2, 12, 5)
     for form in (x, expected, tuple(x), [layer.reshape(12, 5) for layer in x]):
-        assert torch.equal(stack_gate_logits(form, 2), expected)
-        assert torch.equal(stack_gate_logits(form), expected)
+        assert torch.equal(flat(layered_gate_logits(form, 2)), expected)
+        assert torch.equal(flat(layered_gate_logits(form)), expected)
     for form in (x[0], x[:1], expected[0], [x[0]]):
-        assert torch.equal(stack_gate_logits(form, 1), expected[:1])
+        assert torch.equal(flat(layered_gate_logits(form, 1)), expected[:1])
+    for layer, original in zip(layered_gate_logits(tuple(x)), x, strict=True):
+        assert layer.data_ptr() == original.data_ptr()  # not copied
 
 
 def test_every_form_of_expert_indices():
@@ -205,4 +217,4 @@ def test_every_form_of_expert_indices():
 )
 def test_layers_that_do_not_fit_are_named(form, num_layers, message):
     with pytest.raises(ValueError, match=message):
-        stack_gate_logits(form, num_layers)
+        layered_gate_logits(form, num_layers)

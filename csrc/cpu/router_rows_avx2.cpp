@@ -1,0 +1,10 @@
+#include "capability.h"
+#ifdef AVA_X86
+// before every include, and not as a compiler option: setuptools knows no options per file
+#pragma GCC target("avx2,fma,f16c")
+#define AVA_ISA avx2
+#include "vector_avx2.h"
+//
+#include "router_rows_core.h"
+const ava::RouterRowsKernels ava::router_rows_avx2 = ava::kRouterRowsKernels;
+#endif

@@ -1,0 +1,499 @@
+"""Losses and statistics of logits that never exist as a whole, against those of the same logits, made."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from assertions import relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Numbers, seeds
+
+from ava_ext import (
+    Candidates,
+    LinearLogits,
+    RowTerms,
+    UnifiedLoss,
+    linear_row_loss,
+    linear_softmax_statistics,
+    linear_token_log_probs,
+    linear_unified_loss,
+    row_coefficients,
+    row_loss,
+    softmax_statistics,
+    token_log_probs,
+)
+
+V, HIDDEN = 13, 5
+EVERY_TERM = int(
+    RowTerms.CROSS_ENTROPY
+    | RowTerms.FOCAL
+    | RowTerms.LABEL_SMOOTHING
+    | RowTerms.Z_LOSS
+    | RowTerms.CONFIDENCE_PENALTY
+    | RowTerms.SOFTCAP
+    | RowTerms.ENTROPY
+)
+COEFFICIENTS = {
+    "temperature": 0.8,
+    "label_smoothing": 0.1,
+    "focal_gamma": 1.5,
+    "z_loss_weight": 0.1,
+    "confidence_penalty_weight": 0.2,
+    "logit_softcap": 5.0,
+}
+
+
+def make_head(numbers, *rows, dtype=torch.float64, with_bias=True):
+    """Leaves hidden_states [*rows, HIDDEN], weight [V, HIDDEN] and bias [V]."""
+    parts = [numbers.normal(*rows, HIDDEN), numbers.normal(V, HIDDEN)] + ([numbers.normal(V)] if with_bias else [])
+    return LinearLogits(*(part.to(dtype).requires_grad_() for part in parts))
+
+
+def leaves(logits):
+    return [part for part in logits if part is not None]
+
+
+def make_rows(numbers, *rows):
+    """Targets with ignored rows, weights and candidates."""
+    targets = numbers.integers(0, V, *rows).masked_fill(numbers.true(0.3, *rows), -100)
+    ids = numbers.integers(-1, V, *rows, 3).int()
+    candidates = Candidates(torch.where(ids == targets.unsqueeze(-1), -1, ids), numbers.uniform(*rows, 3), (1, 2))
+    return targets, {"row_weights": numbers.uniform(*rows), "candidates": candidates, "terms": EVERY_TERM}
+
+
+# -- the loss
+
+
+@given(seeds, st.integers(1, 9), st.booleans(), st.booleans(), st.integers(0, 2))
+def test_equals_the_loss_of_the_logits(seed, chunk_rows, per_row, with_bias, n_padding):
+    numbers = Numbers(seed)
+    head = make_head(numbers, 2, 4, with_bias=with_bias)
+    targets, options = make_rows(numbers, 2, 4)
+    targets = torch.where(targets < V - n_padding, targets, 0)
+    ids, weights, groups = options["candidates"]
+    options["candidates"] = Candidates(torch.where(ids < V - n_padding, ids, -1), weights, groups)
+    options |= {"coefficients": row_coefficients(head.weight, **COEFFICIENTS), "vocab_size": V - n_padding}
+    got = linear_row_loss(head, targets, per_row=per_row, chunk_bytes=chunk_rows * V * 8, **options)
+    want = row_loss(F.linear(*head), targets, **options)
+    upstream = numbers.normal(2, 4) if per_row else numbers.normal()
+    expected = want.row_loss if per_row else want.row_loss.sum()
+    torch.testing.assert_close(got.row_loss, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(got.row_terms, want.row_terms, rtol=1e-12, atol=1e-13)
+    gradients = torch.autograd.grad(got.row_loss, leaves(head), upstream)
+    expected_gradients = torch.autograd.grad(expected, leaves(head), upstream)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_gradcheck(per_row):
+    numbers = Numbers(0)
+    head = make_head(numbers, 6)
+    targets, options = make_rows(numbers, 6)
+    coefficients = row_coefficients(head.weight, **COEFFICIENTS)
+
+    def loss(*parts):
+        return linear_row_loss(
+            LinearLogits(*parts), targets, coefficients, per_row=per_row, chunk_bytes=2 * V * 8, **options
+        ).row_loss
+
+    assert torch.autograd.gradcheck(loss, tuple(head))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_kept_graph_gives_the_same_twice_and_keeps_its_hands_off(per_row):
+    numbers = Numbers(1)
+    head = make_head(numbers, 6)
+    targets, options = make_rows(numbers, 6)
+    loss = linear_row_loss(
+        head, targets, row_coefficients(head.weight, **COEFFICIENTS), per_row=per_row, **options
+    ).row_loss.sum()
+    first = torch.autograd.grad(3 * loss, leaves(head), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(-2 * loss, leaves(head))
+    torch.testing.assert_close(list(first), kept, rtol=0, atol=0)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one / 3, other / -2, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("frozen", ["hidden_states", "weight", "bias"])
+def test_what_is_frozen_costs_no_product_and_changes_nothing(per_row, frozen, monkeypatch):
+    from ava_ext.ops import linear_rows
+
+    products = []
+    monkeypatch.setattr(linear_rows, "_add_product", lambda *tensors: products.append("weight"))
+    numbers = Numbers(2)
+    head = make_head(numbers, 6)
+    targets, options = make_rows(numbers, 6)
+    part = getattr(head, frozen)
+    others = [leaf for leaf in head if leaf is not part]
+    loss = linear_row_loss(
+        head, targets, row_coefficients(part, **COEFFICIENTS), per_row=per_row, **options
+    ).row_loss.sum()
+    products.clear()
+    if frozen != "weight":
+        torch.autograd.grad(loss, others)
+        return
+    expected = torch.autograd.grad(
+        row_loss(F.linear(*head), targets, row_coefficients(part, **COEFFICIENTS), **options)[0].sum(), others
+    )
+    part.requires_grad_(False)
+    loss = linear_row_loss(
+        head, targets, row_coefficients(part, **COEFFICIENTS), per_row=per_row, **options
+    ).row_loss.sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, others), expected, rtol=1e-10, atol=1e-13)
+    assert not products
+
+
+def test_without_grad_there_are_statistics_only(monkeypatch):
+    head, targets = make_head(Numbers(3), 6), torch.arange(6)
+    monkeypatch.setattr(torch.ops.ava_ext, "row_loss_", None)  # what would write a gradient
+    with torch.no_grad():
+        loss = linear_row_loss(head, targets, row_coefficients(head.weight)).row_loss
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(*head), targets, reduction="sum"))
+    detached = LinearLogits(*(part.detach() for part in head))
+    assert not linear_row_loss(detached, targets, row_coefficients(head.weight)).row_loss.requires_grad
+
+
+@pytest.mark.parametrize("compute", ["loss", "statistics"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_double_backward_raises(compute, per_row):
+    head, targets = make_head(Numbers(4), 6), torch.arange(6)
+    if compute == "loss":
+        loss = linear_row_loss(head, targets, row_coefficients(head.weight), per_row=per_row).row_loss.sum()
+    else:
+        loss = linear_token_log_probs(*head[:2], targets, bias=head.bias)[int(per_row)].sum()
+    for leaf in leaves(head):
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward is not supported"):
+            torch.autograd.grad(gradient.square().sum(), leaf)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1])
+def test_no_row_and_one(n_rows):
+    head, targets = make_head(Numbers(5), n_rows), torch.zeros(n_rows, dtype=torch.int64)
+    loss = linear_row_loss(head, targets, row_coefficients(head.weight)).row_loss
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(*head), targets, reduction="sum"))
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(*head), targets, reduction="sum"), leaves(head))
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves(head)), expected)
+
+
+# -- precision
+
+
+@pytest.mark.parametrize("n_chunks", [1, 7])
+def test_the_gradient_of_a_bfloat16_weight_is_summed_in_float32(n_chunks):
+    generator = torch.Generator().manual_seed(0)
+    n_rows, hidden_size, vocab_size = 448, 48, 800
+    states = torch.randn(n_rows, hidden_size, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(vocab_size, hidden_size, generator=generator) / 7).bfloat16().requires_grad_()
+    targets = torch.randint(0, vocab_size, (n_rows,), generator=generator)
+    budget = -(-n_rows // n_chunks) * vocab_size * 2
+    logits = LinearLogits(states, weight)
+    loss = linear_row_loss(logits, targets, row_coefficients(weight), chunk_bytes=budget).row_loss
+    got = torch.autograd.grad(loss, (states, weight))
+    # against the same with one product in float32, both measured from what float64 makes of the same bfloat16 logits
+    made = (states @ weight.t()).detach().double()
+    grad_logits = made.softmax(-1) - F.one_hot(targets, vocab_size)
+    exact = (grad_logits @ weight.double(), grad_logits.t() @ states.double())
+    rounded = grad_logits.bfloat16().float()
+    unchunked = ((rounded @ weight.float()).bfloat16(), (rounded.t() @ states.float()).bfloat16())
+    for name, gradient, one, true in zip(("hidden_states", "weight"), got, unchunked, exact, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert relative_error(gradient, true) <= 1.2 * relative_error(one, true), name
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**6, 2.0**10])
+def test_float16_gradients_live_on_the_scaler(scale):
+    # rows weigh 2^-26: before the scaler's factor every float16 gradient would be 0
+    numbers = Numbers(6)
+    head = make_head(numbers, 8, dtype=torch.float16, with_bias=False)
+    targets, weights = numbers.integers(0, V, 8), torch.full((8,), 2.0**-26)
+    loss = linear_row_loss(head, targets, row_coefficients(head.weight), row_weights=weights).row_loss
+    gradients = torch.autograd.grad(loss * scale * 2.0**26, leaves(head))
+    logits = F.linear(*(part.float() if part is not None else None for part in head))
+    expected = torch.autograd.grad(scale * F.cross_entropy(logits, targets, reduction="sum"), leaves(head))
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, other) < 4e-3
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_autocast_computes_as_linear_does(per_row):
+    numbers = Numbers(7)
+    head = make_head(numbers, 8, dtype=torch.float32)
+    targets, options = make_rows(numbers, 8)
+    options["row_weights"] = options["row_weights"].float()
+    options["candidates"] = options["candidates"]._replace(weights=options["candidates"].weights.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_row_loss(
+            head, targets, row_coefficients(head.weight, **COEFFICIENTS), per_row=per_row, **options
+        ).row_loss.sum()
+        logits = F.linear(*head)
+        assert logits.dtype == torch.bfloat16
+        want = row_loss(logits, targets, row_coefficients(head.weight, **COEFFICIENTS), **options).row_loss.sum()
+        gradients = torch.autograd.grad(got, leaves(head))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    exact = LinearLogits(*(part.detach().double().requires_grad_() for part in head))
+    options["row_weights"] = options["row_weights"].double()
+    options["candidates"] = options["candidates"]._replace(weights=options["candidates"].weights.double())
+    true = row_loss(F.linear(*exact), targets, row_coefficients(exact.weight, **COEFFICIENTS), **options).row_loss.sum()
+    true_gradients = torch.autograd.grad(true, leaves(exact))
+    naive = torch.autograd.grad(want, leaves(head))
+    for gradient, other, expected in zip(gradients, naive, true_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert relative_error(gradient, expected) <= 1.5 * relative_error(other, expected)
+
+
+# -- within PyTorch
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_compiles_without_a_graph_break(per_row):
+    numbers = Numbers(8)
+    head = make_head(numbers, 2, 4)
+    targets, options = make_rows(numbers, 2, 4)
+
+    def loss(head, targets, options):
+        coefficients = row_coefficients(head.weight, **COEFFICIENTS)
+        rows = linear_row_loss(head, targets, coefficients, per_row=per_row, chunk_bytes=3 * V * 8, **options)
+        return 3 * rows.row_loss.sum()
+
+    eager, compiled = loss(head, targets, options), torch.compile(loss, fullgraph=True)(head, targets, options)
+    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(value, leaves(head)) for value in (compiled, eager))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+def test_the_function_compiles_without_a_graph_break():
+    head, targets = make_head(Numbers(9), 2, 4), Numbers(9).integers(0, V, 2, 4)
+
+    def loss(states, weight):
+        return linear_unified_loss(states, weight, targets, use_ngram_penalty=True, ngram_size=1, z_loss_weight=0.1)
+
+    compiled = torch.compile(loss, fullgraph=True)(*head[:2])
+    torch.testing.assert_close(compiled, loss(*head[:2]), rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(value, head[:2]) for value in (compiled, loss(*head[:2])))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("wanted", [[False] * 3, [True] * 3, [False, True, False]])
+def test_opcheck(wanted):
+    numbers = Numbers(10)
+    head = make_head(numbers, 6)
+    targets, options = make_rows(numbers, 6)
+    ids, weights, groups = options["candidates"]
+    coefficients, row_weights = row_coefficients(head.weight, **COEFFICIENTS), options["row_weights"]
+    arguments = (*head, targets, coefficients, row_weights, ids, weights, list(groups), EVERY_TERM, V, -100, 4)
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.ava_ext.linear_row_loss, (*arguments, torch.float64, wanted), test_utils=utilities)
+    statistics = (*head, ids, None, coefficients, int(RowTerms.ENTROPY), V, 4, torch.float64)
+    torch.library.opcheck(torch.ops.ava_ext.linear_row_statistics, statistics, test_utils=utilities)
+
+
+def test_activation_checkpointing():
+    head, targets = make_head(Numbers(11), 2, 4), Numbers(11).integers(0, V, 2, 4)
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard")
+
+    def loss(states, weight):
+        return loss_fn(targets=targets, hidden_states=states.tanh(), lm_head_weight=weight)
+
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, *head[:2], use_reentrant=False)
+    gradients = (torch.autograd.grad(value, head[:2]) for value in (checkpointed, loss(*head[:2])))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+def test_tied_embeddings_and_accumulation():
+    numbers = Numbers(12)
+    embedding = torch.nn.Parameter(numbers.normal(V, HIDDEN))
+    batches = [(numbers.integers(0, V, 2, 4), numbers.integers(0, V, 2, 4)) for _ in range(2)]
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard")
+    expected = torch.zeros(V, HIDDEN, dtype=torch.float64)
+    for inputs, targets in batches:
+        logits = F.linear(F.embedding(inputs, embedding).tanh(), embedding)
+        expected += (
+            torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), embedding)[0]
+            / 16
+        )
+        states = F.embedding(inputs, embedding).tanh()
+        loss_fn(targets=targets, hidden_states=states, lm_head_weight=embedding, num_items_in_batch=16).backward()
+    torch.testing.assert_close(embedding.grad, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_gradients_can_be_stolen():
+    # a gradient that something else still refers to would be copied into .grad
+    head, targets = make_head(Numbers(13), 6), torch.arange(6)
+    written = []
+    scale = torch.ops.ava_ext.scale_rows_
+
+    def watch(rows, factors):
+        written.append(rows.data_ptr())
+        return scale(rows, factors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.ava_ext, "scale_rows_", watch)
+        linear_row_loss(head, targets, row_coefficients(head.weight)).row_loss.backward()
+    assert written == [part.grad.data_ptr() for part in head]
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from ava_ext import UnifiedLoss
+
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+states = torch.randn(512, 8).requires_grad_()
+weight = torch.randn(50_000, 8).requires_grad_()
+targets = torch.randint(0, 50_000, (512,))
+loss_fn = UnifiedLoss(50_000, primary_loss_type="standard", linear_chunk_bytes=4 << 20, z_loss_weight=0.1)
+
+def step(n):
+    loss_fn(targets=targets[:n], hidden_states=states[:n], lm_head_weight=weight).backward()
+    states.grad = weight.grad = None
+
+step(2)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+step(512)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
+def test_no_more_memory_than_a_chunk():
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    logits, chunk, grad_weight = 512 * 50_000 * 4, 4 << 20, 50_000 * 8 * 4
+    extra = int(result.stdout)
+    assert extra < 2 * chunk + 2 * grad_weight < logits / 8
+
+
+# -- statistics
+
+
+@given(seeds, st.integers(1, 9), st.booleans(), st.booleans())
+def test_statistics_equal_those_of_the_logits(seed, chunk_rows, is_capped, with_bias):
+    numbers = Numbers(seed)
+    head = make_head(numbers, 2, 4, with_bias=with_bias)
+    ids, mask = numbers.integers(-1, V - 1, 2, 4, 2), numbers.true(0.7, 2, 4)
+    options = {"row_mask": mask, "temperature": 0.7, "logit_softcap": 4.0 if is_capped else None, "vocab_size": V - 1}
+    got = linear_softmax_statistics(*head[:2], ids, bias=head.bias, chunk_bytes=chunk_rows * V * 8, **options)
+    want = softmax_statistics(F.linear(*head), ids, **options)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    upstream = [numbers.normal(*value.shape) for value in got]
+    gradients = (torch.autograd.grad(values, leaves(head), upstream) for values in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+def test_token_log_probs_equal_those_of_the_logits():
+    numbers = Numbers(14)
+    head = make_head(numbers, 2, 4)
+    targets = numbers.integers(0, V, 2, 4).masked_fill(numbers.true(0.3, 2, 4), -100)
+    got = linear_token_log_probs(
+        *head[:2], targets, bias=head.bias, temperature=torch.tensor(0.7, dtype=torch.float64), chunk_bytes=300
+    )
+    want = token_log_probs(F.linear(*head), targets, temperature=0.7)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    upstream = [numbers.normal(2, 4), numbers.normal(2, 4)]
+    gradients = (torch.autograd.grad(values, leaves(head), upstream) for values in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_statistics_compile_without_a_graph_break():
+    head, targets = make_head(Numbers(15), 2, 4), Numbers(15).integers(0, V, 2, 4)
+
+    def loss(states, weight):
+        log_prob, entropy = linear_token_log_probs(states, weight, targets, chunk_bytes=300)
+        return (log_prob.exp() + 0.1 * entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True)(*head[:2])
+    gradients = (torch.autograd.grad(value, head[:2]) for value in (compiled, loss(*head[:2])))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+# -- the function
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_function_is_that_of_torch(reduction):
+    numbers = Numbers(16)
+    head = make_head(numbers, 7)
+    targets = numbers.integers(0, V, 7).masked_fill(numbers.true(0.3, 7), -1)
+    options = {"reduction": reduction, "ignore_index": -1, "label_smoothing": 0.1}
+    got = linear_unified_loss(*head[:2], targets, linear_bias=head.bias, **options)
+    want = F.cross_entropy(F.linear(*head), targets, **options)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    upstream = numbers.normal(*want.shape)
+    gradients = (torch.autograd.grad(value, leaves(head), upstream) for value in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+    assert (
+        linear_unified_loss(*head[:2], targets, ignore_index=-1, return_detailed=True)["n_tokens"]
+        == (targets != -1).sum()
+    )
+
+
+def test_two_calls_with_other_options_do_not_mix():
+    head, targets = make_head(Numbers(17), 7), torch.arange(7)
+    smoothed = linear_unified_loss(*head[:2], targets, label_smoothing=0.3, repetition_allow_list=[2])
+    plain = linear_unified_loss(*head[:2], targets)
+    logits = F.linear(*head[:2])
+    torch.testing.assert_close(plain, F.cross_entropy(logits, targets))
+    torch.testing.assert_close(smoothed, F.cross_entropy(logits, targets, label_smoothing=0.3))
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.zeros(V, 4)}, r"expected lm_head_weight of shape \[vocab_size, 5\] .* got \[13, 4\]"),
+        ({"bias": torch.zeros(4)}, r"expected lm_head_bias of shape \[13\], got \[4\]"),
+        ({"weight": torch.zeros(V, HIDDEN).bfloat16()}, "expected lm_head_weight of hidden_states' type"),
+        ({"weight": torch.zeros(V, HIDDEN, device="meta")}, "expected lm_head_weight on cpu, got meta"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_named(change, message):
+    head = LinearLogits(torch.zeros(6, HIDDEN), torch.zeros(V, HIDDEN), torch.zeros(V))._replace(**change)
+    targets = torch.arange(6)
+    with pytest.raises(ValueError, match=message):
+        linear_row_loss(head, targets, row_coefficients(torch.zeros(0)))
+    with pytest.raises(ValueError, match=message):
+        linear_token_log_probs(*head[:2], targets, bias=head.bias)
+    with pytest.raises(ValueError, match=message):
+        UnifiedLoss(V)(
+            targets=targets, hidden_states=head.hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias
+        )
+
+
+def test_bad_rows_are_named():
+    head, targets = make_head(Numbers(18), 6), torch.arange(6)
+    coefficients = row_coefficients(head.weight)
+    with pytest.raises(ValueError, match=r"linear_row_loss: expected targets of shape \[6\], got \[5\]"):
+        linear_row_loss(head, targets[:5], coefficients)
+    with pytest.raises(ValueError, match="expected row_weights without requires_grad"):
+        linear_row_loss(head, targets, coefficients, row_weights=torch.ones(6).double().requires_grad_())
+    with pytest.raises(IndexError, match="got 13 at position 5"):
+        linear_row_loss(head, torch.tensor([0, 1, 2, 3, 4, 13]), coefficients)
+    with pytest.raises(ValueError, match=r"linear_token_log_probs: expected targets of shape \[6\], got \[5\]"):
+        linear_token_log_probs(*head[:2], targets[:5])
+    with pytest.raises(ValueError, match=r"expected ids of shape \[6, n_ids\], got \[5, 1\]"):
+        linear_softmax_statistics(*head[:2], targets[:5, None])
+    with pytest.raises(ValueError, match=r"expected row_mask of shape \[6\], got \[5\]"):
+        linear_softmax_statistics(*head[:2], None, row_mask=torch.ones(5, dtype=torch.bool))
+
+
+def test_options_that_need_a_module_are_named():
+    head, targets = make_head(Numbers(19), 6), torch.arange(6)
+    with pytest.raises(ValueError, match="linear_unified_loss: use_mtp needs a module"):
+        linear_unified_loss(*head[:2], targets, use_mtp=True)
+    with pytest.raises(ValueError, match="got 'deepseek', which needs UnifiedLoss"):
+        linear_unified_loss(*head[:2], targets, primary_loss_type="deepseek")
+    with pytest.raises(
+        TypeError, match="linear_unified_loss: unknown option 'zloss_weight'; did you mean 'z_loss_weight'"
+    ):
+        linear_unified_loss(*head[:2], targets, zloss_weight=0.1)
