@@ -35,6 +35,10 @@ struct DeviceLimits {
 #include <mutex>
 #include <vector>
 
+// what assert() calls on the device; the toolkit declares it only where assert.h comes first
+extern "C" __host__ __device__ void __assert_fail(const char* condition, const char* file, unsigned line,
+                                                  const char* function) noexcept;
+
 #define AVA_SHARED(Type, name, count) __shared__ Type name[count]
 #define AVA_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define AVA_DEVICE_CHECK(condition) \

@@ -1,0 +1,165 @@
+"""What can be said about the CUDA kernels without a GPU, from what nvcc makes of them for sm_80, sm_90 and sm_100:
+
+* every file of csrc/cuda compiles without a warning;
+* the row kernels keep everything in registers: no spills, no local memory;
+* they read and write rows 16 bytes at a time.
+
+    python tests/cuda_gates.py [--architectures 80 90 100] [--table]
+
+Compiled again only after an edit (build/cuda_gates). Ends with 0 where all is well, or where there is no nvcc.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "cuda_gates"
+ARCHITECTURES = ["80", "90", "100"]
+# torch-free, one for each type of logits; float64 is simple, not fast, but must not spill either
+ROW_KERNELS = re.compile(r"softmax_rows_(float32|bfloat16|float16|float64)$")
+WIDE = re.compile(r"(row_loss|row_gradient|scale_rows)_kernel")  # those that must move 16 bytes at a time
+
+
+@dataclass
+class Kernel:
+    """One kernel in one object file."""
+
+    name: str
+    registers: int = 0
+    local_bytes: int = 0  # stack frame
+    spill_bytes: int = 0
+    loads: set[str] = field(default_factory=set)  # SASS instructions that move 128 bits
+    stores: set[str] = field(default_factory=set)
+    local_instructions: int = 0
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.local_bytes or self.spill_bytes or self.local_instructions:
+            found.append(
+                f"{self.local_bytes} bytes of local memory, {self.spill_bytes} bytes spilled, "
+                f"{self.local_instructions} instructions on them"
+            )
+        if WIDE.search(self.name):
+            found += ["no 128-bit load"] * (not self.loads) + ["no 128-bit store"] * (not self.stores)
+        return found
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+
+
+def find_cuobjdump(nvcc: str) -> str:
+    """The toolkit's own, or PyPI's nvidia-cuda-cuobjdump, which the extra `test` brings."""
+    folders = [str(Path(os.path.realpath(nvcc)).parent)]
+    folders += [str(path) for path in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
+    found = shutil.which("cuobjdump", path=os.pathsep.join(folders)) or shutil.which("cuobjdump")
+    if found is None:
+        raise SystemExit("cuda_gates: expected cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return found
+
+
+def compile_all(nvcc: str, architectures: list[str]) -> list[Path]:
+    """An object and ptxas' report beside it for each source and architecture."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    include = Path(torch.__file__).parent / "include"
+    flags = "-std=c++20 -O3 -cubin -Xptxas -v -Werror=all-warnings --compiler-options=-Wall,-Wextra"
+    lines = [
+        f"rule compile\n  command = {nvcc} {flags} -isystem {include} -arch=sm_$sm -MD -MF $out.d -o $out $in"
+        " > $out.log 2>&1 || (cat $out.log && false)",
+        "  depfile = $out.d\n  deps = gcc\n  description = nvcc sm_$sm $in",
+    ]
+    objects = []
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        for architecture in architectures:
+            objects.append(FOLDER / f"{source.stem}.sm_{architecture}.cubin")
+            lines.append(f"build {objects[-1].name}: compile ../../{source.relative_to(ROOT)}\n  sm = {architecture}")
+    (FOLDER / "build.ninja").write_text("\n".join(lines) + "\n")
+    environment = {**os.environ, "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]}
+    if subprocess.run(["ninja"], cwd=FOLDER, env=environment).returncode != 0:
+        raise SystemExit("cuda_gates: nvcc failed")
+    return objects
+
+
+def kernels_of_report(text: str) -> dict[str, Kernel]:
+    """From ptxas -v."""
+    kernels: dict[str, Kernel] = {}
+    current = None
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            current = kernels[match[1]] = Kernel(match[1])
+        elif current is None:
+            continue
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            current.local_bytes = int(match[1])
+            current.spill_bytes = int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            current.registers = int(match[1])
+    return kernels
+
+
+def add_instructions(kernels: dict[str, Kernel], sass: str) -> None:
+    """From cuobjdump -sass."""
+    current = None
+    for line in sass.splitlines():
+        if match := re.search(r"Function : (\w+)", line):
+            current = kernels.get(match[1])
+        elif current is not None and (match := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line)):
+            instruction = match[1]
+            if re.match(r"(LDL|STL)\b", instruction):
+                current.local_instructions += 1
+            elif re.match(r"(LDG|LDGSTS)\..*128", instruction):
+                current.loads.add(instruction)
+            elif re.match(r"STG\..*128", instruction):
+                current.stores.add(instruction)
+
+
+def check(objects: list[Path], cuobjdump: str, show_table: bool) -> int:
+    """Prints what is wrong; returns how much that is."""
+    environment = {**os.environ, "PATH": str(Path(cuobjdump).parent) + os.pathsep + os.environ["PATH"]}
+    n_faults = n_kernels = 0
+    for cubin in objects:
+        if not ROW_KERNELS.search(cubin.name.split(".")[0]):
+            continue
+        kernels = kernels_of_report(Path(f"{cubin}.log").read_text())
+        sass = subprocess.check_output([cuobjdump, "-sass", cubin], text=True, env=environment)
+        add_instructions(kernels, sass)
+        n_kernels += len(kernels)
+        if not kernels or "Function :" not in sass:
+            print(f"cuda_gates: no kernel found in {cubin.name}")
+            n_faults += 1
+        for kernel in kernels.values():
+            if show_table:
+                moves = " ".join(sorted(kernel.loads | kernel.stores))
+                print(f"{cubin.name:36} {kernel.registers:4} registers  {kernel.name:70} {moves}")
+            for fault in kernel.faults():
+                print(f"cuda_gates: {cubin.name}: {kernel.name}: {fault}")
+                n_faults += 1
+    print(f"cuda_gates: {len(objects)} objects, {n_kernels} row kernels, {n_faults} faults")
+    return n_faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="SM")
+    parser.add_argument("--table", action="store_true", help="registers and wide instructions of every row kernel")
+    options = parser.parse_args()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("cuda_gates: no nvcc on PATH or in CUDA_HOME: nothing to look at")
+        return 0
+    objects = compile_all(nvcc, options.architectures)
+    return int(check(objects, find_cuobjdump(nvcc), options.table) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""tests/cuda_gates.py reads what it has to; the gates themselves take minutes of nvcc and are run by .ci/run."""
+
+import cuda_gates
+
+REPORT = """\
+ptxas info    : 24 bytes gmem
+ptxas info    : Compiling entry function '_Z15row_loss_kernelIfEv' for 'sm_90'
+ptxas info    : Function properties for _Z15row_loss_kernelIfEv
+    {stack} bytes stack frame, 0 bytes spill stores, {spilled} bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers
+"""
+SASS = """\
+\t\tFunction : _Z15row_loss_kernelIfEv
+        /*0010*/                   LDC R1, c[0x0][0x28] ;    /* 0x00000a00ff017b82 */
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R7], desc[UR6][R2.64] ;    /* 0x0000000002077fae */
+        /*0030*/               @P1 {store} desc[UR6][R32.64], R24 ;    /* 0x0000001820007986 */
+"""
+
+
+def faults(stack=0, spilled=0, store="STG.E.128"):
+    kernels = cuda_gates.kernels_of_report(REPORT.format(stack=stack, spilled=spilled))
+    cuda_gates.add_instructions(kernels, SASS.format(store=store))
+    (kernel,) = kernels.values()
+    assert kernel.registers == 64 and kernel.loads == {"LDGSTS.E.BYPASS.128"}
+    return kernel.faults()
+
+
+def test_a_good_kernel_passes():
+    assert faults() == []
+
+
+def test_what_is_wrong_is_found():
+    assert faults(store="STG.E.64") == ["no 128-bit store"]
+    assert "8 bytes of local memory" in faults(stack=8)[0]
+    assert "12 bytes spilled" in faults(spilled=12)[0]
+    assert "1 instructions" in faults(store="STL.64")[0]
