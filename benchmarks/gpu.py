@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="of <GPU>.json, in which parts add up; default: results beside this file, for a dry run build/gpu",
+        help="of <GPU>.json, in which parts add up; default: results beside this file, with --quick build/gpu",
     )
     parsed = parser.parse_args(arguments)
     if unknown := set(parsed.parts) - set(PARTS):
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cpu":
         print("a dry run: no device is measured")
     name = re.sub(r"[^a-z0-9]+", "_", machine.get("gpu", "dry run").lower()).strip("_")
-    folder = parsed.out or ROOT / ("benchmarks/results" if device.type == "cuda" else "build/gpu")
+    folder = parsed.out or ROOT / ("build/gpu" if parsed.quick or device.type == "cpu" else "benchmarks/results")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
