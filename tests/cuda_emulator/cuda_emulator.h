@@ -38,8 +38,8 @@
 //   test_*.cpp                C++ tests of the device and of the kernels (schedules.h); kernels/row_sum.cuh: one that
 //                             uses the whole dialect, for the tests and for tests/test_cuda_mutants.py to break
 //
-// Kernels want -Wno-unknown-pragmas, for #pragma unroll. device.cpp is compiled without -fsanitize=thread (it switches the stacks under ThreadSanitizer's feet) but with
-// -DAVA_EMULATOR_TSAN where the rest of the program has it.
+// Kernels want -Wno-unknown-pragmas, for #pragma unroll. device.cpp is compiled without -fsanitize=thread (it switches
+// the stacks under ThreadSanitizer's feet) but with -DAVA_EMULATOR_TSAN where the rest of the program has it.
 #pragma once
 #ifdef __CUDACC__
 #error "the emulator is for the host compiler; nvcc takes CUDA's own headers"
