@@ -29,14 +29,22 @@ N_DEPTHS = 3  # of multi-token prediction
 class Case:
     """Hidden states, a head and targets of one size and dtype."""
 
-    def __init__(self, n_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.hidden_states = torch.randn(n_rows, hidden_size, generator=generator).to(dtype).requires_grad_()
-        weight = torch.randn(vocab_size, hidden_size, generator=generator) * (2 / hidden_size**0.5)
+    def __init__(
+        self,
+        n_rows: int,
+        hidden_size: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        to = {"generator": generator, "device": device}
+        self.hidden_states = torch.randn(n_rows, hidden_size, **to).to(dtype).requires_grad_()
+        weight = torch.randn(vocab_size, hidden_size, **to) * (2 / hidden_size**0.5)
         self.weight = weight.to(dtype).requires_grad_()
-        words = torch.randint(1, vocab_size, (16,), generator=generator)  # a text that repeats itself
-        self.targets = words[torch.randint(0, 16, (n_rows,), generator=generator)]
-        self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), generator=generator)
+        words = torch.randint(1, vocab_size, (16,), **to)  # a text that repeats itself
+        self.targets = words[torch.randint(0, 16, (n_rows,), **to)]
+        self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), **to)
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
 
 
@@ -48,7 +56,7 @@ class Variant(NamedTuple):
     is_compiled: bool = False
 
 
-def _with_gradients(case: Case, loss: Callable[[Tensor, Tensor], Tensor], parameters: Any = ()) -> Callable[[], object]:
+def with_gradients(case: Case, loss: Callable[[Tensor, Tensor], Tensor], parameters: Any = ()) -> Callable[[], object]:
     def call() -> tuple[Tensor, ...]:
         value = loss(case.hidden_states, case.weight)
         return value, *torch.autograd.grad(value, (case.hidden_states, case.weight, *parameters), allow_unused=True)
@@ -81,16 +89,16 @@ def _products(case: Case) -> Callable[[], object]:
 
 
 def _ours(case: Case, **options: Any) -> Callable[[], object]:
-    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **options)
-    return _with_gradients(
+    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **options).to(case.weight.device)
+    return with_gradients(
         case, lambda states, weight: loss_fn(targets=case.targets, hidden_states=states, lm_head_weight=weight)
     )
 
 
 def _ours_with_every_term(case: Case) -> Callable[[], object]:
-    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **EVERY_TERM)
+    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **EVERY_TERM).to(case.weight.device)
     targets, negative_ids = case.targets.unsqueeze(0), case.negative_ids.unsqueeze(0)
-    return _with_gradients(
+    return with_gradients(
         case,
         lambda states, weight: loss_fn(
             targets=targets, hidden_states=states.unsqueeze(0), lm_head_weight=weight, negative_ids=negative_ids
@@ -114,7 +122,7 @@ def _torch_options(case: Case) -> dict[str, Variant]:
 
     return {
         f"torch_{name}": Variant(
-            f"F.linear_cross_entropy, {name}", _with_gradients(case, partial(loss, options=options))
+            f"F.linear_cross_entropy, {name}", with_gradients(case, partial(loss, options=options))
         )
         for name, options in choices.items()
     }
@@ -126,7 +134,7 @@ def _cut_cross_entropy(case: Case) -> dict[str, Variant]:
     except ImportError:
         return {}
     loss = partial(linear_cross_entropy, targets=case.targets, impl="torch_compile")
-    return {"cut": Variant("cut-cross-entropy, torch_compile", _with_gradients(case, loss), is_compiled=True)}
+    return {"cut": Variant("cut-cross-entropy, torch_compile", with_gradients(case, loss), is_compiled=True)}
 
 
 def make_variants(case: Case) -> dict[str, Variant]:
@@ -137,10 +145,10 @@ def make_variants(case: Case) -> dict[str, Variant]:
 
     return {
         "products": Variant("the three matrix products alone", _products(case)),
-        "eager": Variant("F.linear + F.cross_entropy", _with_gradients(case, plain)),
+        "eager": Variant("F.linear + F.cross_entropy", with_gradients(case, plain)),
         "compiled": Variant(
             "F.linear + F.cross_entropy, compiled",
-            _with_gradients(case, torch.compile(plain, dynamic=False, fullgraph=True)),
+            with_gradients(case, torch.compile(plain, dynamic=False, fullgraph=True)),
             is_compiled=True,
         ),
         **_torch_options(case),
@@ -177,8 +185,8 @@ def make_mtp_variants(case: Case) -> dict[str, Variant]:
     parameters = list(loss_fn.parameters())
     return {
         "ours": Variant("UnifiedLoss", _ours(case)),
-        "mtp_eager": Variant("3 heads of nn.Linear, eager", _with_gradients(case, eager, parameters)),
-        "mtp_ours": Variant("UnifiedLoss, 3 heads", _with_gradients(case, ours, parameters)),
+        "mtp_eager": Variant("3 heads of nn.Linear, eager", with_gradients(case, eager, parameters)),
+        "mtp_ours": Variant("UnifiedLoss, 3 heads", with_gradients(case, ours, parameters)),
     }
 
 

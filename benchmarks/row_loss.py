@@ -55,36 +55,44 @@ class _Written(torch.autograd.Function):
 class Case:
     """Logits and targets of one size and dtype. `refill` writes the logits anew, as the last GEMM of a model does."""
 
-    def __init__(self, n_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.source = torch.empty(n_rows, vocab_size, dtype=dtype).normal_(0, 2, generator=generator)
+    def __init__(
+        self,
+        n_rows: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        n_sequences: int = 1,
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.source = torch.empty(n_rows, vocab_size, dtype=dtype, device=device).normal_(0, 2, generator=generator)
         self.buffer = torch.empty_like(self.source)
         # sixteen words: a text that repeats itself, so that the slots of n-grams are filled
-        words = torch.randint(1, vocab_size, (16,), generator=generator)
-        self.targets = words[torch.randint(0, 16, (n_rows,), generator=generator)]
-        self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), generator=generator)
+        words = torch.randint(1, vocab_size, (16,), generator=generator, device=device)
+        self.targets = words[torch.randint(0, 16, (n_rows,), generator=generator, device=device)]
+        self.negative_ids = torch.randint(0, vocab_size, (n_rows, N_NEGATIVES), generator=generator, device=device)
+        self.text_shape = (n_sequences, n_rows // n_sequences)
         self.logits: Tensor
         self.refill()
 
     def refill(self) -> None:
         """Fresh logits [n_rows, vocab_size] that require grad and are no leaf; always in the same memory."""
-        self.logits = _Written.apply(torch.zeros((), requires_grad=True), self)
+        self.logits = _Written.apply(torch.zeros((), device=self.source.device, requires_grad=True), self)
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Ids and weights [n_rows, 32] for composed_loss. UnifiedLoss finds them itself, within its time."""
-        text = self.targets.unsqueeze(0)
+        text = self.targets.view(self.text_shape)
         ids, weights = repetition_candidates(
             text,
             text,
-            weights=torch.tensor([IMMEDIATE_WEIGHT, 1.0, EOS_WEIGHT, NGRAM_WEIGHT], dtype=torch.float64),
+            weights=self.targets.new_tensor([IMMEDIATE_WEIGHT, 1.0, EOS_WEIGHT, NGRAM_WEIGHT], dtype=torch.float64),
             vocab_size=self.source.shape[-1],
             immediate=True,
             eos_ids=[EOS],
             min_sequence_length=EVERY_TERM["min_sequence_length"],
             ngram_size=EVERY_TERM["ngram_size"],
         )
-        ids = torch.cat([ids.squeeze(0).long(), self.negative_ids], -1)
-        weights = torch.cat([weights.squeeze(0), torch.ones_like(self.negative_ids, dtype=weights.dtype)], -1)
+        ids = torch.cat([ids.flatten(0, 1).long(), self.negative_ids], -1)
+        weights = torch.cat([weights.flatten(0, 1), torch.ones_like(self.negative_ids, dtype=weights.dtype)], -1)
         absent = (ids < 0) | (ids == self.targets.unsqueeze(-1))
         real = torch.float64 if self.source.dtype == torch.float64 else torch.float32
         return ids.clamp_min(0), weights.masked_fill(absent, 0).to(real)
@@ -99,7 +107,7 @@ class Variant(NamedTuple):
     is_compiled: bool = False
 
 
-def _forward_and_backward(case: Case, loss: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+def forward_and_backward(case: Case, loss: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
     def call() -> tuple[Tensor, Tensor]:
         value = loss(case.logits)
         return value, torch.autograd.grad(value, case.logits)[0]
@@ -108,20 +116,25 @@ def _forward_and_backward(case: Case, loss: Callable[[Tensor], Tensor]) -> Calla
 
 
 def _ours(case: Case, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
-    loss_fn = UnifiedLoss(case.source.shape[-1], primary_loss_type="standard", **options)
-    return _forward_and_backward(case, lambda logits: loss_fn(logits, case.targets))
+    loss_fn = UnifiedLoss(case.source.shape[-1], primary_loss_type="standard", **options).to(case.source.device)
+    return forward_and_backward(case, lambda logits: loss_fn(logits, case.targets))
 
 
 def _ours_with_every_term(case: Case, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
     loss_fn = UnifiedLoss(case.source.shape[-1], primary_loss_type="standard", **EVERY_TERM, **options)
-    targets, negative_ids = case.targets.unsqueeze(0), case.negative_ids.unsqueeze(0)
-    return _forward_and_backward(case, lambda logits: loss_fn(logits.unsqueeze(0), targets, negative_ids=negative_ids))
+    loss_fn.to(case.source.device)
+    targets, negative_ids = (value.unflatten(0, case.text_shape) for value in (case.targets, case.negative_ids))
+
+    def loss(logits: Tensor) -> Tensor:  # [n_rows, vocab_size]
+        return loss_fn(logits.unflatten(0, case.text_shape), targets, negative_ids=negative_ids)
+
+    return forward_and_backward(case, loss)
 
 
 def _kernel_in_place(case: Case) -> Callable[[], tuple[Tensor, Tensor]]:
     coefficients = row_coefficients(case.source)
     n_rows, vocab_size = case.source.shape
-    row_weights = torch.full((n_rows,), 1 / n_rows, dtype=coefficients.dtype)
+    row_weights = coefficients.new_full((n_rows,), 1 / n_rows)
     options = (None, None, [], int(RowTerms.CROSS_ENTROPY), vocab_size, -100)
 
     def call() -> tuple[Tensor, Tensor]:
@@ -145,10 +158,10 @@ def make_variants(case: Case) -> dict[str, Variant]:
     targets, candidates = case.targets, case.candidates()
     plain_compiled = _compile(F.cross_entropy)
     variants = {
-        "eager": Variant("F.cross_entropy", _forward_and_backward(case, lambda z: F.cross_entropy(z, targets))),
+        "eager": Variant("F.cross_entropy", forward_and_backward(case, lambda z: F.cross_entropy(z, targets))),
         "compiled": Variant(
             "F.cross_entropy, compiled",
-            _forward_and_backward(case, lambda z: plain_compiled(z, targets)),
+            forward_and_backward(case, lambda z: plain_compiled(z, targets)),
             is_compiled=True,
         ),
         "copy": Variant("copy_ of the logits", _copy(case)),
@@ -165,11 +178,11 @@ def make_variants(case: Case) -> dict[str, Variant]:
 
         variants |= {
             f"{prefix}_eager": Variant(
-                f"every term{end}: composed", _forward_and_backward(case, composed), is_slow=True
+                f"every term{end}: composed", forward_and_backward(case, composed), is_slow=True
             ),
             f"{prefix}_compiled": Variant(
                 f"every term{end}: composed, compiled",
-                _forward_and_backward(case, _compile(composed)),
+                forward_and_backward(case, _compile(composed)),
                 is_slow=True,
                 is_compiled=True,
             ),

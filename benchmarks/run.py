@@ -114,10 +114,11 @@ def print_router(times: Times, variants: dict[str, router.Variant]) -> None:
 
 
 def print_verdicts(verdicts: list[targets.Verdict]) -> None:
-    print(f"\n{'targets':60}{'measured':>10}{'wanted':>11}")
+    width = max([60, *(len(verdict.name) + 2 for verdict in verdicts)])
+    print(f"\n{'targets':{width}}{'measured':>10}{'wanted':>11}")
     for verdict in verdicts:
         wanted = f"{verdict.relation} {verdict.wanted:g}"
-        print(f"{verdict.name:60}{verdict.measured:10.3g}{wanted:>11}  {'met' if verdict.is_met else 'MISSED'}")
+        print(f"{verdict.name:{width}}{verdict.measured:10.3g}{wanted:>11}  {'met' if verdict.is_met else 'MISSED'}")
 
 
 def summary(times: Times) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+# a call and how often it is repeated -> milliseconds of one
+Stopwatch = Callable[[Callable[[], object], int], float]
+
+
+def wall_clock(call: Callable[[], object], repeats: int) -> float:
+    """Time of one call, ms."""
+    start = time.perf_counter_ns()
+    for _ in range(repeats):
+        result = call()
+    elapsed = time.perf_counter_ns() - start
+    del result  # after the clock: what frees a gradient in training is the next layer's backward
+    return elapsed / repeats / 1e6
+
 
 class Times:
     """What `interleave` measured: for every variant one time per round, None where it did not run."""
@@ -51,6 +64,7 @@ def interleave(
     every: Mapping[str, int] | None = None,
     repeats: int = 1,
     warm_ups: int = 2,
+    stopwatch: Stopwatch = wall_clock,
 ) -> Times:
     """Runs every variant once per round, in an order that changes from round to round.
 
@@ -62,12 +76,13 @@ def interleave(
         every: variants that run in every so many-th round only, because they are slow.
         repeats: calls within one measurement, for those of microseconds.
         warm_ups: calls of each variant that are not measured: compilation, first touch of memory.
+        stopwatch: measures; it frees what the call returns.
     """
     names = list(calls)
     milliseconds: dict[str, list[float | None]] = {name: [None] * rounds for name in names}
     for name in names:
         for _ in range(warm_ups):
-            _time(calls[name], before, 1)
+            _time(calls[name], before, 1, stopwatch)
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -76,7 +91,7 @@ def interleave(
             order = names[first:] + names[:first]
             for name in reversed(order) if number % 2 else order:
                 if number % (every or {}).get(name, 1) == 0:
-                    milliseconds[name][number] = _time(calls[name], before, repeats)
+                    milliseconds[name][number] = _time(calls[name], before, repeats, stopwatch)
             gc.collect()
     finally:
         if collects:
@@ -84,12 +99,7 @@ def interleave(
     return Times(milliseconds)
 
 
-def _time(call: Callable[[], object], before: Callable[[], None] | None, repeats: int) -> float:
+def _time(call: Callable[[], object], before: Callable[[], None] | None, repeats: int, stopwatch: Stopwatch) -> float:
     if before is not None:
         before()
-    start = time.perf_counter_ns()
-    for _ in range(repeats):
-        result = call()
-    elapsed = time.perf_counter_ns() - start
-    del result  # after the clock: what frees a gradient in training is the next layer's backward
-    return elapsed / repeats / 1e6
+    return stopwatch(call, repeats)

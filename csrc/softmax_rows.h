@@ -83,7 +83,7 @@ AVA_HOST_DEVICE RowStatistics<Real> merge(const RowStatistics<Real>& first, cons
     return high;
   }
   const Real shift = (low.max - high.max) * inverse_temperature, factor = exp_of(shift), total = 1 + low.rest;
-  high.weighted += factor * (low.weighted + shift * total);
+  if (factor > 0) high.weighted += factor * (low.weighted + shift * total);  // shift * total may be infinite
   high.rest += total * factor;
   high.sum += low.sum + shift * low.count;
   high.count += low.count;

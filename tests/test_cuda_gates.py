@@ -34,3 +34,10 @@ def test_what_is_wrong_is_found():
     assert "8 bytes of local memory" in faults(stack=8)[0]
     assert "12 bytes spilled" in faults(spilled=12)[0]
     assert "1 instructions" in faults(store="STL.64")[0]
+
+
+def test_kernels_for_clusters_are_excused_where_there_are_none():
+    name = "_ZN3ava15row_loss_kernelIfLNS_9ResidenceE2ELNS_8FeaturesE0EEEvNS_12RowArgumentsE"
+    trap = cuda_gates.Kernel(name)
+    assert trap.faults(has_clusters=False) == [] and len(trap.faults()) == 2
+    assert len(cuda_gates.Kernel(name.replace("E2E", "E1E")).faults(has_clusters=False)) == 2

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from ninja_library import ROOT, build_library
@@ -30,6 +31,7 @@ class Mutant:
 
 
 ROW_SUM, REPETITION = "tests/cuda_emulator/kernels/row_sum.cuh", "csrc/cuda/repetition.cuh"
+SOFTMAX_ROWS = "csrc/cuda/softmax_rows_core.cuh"
 MUTANTS = [
     Mutant("barrier_removed", "thread", ROW_SUM, "__syncthreads();", "", "data race"),
     Mutant("barrier_removed_nan", "none", ROW_SUM, "__syncthreads();", "", "nan, expected"),
@@ -60,6 +62,9 @@ MUTANTS = [
     Mutant("past_the_list", "address", REPETITION, "i < chunk.n_ids", "i <= chunk.n_ids", "heap-buffer-overflow"),
     Mutant("past_the_last_row", "address", REPETITION, "first + i < arguments.n_tokens",
            "first + i <= arguments.n_tokens", "heap-buffer-overflow"),
+    Mutant("no_wait_in_a_row", "none", SOFTMAX_ROWS, "if (stage == 0) cp_async_wait<3>();", "", "expected"),
+    Mutant("no_cluster_sync_for_partials", "none", SOFTMAX_ROWS, "cluster_sync();\n    else", ";\n    else",
+           "expected"),
 ]  # fmt: skip
 
 
@@ -74,11 +79,14 @@ def run_test_of(kernel, folder, sanitizer):
         SANITIZERS[sanitizer],
     )
     emulator, program = folder / "tests/cuda_emulator", folder / "program"
-    test = emulator / f"test_{os.path.basename(kernel).removesuffix('.cuh')}.cpp"
+    stem = next(stem for stem in ("row_sum", "repetition", "softmax_rows") if Path(kernel).stem.startswith(stem))
+    # launchers that are compiled files of their own, one for each type of element
+    launchers = [f"-xc++ {path} -xnone" for path in sorted((folder / "csrc/cuda").glob(f"{stem}_*.cu"))]
+    sources = [str(emulator / f"test_{stem}.cpp"), *" ".join(launchers).split()]
     flags = ["-std=c++20", "-Wno-unknown-pragmas", f"-I{emulator}", *SANITIZERS[sanitizer]]
     link = [str(library), f"-Wl,-rpath,{library.parent}"]
     compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, *flags, str(test), *link, "-o", str(program)], check=True)
+    subprocess.run([compiler, *flags, *sources, *link, "-o", str(program)], check=True)
     return subprocess.run([program], capture_output=True, text=True, timeout=300)
 
 

@@ -10,16 +10,19 @@ from conftest import FILES_OF_KERNELS, ROOT
 from ava_ext._library import CUDA_VERSION
 from ava_ext.ops import without_kernels
 
-NO_TENSORS = {"cpu_capability", "cuda_version"}  # about the library itself
-WITHOUT_KERNEL: set[str] = set()  # no CUDA kernel yet: see ava_ext/ops/without_kernels.py
+NO_TENSORS = {"cpu_capability", "cuda_version", "has_bfloat16_products"}  # about the library itself
+CPU_ONLY = {"add_weight_gradient_"}  # on a GPU, cuBLAS does it
+# no CUDA kernel yet: see ava_ext/ops/without_kernels.py
+WITHOUT_KERNEL = {"router_statistics", "router_gradient"}
 
 needs_emulator = pytest.mark.skipif(not emulated_cuda.AVAILABLE, reason="the emulator needs x86-64")
 
 
 def defined_operators():
+    """Those that CUDA tensors may reach."""
     definitions = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/library.cpp").read_text())
     assert all(hasattr(torch.ops.ava_ext, name) for name in definitions)
-    return set(definitions) - NO_TENSORS
+    return set(definitions) - NO_TENSORS - CPU_ONLY
 
 
 @needs_emulator

@@ -182,7 +182,7 @@ def test_capability_of_the_page_on_environment_variables():
     assert build_info()["cpu"] in ("portable", "avx2", "avx512")
     in_sources = set()
     for path in [*ROOT.glob("ava_ext/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), ROOT / "setup.py"]:
-        in_sources |= set(re.findall(r"\bAVA_[A-Z_]*[A-Z]\b(?=\")", path.read_text()))
+        in_sources |= set(re.findall(r"(?:getenv|environ\.get)\(\"(AVA_[A-Z_]*[A-Z])\"", path.read_text()))
     section = GUIDE.read_text().split("## Environment variables")[1].split("\n## ")[0]
     assert in_sources == set(re.findall(r"\bAVA_[A-Z_]*[A-Z]\b", section)) and in_sources
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ava_ext.ops import torch_repetition, torch_softmax_rows, torch_temperature
+from ava_ext.ops import torch_repetition, torch_router_rows, torch_softmax_rows, torch_temperature
 
 WARNING = (
     "ava_ext: this library was built without CUDA kernels, so CUDA tensors take a slow PyTorch path. Install a CUDA "
@@ -26,6 +26,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "row_gradient": torch_softmax_rows.row_gradient,
     "row_gradient_": torch_softmax_rows.row_gradient_,
     "scale_rows_": torch_softmax_rows.scale_rows_,
+    "router_statistics": torch_router_rows.router_statistics,
+    "router_gradient": torch_router_rows.router_gradient,
     "repetition_candidates": torch_repetition.repetition_candidates,
     "temperature_step_": torch_temperature.temperature_step_,
 }

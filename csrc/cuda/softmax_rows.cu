@@ -63,7 +63,7 @@ struct RowCall {
     for (int64_t dim = 0; dim + 1 < logits.dim(); ++dim) n_rows *= logits.size(dim);
     const int64_t n_columns = logits.size(logits.dim() - 1);
     STD_TORCH_CHECK(n_rows < int64_t(1) << 31, op, ": expected fewer than 2^31 rows, got ", n_rows);
-    STD_TORCH_CHECK(n_columns < int64_t(1) << 30, op, ": expected fewer than 2^30 columns, got ", n_columns);
+    STD_TORCH_CHECK(n_columns < int64_t(1) << 28, op, ": expected fewer than 2^28 columns, got ", n_columns);
     arguments.n_rows = n_rows;
     arguments.n_columns = int32_t(n_columns);
     arguments.vocab_size = int32_t(vocab_size);
@@ -136,7 +136,6 @@ RowLossOutputs run_row_loss(const char* op,
   RowArguments& arguments = call.arguments;
   const ScalarType real = accumulation_type(logits);
   const std::vector<int64_t> rows = rows_shape(logits);
-  const DeviceScope device(logits);
   call.set_options(coefficients, flags);
   check_beside(op, "targets", targets, rows, ScalarType::Long, logits);
   arguments.targets = static_cast<const int64_t*>(call.dense(targets));
@@ -154,18 +153,17 @@ RowLossOutputs run_row_loss(const char* op,
   }
   set_groups(arguments, op, candidate_groups);
 
+  const DeviceScope device(logits);  // mixed devices have been found by now
   std::vector<int64_t> terms_shape = rows;
   terms_shape.insert(terms_shape.begin(), kRowTerms + arguments.n_groups);
   const bool is_split = gradient == Gradient::split;
   const std::vector<int64_t> none{0};
-  const RowLossOutputs outputs{
-      call.new_tensor(rows, real),
-      call.new_tensor(terms_shape, real),
-      gradient == Gradient::in_place ? logits
-      : gradient == Gradient::fused  ? call.new_gradient()
-                                     : call.new_tensor(none, logits.scalar_type()),
-      call.new_tensor(is_split ? rows_shape(logits, 6) : none, real),
-      call.new_tensor(is_split ? rows_shape(logits, 5 + arguments.n_ids) : none, real)};
+  const RowLossOutputs outputs{call.new_tensor(rows, real), call.new_tensor(terms_shape, real),
+                               gradient == Gradient::in_place ? logits
+                               : gradient == Gradient::fused  ? call.new_gradient()
+                                                              : call.new_tensor(none, logits.scalar_type()),
+                               call.new_tensor(is_split ? rows_shape(logits, 6) : none, real),
+                               call.new_tensor(is_split ? rows_shape(logits, 5 + arguments.n_ids) : none, real)};
   arguments.row_loss = outputs.row_loss.mutable_data_ptr();
   arguments.row_terms = outputs.row_terms.mutable_data_ptr();
   if (is_split) {
@@ -210,13 +208,13 @@ std::tuple<Tensor, Tensor, Tensor> row_statistics(
   RowCall call(op, logits, vocab_size);
   RowArguments& arguments = call.arguments;
   const ScalarType real = accumulation_type(logits);
-  const DeviceScope device(logits);
   call.set_options(coefficients, flags | kEntropy);
   call.set_ids(ids);
   if (row_mask) {
     check_beside(op, "row_mask", *row_mask, rows_shape(logits), ScalarType::Bool, logits);
     arguments.row_mask = static_cast<const bool*>(call.dense(*row_mask));
   }
+  const DeviceScope device(logits);
   std::vector<int64_t> summaries_shape = rows_shape(logits);
   summaries_shape.insert(summaries_shape.begin(), 4);
   Tensor statistics = call.new_tensor(rows_shape(logits, 6), real),
@@ -240,7 +238,6 @@ void run_row_gradient(const char* op,
   RowCall call(op, logits, vocab_size);
   RowArguments& arguments = call.arguments;
   const ScalarType real = accumulation_type(logits);
-  const DeviceScope device(logits);
   call.set_options(coefficients, flags);
   call.set_ids(ids);
   check_beside(op, "statistics", statistics, rows_shape(logits, 6), real, logits);
@@ -248,6 +245,7 @@ void run_row_gradient(const char* op,
   arguments.statistics = const_cast<void*>(call.dense(statistics));
   arguments.row_coefficients = const_cast<void*>(call.dense(row_coefficients));
   call.set_gradient(grad_logits);
+  const DeviceScope device(logits);
   call.run(&SoftmaxRowsLaunchers::row_gradient, device);
 }
 

@@ -108,8 +108,8 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
     int argmax = is_empty ? kNoColumn : row.column(vector) + excluded;
     Sums sums;
     accumulate(logits, row.column(vector), excluded, exponent, sums, argmax);
-    partial = merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax),
-                    scale.inverse_temperature);
+    partial =
+        merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax), scale.inverse_temperature);
   }
   return merge_lanes(partial, scale.inverse_temperature);
 }
@@ -117,8 +117,7 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
 template <class Element, Residence kResidence, Features kFeatures>
 // 64 registers, or 80 where the row lives in registers: no spills
 __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 1024,
-                                  kResidence == Residence::registers ? 3 : 1)
-    row_loss_kernel(const RowArguments a) {
+                                  kResidence == Residence::registers ? 3 : 1) row_loss_kernel(const RowArguments a) {
   AVA_DYNAMIC_SHARED(shared);
   constexpr bool kClustered = kResidence == Residence::clusters, kStaged = Kept<Element, kResidence>::kStaged;
   constexpr int kStages = kStaged ? 4 : 1;  // the maximum of a quarter of the row is taken while the rest still arrives
@@ -135,8 +134,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
 
   Kept<Element, kResidence> kept;
   kept.slots = reinterpret_cast<uint4*>(shared) + thread;
-  // two vectors with hyperbolic tangents would spill; of float32, with 4 elements, two come to as much code as one of 16
-  // bits
+  // two vectors with hyperbolic tangents would spill; of float32, two come to no more than one of 16 bits
   constexpr int kUnrolled = kFeatures == Features::capped || sizeof(Element) == 4 ? 1 : 2;
   const auto each_slot = [&](int stage, auto body) {
     const int per_stage = (a.n_slots + kStages - 1) / kStages, begin = stage * per_stage, end = begin + per_stage;
@@ -202,8 +200,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
         gather();
         partial = measure_streamed<Element, kFeatures>(row, scale, a.n_slots);
       } else {
-        partial =
-            measure_kept<Element, kResidence, kFeatures>(row, kept, scale, kStages, each_slot, gather, careful);
+        partial = measure_kept<Element, kResidence, kFeatures>(row, kept, scale, kStages, each_slot, gather, careful);
       }
     }
     if (!differentiates && next_target >= 0) fetch_row(next_index);

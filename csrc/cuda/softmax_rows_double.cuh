@@ -50,8 +50,11 @@ __global__ void __launch_bounds__(kDoubleThreads) double_rows_kernel(const RowAr
     }
     const int32_t argmax = row.argmax < double(a.vocab_size) ? int32_t(row.argmax) : -1;
     for (int k = lane; k <= a.n_ids; k += 32)
-      entries[k] = gathered<double>(a, row_index, given ? argmax : a.targets ? target : -1, k,
-                                    [&](int column) { return x[column]; });
+      entries[k] = gathered<double>(a, row_index,
+                                    given       ? argmax
+                                    : a.targets ? target
+                                                : -1,
+                                    k, [&](int column) { return x[column]; });
     __syncwarp();
     if (given)
       take_coefficients(a, row_index, row, entries, scratch, lane);

@@ -31,12 +31,9 @@ struct LogitScale {
 };
 __device__ __forceinline__ LogitScale logit_scale(const RowOptions<float>& options) {
   const float inverse_temperature = 1 / options.temperature, factor = kLog2e * inverse_temperature;
-  return {factor,
-          fmaf(kLog2e, inverse_temperature, -factor) + kLog2eLow * inverse_temperature,
-          -1000.f / factor,
-          inverse_temperature,
-          options.softcap,
-          1 / options.softcap};
+  return {factor,           fmaf(kLog2e, inverse_temperature, -factor) + kLog2eLow * inverse_temperature,
+          -1000.f / factor, inverse_temperature,
+          options.softcap,  1 / options.softcap};
 }
 
 // softcap(x) and its derivative; a masked logit stays -inf

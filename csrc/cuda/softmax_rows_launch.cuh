@@ -1,32 +1,61 @@
 // Starts the kernels for one type of logits. Included once by each softmax_rows_<type>.cu.
 #pragma once
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "softmax_rows_elementwise.cuh"
 #include "softmax_rows_kernels.h"
 #include "softmax_rows_plan.h"
 
 namespace ava {
 
-template <class Element, Features kFeatures>
-void launch_row_loss_with(const char* op, RowArguments arguments, const DeviceLimits& device, Stream stream) {
-  const RowPlan plan = plan_rows(arguments.n_columns, int(sizeof(Element)), arguments.n_ids, device);
-  arguments.cluster_size = plan.cluster_size;
-  arguments.capacity = plan.capacity;
-  arguments.n_slots = (plan.capacity + plan.n_threads - 1) / plan.n_threads;
+// How many clusters the device really places: it cuts them from groups of multiprocessors of various sizes. A
+// persistent cluster that had to wait for the others would come on top of all their time. Asked once for each shape.
+inline int placed_clusters(const char* op, void (*kernel)(RowArguments), const LaunchShape& shape,
+                           const DeviceLimits& device) {
+  using Key = std::tuple<void (*)(RowArguments), const DeviceLimits*, unsigned, size_t, unsigned>;
+  static std::mutex mutex;
+  static std::map<Key, int> placed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const Key key{kernel, &device, shape.block.x, shape.shared_bytes, shape.cluster_size};
+  const auto found = placed.find(key);
+  if (found != placed.end()) return found->second;
+  return placed[key] = resident_clusters(op, kernel, shape);
+}
+
+// Persistent: a cluster takes one row after another and reads the next while it writes the last.
+inline void launch_persistent(const char* op, void (*kernel)(RowArguments), const RowPlan& plan, RowArguments arguments,
+                              const DeviceLimits& device, Stream stream) {
   LaunchShape shape{};
-  shape.grid = dim3(unsigned(plan.n_blocks(arguments.n_rows, device)));
-  arguments.row_step = shape.grid.x / unsigned(plan.cluster_size);
   shape.block = dim3(unsigned(plan.n_threads));
   shape.shared_bytes = plan.shared_bytes;
   shape.cluster_size = unsigned(plan.cluster_size);
+  shape.grid = dim3(shape.cluster_size);
+  int64_t n_clusters = plan.clusters_at_once(device);
+  if (plan.cluster_size > 1)
+    n_clusters = std::clamp<int64_t>(placed_clusters(op, kernel, shape, device), 1, n_clusters);
+  n_clusters = std::min(n_clusters, arguments.n_rows);
+  shape.grid = dim3(unsigned(n_clusters) * shape.cluster_size);
+  arguments.cluster_size = plan.cluster_size;
+  arguments.capacity = plan.capacity;
+  arguments.n_slots = (plan.capacity + plan.n_threads - 1) / plan.n_threads;
+  arguments.row_step = unsigned(n_clusters);
+  launch(op, kernel, shape, stream, arguments);
+}
+
+template <class Element, Features kFeatures>
+void launch_row_loss_with(const char* op, const RowArguments& arguments, const DeviceLimits& device, Stream stream) {
+  const RowPlan plan = plan_rows(arguments.n_columns, int(sizeof(Element)), arguments.n_ids, device);
+  const auto start = [&](void (*kernel)(RowArguments)) {
+    launch_persistent(op, kernel, plan, arguments, device, stream);
+  };
   switch (plan.residence) {
-    case Residence::registers:
-      return launch(op, row_loss_kernel<Element, Residence::registers, kFeatures>, shape, stream, arguments);
-    case Residence::shared:
-      return launch(op, row_loss_kernel<Element, Residence::shared, kFeatures>, shape, stream, arguments);
-    case Residence::clusters:
-      return launch(op, row_loss_kernel<Element, Residence::clusters, kFeatures>, shape, stream, arguments);
-    case Residence::streamed:
-      return launch(op, row_loss_kernel<Element, Residence::streamed, kFeatures>, shape, stream, arguments);
+    case Residence::registers: return start(row_loss_kernel<Element, Residence::registers, kFeatures>);
+    case Residence::shared: return start(row_loss_kernel<Element, Residence::shared, kFeatures>);
+    case Residence::clusters: return start(row_loss_kernel<Element, Residence::clusters, kFeatures>);
+    case Residence::streamed: return start(row_loss_kernel<Element, Residence::streamed, kFeatures>);
   }
 }
 
@@ -80,6 +109,6 @@ void launch_scale_rows(const char* op, RowArguments arguments, const DeviceLimit
 
 template <class Element>
 constexpr SoftmaxRowsLaunchers kSoftmaxRowsLaunchers = {launch_row_loss<Element>, launch_row_gradient<Element>,
-                                                       launch_scale_rows<Element>};
+                                                        launch_scale_rows<Element>};
 
 }  // namespace ava

@@ -106,9 +106,9 @@ __device__ __forceinline__ RowStatistics<Real> merge_lanes(RowStatistics<Real> m
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     const RowStatistics<Real> other{
-        __shfl_xor_sync(kWholeWarp, mine.max, offset),      __shfl_xor_sync(kWholeWarp, mine.argmax, offset),
-        __shfl_xor_sync(kWholeWarp, mine.rest, offset),     __shfl_xor_sync(kWholeWarp, mine.weighted, offset),
-        __shfl_xor_sync(kWholeWarp, mine.sum, offset),      __shfl_xor_sync(kWholeWarp, mine.count, offset)};
+        __shfl_xor_sync(kWholeWarp, mine.max, offset),  __shfl_xor_sync(kWholeWarp, mine.argmax, offset),
+        __shfl_xor_sync(kWholeWarp, mine.rest, offset), __shfl_xor_sync(kWholeWarp, mine.weighted, offset),
+        __shfl_xor_sync(kWholeWarp, mine.sum, offset),  __shfl_xor_sync(kWholeWarp, mine.count, offset)};
     mine = merge(mine, other, inverse_temperature);
   }
   return mine;

@@ -1,9 +1,9 @@
-// Which kernel a row is for: by its length, its type and the device, never by the number of rows, so that a row's result
-// does not depend on that.
+// Which kernel a row is for: by its length, its type and the device, never by the number of rows, so that a row's
+// result does not depend on that.
 //
 // Bytes under way hide the memory's latency: on an H200 4.3 TB/s times 0.7 us over 132 multiprocessors are 23 KB, which
-// any part of a long row exceeds. What is scarce is *overlap*: while a part is summed, or waits at a barrier, it asks for
-// nothing. So two to four parts on a multiprocessor, at different stages, come before one large one.
+// any part of a long row exceeds. What is scarce is *overlap*: while a part is summed, or waits at a barrier, it asks
+// for nothing. So two to four parts on a multiprocessor, at different stages, come before one large one.
 #pragma once
 #include "softmax_rows_core.cuh"
 
@@ -17,11 +17,10 @@ struct RowPlan {
   int blocks_per_multiprocessor;
   size_t shared_bytes;
 
-  // Persistent: a block takes one row after another and reads the next while it writes the last.
-  int64_t n_blocks(int64_t n_rows, const DeviceLimits& device) const {
-    const int64_t at_once = int64_t(device.n_multiprocessors) * blocks_per_multiprocessor / cluster_size;
-    const int64_t clusters = at_once > 1 ? at_once : 1;
-    return (n_rows < clusters ? n_rows : clusters) * cluster_size;
+  // Clusters that work at the same time, as far as shared memory and registers go.
+  int clusters_at_once(const DeviceLimits& device) const {
+    const int at_once = device.n_multiprocessors * blocks_per_multiprocessor / cluster_size;
+    return at_once > 1 ? at_once : 1;
   }
 };
 

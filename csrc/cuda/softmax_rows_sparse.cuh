@@ -167,9 +167,9 @@ __device__ __forceinline__ void write_entries(const RowArguments& a, const Spars
     const Real probability = exp_of(u) / (1 + row.rest);
     const Real gradient =
         sparse_gradient(row, scratch->evaluation.coefficients, is_argmax, u, probability, own, others);
-    store(column, u == Real(-INFINITY) ? Real(0)
-                                       : gradient * (1 / options.temperature) *
-                                             scalar_cap_slope(a, options, entries[k].logit));
+    store(column, u == Real(-INFINITY)
+                      ? Real(0)
+                      : gradient * (1 / options.temperature) * scalar_cap_slope(a, options, entries[k].logit));
   }
 }
 
@@ -179,8 +179,7 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, c
                                            const RowScratch<Real>* scratch, int lane) {
   const RowEvaluation<Real>& evaluation = scratch->evaluation;
   auto* terms = static_cast<Real*>(a.row_terms);
-  Real total =
-      evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
+  Real total = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
   for (int group = 0, first = 1; group < a.n_groups; ++group) {
     const int last = first + a.group_sizes[group];
     Real penalty = 0;
@@ -238,8 +237,7 @@ __device__ __forceinline__ void write_nothing(const RowArguments& a, int64_t row
       static_cast<Real*>(a.row_terms)[term * a.n_rows + row] = 0;
   if (lane == 0 && a.statistics) static_cast<RowStatistics<Real>*>(a.statistics)[row] = empty_statistics<Real>();
   if (a.row_coefficients)
-    for (int k = lane; k < 5 + a.n_ids; k += 32)
-      static_cast<Real*>(a.row_coefficients)[row * (5 + a.n_ids) + k] = 0;
+    for (int k = lane; k < 5 + a.n_ids; k += 32) static_cast<Real*>(a.row_coefficients)[row * (5 + a.n_ids) + k] = 0;
   if (a.summaries && lane < 4) static_cast<Real*>(a.summaries)[lane * a.n_rows + row] = 0;
   if (a.id_log_probs)
     for (int k = lane; k < a.n_ids; k += 32) static_cast<Real*>(a.id_log_probs)[row * a.n_ids + k] = 0;

@@ -31,11 +31,15 @@
 //   emulated_types.h          keywords, dim3, uint4, __half, __nv_bfloat16
 //   emulated_intrinsics.h     shuffles, votes, atomics, conversions, fast-math
 //   emulated_primitives.h     the emulated csrc/cuda/primitives.cuh        emulated_launch.h: csrc/cuda/launch.h
-//   device.h, device.cpp      the device: launches, scheduler, barriers, warps, shared memory
+//   device.h, device.cpp      the device: launches, scheduler, barriers, warps, copies; threads.h: what it keeps of each
+//   shared_memory.h           the shared memory of a block, its red zones
 //   fiber.h                   one flow of control: stacks, switching, what the sanitizers are told
+//   python_interface.cpp      for tests/emulated_cuda.py, which makes the kernels operators
+//   test_*.cpp                C++ tests of the device and of the kernels (schedules.h); kernels/row_sum.cuh: one that
+//                             uses the whole dialect, for the tests and for tests/test_cuda_mutants.py to break
 //
-// Kernels want -Wno-unknown-pragmas, for #pragma unroll. device.cpp is compiled without -fsanitize=thread (it switches the stacks under ThreadSanitizer's feet) but with
-// -DAVA_EMULATOR_TSAN where the rest of the program has it.
+// Kernels want -Wno-unknown-pragmas, for #pragma unroll. device.cpp is compiled without -fsanitize=thread (it switches
+// the stacks under ThreadSanitizer's feet) but with -DAVA_EMULATOR_TSAN where the rest of the program has it.
 #pragma once
 #ifdef __CUDACC__
 #error "the emulator is for the host compiler; nvcc takes CUDA's own headers"

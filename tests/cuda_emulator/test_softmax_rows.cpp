@@ -1,6 +1,6 @@
-// The CUDA kernels of rows of logits against the float64 formulas of csrc/softmax_rows.h, in every residence: registers,
-// shared memory, clusters of 2, 4 and 8 blocks, streamed. Buffers end where the rows end, so that AddressSanitizer sees
-// one element too many; rows start at any element.
+// The CUDA kernels of rows of logits against the float64 formulas of csrc/softmax_rows.h, in every residence:
+// registers, shared memory, clusters of 2, 4 and 8 blocks, streamed. Buffers end where the rows end, so that
+// AddressSanitizer sees one element too many; rows start at any element.
 #include <algorithm>
 #include <memory>
 #include <random>
@@ -58,7 +58,8 @@ Problem make_problem(const Shape& shape, int flags, uint64_t seed) {
   problem.flags = flags;
   for (int row = 0; row < kRows; ++row) {
     std::vector<float> logits(vocab_size);
-    for (float& x : logits) x = to_float(from_float<Element>(random() % 9 == 0 && row % 2 ? -INFINITY : normal(random)));
+    for (float& x : logits)
+      x = to_float(from_float<Element>(random() % 9 == 0 && row % 2 ? -INFINITY : normal(random)));
     const int32_t peak = column(), target = row == 2 ? peak : column();
     logits[peak] = to_float(from_float<Element>(row == 1 ? 40.f : 9.f));
     if (logits[target] == -INFINITY) logits[target] = 0;
@@ -83,8 +84,8 @@ Expected expected_row(const Problem& problem, int row_index) {
   Expected expected{0, std::vector<double>(vocab_size, 0)};
   if (target < 0) return expected;
   const RowOptions<float>& o = problem.options;
-  const RowOptions<double> options{o.temperature, o.label_smoothing, o.focal_alpha, o.focal_gamma, o.z_loss_weight,
-                                   o.confidence_penalty_weight, o.softcap};
+  const RowOptions<double> options{o.temperature,   o.label_smoothing,           o.focal_alpha, o.focal_gamma,
+                                   o.z_loss_weight, o.confidence_penalty_weight, o.softcap};
   const bool is_capped = problem.flags & kSoftcap;
   const auto capped = [&](double x) {
     return is_capped && x > -INFINITY ? options.softcap * std::tanh(x / options.softcap) : x;
@@ -216,7 +217,7 @@ void test_plans() {
     EXPECT(plan.shared_bytes <= size_t(device.shared_per_block));
     EXPECT(plan.n_threads % 32 == 0 && plan.n_threads >= 32 && plan.n_threads <= 1024);
     EXPECT(int64_t(plan.capacity) * cluster_size * 16 >= int64_t(n_columns) * element_bytes);
-    EXPECT(plan.n_blocks(1, device) == cluster_size);
+    EXPECT(plan.clusters_at_once(device) >= 1);
   };
   expect_plan(kH200, 4000, 2, Residence::registers, 1);
   expect_plan(kH200, 32000, 2, Residence::shared, 1);

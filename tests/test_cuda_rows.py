@@ -1,0 +1,227 @@
+"""The CUDA row kernels, emulated, on devices of every kind: rows that stay in registers, in shared memory, in clusters
+of 2, 4 and 8 blocks, and rows that fit nowhere. Other files run the same kernels on one device only.
+
+tests/cuda_emulator/test_softmax_rows.cpp holds the plans of these devices, and of an H200, against what is named here.
+"""
+
+import math
+
+import emulated_cuda
+import pytest
+import torch
+from assertions import assert_bitwise_equal, assert_within
+from hypothesis import given, settings
+from row_oracle import expected_row_loss
+from strategies import row_problems
+from test_softmax_rows import assert_right, fused, in_place, split
+
+from ava_ext import reference
+from ava_ext.ops.softmax_rows import RowTerms, row_coefficients
+
+pytestmark = pytest.mark.skipif(not emulated_cuda.AVAILABLE, reason="the emulator needs x86-64")
+ops = torch.ops.ava_ext
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EVERY_TERM = int(sum(RowTerms) - RowTerms.SOFTCAP)
+
+
+def device_of(shared_per_block, largest_cluster):
+    return {
+        "n_multiprocessors": 1,
+        "shared_per_multiprocessor": 2 * shared_per_block,
+        "shared_per_block": shared_per_block,
+        "shared_reserved_per_block": 0,
+        "largest_cluster": largest_cluster,
+    }
+
+
+# where the kernels keep a row of so many bytes and more: a device, and the bytes
+REGISTERS = device_of(227 * 1024, 8), 4
+SHARED = device_of(8192, 1), 600
+CLUSTERS_OF_2 = device_of(4096, 8), 3400
+CLUSTERS_OF_4 = device_of(6144, 8), 8900
+CLUSTERS_OF_8 = device_of(10240, 8), 28000
+STREAMED = device_of(4096, 1), 3700
+DEVICES = {
+    "registers": REGISTERS,
+    "shared": SHARED,
+    "clusters of 2": CLUSTERS_OF_2,
+    "clusters of 4": CLUSTERS_OF_4,
+    "clusters of 8": CLUSTERS_OF_8,
+    "streamed": STREAMED,
+}
+
+
+@pytest.fixture(params=DEVICES)
+def bytes_of_a_row(request):
+    """The emulated kernels in place, on one of the devices."""
+    limits, n_bytes = DEVICES[request.param]
+    emulated_cuda.set_schedule("random", len(request.param))
+    with emulated_cuda.kernels_in_place(), emulated_cuda.device_limits(**limits):
+        yield n_bytes
+
+
+def rows_of(n_bytes, dtype, n_rows=3, seed=0):
+    n_columns = n_bytes // dtype.itemsize + 5
+    return (torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+
+
+def loss_and_gradient(logits, targets, terms=1, ids=None, weights=None, vocab_size=None, **options):
+    options = {"label_smoothing": 0.1, "z_loss_weight": 0.1, "confidence_penalty_weight": 0.1, **options}
+    groups = [] if ids is None else [ids.shape[-1]]
+    loss, _, gradient, *_ = ops.row_loss(
+        logits, targets, row_coefficients(logits, **options), None, ids, weights, groups, int(terms),
+        vocab_size or logits.shape[-1], -100, True, False,
+    )  # fmt: skip
+    return loss, gradient
+
+
+@pytest.mark.parametrize("name", ["registers", "shared", "clusters of 2", "streamed"])
+@settings(max_examples=12)
+@given(problem=row_problems(vocabularies=[1, 3, 64, 255, 513, 1025, 1500, 2500]))
+def test_every_way_to_the_gradient_on_every_device(name, problem):
+    expected = expected_row_loss(problem)
+    with emulated_cuda.kernels_in_place(), emulated_cuda.device_limits(**DEVICES[name][0]):
+        assert_right(problem, fused(problem), expected, "fused")
+        assert_right(problem, split(problem), expected, "split")
+        if not problem.is_expanded:
+            assert_right(problem, in_place(problem, "row_loss_"), expected, "row_loss_")
+            assert_right(problem, in_place(problem, "row_gradient_"), expected, "row_gradient_")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", [1, EVERY_TERM, int(RowTerms.CROSS_ENTROPY | RowTerms.SOFTCAP)])
+def test_against_pytorch(bytes_of_a_row, dtype, terms):
+    """The loss, and the gradient apart from the target's entry, which would hide all others in a norm."""
+    logits = rows_of(bytes_of_a_row, dtype)
+    n_columns = logits.shape[-1]
+    targets = torch.tensor([0, n_columns - 1, int(logits[2].argmax())])
+    options = {"label_smoothing": 0.1, "confidence_penalty_weight": 0.1, "logit_softcap": 9.0, "temperature": 0.9}
+    loss, gradient = loss_and_gradient(logits, targets, terms, focal_gamma=1.5, **options)
+    x = logits.double().requires_grad_()
+    softcap = 9.0 if terms & RowTerms.SOFTCAP else None
+    z = reference.effective_logits(x, temperature=0.9, logit_softcap=softcap, vocab_size=n_columns)
+    expected = reference.negative_log_likelihood(z, targets)
+    if terms == EVERY_TERM:
+        hard = reference.focal(z, targets, 1.0, 1.5)
+        expected = reference.smoothed(hard, z, 0.1, "exclude_target") + 0.1 * reference.z_loss(z)
+        expected = expected + 0.1 * reference.confidence_penalty(z)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
+    assert_within(loss, expected.detach(), 2e-6 * expected.detach().abs(), "loss")
+    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+    smallest = 6e-8 if dtype == torch.float16 else 1e-12
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(-1, targets[:, None], False)
+    size = expected_gradient.abs().masked_fill(~others, 0).amax(-1, keepdim=True)
+    bound = rounding * expected_gradient.abs() + 1e-6 * size + smallest
+    assert_within(gradient, expected_gradient, bound, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", [1, EVERY_TERM])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_never_hidden(bytes_of_a_row, dtype, terms, value):
+    logits = rows_of(bytes_of_a_row, dtype)
+    n_columns = logits.shape[-1]
+    for column in (0, n_columns // 2, n_columns - 1):
+        spoiled = logits.clone()
+        spoiled[1, column] = value
+        loss, gradient = loss_and_gradient(spoiled, torch.tensor([0, 0, 0]), terms)
+        assert loss.isnan().tolist() == [False, True, False]
+        assert gradient[1].isnan().all() and gradient[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_rows_of_the_lowest_number(bytes_of_a_row, dtype):
+    """All finfo.min: uniform. One other: sure of it. Masked columns beside them count for nothing."""
+    logits = torch.full_like(rows_of(bytes_of_a_row, dtype), torch.finfo(dtype).min)
+    n_columns = logits.shape[-1]
+    logits[1, 2] = 0
+    logits[2, 4:] = -math.inf
+    for terms, n in ((1, n_columns), (int(RowTerms.CROSS_ENTROPY | RowTerms.CONFIDENCE_PENALTY), n_columns)):
+        loss, gradient = loss_and_gradient(logits, torch.tensor([2, 2, 2]), terms, confidence_penalty_weight=0.0)
+        torch.testing.assert_close(loss.double(), torch.tensor([math.log(n), 0.0, math.log(4)]).double())
+        expected = torch.zeros_like(logits, dtype=torch.float64)
+        expected[0] = 1 / n
+        expected[0, 2] -= 1
+        expected[2, :4] = 0.25
+        expected[2, 2] -= 1
+        torch.testing.assert_close(gradient.double(), expected, rtol=torch.finfo(dtype).eps + 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gap", [16.0, 80.0])
+def test_a_sure_repetition_is_exact(bytes_of_a_row, gap):
+    """-w log(1 - p) of the candidate that leads by `gap`, where 1 - p is far below the resolution of float32."""
+    logits = -rows_of(bytes_of_a_row, torch.float32, seed=1).abs() / 8
+    n_columns = logits.shape[-1]
+    places = torch.tensor([0, n_columns // 2, n_columns - 1])
+    logits[range(3), places] = gap
+    ids = torch.stack([places, torch.full((3,), -1), places, (places + 2) % n_columns], -1).int()
+    weights = torch.tensor([0.5, 9.0, 1.5, 1.0]).expand(3, 4).contiguous()
+    loss, gradient = loss_and_gradient(logits, (places + 1) % n_columns, 0, ids, weights)
+    x = logits.double().requires_grad_()
+    expected = 2 * reference.softplus(reference.log_odds(x, places))
+    expected = expected + reference.softplus(reference.log_odds(x, (places + 2) % n_columns))
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
+    assert_within(loss, expected.detach(), 2e-6 * expected.detach(), "penalty")
+    tolerance = 1e-6 + gap * 2**-23
+    assert_within(gradient, expected_gradient, tolerance * expected_gradient.abs() + 1e-37, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitwise_the_same_alone_among_many_and_in_any_order(bytes_of_a_row, dtype):
+    logits = rows_of(bytes_of_a_row, dtype, n_rows=7)
+    targets = torch.arange(7) % 5
+    results = []
+    for order, seed in (("forward", 0), ("reverse", 0), ("random", 1)):
+        emulated_cuda.set_schedule(order, seed)
+        results.append(loss_and_gradient(logits, targets, EVERY_TERM))
+    for loss, gradient in results:
+        assert_bitwise_equal(loss, results[0][0])
+        assert_bitwise_equal(gradient, results[0][1])
+    for row in (0, 5):
+        loss, gradient = loss_and_gradient(logits[row : row + 1], targets[row : row + 1], EVERY_TERM)
+        assert_bitwise_equal(loss, results[0][0][row : row + 1])
+        assert_bitwise_equal(gradient, results[0][1][row : row + 1])
+    targets[1::2] = -100
+    loss, gradient = loss_and_gradient(logits, targets, EVERY_TERM)
+    assert_bitwise_equal(gradient[::2], results[0][1][::2])
+    assert not loss[1::2].any() and not gradient[1::2].any()
+
+
+def test_ignored_rows_are_not_looked_at(bytes_of_a_row):
+    logits = rows_of(bytes_of_a_row, torch.bfloat16)
+    logits[1] = math.nan
+    targets = torch.tensor([0, -100, 1])
+    loss, gradient = loss_and_gradient(logits, targets, EVERY_TERM)
+    assert loss[1] == 0 and not gradient[1].any() and loss.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_scale_rows(bytes_of_a_row, dtype):
+    """Rows at any alignment; a factor of 1 leaves every bit, those of a nan too."""
+    rows = rows_of(bytes_of_a_row, dtype, n_rows=4)[:, 1:-2]
+    factors = torch.tensor([1.0, 0.0, -2.0, 0.3]).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    rows[0, 0] = math.nan
+    expected = (rows.to(factors.dtype) * factors[:, None]).to(dtype)
+    ops.scale_rows_(rows, factors)
+    assert_bitwise_equal(rows, expected)
+
+
+@pytest.mark.parametrize("target", [9, -1, 2**32 - 1, -(2**40)])
+def test_target_out_of_range_is_a_device_assert(target):
+    logits, targets = torch.zeros(3, 10), torch.tensor([0, target, 1])
+    with emulated_cuda.kernels_in_place():
+        with pytest.raises(RuntimeError, match=r"expected targets in \[0, vocab_size\) or ignore_index"):
+            loss_and_gradient(logits, targets, vocab_size=9)
+        with pytest.raises(RuntimeError, match=r"expected ids in \[0, vocab_size\) or -1"):
+            loss_and_gradient(logits, torch.zeros(3).long(), 1, torch.full((3, 1), 10).int(), torch.ones(3, 1))
+
+
+def test_more_groups_and_ids_than_there_is_room_for():
+    logits, targets, coefficients = torch.zeros(1, 5), torch.zeros(1).long(), row_coefficients(torch.zeros(1))
+    with emulated_cuda.kernels_in_place():
+        ids, weights = torch.zeros(1, 40).int(), torch.ones(1, 40)
+        arguments = (targets, coefficients, None, ids, weights)
+        with pytest.raises(RuntimeError, match="row_loss: expected at most 32 groups of candidates, got 40"):
+            ops.row_loss(logits, *arguments, [1] * 40, 1, 5, -100, True, False)
+        with pytest.raises(RuntimeError, match="row_statistics: expected at most 1024 ids for a row, got 1025"):
+            ops.row_statistics(logits, torch.zeros(1, 1025).int(), None, coefficients, 128, 5)
