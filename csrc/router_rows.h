@@ -92,6 +92,12 @@ AVA_HOST_DEVICE bool ranks_before(Real score, int64_t expert, Real other_score, 
   return expert < other;
 }
 
+// The same order as one number: a larger rank goes first, of equals the lower index. Above INT32_MIN.
+AVA_HOST_DEVICE int32_t rank_of(float score) {
+  const int32_t bits = int32_t(float_to_bits(score + 0.f));  // -0 is 0
+  return score != score ? INT32_MAX : bits ^ (bits >> 31 & INT32_MAX);
+}
+
 // The k best of n_experts scores, best first; k <= n_experts.
 template <class Real, class ScoreOf>
 AVA_HOST_DEVICE void choose(int64_t n_experts, int64_t k, ScoreOf score_of, int32_t* chosen) {

@@ -24,9 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "cuda_gates"
 ARCHITECTURES = ["80", "90", "100"]
-# torch-free, one for each type of logits; float64 is simple, not fast, but must not spill either
-ROW_KERNELS = re.compile(r"softmax_rows_(float32|bfloat16|float16|float64)$")
-WIDE = re.compile(r"(row_loss|row_gradient|scale_rows)_kernel")  # those that must move 16 bytes at a time
+# one for each type of logits; float64 is simple, not fast, but must not spill either
+ROW_KERNELS = re.compile(r"(softmax_rows_(float32|bfloat16|float16|float64)|router_rows)$")
+WIDE = re.compile(r"(row_loss|row_gradient|scale_rows|\d+router_gradient)_kernel")  # those that must move 16 bytes at a time
 # Residence::clusters, by its mangled value: below sm_90, where no plan asks for it, nothing but a trap
 CLUSTERS = re.compile(r"row_loss_kernel.*ResidenceE2E")
 

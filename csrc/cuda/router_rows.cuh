@@ -11,7 +11,7 @@
 #include <algorithm>
 
 #include "../row_layout.h"
-#include "router_rows_lanes.cuh"
+#include "router_rows_kernels.cuh"
 #include "router_rows_wide.cuh"
 
 namespace ava {

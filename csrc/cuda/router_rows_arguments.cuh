@@ -98,23 +98,4 @@ struct RouterGroupSums {
   int64_t* n_rows;    // [n_groups]
 };
 
-// Whether one of the best experts is taken before another; starts with none.
-template <class Real>
-struct BestExpert {
-  Real score = Real(-INFINITY);
-  int32_t expert = 0x7fffffff;
-
-  __device__ void offer(Real other_score, int32_t other) {
-    if (ranks_before(other_score, other, score, expert)) score = other_score, expert = other;
-  }
-  // of the lanes that differ in the bits below n_lanes, in all of them
-  __device__ void merge_lanes(int n_lanes) {
-    for (int offset = n_lanes / 2; offset > 0; offset /= 2) {
-      const Real other_score = __shfl_xor_sync(kWholeWarp, score, offset);
-      const int32_t other = __shfl_xor_sync(kWholeWarp, expert, offset);
-      offer(other_score, other);
-    }
-  }
-};
-
 }  // namespace ava

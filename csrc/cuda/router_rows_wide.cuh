@@ -5,6 +5,26 @@
 
 namespace ava {
 
+// The best of the experts that were offered.
+template <class Real>
+struct BestExpert {
+  Real score = Real(-INFINITY);
+  int32_t expert = 0x7fffffff;
+
+  __device__ void offer(Real other_score, int32_t other) {
+    if (ranks_before(other_score, other, score, expert)) score = other_score, expert = other;
+  }
+  // of the warp, in every lane
+  __device__ void merge_lanes() {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const Real other_score = __shfl_xor_sync(kWholeWarp, score, offset);
+      const int32_t other = __shfl_xor_sync(kWholeWarp, expert, offset);
+      offer(other_score, other);
+    }
+  }
+};
+
 // One row, as the lanes of a warp see it.
 template <class Element, bool kSigmoid>
 class WideRouter {
@@ -45,7 +65,7 @@ class WideRouter {
         const Real score = bias ? exp_of(effective(expert) - measured.row.max) * scale + bias[expert] : logit(expert);
         if (slot == 0 || ranks_before(before.score, before.expert, score, expert)) best.offer(score, int32_t(expert));
       }
-      best.merge_lanes(32);
+      best.merge_lanes();
       if (lane_ == 0) a_.choice[(layer_ * a_.n_rows + row_) * a_.k + slot] = counts ? best.expert : -1;
       before = best;
     }
@@ -121,7 +141,7 @@ class WideRouter {
 
 // A warp to a row, in the order of the slots.
 template <class Element, bool kSigmoid>
-__global__ void __launch_bounds__(kRouterThreads)
+__global__ void __launch_bounds__(kRouterThreads, 1)
     wide_router_rows_kernel(const RouterArguments<RealOf<Element>> arguments) {
   const int64_t layer = arguments.first_layer + blockIdx.y;
   const RouterSlot slot = arguments.rows_of_slot(blockIdx.x);
@@ -138,7 +158,7 @@ __global__ void __launch_bounds__(kRouterThreads)
 
 // Sums of a slot, a thread to an expert; the first one of all also adds what is one number per row.
 template <class Element, bool kSigmoid>
-__global__ void __launch_bounds__(kRouterThreads)
+__global__ void __launch_bounds__(kRouterThreads, 1)
     wide_router_sums_kernel(const RouterArguments<RealOf<Element>> arguments) {
   using Real = RealOf<Element>;
   const int64_t layer = arguments.first_layer + blockIdx.y, n_experts = arguments.n_experts;
@@ -182,7 +202,7 @@ __global__ void __launch_bounds__(kRouterThreads)
 }
 
 template <class Element, bool kSigmoid>
-__global__ void __launch_bounds__(kRouterThreads)
+__global__ void __launch_bounds__(kRouterThreads, 1)
     wide_router_gradient_kernel(const RouterArguments<RealOf<Element>> arguments) {
   using Real = RealOf<Element>;
   const int64_t layer = arguments.first_layer + blockIdx.y;
