@@ -1,9 +1,10 @@
-// Argument checks of router_statistics and router_gradient.
+// Argument checks of router_statistics and router_gradient, and where their rows are.
 #pragma once
 #include <optional>
 #include <vector>
 
 #include "checks.h"
+#include "row_layout.h"
 
 namespace ava {
 
@@ -43,6 +44,24 @@ inline RouterShape check_gate_logits(const char* op, const std::vector<Tensor>& 
   STD_TORCH_CHECK(shape.n_experts >= 1 && shape.n_experts < (int64_t(1) << 24), op,
                   ": expected a number of experts in [1, 2^24), got ", shape.n_experts);
   return shape;
+}
+
+// of the rows of one layer, [..., n_experts] behind the first dimension
+inline RowLayout layout_of_layer(const Tensor& layers) {
+  RowLayout layout{};
+  for (int64_t dim = 1; dim + 1 < layers.dim(); ++dim) {
+    const int64_t size = layers.size(dim), stride = layers.stride(dim);
+    if (size == 1) continue;
+    int& n = layout.n_dims;
+    if (n > 0 && layout.strides[n - 1] == size * stride) {
+      layout.sizes[n - 1] *= size, layout.strides[n - 1] = stride;
+      continue;
+    }
+    STD_TORCH_CHECK(n < kMostLeadingDims, "expected gate_logits with at most ", kMostLeadingDims, " leading strides");
+    layout.sizes[n] = size, layout.strides[n] = stride;
+    ++n;
+  }
+  return layout;
 }
 
 inline void check_router_rows(const char* op, const RouterShape& shape, const std::optional<Tensor>& expert_indices,

@@ -12,8 +12,7 @@ from ava_ext.ops import without_kernels
 
 NO_TENSORS = {"cpu_capability", "cuda_version", "has_bfloat16_products"}  # about the library itself
 CPU_ONLY = {"add_weight_gradient_"}  # on a GPU, cuBLAS does it
-# no CUDA kernel yet: see ava_ext/ops/without_kernels.py
-WITHOUT_KERNEL = {"router_statistics", "router_gradient"}
+WITHOUT_KERNEL: set[str] = set()  # no CUDA kernel yet: see ava_ext/ops/without_kernels.py
 
 needs_emulator = pytest.mark.skipif(not emulated_cuda.AVAILABLE, reason="the emulator needs x86-64")
 

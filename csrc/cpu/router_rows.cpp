@@ -28,24 +28,6 @@ const RouterRowsKernels& router_kernels() {
   return router_rows_portable;
 }
 
-// of the rows of one layer, [..., n_experts] behind the first dimension
-RowLayout layout_of_layer(const Tensor& layers) {
-  RowLayout layout{};
-  for (int64_t dim = 1; dim + 1 < layers.dim(); ++dim) {
-    const int64_t size = layers.size(dim), stride = layers.stride(dim);
-    if (size == 1) continue;
-    int& n = layout.n_dims;
-    if (n > 0 && layout.strides[n - 1] == size * stride) {
-      layout.sizes[n - 1] *= size, layout.strides[n - 1] = stride;
-      continue;
-    }
-    STD_TORCH_CHECK(n < kMostLeadingDims, "expected gate_logits with at most ", kMostLeadingDims, " leading strides");
-    layout.sizes[n] = size, layout.strides[n] = stride;
-    ++n;
-  }
-  return layout;
-}
-
 // What both operators are given, and the blocks to run.
 struct RouterRows {
   RouterRowsArguments arguments{};
