@@ -140,10 +140,12 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         size = p * (probability_size + entropy_size.unsqueeze(-1) * (u.abs() + mean_u.abs()))
         size = size + (own + constant_size.unsqueeze(-1)) * present
         cap_slope = 1 - torch.tanh(logits / cap).square().nan_to_num() if on[RowTerms.SOFTCAP] else torch.ones(())
-        of_oracle = 2.0**-48 * entropy_size  # autograd's own, of the derivative of the entropy at the maximum
+        # the derivative of the entropy at the maximum: autograd's own rounding, and that of u where a kernel takes it
+        # from one multiply-add, z - largest with the product unrounded, and subtracts what that leaves at the maximum
+        of_entropy = 2.0**-48 * (1 + largest.abs()) * entropy_size
         grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
         underflow = (0.0 if is_float64 else 2e-38) * (1 + probability_size + entropy_size.unsqueeze(-1) * 100)
-        grad_bound = grad_bound + (underflow + of_oracle.unsqueeze(-1)) * present
+        grad_bound = grad_bound + (underflow + of_entropy.unsqueeze(-1)) * present
         grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature
     return Expected(row_loss.detach(), row_loss_bound, row_terms, row_terms_bound, grad_logits, grad_bound)
 
