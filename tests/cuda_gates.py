@@ -26,7 +26,8 @@ FOLDER = ROOT / "build" / "cuda_gates"
 ARCHITECTURES = ["80", "90", "100"]
 # one for each type of logits; float64 is simple, not fast, but must not spill either
 ROW_KERNELS = re.compile(r"(softmax_rows_(float32|bfloat16|float16|float64)|router_rows)$")
-WIDE = re.compile(r"(row_loss|row_gradient|scale_rows|\d+router_gradient)_kernel")  # those that must move 16 bytes at a time
+# those that must move 16 bytes at a time
+WIDE = re.compile(r"(row_loss|row_gradient|scale_rows|\d+router_gradient)_kernel")
 # Residence::clusters, by its mangled value: below sm_90, where no plan asks for it, nothing but a trap
 CLUSTERS = re.compile(r"row_loss_kernel.*ResidenceE2E")
 
