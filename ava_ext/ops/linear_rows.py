@@ -19,6 +19,7 @@ from ava_ext.ops.softmax_rows import (
     RowLoss,
     RowTerms,
     accumulation_dtype,
+    check_constants,
     graph_is_kept,
     without_second_derivative,
 )
@@ -131,15 +132,7 @@ def linear_row_loss(
         >>> loss.backward()
     """
     logits.check("linear_row_loss")
-    for name, tensor in (
-        ("coefficients", coefficients),
-        ("row_weights", row_weights),
-        ("candidate weights", candidates.weights if candidates else None),
-    ):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"linear_row_loss: expected {name} without requires_grad: no gradient is computed for them"
-            )
+    check_constants("linear_row_loss", coefficients, row_weights, candidates)
     rows, n_columns = logits.shape[:-1], logits.shape[-1]
     if targets.shape != rows:
         raise ValueError(f"linear_row_loss: expected targets of shape {list(rows)}, got {list(targets.shape)}")

@@ -127,13 +127,7 @@ def row_loss(
         >>> loss = row_loss(logits, targets, row_coefficients(logits)).row_loss.sum()
         >>> loss.backward()
     """
-    for name, tensor in (
-        ("coefficients", coefficients),
-        ("row_weights", row_weights),
-        ("candidate weights", candidates.weights if candidates else None),
-    ):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"row_loss: expected {name} without requires_grad: no gradient is computed for them")
+    check_constants("row_loss", coefficients, row_weights, candidates)
     if targets.dtype != torch.int64:
         targets = targets.long()
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
@@ -166,6 +160,22 @@ def row_loss(
     split = inplace_gradient or logits.dtype == torch.float16
     tensors, options = arguments[:6], (*arguments[6:], not split, split)
     return RowLoss(*_RowLoss.apply(*tensors, options, inplace_gradient)[:2])
+
+
+def check_constants(
+    owner: str,
+    coefficients: Tensor,  # [7]
+    row_weights: Tensor | None,  # [...]
+    candidates: Candidates | None,
+) -> None:
+    """Raises ValueError where one of them requires grad, which it would not get; owner begins the message."""
+    for name, tensor in (
+        ("coefficients", coefficients),
+        ("row_weights", row_weights),
+        ("candidate weights", candidates.weights if candidates else None),
+    ):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for them")
 
 
 def _check_inplace(logits: Tensor) -> None:
