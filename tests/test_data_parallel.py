@@ -1,5 +1,6 @@
 """Two processes with half of the batch each do what one process does with all of it."""
 
+import gc
 import tempfile
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def worker(rank, folder, is_fused):
     half = slice(2 * rank, 2 * rank + 2)
     # as documented: N over all ranks, and the averaging of DistributedDataParallel undone by the world size
     torch.save(run(model, half, WORLD_SIZE), Path(folder) / f"{rank}.pt")
+    # the reducer of DistributedDataParallel must not be the last to hold the group: it would wait for the group's
+    # thread with the interpreter's lock in hand, for which that thread may be waiting
+    del model
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
