@@ -3,7 +3,7 @@
 #include <atomic>
 #include <tuple>
 
-#include "../checks.h"
+#include "../checks_rows.h"
 #include "../softmax_rows.h"
 #include "capability.h"
 #include "gradient_pool.h"
@@ -22,32 +22,6 @@ const SoftmaxRowsKernels& kernels() {
   }
 #endif
   return softmax_rows_portable;
-}
-
-// dimensions that follow each other in memory become one
-RowLayout layout_of(const Tensor& tensor) {
-  RowLayout layout{};
-  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
-    const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
-    if (size == 1) continue;
-    const int last = layout.n_dims - 1;
-    if (last >= 0 && layout.strides[last] == size * stride) {
-      layout.sizes[last] *= size;
-      layout.strides[last] = stride;
-      continue;
-    }
-    STD_TORCH_CHECK(layout.n_dims < kMostLeadingDims, "expected logits with at most ", kMostLeadingDims,
-                    " leading strides");
-    layout.sizes[layout.n_dims] = size;
-    layout.strides[layout.n_dims++] = stride;
-  }
-  return layout;
-}
-
-int64_t rows_of(const Tensor& logits) {
-  int64_t n_rows = 1;
-  for (int64_t dim = 0; dim + 1 < logits.dim(); ++dim) n_rows *= logits.size(dim);
-  return n_rows;
 }
 
 int64_t bytes_of(ElementType type) { return type == ElementType::f64 ? 8 : type == ElementType::f32 ? 4 : 2; }
@@ -84,7 +58,7 @@ SoftmaxRowsArguments row_arguments(const char* op, const Tensor& logits, const T
   arguments.flags = flags;
   arguments.options = coefficients.const_data_ptr();
   arguments.logits = logits.const_data_ptr();
-  arguments.logits_layout = layout_of(logits);
+  arguments.logits_layout = layout_of(op, logits);
   return arguments;
 }
 
@@ -103,9 +77,9 @@ void check_range(const char* op, const char* name, const Tensor& dense_ids, int6
   }
 }
 
-void write_gradient_to(SoftmaxRowsArguments& arguments, const Tensor& grad_logits) {
+void write_gradient_to(const char* op, SoftmaxRowsArguments& arguments, const Tensor& grad_logits) {
   arguments.grad_logits = grad_logits.mutable_data_ptr();
-  arguments.grad_layout = layout_of(grad_logits);
+  arguments.grad_layout = layout_of(op, grad_logits);
   // a gradient that will not be in the caches when it is wanted is written past them, which saves reading it first
   constexpr int64_t cached_bytes = int64_t(8) << 20;
   arguments.stream = arguments.grad_logits != arguments.logits &&
@@ -183,7 +157,7 @@ RowLossOutputs run_row_loss(const char* op,
     arguments.statistics = outputs.statistics.mutable_data_ptr();
     arguments.row_coefficients = outputs.row_coefficients.mutable_data_ptr();
   } else if (gradient != Gradient::none) {
-    write_gradient_to(arguments, outputs.grad_logits);
+    write_gradient_to(op, arguments, outputs.grad_logits);
   }
   for_rows(kernels().row_loss, arguments);
   return outputs;
@@ -268,7 +242,7 @@ void run_row_gradient(const char* op,
   }
   arguments.statistics = const_cast<void*>(dense_statistics.const_data_ptr());
   arguments.row_coefficients = const_cast<void*>(dense.const_data_ptr());
-  write_gradient_to(arguments, grad_logits);
+  write_gradient_to(op, arguments, grad_logits);
   for_rows(kernels().row_gradient, arguments);
 }
 
@@ -298,7 +272,7 @@ void scale_rows_(const Tensor& rows,       // [..., n_columns], last stride 1
   arguments.n_rows = rows_of(rows);
   arguments.row_weights = dense_factors.const_data_ptr();
   arguments.grad_logits = rows.mutable_data_ptr();
-  arguments.grad_layout = layout_of(rows);
+  arguments.grad_layout = layout_of("scale_rows_", rows);
   for_rows(kernels().scale_rows, arguments);
 }
 

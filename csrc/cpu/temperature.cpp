@@ -1,7 +1,7 @@
 // The adaptive temperature on the CPU: one call in place of some twenty operators on scalars.
 #include "../temperature.h"
 
-#include "../checks.h"
+#include "../checks_temperature.h"
 
 namespace ava {
 namespace {
@@ -12,13 +12,7 @@ void temperature_step_(const Tensor& value,         // []
                        const Tensor& pending_loss,  // []: sum of the losses since the last step; set to 0
                        const Tensor& pending_rows,  // []: of so many rows; set to 0
                        double initial, double gain, double low, double high) {
-  const char* op = "temperature_step_";
-  check_tensor(op, "value", value, {}, ScalarType::Float);
-  check_tensor(op, "history", history, {kHistory}, ScalarType::Float);
-  check_tensor(op, "count", count, {}, ScalarType::Long);
-  check_tensor(op, "pending_loss", pending_loss, {}, ScalarType::Float);
-  check_tensor(op, "pending_rows", pending_rows, {}, ScalarType::Float);
-  STD_TORCH_CHECK(history.is_contiguous(), op, ": expected a contiguous history");
+  check_temperature_step("temperature_step_", value, history, count, pending_loss, pending_rows);
   auto* loss_sum = static_cast<float*>(pending_loss.mutable_data_ptr());
   auto* n_rows = static_cast<float*>(pending_rows.mutable_data_ptr());
   *static_cast<float*>(value.mutable_data_ptr()) =

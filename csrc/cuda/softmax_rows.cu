@@ -2,7 +2,7 @@
 // device assert of the kernels, as in torch: nothing here waits for the device.
 #include <tuple>
 
-#include "../checks.h"
+#include "../checks_rows.h"
 #include "launch.h"
 #include "softmax_rows_kernels.h"
 
@@ -18,26 +18,6 @@ const SoftmaxRowsLaunchers& launchers(ElementType type) {
     case ElementType::f16: return softmax_rows_float16;
     default: return softmax_rows_float64;
   }
-}
-
-// dimensions that follow each other in memory become one
-RowLayout layout_of(const char* op, const Tensor& tensor) {
-  RowLayout layout{};
-  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
-    const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
-    if (size == 1) continue;
-    const int last = layout.n_dims - 1;
-    if (last >= 0 && layout.strides[last] == size * stride) {
-      layout.sizes[last] *= size;
-      layout.strides[last] = stride;
-      continue;
-    }
-    STD_TORCH_CHECK(layout.n_dims < kMostLeadingDims, op, ": expected logits with at most ", kMostLeadingDims,
-                    " leading strides");
-    layout.sizes[layout.n_dims] = size;
-    layout.strides[layout.n_dims++] = stride;
-  }
-  return layout;
 }
 
 void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
@@ -59,9 +39,7 @@ struct RowCall {
 
   RowCall(const char* op, const Tensor& logits, int64_t vocab_size) : op(op), logits(logits) {
     check_logits(op, logits, vocab_size);
-    int64_t n_rows = 1;
-    for (int64_t dim = 0; dim + 1 < logits.dim(); ++dim) n_rows *= logits.size(dim);
-    const int64_t n_columns = logits.size(logits.dim() - 1);
+    const int64_t n_rows = rows_of(logits), n_columns = logits.size(logits.dim() - 1);
     STD_TORCH_CHECK(n_rows < int64_t(1) << 31, op, ": expected fewer than 2^31 rows, got ", n_rows);
     STD_TORCH_CHECK(n_columns < int64_t(1) << 28, op, ": expected fewer than 2^28 columns, got ", n_columns);
     arguments.n_rows = n_rows;

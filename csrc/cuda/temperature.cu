@@ -1,7 +1,7 @@
 // The adaptive temperature on CUDA. The kernel is in temperature.cuh.
 #include "temperature.cuh"
 
-#include "../checks.h"
+#include "../checks_temperature.h"
 #include "launch.h"
 
 namespace ava {
@@ -14,12 +14,7 @@ void temperature_step_(const Tensor& value,         // []
                        const Tensor& pending_rows,  // []: of so many rows; set to 0
                        double initial, double gain, double low, double high) {
   const char* op = "temperature_step_";
-  check_tensor(op, "value", value, {}, ScalarType::Float);
-  check_tensor(op, "history", history, {kHistory}, ScalarType::Float);
-  check_tensor(op, "count", count, {}, ScalarType::Long);
-  check_tensor(op, "pending_loss", pending_loss, {}, ScalarType::Float);
-  check_tensor(op, "pending_rows", pending_rows, {}, ScalarType::Float);
-  STD_TORCH_CHECK(history.is_contiguous(), op, ": expected a contiguous history");
+  check_temperature_step(op, value, history, count, pending_loss, pending_rows);
   for (const Tensor& state : {history, count, pending_loss, pending_rows})
     STD_TORCH_CHECK(state.device() == value.device(), op, ": expected every buffer on one device");
   const DeviceScope device(value);
