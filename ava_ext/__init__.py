@@ -6,12 +6,11 @@ from ava_ext._library import build_info
 from ava_ext.components import METRICS
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.functional import linear_unified_loss
-from ava_ext.ops.linear_rows import LinearLogits, linear_row_loss
-from ava_ext.ops.linear_statistics import linear_softmax_statistics, linear_token_log_probs
+from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops import without_kernels as _without_kernels  # noqa: F401  registers what is missing
-from ava_ext.ops.repetition import repetition_candidates
+from ava_ext.ops.repetition import repetition_candidates, repetition_weights
 from ava_ext.ops.router_rows import RouterStatistics, router_statistics
-from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics, token_log_probs
 
 __all__ = [
@@ -19,18 +18,16 @@ __all__ = [
     "Candidates",
     "LinearLogits",
     "RouterStatistics",
-    "RowTerms",
+    "RowFlags",
     "SoftmaxStatistics",
     "UnifiedLossConfig",
     "build_info",
-    "linear_row_loss",
-    "linear_softmax_statistics",
-    "linear_token_log_probs",
     "linear_unified_loss",
     "repetition_candidates",
-    "row_coefficients",
+    "repetition_weights",
     "router_statistics",
     "row_loss",
+    "row_options",
     "softmax_statistics",
     "token_log_probs",
     *_losses,

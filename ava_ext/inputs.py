@@ -81,7 +81,7 @@ def given_logits(
             f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True uses both)"
         )
     if isinstance(given, LinearLogits):
-        given.check("unified_loss")
+        given.check("unified_loss", ("hidden_states", "lm_head_weight", "lm_head_bias"))
         if len(given.weight) < config.vocab_size:
             raise ValueError(
                 f"unified_loss: expected lm_head_weight with at least vocab_size = {config.vocab_size} rows, got shape "

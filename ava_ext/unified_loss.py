@@ -35,16 +35,16 @@ from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import HeadLoss, MultiTokenPrediction
 from ava_ext.losses.negatives import given_negatives
 from ava_ext.losses.temperature import AdaptiveTemperature
-from ava_ext.ops.linear_rows import LinearLogits, linear_row_loss
-from ava_ext.ops.repetition import repetition_candidates
+from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.repetition import repetition_candidates, repetition_weights
 from ava_ext.ops.softmax_rows import (
     TERM_NAMES,
     Candidates,
+    RowFlags,
     RowLoss,
-    RowTerms,
     accumulation_dtype,
-    row_coefficients,
     row_loss,
+    row_options,
 )
 
 _CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
@@ -99,7 +99,7 @@ class UnifiedLoss(nn.Module):
         on = [component for component in COMPONENTS if component.is_on(config)]
         self._keys = tuple(dict.fromkeys(component.key for component in on))
         self._sequence_keys = tuple(component.key for component in on if component.needs_sequences)
-        terms = RowTerms(0)
+        terms = RowFlags(0)
         self._row_options: dict[str, float] = {}
         for module in DENSE_ROW_MODULES:
             flags, row_options = module.row_options(config)
@@ -155,7 +155,7 @@ class UnifiedLoss(nn.Module):
             targets: the token each row predicts; with labels_are_shifted=False, the token read at that row.
             attention_mask: rows where it is 0 do not count (with labels_are_shifted=False: labels).
             hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, computed a few rows
-                at a time (`linear_row_loss`): they never exist as a whole. hidden_states are also read by multi-token
+                at a time (`row_loss`): they never exist as a whole. hidden_states are also read by multi-token
                 prediction and, without contrastive_pair, by the contrastive term.
             additional_logits, confidence_scores, mtp_active: adaptive multi-token prediction, see
                 `losses.adaptive_mtp`; mtp_active=False switches heads of either kind off for this call. A head may be
@@ -202,12 +202,12 @@ class UnifiedLoss(nn.Module):
             inputs.logits,
             rows.targets,
             coefficients,
-            self._terms | RowTerms.ENTROPY if return_detailed else self._terms,
+            self._terms | RowFlags.ENTROPY if return_detailed else self._terms,
             rows.weights,
             self._candidates(inputs, penalty_weights),
             inplace_gradient=config.inplace_gradient,
         )
-        total = output.row_loss
+        total = output.loss
         further: Terms = {}  # what the one pass over the rows does not give
         metrics: Terms = {}
         if self.mtp is not None:
@@ -240,7 +240,7 @@ class UnifiedLoss(nn.Module):
         result = self._detailed(total, output, inputs, further, metrics, coefficients) if return_detailed else total
         if self.training and torch.is_grad_enabled():
             if config.temperature_adapts:
-                self.temperature.observe(output.row_terms[_CROSS_ENTROPY].sum(), rows.n_counted)
+                self.temperature.observe(output.terms[_CROSS_ENTROPY].sum(), rows.n_counted)
             if config.auto_step:
                 self.step()
         return result
@@ -252,17 +252,17 @@ class UnifiedLoss(nn.Module):
         key = (like.device, like.dtype)
         if key not in self._constants:
             config = self.config
-            weights = [
-                config.immediate_repetition_weight,
-                config.immediate_repetition_growth,
-                config.eos_penalty_weight,
-                config.ngram_penalty_weight,
-            ]
             with torch.inference_mode(False):  # training may follow an evaluation
-                coefficients = row_coefficients(like, **self._row_options)
+                coefficients = row_options(like, **self._row_options)
                 self._constants[key] = (
                     coefficients[1:] if config.temperature_adapts else coefficients,
-                    torch.tensor(weights, dtype=like.dtype, device=like.device),
+                    repetition_weights(
+                        like,
+                        immediate_repetition_weight=config.immediate_repetition_weight,
+                        immediate_repetition_growth=config.immediate_repetition_growth,
+                        eos_penalty_weight=config.eos_penalty_weight,
+                        ngram_penalty_weight=config.ngram_penalty_weight,
+                    ),
                 )
         coefficients, penalty_weights = self._constants[key]
         if self.config.temperature_adapts:
@@ -287,21 +287,20 @@ class UnifiedLoss(nn.Module):
                     segments=inputs.segments,
                     tokens_include_row=inputs.context is not None,
                     ignore_index=config.ignore_index,
-                    excluded_ids=self._may_repeat,
+                    repetition_allow_list=self._may_repeat,
                     **self._candidate_options,
                 )
             )
         groups = self._groups
         if inputs.negative_ids is not None:
-            found.append(
-                given_negatives(rows.targets, inputs.negative_ids, inputs.negative_weights, rows.weights.dtype)
-            )
+            negatives = given_negatives(rows.targets, inputs.negative_ids, inputs.negative_weights, rows.weights.dtype)
+            found.append(Candidates(*negatives, (negatives[0].shape[-1],)))
             groups = (*groups, inputs.negative_ids.shape[-1])
         if not found:
             return None
         if len(found) == 1:
-            return Candidates(*found[0], groups)
-        ids, weights = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+            return found[0]
+        ids, weights = (torch.cat(parts, -1) for parts in list(zip(*found, strict=True))[:2])
         return Candidates(ids, weights, groups)
 
     def _row_loss(
@@ -317,22 +316,26 @@ class UnifiedLoss(nn.Module):
         """row_loss of logits of either kind: the sum [], or that of each row with reduction="none"."""
         config, per_row = self.config, self.config.reduction == "none"
         options: dict[str, Any] = {
-            "terms": terms,
+            "flags": terms,
             "row_weights": row_weights,
             "candidates": candidates,
             "vocab_size": config.vocab_size,
             "ignore_index": config.ignore_index,
         }
-        if isinstance(logits, LinearLogits):
-            chunk_bytes = config.linear_chunk_bytes
-            return linear_row_loss(logits, targets, coefficients, per_row=per_row, chunk_bytes=chunk_bytes, **options)
-        output = row_loss(logits, targets, coefficients, inplace_gradient=inplace_gradient, **options)
-        return output if per_row else RowLoss(output.row_loss.sum(), output.row_terms)
+        return row_loss(
+            logits,
+            targets,
+            coefficients,
+            reduction="none" if per_row else "sum",
+            inplace_gradient=inplace_gradient,
+            chunk_bytes=config.linear_chunk_bytes,
+            **options,
+        )
 
     def _head_loss(self, coefficients: Tensor) -> HeadLoss:  # [7]
         """The main term without focal, for the logits of a head."""
         terms = self._terms & int(
-            RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING | RowTerms.EXCLUDE_TARGET | RowTerms.SOFTCAP
+            RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP
         )
 
         def loss(logits: Tensor | LinearLogits, targets: Tensor, row_weights: Tensor) -> RowLoss:
@@ -354,7 +357,7 @@ class UnifiedLoss(nn.Module):
         """The dict of return_detailed; its keys depend on the configuration only."""
         config, rows = self.config, inputs.rows
         penalties = self._penalties if inputs.negative_ids is None else (*self._penalties, "negative_penalty")
-        weighted = output.row_terms * rows.weights  # [n_terms, batch_size, n_tokens]
+        weighted = output.terms * rows.weights  # [n_terms, batch_size, n_tokens]
         if config.reduction == "none":
             weighted = inputs.like_targets(weighted, config)
             further = {key: inputs.like_targets(addend, config) for key, addend in further.items()}
@@ -364,7 +367,7 @@ class UnifiedLoss(nn.Module):
         zero = torch.zeros_like(addends["main_loss"])
         first = _CROSS_ENTROPY
         cross_entropy, entropy, accuracy = (
-            output.row_terms[first : first + 3].flatten(1).sum(1) / rows.n_counted.clamp_min(1)
+            output.terms[first : first + 3].flatten(1).sum(1) / rows.n_counted.clamp_min(1)
         ).unbind()
         result = {"total_loss": total} | {key: addends.get(key, zero).detach() for key in self._keys}
         if config.use_focal_loss:

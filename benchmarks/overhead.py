@@ -58,6 +58,6 @@ def repetition(rounds: int) -> Times:
     weights = torch.tensor([0.5, 1.0, 0.05, 0.1])
 
     def search(text: Tensor) -> Callable[[], object]:  # [8, 4096]
-        return lambda: repetition_candidates(text, text, weights=weights, vocab_size=vocab_size, ngram_size=4)
+        return lambda: repetition_candidates(text, text, weights=weights, vocab_size=vocab_size, use_ngram_penalty=True)
 
     return interleave({name: search(text) for name, text in texts.items()}, rounds=rounds)

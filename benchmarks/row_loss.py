@@ -11,7 +11,7 @@ from composed import composed_loss
 from timing import Times, interleave
 from torch import Tensor
 
-from ava_ext import RowTerms, UnifiedLoss, repetition_candidates, row_coefficients
+from ava_ext import RowFlags, UnifiedLoss, repetition_candidates, row_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 EOS = 0
@@ -81,14 +81,15 @@ class Case:
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Ids and weights [n_rows, 32] for composed_loss. UnifiedLoss finds them itself, within its time."""
         text = self.targets.view(self.text_shape)
-        ids, weights = repetition_candidates(
+        ids, weights, _ = repetition_candidates(
             text,
             text,
             weights=self.targets.new_tensor([IMMEDIATE_WEIGHT, 1.0, EOS_WEIGHT, NGRAM_WEIGHT], dtype=torch.float64),
             vocab_size=self.source.shape[-1],
-            immediate=True,
-            eos_ids=[EOS],
+            use_immediate_repetition_penalty=True,
+            eos_token_id=EOS,
             min_sequence_length=EVERY_TERM["min_sequence_length"],
+            use_ngram_penalty=True,
             ngram_size=EVERY_TERM["ngram_size"],
         )
         ids = torch.cat([ids.flatten(0, 1).long(), self.negative_ids], -1)
@@ -132,10 +133,10 @@ def _ours_with_every_term(case: Case, **options: Any) -> Callable[[], tuple[Tens
 
 
 def _kernel_in_place(case: Case) -> Callable[[], tuple[Tensor, Tensor]]:
-    coefficients = row_coefficients(case.source)
+    coefficients = row_options(case.source)
     n_rows, vocab_size = case.source.shape
     row_weights = coefficients.new_full((n_rows,), 1 / n_rows)
-    options = (None, None, [], int(RowTerms.CROSS_ENTROPY), vocab_size, -100)
+    options = (None, None, [], int(RowFlags.CROSS_ENTROPY), vocab_size, -100)
 
     def call() -> tuple[Tensor, Tensor]:
         row_loss, _ = torch.ops.ava_ext.row_loss_(case.buffer, case.targets, coefficients, row_weights, *options)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ava_ext.components import COMPONENTS, has_adaptive_heads, has_own_heads
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.linear_rows import LinearLogits
-from ava_ext.ops.softmax_rows import Candidates, RowTerms, accumulation_dtype, row_coefficients
+from ava_ext.ops.softmax_rows import Candidates, RowFlags, accumulation_dtype, row_options
 
 F64 = torch.float64
 HIDDEN_SIZE = 4
@@ -292,8 +292,8 @@ class RowProblem:
     base: Tensor  # what holds the logits
     view: Callable[[Tensor], Tensor]  # base -> logits [..., n_columns]
     targets: Tensor  # [...]
-    coefficients: Tensor  # [7]
-    terms: int
+    options: Tensor  # [N_OPTIONS]
+    flags: int
     row_weights: Tensor | None  # [...]
     candidates: Candidates | None
     vocab_size: int
@@ -308,15 +308,15 @@ class RowProblem:
         """The arguments of the op row_loss behind the logits."""
         ids, weights, groups = self.candidates or (None, None, ())
         return (
-            self.targets, self.coefficients, self.row_weights, ids, weights, list(groups), self.terms, self.vocab_size,
+            self.targets, self.options, self.row_weights, ids, weights, list(groups), self.flags, self.vocab_size,
             self.ignore_index,
         )  # fmt: skip
 
     @property
-    def options(self):
-        """The keyword arguments of the public function behind logits, targets and coefficients."""
+    def keywords(self):
+        """The keyword arguments of the public function behind logits, targets and options."""
         return dict(
-            terms=self.terms,
+            flags=self.flags,
             row_weights=self.row_weights,
             candidates=self.candidates,
             vocab_size=self.vocab_size,
@@ -336,7 +336,7 @@ class RowProblem:
         return replace(
             self,
             base=self.base.to(dtype),
-            coefficients=self.coefficients.to(real),
+            options=self.options.to(real),
             row_weights=None if self.row_weights is None else self.row_weights.to(real),
             candidates=candidates,
         )
@@ -363,9 +363,9 @@ VOCABULARIES = [1, 2, 3, 7, 16, 31, 33, 64, 100, 255, 513, 1023, 1024, 1025, 150
 
 
 @st.composite
-def row_terms(draw):
+def row_flags(draw):
     """Any subset of the terms."""
-    return sum(draw(st.lists(st.sampled_from(list(RowTerms)), unique=True).map(lambda flags: [int(f) for f in flags])))
+    return sum(draw(st.lists(st.sampled_from(list(RowFlags)), unique=True).map(lambda flags: [int(f) for f in flags])))
 
 
 def draw_logits(draw, generator, shape, temperature):
@@ -388,14 +388,14 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
     def random_ids(bound, shape):
         return torch.randint(bound, shape, generator=generator)
 
-    dtype, terms = draw(st.sampled_from(dtypes)), draw(row_terms())
+    dtype, flags = draw(st.sampled_from(dtypes)), draw(row_flags())
     real = accumulation_dtype(dtype)
     vocab_size = draw(st.sampled_from(vocabularies))
     n_columns = vocab_size + draw(st.sampled_from([0, 0, 1, 40]))
     layout = draw(st.sampled_from(layouts))
     rows, base_shape, view = LAYOUTS[layout](n_columns)
     temperature = draw(st.sampled_from([1.0, 1.0, 0.4, 2.7]))
-    coefficients = row_coefficients(
+    options = row_options(
         torch.empty(0, dtype=dtype),
         temperature=temperature,
         label_smoothing=draw(st.sampled_from([0.1, 0.5, 1.0])),
@@ -439,4 +439,4 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
     if ignore_index >= 0:
         ignored |= targets == ignore_index
     targets = targets.masked_fill(ignored, ignore_index)
-    return RowProblem(base, view, targets, coefficients, terms, row_weights, candidates, vocab_size, ignore_index)
+    return RowProblem(base, view, targets, options, flags, row_weights, candidates, vocab_size, ignore_index)

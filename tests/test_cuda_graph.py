@@ -9,11 +9,10 @@ import torch
 
 from ava_ext import (
     AuxiliaryLoss,
-    Candidates,
     UnifiedLoss,
     repetition_candidates,
-    row_coefficients,
     row_loss,
+    row_options,
     softmax_statistics,
 )
 
@@ -108,15 +107,16 @@ def fused_linear(place):
 
 def row_operators(place):
     """row_loss with candidates found in the graph, by upstream gradients per row; softmax_statistics."""
-    coefficients = row_coefficients(torch.empty(0, dtype=torch.bfloat16, device=place))
+    coefficients = row_options(torch.empty(0, dtype=torch.bfloat16, device=place))
     weights = torch.tensor([0.5, 1.0, 0.05, 0.1], device=place)
     factors = torch.linspace(-1, 2, BATCH * TOKENS, device=place).view(BATCH, TOKENS)
 
     def step(given):
         logits, targets = given["logits"].detach().requires_grad_(), given["targets"]
-        found = repetition_candidates(targets, targets, weights=weights, vocab_size=VOCAB, ngram_size=2)
-        candidates = Candidates(*found, (found[0].shape[-1],))
-        rows = row_loss(logits, targets, coefficients, candidates=candidates).row_loss
+        found = repetition_candidates(
+            targets, targets, weights=weights, vocab_size=VOCAB, use_ngram_penalty=True, ngram_size=2
+        )
+        rows = row_loss(logits, targets, coefficients, candidates=found).loss
         statistics = softmax_statistics(logits, found[0])
         gradients = torch.autograd.grad([rows, statistics.entropy], logits, [factors, factors])
         return rows.detach(), statistics.log_probs.detach(), *gradients

@@ -9,19 +9,19 @@ import math
 import emulated_cuda
 import pytest
 import torch
-from assertions import assert_bitwise_equal, assert_within
 from hypothesis import given, settings
-from row_oracle import expected_row_loss
 from strategies import row_problems
-from test_softmax_rows import assert_right, fused, in_place, split
+from support.assertions import assert_bitwise_equal, assert_within
+from support.row_oracle import expected_row_loss
+from support.row_ways import assert_right, fused, in_place, split
 
 from ava_ext import reference
-from ava_ext.ops.softmax_rows import RowTerms, row_coefficients
+from ava_ext.ops.softmax_rows import RowFlags, row_options
 
 pytestmark = pytest.mark.skipif(not emulated_cuda.AVAILABLE, reason="the emulator needs x86-64")
 ops = torch.ops.ava_ext
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EVERY_TERM = int(sum(RowTerms) - RowTerms.SOFTCAP)
+EVERY_TERM = int(sum(RowFlags) - RowFlags.SOFTCAP)
 
 
 def device_of(shared_per_block, largest_cluster):
@@ -69,7 +69,7 @@ def loss_and_gradient(logits, targets, terms=1, ids=None, weights=None, vocab_si
     options = {"label_smoothing": 0.1, "z_loss_weight": 0.1, "confidence_penalty_weight": 0.1, **options}
     groups = [] if ids is None else [ids.shape[-1]]
     loss, _, gradient, *_ = ops.row_loss(
-        logits, targets, row_coefficients(logits, **options), None, ids, weights, groups, int(terms),
+        logits, targets, row_options(logits, **options), None, ids, weights, groups, int(terms),
         vocab_size or logits.shape[-1], -100, True, False,
     )  # fmt: skip
     return loss, gradient
@@ -89,7 +89,7 @@ def test_every_way_to_the_gradient_on_every_device(name, problem):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("terms", [1, EVERY_TERM, int(RowTerms.CROSS_ENTROPY | RowTerms.SOFTCAP)])
+@pytest.mark.parametrize("terms", [1, EVERY_TERM, int(RowFlags.CROSS_ENTROPY | RowFlags.SOFTCAP)])
 def test_against_pytorch(bytes_of_a_row, dtype, terms):
     """The loss, and the gradient apart from the target's entry, which would hide all others in a norm."""
     logits = rows_of(bytes_of_a_row, dtype)
@@ -98,7 +98,7 @@ def test_against_pytorch(bytes_of_a_row, dtype, terms):
     options = {"label_smoothing": 0.1, "confidence_penalty_weight": 0.1, "logit_softcap": 9.0, "temperature": 0.9}
     loss, gradient = loss_and_gradient(logits, targets, terms, focal_gamma=1.5, **options)
     x = logits.double().requires_grad_()
-    softcap = 9.0 if terms & RowTerms.SOFTCAP else None
+    softcap = 9.0 if terms & RowFlags.SOFTCAP else None
     z = reference.effective_logits(x, temperature=0.9, logit_softcap=softcap, vocab_size=n_columns)
     expected = reference.negative_log_likelihood(z, targets)
     if terms == EVERY_TERM:
@@ -136,7 +136,7 @@ def test_rows_of_the_lowest_number(bytes_of_a_row, dtype):
     n_columns = logits.shape[-1]
     logits[1, 2] = 0
     logits[2, 4:] = -math.inf
-    for terms, n in ((1, n_columns), (int(RowTerms.CROSS_ENTROPY | RowTerms.CONFIDENCE_PENALTY), n_columns)):
+    for terms, n in ((1, n_columns), (int(RowFlags.CROSS_ENTROPY | RowFlags.CONFIDENCE_PENALTY), n_columns)):
         loss, gradient = loss_and_gradient(logits, torch.tensor([2, 2, 2]), terms, confidence_penalty_weight=0.0)
         torch.testing.assert_close(loss.double(), torch.tensor([math.log(n), 0.0, math.log(4)]).double())
         expected = torch.zeros_like(logits, dtype=torch.float64)
@@ -217,7 +217,7 @@ def test_target_out_of_range_is_a_device_assert(target):
 
 
 def test_more_groups_and_ids_than_there_is_room_for():
-    logits, targets, coefficients = torch.zeros(1, 5), torch.zeros(1).long(), row_coefficients(torch.zeros(1))
+    logits, targets, coefficients = torch.zeros(1, 5), torch.zeros(1).long(), row_options(torch.zeros(1))
     with emulated_cuda.kernels_in_place():
         ids, weights = torch.zeros(1, 40).int(), torch.ones(1, 40)
         arguments = (targets, coefficients, None, ids, weights)

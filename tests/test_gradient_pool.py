@@ -4,9 +4,9 @@ import gc
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
+from support.assertions import assert_bitwise_equal
 
-from ava_ext.ops.softmax_rows import row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import row_loss, row_options
 
 SIZES = [(64, 8192), (300, 5003), (1024, 9001)]  # of 2, 6 and 37 MB, some of them no whole number of pages
 
@@ -14,7 +14,7 @@ SIZES = [(64, 8192), (300, 5003), (1024, 9001)]  # of 2, 6 and 37 MB, some of th
 def gradient_of(logits, targets=None):
     targets = torch.zeros(logits.shape[:-1], dtype=torch.int64) if targets is None else targets
     logits = logits.detach().requires_grad_()
-    return torch.autograd.grad(row_loss(logits, targets, row_coefficients(logits)).row_loss.sum(), logits)[0]
+    return torch.autograd.grad(row_loss(logits, targets, row_options(logits)).loss.sum(), logits)[0]
 
 
 def random_logits(shape, seed):
@@ -66,7 +66,7 @@ def test_a_gradient_that_a_leaf_keeps():
     leaves = [random_logits((100, 4000), seed).requires_grad_() for seed in range(3)]
     expected = [gradient_of(leaf) for leaf in leaves]
     for leaf in leaves:
-        row_loss(leaf, torch.zeros(100, dtype=torch.int64), row_coefficients(leaf)).row_loss.sum().backward()
+        row_loss(leaf, torch.zeros(100, dtype=torch.int64), row_options(leaf)).loss.sum().backward()
     for leaf, gradient in zip(leaves, expected, strict=True):
         assert_bitwise_equal(leaf.grad, gradient)
 

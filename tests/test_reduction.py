@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from assertions import assert_equals_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import HIDDEN_SIZE, Numbers, cases, seeds
+from support.assertions import assert_equals_reference
 
 from ava_ext import UnifiedLoss
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from assertions import gradients, with_dense_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import HIDDEN_SIZE, Numbers, cases, seeds
+from support.assertions import gradients, with_dense_logits
 
 from ava_ext import UnifiedLoss
 

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ava_ext import reference
-from ava_ext.ops.softmax_rows import RowTerms
+from ava_ext.ops.softmax_rows import RowFlags
 
 REALS = ["float32", "float64"]
 TOLERANCE = {"float32": 3e-6, "float64": 1e-13}
@@ -74,7 +74,7 @@ def test_nan_travels_through_every_merge(header_maths, real):
 @pytest.mark.parametrize("real", REALS)
 @given(
     values=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=9),
-    flags=st.integers(0, 255).map(lambda flags: flags & ~int(RowTerms.SOFTCAP)),
+    flags=st.integers(0, 255).map(lambda flags: flags & ~int(RowFlags.SOFTCAP)),
     target=st.integers(0, 8),
     columns=st.lists(st.tuples(st.integers(0, 8), st.sampled_from([0.5, 2.0])), max_size=4),
     smoothing=st.sampled_from([0.1, 1.0]),
@@ -93,17 +93,17 @@ def test_terms_and_gradient(header_maths, real, values, flags, target, columns, 
     t = torch.tensor([target])
     nll = reference.negative_log_likelihood(z, t)
     zero = 0 * nll
-    main = reference.focal(z, t, options[2], gamma) if flags & RowTerms.FOCAL else nll
-    if flags & RowTerms.LABEL_SMOOTHING:
-        mode = "exclude_target" if flags & RowTerms.EXCLUDE_TARGET else "uniform"
+    main = reference.focal(z, t, options[2], gamma) if flags & RowFlags.FOCAL else nll
+    if flags & RowFlags.LABEL_SMOOTHING:
+        mode = "exclude_target" if flags & RowFlags.EXCLUDE_TARGET else "uniform"
         main = reference.smoothed(main, z, options[1], mode)
     weights = torch.zeros(1, len(values), dtype=torch.float64)
     for column, weight in candidates:
         weights[0, column] += weight
     expected = [
-        main if flags & RowTerms.CROSS_ENTROPY else zero,
-        options[4] * reference.z_loss(z) if flags & RowTerms.Z_LOSS else zero,
-        options[5] * reference.confidence_penalty(z) if flags & RowTerms.CONFIDENCE_PENALTY else zero,
+        main if flags & RowFlags.CROSS_ENTROPY else zero,
+        options[4] * reference.z_loss(z) if flags & RowFlags.Z_LOSS else zero,
+        options[5] * reference.confidence_penalty(z) if flags & RowFlags.CONFIDENCE_PENALTY else zero,
         nll,
         reference.token_entropy(z),
         (z.argmax(-1) == t).double(),

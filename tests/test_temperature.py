@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from assertions import assert_equals_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Numbers, seeds
+from support.assertions import assert_equals_reference
 
 from ava_ext import UnifiedLoss, reference
 

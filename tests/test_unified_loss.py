@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from assertions import assert_equals_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import HIDDEN_SIZE, Numbers, cases, seeds
+from support.assertions import assert_equals_reference
 
 from ava_ext import METRICS, UnifiedLoss
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ava_ext import ConsistencyLoss, UnifiedLoss, UnifiedLossConfig, build_info, row_coefficients, row_loss
+from ava_ext import ConsistencyLoss, UnifiedLoss, UnifiedLossConfig, build_info, row_loss, row_options
 from ava_ext.ops.repetition import repetition_candidates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,8 +159,8 @@ MISTAKES = [
     lambda: _loss(inplace_gradient=True)((_leaf() * 1)[:, :1].expand(2, 5, 10), TARGETS),
     _second_backward_in_place,
     _double_backward,
-    lambda: row_loss(LOGITS, TARGETS, row_coefficients(LOGITS).requires_grad_()),
-    lambda: row_loss(LOGITS.long(), TARGETS, row_coefficients(LOGITS)),
+    lambda: row_loss(LOGITS, TARGETS, row_options(LOGITS).requires_grad_()),
+    lambda: row_loss(LOGITS.long(), TARGETS, row_options(LOGITS)),
     lambda: ConsistencyLoss()(LOGITS, LOGITS[:1]),
     lambda: repetition_candidates(TARGETS[0], TARGETS[0], weights=torch.ones(4), vocab_size=10),
 ]

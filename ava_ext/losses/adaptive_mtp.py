@@ -102,10 +102,10 @@ def adaptive_mtp_terms(
     all_targets = [shift_targets(targets, segments, weights != 0, k, ignore_index) for k in range(1, len(heads) + 1)]
     for k, (logits, depth_targets) in enumerate(zip(heads, all_targets, strict=True), start=1):
         output = head_loss(logits, depth_targets, head_weights * counted_ahead(weights, segments, k))
-        losses.append(output.row_loss)
-        main_losses.append(_mean_of(output.row_terms[MAIN_LOSS], depth_targets != ignore_index))
+        losses.append(output.loss)
+        main_losses.append(_mean_of(output.terms[MAIN_LOSS], depth_targets != ignore_index))
         if k == 1:
-            probability = output.row_terms[CROSS_ENTROPY].neg().exp().to(dtype)
+            probability = output.terms[CROSS_ENTROPY].neg().exp().to(dtype)
     is_target = all_targets[0] != ignore_index
     regularization = torch.zeros_like(weights)
     if confidence is not None:

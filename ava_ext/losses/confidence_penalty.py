@@ -10,11 +10,11 @@ Source: Pereyra et al. 2017, "Regularizing neural networks by penalizing confide
 from __future__ import annotations
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.softmax_rows import RowTerms
+from ava_ext.ops.softmax_rows import RowFlags
 
 
-def row_options(config: UnifiedLossConfig) -> tuple[RowTerms, dict[str, float]]:
+def row_options(config: UnifiedLossConfig) -> tuple[RowFlags, dict[str, float]]:
     """The kernel's flags and coefficients of the confidence penalty."""
     if config.confidence_penalty_weight == 0:
-        return RowTerms(0), {}
-    return RowTerms.CONFIDENCE_PENALTY, {"confidence_penalty_weight": config.confidence_penalty_weight}
+        return RowFlags(0), {}
+    return RowFlags.CONFIDENCE_PENALTY, {"confidence_penalty_weight": config.confidence_penalty_weight}

@@ -20,4 +20,4 @@ def is_on(config: UnifiedLossConfig) -> bool:
 
 def candidate_options(config: UnifiedLossConfig) -> tuple[int, dict[str, Any]]:
     """Slots of each row, and the arguments of repetition_candidates that fill them."""
-    return len(config.eos_ids), {"eos_ids": config.eos_ids, "min_sequence_length": config.min_sequence_length}
+    return len(config.eos_ids), {"eos_token_id": config.eos_ids, "min_sequence_length": config.min_sequence_length}

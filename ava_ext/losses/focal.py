@@ -9,11 +9,11 @@ Source: Lin et al. 2017, "Focal loss for dense object detection".
 from __future__ import annotations
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.softmax_rows import RowTerms
+from ava_ext.ops.softmax_rows import RowFlags
 
 
-def row_options(config: UnifiedLossConfig) -> tuple[RowTerms, dict[str, float]]:
+def row_options(config: UnifiedLossConfig) -> tuple[RowFlags, dict[str, float]]:
     """The kernel's flags and coefficients of the focal modulation."""
     if not config.use_focal_loss:
-        return RowTerms(0), {}
-    return RowTerms.FOCAL, {"focal_alpha": config.focal_alpha, "focal_gamma": config.focal_gamma}
+        return RowFlags(0), {}
+    return RowFlags.FOCAL, {"focal_alpha": config.focal_alpha, "focal_gamma": config.focal_gamma}

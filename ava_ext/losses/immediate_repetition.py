@@ -21,4 +21,7 @@ def is_on(config: UnifiedLossConfig) -> bool:
 
 def candidate_options(config: UnifiedLossConfig) -> tuple[int, dict[str, Any]]:
     """Slots of each row, and the arguments of repetition_candidates that fill them."""
-    return 1, {"immediate": True, "immediate_threshold": config.immediate_repetition_threshold}
+    return 1, {
+        "use_immediate_repetition_penalty": True,
+        "immediate_repetition_threshold": config.immediate_repetition_threshold,
+    }

@@ -14,7 +14,7 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.softmax_rows import TERM_NAMES, RowLoss
 
-# The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose row_loss is the
+# The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose loss is the
 # weighted sum [], or the weighted loss of each row [...]; 0 where the target is ignored.
 HeadLoss = Callable[[Tensor | LinearLogits, Tensor, Tensor], RowLoss]
 MAIN_LOSS = TERM_NAMES.index("main_loss")
@@ -184,14 +184,14 @@ class MultiTokenPrediction(nn.Module):
             # one weight, so one pass over all depths: one gradient of it, not one per depth
             logits = LinearLogits(torch.cat(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
             output = head_loss(logits, torch.cat(depth_targets), torch.cat(depth_weights))
-            loss, main_loss = output.row_loss, output.row_terms[MAIN_LOSS].view(self.n_depths, *targets.shape)
+            loss, main_loss = output.loss, output.terms[MAIN_LOSS].view(self.n_depths, *targets.shape)
             loss = loss.view(main_loss.shape).sum(0) if loss.dim() else loss
         else:
             parameters: Any = self.heads
             logits_of_depths = [LinearLogits(normed, head.weight, head.bias) for head in parameters]
             outputs = list(map(head_loss, logits_of_depths, depth_targets, depth_weights))
-            loss = torch.stack([output.row_loss for output in outputs]).sum(0)
-            main_loss = torch.stack([output.row_terms[MAIN_LOSS] for output in outputs])
+            loss = torch.stack([output.loss for output in outputs]).sum(0)
+            main_loss = torch.stack([output.terms[MAIN_LOSS] for output in outputs])
         n_counted = (torch.stack(depth_targets) != self.ignore_index).sum((1, 2)).clamp_min(1)
         return MTPOutput(loss, main_loss.sum((1, 2)) / n_counted)
 

@@ -21,7 +21,8 @@ def is_on(config: UnifiedLossConfig) -> bool:
 def candidate_options(config: UnifiedLossConfig) -> tuple[int, dict[str, Any]]:
     """Slots of each row, and the arguments of repetition_candidates that fill them."""
     return config.ngram_slots, {
+        "use_ngram_penalty": True,
         "ngram_size": config.ngram_size,
-        "ngram_window": config.ngram_window_size,
+        "ngram_window_size": config.ngram_window_size,
         "ngram_slots": config.ngram_slots,
     }

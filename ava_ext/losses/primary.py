@@ -11,18 +11,18 @@ Sources: Szegedy et al. 2016, "Rethinking the Inception architecture" (smoothing
 from __future__ import annotations
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.softmax_rows import RowTerms
+from ava_ext.ops.softmax_rows import RowFlags
 
 
-def row_options(config: UnifiedLossConfig) -> tuple[RowTerms, dict[str, float]]:
+def row_options(config: UnifiedLossConfig) -> tuple[RowFlags, dict[str, float]]:
     """The kernel's flags and coefficients of the main term."""
-    terms = RowTerms.CROSS_ENTROPY
+    terms = RowFlags.CROSS_ENTROPY
     if config.label_smoothing > 0:
-        terms |= RowTerms.LABEL_SMOOTHING
+        terms |= RowFlags.LABEL_SMOOTHING
         if config.smoothing_mode == "exclude_target":
-            terms |= RowTerms.EXCLUDE_TARGET
+            terms |= RowFlags.EXCLUDE_TARGET
     if config.logit_softcap is not None:
-        terms |= RowTerms.SOFTCAP
+        terms |= RowFlags.SOFTCAP
     return terms, {
         "temperature": config.initial_temperature,
         "label_smoothing": config.label_smoothing,

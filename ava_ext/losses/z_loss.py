@@ -6,11 +6,11 @@ Source: Chowdhery et al. 2022, "PaLM"; Mesh TensorFlow.
 from __future__ import annotations
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.softmax_rows import RowTerms
+from ava_ext.ops.softmax_rows import RowFlags
 
 
-def row_options(config: UnifiedLossConfig) -> tuple[RowTerms, dict[str, float]]:
+def row_options(config: UnifiedLossConfig) -> tuple[RowFlags, dict[str, float]]:
     """The kernel's flags and coefficients of the z-loss."""
     if config.z_loss_weight == 0:
-        return RowTerms(0), {}
-    return RowTerms.Z_LOSS, {"z_loss_weight": config.z_loss_weight}
+        return RowFlags(0), {}
+    return RowFlags.Z_LOSS, {"z_loss_weight": config.z_loss_weight}

@@ -7,107 +7,145 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import ava_ext._library  # noqa: F401  (loads the operators)
+from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.row_fields import Candidates, numbers_like
 
 _OP = torch.ops.ava_ext.repetition_candidates.default
-_TOKEN_DTYPES = (torch.int64, torch.int32)
+_TOKEN_DTYPES = (torch.int64, torch.int32)  # of the operator
 _WEIGHT_DTYPES = (torch.float32, torch.float64)
+WEIGHT_NAMES = (
+    "immediate_repetition_weight",
+    "immediate_repetition_growth",
+    "eos_penalty_weight",
+    "ngram_penalty_weight",
+)
+N_REPETITION_WEIGHTS = len(WEIGHT_NAMES)
+
+
+def repetition_weights(
+    like: Tensor,
+    *,
+    immediate_repetition_weight: float = 0.5,
+    immediate_repetition_growth: float = 1.0,
+    eos_penalty_weight: float = 0.05,
+    ngram_penalty_weight: float = 0.1,
+) -> Tensor:  # [N_REPETITION_WEIGHTS]
+    """The weights that repetition_candidates reads, on the device of `like` and in its accumulation type.
+
+    A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises.
+
+    Example:
+        >>> repetition_weights(torch.zeros(1), ngram_penalty_weight=0.2)
+        tensor([0.5000, 1.0000, 0.0500, 0.2000])
+    """
+    values = (immediate_repetition_weight, immediate_repetition_growth, eos_penalty_weight, ngram_penalty_weight)
+    return numbers_like(like, values)
 
 
 def repetition_candidates(
     tokens: Tensor,  # [batch_size, n_tokens]
     targets: Tensor,  # [batch_size, n_tokens]
     *,
-    weights: Tensor,  # [4]
     vocab_size: int,
+    weights: Tensor,  # [N_REPETITION_WEIGHTS], from repetition_weights
     segments: Tensor | None = None,  # [batch_size or 1, n_tokens]
     tokens_include_row: bool = False,
     ignore_index: int = -100,
-    excluded_ids: Sequence[int] = (),
-    immediate: bool = False,
-    immediate_threshold: int = 1,
-    ngram_size: int = 0,
-    ngram_window: int | None = None,
+    use_immediate_repetition_penalty: bool = False,
+    immediate_repetition_threshold: int = 1,
+    use_ngram_penalty: bool = False,
+    ngram_size: int = 4,
+    ngram_window_size: int | None = None,
     ngram_slots: int = 8,
-    eos_ids: Sequence[int] = (),
-    min_sequence_length: int = 0,
-) -> tuple[Tensor, Tensor]:
+    eos_token_id: int | Sequence[int] | None = None,
+    min_sequence_length: int = 20,
+    repetition_allow_list: Sequence[int] = (),
+) -> Candidates:
     """The tokens that unlikelihood training pushes down in each row, and how strongly.
 
     Row t predicts targets[:, t]. Its context is tokens[:, :t] (tokens are the targets) or, with tokens_include_row,
-    tokens[:, :t + 1] (tokens are what the model read), from the start of its segment on. Each row has n_slots =
-    immediate + len(eos_ids) + (ngram_slots if ngram_size else 0) slots, in this order:
+    tokens[:, :t + 1] (tokens are what the model read), from the start of its segment on. Each row has a group of slots
+    for every kind that is on, in this order:
 
-    - one slot for the last token of the context. With run = the number of equal tokens that end the context,
-      weight = weights[0] * min(weights[1] ** (run - 1), 4) where run >= immediate_threshold;
-    - a slot per EOS id, weight = weights[2], while fewer than min_sequence_length counted rows of the segment precede
-      the row and the row's own target is no EOS id;
-    - ngram_slots slots for the distinct tokens that followed earlier occurrences of the context's last
+    - immediate repetition: one slot for the last token of the context. With run = the number of equal tokens that end
+      the context, weight = weights[0] * min(weights[1] ** (run - 1), 4) where run >= immediate_repetition_threshold;
+    - early EOS: a slot per EOS id, weight = weights[2], while fewer than min_sequence_length counted rows of the
+      segment precede the row and the row's own target is no EOS id;
+    - n-grams: ngram_slots slots for the distinct tokens that followed earlier occurrences of the context's last
       ngram_size - 1 tokens, most recent first, weight = weights[3].
 
-    The first and the last kind never hold the row's own target, excluded_ids, or ids outside [0, vocab_size).
+    The first and the last kind never hold the row's own target, what may repeat, or ids outside [0, vocab_size).
     Time and memory are linear in the number of tokens for every text. Not differentiable.
 
     Args:
-        tokens: [batch_size, n_tokens], int64 or int32, any strides. ignore_index marks a masked position: it matches
-            nothing, is never a candidate and ends a run. Ids outside the vocabulary match but are no candidates.
-        targets: [batch_size, n_tokens], int64 or int32. Rows with ignore_index do not count: no candidates.
-        weights: [4], float32 or float64, on the device of tokens: immediate weight, immediate growth, EOS weight,
-            n-gram weight. A tensor, so that a schedule neither recompiles nor synchronises.
+        tokens: [batch_size, n_tokens] integers, any strides. ignore_index marks a masked position: it matches nothing,
+            is never a candidate and ends a run. Ids outside the vocabulary match but are no candidates.
+        targets: [batch_size, n_tokens] integers. Rows with ignore_index do not count: no candidates.
         vocab_size: candidates are below it; in [1, 2^31).
-        segments: [batch_size, n_tokens] or [1, n_tokens], int64 or int32. Each run of equal values is a text of its
-            own. None: each batch row is one.
-        excluded_ids: ids that may repeat.
-        immediate: whether there is a slot for the last token.
-        ngram_size: n; 1 is every token of the context; 0 is no n-grams.
-        ngram_window: only tokens among the last so many of the context; None is all of it.
+        weights: [N_REPETITION_WEIGHTS], float32 or float64, on the device of tokens; see `repetition_weights`.
+        segments: [batch_size, n_tokens] or [1, n_tokens] integers. Each run of equal values is a text of its own. None:
+            each batch row is one.
+        use_immediate_repetition_penalty: whether there is a slot for the last token.
+        use_ngram_penalty: whether there are slots for n-grams.
+        ngram_size: n; 1 is every token of the context.
+        ngram_window_size: only tokens among the last so many of the context; None is all of it.
+        eos_token_id: one id or several; None: none.
+        repetition_allow_list: ids that may repeat.
 
     Returns:
-        (ids, candidate_weights), both [batch_size, n_tokens, n_slots]: int32 with -1 for no candidate, and the dtype
-        of weights with 0 there.
+        Candidates(ids [batch_size, n_tokens, n_slots], weights, groups): int32 with -1 for no candidate, the dtype of
+        weights with 0 there, and the number of slots of each kind that is on.
 
     Raises:
         ValueError: on wrong shapes, dtypes or numbers, or if weights require grad.
 
     Example:
         >>> text = torch.tensor([[5, 6, 7, 5, 6, 8]])
-        >>> weights = torch.tensor([0.5, 1.0, 0.05, 0.1])
-        >>> ids, _ = repetition_candidates(text, text, weights=weights, vocab_size=10, ngram_size=3, ngram_slots=2)
-        >>> ids[0, 5].tolist()  # 7 followed "5 6"
+        >>> options = {"use_ngram_penalty": True, "ngram_size": 3, "ngram_slots": 2}
+        >>> weights = repetition_weights(torch.zeros(1))
+        >>> repetition_candidates(text, text, vocab_size=10, weights=weights, **options).ids[0, 5].tolist()
         [7, -1]
+
+    The last row's context ends in "5 6", which 7 followed before.
 
     Source: unlikelihood training, Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
     """
     shape = tokens.shape
-    if tokens.dtype not in _TOKEN_DTYPES or tokens.dim() != 2:
-        raise _bad("tokens", "int64 or int32 of shape [batch_size, n_tokens]", tokens)
-    if targets.dtype not in _TOKEN_DTYPES or targets.shape != shape:
-        raise _bad("targets", f"int64 or int32 of shape {list(shape)}", targets)
-    if segments is not None and (
-        segments.dtype not in _TOKEN_DTYPES or (segments.shape != shape and segments.shape != (1, shape[1]))
-    ):
-        raise _bad("segments", f"int64 or int32 of shape {list(shape)}", segments)
-    if weights.dtype not in _WEIGHT_DTYPES or weights.shape != (4,):
-        raise _bad("weights", "float32 or float64 of shape [4]", weights)
+    if tokens.dim() != 2:
+        raise _bad("tokens", "integers of shape [batch_size, n_tokens]", tokens)
+    tokens = _integers("tokens", "[batch_size, n_tokens]", tokens)
+    if targets.shape != shape:
+        raise _bad("targets", f"integers of shape {list(shape)}", targets)
+    targets = _integers("targets", list(shape), targets)
+    if segments is not None:
+        if segments.shape != shape and segments.shape != (1, shape[1]):
+            raise _bad("segments", f"integers of shape {list(shape)}", segments)
+        segments = _integers("segments", list(shape), segments)
+    if weights.dtype not in _WEIGHT_DTYPES or weights.shape != (N_REPETITION_WEIGHTS,):
+        raise _bad("weights", f"float32 or float64 of shape [{N_REPETITION_WEIGHTS}]", weights)
     if weights.requires_grad:
         raise ValueError("repetition_candidates: expected weights without grad, got weights that require grad")
-    window = 0 if ngram_window is None else ngram_window
     if (
         not 0 < vocab_size < 2**31
-        or immediate_threshold < 1
-        or ngram_size < 0
-        or window < 0
-        or (ngram_size > 0 and ngram_slots < 1)
+        or immediate_repetition_threshold < 1
+        or (use_ngram_penalty and (ngram_size < 1 or ngram_slots < 1))
+        or (ngram_window_size is not None and ngram_window_size < 1)
     ):
         raise ValueError(
-            "repetition_candidates: expected vocab_size in [1, 2^31), immediate_threshold >= 1, ngram_size >= 0, "
-            f"ngram_window >= 1 or None and ngram_slots >= 1, got {vocab_size}, {immediate_threshold}, {ngram_size}, "
-            f"{ngram_window} and {ngram_slots}"
+            "repetition_candidates: expected vocab_size in [1, 2^31), immediate_repetition_threshold >= 1, "
+            "ngram_size >= 1, ngram_slots >= 1 and ngram_window_size >= 1 or None, got "
+            f"{vocab_size}, {immediate_repetition_threshold}, {ngram_size}, {ngram_slots} and {ngram_window_size}"
         )
+    if eos_token_id is None:
+        eos_ids: tuple[int, ...] = ()
+    else:
+        eos_ids = tuple(eos_token_id) if isinstance(eos_token_id, Sequence) else (eos_token_id,)
     for eos in eos_ids:
         if not 0 <= eos < vocab_size:
-            raise ValueError(f"repetition_candidates: expected eos_ids in [0, vocab_size = {vocab_size}), got {eos}")
-    return _OP(
+            raise ValueError(
+                f"repetition_candidates: expected eos_token_id in [0, vocab_size = {vocab_size}), got {eos}"
+            )
+    ids, candidate_weights = _OP(
         tokens,
         targets,
         segments,
@@ -115,15 +153,26 @@ def repetition_candidates(
         tokens_include_row=tokens_include_row,
         vocab_size=vocab_size,
         ignore_index=ignore_index,
-        excluded_ids=excluded_ids,
-        immediate=immediate,
-        immediate_threshold=immediate_threshold,
-        ngram_size=ngram_size,
-        ngram_window=window,
+        excluded_ids=repetition_allow_list,
+        immediate=use_immediate_repetition_penalty,
+        immediate_threshold=immediate_repetition_threshold,
+        ngram_size=ngram_size if use_ngram_penalty else 0,
+        ngram_window=ngram_window_size or 0,
         ngram_slots=ngram_slots,
         eos_ids=eos_ids,
         min_sequence_length=min_sequence_length,
     )
+    sizes = (int(use_immediate_repetition_penalty), len(eos_ids), ngram_slots if use_ngram_penalty else 0)
+    return Candidates(ids, candidate_weights, tuple(size for size in sizes if size))
+
+
+def _integers(name: str, shape: object, given: Tensor) -> Tensor:
+    """given in a type that the operator takes."""
+    if given.dtype in _TOKEN_DTYPES:
+        return given
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise _bad(name, f"integers of shape {shape}", given)
+    return given.to(torch.int64)
 
 
 def _bad(name: str, expected: str, got: Tensor) -> ValueError:
@@ -138,7 +187,7 @@ def _(
     tokens: Tensor,  # [batch_size, n_tokens]
     targets: Tensor,  # [batch_size, n_tokens]
     segments: Tensor | None,  # [batch_size or 1, n_tokens]
-    weights: Tensor,  # [4]
+    weights: Tensor,  # [N_REPETITION_WEIGHTS]
     *,
     immediate: bool,
     ngram_size: int,

@@ -14,10 +14,11 @@ def layered_gate_logits(
     """Router logits in any of their usual forms, as router_statistics takes them; nothing is copied.
 
     Args:
-        gate_logits: a list or tuple with one [n_rows, n_experts] or [batch, length, n_experts] per layer (what a
-            Hugging Face model returns as router_logits), or a tensor: [n_rows, n_experts] or [batch, length, n_experts]
-            of one layer, [n_layers, n_rows, n_experts] or [n_layers, batch, length, n_experts] of several.
-        num_layers: how many layers are expected. With 1, three dimensions are [batch, length, n_experts]. None:
+        gate_logits: a list or tuple with one [n_rows, n_experts] or [batch_size, n_tokens, n_experts] per layer (what a
+            Hugging Face model returns as router_logits), or a tensor: [n_rows, n_experts] or
+            [batch_size, n_tokens, n_experts] of one layer, [n_layers, n_rows, n_experts] or
+            [n_layers, batch_size, n_tokens, n_experts] of several.
+        num_layers: how many layers are expected. With 1, three dimensions are [batch_size, n_tokens, n_experts]. None:
             as many as there are, and three dimensions are [n_layers, n_rows, n_experts].
 
     Returns:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.router_layers import layers_shape
-from ava_ext.ops.softmax_rows import accumulation_dtype, without_second_derivative
+from ava_ext.ops.row_fields import accumulation_dtype
+from ava_ext.ops.second_derivative import raise_double_backward, without_second_derivative
 
 _ops = torch.ops.ava_ext
 _router_statistics = _ops.router_statistics.default  # looked up once: each look-up costs a microsecond
@@ -233,11 +234,4 @@ class _RouterStatistics(torch.autograd.Function):
 torch.library.register_autograd(
     "ava_ext::router_statistics", _router_statistics_backward, setup_context=_save_router_statistics
 )
-
-
-def _no_double_backward(ctx, *grads):
-    # without this, torch would take the gradient for a constant: silently wrong
-    raise RuntimeError("ava_ext: double backward is not supported")
-
-
-torch.library.register_autograd("ava_ext::router_gradient", _no_double_backward)
+torch.library.register_autograd("ava_ext::router_gradient", raise_double_backward)

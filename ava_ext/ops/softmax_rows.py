@@ -1,133 +1,126 @@
 """Rows of logits: every row-wise loss term and its gradient in one pass.
 
-The formulas stand in csrc/softmax_rows.h. What is made of the statistics themselves is in ops/softmax_statistics.py.
+The formulas stand in csrc/softmax_rows.h. What is made of the statistics themselves is in ops/softmax_statistics.py,
+logits that never exist as a whole are in ops/linear_rows.py.
 """
 
 from __future__ import annotations
-
-from enum import IntFlag
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.linear_rows import linear_row_loss
+from ava_ext.ops.row_fields import (
+    N_OPTIONS,
+    N_ROW_COEFFICIENTS,
+    N_STATISTICS,
+    N_SUMMARIES,
+    N_TERMS,
+    TERM_NAMES,
+    Candidates,
+    RowFlags,
+    RowLoss,
+    accumulation_dtype,
+    row_options,
+)
+from ava_ext.ops.second_derivative import graph_is_kept, raise_double_backward, without_second_derivative
+
+__all__ = [
+    "N_OPTIONS",
+    "N_ROW_COEFFICIENTS",
+    "N_STATISTICS",
+    "N_SUMMARIES",
+    "N_TERMS",
+    "TERM_NAMES",
+    "Candidates",
+    "RowFlags",
+    "RowLoss",
+    "accumulation_dtype",
+    "row_loss",
+    "row_options",
+]
 
 _ops = torch.ops.ava_ext
 _row_loss = _ops.row_loss.default  # looked up once: each look-up costs a microsecond
-# private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
-# price of a copy
-graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-class RowTerms(IntFlag):
-    """Which terms the row kernel computes. Their weights come in the tensor of coefficients."""
-
-    CROSS_ENTROPY = 1
-    FOCAL = 2
-    LABEL_SMOOTHING = 4
-    EXCLUDE_TARGET = 8
-    Z_LOSS = 16
-    CONFIDENCE_PENALTY = 32
-    SOFTCAP = 64
-    ENTROPY = 128
-
-
-# the first rows of row_terms; the groups of candidates follow
-TERM_NAMES = ("main_loss", "z_loss", "confidence_penalty", "cross_entropy", "entropy", "correct")
-N_STATISTICS = 6  # max, argmax, rest, weighted, sum, count: RowStatistics in softmax_rows.h
-
-
-class RowLoss(NamedTuple):
-    """What `row_loss` returns."""
-
-    row_loss: Tensor  # [...]: row_weights times the sum of the terms and penalties; the differentiable output
-    # [len(TERM_NAMES) + n_groups, ...]: each by itself, unweighted, without graph. The entropy is measured only with
-    # RowTerms.ENTROPY, LABEL_SMOOTHING, CONFIDENCE_PENALTY or SOFTCAP.
-    row_terms: Tensor
-
-
-class Candidates(NamedTuple):
-    """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c)."""
-
-    ids: Tensor  # [..., n_candidates] int32; -1: absent
-    weights: Tensor  # [..., n_candidates] float32 (float64 beside float64 logits)
-    groups: tuple[int, ...]  # sizes that add up to n_candidates; each group is reported by itself
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of statistics, terms and weights beside logits of this type: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def row_coefficients(
-    like: Tensor,
-    *,
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
-    focal_alpha: float = 1.0,
-    focal_gamma: float = 2.0,
-    z_loss_weight: float = 0.0,
-    confidence_penalty_weight: float = 0.0,
-    logit_softcap: float | None = None,
-) -> Tensor:
-    """The small tensor of options [7] that the kernels read, on the device of `like` and in its accumulation type.
-
-    A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises.
-    """
-    values = [
-        temperature,
-        label_smoothing,
-        focal_alpha,
-        focal_gamma,
-        z_loss_weight,
-        confidence_penalty_weight,
-        logit_softcap or 0.0,
-    ]
-    return torch.tensor(values, dtype=accumulation_dtype(like.dtype), device=like.device)
 
 
 def row_loss(
-    logits: Tensor,  # [..., n_columns]
+    logits: Tensor | LinearLogits,  # [..., n_columns]
     targets: Tensor,  # [...]
-    coefficients: Tensor,  # [7], from row_coefficients
+    options: Tensor,  # [N_OPTIONS], from row_options
     *,
-    terms: int = int(RowTerms.CROSS_ENTROPY),
+    flags: int = int(RowFlags.CROSS_ENTROPY),
     row_weights: Tensor | None = None,  # [...]
     candidates: Candidates | None = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
+    reduction: str = "none",
     inplace_gradient: bool = False,
+    chunk_bytes: int | None = None,
 ) -> RowLoss:
     """Every row-wise loss term, and its gradient, in one pass over the logits.
 
+    Of LinearLogits a few rows exist at a time. Their sum has one upstream gradient: with reduction="sum" everything is
+    computed in forward, by three matrix products and one pass over each chunk. With "none" each row has its own, and
+    backward computes the logits again; so it does for float16, whose gradients would be zeros before the scaler's
+    factor. A part that needs no gradient costs none.
+
     Args:
-        logits: [..., n_columns], float32, bfloat16, float16 or float64; any leading strides (a slice is not copied).
+        logits: [..., n_columns], float32, bfloat16, float16 or float64; any leading strides (a slice is not copied). Or
+            LinearLogits(hidden_states [..., hidden_size], weight [n_columns, hidden_size], bias [n_columns]).
         targets: [...], integers in [0, vocab_size) or ignore_index, whose rows give 0 and get a zero gradient.
-        coefficients: [7], see `row_coefficients`; must not require grad.
-        terms: which terms are on, a sum of `RowTerms`.
+        options: [N_OPTIONS], see `row_options`; must not require grad.
+        flags: which terms are on, a sum of `RowFlags`.
         row_weights: [...], what multiplies each row's loss and gradient, 1/N for a mean; must not require grad.
         candidates: tokens to push down; see `Candidates`.
         vocab_size: columns beyond it are padding. Default: n_columns.
         ignore_index: target of the rows that do not count.
+        reduction: "none" gives the loss of every row, "sum" their sum.
         inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable
-            until then; a second backward raises. Under torch.compile, which plans memory itself, the option changes
-            nothing.
+            until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, and
+            for LinearLogits, which do so anyway.
+        chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
 
     Returns:
-        RowLoss(row_loss [...], row_terms [6 + n_groups, ...]).
+        RowLoss(loss [...] or [], terms [N_TERMS + n_groups, ...]).
 
     Raises:
-        ValueError: on weights that require grad, or inplace_gradient on a leaf or on overlapping memory.
+        ValueError: on weights that require grad, an unknown reduction, inplace_gradient on a leaf or on overlapping
+            memory, LinearLogits whose shapes and types do not fit.
         RuntimeError: on wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
-        >>> loss = row_loss(logits, targets, row_coefficients(logits)).row_loss.sum()
+        >>> loss = row_loss(logits, targets, row_options(logits), reduction="sum").loss
         >>> loss.backward()
     """
-    check_constants("row_loss", coefficients, row_weights, candidates)
+    _check_constants(options, row_weights, candidates)
+    if reduction not in ("none", "sum"):
+        raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
+    if isinstance(logits, LinearLogits):
+        return linear_row_loss(
+            logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, reduction, chunk_bytes
+        )
+    loss, terms = _dense_row_loss(
+        logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, inplace_gradient
+    )
+    return RowLoss(loss if reduction == "none" else loss.sum(), terms)
+
+
+def _dense_row_loss(
+    logits: Tensor,  # [..., n_columns]
+    targets: Tensor,  # [...]
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
+    row_weights: Tensor | None,  # [...]
+    candidates: Candidates | None,
+    vocab_size: int | None,
+    ignore_index: int,
+    inplace_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # [...], [N_TERMS + n_groups, ...]
     if targets.dtype != torch.int64:
         targets = targets.long()
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
@@ -137,12 +130,12 @@ def row_loss(
     arguments = (
         logits,
         targets,
-        coefficients,
+        options,
         row_weights,
         ids,
         weights,
         groups,
-        terms,
+        flags,
         n_columns if vocab_size is None else vocab_size,
         ignore_index,
     )
@@ -150,80 +143,79 @@ def row_loss(
     if torch.compiler.is_compiling():
         # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
         # as the gradient
-        return RowLoss(*_row_loss(*arguments, False, differentiable)[:2])
+        return _row_loss(*arguments, False, differentiable)[:2]
     if not differentiable:
         with torch._C._AutoDispatchBelowAutograd():
-            return RowLoss(*_row_loss(*arguments, False, False)[:2])
+            return _row_loss(*arguments, False, False)[:2]
     if inplace_gradient:
         _check_inplace(logits)
     # a float16 gradient rounded before the scaler's factor would be zeros
     split = inplace_gradient or logits.dtype == torch.float16
-    tensors, options = arguments[:6], (*arguments[6:], not split, split)
-    return RowLoss(*_RowLoss.apply(*tensors, options, inplace_gradient)[:2])
+    tensors, constants = arguments[:6], (*arguments[6:], not split, split)
+    return _RowLoss.apply(*tensors, constants, inplace_gradient)[:2]
 
 
-def check_constants(
-    owner: str,
-    coefficients: Tensor,  # [7]
+def _check_constants(
+    options: Tensor,  # [N_OPTIONS]
     row_weights: Tensor | None,  # [...]
     candidates: Candidates | None,
 ) -> None:
-    """Raises ValueError where one of them requires grad, which it would not get; owner begins the message."""
+    """Raises ValueError where one of them requires grad, which it would not get."""
     for name, tensor in (
-        ("coefficients", coefficients),
+        ("options", options),
         ("row_weights", row_weights),
         ("candidate weights", candidates.weights if candidates else None),
     ):
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for them")
+            raise ValueError(f"row_loss: expected {name} without requires_grad: no gradient is computed for them")
 
 
 def _check_inplace(logits: Tensor) -> None:
     base = logits if logits._base is None else logits._base  # also what a slice would write to
     if base.is_leaf and base.requires_grad:
         raise ValueError(
-            "unified_loss: inplace_gradient=True would write over a leaf (a parameter or an input that requires grad); "
+            "row_loss: inplace_gradient=True would write over a leaf (a parameter or an input that requires grad); "
             "expected logits that were computed"
         )
     strides = zip(logits.shape, logits.stride(), strict=True)
     if logits.numel() and any(stride == 0 and size > 1 for size, stride in strides):
         raise ValueError(
-            "unified_loss: inplace_gradient=True expected logits that do not overlap in memory, got an expanded tensor"
+            "row_loss: inplace_gradient=True expected logits that do not overlap in memory, got an expanded tensor"
         )
 
 
 def _save_row_loss(ctx, inputs, output, origin=None):
-    (logits, targets, coefficients, _, ids, _, _, ctx.terms, ctx.vocab_size, ctx.ignore_index, ctx.fused) = inputs[:11]
-    _, row_terms, grad_logits, statistics, row_coefficients = output
-    ctx.mark_non_differentiable(row_terms, grad_logits, statistics, row_coefficients)
+    (logits, targets, options, _, ids, _, _, ctx.flags, ctx.vocab_size, ctx.ignore_index, ctx.fused) = inputs[:11]
+    _, terms, grad_logits, statistics, row_coefficients = output
+    ctx.mark_non_differentiable(terms, grad_logits, statistics, row_coefficients)
     ctx.set_materialize_grads(False)
     ctx.owns_gradient = ctx.inplace = False
     if ctx.fused:
         ctx.save_for_backward(grad_logits, origin)
     else:
-        ctx.save_for_backward(logits, targets, statistics, row_coefficients, ids, coefficients)
+        ctx.save_for_backward(logits, targets, statistics, row_coefficients, ids, options)
 
 
-def _row_loss_backward(ctx, grad_row_loss, *_):
-    """grad_row_loss: [...]. Returns the gradient of the logits [..., n_columns], and None for every other input."""
+def _row_loss_backward(ctx, grad_loss, *_):
+    """grad_loss: [...]. Returns the gradient of the logits [..., n_columns], and None for every other input."""
     nothing = (None,) * 11
-    if grad_row_loss is None:
+    if grad_loss is None:
         return None, *nothing
     if ctx.fused:
         grad_logits, origin = ctx.saved_tensors
         if not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
-        _ops.scale_rows_(grad_logits, grad_row_loss)
+        _ops.scale_rows_(grad_logits, grad_loss)
         return without_second_derivative(grad_logits, origin), *nothing
-    logits, targets, statistics, coefficients_of_rows, ids, coefficients = ctx.saved_tensors
+    logits, targets, statistics, row_coefficients, ids, options = ctx.saved_tensors
     targets = targets.masked_fill(targets == ctx.ignore_index, -1).to(torch.int32).unsqueeze(-1)
     arguments = (
         logits.detach(),
         statistics,
-        coefficients_of_rows * grad_row_loss.unsqueeze(-1),
+        row_coefficients * grad_loss.unsqueeze(-1),
         targets if ids is None else torch.cat([targets, ids], -1),
-        coefficients,
-        ctx.terms,
+        options,
+        ctx.flags,
         ctx.vocab_size,
     )
     if not ctx.inplace:
@@ -233,22 +225,6 @@ def _row_loss_backward(ctx, grad_row_loss, *_):
     return without_second_derivative(logits.detach(), logits), *nothing
 
 
-def without_second_derivative(
-    gradient: Tensor,  # [..., n_columns]
-    origin: Tensor | None,
-) -> Tensor:  # [..., n_columns]
-    """Inside backward(create_graph=True): a gradient that raises when it is differentiated, instead of passing for a
-    constant.
-
-    origin is a tensor that autograd reaches the logits by: autograd.grad(penalty, parameters) goes only where a
-    parameter can be, and would pass by a gradient that leads nowhere.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return gradient  # compiled: row_gradient's own autograd raises
-    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
-    return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
-
-
 class _RowLoss(torch.autograd.Function):
     """`row_loss` of the eager mode: torch.library's own autograd, below, costs three times as much Python.
 
@@ -256,8 +232,8 @@ class _RowLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, coefficients, row_weights, ids, weights, options, inplace_gradient):
-        inputs = (logits, targets, coefficients, row_weights, ids, weights, *options)
+    def forward(ctx, logits, targets, options, row_weights, ids, weights, constants, inplace_gradient):
+        inputs = (logits, targets, options, row_weights, ids, weights, *constants)
         with torch._C._AutoDispatchBelowAutograd():
             output = _row_loss(*inputs)
         origin = logits.new_empty(0)  # an output that nobody can have changed, and that keeps no logits alive
@@ -274,7 +250,7 @@ class _RowLoss(torch.autograd.Function):
 def _(
     logits,
     targets,
-    coefficients,
+    options,
     row_weights,
     ids,
     weights,
@@ -289,26 +265,26 @@ def _(
     n_ids = 0 if ids is None else ids.shape[-1]
     return (
         logits.new_empty(rows, dtype=real),
-        logits.new_empty((len(TERM_NAMES) + len(groups), *rows), dtype=real),
+        logits.new_empty((N_TERMS + len(groups), *rows), dtype=real),
         logits.new_empty(logits.shape if with_gradient else (0,)),
         logits.new_empty((*rows, N_STATISTICS) if with_statistics else (0,), dtype=real),
-        logits.new_empty((*rows, 5 + n_ids) if with_statistics else (0,), dtype=real),
+        logits.new_empty((*rows, N_ROW_COEFFICIENTS + 1 + n_ids) if with_statistics else (0,), dtype=real),
     )
 
 
 @torch.library.register_fake("ava_ext::row_loss_")
-def _(logits, targets, coefficients, row_weights, ids, weights, groups, flags, vocab_size, ignore_index):
+def _(logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index):
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
-    return logits.new_empty(rows, dtype=real), logits.new_empty((len(TERM_NAMES) + len(groups), *rows), dtype=real)
+    return logits.new_empty(rows, dtype=real), logits.new_empty((N_TERMS + len(groups), *rows), dtype=real)
 
 
 @torch.library.register_fake("ava_ext::row_gradient")
-def _(logits, statistics, row_coefficients, ids, coefficients, flags, vocab_size):
+def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("ava_ext::row_gradient_")
-def _(logits, statistics, row_coefficients, ids, coefficients, flags, vocab_size):
+def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size):
     return None
 
 
@@ -318,11 +294,4 @@ def _(rows, factors):
 
 
 torch.library.register_autograd("ava_ext::row_loss", _row_loss_backward, setup_context=_save_row_loss)
-
-
-def _no_double_backward(ctx, *grads):
-    # without this, torch would take the gradient for a constant: silently wrong
-    raise RuntimeError("ava_ext: double backward is not supported")
-
-
-torch.library.register_autograd("ava_ext::row_gradient", _no_double_backward)
+torch.library.register_autograd("ava_ext::row_gradient", raise_double_backward)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.softmax_rows import RowTerms, accumulation_dtype
+from ava_ext.ops.row_fields import RowFlags as RowTerms
+from ava_ext.ops.row_fields import accumulation_dtype
 
 LOWEST_U = -1000.0  # e^u is 0, and u e^u too
 

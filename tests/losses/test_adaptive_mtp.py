@@ -261,7 +261,7 @@ def test_bad_input_is_named():
         ({"additional_logits": LinearLogits(torch.zeros(2, 6, 3), torch.zeros(9, 3))}, "got one LinearLogits"),
         (
             {"additional_logits": [LinearLogits(torch.zeros(2, 6, 3), torch.zeros(9, 4))]},
-            r"additional_logits\[0\]: expected lm_head_weight",
+            r"additional_logits\[0\]: expected weight",
         ),
         ({"confidence_scores": torch.zeros(2, 5)}, r"confidence_scores of shape .* got \[2, 5\]"),
         ({"mtp_active": torch.ones(3)}, r"mtp_active of shape .* got \[3\]"),

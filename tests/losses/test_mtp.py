@@ -6,8 +6,7 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, rms_norm, sil
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.mtp import MultiTokenPrediction, counted_ahead, shift_targets
-from ava_ext.ops.linear_rows import linear_row_loss
-from ava_ext.ops.softmax_rows import RowLoss, RowTerms, accumulation_dtype, row_coefficients
+from ava_ext.ops.softmax_rows import RowFlags, RowLoss, accumulation_dtype, row_loss, row_options
 
 BATCH, LENGTH, HIDDEN, VOCAB, DEPTHS = 2, 7, 5, 11, 3
 
@@ -22,13 +21,13 @@ def head_loss_of(per_row=False, chunk_rows=3):
 
     def head_loss(logits, targets, row_weights):
         real = accumulation_dtype(logits.dtype)
-        return linear_row_loss(
+        return row_loss(
             logits,
             targets,
-            row_coefficients(torch.empty(0, dtype=logits.dtype), temperature=0.8, label_smoothing=0.1),
-            terms=int(RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING),
+            row_options(torch.empty(0, dtype=logits.dtype), temperature=0.8, label_smoothing=0.1),
+            flags=int(RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING),
             row_weights=row_weights.to(real),
-            per_row=per_row,
+            reduction="none" if per_row else "sum",
             chunk_bytes=chunk_rows * VOCAB * logits.dtype.itemsize,
         )
 

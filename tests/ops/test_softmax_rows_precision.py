@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal, assert_within, relative_error
 from hypothesis import given
 from strategies import row_problems
+from support.assertions import assert_bitwise_equal, assert_within, relative_error
 
-from ava_ext.ops.softmax_rows import row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext
@@ -48,7 +48,7 @@ def test_error_against_pytorch_in_the_same_dtype(dtype, vocab_size):
 
     expected_loss, expected = gradient(torch.float64, naive)
     naive_loss, naive_gradient = gradient(dtype, naive)
-    loss, own = gradient(dtype, lambda x: row_loss(x, targets, row_coefficients(x)).row_loss)
+    loss, own = gradient(dtype, lambda x: row_loss(x, targets, row_options(x)).loss)
     is_target = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, targets[:, None], True)
     assert relative_error(loss, expected_loss) < min(1e-6, 2 * relative_error(naive_loss, expected_loss))
     for part in (is_target, ~is_target):
@@ -60,9 +60,9 @@ def test_a_small_upstream_factor_reaches_a_float16_gradient_before_it_is_rounded
     logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(1)).half()
     weights, targets, scale = torch.full((8,), 1e-5), torch.arange(8), 2.0**16
     x = logits.clone().requires_grad_()
-    (row_loss(x, targets, row_coefficients(x), row_weights=weights).row_loss.sum() * scale).backward()
+    (row_loss(x, targets, row_options(x), row_weights=weights).loss.sum() * scale).backward()
     wide = logits.float().requires_grad_()
-    row_loss(wide, targets, row_coefficients(wide), row_weights=weights).row_loss.sum().backward()
+    row_loss(wide, targets, row_options(wide), row_weights=weights).loss.sum().backward()
     expected = wide.grad * scale
     assert (x.grad != 0).double().mean() > 0.99
     torch.testing.assert_close(x.grad.float(), expected, rtol=2**-11 + 1e-6, atol=2**-25)
@@ -74,12 +74,12 @@ def test_a_row_does_not_depend_on_the_others(dtype):
     generator = torch.Generator().manual_seed(2)
     logits = (torch.randn(300, 1999, generator=generator) * 4).to(dtype)
     targets = torch.randint(1999, (300,), generator=generator)
-    coefficients = row_coefficients(
+    options = row_options(
         logits, label_smoothing=0.1, z_loss_weight=0.01, confidence_penalty_weight=0.1, temperature=0.9
     )
 
     def run(rows):
-        arguments = (targets[rows], coefficients, None, None, None, [], 1 | 4 | 16 | 32, 1999, -100, True, False)
+        arguments = (targets[rows], options, None, None, None, [], 1 | 4 | 16 | 32, 1999, -100, True, False)
         loss, terms, gradient, *_ = ops.row_loss(logits[rows], *arguments)
         statistics = torch.stack(softmax_statistics(logits[rows], None)[1:])
         return loss, terms, gradient, statistics
@@ -102,7 +102,7 @@ def test_a_row_does_not_depend_on_the_others(dtype):
         assert_bitwise_equal(gradient, whole[2][rows])
         assert_bitwise_equal(statistics, whole[3][:, rows])
     # an ignored row in between changes nothing
-    arguments = (targets.clone(), coefficients, None, None, None, [], 1 | 4 | 16 | 32, 1999, -100, True, False)
+    arguments = (targets.clone(), options, None, None, None, [], 1 | 4 | 16 | 32, 1999, -100, True, False)
     arguments[0][1::2] = -100
     gradient = ops.row_loss(logits, *arguments)[2]
     assert_bitwise_equal(gradient[::2], whole[2][::2])
@@ -120,7 +120,7 @@ def test_large_gradients_that_are_written_past_the_caches_are_the_same(dtype):
         return ops.row_loss(
             logits[rows],
             targets[rows],
-            row_coefficients(logits),
+            row_options(logits),
             None,
             None,
             None,

@@ -3,50 +3,21 @@
 test_build.py runs this file once more for every instruction set, so it stays quick.
 """
 
-import math
-
 import torch
-from assertions import assert_within, relative_error
 from hypothesis import given
-from row_oracle import expected_row_loss
 from strategies import row_problems
+from support.assertions import relative_error
+from support.row_oracle import expected_row_loss
+from support.row_ways import assert_right, fused, in_place, split
 
-from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import Candidates, row_loss, row_options
 
 ops = torch.ops.ava_ext
 
 
-def fused(problem):
-    return ops.row_loss(problem.logits, *problem.arguments, True, False)[:3]
-
-
-def split(problem, into=None):
-    """Statistics and coefficients first, the gradient from them after."""
-    loss, terms, _, statistics, row_coefficients = ops.row_loss(problem.logits, *problem.arguments, False, True)
-    columns = problem.targets.masked_fill(problem.targets == problem.ignore_index, -1).int().unsqueeze(-1)
-    if problem.candidates:
-        columns = torch.cat([columns, problem.candidates.ids], -1)
-    arguments = (statistics, row_coefficients, columns, problem.coefficients, problem.terms, problem.vocab_size)
-    if into is None:
-        return loss, terms, ops.row_gradient(problem.logits, *arguments)
-    ops.row_gradient_(into, *arguments)
-    return loss, terms, into
-
-
-def in_place(problem, op):
-    """Over a copy of the logits; nothing beside them may be written."""
-    base = problem.base.clone()
-    logits = problem.view(base)
-    loss, terms = ops.row_loss_(logits, *problem.arguments) if op == "row_loss_" else split(problem, logits)[:2]
-    grad_logits = logits.clone()
-    logits.fill_(math.nan)
-    assert base.isnan().all(), "written beside the logits"
-    return loss, terms, grad_logits
-
-
 def by_autograd(problem):
     logits = problem.logits.detach().requires_grad_()
-    loss, terms = row_loss(logits, problem.targets, problem.coefficients, **problem.options)
+    loss, terms = row_loss(logits, problem.targets, problem.options, **problem.keywords)
     assert not terms.requires_grad
     return loss.detach(), terms, torch.autograd.grad(loss.sum(), logits)[0]
 
@@ -56,7 +27,7 @@ def by_inplace_gradient(problem):
     base = problem.base.clone().requires_grad_()
     computed = base * 1
     logits = problem.view(computed)
-    loss, terms = row_loss(logits, problem.targets, problem.coefficients, inplace_gradient=True, **problem.options)
+    loss, terms = row_loss(logits, problem.targets, problem.options, inplace_gradient=True, **problem.keywords)
     (grad_base,) = torch.autograd.grad(loss.sum(), base)
     grad_logits = problem.view(grad_base)
     torch.testing.assert_close(logits.detach(), grad_logits, rtol=0, atol=0, equal_nan=True)
@@ -64,37 +35,9 @@ def by_inplace_gradient(problem):
 
 
 def without_gradient(problem):
-    loss, terms = row_loss(problem.logits, problem.targets, problem.coefficients, **problem.options)
+    loss, terms = row_loss(problem.logits, problem.targets, problem.options, **problem.keywords)
     assert not loss.requires_grad
     return loss, terms, None
-
-
-def is_measured(name, terms):
-    """The entropy is right only where it is asked for."""
-    return name != "entropy" or bool(
-        terms & (RowTerms.ENTROPY | RowTerms.CONFIDENCE_PENALTY | RowTerms.LABEL_SMOOTHING)
-    )
-
-
-def assert_right(problem, outputs, expected, name):
-    loss, terms, grad_logits = outputs
-    real = problem.coefficients.dtype
-    assert loss.dtype == terms.dtype == real and loss.shape == expected.row_loss.shape
-    assert_within(loss, expected.row_loss, expected.row_loss_bound, f"{name}: row_loss")
-    bounds = expected.row_terms_bound.clone()
-    if not is_measured("entropy", problem.terms):
-        bounds[4] = math.inf
-    if problem.terms & RowTerms.SOFTCAP:
-        bounds[5] = math.inf  # saturated columns may be equal
-    assert_within(terms, expected.row_terms, bounds, f"{name}: row_terms")
-    if grad_logits is None:
-        return
-    assert grad_logits.dtype == problem.base.dtype and grad_logits.shape == expected.grad_logits.shape
-    info = torch.finfo(grad_logits.dtype)
-    stored = torch.where(
-        expected.grad_logits == 0, 0.0, expected.grad_logits.abs() * info.eps / 2 + info.tiny * info.eps
-    )
-    assert_within(grad_logits, expected.grad_logits, expected.grad_logits_bound + stored, f"{name}: grad_logits")
 
 
 @given(row_problems())
@@ -122,7 +65,7 @@ def test_the_columns_of_a_large_vocabulary():
         loss, _, gradient, *_ = ops.row_loss(
             logits,
             targets,
-            row_coefficients(logits),
+            row_options(logits),
             None,
             *(candidates or (None, None, [])),
             1,

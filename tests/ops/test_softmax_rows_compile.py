@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 ops = torch.ops.ava_ext
-EVERY_TERM = int(sum(RowTerms))
+EVERY_TERM = int(sum(RowFlags))
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,9 @@ def inputs(dtype=torch.float32, n_rows=4, requires_grad=True):
     return logits.requires_grad_(requires_grad), targets, Candidates(ids, weights, (1, 2))
 
 
-def coefficients_of(logits, **options):
-    return row_coefficients(
-        logits, label_smoothing=0.1, z_loss_weight=0.1, confidence_penalty_weight=0.1, logit_softcap=5.0, **options
+def options_of(logits, **changes):
+    return row_options(
+        logits, label_smoothing=0.1, z_loss_weight=0.1, confidence_penalty_weight=0.1, logit_softcap=5.0, **changes
     )
 
 
@@ -43,8 +43,10 @@ OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test
 def test_opcheck_row_loss(with_gradient, with_statistics, with_candidates):
     logits, targets, candidates = inputs(requires_grad=with_gradient or with_statistics)
     row_weights = torch.ones_like(targets, dtype=torch.float32)
-    options = (row_weights, *candidates) if with_candidates else (None, None, None, ())
-    arguments = (logits, targets, coefficients_of(logits), *options[:3], list(options[3]), EVERY_TERM, 36, -100)
+    weights, ids, id_weights, groups = (row_weights, *candidates) if with_candidates else (None, None, None, ())
+    arguments = (
+        logits, targets, options_of(logits), weights, ids, id_weights, list(groups), EVERY_TERM, 36, -100,
+    )  # fmt: skip
     torch.library.opcheck(ops.row_loss.default, (*arguments, with_gradient, with_statistics), test_utils=OPCHECK)
 
 
@@ -52,12 +54,12 @@ def test_opcheck_row_loss(with_gradient, with_statistics, with_candidates):
 def test_opcheck_row_statistics_and_row_gradient(with_ids):
     logits, targets, candidates = inputs()
     ids, n_ids = (candidates.ids, 3) if with_ids else (None, 0)
-    coefficients, flags = coefficients_of(logits), EVERY_TERM
+    options, flags = options_of(logits), EVERY_TERM
     mask = targets != -100
-    torch.library.opcheck(ops.row_statistics.default, (logits, ids, mask, coefficients, flags, 36), test_utils=OPCHECK)
-    statistics = ops.row_statistics(logits.detach(), ids, None, coefficients, flags, 36)[0]
+    torch.library.opcheck(ops.row_statistics.default, (logits, ids, mask, options, flags, 36), test_utils=OPCHECK)
+    statistics = ops.row_statistics(logits.detach(), ids, None, options, flags, 36)[0]
     row_coefficients = torch.rand(4, 2, 4 + n_ids)
-    arguments = (logits.detach(), statistics, row_coefficients, ids, coefficients, flags, 36)
+    arguments = (logits.detach(), statistics, row_coefficients, ids, options, flags, 36)
     torch.library.opcheck(ops.row_gradient.default, arguments, test_utils=OPCHECK)
     torch.library.opcheck(ops.row_gradient_.default, arguments, test_utils=OPCHECK)
 
@@ -66,15 +68,15 @@ def test_opcheck_ops_that_write():
     logits, targets, candidates = inputs(requires_grad=False)
     torch.library.opcheck(
         ops.row_loss_.default,
-        (logits, targets, coefficients_of(logits), None, *candidates[:2], [1, 2], EVERY_TERM, 36, -100),
+        (logits, targets, options_of(logits), None, *candidates[:2], [1, 2], EVERY_TERM, 36, -100),
         test_utils=OPCHECK,
     )
     torch.library.opcheck(ops.scale_rows_.default, (logits, torch.rand(4, 2)), test_utils=OPCHECK)
 
 
-def training_loss(logits, targets, candidates, coefficients, factor):
+def training_loss(logits, targets, candidates, options, factor):
     losses, terms = row_loss(
-        logits, targets, coefficients, terms=EVERY_TERM, candidates=candidates, vocab_size=36, inplace_gradient=False
+        logits, targets, options, flags=EVERY_TERM, candidates=candidates, vocab_size=36, inplace_gradient=False
     )
     log_prob, entropy = token_log_probs(logits, targets)
     return (losses * factor).sum() + (log_prob.exp() * entropy).sum(), terms
@@ -82,11 +84,11 @@ def training_loss(logits, targets, candidates, coefficients, factor):
 
 def assert_equals_eager(compiled, dtype, n_rows):
     logits, targets, candidates = inputs(dtype, n_rows)
-    coefficients = coefficients_of(logits)
-    factor = torch.linspace(0.5, 2, n_rows * 2, dtype=coefficients.dtype).view(n_rows, 2)
-    expected, expected_terms = training_loss(logits, targets, candidates, coefficients, factor)
+    options = options_of(logits)
+    factor = torch.linspace(0.5, 2, n_rows * 2, dtype=options.dtype).view(n_rows, 2)
+    expected, expected_terms = training_loss(logits, targets, candidates, options, factor)
     (expected_gradient,) = torch.autograd.grad(expected, logits)
-    loss, terms = compiled(logits, targets, candidates, coefficients, factor)
+    loss, terms = compiled(logits, targets, candidates, options, factor)
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(terms, expected_terms, rtol=1e-6, atol=0)
@@ -111,7 +113,7 @@ def test_ignored_rows_under_compile_are_zeros():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(logits):
-        return row_loss(logits, targets, row_coefficients(logits)).row_loss
+        return row_loss(logits, targets, row_options(logits)).loss
 
     value = loss(logits)
     assert value.shape == (4, 2) and (value == 0).sum() == 7
@@ -124,14 +126,14 @@ def test_a_schedule_does_not_recompile():
     logits, targets, candidates = inputs()
 
     @torch.compile(fullgraph=True, backend=counter)
-    def loss(logits, coefficients, temperature):
-        own = row_loss(logits, targets, coefficients, terms=EVERY_TERM, candidates=candidates).row_loss.mean()
+    def loss(logits, options, temperature):
+        own = row_loss(logits, targets, options, flags=EVERY_TERM, candidates=candidates).loss.mean()
         return own + softmax_statistics(logits, None, temperature=temperature).entropy.mean()
 
     values = set()
     for step in range(4):
         temperature = torch.tensor(1 + 0.1 * step)
-        value = loss(logits, coefficients_of(logits, temperature=temperature.item()), temperature)
+        value = loss(logits, options_of(logits, temperature=temperature.item()), temperature)
         torch.autograd.grad(value, logits)
         values.add(value.item())
     assert counter.frame_count == 1 and len(values) == 4
@@ -143,10 +145,10 @@ def test_inplace_gradient_changes_nothing_under_compile():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(leaf):
         logits = leaf * 2
-        return row_loss(logits, targets, row_coefficients(logits), inplace_gradient=True).row_loss.sum() + logits.sum()
+        return row_loss(logits, targets, row_options(logits), inplace_gradient=True).loss.sum() + logits.sum()
 
     x = logits.detach().requires_grad_()
-    plain = row_loss(x * 2, targets, row_coefficients(x)).row_loss.sum() + (x * 2).sum()
+    plain = row_loss(x * 2, targets, row_options(x)).loss.sum() + (x * 2).sum()
     expected = torch.autograd.grad(plain, x)[0]
     torch.testing.assert_close(torch.autograd.grad(loss(logits), logits)[0], expected)
 
@@ -156,7 +158,7 @@ def test_double_backward_under_compile_raises():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(logits):
-        return row_loss(logits, targets, row_coefficients(logits)).row_loss.sum()
+        return row_loss(logits, targets, row_options(logits)).loss.sum()
 
     (gradient,) = torch.autograd.grad(loss(logits), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
@@ -166,7 +168,7 @@ def test_double_backward_under_compile_raises():
 def test_targets_out_of_range_under_compile():
     logits, targets, _ = inputs()
     compiled = torch.compile(
-        lambda logits, targets: row_loss(logits, targets, row_coefficients(logits)).row_loss.sum(),
+        lambda logits, targets: row_loss(logits, targets, row_options(logits)).loss.sum(),
         fullgraph=True,
         backend="aot_eager",
     )
@@ -184,7 +186,7 @@ def test_export():
 
         def forward(self, states, targets):
             logits = self.head(states)
-            loss = row_loss(logits, targets, row_coefficients(logits, z_loss_weight=0.1), terms=1 | 16).row_loss.mean()
+            loss = row_loss(logits, targets, row_options(logits, z_loss_weight=0.1), flags=1 | 16).loss.mean()
             return loss, token_log_probs(logits, targets)[0]
 
     model, states, targets = Model(), torch.randn(4, 3, 8), torch.randint(37, (4, 3))

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from assertions import assert_within, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import row_problems
+from support.assertions import assert_within, relative_error
 
 from ava_ext import reference
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
@@ -26,12 +26,12 @@ def inputs_of(problem, n_ids, seed):
 def test_against_the_reference(problem, n_ids, seed, is_capped):
     logits, ids, mask = inputs_of(problem, n_ids, seed)
     is_float64 = logits.dtype == torch.float64
-    temperature = problem.coefficients[0].item()
+    temperature = problem.options[0].item()
     options = dict(logit_softcap=8.0 if is_capped else None, vocab_size=problem.vocab_size)
     x = logits.requires_grad_()
     got = softmax_statistics(x, ids, temperature=temperature, row_mask=mask, **options)
     for value in got:
-        assert value.dtype == problem.coefficients.dtype
+        assert value.dtype == problem.options.dtype
         assert not value[~mask].any()
     generator = torch.Generator().manual_seed(seed)
     factors = [torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in got]

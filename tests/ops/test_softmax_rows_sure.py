@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from assertions import assert_within
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import VOCABULARIES
+from support.assertions import assert_within
 
 from ava_ext import reference
-from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients
+from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_options
 
 ops = torch.ops.ava_ext
 
@@ -20,7 +20,7 @@ def row_loss(logits, targets, ids, weights, terms=0, **coefficients):
     ids = torch.as_tensor(ids, dtype=torch.int32).expand(*logits.shape[:-1], -1)
     weights = torch.as_tensor(weights, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
     loss, _, gradient, *_ = ops.row_loss(
-        logits, targets, row_coefficients(logits, **coefficients), None, ids, weights.expand(ids.shape).contiguous(),
+        logits, targets, row_options(logits, **coefficients), None, ids, weights.expand(ids.shape).contiguous(),
         [ids.shape[-1]], int(terms), logits.shape[-1], -100, True, False,
     )  # fmt: skip
     return loss, gradient
@@ -61,7 +61,7 @@ def test_cross_entropy_of_a_sure_row(gap, vocab_size, target_leads):
     """The loss and every entry of the gradient stay relatively exact, right (1 - p_t below 1e-34) or wrong."""
     logits, target = sure_row(gap, vocab_size, 1, torch.float32), torch.tensor([1 if target_leads else 2])
     loss, _, gradient, *_ = ops.row_loss(
-        logits, target, row_coefficients(logits), None, None, None, [], 1, vocab_size, -100, True, False
+        logits, target, row_options(logits), None, None, None, [], 1, vocab_size, -100, True, False
     )
     x = logits.double().requires_grad_()
     expected = reference.negative_log_likelihood(x, target)
@@ -90,8 +90,8 @@ def test_absent_candidates_and_the_target_contribute_nothing():
     targets = logits.argmax(-1)
     ids = torch.stack([targets, torch.full((4,), -1), torch.full((4,), 3)], -1)
     weights = torch.tensor([5.0, 7.0, 0.0])
-    loss, gradient = row_loss(logits, targets, ids, weights, RowTerms.CROSS_ENTROPY)
-    expected_loss, expected_gradient = row_loss(logits, targets, [[-1]] * 4, [0.0], RowTerms.CROSS_ENTROPY)
+    loss, gradient = row_loss(logits, targets, ids, weights, RowFlags.CROSS_ENTROPY)
+    expected_loss, expected_gradient = row_loss(logits, targets, [[-1]] * 4, [0.0], RowFlags.CROSS_ENTROPY)
     torch.testing.assert_close(loss, expected_loss, rtol=0, atol=0)
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=0)
 
@@ -100,7 +100,7 @@ def test_absent_candidates_and_the_target_contribute_nothing():
     gap=st.floats(0, 30),
     masked=st.sampled_from([0.0, 0.3]),
     terms=st.sampled_from(
-        [RowTerms.CROSS_ENTROPY, sum(RowTerms) - RowTerms.SOFTCAP, sum(RowTerms) - RowTerms.SOFTCAP - 3]
+        [RowFlags.CROSS_ENTROPY, sum(RowFlags) - RowFlags.SOFTCAP, sum(RowFlags) - RowFlags.SOFTCAP - 3]
     ),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
@@ -111,7 +111,7 @@ def test_gradient_sums_to_that_of_the_z_loss(gap, masked, terms, dtype):
     logits[:, 11] = gap
     logits[torch.rand(3, 700, generator=generator) < masked] = -math.inf
     logits[:, 5], logits[:, 12] = 0, 1
-    beta = 0.25 if terms & RowTerms.Z_LOSS else 0.0
+    beta = 0.25 if terms & RowFlags.Z_LOSS else 0.0
     _, gradient = row_loss(
         logits, torch.tensor([5, 11, 12]), [12, 11, 11, -1, 600], [1.0, 0.5, 0.5, 1.0, 2.0], terms, label_smoothing=0.2,
         z_loss_weight=beta, confidence_penalty_weight=0.3, temperature=0.5,
@@ -125,7 +125,7 @@ def test_one_column():
     """V = 1: nothing can be said about it. A candidate would be infinitely bad: it is finite, without a gradient."""
     logits = torch.tensor([[3.0], [-2.0]])
     loss, gradient = row_loss(
-        logits, torch.tensor([0, 0]), [0], [1.0], sum(RowTerms) - RowTerms.Z_LOSS, label_smoothing=0.1
+        logits, torch.tensor([0, 0]), [0], [1.0], sum(RowFlags) - RowFlags.Z_LOSS, label_smoothing=0.1
     )
     torch.testing.assert_close(loss, torch.zeros(2), rtol=0, atol=0)
     torch.testing.assert_close(gradient, torch.zeros(2, 1), rtol=0, atol=0)
@@ -142,9 +142,7 @@ def test_candidates_of_several_groups_are_reported_apart(dtype):
     weights = torch.linspace(0.5, 2, 36).view(2, 3, 6)
     candidates = Candidates(ids, weights, (1, 0, 2, 3))
     targets = torch.zeros(2, 3, dtype=torch.int64)
-    loss, terms, *_ = ops.row_loss(
-        logits, targets, row_coefficients(logits), None, *candidates, 0, 40, -100, False, False
-    )
+    loss, terms, *_ = ops.row_loss(logits, targets, row_options(logits), None, *candidates, 0, 40, -100, False, False)
     p = logits.double().softmax(-1).gather(-1, ids.long())
     each = -weights * torch.log1p(-p)
     expected = torch.stack([part.sum(-1) for part in each.split(candidates.groups, -1)])

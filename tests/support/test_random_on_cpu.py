@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_on_cpu import RandomOnCpu
+from support.random_on_cpu import RandomOnCpu
 
 
 @pytest.fixture

@@ -4,25 +4,25 @@ import math
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import row_problems
+from support.assertions import assert_bitwise_equal
 
-from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext
 TARGETS = torch.tensor([[3, 0, 10], [-100, 7, 7]])
-EVERY_TERM = sum(RowTerms)
+EVERY_TERM = sum(RowFlags)
 SINGLE_TERMS = {
-    "cross_entropy": RowTerms.CROSS_ENTROPY,
-    "focal": RowTerms.CROSS_ENTROPY | RowTerms.FOCAL,
-    "label_smoothing": RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING,
-    "exclude_target": RowTerms.CROSS_ENTROPY | RowTerms.LABEL_SMOOTHING | RowTerms.EXCLUDE_TARGET,
-    "z_loss": RowTerms.Z_LOSS,
-    "confidence_penalty": RowTerms.CONFIDENCE_PENALTY,
-    "softcap": RowTerms.CROSS_ENTROPY | RowTerms.SOFTCAP,
+    "cross_entropy": RowFlags.CROSS_ENTROPY,
+    "focal": RowFlags.CROSS_ENTROPY | RowFlags.FOCAL,
+    "label_smoothing": RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING,
+    "exclude_target": RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET,
+    "z_loss": RowFlags.Z_LOSS,
+    "confidence_penalty": RowFlags.CONFIDENCE_PENALTY,
+    "softcap": RowFlags.CROSS_ENTROPY | RowFlags.SOFTCAP,
     "candidates": 0,
     "all": EVERY_TERM,
 }
@@ -32,9 +32,9 @@ def random_logits(dtype=torch.float32, n_columns=11):
     return torch.randn(2, 3, n_columns, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def loss_of(logits, terms=EVERY_TERM, with_candidates=True, **options):
+def loss_of(logits, flags=EVERY_TERM, with_candidates=True, **keywords):
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    coefficients = row_coefficients(
+    options = row_options(
         logits, temperature=0.8, label_smoothing=0.2, focal_alpha=0.5, focal_gamma=1.5, z_loss_weight=0.3,
         confidence_penalty_weight=0.4, logit_softcap=4.0,
     )  # fmt: skip
@@ -43,9 +43,7 @@ def loss_of(logits, terms=EVERY_TERM, with_candidates=True, **options):
         Candidates(ids, torch.linspace(0.5, 2, 30, dtype=real).view(2, 3, 5), (1, 4)) if with_candidates else None
     )
     weights = torch.tensor([[1.0, 0.5, 2.0], [1.0, 1.0, -1.0]], dtype=real)
-    return row_loss(
-        logits, TARGETS, coefficients, terms=terms, candidates=candidates, row_weights=weights, **options
-    ).row_loss
+    return row_loss(logits, TARGETS, options, flags=flags, candidates=candidates, row_weights=weights, **keywords).loss
 
 
 def gradient_of(loss, *inputs):
@@ -71,22 +69,22 @@ def test_upstream_factor_of_each_row(problem, seed):
     """sum_i f_i loss_i: the gradient of row i times f_i, rounded once more where it was stored before."""
     factors = torch.randn(problem.targets.shape, generator=torch.Generator().manual_seed(seed))
     plain, scaled, one = (problem.logits.detach().requires_grad_() for _ in range(3))
-    loss = row_loss(plain, problem.targets, problem.coefficients, **problem.options).row_loss
+    loss = row_loss(plain, problem.targets, problem.options, **problem.keywords).loss
     expected = gradient_of(loss, plain).float() * factors.unsqueeze(-1)
     gradient = torch.autograd.grad(
-        row_loss(scaled, problem.targets, problem.coefficients, **problem.options).row_loss, scaled, factors
+        row_loss(scaled, problem.targets, problem.options, **problem.keywords).loss, scaled, factors
     )[0]
     info = torch.finfo(gradient.dtype)
     rounding = dict(rtol=2 * info.eps + 1e-6, atol=4 * info.tiny * info.eps, equal_nan=True)
     torch.testing.assert_close(gradient.float(), expected, **rounding)
-    loss = row_loss(one, problem.targets, problem.coefficients, **problem.options).row_loss
+    loss = row_loss(one, problem.targets, problem.options, **problem.keywords).loss
     torch.testing.assert_close(
         gradient_of(loss * -3.0, one).float(), gradient_of(loss_again(problem, one), one).float() * -3, **rounding
     )
 
 
 def loss_again(problem, logits):
-    return row_loss(logits, problem.targets, problem.coefficients, **problem.options).row_loss
+    return row_loss(logits, problem.targets, problem.options, **problem.keywords).loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -217,7 +215,7 @@ def test_a_gradient_penalty_on_parameters_raises(way):
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_double_backward_of_the_operator_raises(with_gradient):
     logits = torch.randn(3, 7, requires_grad=True)
-    arguments = (torch.tensor([0, 1, 2]), row_coefficients(logits), None, None, None, [], 1, 7, -100)
+    arguments = (torch.tensor([0, 1, 2]), row_options(logits), None, None, None, [], 1, 7, -100)
     loss, *_ = ops.row_loss(logits, *arguments, with_gradient, not with_gradient)
     (gradient,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
     p = logits.detach().softmax(-1)
@@ -238,7 +236,7 @@ def test_no_gradient_is_computed_where_none_is_wanted():
         assert_bitwise_equal(value, expected.detach())
 
 
-@pytest.mark.parametrize("name", ["coefficients", "row_weights", "candidate weights"])
+@pytest.mark.parametrize("name", ["options", "row_weights", "candidate weights"])
 def test_weights_that_require_grad_raise(name):
     def leaf(tensor, here):
         return tensor.requires_grad_(name == here)
@@ -247,7 +245,7 @@ def test_weights_that_require_grad_raise(name):
     candidates = Candidates(torch.zeros(1, 1, dtype=torch.int32), leaf(torch.ones(1, 1), "candidate weights"), (1,))
     with pytest.raises(ValueError, match=f"row_loss: expected {name} without requires_grad"):
         row_loss(
-            logits, torch.tensor([1]), leaf(row_coefficients(logits), "coefficients"), candidates=candidates,
+            logits, torch.tensor([1]), leaf(row_options(logits), "options"), candidates=candidates,
             row_weights=leaf(torch.ones(1), "row_weights"),
         )  # fmt: skip
 

@@ -5,26 +5,26 @@ import re
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal
+from support.assertions import assert_bitwise_equal
 
-from ava_ext.ops.softmax_rows import Candidates, RowTerms, row_coefficients, row_loss
+from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import token_log_probs
 
 ops = torch.ops.ava_ext
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-EVERY_TERM = sum(RowTerms) - RowTerms.SOFTCAP
+EVERY_TERM = sum(RowFlags) - RowFlags.SOFTCAP
 
 
-def loss_and_gradient(logits, targets, terms=RowTerms.CROSS_ENTROPY, **options):
+def loss_and_gradient(logits, targets, flags=RowFlags.CROSS_ENTROPY, **keywords):
     logits = logits.detach().requires_grad_()
-    coefficients = row_coefficients(logits, label_smoothing=0.1, z_loss_weight=0.1, confidence_penalty_weight=0.1)
-    loss = row_loss(logits, targets, coefficients, terms=terms, **options).row_loss
+    options = row_options(logits, label_smoothing=0.1, z_loss_weight=0.1, confidence_penalty_weight=0.1)
+    loss = row_loss(logits, targets, options, flags=flags, **keywords).loss
     return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "terms", [RowTerms.CROSS_ENTROPY, EVERY_TERM, RowTerms.Z_LOSS, RowTerms.CROSS_ENTROPY | RowTerms.SOFTCAP]
+    "terms", [RowFlags.CROSS_ENTROPY, EVERY_TERM, RowFlags.Z_LOSS, RowFlags.CROSS_ENTROPY | RowFlags.SOFTCAP]
 )
 @pytest.mark.parametrize("column", [0, 3, 500, 1023, 1024, 1499])
 def test_nan_is_never_hidden(dtype, terms, column):
@@ -39,7 +39,7 @@ def test_nan_is_never_hidden(dtype, terms, column):
 
 def test_nan_beside_masked_columns_and_alone():
     for row in ([math.nan, -math.inf, -math.inf], [-math.inf, math.nan, 1.0], [math.nan] * 3):
-        for terms in (RowTerms.CROSS_ENTROPY, EVERY_TERM):
+        for terms in (RowFlags.CROSS_ENTROPY, EVERY_TERM):
             assert loss_and_gradient(torch.tensor([row]), torch.tensor([2]), terms)[0].isnan()
         assert token_log_probs(torch.tensor([row]), torch.tensor([2]))[0].isnan()
 
@@ -86,7 +86,7 @@ def test_empty_batches(shape, inplace_gradient):
     ids = torch.zeros((*shape[:-1], 2), dtype=torch.int32)
     candidates = Candidates(ids, torch.zeros(ids.shape), (2,))
     loss, terms = row_loss(
-        logits, targets, row_coefficients(logits), candidates=candidates, inplace_gradient=inplace_gradient
+        logits, targets, row_options(logits), candidates=candidates, inplace_gradient=inplace_gradient
     )
     assert loss.shape == shape[:-1] and terms.shape == (7, *shape[:-1])
     assert torch.autograd.grad(loss.sum(), leaf)[0].shape == shape
@@ -117,23 +117,21 @@ def test_target_out_of_range_names_row_and_value(value):
     targets[1, 1] = value
     message = rf"row_loss: expected targets in \[0, 9\) or -100, got {value} at position 4"
     with pytest.raises(IndexError, match=message):
-        row_loss(logits, targets, row_coefficients(logits), vocab_size=9)
+        row_loss(logits, targets, row_options(logits), vocab_size=9)
     targets[1, 1], targets[0, 2] = 0, -100
-    row_loss(logits, targets, row_coefficients(logits), vocab_size=9)
+    row_loss(logits, targets, row_options(logits), vocab_size=9)
 
 
 def test_candidate_out_of_range():
     logits, ids = torch.zeros(2, 10), torch.tensor([[1, -1], [10, 2]], dtype=torch.int32)
     with pytest.raises(IndexError, match=r"expected candidate_ids in \[0, 10\) or -1, got 10 at position 2"):
-        row_loss(
-            logits, torch.zeros(2).long(), row_coefficients(logits), candidates=Candidates(ids, torch.ones(2, 2), (2,))
-        )
+        row_loss(logits, torch.zeros(2).long(), row_options(logits), candidates=Candidates(ids, torch.ones(2, 2), (2,)))
 
 
 WRONG = {
     "row_loss: expected targets of shape [4, 3], got [4, 2]": dict(targets=torch.zeros(4, 2).long()),
-    "row_loss: expected coefficients of shape [7], got [6]": dict(coefficients=torch.ones(6)),
-    "row_loss: expected coefficients of type float32, got float64": dict(coefficients=torch.ones(7).double()),
+    "row_loss: expected coefficients of shape [7], got [6]": dict(options=torch.ones(6)),
+    "row_loss: expected coefficients of type float32, got float64": dict(options=torch.ones(7).double()),
     "row_loss: expected row_weights of shape [4, 3], got [12]": dict(row_weights=torch.ones(12)),
     "row_loss: expected row_weights of type float32, got float64": dict(row_weights=torch.ones(4, 3).double()),
     "row_loss: expected vocab_size in [1, 10] for logits of shape [4, 3, 10], got 11": dict(vocab_size=11),
@@ -156,24 +154,24 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_are_named(message):
-    arguments = dict(logits=torch.zeros(4, 3, 10), targets=torch.zeros(4, 3).long(), coefficients=torch.ones(7))
+    arguments = dict(logits=torch.zeros(4, 3, 10), targets=torch.zeros(4, 3).long(), options=torch.ones(7))
     with pytest.raises(RuntimeError, match=re.escape(message)):
         row_loss(**(arguments | WRONG[message]))
 
 
 def test_wrong_arguments_of_the_other_operators():
-    logits, coefficients = torch.zeros(4, 10), row_coefficients(torch.zeros(1))
+    logits, options = torch.zeros(4, 10), row_options(torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"row_statistics: expected row_mask of shape \[4\], got \[3\]"):
-        ops.row_statistics(logits, None, torch.ones(3).bool(), coefficients, 128, 10)
+        ops.row_statistics(logits, None, torch.ones(3).bool(), options, 128, 10)
     with pytest.raises(RuntimeError, match=r"row_gradient: expected statistics of shape \[4, 6\], got \[4, 5\]"):
-        ops.row_gradient(logits, torch.zeros(4, 5), torch.zeros(4, 4), None, coefficients, 1, 10)
+        ops.row_gradient(logits, torch.zeros(4, 5), torch.zeros(4, 4), None, options, 1, 10)
     with pytest.raises(RuntimeError, match=r"row_gradient_: expected row_coefficients of shape \[4, 4\], got \[4, 5\]"):
-        ops.row_gradient_(logits, torch.zeros(4, 6), torch.zeros(4, 5), None, coefficients, 1, 10)
+        ops.row_gradient_(logits, torch.zeros(4, 6), torch.zeros(4, 5), None, options, 1, 10)
     with pytest.raises(RuntimeError, match=r"scale_rows_: expected factors of shape \[4\], got \[5\]"):
         ops.scale_rows_(logits, torch.zeros(5))
     with pytest.raises(RuntimeError, match="row_loss: expected logits with last stride 1, got 4"):
         ops.row_loss(
-            torch.zeros(10, 4).T, torch.zeros(4).long(), coefficients, None, None, None, [], 1, 10, -100, False, False
+            torch.zeros(10, 4).T, torch.zeros(4).long(), options, None, None, None, [], 1, 10, -100, False, False
         )
 
 
@@ -190,7 +188,7 @@ def test_more_than_two_billion_logits():
     row = torch.randn(50257, generator=torch.Generator().manual_seed(3))
     targets = torch.arange(45000) % 50257
     with torch.no_grad():
-        loss = row_loss(row.expand(45000, -1), targets, row_coefficients(row)).row_loss
+        loss = row_loss(row.expand(45000, -1), targets, row_options(row)).loss
     torch.testing.assert_close(loss.double(), -row.double().log_softmax(-1)[targets], rtol=1e-6, atol=0)
 
 
@@ -201,6 +199,6 @@ def test_rows_beyond_two_billion_elements_of_their_memory():
     logits = memory.as_strided((n_rows, 100), (stride, 1))
     logits.copy_(torch.randn(n_rows, 100, generator=torch.Generator().manual_seed(4)))
     targets = torch.tensor([1, 2, 3])
-    loss = row_loss(logits, targets, row_coefficients(logits)).row_loss
+    loss = row_loss(logits, targets, row_options(logits)).loss
     expected = torch.nn.functional.cross_entropy(logits.contiguous(), targets, reduction="none")
     torch.testing.assert_close(loss, expected)

@@ -13,10 +13,11 @@ WEIGHTS = torch.tensor([0.5, 1.5, 0.05, 0.1], dtype=torch.float64)
 
 def oracle(
     tokens, targets, *, weights, vocab_size, segments=None, tokens_include_row=False, ignore_index=IGNORED,
-    excluded_ids=(), immediate=False, immediate_threshold=1, ngram_size=0, ngram_window=None, ngram_slots=8, eos_ids=(),
-    min_sequence_length=0,
+    use_immediate_repetition_penalty=False, immediate_repetition_threshold=1, use_ngram_penalty=False, ngram_size=4,
+    ngram_window_size=None, ngram_slots=8, eos_token_id=None, min_sequence_length=20, repetition_allow_list=(),
 ):  # fmt: skip
     """Slot by slot as the definition says, with Python lists."""
+    eos_ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
     immediate_weight, growth, eos_weight, ngram_weight = weights.double().tolist()
     segment_rows = (
         [[0] * tokens.shape[1]] * len(tokens) if segments is None else segments.expand(len(tokens), -1).tolist()
@@ -29,23 +30,23 @@ def oracle(
                 start -= 1
             context = text[start : row + 1 if tokens_include_row else row]
             n_counted = sum(t != ignore_index for t in row_targets[start:row])
-            never = {target, ignore_index, *excluded_ids}
+            never = {target, ignore_index, *repetition_allow_list}
             slots = []
-            if immediate:
+            if use_immediate_repetition_penalty:
                 run = 0
                 while run < len(context) and context[-1 - run] == context[-1] != ignore_index:
                     run += 1
-                if run >= immediate_threshold and context[-1] not in never and 0 <= context[-1] < vocab_size:
+                if run >= immediate_repetition_threshold and context[-1] not in never and 0 <= context[-1] < vocab_size:
                     slots.append((context[-1], immediate_weight * min(growth ** (run - 1), 4)))
                 else:
                     slots.append((-1, 0.0))
             early = n_counted < min_sequence_length and target not in eos_ids
             slots += [(eos, eos_weight) if early else (-1, 0.0) for eos in eos_ids]
-            if ngram_size:
+            if use_ngram_penalty:
                 key = context[len(context) - (ngram_size - 1) :] if ngram_size - 1 <= len(context) else [ignore_index]
                 found = []
                 for place in reversed(range(len(context))):
-                    if ngram_window is not None and place < len(context) - ngram_window:
+                    if ngram_window_size is not None and place < len(context) - ngram_window_size:
                         break
                     before = context[place - (ngram_size - 1) : place] if place >= ngram_size - 1 else None
                     follower = context[place]
@@ -58,16 +59,21 @@ def oracle(
                 slots = [(-1, 0.0)] * len(slots)
             ids.append([slot[0] for slot in slots])
             candidate_weights.append([slot[1] for slot in slots])
-    shape = (*tokens.shape, int(immediate) + len(eos_ids) + (ngram_slots if ngram_size else 0))
+    groups = tuple(
+        n for n in (int(use_immediate_repetition_penalty), len(eos_ids), ngram_slots * use_ngram_penalty) if n
+    )
+    shape = (*tokens.shape, sum(groups))
     return (
         torch.tensor(ids, dtype=torch.int32).view(shape),
         torch.tensor(candidate_weights, dtype=torch.float64).view(shape),
+        groups,
     )
 
 
 def assert_agrees(tokens, targets, **options):
-    ids, candidate_weights = repetition_candidates(tokens, targets, **options)
-    expected_ids, expected_weights = oracle(tokens, targets, **options)
+    ids, candidate_weights, groups = repetition_candidates(tokens, targets, **options)
+    expected_ids, expected_weights, expected_groups = oracle(tokens, targets, **options)
+    assert groups == expected_groups
     assert ids.dtype == torch.int32 and candidate_weights.dtype == options["weights"].dtype
     torch.testing.assert_close(ids, expected_ids, rtol=0, atol=0)
     rtol = 1e-13 if candidate_weights.dtype == torch.float64 else 1e-7
@@ -85,7 +91,9 @@ def problems(draw):
 
     def rows(element, n_rows=batch_size):
         flat = draw(st.lists(element, min_size=n_rows * n_tokens, max_size=n_rows * n_tokens))
-        return torch.tensor(flat, dtype=draw(st.sampled_from([torch.int64, torch.int32]))).view(n_rows, n_tokens)
+        return torch.tensor(
+            flat, dtype=draw(st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8]))
+        ).view(n_rows, n_tokens)
 
     tokens_include_row = draw(st.booleans())
     targets = rows(st.sampled_from([*range(vocab_size), IGNORED]))
@@ -97,13 +105,16 @@ def problems(draw):
         vocab_size=vocab_size,
         segments=None if segments is None else rows(st.sampled_from([0, 0, 0, 0, 1]), segments),
         tokens_include_row=tokens_include_row,
-        excluded_ids=draw(st.lists(st.integers(-1, vocab_size), max_size=3)),
-        immediate=draw(st.booleans()),
-        immediate_threshold=draw(st.integers(1, 3)),
-        ngram_size=draw(st.integers(0, 5)),
-        ngram_window=draw(st.none() | st.integers(1, 12)),
+        repetition_allow_list=draw(st.lists(st.integers(-1, vocab_size), max_size=3)),
+        use_immediate_repetition_penalty=draw(st.booleans()),
+        immediate_repetition_threshold=draw(st.integers(1, 3)),
+        use_ngram_penalty=draw(st.booleans()),
+        ngram_size=draw(st.integers(1, 5)),
+        ngram_window_size=draw(st.none() | st.integers(1, 12)),
         ngram_slots=draw(st.integers(1, 4)),
-        eos_ids=draw(st.lists(st.integers(0, vocab_size - 1), max_size=2)),
+        eos_token_id=draw(
+            st.none() | st.integers(0, vocab_size - 1) | st.lists(st.integers(0, vocab_size - 1), max_size=2)
+        ),
         min_sequence_length=draw(st.integers(0, 10)),
     )
     return tokens, targets, options
@@ -124,17 +135,17 @@ def test_long_text(ngram_size, tokens_include_row):
     text = torch.randint(12, (2, 150), generator=generator).repeat(1, 3)
     segments = (torch.arange(450) // 150).expand(2, -1)
     options = dict(
-        weights=WEIGHTS, vocab_size=12, tokens_include_row=tokens_include_row, excluded_ids=[3], immediate=True,
-        ngram_size=ngram_size, ngram_slots=3, eos_ids=[0], min_sequence_length=20,
+        weights=WEIGHTS, vocab_size=12, tokens_include_row=tokens_include_row, repetition_allow_list=[3],
+        use_immediate_repetition_penalty=True, use_ngram_penalty=True, ngram_size=ngram_size, ngram_slots=3, eos_token_id=[0], min_sequence_length=20,
     )  # fmt: skip
     assert_agrees(text, text.roll(-1, 1), **options)
-    assert_agrees(text, text.roll(-1, 1), segments=segments, ngram_window=40, **options)
+    assert_agrees(text, text.roll(-1, 1), segments=segments, ngram_window_size=40, **options)
 
 
 def ngram_ids(text, targets=None, **options):
     text = torch.tensor([text])
     targets = text if targets is None else torch.tensor([targets])
-    ids, _ = repetition_candidates(text, targets, weights=WEIGHTS, vocab_size=10, **options)
+    ids = repetition_candidates(text, targets, weights=WEIGHTS, vocab_size=10, use_ngram_penalty=True, **options).ids
     return ids[0].tolist()
 
 
@@ -145,10 +156,10 @@ def test_ngrams_are_distinct_and_most_recent_first():
     assert ngram_ids(text, ngram_size=2, ngram_slots=2)[-1] == [4, 2]
     # the row's own target is left out before the cut to the slots, not after
     assert ngram_ids([*text[:-1], 4], ngram_size=2, ngram_slots=2)[-1] == [2, 3]
-    assert ngram_ids(text, ngram_size=2, ngram_slots=2, excluded_ids=[2])[-1] == [4, 3]
+    assert ngram_ids(text, ngram_size=2, ngram_slots=2, repetition_allow_list=[2])[-1] == [4, 3]
     # followers at 7, 5, 3, 1 of a context of 9 tokens
-    assert ngram_ids(text, ngram_size=2, ngram_slots=3, ngram_window=4)[-1] == [4, 2, -1]
-    assert ngram_ids(text, ngram_size=2, ngram_slots=3, ngram_window=1)[-1] == [-1, -1, -1]
+    assert ngram_ids(text, ngram_size=2, ngram_slots=3, ngram_window_size=4)[-1] == [4, 2, -1]
+    assert ngram_ids(text, ngram_size=2, ngram_slots=3, ngram_window_size=1)[-1] == [-1, -1, -1]
 
 
 def test_unigrams_are_the_whole_context():
@@ -164,7 +175,9 @@ def test_unigrams_are_the_whole_context():
 def test_tokens_that_were_read():
     # the row reads 1 2 3 1 2 and predicts 9: "1 2" was followed by 3
     text, targets = [1, 2, 3, 1, 2], [2, 3, 1, 2, 9]
-    ids = ngram_ids(text, targets, tokens_include_row=True, ngram_size=3, ngram_slots=1, immediate=True)
+    ids = ngram_ids(
+        text, targets, tokens_include_row=True, ngram_size=3, ngram_slots=1, use_immediate_repetition_penalty=True
+    )
     assert ids == [[1, -1], [2, -1], [3, -1], [1, -1], [2, 3]]
     # as context of the targets themselves, the last row's context is 2 3 1 2: no "1 2" before
     assert ngram_ids(targets, ngram_size=3, ngram_slots=1)[-1] == [-1]
@@ -182,8 +195,13 @@ def test_masks_match_nothing_and_outside_ids_only_match():
 def test_immediate_repetition_grows_with_the_run():
     text = torch.tensor([[2, 2, 2, 2, 2, 2, IGNORED, 2, 2, 3]])
     targets = torch.full_like(text, 5)
-    ids, weights = repetition_candidates(
-        text, targets, weights=torch.tensor([0.5, 1.5, 0, 0]), vocab_size=9, immediate=True, immediate_threshold=2
+    ids, weights, _ = repetition_candidates(
+        text,
+        targets,
+        weights=torch.tensor([0.5, 1.5, 0, 0]),
+        vocab_size=9,
+        use_immediate_repetition_penalty=True,
+        immediate_repetition_threshold=2,
     )
     assert ids[0, :, 0].tolist() == [-1, -1, 2, 2, 2, 2, 2, -1, -1, 2]
     expected = torch.tensor([0, 0, 0.75, 1.125, 0.5 * 1.5**3, 2, 2, 0, 0, 0.75])
@@ -194,8 +212,8 @@ def test_early_eos_counts_targets_of_the_segment():
     # left padding and a prompt do not count; the second text starts anew; a true EOS is not penalised
     targets = torch.tensor([[IGNORED, IGNORED, 4, 5, 6, 7, 4, 5, 1, 6]])
     segments = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]])
-    ids, weights = repetition_candidates(
-        targets, targets, weights=WEIGHTS, vocab_size=9, segments=segments, eos_ids=[1, 0], min_sequence_length=3
+    ids, weights, _ = repetition_candidates(
+        targets, targets, weights=WEIGHTS, vocab_size=9, segments=segments, eos_token_id=[1, 0], min_sequence_length=3
     )
     here, absent = [1, 0], [-1, -1]
     assert ids[0].tolist() == [absent, absent, here, here, here, absent, here, here, absent, absent]
@@ -204,20 +222,34 @@ def test_early_eos_counts_targets_of_the_segment():
 
 def test_nothing_leaks_between_rows_or_segments():
     text = torch.tensor([[1, 2, 3, 1, 2, 9], [1, 2, 4, 1, 2, 9]])
-    options = dict(weights=WEIGHTS, vocab_size=10, ngram_size=3, ngram_slots=2, immediate=True)
-    ids, _ = repetition_candidates(text, text, **options)
+    options = dict(
+        weights=WEIGHTS,
+        vocab_size=10,
+        use_ngram_penalty=True,
+        ngram_size=3,
+        ngram_slots=2,
+        use_immediate_repetition_penalty=True,
+    )
+    ids, *_ = repetition_candidates(text, text, **options)
     assert ids[:, -1].tolist() == [[2, 3, -1], [2, 4, -1]]
-    ids, _ = repetition_candidates(text, text, segments=torch.tensor([[7, 7, 7, 8, 8, 8]]), **options)
+    ids, *_ = repetition_candidates(text, text, segments=torch.tensor([[7, 7, 7, 8, 8, 8]]), **options)
     assert ids[:, -1].tolist() == [[2, -1, -1]] * 2
     assert ids[:, 3].tolist() == [[-1, -1, -1]] * 2
     # a value that comes back later is a new segment
-    ids, _ = repetition_candidates(text, text, segments=torch.tensor([[7, 7, 7, 8, 7, 7]]), **options)
+    ids, *_ = repetition_candidates(text, text, segments=torch.tensor([[7, 7, 7, 8, 7, 7]]), **options)
     assert ids[:, -1].tolist() == [[2, -1, -1]] * 2
 
 
 def full_options(**changes):
     options = dict(
-        weights=WEIGHTS, vocab_size=6, immediate=True, ngram_size=3, ngram_slots=2, eos_ids=[1], min_sequence_length=5
+        weights=WEIGHTS,
+        vocab_size=6,
+        use_immediate_repetition_penalty=True,
+        use_ngram_penalty=True,
+        ngram_size=3,
+        ngram_slots=2,
+        eos_token_id=[1],
+        min_sequence_length=5,
     )
     return options | changes
 
@@ -230,7 +262,7 @@ def test_strides_and_integer_types_do_not_matter():
     expected = repetition_candidates(dense, dense, segments=segments.expand(4, -1).contiguous(), **full_options())
     assert not wide[:, ::2].is_contiguous() and not dense.t().contiguous().t().is_contiguous()
     weights = torch.stack([WEIGHTS, WEIGHTS + 1], 1)[:, 0]
-    for tokens in (wide[:, ::2], dense.t().contiguous().t(), dense.int(), wide.int()[:, ::2]):
+    for tokens in (wide[:, ::2], dense.t().contiguous().t(), dense.int(), wide.int()[:, ::2], dense.to(torch.uint8)):
         for marks in (segments, segments.expand(4, -1), segments.int(), segments.expand(4, -1).int()):
             got = repetition_candidates(tokens, tokens, segments=marks, **full_options(weights=weights))
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -249,20 +281,20 @@ def test_rows_do_not_depend_on_the_batch_or_the_threads():
     whole = repetition_candidates(text, text, **full_options())
     for row in range(5):
         alone = repetition_candidates(text[row : row + 1], text[row : row + 1], **full_options())
-        torch.testing.assert_close(alone, tuple(t[row : row + 1] for t in whole), rtol=0, atol=0)
+        torch.testing.assert_close(alone[:2], tuple(t[row : row + 1] for t in whole[:2]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_empty_batches(shape):
     empty = torch.zeros(shape, dtype=torch.int64)
-    ids, weights = repetition_candidates(empty, empty, segments=empty, **full_options())
+    ids, weights, _ = repetition_candidates(empty, empty, segments=empty, **full_options())
     assert ids.shape == weights.shape == (*shape, 4)
 
 
 def test_no_slots():
     text = torch.tensor([[1, 1, 1]])
-    ids, weights = repetition_candidates(text, text, weights=WEIGHTS, vocab_size=5)
-    assert ids.shape == weights.shape == (1, 3, 0)
+    ids, weights, groups = repetition_candidates(text, text, weights=WEIGHTS, vocab_size=5)
+    assert ids.shape == weights.shape == (1, 3, 0) and groups == ()
 
 
 def op_arguments(**changes):
@@ -295,7 +327,7 @@ def test_not_differentiable():
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", False), ("inductor", True)])
 def test_compile_in_one_graph(backend, dynamic):
     def penalised(logits, text, weights):
-        ids, candidate_weights = repetition_candidates(text, text, **full_options(weights=weights))
+        ids, candidate_weights, _ = repetition_candidates(text, text, **full_options(weights=weights))
         return (logits.gather(-1, ids.clamp(min=0).long()) * candidate_weights).sum(), ids
 
     compiled = torch.compile(penalised, fullgraph=True, dynamic=dynamic, backend=backend)
@@ -334,20 +366,20 @@ TEXT = torch.zeros(2, 5, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": TEXT.float()}, r"expected tokens to be int64 or int32 .*, got float32 of shape \[2, 5\]"),
+        ({"tokens": TEXT.float()}, r"expected tokens to be integers .*, got float32 of shape \[2, 5\]"),
         ({"tokens": TEXT[0]}, r"expected tokens .* of shape \[batch_size, n_tokens\], got int64 of shape \[5\]"),
         ({"targets": TEXT[:, :4]}, r"expected targets .* of shape \[2, 5\], got int64 of shape \[2, 4\]"),
         ({"segments": TEXT[:, :4]}, r"expected segments .* of shape \[2, 5\], got int64 of shape \[2, 4\]"),
         ({"segments": TEXT.bool()}, "expected segments .*, got bool"),
         ({"weights": WEIGHTS[:3]}, r"expected weights .* of shape \[4\], got float64 of shape \[3\]"),
         ({"weights": WEIGHTS.half()}, "expected weights .*, got float16"),
-        ({"vocab_size": 0}, "expected vocab_size in .*, got 0, 1, 0"),
+        ({"vocab_size": 0}, "expected vocab_size in .*, got 0, 1, 4, 8 and None"),
         ({"vocab_size": 2**31}, "expected vocab_size in"),
-        ({"immediate_threshold": 0}, "immediate_threshold >= 1"),
-        ({"ngram_size": -1}, "ngram_size >= 0"),
-        ({"ngram_window": -1}, "ngram_window >= 1"),
-        ({"ngram_size": 2, "ngram_slots": 0}, "ngram_slots >= 1"),
-        ({"eos_ids": [6]}, r"expected eos_ids in \[0, vocab_size = 6\), got 6"),
+        ({"immediate_repetition_threshold": 0}, "immediate_repetition_threshold >= 1"),
+        ({"use_ngram_penalty": True, "ngram_size": 0}, "ngram_size >= 1"),
+        ({"ngram_window_size": 0}, "ngram_window_size >= 1"),
+        ({"use_ngram_penalty": True, "ngram_slots": 0}, "ngram_slots >= 1"),
+        ({"eos_token_id": [1, 6]}, r"expected eos_token_id in \[0, vocab_size = 6\), got 6"),
     ],
 )
 def test_messages(changes, message):

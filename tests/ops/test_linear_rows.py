@@ -7,37 +7,34 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from assertions import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Numbers, seeds
+from support.assertions import relative_error
 
 from ava_ext import (
     Candidates,
     LinearLogits,
-    RowTerms,
+    RowFlags,
     UnifiedLoss,
-    linear_row_loss,
-    linear_softmax_statistics,
-    linear_token_log_probs,
     linear_unified_loss,
-    row_coefficients,
     row_loss,
+    row_options,
     softmax_statistics,
     token_log_probs,
 )
 
 V, HIDDEN = 13, 5
 EVERY_TERM = int(
-    RowTerms.CROSS_ENTROPY
-    | RowTerms.FOCAL
-    | RowTerms.LABEL_SMOOTHING
-    | RowTerms.Z_LOSS
-    | RowTerms.CONFIDENCE_PENALTY
-    | RowTerms.SOFTCAP
-    | RowTerms.ENTROPY
+    RowFlags.CROSS_ENTROPY
+    | RowFlags.FOCAL
+    | RowFlags.LABEL_SMOOTHING
+    | RowFlags.Z_LOSS
+    | RowFlags.CONFIDENCE_PENALTY
+    | RowFlags.SOFTCAP
+    | RowFlags.ENTROPY
 )
-COEFFICIENTS = {
+OPTIONS = {
     "temperature": 0.8,
     "label_smoothing": 0.1,
     "focal_gamma": 1.5,
@@ -62,55 +59,53 @@ def make_rows(numbers, *rows):
     targets = numbers.integers(0, V, *rows).masked_fill(numbers.true(0.3, *rows), -100)
     ids = numbers.integers(-1, V, *rows, 3).int()
     candidates = Candidates(torch.where(ids == targets.unsqueeze(-1), -1, ids), numbers.uniform(*rows, 3), (1, 2))
-    return targets, {"row_weights": numbers.uniform(*rows), "candidates": candidates, "terms": EVERY_TERM}
+    return targets, {"row_weights": numbers.uniform(*rows), "candidates": candidates, "flags": EVERY_TERM}
 
 
 # -- the loss
 
 
-@given(seeds, st.integers(1, 9), st.booleans(), st.booleans(), st.integers(0, 2))
-def test_equals_the_loss_of_the_logits(seed, chunk_rows, per_row, with_bias, n_padding):
+@given(seeds, st.integers(1, 9), st.sampled_from(["sum", "none"]), st.booleans(), st.integers(0, 2))
+def test_equals_the_loss_of_the_logits(seed, chunk_rows, reduction, with_bias, n_padding):
     numbers = Numbers(seed)
     head = make_head(numbers, 2, 4, with_bias=with_bias)
-    targets, options = make_rows(numbers, 2, 4)
+    targets, keywords = make_rows(numbers, 2, 4)
     targets = torch.where(targets < V - n_padding, targets, 0)
-    ids, weights, groups = options["candidates"]
-    options["candidates"] = Candidates(torch.where(ids < V - n_padding, ids, -1), weights, groups)
-    options |= {"coefficients": row_coefficients(head.weight, **COEFFICIENTS), "vocab_size": V - n_padding}
-    got = linear_row_loss(head, targets, per_row=per_row, chunk_bytes=chunk_rows * V * 8, **options)
-    want = row_loss(F.linear(*head), targets, **options)
-    upstream = numbers.normal(2, 4) if per_row else numbers.normal()
-    expected = want.row_loss if per_row else want.row_loss.sum()
-    torch.testing.assert_close(got.row_loss, expected, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(got.row_terms, want.row_terms, rtol=1e-12, atol=1e-13)
-    gradients = torch.autograd.grad(got.row_loss, leaves(head), upstream)
+    ids, weights, groups = keywords["candidates"]
+    keywords["candidates"] = Candidates(torch.where(ids < V - n_padding, ids, -1), weights, groups)
+    keywords |= {"options": row_options(head.weight, **OPTIONS), "vocab_size": V - n_padding}
+    got = row_loss(head, targets, reduction=reduction, chunk_bytes=chunk_rows * V * 8, **keywords)
+    want = row_loss(F.linear(*head), targets, **keywords)
+    upstream = numbers.normal(2, 4) if reduction == "none" else numbers.normal()
+    expected = want.loss if reduction == "none" else want.loss.sum()
+    torch.testing.assert_close(got.loss, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(got.terms, want.terms, rtol=1e-12, atol=1e-13)
+    gradients = torch.autograd.grad(got.loss, leaves(head), upstream)
     expected_gradients = torch.autograd.grad(expected, leaves(head), upstream)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_gradcheck(per_row):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_gradcheck(reduction):
     numbers = Numbers(0)
     head = make_head(numbers, 6)
-    targets, options = make_rows(numbers, 6)
-    coefficients = row_coefficients(head.weight, **COEFFICIENTS)
+    targets, keywords = make_rows(numbers, 6)
+    options = row_options(head.weight, **OPTIONS)
 
     def loss(*parts):
-        return linear_row_loss(
-            LinearLogits(*parts), targets, coefficients, per_row=per_row, chunk_bytes=2 * V * 8, **options
-        ).row_loss
+        return row_loss(
+            LinearLogits(*parts), targets, options, reduction=reduction, chunk_bytes=2 * V * 8, **keywords
+        ).loss
 
     assert torch.autograd.gradcheck(loss, tuple(head))
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_a_kept_graph_gives_the_same_twice_and_keeps_its_hands_off(per_row):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_kept_graph_gives_the_same_twice_and_keeps_its_hands_off(reduction):
     numbers = Numbers(1)
     head = make_head(numbers, 6)
-    targets, options = make_rows(numbers, 6)
-    loss = linear_row_loss(
-        head, targets, row_coefficients(head.weight, **COEFFICIENTS), per_row=per_row, **options
-    ).row_loss.sum()
+    targets, keywords = make_rows(numbers, 6)
+    loss = row_loss(head, targets, row_options(head.weight, **OPTIONS), reduction=reduction, **keywords).loss.sum()
     first = torch.autograd.grad(3 * loss, leaves(head), retain_graph=True)
     kept = [gradient.clone() for gradient in first]
     second = torch.autograd.grad(-2 * loss, leaves(head))
@@ -119,32 +114,28 @@ def test_a_kept_graph_gives_the_same_twice_and_keeps_its_hands_off(per_row):
         torch.testing.assert_close(one / 3, other / -2, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("frozen", ["hidden_states", "weight", "bias"])
-def test_what_is_frozen_costs_no_product_and_changes_nothing(per_row, frozen, monkeypatch):
+def test_what_is_frozen_costs_no_product_and_changes_nothing(reduction, frozen, monkeypatch):
     from ava_ext.ops import linear_rows
 
     products = []
     monkeypatch.setattr(linear_rows, "_add_product", lambda *tensors: products.append("weight"))
     numbers = Numbers(2)
     head = make_head(numbers, 6)
-    targets, options = make_rows(numbers, 6)
+    targets, keywords = make_rows(numbers, 6)
     part = getattr(head, frozen)
     others = [leaf for leaf in head if leaf is not part]
-    loss = linear_row_loss(
-        head, targets, row_coefficients(part, **COEFFICIENTS), per_row=per_row, **options
-    ).row_loss.sum()
+    loss = row_loss(head, targets, row_options(part, **OPTIONS), reduction=reduction, **keywords).loss.sum()
     products.clear()
     if frozen != "weight":
         torch.autograd.grad(loss, others)
         return
     expected = torch.autograd.grad(
-        row_loss(F.linear(*head), targets, row_coefficients(part, **COEFFICIENTS), **options)[0].sum(), others
+        row_loss(F.linear(*head), targets, row_options(part, **OPTIONS), **keywords)[0].sum(), others
     )
     part.requires_grad_(False)
-    loss = linear_row_loss(
-        head, targets, row_coefficients(part, **COEFFICIENTS), per_row=per_row, **options
-    ).row_loss.sum()
+    loss = row_loss(head, targets, row_options(part, **OPTIONS), reduction=reduction, **keywords).loss.sum()
     torch.testing.assert_close(torch.autograd.grad(loss, others), expected, rtol=1e-10, atol=1e-13)
     assert not products
 
@@ -153,20 +144,20 @@ def test_without_grad_there_are_statistics_only(monkeypatch):
     head, targets = make_head(Numbers(3), 6), torch.arange(6)
     monkeypatch.setattr(torch.ops.ava_ext, "row_loss_", None)  # what would write a gradient
     with torch.no_grad():
-        loss = linear_row_loss(head, targets, row_coefficients(head.weight)).row_loss
+        loss = row_loss(head, targets, row_options(head.weight), reduction="sum").loss
     torch.testing.assert_close(loss, F.cross_entropy(F.linear(*head), targets, reduction="sum"))
     detached = LinearLogits(*(part.detach() for part in head))
-    assert not linear_row_loss(detached, targets, row_coefficients(head.weight)).row_loss.requires_grad
+    assert not row_loss(detached, targets, row_options(head.weight), reduction="sum").loss.requires_grad
 
 
 @pytest.mark.parametrize("compute", ["loss", "statistics"])
-@pytest.mark.parametrize("per_row", [False, True])
-def test_double_backward_raises(compute, per_row):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_double_backward_raises(compute, reduction):
     head, targets = make_head(Numbers(4), 6), torch.arange(6)
     if compute == "loss":
-        loss = linear_row_loss(head, targets, row_coefficients(head.weight), per_row=per_row).row_loss.sum()
+        loss = row_loss(head, targets, row_options(head.weight), reduction=reduction).loss.sum()
     else:
-        loss = linear_token_log_probs(*head[:2], targets, bias=head.bias)[int(per_row)].sum()
+        loss = token_log_probs(head, targets)[int(reduction == "none")].sum()
     for leaf in leaves(head):
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="double backward is not supported"):
@@ -176,7 +167,7 @@ def test_double_backward_raises(compute, per_row):
 @pytest.mark.parametrize("n_rows", [0, 1])
 def test_no_row_and_one(n_rows):
     head, targets = make_head(Numbers(5), n_rows), torch.zeros(n_rows, dtype=torch.int64)
-    loss = linear_row_loss(head, targets, row_coefficients(head.weight)).row_loss
+    loss = row_loss(head, targets, row_options(head.weight), reduction="sum").loss
     torch.testing.assert_close(loss, F.cross_entropy(F.linear(*head), targets, reduction="sum"))
     expected = torch.autograd.grad(F.cross_entropy(F.linear(*head), targets, reduction="sum"), leaves(head))
     torch.testing.assert_close(torch.autograd.grad(loss, leaves(head)), expected)
@@ -194,7 +185,7 @@ def test_the_gradient_of_a_bfloat16_weight_is_summed_in_float32(n_chunks):
     targets = torch.randint(0, vocab_size, (n_rows,), generator=generator)
     budget = -(-n_rows // n_chunks) * vocab_size * 2
     logits = LinearLogits(states, weight)
-    loss = linear_row_loss(logits, targets, row_coefficients(weight), chunk_bytes=budget).row_loss
+    loss = row_loss(logits, targets, row_options(weight), chunk_bytes=budget, reduction="sum").loss
     got = torch.autograd.grad(loss, (states, weight))
     # against the same with one product in float32, both measured from what float64 makes of the same bfloat16 logits
     made = (states @ weight.t()).detach().double()
@@ -213,7 +204,7 @@ def test_float16_gradients_live_on_the_scaler(scale):
     numbers = Numbers(6)
     head = make_head(numbers, 8, dtype=torch.float16, with_bias=False)
     targets, weights = numbers.integers(0, V, 8), torch.full((8,), 2.0**-26)
-    loss = linear_row_loss(head, targets, row_coefficients(head.weight), row_weights=weights).row_loss
+    loss = row_loss(head, targets, row_options(head.weight), row_weights=weights, reduction="sum").loss
     gradients = torch.autograd.grad(loss * scale * 2.0**26, leaves(head))
     logits = F.linear(*(part.float() if part is not None else None for part in head))
     expected = torch.autograd.grad(scale * F.cross_entropy(logits, targets, reduction="sum"), leaves(head))
@@ -221,26 +212,24 @@ def test_float16_gradients_live_on_the_scaler(scale):
         assert relative_error(gradient, other) < 4e-3
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_autocast_computes_as_linear_does(per_row):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_autocast_computes_as_linear_does(reduction):
     numbers = Numbers(7)
     head = make_head(numbers, 8, dtype=torch.float32)
-    targets, options = make_rows(numbers, 8)
-    options["row_weights"] = options["row_weights"].float()
-    options["candidates"] = options["candidates"]._replace(weights=options["candidates"].weights.float())
+    targets, keywords = make_rows(numbers, 8)
+    keywords["row_weights"] = keywords["row_weights"].float()
+    keywords["candidates"] = keywords["candidates"]._replace(weights=keywords["candidates"].weights.float())
     with torch.autocast("cpu", torch.bfloat16):
-        got = linear_row_loss(
-            head, targets, row_coefficients(head.weight, **COEFFICIENTS), per_row=per_row, **options
-        ).row_loss.sum()
+        got = row_loss(head, targets, row_options(head.weight, **OPTIONS), reduction=reduction, **keywords).loss.sum()
         logits = F.linear(*head)
         assert logits.dtype == torch.bfloat16
-        want = row_loss(logits, targets, row_coefficients(head.weight, **COEFFICIENTS), **options).row_loss.sum()
+        want = row_loss(logits, targets, row_options(head.weight, **OPTIONS), **keywords).loss.sum()
         gradients = torch.autograd.grad(got, leaves(head))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     exact = LinearLogits(*(part.detach().double().requires_grad_() for part in head))
-    options["row_weights"] = options["row_weights"].double()
-    options["candidates"] = options["candidates"]._replace(weights=options["candidates"].weights.double())
-    true = row_loss(F.linear(*exact), targets, row_coefficients(exact.weight, **COEFFICIENTS), **options).row_loss.sum()
+    keywords["row_weights"] = keywords["row_weights"].double()
+    keywords["candidates"] = keywords["candidates"]._replace(weights=keywords["candidates"].weights.double())
+    true = row_loss(F.linear(*exact), targets, row_options(exact.weight, **OPTIONS), **keywords).loss.sum()
     true_gradients = torch.autograd.grad(true, leaves(exact))
     naive = torch.autograd.grad(want, leaves(head))
     for gradient, other, expected in zip(gradients, naive, true_gradients, strict=True):
@@ -251,18 +240,18 @@ def test_autocast_computes_as_linear_does(per_row):
 # -- within PyTorch
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_compiles_without_a_graph_break(per_row):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_compiles_without_a_graph_break(reduction):
     numbers = Numbers(8)
     head = make_head(numbers, 2, 4)
-    targets, options = make_rows(numbers, 2, 4)
+    targets, keywords = make_rows(numbers, 2, 4)
 
-    def loss(head, targets, options):
-        coefficients = row_coefficients(head.weight, **COEFFICIENTS)
-        rows = linear_row_loss(head, targets, coefficients, per_row=per_row, chunk_bytes=3 * V * 8, **options)
-        return 3 * rows.row_loss.sum()
+    def loss(head, targets, keywords):
+        options = row_options(head.weight, **OPTIONS)
+        rows = row_loss(head, targets, options, reduction=reduction, chunk_bytes=3 * V * 8, **keywords)
+        return 3 * rows.loss.sum()
 
-    eager, compiled = loss(head, targets, options), torch.compile(loss, fullgraph=True)(head, targets, options)
+    eager, compiled = loss(head, targets, keywords), torch.compile(loss, fullgraph=True)(head, targets, keywords)
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)
     gradients = (torch.autograd.grad(value, leaves(head)) for value in (compiled, eager))
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
@@ -284,13 +273,13 @@ def test_the_function_compiles_without_a_graph_break():
 def test_opcheck(wanted):
     numbers = Numbers(10)
     head = make_head(numbers, 6)
-    targets, options = make_rows(numbers, 6)
-    ids, weights, groups = options["candidates"]
-    coefficients, row_weights = row_coefficients(head.weight, **COEFFICIENTS), options["row_weights"]
-    arguments = (*head, targets, coefficients, row_weights, ids, weights, list(groups), EVERY_TERM, V, -100, 4)
+    targets, keywords = make_rows(numbers, 6)
+    ids, weights, groups = keywords["candidates"]
+    options, row_weights = row_options(head.weight, **OPTIONS), keywords["row_weights"]
+    arguments = (*head, targets, options, row_weights, ids, weights, list(groups), EVERY_TERM, V, -100, 4)
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.ava_ext.linear_row_loss, (*arguments, torch.float64, wanted), test_utils=utilities)
-    statistics = (*head, ids, None, coefficients, int(RowTerms.ENTROPY), V, 4, torch.float64)
+    statistics = (*head, ids, None, options, int(RowFlags.ENTROPY), V, 4, torch.float64)
     torch.library.opcheck(torch.ops.ava_ext.linear_row_statistics, statistics, test_utils=utilities)
 
 
@@ -335,7 +324,7 @@ def test_gradients_can_be_stolen():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.ava_ext, "scale_rows_", watch)
-        linear_row_loss(head, targets, row_coefficients(head.weight)).row_loss.backward()
+        row_loss(head, targets, row_options(head.weight), reduction="sum").loss.backward()
     assert written == [part.grad.data_ptr() for part in head]
 
 
@@ -380,9 +369,9 @@ def test_statistics_equal_those_of_the_logits(seed, chunk_rows, is_capped, with_
     numbers = Numbers(seed)
     head = make_head(numbers, 2, 4, with_bias=with_bias)
     ids, mask = numbers.integers(-1, V - 1, 2, 4, 2), numbers.true(0.7, 2, 4)
-    options = {"row_mask": mask, "temperature": 0.7, "logit_softcap": 4.0 if is_capped else None, "vocab_size": V - 1}
-    got = linear_softmax_statistics(*head[:2], ids, bias=head.bias, chunk_bytes=chunk_rows * V * 8, **options)
-    want = softmax_statistics(F.linear(*head), ids, **options)
+    keywords = {"row_mask": mask, "temperature": 0.7, "logit_softcap": 4.0 if is_capped else None, "vocab_size": V - 1}
+    got = softmax_statistics(head, ids, chunk_bytes=chunk_rows * V * 8, **keywords)
+    want = softmax_statistics(F.linear(*head), ids, **keywords)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     upstream = [numbers.normal(*value.shape) for value in got]
     gradients = (torch.autograd.grad(values, leaves(head), upstream) for values in (got, want))
@@ -393,9 +382,7 @@ def test_token_log_probs_equal_those_of_the_logits():
     numbers = Numbers(14)
     head = make_head(numbers, 2, 4)
     targets = numbers.integers(0, V, 2, 4).masked_fill(numbers.true(0.3, 2, 4), -100)
-    got = linear_token_log_probs(
-        *head[:2], targets, bias=head.bias, temperature=torch.tensor(0.7, dtype=torch.float64), chunk_bytes=300
-    )
+    got = token_log_probs(head, targets, temperature=torch.tensor(0.7, dtype=torch.float64), chunk_bytes=300)
     want = token_log_probs(F.linear(*head), targets, temperature=0.7)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
     upstream = [numbers.normal(2, 4), numbers.normal(2, 4)]
@@ -407,7 +394,7 @@ def test_statistics_compile_without_a_graph_break():
     head, targets = make_head(Numbers(15), 2, 4), Numbers(15).integers(0, V, 2, 4)
 
     def loss(states, weight):
-        log_prob, entropy = linear_token_log_probs(states, weight, targets, chunk_bytes=300)
+        log_prob, entropy = token_log_probs(LinearLogits(states, weight), targets, chunk_bytes=300)
         return (log_prob.exp() + 0.1 * entropy).sum()
 
     compiled = torch.compile(loss, fullgraph=True)(*head[:2])
@@ -423,9 +410,9 @@ def test_the_function_is_that_of_torch(reduction):
     numbers = Numbers(16)
     head = make_head(numbers, 7)
     targets = numbers.integers(0, V, 7).masked_fill(numbers.true(0.3, 7), -1)
-    options = {"reduction": reduction, "ignore_index": -1, "label_smoothing": 0.1}
-    got = linear_unified_loss(*head[:2], targets, linear_bias=head.bias, **options)
-    want = F.cross_entropy(F.linear(*head), targets, **options)
+    keywords = {"reduction": reduction, "ignore_index": -1, "label_smoothing": 0.1}
+    got = linear_unified_loss(*head[:2], targets, linear_bias=head.bias, **keywords)
+    want = F.cross_entropy(F.linear(*head), targets, **keywords)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     upstream = numbers.normal(*want.shape)
     gradients = (torch.autograd.grad(value, leaves(head), upstream) for value in (got, want))
@@ -451,19 +438,19 @@ def test_two_calls_with_other_options_do_not_mix():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"weight": torch.zeros(V, 4)}, r"expected lm_head_weight of shape \[vocab_size, 5\] .* got \[13, 4\]"),
-        ({"bias": torch.zeros(4)}, r"expected lm_head_bias of shape \[13\], got \[4\]"),
-        ({"weight": torch.zeros(V, HIDDEN).bfloat16()}, "expected lm_head_weight of hidden_states' type"),
-        ({"weight": torch.zeros(V, HIDDEN, device="meta")}, "expected lm_head_weight on cpu, got meta"),
+        ({"weight": torch.zeros(V, 4)}, r"expected (lm_head_)?weight of shape \[vocab_size, 5\] .* got \[13, 4\]"),
+        ({"bias": torch.zeros(4)}, r"expected (lm_head_)?bias of shape \[13\], got \[4\]"),
+        ({"weight": torch.zeros(V, HIDDEN).bfloat16()}, "expected (lm_head_)?weight of hidden_states' type"),
+        ({"weight": torch.zeros(V, HIDDEN, device="meta")}, "expected (lm_head_)?weight on cpu, got meta"),
     ],
 )
 def test_a_head_that_does_not_fit_is_named(change, message):
     head = LinearLogits(torch.zeros(6, HIDDEN), torch.zeros(V, HIDDEN), torch.zeros(V))._replace(**change)
     targets = torch.arange(6)
     with pytest.raises(ValueError, match=message):
-        linear_row_loss(head, targets, row_coefficients(torch.zeros(0)))
+        row_loss(head, targets, row_options(torch.zeros(0)), reduction="sum")
     with pytest.raises(ValueError, match=message):
-        linear_token_log_probs(*head[:2], targets, bias=head.bias)
+        token_log_probs(head, targets)
     with pytest.raises(ValueError, match=message):
         UnifiedLoss(V)(
             targets=targets, hidden_states=head.hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias
@@ -472,19 +459,19 @@ def test_a_head_that_does_not_fit_is_named(change, message):
 
 def test_bad_rows_are_named():
     head, targets = make_head(Numbers(18), 6), torch.arange(6)
-    coefficients = row_coefficients(head.weight)
-    with pytest.raises(ValueError, match=r"linear_row_loss: expected targets of shape \[6\], got \[5\]"):
-        linear_row_loss(head, targets[:5], coefficients)
+    options = row_options(head.weight)
+    with pytest.raises(ValueError, match=r"row_loss: expected targets of shape \[6\], got \[5\]"):
+        row_loss(head, targets[:5], options, reduction="sum")
     with pytest.raises(ValueError, match="expected row_weights without requires_grad"):
-        linear_row_loss(head, targets, coefficients, row_weights=torch.ones(6).double().requires_grad_())
+        row_loss(head, targets, options, row_weights=torch.ones(6).double().requires_grad_(), reduction="sum")
     with pytest.raises(IndexError, match="got 13 at position 5"):
-        linear_row_loss(head, torch.tensor([0, 1, 2, 3, 4, 13]), coefficients)
-    with pytest.raises(ValueError, match=r"linear_token_log_probs: expected targets of shape \[6\], got \[5\]"):
-        linear_token_log_probs(*head[:2], targets[:5])
+        row_loss(head, torch.tensor([0, 1, 2, 3, 4, 13]), options, reduction="sum")
+    with pytest.raises(ValueError, match=r"token_log_probs: expected targets of shape \[6\], got \[5\]"):
+        token_log_probs(LinearLogits(*head[:2]), targets[:5])
     with pytest.raises(ValueError, match=r"expected ids of shape \[6, n_ids\], got \[5, 1\]"):
-        linear_softmax_statistics(*head[:2], targets[:5, None])
+        softmax_statistics(LinearLogits(*head[:2]), targets[:5, None])
     with pytest.raises(ValueError, match=r"expected row_mask of shape \[6\], got \[5\]"):
-        linear_softmax_statistics(*head[:2], None, row_mask=torch.ones(5, dtype=torch.bool))
+        softmax_statistics(LinearLogits(*head[:2]), None, row_mask=torch.ones(5, dtype=torch.bool))
 
 
 def test_options_that_need_a_module_are_named():

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from assertions import assert_bitwise_equal, assert_within, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Numbers, seeds
+from support.assertions import assert_bitwise_equal, assert_within, relative_error
 
 from ava_ext.ops import linear_rows
-from ava_ext.ops.linear_rows import LinearLogits, linear_row_loss
-from ava_ext.ops.softmax_rows import row_coefficients
+from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.softmax_rows import row_loss, row_options
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
 BF16 = torch.bfloat16
@@ -271,7 +271,8 @@ def test_the_loss_takes_it_for_every_chunk(calls):
     head = LinearLogits(numbers.normal(n_rows, hidden_size).to(BF16), numbers.normal(n_columns, hidden_size).to(BF16))
     weight = head.weight.requires_grad_()
     targets = numbers.integers(0, n_columns, n_rows)
-    loss = linear_row_loss(head, targets, row_coefficients(weight), chunk_bytes=chunk_rows * n_columns * 2).row_loss
+    chunk_bytes = chunk_rows * n_columns * 2
+    loss = row_loss(head, targets, row_options(weight), reduction="sum", chunk_bytes=chunk_bytes).loss
     (got,) = torch.autograd.grad(loss, weight)
     probabilities = (head.hidden_states @ weight.t()).detach().double().softmax(-1)
     grad_logits = (probabilities - torch.nn.functional.one_hot(targets, n_columns)).to(BF16)

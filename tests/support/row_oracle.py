@@ -8,23 +8,23 @@ from strategies import RowProblem
 from torch import Tensor
 
 from ava_ext import reference
-from ava_ext.ops.softmax_rows import TERM_NAMES, RowTerms
+from ava_ext.ops.softmax_rows import N_TERMS, TERM_NAMES, RowFlags
 
 
 class Expected(NamedTuple):
     """float64, with a bound of the rounding error beside each."""
 
-    row_loss: Tensor  # [...]
-    row_loss_bound: Tensor
-    row_terms: Tensor  # [6 + n_groups, ...]
-    row_terms_bound: Tensor
+    loss: Tensor  # [...]
+    loss_bound: Tensor
+    terms: Tensor  # [N_TERMS + n_groups, ...]
+    terms_bound: Tensor
     grad_logits: Tensor  # [..., n_columns]
     grad_logits_bound: Tensor
 
 
 def expected_row_loss(problem: RowProblem) -> Expected:
     rows, counted = problem.targets.shape, problem.targets != problem.ignore_index
-    terms_shape = (len(TERM_NAMES) + (len(problem.candidates.groups) if problem.candidates else 0), *rows)
+    terms_shape = (N_TERMS + (len(problem.candidates.groups) if problem.candidates else 0), *rows)
     shapes = (rows, rows, terms_shape, terms_shape, problem.logits.shape, problem.logits.shape)
     expected = Expected(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
     if counted.any():
@@ -39,8 +39,8 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     u_j = z_j - max is rounded, so e^u_j is off by |u_j| units, and R and all that is made of it by the distance of the
     largest column but one. What adds up in a term or in dz_j is bounded by the sum of the sizes of its parts.
     """
-    temperature, smoothing, alpha, gamma, z_weight, confidence_weight, cap = problem.coefficients.double().tolist()
-    on = {flag: bool(problem.terms & flag) for flag in RowTerms}
+    temperature, smoothing, alpha, gamma, z_weight, confidence_weight, cap = problem.options.double().tolist()
+    on = {flag: bool(problem.flags & flag) for flag in RowFlags}
     is_float64 = problem.base.dtype == torch.float64
     unit = 2.0**-45 if is_float64 else 2.0**-24  # the reference, too, rounds in float64
     logits, targets = problem.logits[counted].double().requires_grad_(), problem.targets[counted]
@@ -50,7 +50,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     z = reference.effective_logits(
         logits,
         temperature=temperature,
-        logit_softcap=cap if on[RowTerms.SOFTCAP] else None,
+        logit_softcap=cap if on[RowFlags.SOFTCAP] else None,
         vocab_size=problem.vocab_size,
     )
     zero = torch.zeros(len(targets)).double()
@@ -61,11 +61,11 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         u = torch.where(present, z - largest.unsqueeze(-1), 0.0)
         p = torch.where(present, torch.exp(z - reference.log_normaliser(z).unsqueeze(-1)), 0.0)
         second = torch.where(present, z, -math.inf).scatter(-1, z.argmax(-1, keepdim=True), -math.inf).amax(-1)
-        cap_error = 16 * unit * cap / temperature if on[RowTerms.SOFTCAP] else 0.0  # of u: tanh has 2 ulp
+        cap_error = 16 * unit * cap / temperature if on[RowFlags.SOFTCAP] else 0.0  # of u: tanh has 2 ulp
         of_rest = 8 * unit + 4 * unit * torch.where(second > -math.inf, largest - second, 0.0) + cap_error
         of_u = 4 * unit * u.abs() + cap_error
         lse_size = largest.abs() + reference.log_normaliser(z) - largest
-        if on[RowTerms.CROSS_ENTROPY] and on[RowTerms.FOCAL]:
+        if on[RowFlags.CROSS_ENTROPY] and on[RowFlags.FOCAL]:
             of_rest = of_rest * (1 + gamma)
 
     # every term with the size that its error is measured by
@@ -78,28 +78,28 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     probability_size, entropy_size = zero, zero
     log_prob_size, own = torch.zeros_like(z), torch.zeros_like(z)
     constant_size = zero
-    if on[RowTerms.CROSS_ENTROPY]:
-        hard = reference.focal(z, targets, alpha, gamma) if on[RowTerms.FOCAL] else nll
+    if on[RowFlags.CROSS_ENTROPY]:
+        hard = reference.focal(z, targets, alpha, gamma) if on[RowFlags.FOCAL] else nll
         e = zero
-        if on[RowTerms.LABEL_SMOOTHING]:
+        if on[RowFlags.LABEL_SMOOTHING]:
             e = zero + smoothing
-            if on[RowTerms.EXCLUDE_TARGET]:
+            if on[RowFlags.EXCLUDE_TARGET]:
                 e = torch.where(n_present > 1, e * n_present / (n_present - 1).clamp(min=1), 0.0)
-            mode = "exclude_target" if on[RowTerms.EXCLUDE_TARGET] else "uniform"
+            mode = "exclude_target" if on[RowFlags.EXCLUDE_TARGET] else "uniform"
             main = reference.smoothed(hard, z, smoothing, mode)
             terms["main_loss"] = main, main.abs() + 2 * torch.where(e > 1, (e - 1) * hard, 0.0)
         else:
             terms["main_loss"] = hard, hard
-        size = (1 - e).abs() * (alpha * (1 + gamma) if on[RowTerms.FOCAL] else 1)
+        size = (1 - e).abs() * (alpha * (1 + gamma) if on[RowFlags.FOCAL] else 1)
         probability_size, constant_size = probability_size + e, e / n_present
         log_prob_size.scatter_(-1, targets.unsqueeze(-1), size.unsqueeze(-1))
         other_probability = torch.sigmoid(-reference.log_odds(z, targets)).detach()
         own.scatter_(-1, targets.unsqueeze(-1), (size * other_probability).unsqueeze(-1))
-    if on[RowTerms.Z_LOSS]:
+    if on[RowFlags.Z_LOSS]:
         lse_size = lse_size + 2.0**-50 * (1 + largest.abs()) / of_rest  # the reference adds R to 1
         terms["z_loss"] = z_weight * reference.z_loss(z), z_weight * lse_size.square()
         probability_size = probability_size + 2 * z_weight * lse_size
-    if on[RowTerms.CONFIDENCE_PENALTY]:
+    if on[RowFlags.CONFIDENCE_PENALTY]:
         terms["confidence_penalty"] = confidence_weight * reference.confidence_penalty(z), zero + confidence_weight
         entropy_size = confidence_weight / torch.log(n_present.clamp(min=2).double())
 
@@ -122,15 +122,15 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         terms[f"group {len(terms)}"] = penalty, penalty_size
 
     added = [name for name in terms if name not in ("cross_entropy", "entropy", "correct")]
-    row_loss = row_weights * sum(terms[name][0] for name in added)
+    loss = row_weights * sum(terms[name][0] for name in added)
     grad_logits = torch.zeros_like(logits)
-    if row_loss.requires_grad:
-        (grad_logits,) = torch.autograd.grad(row_loss.sum(), logits)
+    if loss.requires_grad:
+        (grad_logits,) = torch.autograd.grad(loss.sum(), logits)
     with torch.no_grad():
-        row_terms = torch.stack([value for value, _ in terms.values()])
+        all_terms = torch.stack([value for value, _ in terms.values()])
         underflow = 0.0 if is_float64 else 1e-34  # of a sum over the columns, times u
-        row_terms_bound = torch.stack([size for _, size in terms.values()]) * of_rest + underflow
-        row_loss_bound = row_weights.abs() * (sum(terms[name][1] for name in added) * (of_rest + 4 * unit) + underflow)
+        terms_bound = torch.stack([size for _, size in terms.values()]) * of_rest + underflow
+        loss_bound = row_weights.abs() * (sum(terms[name][1] for name in added) * (of_rest + 4 * unit) + underflow)
         mean_u = (p * u).sum(-1, keepdim=True)
         # s_c at its own column is s_c (1 - p_c): at the maximum that is small, and must not hide what the others give
         at_maximum = torch.zeros_like(present).scatter(-1, z.argmax(-1, keepdim=True), True)
@@ -139,7 +139,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         probability_size = probability_size.unsqueeze(-1) + others
         size = p * (probability_size + entropy_size.unsqueeze(-1) * (u.abs() + mean_u.abs()))
         size = size + (own + constant_size.unsqueeze(-1)) * present
-        cap_slope = 1 - torch.tanh(logits / cap).square().nan_to_num() if on[RowTerms.SOFTCAP] else torch.ones(())
+        cap_slope = 1 - torch.tanh(logits / cap).square().nan_to_num() if on[RowFlags.SOFTCAP] else torch.ones(())
         # the derivative of the entropy at the maximum: autograd's own rounding, and that of u where a kernel takes it
         # from one multiply-add, z - largest with the product unrounded, and subtracts what that leaves at the maximum
         of_entropy = 2.0**-48 * (1 + largest.abs()) * entropy_size
@@ -147,7 +147,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         underflow = (0.0 if is_float64 else 2e-38) * (1 + probability_size + entropy_size.unsqueeze(-1) * 100)
         grad_bound = grad_bound + (underflow + of_entropy.unsqueeze(-1)) * present
         grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature
-    return Expected(row_loss.detach(), row_loss_bound, row_terms, row_terms_bound, grad_logits, grad_bound)
+    return Expected(loss.detach(), loss_bound, all_terms, terms_bound, grad_logits, grad_bound)
 
 
 def _groups(problem: RowProblem, counted: Tensor) -> list[tuple[Tensor, Tensor]]:

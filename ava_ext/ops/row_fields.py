@@ -1,0 +1,105 @@
+"""The words of the row kernels: flags, options, terms, candidates, and how many numbers each tensor holds for a row.
+
+The same fields stand in csrc/softmax_rows.h. ops/softmax_rows.py and ops/softmax_statistics.py are made of them.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowFlags(IntFlag):
+    """Which terms the row kernel computes. Their weights come in the tensor of options."""
+
+    CROSS_ENTROPY = 1
+    FOCAL = 2
+    LABEL_SMOOTHING = 4
+    EXCLUDE_TARGET = 8
+    Z_LOSS = 16
+    CONFIDENCE_PENALTY = 32
+    SOFTCAP = 64
+    ENTROPY = 128
+
+
+# the first rows of RowLoss.terms; the groups of candidates follow
+TERM_NAMES = ("main_loss", "z_loss", "confidence_penalty", "cross_entropy", "entropy", "correct")
+STATISTIC_NAMES = ("max", "argmax", "rest", "weighted", "sum", "count")  # of the tensor statistics: RowStatistics
+SUMMARY_NAMES = ("entropy", "lse", "log_rest", "mean_log_prob")  # of the tensor summaries
+OPTION_NAMES = (  # of the tensor options: RowOptions
+    "temperature",
+    "label_smoothing",
+    "focal_alpha",
+    "focal_gamma",
+    "z_loss_weight",
+    "confidence_penalty_weight",
+    "logit_softcap",
+)
+N_TERMS, N_STATISTICS, N_SUMMARIES, N_OPTIONS = map(len, (TERM_NAMES, STATISTIC_NAMES, SUMMARY_NAMES, OPTION_NAMES))
+# of p, p log p, 1 and the one-hot of the maximum; those of the one-hots of the ids follow
+N_ROW_COEFFICIENTS = 4
+
+
+class RowLoss(NamedTuple):
+    """What `row_loss` returns."""
+
+    # row_weights times the sum of the terms and penalties: the differentiable output
+    loss: Tensor  # [...], or [] with reduction="sum"
+    # each by itself, unweighted, without graph. The entropy is measured only with RowFlags.ENTROPY, LABEL_SMOOTHING,
+    # CONFIDENCE_PENALTY or SOFTCAP.
+    terms: Tensor  # [N_TERMS + n_groups, ...]
+
+
+class Candidates(NamedTuple):
+    """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c)."""
+
+    ids: Tensor  # [..., n_candidates] int32; -1: absent
+    weights: Tensor  # [..., n_candidates] float32 (float64 beside float64 logits)
+    groups: tuple[int, ...]  # sizes that add up to n_candidates; each group is reported by itself
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of statistics, terms and weights beside logits of this type: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_options(
+    like: Tensor,
+    *,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    focal_alpha: float = 1.0,
+    focal_gamma: float = 2.0,
+    z_loss_weight: float = 0.0,
+    confidence_penalty_weight: float = 0.0,
+    logit_softcap: float | None = None,
+) -> Tensor:  # [N_OPTIONS]
+    """The small tensor of options that the row kernels read, on the device of `like` and in its accumulation type.
+
+    A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises.
+
+    Example:
+        >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
+        tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000])
+    """
+    values = (
+        temperature,
+        label_smoothing,
+        focal_alpha,
+        focal_gamma,
+        z_loss_weight,
+        confidence_penalty_weight,
+        logit_softcap or 0.0,
+    )
+    return numbers_like(like, values)
+
+
+def numbers_like(
+    like: Tensor,
+    values: tuple[float, ...],
+) -> Tensor:  # [len(values)]
+    """A tensor of these numbers on the device of `like`, in its accumulation type."""
+    return torch.tensor(values, dtype=accumulation_dtype(like.dtype), device=like.device)
