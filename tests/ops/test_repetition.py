@@ -136,7 +136,8 @@ def test_long_text(ngram_size, tokens_include_row):
     segments = (torch.arange(450) // 150).expand(2, -1)
     options = dict(
         weights=WEIGHTS, vocab_size=12, tokens_include_row=tokens_include_row, repetition_allow_list=[3],
-        use_immediate_repetition_penalty=True, use_ngram_penalty=True, ngram_size=ngram_size, ngram_slots=3, eos_token_id=[0], min_sequence_length=20,
+        use_immediate_repetition_penalty=True, use_ngram_penalty=True, ngram_size=ngram_size, ngram_slots=3,
+        eos_token_id=[0], min_sequence_length=20,
     )  # fmt: skip
     assert_agrees(text, text.roll(-1, 1), **options)
     assert_agrees(text, text.roll(-1, 1), segments=segments, ngram_window_size=40, **options)
