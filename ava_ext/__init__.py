@@ -1,34 +1,75 @@
 """Fused losses for training language models: forward and backward in one pass over the logits."""
 
-from ava_ext.losses import *  # noqa: F403, I001  first: the table of components refers to its modules
-from ava_ext.losses import __all__ as _losses
+from ava_ext import functional
 from ava_ext._library import build_info
-from ava_ext.components import METRICS
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.functional import linear_unified_loss
-from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.losses import METRICS
+from ava_ext.losses.auxiliary import AuxiliaryLoss
+from ava_ext.losses.composite import CompositeLoss
+from ava_ext.losses.consistency import ConsistencyLoss
+from ava_ext.losses.contrastive import ContrastiveLoss
+from ava_ext.losses.diversity import DiversityLoss
+from ava_ext.losses.perplexity import PerplexityLoss
+from ava_ext.losses.scaling import AdaptiveLossScaling
+from ava_ext.meter import LossMeter
+from ava_ext.ops import (
+    LinearLogits,
+    repetition_candidates,
+    router_statistics,
+    softmax_statistics,
+    token_log_probs,
+)
 from ava_ext.ops import without_kernels as _without_kernels  # noqa: F401  registers what is missing
-from ava_ext.ops.repetition import repetition_candidates, repetition_weights
-from ava_ext.ops.router_rows import RouterStatistics, router_statistics
-from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
-from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics, token_log_probs
+from ava_ext.presets import (
+    AdaptiveAntiRepetitionLoss,
+    AdaptiveMTPLoss,
+    AntiRepetitionLoss,
+    AuxiliaryFreeMoEBalancer,
+    DeepSeekLoss,
+    FocalLoss,
+    LabelSmoothingLoss,
+    MultiTokenPredictionLoss,
+    NGramRepetitionPenalty,
+    SequenceRepetitionDetector,
+    TemperatureScaledCrossEntropy,
+)
+from ava_ext.unified_loss import UnifiedLoss, create_unified_loss
 
-__all__ = [
-    "METRICS",
-    "Candidates",
-    "LinearLogits",
-    "RouterStatistics",
-    "RowFlags",
-    "SoftmaxStatistics",
+__all__ = [  # noqa: RUF022  in groups
+    # the loss, its options, what it reports
+    "UnifiedLoss",
     "UnifiedLossConfig",
-    "build_info",
-    "linear_unified_loss",
+    "create_unified_loss",
+    "METRICS",
+    "LossMeter",
+    # the loss under names that say what it is about
+    "AdaptiveAntiRepetitionLoss",
+    "AdaptiveMTPLoss",
+    "AntiRepetitionLoss",
+    "DeepSeekLoss",
+    "FocalLoss",
+    "LabelSmoothingLoss",
+    "TemperatureScaledCrossEntropy",
+    # parts of it, to add to a loss of one's own
+    "AuxiliaryFreeMoEBalancer",
+    "AuxiliaryLoss",
+    "ContrastiveLoss",
+    "DiversityLoss",
+    "MultiTokenPredictionLoss",
+    "NGramRepetitionPenalty",
+    "SequenceRepetitionDetector",
+    # other losses, and what combines losses
+    "AdaptiveLossScaling",
+    "CompositeLoss",
+    "ConsistencyLoss",
+    "PerplexityLoss",
+    # functions: functional has cross_entropy and linear_cross_entropy, ops the pass over the rows itself
+    "LinearLogits",
+    "functional",
     "repetition_candidates",
-    "repetition_weights",
     "router_statistics",
-    "row_loss",
-    "row_options",
     "softmax_statistics",
     "token_log_probs",
-    *_losses,
+    # what this build is
+    "build_info",
 ]

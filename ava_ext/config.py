@@ -1,4 +1,4 @@
-"""Every option of UnifiedLoss: name, default and one line of documentation, in one place."""
+"""Every option of UnifiedLoss: name, default, range and one line of documentation, in one place."""
 
 from __future__ import annotations
 
@@ -6,11 +6,55 @@ import dataclasses
 import difflib
 import json
 import math
-from typing import Any
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 
-def _option(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc})
+class _Range(NamedTuple):
+    """The values that an option may have."""
+
+    expected: str  # for the message: "expected <option> to be <expected>, got ..."
+    holds: Callable[[Any], bool]
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's integers too
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _at_least(least: int) -> _Range:
+    return _Range(f"an integer >= {least}", lambda v: _is_integer(v) and v >= least)
+
+
+def _one_of(*allowed: str) -> _Range:
+    return _Range("one of " + ", ".join(map(repr, allowed)), lambda v: v in allowed)
+
+
+_FLAG = _Range("True or False", lambda v: isinstance(v, bool))
+_POSITIVE = _Range("a number > 0", lambda v: _is_number(v) and v > 0)
+_NOT_NEGATIVE = _Range("a number >= 0", lambda v: _is_number(v) and v >= 0)
+_NOT_BELOW_ONE = _Range("a number >= 1", lambda v: _is_number(v) and v >= 1)
+_SHARE = _Range("a number in [0, 1]", lambda v: _is_number(v) and 0 <= v <= 1)
+_BELOW_ONE = _Range("a number in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
+_TOKEN = _Range("a token id (an integer)", _is_integer)
+_TOKENS = _Range("a sequence of token ids (integers)", lambda v: isinstance(v, tuple) and all(map(_is_integer, v)))
+_TOKEN_OR_TOKENS = _Range("token ids (integers)", lambda v: _TOKEN.holds(v) or _TOKENS.holds(v))
+_BOUNDS = _Range("two numbers, 0 < low <= high", lambda v: _is_pair(v) and 0 < v[0] <= v[1])
+_GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
+
+
+def _option(default: Any, values: _Range, doc: str) -> Any:
+    """An option. Where the default is None, None is a value beside those of the range."""
+    return dataclasses.field(default=default, metadata={"values": values, "doc": doc})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +62,7 @@ class UnifiedLossConfig:
     """The options of `UnifiedLoss`, checked when it is made.
 
     Raises:
-        ValueError: an option out of its range, or two that contradict each other; the message names them.
+        ValueError: an option is out of its range, or two contradict each other; the message names them.
 
     Example:
         >>> config = UnifiedLossConfig(vocab_size=32000, primary_loss_type="standard", label_smoothing=0.1)
@@ -26,186 +70,141 @@ class UnifiedLossConfig:
         True
     """
 
-    vocab_size: int = _option(dataclasses.MISSING, "real columns of the logits; columns beyond it are padding")
-    hidden_size: int | None = _option(None, "width of hidden_states, for the heads of multi-token prediction")
-    primary_loss_type: str = _option("deepseek", '"standard", "deepseek" (adaptive temperature) or "adaptive_mtp"')
+    vocab_size: int = _option(
+        dataclasses.MISSING, _at_least(1), "real columns of the logits; columns beyond it are padding"
+    )
+    hidden_size: int | None = _option(None, _at_least(1), "width of hidden_states, for multi-token prediction")
+    primary_loss_type: str = _option(
+        "deepseek",
+        _one_of("standard", "deepseek", "adaptive_mtp"),
+        '"standard", "deepseek" (adaptive temperature) or "adaptive_mtp"',
+    )
 
     # which rows count, and what the sum is divided by
-    ignore_index: int = _option(-100, "target of a row that does not count")
-    pad_token_id: int | None = _option(None, "rows with this target do not count, unless it is an EOS id")
-    eos_token_id: int | tuple[int, ...] | None = _option(None, "one id or several; turns the early-EOS penalty on")
-    reduction: str = _option("mean", '"mean", "sum" or "none"')
-    labels_are_shifted: bool = _option(True, "False: targets[:, t] is the token read at t, as Hugging Face gives them")
-    inplace_gradient: bool = _option(False, "backward writes the gradient over the logits")
-    process_group: Any = _option(None, "torch.distributed group over which step() averages its statistics")
+    ignore_index: int = _option(-100, _TOKEN, "target of a row that does not count")
+    pad_token_id: int | None = _option(None, _TOKEN, "rows with this target do not count, unless it is an EOS id")
+    eos_token_id: int | tuple[int, ...] | None = _option(
+        None, _TOKEN_OR_TOKENS, "one id or several; turns the early-EOS penalty on"
+    )
+    reduction: str = _option("mean", _one_of("mean", "sum", "none"), '"mean", "sum" or "none"')
+    labels_are_shifted: bool = _option(
+        True, _FLAG, "False: targets[:, t] is the token read at t, as Hugging Face gives them"
+    )
+    inplace_gradient: bool = _option(False, _FLAG, "backward writes the gradient over the logits")
+    process_group: Any = _option(
+        None, _GROUP, 'process group over which step() adds up what was learned; "world": the default group'
+    )
     linear_chunk_bytes: int | None = _option(
-        None, "bytes of a chunk of logits from hidden_states; None: 64 MB, on CUDA 1 GB"
+        None, _at_least(1), "bytes of a chunk of logits from hidden_states; None: 64 MB, on CUDA 1 GB"
     )
 
     # the logits row
-    initial_temperature: float = _option(1.0, "T0: the logits are divided by the temperature")
-    adaptive_temperature: bool | None = _option(None, 'let step() set the temperature; None: on for "deepseek"')
-    temperature_bounds: tuple[float, float] = _option((0.5, 2.0), "least and greatest adaptive temperature")
-    temperature_gain: float = _option(1.0, "how strongly volatility moves the temperature")
-    auto_step: bool = _option(True, "every training forward with grad enabled is followed by step()")
-    label_smoothing: float = _option(0.0, "probability mass spread over the vocabulary")
-    smoothing_mode: str = _option("uniform", '"uniform" (PyTorch\'s e/V) or "exclude_target" (e/(V-1) on the others)')
-    logit_softcap: float | None = _option(None, "c: logits become c tanh(logits / c)")
-    z_loss_weight: float = _option(0.0, "weight of lse^2")
-    confidence_penalty_weight: float = _option(0.0, "weight of 1 - entropy / log V")
-    use_focal_loss: bool = _option(False, "modulate the cross-entropy by (1 - p_target)^gamma")
-    focal_alpha: float = _option(1.0, "factor of the focal term")
-    focal_gamma: float = _option(2.0, "exponent of the focal term, >= 0")
+    initial_temperature: float = _option(1.0, _POSITIVE, "T0: the logits are divided by the temperature")
+    adaptive_temperature: bool | None = _option(None, _FLAG, 'let step() set the temperature; None: on for "deepseek"')
+    temperature_bounds: tuple[float, float] = _option((0.5, 2.0), _BOUNDS, "least and greatest adaptive temperature")
+    temperature_gain: float = _option(1.0, _NOT_NEGATIVE, "how strongly volatility moves the temperature")
+    auto_step: bool = _option(True, _FLAG, "every training forward with grad enabled is followed by step()")
+    label_smoothing: float = _option(0.0, _SHARE, "probability mass spread over the vocabulary")
+    smoothing_mode: str = _option(
+        "uniform",
+        _one_of("uniform", "exclude_target"),
+        '"uniform" (PyTorch\'s e/V) or "exclude_target" (e/(V-1) on the others)',
+    )
+    logit_softcap: float | None = _option(None, _POSITIVE, "c: logits become c tanh(logits / c)")
+    z_loss_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of lse^2")
+    confidence_penalty_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of 1 - entropy / log V")
+    use_focal_loss: bool = _option(False, _FLAG, "modulate the cross-entropy by (1 - p_target)^gamma")
+    focal_alpha: float = _option(1.0, _NOT_NEGATIVE, "factor of the focal term")
+    focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
     # multi-token prediction
-    use_mtp: bool = _option(False, "predict the tokens after the next one as well")
-    num_future_tokens: int = _option(3, "depths of multi-token prediction")
-    mtp_weight: float = _option(0.1, "weight of the multi-token term")
-    mtp_type: str = _option("deepseek", '"deepseek" (heads of its own) or "adaptive" (additional_logits, confidence)')
-    mtp_share_head: bool = _option(False, "depths use the given lm_head_weight behind a residual block")
-    mtp_detach_head: bool = _option(False, "the shared head gets no gradient from the depths")
-    use_confidence_weighting: bool = _option(True, "adaptive: weight each row by the given confidence")
-    confidence_reg_strength: float = _option(0.01, "adaptive: weight of the term that calibrates the confidence")
+    use_mtp: bool = _option(False, _FLAG, "predict the tokens after the next one as well")
+    num_future_tokens: int = _option(3, _at_least(1), "depths of multi-token prediction")
+    mtp_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the multi-token term")
+    mtp_type: str = _option(
+        "deepseek",
+        _one_of("deepseek", "adaptive"),
+        '"deepseek" (heads of its own) or "adaptive" (additional_logits, confidence)',
+    )
+    mtp_share_head: bool = _option(False, _FLAG, "depths use the given lm_head_weight behind a residual block")
+    mtp_detach_head: bool = _option(False, _FLAG, "the shared head gets no gradient from the depths")
+    use_confidence_weighting: bool = _option(True, _FLAG, "adaptive: weight each row by the given confidence")
+    confidence_reg_strength: float = _option(
+        0.01, _NOT_NEGATIVE, "adaptive: weight of the term that calibrates the confidence"
+    )
 
     # repetition
-    use_ngram_penalty: bool = _option(False, "push down tokens that would repeat an n-gram")
-    ngram_size: int = _option(4, "n; 1 is token-level unlikelihood")
-    ngram_penalty_weight: float = _option(0.1, "weight of each n-gram candidate")
-    ngram_window_size: int | None = _option(None, "only followers among the last W context tokens")
-    ngram_slots: int = _option(8, "candidates per row, most recent first")
-    use_immediate_repetition_penalty: bool = _option(False, "push down the previous token")
-    immediate_repetition_weight: float = _option(0.5, "weight of the previous token")
-    immediate_repetition_threshold: int = _option(1, "only once the run has this length")
-    immediate_repetition_growth: float = _option(1.0, "factor per further token of the run, at most 4 in all")
-    repetition_allow_list: tuple[int, ...] = _option((), "ids that may repeat")
-    min_sequence_length: int = _option(20, "EOS is early while fewer counted targets of the segment precede it")
-    eos_penalty_weight: float = _option(0.05, "weight of an early EOS")
+    use_ngram_penalty: bool = _option(False, _FLAG, "push down tokens that would repeat an n-gram")
+    ngram_size: int = _option(4, _at_least(1), "n; 1 is token-level unlikelihood")
+    ngram_penalty_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of each n-gram candidate")
+    ngram_window_size: int | None = _option(None, _at_least(1), "only followers among the last W context tokens")
+    ngram_slots: int = _option(8, _at_least(1), "candidates per row, most recent first")
+    use_immediate_repetition_penalty: bool = _option(False, _FLAG, "push down the previous token")
+    immediate_repetition_weight: float = _option(0.5, _NOT_NEGATIVE, "weight of the previous token")
+    immediate_repetition_threshold: int = _option(1, _at_least(1), "only once the run has this length")
+    immediate_repetition_growth: float = _option(
+        1.0, _NOT_BELOW_ONE, "factor per further token of the run, at most 4 in all"
+    )
+    repetition_allow_list: tuple[int, ...] = _option((), _TOKENS, "ids that may repeat")
+    min_sequence_length: int = _option(
+        20, _at_least(0), "EOS is early while fewer counted targets of the segment precede it"
+    )
+    eos_penalty_weight: float = _option(0.05, _NOT_NEGATIVE, "weight of an early EOS")
 
     # mixture of experts
-    num_experts: int | None = _option(None, "experts of each layer")
-    num_experts_per_token: int = _option(1, "k of the router's top-k")
-    num_moe_layers: int = _option(1, "layers with a router")
-    use_moe_balancing: bool = _option(False, "steer the router against its running load; keep expert_bias")
-    gradient_balance_weight: float = _option(0.1, "weight of the steering term")
-    moe_momentum: float = _option(0.9, "momentum of the running load")
-    expert_bias_rate: float = _option(1e-3, "step of the loss-free bias, once per optimizer step")
-    use_diversity_loss: bool = _option(False, "mean pairwise cosine similarity of expert_outputs")
-    diversity_weight: float = _option(0.01, "weight of the diversity term")
-    use_auxiliary_loss: bool = _option(False, "load balancing and router z-loss on gate_logits")
-    load_balancing_weight: float = _option(1e-4, "weight of the load balancing term")
-    router_z_weight: float = _option(1e-3, "weight of the router's mean lse^2")
-    load_balancing_convention: str = _option(
-        "switch", '"switch" or "huggingface" (k times larger, layers concatenated)'
+    num_experts: int | None = _option(None, _at_least(1), "experts of each layer")
+    num_experts_per_token: int | None = _option(
+        None, _at_least(1), "k of the router's top-k; None: as many as expert_indices name"
     )
-    router_score: str = _option("softmax", '"softmax" or "sigmoid" (normalised)')
+    num_moe_layers: int = _option(1, _at_least(1), "layers with a router")
+    use_moe_balancing: bool = _option(False, _FLAG, "steer the router against its running load; keep expert_bias")
+    gradient_balance_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the steering term")
+    moe_momentum: float = _option(0.9, _BELOW_ONE, "momentum of the running load")
+    expert_bias_rate: float = _option(1e-3, _NOT_NEGATIVE, "step of the loss-free bias, once per optimizer step")
+    use_diversity_loss: bool = _option(False, _FLAG, "mean pairwise cosine similarity of expert_outputs")
+    diversity_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the diversity term")
+    use_auxiliary_loss: bool = _option(False, _FLAG, "load balancing and router z-loss on gate_logits")
+    load_balancing_weight: float = _option(1e-4, _NOT_NEGATIVE, "weight of the load balancing term")
+    router_z_weight: float = _option(1e-3, _NOT_NEGATIVE, "weight of the router's mean lse^2")
+    load_balancing_convention: str = _option(
+        "switch", _one_of("switch", "huggingface"), '"switch" or "huggingface" (k times larger, layers concatenated)'
+    )
+    router_score: str = _option("softmax", _one_of("softmax", "sigmoid"), '"softmax" or "sigmoid" (normalised)')
 
-    use_contrastive_loss: bool = _option(False, "InfoNCE of contrastive_pair, or SimCTG of hidden_states")
-    contrastive_weight: float = _option(0.1, "weight of the contrastive term")
-    contrastive_temperature: float = _option(0.07, "temperature of InfoNCE")
+    use_contrastive_loss: bool = _option(False, _FLAG, "InfoNCE of contrastive_pair, or SimCTG of hidden_states")
+    contrastive_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the contrastive term")
+    contrastive_temperature: float = _option(0.07, _POSITIVE, "temperature of InfoNCE")
 
     def __post_init__(self) -> None:
-        for name in ("eos_token_id", "temperature_bounds", "repetition_allow_list"):
-            value = getattr(self, name)  # JSON knows lists only
-            if isinstance(value, (list, tuple)):
-                object.__setattr__(self, name, tuple(value))
-        self._check_numbers()
-        self._check_choices()
+        for option in dataclasses.fields(self):
+            value = _plain(getattr(self, option.name))
+            values = option.metadata["values"]
+            if not (value is None and option.default is None) and not values.holds(value):
+                raise _bad(option.name, values.expected + (" or None" if option.default is None else ""), value)
+            object.__setattr__(self, option.name, value)
         self._check_contradictions()
 
-    # name -> smallest allowed value
-    _INTEGERS = {
-        "vocab_size": 1, "hidden_size": 1, "linear_chunk_bytes": 1, "num_future_tokens": 1, "ngram_size": 1,
-        "ngram_window_size": 1, "ngram_slots": 1, "immediate_repetition_threshold": 1, "min_sequence_length": 0,
-        "num_experts": 1, "num_experts_per_token": 1, "num_moe_layers": 1,
-    }  # fmt: skip
-    # name -> interval as text, and test
-    _NUMBERS = {
-        "initial_temperature": ("> 0", lambda v: v > 0),
-        "logit_softcap": ("> 0", lambda v: v > 0),
-        "label_smoothing": ("in [0, 1]", lambda v: 0 <= v <= 1),
-        "moe_momentum": ("in [0, 1)", lambda v: 0 <= v < 1),
-        "contrastive_temperature": ("> 0", lambda v: v > 0),
-        "immediate_repetition_growth": (">= 1", lambda v: v >= 1),
-    } | {
-        name: (">= 0", lambda v: v >= 0)
-        for name in (
-            "temperature_gain", "z_loss_weight", "confidence_penalty_weight", "focal_alpha", "focal_gamma",
-            "mtp_weight", "confidence_reg_strength", "ngram_penalty_weight", "immediate_repetition_weight",
-            "eos_penalty_weight", "gradient_balance_weight", "expert_bias_rate", "diversity_weight",
-            "load_balancing_weight", "router_z_weight", "contrastive_weight",
-        )
-    }  # fmt: skip
-    _CHOICES = {
-        "primary_loss_type": ("standard", "deepseek", "adaptive_mtp"),
-        "reduction": ("mean", "sum", "none"),
-        "smoothing_mode": ("uniform", "exclude_target"),
-        "mtp_type": ("deepseek", "adaptive"),
-        "load_balancing_convention": ("switch", "huggingface"),
-        "router_score": ("softmax", "sigmoid"),
-    }
-
-    def _check_numbers(self) -> None:
-        for name, least in self._INTEGERS.items():
-            value = getattr(self, name)
-            optional = self._defaults().get(name, 0) is None
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise _bad(name, f"an integer >= {least}" + (" or None" if optional else ""), value)
-        for name, (interval, holds) in self._NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and self._defaults()[name] is None:
-                continue
-            if not _is_number(value) or not holds(value):
-                raise _bad(name, f"a number {interval}", value)
-        if not isinstance(self.repetition_allow_list, tuple):
-            raise _bad("repetition_allow_list", "a sequence of token ids", self.repetition_allow_list)
-        for name in ("eos_token_id", "pad_token_id", "ignore_index", "repetition_allow_list"):
-            value = getattr(self, name)
-            is_none = value is None and self._defaults()[name] is None
-            ids = value if isinstance(value, tuple) else () if is_none else (value,)
-            for token in ids:
-                if isinstance(token, bool) or not isinstance(token, int):
-                    raise _bad(name, "token ids (integers)", value)
-                if name == "eos_token_id" and not 0 <= token < self.vocab_size:
-                    raise _bad(name, f"token ids in [0, vocab_size = {self.vocab_size})", value)
-        low_high = self.temperature_bounds
-        is_pair = isinstance(low_high, tuple) and len(low_high) == 2 and all(map(_is_number, low_high))
-        if not is_pair or not 0 < low_high[0] <= low_high[1]:
-            raise _bad("temperature_bounds", "two numbers, 0 < low <= high", low_high)
-
-    def _check_choices(self) -> None:
-        for name, allowed in self._CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise _bad(name, "one of " + ", ".join(map(repr, allowed)), getattr(self, name))
-        for option in dataclasses.fields(self):
-            is_flag = isinstance(option.default, bool) or option.name == "adaptive_temperature"
-            value = getattr(self, option.name)
-            if is_flag and not isinstance(value, bool) and not (value is None and option.default is None):
-                raise _bad(option.name, "True or False", value)
-
     def _check_contradictions(self) -> None:
-        owns_heads = self.use_mtp and self.mtp_type == "deepseek"
-        if owns_heads and self.hidden_size is None:
+        if not all(0 <= token < self.vocab_size for token in self.eos_ids):
+            raise _bad("eos_token_id", f"token ids in [0, vocab_size = {self.vocab_size})", self.eos_token_id)
+        if self.mtp_heads == "own" and self.hidden_size is None:
             raise ValueError("unified_loss: use_mtp=True with mtp_type='deepseek' needs hidden_size, got None")
         if self.num_experts is None and self.use_moe_balancing:
             raise ValueError("unified_loss: use_moe_balancing=True needs num_experts, got None")
-        if self.num_experts is not None and self.num_experts_per_token > self.num_experts:
-            raise _bad("num_experts_per_token", f"at most num_experts = {self.num_experts}", self.num_experts_per_token)
+        n_experts, k = self.num_experts, self.num_experts_per_token
+        if n_experts is not None and k is not None and k > n_experts:
+            raise _bad("num_experts_per_token", f"at most num_experts = {n_experts}", k)
         if self.mtp_detach_head and not self.mtp_share_head:
             raise ValueError("unified_loss: mtp_detach_head=True needs mtp_share_head=True, got False")
-        if self.temperature_adapts and not (
-            self.temperature_bounds[0] <= self.initial_temperature <= self.temperature_bounds[1]
-        ):
-            raise _bad(
-                "initial_temperature", f"within temperature_bounds {self.temperature_bounds}", self.initial_temperature
-            )
+        low, high = self.temperature_bounds
+        if self.temperature_adapts and not low <= self.initial_temperature <= high:
+            raise _bad("initial_temperature", f"within temperature_bounds {(low, high)}", self.initial_temperature)
         if self.reduction == "none":
             for name in ("use_moe_balancing", "use_diversity_loss", "use_auxiliary_loss", "use_contrastive_loss"):
                 if getattr(self, name):
                     raise ValueError(
                         f"unified_loss: {name}=True is a batch-level term and needs reduction 'mean' or 'sum', "
-                        f"got 'none'"
+                        "got 'none'"
                     )
 
     @property
@@ -216,20 +215,30 @@ class UnifiedLossConfig:
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
+    def padding_id(self) -> int | None:
+        """pad_token_id where it tells padding: None where it is an EOS id as well, or not given."""
+        return None if self.pad_token_id in self.eos_ids else self.pad_token_id
+
+    @property
     def temperature_adapts(self) -> bool:
         """adaptive_temperature, with its default resolved."""
         if self.adaptive_temperature is None:
             return self.primary_loss_type == "deepseek"
         return self.adaptive_temperature
 
+    @property
+    def mtp_heads(self) -> str | None:
+        """Whose heads predict further tokens: "adaptive" (additional_logits), "own" (the loss's), or None."""
+        if self.primary_loss_type == "adaptive_mtp":
+            return "adaptive"
+        if not self.use_mtp:
+            return None
+        return "adaptive" if self.mtp_type == "adaptive" else "own"
+
     def changed_options(self) -> str:
         """The options that differ from their defaults, as name=value."""
-        defaults = self._defaults()
-        return ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items() if value != defaults[name])
-
-    @classmethod
-    def _defaults(cls) -> dict[str, Any]:
-        return {option.name: option.default for option in dataclasses.fields(cls)}
+        options = [(option, getattr(self, option.name)) for option in dataclasses.fields(self)]
+        return ", ".join(f"{option.name}={value!r}" for option, value in options if value != option.default)
 
     @classmethod
     def check_names(cls, options: dict[str, Any], owner: str = "unified_loss") -> None:
@@ -247,8 +256,11 @@ class UnifiedLossConfig:
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option with its value. process_group cannot be stored and is left out."""
-        return {o.name: getattr(self, o.name) for o in dataclasses.fields(self) if o.name != "process_group"}
+        """Every option with its value. A process group cannot be stored and is left out; "world" can."""
+        stored = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        if not isinstance(self.process_group, str):
+            del stored["process_group"]
+        return stored
 
     @classmethod
     def from_json(cls, text: str) -> UnifiedLossConfig:
@@ -259,9 +271,29 @@ class UnifiedLossConfig:
         """to_dict as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnifiedLossConfig:
+        return self  # nothing in it changes, and a process group cannot be copied
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if not (self.process_group is None or self.process_group == "world"):
+            warnings.warn(
+                "unified_loss: process_group cannot be pickled and is left out; process_group='world' can",
+                stacklevel=2,
+            )
+            state["process_group"] = None
+        return state
+
+
+def _plain(value: Any) -> Any:
+    """value as Python's own int, float and tuple: numpy gives others, and JSON knows lists only."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _bad(name: str, expected: str, got: object) -> ValueError:

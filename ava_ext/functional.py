@@ -1,102 +1,190 @@
-"""UnifiedLoss as a function, where nothing has to be remembered between two calls."""
+"""Losses with the signatures of torch.nn.functional, and the row terms as further keywords."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import operator
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself reads the deprecated flags with
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.unified_loss import UnifiedLoss
+from ava_ext.losses import ROW_TERMS
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import accumulation_dtype, row_options
+from ava_ext.ops.softmax_rows import row_loss
 
-# options of what has parameters, buffers or further inputs
-_OF_A_MODULE = (
-    "use_mtp",
-    "use_moe_balancing",
-    "use_diversity_loss",
-    "use_auxiliary_loss",
-    "use_contrastive_loss",
-    "adaptive_temperature",
-)
+REDUCTIONS = ("mean", "sum", "none")
+# options of UnifiedLossConfig that say something of a row of logits; label_smoothing has a keyword of its own
+ROW_OPTIONS = frozenset(
+    {
+        "vocab_size", "initial_temperature", "smoothing_mode", "logit_softcap", "z_loss_weight",
+        "confidence_penalty_weight", "use_focal_loss", "focal_alpha", "focal_gamma", "inplace_gradient",
+        "linear_chunk_bytes",
+    }
+)  # fmt: skip
 
 
-def linear_unified_loss(
-    input: Tensor,  # [batch_size, n_tokens, hidden_size] or [n_rows, hidden_size]
-    linear_weight: Tensor,  # [n_columns, hidden_size]
-    target: Tensor,  # [batch_size, n_tokens] or [n_rows]
-    *,
-    linear_bias: Tensor | None = None,  # [n_columns]
-    attention_mask: Tensor | None = None,  # as target
-    token_weights: Tensor | None = None,  # as target
-    input_ids: Tensor | None = None,  # as target
-    position_ids: Tensor | None = None,  # as target, or [1, n_tokens]
-    segment_ids: Tensor | None = None,  # as target, or [1, n_tokens]
-    cu_seqlens: Tensor | None = None,  # [n_segments + 1]
-    num_items_in_batch: float | Tensor | None = None,
-    negative_ids: Tensor | None = None,  # as target, and [n_negatives]
-    negative_weights: Tensor | None = None,  # as negative_ids
-    return_detailed: bool = False,
+def cross_entropy(
+    input: Tensor | LinearLogits,  # [n_columns], [n_rows, n_columns] or [n_rows, n_columns, ...]
+    target: Tensor,  # [], [n_rows] or [n_rows, ...]
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = UnifiedLossConfig.ignore_index,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
     **options: Any,
-) -> Tensor | dict[str, Tensor]:
-    """Cross-entropy, and every further row-wise term, of linear(input, linear_weight, linear_bias) without the logits.
+) -> Tensor:
+    """torch.nn.functional.cross_entropy at the speed of this library, and every further term of a row.
 
-    Arguments in the order of torch.nn.functional.linear_cross_entropy. Without options it is that function, but that a
-    batch without a counted row gives 0, not nan.
+    The classes are the second dimension, as there; of three and more dimensions it is fastest where the classes are the
+    last in memory. A batch without a counted row gives 0, not nan.
 
     Args:
-        input, linear_weight, linear_bias, target: logits = input @ linear_weight.T + linear_bias predict target.
-        attention_mask to return_detailed: as in `UnifiedLoss`.
-        options: of `UnifiedLossConfig`: reduction, ignore_index, label_smoothing, z_loss_weight, use_ngram_penalty,
-            linear_chunk_bytes, ...; vocab_size is the number of rows of linear_weight if not given.
+        input: logits, or LinearLogits [..., n_columns], whose classes are the last dimension.
+        target: class indices in [0, vocab_size), or ignore_index.
+        weight: not supported yet.
+        size_average, reduce: deprecated in torch; see reduction.
+        ignore_index: target of a row that does not count.
+        reduction: "mean" over the rows that count, "sum" or "none".
+        label_smoothing: probability mass spread over the classes.
+        options: initial_temperature, smoothing_mode, logit_softcap, z_loss_weight, confidence_penalty_weight,
+            use_focal_loss, focal_alpha, focal_gamma, vocab_size (columns beyond it are padding), inplace_gradient and
+            linear_chunk_bytes, as in `UnifiedLossConfig`.
 
     Returns:
-        As UnifiedLoss: a scalar, with reduction="none" of the shape of target, with return_detailed a dict.
+        [], or with reduction="none" the shape of target; float32, or float64 for float64 input.
 
     Raises:
-        ValueError: on shapes that do not fit; on an option that needs a `UnifiedLoss`, which keeps parameters, states
-            or takes further inputs. TypeError: on an unknown option. IndexError: on a counted target out of range.
+        ValueError: on shapes that do not fit, an option out of its range, or one that needs `UnifiedLoss`.
+        TypeError: on an unknown option.
+        IndexError: on a target out of range. NotImplementedError: on class weights and probabilities as targets.
 
     Example:
-        >>> loss = linear_unified_loss(hidden_states, lm_head.weight, targets, z_loss_weight=1e-4)
+        >>> loss = cross_entropy(logits, targets, label_smoothing=0.1, z_loss_weight=1e-4)
         >>> loss.backward()
     """
-    for name in _OF_A_MODULE:
-        if options.get(name):
-            raise ValueError(f"linear_unified_loss: {name} needs a module: expected UnifiedLoss, got the function")
-    if options.get("primary_loss_type", "standard") != "standard":
-        raise ValueError(
-            "linear_unified_loss: expected primary_loss_type='standard', "
-            f"got {options['primary_loss_type']!r}, which needs UnifiedLoss"
-        )
-    options.setdefault("vocab_size", linear_weight.shape[0])
-    # lists as they stand in configuration files are no keys
-    key = tuple([(name, tuple(value) if isinstance(value, list) else value) for name, value in sorted(options.items())])
-    _make_loss(key)
-    return _LOSSES[key](
-        targets=target,
-        attention_mask=attention_mask,
-        hidden_states=input,
-        return_detailed=return_detailed,
-        lm_head_weight=linear_weight,
-        lm_head_bias=linear_bias,
-        token_weights=token_weights,
-        input_ids=input_ids,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
-        cu_seqlens=cu_seqlens,
-        num_items_in_batch=num_items_in_batch,
-        negative_ids=negative_ids,
-        negative_weights=negative_weights,
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if isinstance(input, Tensor) and input.dim() > 2:
+        input = input.movedim(1, -1)
+    return _row_loss("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing, options)
+
+
+def linear_cross_entropy(
+    input: Tensor,  # [n_rows, hidden_size] or [..., hidden_size]
+    linear_weight: Tensor,  # [n_columns, hidden_size]
+    target: Tensor,  # [n_rows] or [...]
+    *,
+    linear_bias: Tensor | None = None,  # [n_columns]
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> Tensor:
+    """`cross_entropy` of linear(input, linear_weight, linear_bias), whose logits never exist as a whole.
+
+    As torch.nn.functional.linear_cross_entropy, whose `options` of chunks are linear_chunk_bytes here.
+
+    Args:
+        input, linear_weight, linear_bias: logits = input @ linear_weight.T + linear_bias predict target.
+        ignore_index: target of a row that does not count; None: -100.
+        weight, target, reduction, label_smoothing, options: as in `cross_entropy`.
+
+    Returns:
+        [], or with reduction="none" the shape of target; float32, or float64 for float64 input.
+
+    Raises:
+        As `cross_entropy`.
+
+    Example:
+        >>> loss = linear_cross_entropy(hidden_states, lm_head.weight, targets, z_loss_weight=1e-4)
+        >>> loss.backward()
+    """
+    logits = LinearLogits(input, linear_weight, linear_bias)
+    logits.check("linear_cross_entropy", ("input", "linear_weight", "linear_bias"))
+    index = UnifiedLossConfig.ignore_index if ignore_index is None else ignore_index
+    return _row_loss("linear_cross_entropy", logits, target, weight, reduction, index, label_smoothing, options)
+
+
+def _row_loss(
+    owner: str,
+    logits: Tensor | LinearLogits,  # [..., n_columns]
+    target: Tensor,  # [...]
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    options: dict[str, Any],
+) -> Tensor:  # [] or [...]
+    if weight is not None:
+        raise NotImplementedError(f"{owner}: class weights are not supported, got weight of shape {list(weight.shape)}")
+    if target.is_floating_point():
+        raise NotImplementedError(f"{owner}: expected class indices as target, got probabilities ({target.dtype})")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{owner}: expected reduction to be one of {REDUCTIONS}, got {reduction!r}")
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(f"{owner}: expected target of shape {list(logits.shape[:-1])}, got {list(target.shape)}")
+    n_columns = logits.shape[-1]
+    terms = _row_terms(owner, n_columns, label_smoothing, tuple(sorted(options.items())))
+    dtype = accumulation_dtype(logits.dtype)
+    target = target.long()
+    row_weights = None
+    if reduction == "mean":
+        counted = (target != ignore_index).to(dtype)
+        row_weights = counted / counted.sum().clamp_min(1)
+    return row_loss(
+        logits,
+        target,
+        row_options(target.new_empty(0, dtype=dtype), **dict(terms.options)),
+        flags=terms.flags,
+        row_weights=row_weights,
+        vocab_size=terms.vocab_size,
+        ignore_index=ignore_index,
+        reduction="none" if reduction == "none" else "sum",
+        inplace_gradient=terms.inplace_gradient,
+        chunk_bytes=terms.linear_chunk_bytes,
+    ).loss
+
+
+class _RowTerms(NamedTuple):
+    """What the options of a call come to; numbers alone, so that they can be kept."""
+
+    flags: int
+    options: tuple[tuple[str, float], ...]  # of row_options
+    vocab_size: int
+    inplace_gradient: bool
+    linear_chunk_bytes: int | None
+
+
+@functools.lru_cache(maxsize=1024)
+def _make_row_terms(
+    owner: str, n_columns: int, label_smoothing: float, options: tuple[tuple[str, Any], ...]
+) -> _RowTerms:
+    given = dict(options)
+    UnifiedLossConfig.check_names(given, owner)
+    for name in given:
+        if name not in ROW_OPTIONS:
+            raise ValueError(f"{owner}: {name} needs a module: expected UnifiedLoss, got the function")
+    given = {"vocab_size": n_columns, **given}
+    config = UnifiedLossConfig(primary_loss_type="standard", label_smoothing=label_smoothing, **given)
+    terms = [term for module in ROW_TERMS if (term := module.from_config(config)) is not None]
+    return _RowTerms(
+        int(functools.reduce(operator.or_, (term.flags for term in terms))),
+        tuple((name, value) for term in terms for name, value in term.options.items()),
+        config.vocab_size,
+        config.inplace_gradient,
+        config.linear_chunk_bytes,
     )
 
 
-# made at the first call with these options
-_LOSSES: dict[tuple[tuple[str, Any], ...], UnifiedLoss] = {}
+def _row_terms(owner: str, n_columns: int, label_smoothing: float, options: tuple[tuple[str, Any], ...]) -> _RowTerms:
+    return _make_row_terms(owner, n_columns, label_smoothing, options)
 
 
-@torch.compiler.assume_constant_result  # a module is made while the graph is traced, not in it
-def _make_loss(options: tuple[tuple[str, Any], ...]) -> None:
-    if options not in _LOSSES:
-        UnifiedLossConfig.check_names(dict(options), "linear_unified_loss")
-        _LOSSES[options] = UnifiedLoss(**{**dict(options), "primary_loss_type": "standard"})
+# while a graph is traced the options are checked, not traced. This is what torch.compiler.assume_constant_result sets;
+# the decorator itself imports torch._dynamo, which takes more than a second
+_row_terms._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -14,15 +14,15 @@ class Rows(NamedTuple):
     """The rows of one call."""
 
     targets: Tensor  # [...] int64; ignore_index where a row does not count
-    counted: Tensor  # [...] bool
     n_counted: Tensor  # [], of the type of weights
     weights: Tensor  # [...]: token weight / N, 0 where a row does not count; float32, or float64 beside float64 logits
     n_items: Tensor | None  # []: N, where it is that of several micro-batches
 
     @property
     def batch_share(self) -> Tensor:
-        """[]: the factor of terms of the whole batch, n_counted / n_items;
-        without n_items 1, and 0 where no row counts.
+        """[]: the factor of terms of the whole batch.
+
+        n_counted / n_items; without n_items 1, and 0 where no row counts.
         """
         return self.n_counted.clamp_max(1) if self.n_items is None else self.n_counted / self.n_items
 
@@ -32,12 +32,13 @@ def keep_rows(
     targets: Tensor,  # [...]
     attention_mask: Tensor | None,  # [...]
 ) -> Tensor | None:
-    """[...] bool: the rows that are no padding (attention_mask 0, or a pad target where pad is no EOS id);
-    None: all.
+    """[...] bool: the rows that are no padding; None: all.
+
+    Padding is where attention_mask is 0, or the target is the pad id and that is no EOS id.
     """
     keep = None if attention_mask is None else attention_mask != 0
-    if config.pad_token_id is not None and config.pad_token_id not in config.eos_ids:
-        no_pad = targets != config.pad_token_id
+    if config.padding_id is not None:
+        no_pad = targets != config.padding_id
         keep = no_pad if keep is None else keep & no_pad
     return keep
 
@@ -52,13 +53,16 @@ def count_rows(
 ) -> Rows:
     """Decides which rows count and their weights.
 
-    A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch, else the
-    sum of the token weights of the rows that count, else their number, and 1 where that is 0: the loss is 0 then, and
-        still in the graph.
-    Under "sum" and "none" N is 1.
+    A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch, else the sum
+    of the token weights of the rows that count, else their number. Where that is 0, N is 1: the loss is 0 then, and
+    still in the graph. Under "sum" and "none" N is 1.
 
     Terms of the whole batch are multiplied by n_counted / N where num_items_in_batch is given (micro-batches then add
     up to the whole batch), and by 0 where no row counts.
+
+    Raises:
+        ValueError: num_items_in_batch is negative or has several elements. The value of a tensor is not looked at: that
+            would wait for the device.
     """
     counted = targets != config.ignore_index
     keep = keep_rows(config, targets, attention_mask)
@@ -70,14 +74,30 @@ def count_rows(
     if token_weights is not None:
         weights = torch.where(counted, token_weights.to(dtype), 0.0)
     n_items = None
-    if config.reduction == "mean":
-        if num_items_in_batch is not None:
-            n = torch.as_tensor(num_items_in_batch, device=targets.device).to(dtype)
-            n = n_items = torch.where(n == 0, 1.0, n)
-        elif token_weights is not None:
-            n = weights.sum()
-            n = torch.where(n == 0, 1.0, n)
-        else:
-            n = n_counted.clamp_min(1)
-        weights = weights / n
-    return Rows(targets, counted, n_counted, weights, n_items)
+    if num_items_in_batch is not None:
+        n_items = _items(num_items_in_batch, weights)
+    if config.reduction != "mean":
+        return Rows(targets, n_counted, weights, None)
+    if n_items is not None:
+        n = n_items
+    elif token_weights is not None:
+        n = weights.sum()
+        n = torch.where(n == 0, 1.0, n)
+    else:
+        n = n_counted.clamp_min(1)
+    return Rows(targets, n_counted, weights / n, n_items)
+
+
+def _items(num_items_in_batch: float | Tensor, weights: Tensor) -> Tensor:  # []
+    """num_items_in_batch of the device and type of weights, and 1 where it is 0."""
+    if not isinstance(num_items_in_batch, Tensor):
+        n = float(num_items_in_batch)
+        if n < 0:
+            raise ValueError(f"unified_loss: expected num_items_in_batch >= 0, got {num_items_in_batch}")
+        return torch.full((), n or 1.0, dtype=weights.dtype, device=weights.device)
+    if num_items_in_batch.numel() != 1:
+        raise ValueError(
+            f"unified_loss: expected num_items_in_batch of one element, got shape {list(num_items_in_batch.shape)}"
+        )
+    n_items = num_items_in_batch.reshape(()).to(weights.device, weights.dtype)
+    return torch.where(n_items == 0, 1.0, n_items)

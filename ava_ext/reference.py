@@ -629,12 +629,14 @@ def router_statistics(
 ) -> RouterStatistics:
     """Sums over the kept rows.
 
-    Without expert_indices: the top num_experts_per_token of probability + expert_bias, ties to the lowest index.
+    Without expert_indices: the top num_experts_per_token of the scores (probabilities, or sigmoid before it is
+    normalised) + expert_bias, ties to the lowest index.
     """
     gate_logits = torch.where(keep.unsqueeze(-1), gate_logits, 0.0)
     probabilities = router_probabilities(gate_logits, config.router_score)
     if expert_indices is None:
-        scores = probabilities.detach() + (0.0 if expert_bias is None else expert_bias)
+        scores = probabilities if config.router_score == "softmax" else torch.sigmoid(gate_logits)
+        scores = scores.detach() + (0.0 if expert_bias is None else expert_bias)
         expert_indices = torch.argsort(scores, dim=-1, descending=True, stable=True)[:, : config.num_experts_per_token]
     counts = F.one_hot(expert_indices[keep].long(), gate_logits.shape[-1]).sum((0, 1)).to(gate_logits.dtype)
     probability = torch.where(keep.unsqueeze(-1), probabilities, 0.0).sum(0)
@@ -835,7 +837,7 @@ def unified_loss(
     """
     adaptive_heads = config.primary_loss_type == "adaptive_mtp" or (config.use_mtp and config.mtp_type == "adaptive")
     deepseek_heads = config.use_mtp and not adaptive_heads
-    if config.primary_loss_type == "adaptive_mtp" and primary_logits is not None:
+    if primary_logits is not None and (config.primary_loss_type == "adaptive_mtp" or logits is None):
         logits = primary_logits
     if logits is None and hidden_states is not None and lm_head_weight is not None:
         logits = F.linear(hidden_states, lm_head_weight, lm_head_bias)
@@ -898,13 +900,15 @@ def unified_loss(
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting
         if mtp_active is None or bool(mtp_active):
-            if adaptive_heads:
-                heads = list(_required(additional_logits, "additional_logits", "adaptive multi-token prediction"))
+            if adaptive_heads and additional_logits is None and mtp_active is None:
+                heads = []  # as many as are given
+            elif adaptive_heads:
+                heads = list(_required(additional_logits, "additional_logits", "mtp_active"))
             elif callable(mtp_logits):
                 heads = [mtp_logits(depth) for depth in range(1, config.num_future_tokens + 1)]
             else:
                 heads = list(_required(mtp_logits, "hidden_states", "use_mtp"))
-            if is_weighted:
+            if is_weighted and heads:
                 scores = _required(confidence_scores, "confidence_scores", "use_confidence_weighting").to(dtype)
                 per_batch_row = scores.reshape(n_batch, n_time if scores.numel() == n_batch * n_time else 1)
                 confidence = per_batch_row.expand(n_batch, n_time)[:, :rows_end]

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from ava_ext import (
     AuxiliaryLoss,
-    RowFlags,
     UnifiedLoss,
     UnifiedLossConfig,
     build_info,
     reference,
     repetition_candidates,
-    row_options,
     softmax_statistics,
 )
+from ava_ext.ops import RowFlags, row_options
 
 # relative L2 error of a gradient, without the entries of targets and candidates: one rounding, or float32 arithmetic
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}

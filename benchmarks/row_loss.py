@@ -11,7 +11,8 @@ from composed import composed_loss
 from timing import Times, interleave
 from torch import Tensor
 
-from ava_ext import RowFlags, UnifiedLoss, repetition_candidates, row_options
+from ava_ext import UnifiedLoss, repetition_candidates
+from ava_ext.ops import RowFlags, row_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 EOS = 0

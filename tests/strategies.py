@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ava_ext.components import COMPONENTS, has_adaptive_heads, has_own_heads
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses import CANDIDATES, PARTS
 from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.softmax_rows import Candidates, RowFlags, accumulation_dtype, row_options
 
@@ -81,6 +81,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "num_moe_layers": draw(st.integers(1, 2)),
             "use_moe_balancing": draw(st.booleans()),
             "moe_momentum": draw(st.sampled_from([0.0, 0.9])),
+            "expert_bias_rate": draw(st.sampled_from([0.0, 0.001])),
             "use_auxiliary_loss": draw(st.booleans()),
             "load_balancing_weight": 0.2,
             "router_z_weight": 0.3,
@@ -117,7 +118,8 @@ class Numbers:
 
 def needs_sequences(config: UnifiedLossConfig) -> bool:
     """Whether rows without order would be refused."""
-    needing = any(component.needs_sequences and component.is_on(config) for component in COMPONENTS)
+    on = [component.from_config(config) for component in (*CANDIDATES, *PARTS)]
+    needing = any(component is not None and component.needs_sequences for component in on)
     return needing or config.use_contrastive_loss or not config.labels_are_shifted
 
 
@@ -219,12 +221,12 @@ def logits(draw, config, shape, numbers, given) -> dict[str, Any]:
 def further_heads(draw, config, shape, numbers, given) -> dict[str, Any]:
     """What multi-token prediction of either kind reads."""
     further: dict[str, Any] = {}
-    if not has_own_heads(config) and not has_adaptive_heads(config):
+    if config.mtp_heads is None:
         return further
     further["mtp_active"] = draw(st.sampled_from([None, None, True, False, "on", "off"]))
     if isinstance(further["mtp_active"], str):
         further["mtp_active"] = torch.tensor(further["mtp_active"] == "on")
-    if has_own_heads(config):
+    if config.mtp_heads == "own":
         if "hidden_states" not in given:
             further["hidden_states"] = numbers.leaf(*shape, HIDDEN_SIZE)
         if config.mtp_share_head and "lm_head_weight" not in given:
@@ -263,7 +265,9 @@ def experts(draw, config, shape, numbers) -> dict[str, Any]:
         layers = [numbers.leaf(n_rows, n_experts) for _ in range(n_layers)]
         as_tensor = numbers.leaf(*([n_layers] if n_layers > 1 else []), n_rows, n_experts)
         given["gate_logits"] = draw(st.sampled_from([layers, as_tensor]))
-        if draw(st.booleans()):
+        # of a softmax router's choices, the top-k of its logits is only a guess
+        guesses = config.use_moe_balancing and config.router_score == "softmax" and config.expert_bias_rate > 0
+        if guesses or draw(st.booleans()):
             order = numbers.uniform(n_layers, n_rows, n_experts).argsort(-1)[..., :k]
             given["expert_indices"] = draw(st.sampled_from([list(order), order[0] if n_layers == 1 else order]))
     if config.use_diversity_loss:

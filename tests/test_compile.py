@@ -16,8 +16,8 @@ ROWS = {
     "use_focal_loss": True, "logit_softcap": 10.0,
 }  # fmt: skip
 BATCH = {
-    "num_experts": E, "use_moe_balancing": True, "use_auxiliary_loss": True, "use_diversity_loss": True,
-    "use_contrastive_loss": True,
+    "num_experts": E, "num_experts_per_token": 1, "router_score": "sigmoid", "use_moe_balancing": True,
+    "use_auxiliary_loss": True, "use_diversity_loss": True, "use_contrastive_loss": True,
 }  # fmt: skip
 CONFIGURATIONS = {
     "standard": {"primary_loss_type": "standard", **ROWS},
@@ -31,6 +31,8 @@ CONFIGURATIONS = {
     "experts": {
         "primary_loss_type": "deepseek",
         "num_experts": E,
+        "num_experts_per_token": 1,
+        "router_score": "sigmoid",
         "use_moe_balancing": True,
         "use_auxiliary_loss": True,
     },
@@ -101,8 +103,9 @@ def test_compiled_training_is_eager_training(name, backend):
     torch.testing.assert_close(eager_after, train_step(eager, eager.config, 99), rtol=1e-5, atol=1e-6)
 
 
-def test_copy_for_backward_is_an_operator_that_torch_can_trace():
-    torch.library.opcheck(torch.ops.ava_ext.copy_for_backward.default, (torch.rand(2, 3),))
+def test_operators_of_committed_state_can_be_traced():
+    torch.library.opcheck(torch.ops.ava_ext.committed.default, (torch.rand(2, 3), torch.rand(2, 3)))
+    torch.library.opcheck(torch.ops.ava_ext.is_recomputation.default, (torch.rand(2, 3),))
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -122,7 +125,6 @@ class NoSynchronisation(TorchDispatchMode):
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_no_synchronisation(name):
     loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name])
-    train_step(loss_fn, loss_fn.config, 0)  # constants are made in the first call
     given = [arguments(loss_fn.config, seed) for seed in range(2)]
     given[1]["mtp_active"] = torch.tensor(True)
     given[1]["segment_ids"] = torch.zeros(1, 6, dtype=torch.int64)

@@ -41,7 +41,7 @@ def test_defaults():
         "ngram_window_size": None, "ngram_slots": 8, "use_immediate_repetition_penalty": False,
         "immediate_repetition_weight": 0.5, "immediate_repetition_threshold": 1, "immediate_repetition_growth": 1.0,
         "repetition_allow_list": (), "min_sequence_length": 20, "eos_penalty_weight": 0.05, "num_experts": None,
-        "num_experts_per_token": 1, "num_moe_layers": 1, "use_moe_balancing": False, "gradient_balance_weight": 0.1,
+        "num_experts_per_token": None, "num_moe_layers": 1, "use_moe_balancing": False, "gradient_balance_weight": 0.1,
         "moe_momentum": 0.9, "expert_bias_rate": 1e-3, "use_focal_loss": False, "focal_alpha": 1.0, "focal_gamma": 2.0,
         "use_diversity_loss": False, "diversity_weight": 0.01, "use_auxiliary_loss": False,
         "load_balancing_weight": 1e-4, "router_z_weight": 1e-3, "load_balancing_convention": "switch",

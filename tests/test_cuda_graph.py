@@ -7,14 +7,8 @@ graph, so that the test itself runs where there is no GPU.
 import pytest
 import torch
 
-from ava_ext import (
-    AuxiliaryLoss,
-    UnifiedLoss,
-    repetition_candidates,
-    row_loss,
-    row_options,
-    softmax_statistics,
-)
+from ava_ext import AuxiliaryLoss, UnifiedLoss, repetition_candidates, softmax_statistics
+from ava_ext.ops import row_loss, row_options
 
 PLACES = [
     "cpu",

@@ -28,7 +28,8 @@ class Model(torch.nn.Module):
         options = {"use_mtp": True, "num_future_tokens": 2, "use_ngram_penalty": True, "ngram_size": 1}
         # router_z is a mean over tokens, so that it adds up over ranks; the load is averaged over them by step()
         options |= {"use_auxiliary_loss": True, "load_balancing_weight": 0.0, "router_z_weight": 0.1}
-        options |= {"num_experts": E, "use_moe_balancing": True, "gradient_balance_weight": 0.0, "pad_token_id": 0}
+        options |= {"num_experts": E, "num_experts_per_token": 1, "router_score": "sigmoid", "pad_token_id": 0}
+        options |= {"use_moe_balancing": True, "gradient_balance_weight": 0.0}
         self.loss_fn = UnifiedLoss(V, HIDDEN_SIZE, auto_step=False, process_group=process_group, **options)
         self.double()
 

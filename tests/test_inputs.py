@@ -111,11 +111,7 @@ MISSING = [
         {"hidden_states": torch.zeros(2, 4, 3)},
         "mtp_share_head=True needs lm_head_weight, got None",
     ),
-    (
-        {"use_mtp": True, "mtp_type": "adaptive"},
-        {},
-        "adaptive multi-token prediction needs additional_logits, got None",
-    ),
+    ({"use_mtp": True, "mtp_type": "adaptive"}, {"mtp_active": True}, "mtp_active needs additional_logits, got None"),
     (
         {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 1},
         {"additional_logits": [logits()]},
@@ -176,7 +172,7 @@ MISFITS = [
     ({"segment_ids": torch.zeros(2, 3)}, r"expected segment_ids of shape \[2, 4\], got \[2, 3\]"),
     ({"position_ids": torch.zeros(3, 4)}, r"expected position_ids of shape \[2, 4\], got \[3, 4\]"),
     ({"cu_seqlens": torch.zeros(1, 3)}, r"expected cu_seqlens of shape \[n_segments \+ 1\], got \[1, 3\]"),
-    ({"negative_ids": TARGETS}, r"expected negative_ids of shape \[2, 4\] \+ \[n_negatives\], got \[2, 4\]"),
+    ({"negative_ids": TARGETS}, r"expected negative_ids of shape \[2, 4, n_negatives\], got \[2, 4\]"),
     ({"negative_ids": torch.ones(2, 4, 1)}, "expected negative_ids of integers, got torch.float32"),
     (
         {"negative_ids": TARGETS[..., None], "negative_weights": torch.ones(2, 4)},
@@ -190,7 +186,7 @@ MISFITS = [
         {"hidden_states": torch.zeros(2, 3, 5)},
         r"expected hidden_states of shape \[2, 4, hidden_size\], got \[2, 3, 5\]",
     ),
-    ({"primary_logits": logits()}, "expected primary_logits with primary_loss_type='adaptive_mtp' only"),
+    ({"primary_logits": logits()}, "expected primary_logits with adaptive heads only"),
     ({"lm_head_weight": torch.zeros(V, 3)}, "expected logits or lm_head_weight, got both"),
 ]
 
@@ -215,7 +211,6 @@ def test_a_head_of_another_vocabulary_is_named():
 TWO_SOURCES = [
     ({"logits": logits(), "lm_head_weight": torch.zeros(V, 3)}, "expected logits or lm_head_weight, got both"),
     ({"primary_logits": logits(), "lm_head_weight": torch.zeros(V, 3)}, "expected primary_logits or lm_head_weight"),
-    ({"logits": logits(), "primary_logits": logits()}, "expected logits or primary_logits, got both"),
     ({"logits": logits(), "lm_head_bias": torch.zeros(V)}, "lm_head_bias needs lm_head_weight, got None"),
 ]
 

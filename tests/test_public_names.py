@@ -1,20 +1,24 @@
-"""Names that can be imported, and the lists of components that have to agree: README, modules, table, reference."""
+"""Names that can be imported, and the lists of components that have to agree: README, modules, lists, reference."""
 
-import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import ava_ext
-from ava_ext import METRICS, UnifiedLoss, components, losses, reference
+from ava_ext import METRICS, UnifiedLoss, losses, ops, reference
+from ava_ext.losses import CANDIDATES, PARTS, ROW_TERMS
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = [
     "UnifiedLoss", "create_unified_loss", "DeepSeekLoss", "AdaptiveMTPLoss", "AntiRepetitionLoss",
     "AdaptiveAntiRepetitionLoss", "FocalLoss", "LabelSmoothingLoss", "ContrastiveLoss", "DiversityLoss",
     "AuxiliaryLoss", "ConsistencyLoss", "PerplexityLoss", "AdaptiveLossScaling", "CompositeLoss",
+    "TemperatureScaledCrossEntropy", "MultiTokenPredictionLoss", "AuxiliaryFreeMoEBalancer", "NGramRepetitionPenalty",
+    "SequenceRepetitionDetector",
 ]  # fmt: skip
 OTHERS = [
     "METRICS",
@@ -25,9 +29,10 @@ OTHERS = [
     "build_info",
 ]
 
-# modules of ava_ext/losses that are no addend of UnifiedLoss: losses by themselves, or what others are built with
+# modules of ava_ext/losses that are no component: losses by themselves, or what components are built with
 STAND_ALONE = {
-    "composite", "consistency", "float32_buffers", "focal", "perplexity", "presets", "scaling", "temperature",
+    "component", "composite", "consistency", "float32_buffers", "learned_state", "perplexity", "router", "scaling",
+    "temperature",
 }  # fmt: skip
 
 
@@ -44,22 +49,40 @@ def test_further_names(name):
 
 
 def test_every_exported_name_exists_once():
-    for module in (ava_ext, losses):
+    for module in (ava_ext, losses, ops):
         assert len(set(module.__all__)) == len(module.__all__)
         for name in module.__all__:
             assert hasattr(module, name), name
+
+
+def test_importing_the_package_is_cheap():
+    # torch._dynamo takes more than a second, and only compiled code wants it
+    program = "import sys, ava_ext; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "module", ["config", "call", "losses.moe", "losses", "presets", "functional", "ops", "row_pass"]
+)
+def test_every_module_can_be_imported_first(module):
+    subprocess.run([sys.executable, "-c", f"import ava_ext.{module}"], check=True, cwd=ROOT)
 
 
 def modules_on_disk():
     return {path.stem for path in (ROOT / "ava_ext" / "losses").glob("*.py")} - {"__init__"}
 
 
-def test_modules_are_the_components_of_the_table_and_the_stand_alone_losses():
-    table = {component.module for component in components.COMPONENTS}
-    assert not table & STAND_ALONE
-    assert table | STAND_ALONE == modules_on_disk()
-    for name in table:
-        assert importlib.import_module(f"ava_ext.losses.{name}").__doc__, name
+def modules_of_components():
+    names = [module.__name__ for module in (*ROW_TERMS, *CANDIDATES)] + [part.__module__ for part in PARTS]
+    return {name.rpartition(".")[2] for name in names}
+
+
+def test_modules_are_the_components_of_the_lists_and_the_stand_alone_losses():
+    components = modules_of_components()
+    assert not components & STAND_ALONE
+    assert components | STAND_ALONE == modules_on_disk()
+    for name in components:
+        assert sys.modules[f"ava_ext.losses.{name}"].__doc__, name
 
 
 def readme_tree():
@@ -76,13 +99,20 @@ def test_the_tree_in_the_readme_is_the_folder():
 FULL = {
     "vocab_size": 5, "hidden_size": 3, "z_loss_weight": 0.1, "confidence_penalty_weight": 0.1, "use_focal_loss": True,
     "use_ngram_penalty": True, "use_immediate_repetition_penalty": True, "eos_token_id": 1, "num_experts": 3,
-    "use_moe_balancing": True, "use_auxiliary_loss": True, "use_diversity_loss": True, "use_contrastive_loss": True,
-    "num_future_tokens": 2,
+    "num_experts_per_token": 1, "use_moe_balancing": True, "use_auxiliary_loss": True, "use_diversity_loss": True,
+    "use_contrastive_loss": True, "num_future_tokens": 2,
 }  # fmt: skip
 
 
+def keys_of(config):
+    """Of every component that the configuration turns on."""
+    on = [component for module in (*ROW_TERMS, *CANDIDATES) if (component := module.from_config(config))]
+    parts = [part for kind in PARTS if (part := kind.from_config(config)) is not None]
+    return {component.key for component in on if component.key} | {key for part in parts for key in part.keys}
+
+
 @pytest.mark.parametrize("heads", [{"primary_loss_type": "adaptive_mtp"}, {"use_mtp": True}])
-def test_the_table_is_what_the_reference_computes(heads):
+def test_the_lists_are_what_the_reference_computes(heads):
     loss_fn = UnifiedLoss(**FULL, **heads).double()
     config = loss_fn.config
     states, logits = torch.zeros(1, 4, 3).double(), torch.zeros(1, 4, 5).double()
@@ -97,8 +127,7 @@ def test_the_table_is_what_the_reference_computes(heads):
         expert_outputs=torch.zeros(3, 4, 3).double(),
         mtp_logits=[logits, logits],
     )
-    table = {component.key for component in components.COMPONENTS if component.is_on(config)}
-    assert {name for name in result if name not in METRICS} - {"total_loss"} == table
+    assert {name for name in result if name not in METRICS} - {"total_loss"} == keys_of(config)
     assert {name for name in result if name in METRICS} == {*reference.METRICS, "mtp_loss_depth_1", "mtp_loss_depth_2"}
 
 
@@ -106,4 +135,5 @@ def test_metrics_are_those_of_the_reference():
     assert set(METRICS) == {*reference.METRICS, "mtp_loss_depth_1"}
     assert "mtp_loss_depth_17" in METRICS
     assert "total_loss" not in METRICS
-    assert not {component.key for component in components.COMPONENTS} & set(METRICS)
+    for heads in ({"primary_loss_type": "adaptive_mtp"}, {"use_mtp": True}):
+        assert not keys_of(UnifiedLoss(**FULL, **heads).config) & set(METRICS)

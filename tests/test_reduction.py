@@ -112,9 +112,17 @@ def test_micro_batches_add_up_to_the_whole_batch(seed, kind, labels_are_shifted)
     numbers = Numbers(seed)
     logits, states = numbers.leaf(4, 5, V), numbers.leaf(4, 5, HIDDEN_SIZE)
     gates, targets = numbers.leaf(20, 3), numbers.integers(0, V, 4, 5)
-    options = {"use_mtp": True, "use_ngram_penalty": True, "ngram_size": 1, "z_loss_weight": 0.1, "eos_token_id": 2}
+    options = {
+        "num_experts_per_token": 1,
+        "use_mtp": True,
+        "use_ngram_penalty": True,
+        "ngram_size": 1,
+        "z_loss_weight": 0.1,
+        "eos_token_id": 2,
+    }
     options |= {
         "use_auxiliary_loss": True,
+        "num_experts_per_token": 1,
         "load_balancing_weight": 0.0,
         "router_z_weight": 0.3,
         "label_smoothing": 0.1,
@@ -149,7 +157,8 @@ def test_one_micro_batch_is_the_whole_batch(labels_are_shifted):
         "contrastive_pair": (numbers.normal(3, 4), numbers.normal(3, 4)),
     }
     options = {"use_moe_balancing": True, "use_auxiliary_loss": True, "use_diversity_loss": True}
-    options |= {"num_experts": 3, "use_contrastive_loss": True, "labels_are_shifted": labels_are_shifted}
+    options |= {"num_experts": 3, "num_experts_per_token": 1, "expert_bias_rate": 0.0, "use_contrastive_loss": True}
+    options |= {"labels_are_shifted": labels_are_shifted}
     loss_fn = UnifiedLoss(V, **options).eval()
     whole = loss_fn(**arguments, return_detailed=True)
     torch.testing.assert_close(loss_fn(**arguments, num_items_in_batch=whole["n_tokens"]), whole["total_loss"])
@@ -205,7 +214,7 @@ def test_routers_leave_padding_out(labels_are_shifted, n_columns):
     if labels_are_shifted and n_columns == 4:
         keep = torch.ones(2, 4)  # rows that are not those of the targets: nothing is known of them
     options = {"use_auxiliary_loss": True, "use_diversity_loss": True, "labels_are_shifted": labels_are_shifted}
-    loss_fn = UnifiedLoss(V, num_experts=3, **options)
+    loss_fn = UnifiedLoss(V, num_experts=3, num_experts_per_token=1, expert_bias_rate=0.0, **options)
     gates, outputs = numbers.normal(2, n_columns, 3), numbers.normal(3, 2, n_columns, 4)
     arguments = {"targets": targets, "attention_mask": mask, "gate_logits": gates, "expert_outputs": outputs}
     result = loss_fn(numbers.normal(2, 5, V), **arguments, return_detailed=True)

@@ -537,7 +537,7 @@ def test_huggingface_convention():
 
 def test_moe_steering_and_state():
     gates = torch.tensor([[2.0, 0.0], [1.0, 0.0], [9.0, 0.0]], dtype=F64, requires_grad=True)
-    config = standard(5, num_experts=2, use_moe_balancing=True, gradient_balance_weight=0.5)
+    config = standard(5, num_experts=2, num_experts_per_token=1, use_moe_balancing=True, gradient_balance_weight=0.5)
     inputs = {"gate_logits": gates, "attention_mask": torch.tensor([[1, 1, 0]])}
     result = reference.unified_loss(
         config, randn(1, 3, 5), torch.tensor([[0, 1, 2]]), expert_load=torch.tensor([[0.8, 0.2]], dtype=F64), **inputs
@@ -557,7 +557,7 @@ def test_moe_steering_and_state():
 
 
 def test_own_top_k_uses_the_bias_and_sigmoid_scores_sum_to_one():
-    config = standard(5, num_experts=3, router_score="sigmoid", use_moe_balancing=True)
+    config = standard(5, num_experts=3, num_experts_per_token=1, router_score="sigmoid", use_moe_balancing=True)
     gates, keep = torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.0, 0.0]], dtype=F64), torch.ones(2, dtype=torch.bool)
     assert reference.router_statistics(config, gates, keep).counts.tolist() == [2, 0, 0]  # ties: lowest
     bias = torch.tensor([0.0, 0.2, 0.0])
@@ -642,7 +642,7 @@ def test_missing_inputs_are_named():
         ({"use_mtp": True, "mtp_type": "adaptive"}, "additional_logits"),
     ):
         with pytest.raises(ValueError, match=f"needs {argument}, got None"):
-            reference.unified_loss(standard(5, **options), logits, targets)
+            reference.unified_loss(standard(5, **options), logits, targets, mtp_active=True)
 
 
 def test_fused_linear_arguments_and_empty_batches():

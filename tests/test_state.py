@@ -12,7 +12,8 @@ from ava_ext import UnifiedLoss, reference
 
 V, E = 6, 3
 OWN_HEADS = {"use_mtp": True, "num_future_tokens": 2}
-MOE = {"num_experts": E, "num_moe_layers": 2, "use_moe_balancing": True}
+MOE = {"num_experts": E, "num_experts_per_token": 1, "num_moe_layers": 2, "use_moe_balancing": True}
+MOE |= {"router_score": "sigmoid"}  # whose choices need not be given
 ADAPTIVE = {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 2}
 CONFIGURATIONS = {
     "plain": {},
@@ -139,7 +140,9 @@ def test_copies_are_equal_and_independent(name, duplicate):
 
 
 def test_load_counts_and_bias_of_the_experts():
-    loss_fn = UnifiedLoss(V, **MOE, num_experts_per_token=2, auto_step=False, moe_momentum=0.75, expert_bias_rate=0.01)
+    loss_fn = UnifiedLoss(
+        V, **MOE | {"num_experts_per_token": 2}, auto_step=False, moe_momentum=0.75, expert_bias_rate=0.01
+    )
     numbers, balancer = Numbers(2), loss_fn.moe_balancer
     load, bias, counts = torch.full((2, E), 1 / E), torch.zeros(2, E), torch.zeros(2, E)
     for _ in range(3):

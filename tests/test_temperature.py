@@ -111,7 +111,7 @@ def test_constant_losses_leave_a_steady_temperature():
     values = []
     for _ in range(30):
         # the loss itself depends on the temperature: give the temperature its losses
-        loss_fn.temperature.observe(torch.tensor(20.0), torch.tensor(8))
+        loss_fn.temperature.record(True, pending_loss=torch.tensor(20.0), pending_rows=torch.tensor(8.0))
         loss_fn.step()
         values.append(loss_fn.temperature.value.item())
     assert values[:9] == [1.0] * 9

@@ -23,7 +23,14 @@ F64 = torch.float64
 @given(cases(), st.booleans())
 def test_equals_the_reference(case, training):
     config, arguments = case
-    assert_equals_reference(UnifiedLoss(**config.to_dict()).double().train(training), arguments)
+    loss_fn = UnifiedLoss(**config.to_dict()).double().train(training)
+    if loss_fn.moe_balancer is not None:  # the state of a new loss is balanced: its term is 0
+        numbers = Numbers(1)
+        load = numbers.uniform(config.num_moe_layers, config.num_experts)
+        loss_fn.moe_balancer.expert_load.copy_(load / load.sum(-1, keepdim=True))
+        if config.expert_bias_rate > 0:
+            loss_fn.moe_balancer.expert_bias.copy_(numbers.normal(*load.shape, scale=0.2))
+    assert_equals_reference(loss_fn, arguments)
 
 
 @settings(max_examples=20)
@@ -141,6 +148,7 @@ ALONE = {
     "diversity": ({"use_diversity_loss": True}, ("expert_outputs",)),
     "contrastive": ({"use_contrastive_loss": True}, ("hidden_states",)),
 }
+ROUTER = {"num_experts": 3, "num_experts_per_token": 1, "expert_bias_rate": 0.0}
 EVERYTHING = {name: value for options, _ in ALONE.values() for name, value in options.items()}
 EVERYTHING["smoothing_mode"] = "uniform"
 TOGETHER = (EVERYTHING, ("hidden_states", "lm_head_weight", "additional_logits", "gate_logits", "expert_outputs"))
@@ -150,7 +158,7 @@ TOGETHER = (EVERYTHING, ("hidden_states", "lm_head_weight", "additional_logits",
 def test_gradcheck(name):
     options, names = (ALONE | {"everything": TOGETHER})[name]
     numbers, targets = Numbers(3), torch.tensor([[1, 1, 0, 2], [3, 3, -100, 0]])
-    options = {"primary_loss_type": "standard", "num_experts": 3, "num_future_tokens": 1} | options
+    options = {"primary_loss_type": "standard", **ROUTER, "num_future_tokens": 1} | options
     loss_fn = UnifiedLoss(4, 3, **options).double().eval()
     if loss_fn.moe_balancer is not None:
         loss_fn.moe_balancer.expert_load.copy_(torch.tensor([[0.5, 0.3, 0.2]]))
@@ -222,7 +230,7 @@ def test_nothing_counted_is_zero_and_stays_in_the_graph():
     numbers = Numbers(6)
     options = EVERYTHING | {"primary_loss_type": "deepseek", "use_mtp": True, "mtp_share_head": False}
     for extra in ({}, {"num_items_in_batch": 7}):
-        loss_fn = UnifiedLoss(5, HIDDEN_SIZE, num_experts=3, **options).double()
+        loss_fn = UnifiedLoss(5, HIDDEN_SIZE, **ROUTER, **options).double()
         arguments = {
             "logits": numbers.leaf(2, 4, 5),
             "hidden_states": numbers.leaf(2, 4, HIDDEN_SIZE),

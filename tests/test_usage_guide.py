@@ -18,7 +18,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ava_ext import ConsistencyLoss, UnifiedLoss, UnifiedLossConfig, build_info, row_loss, row_options
+from ava_ext import ConsistencyLoss, UnifiedLoss, UnifiedLossConfig, build_info
+from ava_ext.ops import row_loss, row_options
 from ava_ext.ops.repetition import repetition_candidates
 
 ROOT = Path(__file__).resolve().parent.parent

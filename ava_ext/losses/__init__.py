@@ -1,33 +1,66 @@
-"""Every loss class, one module per component; presets.py has those that are UnifiedLoss with fewer options."""
+"""Every component of UnifiedLoss, in one list of each kind: a component exists because it stands here.
 
+The public loss classes can be imported from here as well as from `ava_ext`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ava_ext.losses import (
+    confidence_penalty,
+    eos,
+    focal,
+    immediate_repetition,
+    negatives,
+    ngram,
+    primary,
+    z_loss,
+)
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
 from ava_ext.losses.auxiliary import AuxiliaryLoss
-from ava_ext.losses.composite import CompositeLoss
-from ava_ext.losses.consistency import ConsistencyLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
-from ava_ext.losses.perplexity import PerplexityLoss
-from ava_ext.losses.presets import (
-    AdaptiveAntiRepetitionLoss,
-    AdaptiveMTPLoss,
-    AntiRepetitionLoss,
-    DeepSeekLoss,
-    FocalLoss,
-    LabelSmoothingLoss,
+
+if TYPE_CHECKING:
+    from ava_ext.losses.component import Part
+
+# modules whose from_config gives a RowTerm: flags and options of the row kernel
+ROW_TERMS = (primary, focal, z_loss, confidence_penalty)
+# modules whose from_config gives a CandidateSource; the first three in the order of repetition_candidates' groups
+CANDIDATES = (immediate_repetition, eos, ngram, negatives)
+# what is computed beside the rows, in the order in which it is added; the balancer measures the router for both
+PARTS: tuple[type[Part], ...] = (
+    MultiTokenPrediction,
+    AdaptiveMTP,
+    MoEBalancer,
+    AuxiliaryLoss,
+    DiversityLoss,
+    ContrastiveLoss,
 )
-from ava_ext.losses.scaling import AdaptiveLossScaling
-from ava_ext.losses.temperature import AdaptiveTemperature
-from ava_ext.unified_loss import UnifiedLoss, create_unified_loss
+
+
+class _MetricNames(frozenset[str]):
+    """Names of metrics; the depths of multi-token prediction have no last one."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).startswith("mtp_loss_depth_")
+
+
+METRICS = _MetricNames(
+    ["cross_entropy", "perplexity", "n_tokens", "accuracy", "entropy", "temperature", "focal_loss"]
+    + [name for part in PARTS for name in part.METRICS]
+)
+"""Entries of the detailed dict that are no addends of total_loss (and mtp_loss_depth_k for every k)."""
 
 __all__ = [
     "AdaptiveAntiRepetitionLoss",
     "AdaptiveLossScaling",
-    "AdaptiveMTP",
     "AdaptiveMTPLoss",
-    "AdaptiveTemperature",
     "AntiRepetitionLoss",
+    "AuxiliaryFreeMoEBalancer",
     "AuxiliaryLoss",
     "CompositeLoss",
     "ConsistencyLoss",
@@ -36,9 +69,20 @@ __all__ = [
     "DiversityLoss",
     "FocalLoss",
     "LabelSmoothingLoss",
-    "MoEBalancer",
-    "MultiTokenPrediction",
+    "MultiTokenPredictionLoss",
+    "NGramRepetitionPenalty",
     "PerplexityLoss",
+    "SequenceRepetitionDetector",
+    "TemperatureScaledCrossEntropy",
     "UnifiedLoss",
     "create_unified_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # the classes that are built on this package: an import at the top would run upwards
+    if name in __all__:
+        import ava_ext
+
+        return getattr(ava_ext, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ava_ext.call import Call, HeadLoss, Heads, Logits
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.losses.mtp import MAIN_LOSS, HeadLoss, counted_ahead, shift_targets
-from ava_ext.ops.linear_rows import LinearLogits
-from ava_ext.ops.softmax_rows import TERM_NAMES
+from ava_ext.losses.component import Addends, Part
+from ava_ext.losses.learned_state import LearnedState
+from ava_ext.losses.mtp import MAIN_LOSS, counted_ahead, depth_metrics, shift_targets
+from ava_ext.ops.committed import is_first_run
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import TERM_NAMES
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 
@@ -20,28 +22,26 @@ CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 CONFIDENCE_MARGIN = 1e-6
 
 
-Heads = Tensor | Sequence[Tensor | LinearLogits] | None
-
-
 class AdaptiveMTPTerms(NamedTuple):
     """What adaptive_mtp_terms returns."""
 
-    mtp_loss: Tensor  # []  with graph; [batch, length] with per_row
-    confidence_regularization: Tensor  # []  with graph; [batch, length] with per_row
+    mtp_loss: Tensor  # []  with graph; [batch_size, n_tokens] with per_row
+    confidence_regularization: Tensor  # []  with graph; [batch_size, n_tokens] with per_row
     depth_losses: Tensor  # [n_heads]  mean loss of each head over its own rows, unweighted; detached
     mean_confidence: Tensor  # []  over rows whose head 1 has a target; detached
     mean_target_probability: Tensor  # []  over the same rows, what head 1 gives its target; detached
 
 
 def adaptive_mtp_terms(
-    additional_logits: Heads,  # [n_heads, batch, length, vocab_size], or a list
-    targets: Tensor,  # [batch, length]
-    row_weights: Tensor,  # [batch, length]
-    segments: Tensor | None,  # [batch, length]
+    additional_logits: Heads,  # [n_heads, batch_size, n_tokens, vocab_size], or a list
+    targets: Tensor,  # [batch_size, n_tokens]
+    row_weights: Tensor,  # [batch_size, n_tokens]
+    segments: Tensor | None,  # [batch_size, n_tokens]
     head_loss: HeadLoss,
     *,
-    confidence_scores: Tensor | None = None,  # [batch], [batch, 1], [batch, length] or [batch, length, 1]
-    mtp_active: bool | Tensor | None = None,  # [] or [batch] bool
+    confidence_scores: Tensor
+    | None = None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or [batch_size, n_tokens, 1]
+    mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool
     mtp_weight: float = UnifiedLossConfig.mtp_weight,
     confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
     use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
@@ -69,7 +69,7 @@ def adaptive_mtp_terms(
         mtp_active: False switches the heads off for this call; a tensor does so on the device, for all or per
             sequence; None: on.
         mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
-        per_row: give both terms per row, [batch, length].
+        per_row: give both terms per row, [batch_size, n_tokens].
 
     Returns:
         AdaptiveMTPTerms, float32 (float64 for float64 logits). Zeros, connected to the graph, while switched off.
@@ -87,15 +87,15 @@ def adaptive_mtp_terms(
         if mtp_active is not False:
             raise ValueError("adaptive_mtp: expected additional_logits of at least 1 head, got none")
         return _switched_off(heads, targets, row_weights, confidence_scores, per_row)
-    batch, length = targets.shape
+    batch_size, n_tokens = targets.shape
     dtype = torch.float64 if heads[0].dtype == torch.float64 else torch.float32
     weights = row_weights.detach().to(dtype)
     if isinstance(mtp_active, Tensor):
-        weights = torch.where(_rows(mtp_active, batch, length, "mtp_active").to(torch.bool), weights, 0.0)
+        weights = torch.where(_rows(mtp_active, batch_size, n_tokens, "mtp_active").to(torch.bool), weights, 0.0)
     confidence = None
     if confidence_scores is not None:
-        confidence = _rows(confidence_scores, batch, length, "confidence_scores").to(dtype)
-    head_weights = weights.new_tensor(mtp_weight / len(heads))
+        confidence = _rows(confidence_scores, batch_size, n_tokens, "confidence_scores").to(dtype)
+    head_weights: float | Tensor = mtp_weight / len(heads)
     if confidence is not None and use_confidence_weighting:
         head_weights = head_weights * confidence.detach()
     losses, main_losses, probability = [], [], torch.zeros_like(weights)
@@ -123,16 +123,16 @@ def adaptive_mtp_terms(
     )
 
 
-def _heads(additional_logits: Heads, targets: Tensor) -> list[Tensor | LinearLogits]:
+def _heads(additional_logits: Heads, targets: Tensor) -> list[Logits]:
     if targets.dim() != 2:
-        raise ValueError(f"adaptive_mtp: expected targets [batch, length], got {list(targets.shape)}")
+        raise ValueError(f"adaptive_mtp: expected targets [batch_size, n_tokens], got {list(targets.shape)}")
     if additional_logits is None:
         return []
     if isinstance(additional_logits, LinearLogits):  # a tuple, but of one head
         raise ValueError("adaptive_mtp: expected a list of LinearLogits, one per head, got one LinearLogits")
     if isinstance(additional_logits, Tensor) and additional_logits.dim() != 4:
         raise ValueError(
-            "adaptive_mtp: expected additional_logits [n_heads, batch, length, vocab_size], got "
+            "adaptive_mtp: expected additional_logits [n_heads, batch_size, n_tokens, vocab_size], got "
             f"{list(additional_logits.shape)}"
         )
     heads = list(additional_logits)
@@ -147,27 +147,26 @@ def _heads(additional_logits: Heads, targets: Tensor) -> list[Tensor | LinearLog
     return heads
 
 
-def _rows(values: Tensor, batch: int, length: int, name: str) -> Tensor:  # [batch, length]
+def _rows(values: Tensor, batch_size: int, n_tokens: int, name: str) -> Tensor:  # [batch_size, n_tokens]
     shape = list(values.shape)
-    if shape == [batch, length, 1]:
+    if shape == [batch_size, n_tokens, 1]:
         return values.squeeze(-1)
-    if shape in ([batch], [batch, 1]):
-        return values.reshape(batch, 1).expand(batch, length)
-    if shape == [batch, length] or (not shape and name == "mtp_active"):
-        return values.expand(batch, length)
+    if shape in ([batch_size], [batch_size, 1]):
+        return values.reshape(batch_size, 1).expand(batch_size, n_tokens)
+    if shape == [batch_size, n_tokens] or (not shape and name == "mtp_active"):
+        return values.expand(batch_size, n_tokens)
     raise ValueError(
-        f"adaptive_mtp: expected {name} of shape [{batch}], [{batch}, 1], [{batch}, {length}] or [{batch}, "
-        f"{length}, 1], "
-        f"got {shape}"
+        f"adaptive_mtp: expected {name} of shape [{batch_size}], [{batch_size}, 1], [{batch_size}, {n_tokens}] or "
+        f"[{batch_size}, {n_tokens}, 1], got {shape}"
     )
 
 
-def _mean_of(values: Tensor, mask: Tensor) -> Tensor:  # [batch, length], [batch, length] -> []
+def _mean_of(values: Tensor, mask: Tensor) -> Tensor:  # [batch_size, n_tokens], [batch_size, n_tokens] -> []
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
 def _switched_off(
-    heads: list[Tensor | LinearLogits],
+    heads: list[Logits],
     targets: Tensor,
     row_weights: Tensor,
     confidence_scores: Tensor | None,
@@ -186,48 +185,127 @@ def _switched_off(
     return AdaptiveMTPTerms(mtp_loss, regularization, nothing.expand(len(heads)), nothing, nothing)
 
 
-class AdaptiveMTP(Float32Buffers):
+class AdaptiveMTP(LearnedState, Part):
     """adaptive_mtp_terms with the options of a configuration, and running averages for get_loss_statistics().
 
-    In training with grad enabled every call that is not switched off, has a row that counts and is finite
-    adds to the averages.
+    In training with grad enabled every call that is not switched off, has a row that counts and is finite adds to the
+    averages at the next step().
 
     Args:
-        config: mtp_weight, confidence_reg_strength, use_confidence_weighting and ignore_index are used.
+        num_future_tokens: how many heads are expected.
+        mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
 
     Example:
-        >>> adaptive = AdaptiveMTP(UnifiedLossConfig(vocab_size=100, primary_loss_type="adaptive_mtp"))
+        >>> adaptive = AdaptiveMTP()
         >>> terms = adaptive(heads, targets, weights, None, head_loss, confidence_scores=confidence)
+        >>> adaptive.step()
         >>> adaptive.statistics()["mean_confidence"]
     """
 
+    name = "adaptive_mtp"
+    needs_sequences = True
+    statistics_name = "adaptive_mtp"
     AVERAGES = ("mtp_loss", "confidence_regularization", "mean_confidence", "mean_target_probability")
+    PENDING = ("pending_sums", "pending_count")
 
     sums: Tensor
     count: Tensor
 
-    def __init__(self, config: UnifiedLossConfig) -> None:
+    def __init__(
+        self,
+        num_future_tokens: int = UnifiedLossConfig.num_future_tokens,
+        *,
+        mtp_weight: float = UnifiedLossConfig.mtp_weight,
+        confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
+        use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
+        ignore_index: int = UnifiedLossConfig.ignore_index,
+    ) -> None:
         super().__init__()
-        self.mtp_weight = config.mtp_weight
-        self.confidence_reg_strength = config.confidence_reg_strength
-        self.use_confidence_weighting = config.use_confidence_weighting
-        self.ignore_index = config.ignore_index
-        self.register_buffer("sums", torch.zeros(len(self.AVERAGES), dtype=torch.float32))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.n_heads = num_future_tokens
+        self.mtp_weight = mtp_weight
+        self.confidence_reg_strength = confidence_reg_strength
+        self.use_confidence_weighting = use_confidence_weighting
+        self.ignore_index = ignore_index
+        self.calibrates = use_confidence_weighting and confidence_reg_strength > 0
+        self.keys = ("mtp_loss", "confidence_regularization") if self.calibrates else ("mtp_loss",)
+        self.register_buffer("sums", torch.empty(len(self.AVERAGES), dtype=torch.float32))
+        self.register_buffer("count", torch.empty((), dtype=torch.int64))
+        self.pending_sums = torch.empty(len(self.AVERAGES), dtype=torch.float32)
+        self.pending_count = torch.empty((), dtype=torch.int64)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: UnifiedLossConfig) -> AdaptiveMTP | None:
+        """The terms of the model's heads, where the configuration asks for them."""
+        if config.mtp_heads != "adaptive":
+            return None
+        return cls(
+            config.num_future_tokens,
+            mtp_weight=config.mtp_weight,
+            confidence_reg_strength=config.confidence_reg_strength,
+            use_confidence_weighting=config.use_confidence_weighting,
+            ignore_index=config.ignore_index,
+        )
+
+    def of_call(self, call: Call) -> Addends:
+        """The terms of the call's heads: as many as are given, or none where mtp_active=False."""
+        rows, active, confidence = call.rows, call.mtp_active, call.confidence_scores
+        heads = [] if active is False else self._heads_of(call)
+        if call.is_flat:
+            heads = [head.unsqueeze(0) for head in heads]
+            if confidence is not None and len(confidence) == rows.targets.numel():
+                confidence = confidence.unsqueeze(0)
+        if heads and self.use_confidence_weighting and confidence is None:
+            raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
+        terms = self(
+            heads,
+            rows.targets,
+            rows.weights,
+            call.segments,
+            call.head_loss,
+            confidence_scores=confidence if self.use_confidence_weighting else None,
+            mtp_active=active if heads else False,
+            per_row=call.config.reduction == "none",
+            recording=call.recording,
+        )
+        addends = {"mtp_loss": terms.mtp_loss}
+        if self.calibrates:
+            addends["confidence_regularization"] = terms.confidence_regularization
+        return Addends(addends, depth_metrics(terms.depth_losses if heads else rows.weights.new_zeros(self.n_heads)))
+
+    def _heads_of(self, call: Call) -> list[Logits]:
+        given = call.additional_logits
+        if given is None and call.mtp_active is None:  # as many heads as are given
+            return []
+        if given is None:
+            raise ValueError("unified_loss: mtp_active needs additional_logits, got None")
+        heads = [given] if isinstance(given, LinearLogits) else list(given)
+        if len(heads) != self.n_heads:
+            raise ValueError(
+                f"unified_loss: expected num_future_tokens = {self.n_heads} additional_logits, got {len(heads)}"
+            )
+        for number, head in enumerate(heads):
+            if not isinstance(head, (Tensor, LinearLogits)):
+                raise TypeError(
+                    f"unified_loss: expected additional_logits[{number}] to be a torch.Tensor or LinearLogits, "
+                    f"got {type(head).__name__}"
+                )
+        return heads
 
     def forward(
         self,
-        additional_logits: Heads,  # [n_heads, batch, length, vocab_size], or a list
-        targets: Tensor,  # [batch, length]
-        row_weights: Tensor,  # [batch, length]
-        segments: Tensor | None,  # [batch, length]
+        additional_logits: Heads,  # [n_heads, batch_size, n_tokens, vocab_size], or a list
+        targets: Tensor,  # [batch_size, n_tokens]
+        row_weights: Tensor,  # [batch_size, n_tokens]
+        segments: Tensor | None,  # [batch_size, n_tokens]
         head_loss: HeadLoss,
         *,
-        confidence_scores: Tensor | None = None,  # [batch], [batch, 1], [batch, length] or [batch, length, 1]
-        mtp_active: bool | Tensor | None = None,  # [] or [batch] bool
+        confidence_scores: Tensor | None = None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
+        mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool
         per_row: bool = False,
+        recording: bool | Tensor | None = None,  # [] bool
     ) -> AdaptiveMTPTerms:
-        """See adaptive_mtp_terms."""
+        """See adaptive_mtp_terms. recording: whether the averages learn from this call; None: in training with grad."""
         terms = adaptive_mtp_terms(
             additional_logits,
             targets,
@@ -242,20 +320,27 @@ class AdaptiveMTP(Float32Buffers):
             ignore_index=self.ignore_index,
             per_row=per_row,
         )
-        if self.training and torch.is_grad_enabled() and mtp_active is not False:
-            with torch.no_grad():
-                values = torch.stack([getattr(terms, name).sum().to(torch.float32) for name in self.AVERAGES])
-                is_seen = (row_weights != 0).any() & values.isfinite().all()  # one nan would stay in the sums for ever
-                if isinstance(mtp_active, Tensor):
-                    is_seen = is_seen & mtp_active.any()
-                self.sums.add_(torch.where(is_seen, values, 0.0))
-                self.count.add_(is_seen.to(torch.int64))
+        if recording is None:
+            recording = self.training and torch.is_grad_enabled() and is_first_run(row_weights)
+        if recording is not False and mtp_active is not False:
+            values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])
+            is_seen = (row_weights != 0).any() & values.isfinite().all()  # one nan would stay in the sums for ever
+            if isinstance(mtp_active, Tensor):
+                is_seen = is_seen & mtp_active.any()
+            seen_values = torch.where(is_seen, values, 0.0)
+            self.record(recording, pending_sums=seen_values, pending_count=is_seen.to(torch.int64))
         return terms
 
+    @torch.no_grad()
+    def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
+        """Adds what is pending to the averages."""
+        self.reduce_pending(process_group)
+        self.sums.add_(self.pending_sums)
+        self.count.add_(self.pending_count)
+        self.clear_pending()
+
     def statistics(self) -> dict[str, Tensor]:
-        """Averages per call since the last reset_statistics, and the number of calls as count;
-        scalars on the device.
-        """
+        """Averages per call since the last reset_statistics, and count, the number of calls; scalars on the device."""
         averages = self.sums / self.count.clamp_min(1)
         return dict(zip(self.AVERAGES, averages.unbind(), strict=True)) | {"count": self.count.clone()}
 
@@ -264,3 +349,8 @@ class AdaptiveMTP(Float32Buffers):
         """Clears averages and count."""
         self.sums.zero_()
         self.count.zero_()
+        self.clear_pending()
+
+    def reset_parameters(self) -> None:
+        """Clears averages and count."""
+        self.reset_statistics()

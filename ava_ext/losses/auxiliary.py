@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices
+from ava_ext.losses.component import Addends, Part
+from ava_ext.losses.router import load_variation, measure_router, router_of_call
+from ava_ext.ops.router_layers import layered_gate_logits, stack_expert_indices
 from ava_ext.ops.router_rows import RouterStatistics, router_statistics
+from ava_ext.process_group import GroupReference, resolve
 
 CONVENTIONS = ("switch", "huggingface")
 
 
 def load_balancing_loss(
-    statistics: RouterStatistics, *, k: int, convention: str = "switch", process_group: Any = None
+    statistics: RouterStatistics, *, k: int | None = None, convention: str = "switch", process_group: Any = None
 ) -> Tensor:
     """Switch Transformer's load balancing loss: n_experts * sum_e f_e P_e, 1 at perfect balance.
 
@@ -25,7 +29,7 @@ def load_balancing_loss(
 
     Args:
         statistics: of router_statistics; for per-sequence balancing, every sequence of every layer is a layer.
-        k: experts per row.
+        k: experts per row, for the huggingface convention; None: as the counts tell.
         convention: "switch", or "huggingface": what transformers' load_balancing_loss_func gives, f_e = counts_e /
             n_rows (so k at perfect balance) with the rows of all layers thrown together (layers can hide each other's
             imbalance).
@@ -52,13 +56,17 @@ def load_balancing_loss(
         counts, probability_sum, n_rows = (
             value.sum(dim=0, keepdim=True) for value in (counts, probability_sum, n_rows)
         )
-    if process_group is not None:
+    factor: int | Tensor = 1
+    if convention == "huggingface":
+        factor = counts.sum() / n_rows.sum().clamp_min(1) if k is None else k
+    group = resolve(process_group)
+    if group is not None:
         counts = counts.clone()
-        torch.distributed.all_reduce(counts, group=process_group)
+        torch.distributed.all_reduce(counts, group=group)
     share = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1)
     mean_probability = probability_sum / n_rows.clamp_min(1).unsqueeze(-1)
     loss = counts.shape[-1] * (share * mean_probability).sum(dim=-1)
-    return _mean_over_layers(loss, n_rows) * (k if convention == "huggingface" else 1)
+    return _mean_over_layers(loss, n_rows) * factor
 
 
 def router_z_loss(statistics: RouterStatistics) -> Tensor:
@@ -133,13 +141,13 @@ def _mean_over_layers(values: Tensor, n_rows: Tensor) -> Tensor:  # [n_layers], 
     return (values * has_rows).sum() / has_rows.sum().clamp_min(1)
 
 
-class AuxiliaryLoss(nn.Module):
+class AuxiliaryLoss(Part):
     """load_balancing_weight * load balancing + router_z_weight * router z-loss, on router logits alone.
 
     See load_balancing_loss and router_z_loss for the formulas and sources.
 
     Args:
-        num_experts_per_token: k of the router's top-k.
+        num_experts_per_token: k of the router's top-k; None: as many as expert_indices name.
         num_experts: checked against gate_logits; None: as many as there are.
         num_moe_layers: expected layers, see layered_gate_logits; None: as many as there are, and a tensor of three
             dimensions is [n_layers, n_rows, n_experts].
@@ -148,7 +156,7 @@ class AuxiliaryLoss(nn.Module):
         load_balancing_convention: "switch" or "huggingface" (k times larger, layers concatenated).
         router_score: "softmax" or "sigmoid" (normalised).
         per_sequence: balance every sequence on its own, then average (DeepSeek-V3, equations 17-20); gate_logits
-            then are [batch, length, n_experts] per layer. Not with the huggingface convention.
+            then are [batch_size, n_tokens, n_experts] per layer. Not with the huggingface convention.
         process_group: loads f of the global batch, see load_balancing_loss. Not with per_sequence.
 
     Example:
@@ -156,9 +164,13 @@ class AuxiliaryLoss(nn.Module):
         >>> loss_fn(outputs.router_logits, row_mask=attention_mask.bool())
     """
 
+    name = "auxiliary"
+    keys = ("aux_load_balancing", "aux_router_z")
+    METRICS = ("moe_cv", "moe_max_violation")
+
     def __init__(
         self,
-        num_experts_per_token: int = UnifiedLossConfig.num_experts_per_token,
+        num_experts_per_token: int | None = UnifiedLossConfig.num_experts_per_token,
         *,
         num_experts: int | None = None,
         num_moe_layers: int | None = None,
@@ -189,11 +201,13 @@ class AuxiliaryLoss(nn.Module):
         self.convention = load_balancing_convention
         self.score = router_score
         self.per_sequence = per_sequence
-        self.process_group = process_group
+        self.group = GroupReference(process_group)
 
     @classmethod
-    def from_config(cls, config: UnifiedLossConfig) -> AuxiliaryLoss:
-        """The module with the options of UnifiedLoss."""
+    def from_config(cls, config: UnifiedLossConfig) -> AuxiliaryLoss | None:
+        """The loss where use_auxiliary_loss is set."""
+        if not config.use_auxiliary_loss:
+            return None
         return cls(
             config.num_experts_per_token,
             num_experts=config.num_experts,
@@ -204,10 +218,17 @@ class AuxiliaryLoss(nn.Module):
             router_score=config.router_score,
         )
 
+    def of_call(self, call: Call) -> Addends:
+        """Both terms of the call's router, and how unevenly it chose."""
+        statistics = router_of_call(call, "use_auxiliary_loss")
+        share = call.rows.batch_share
+        terms = {key: share * term for key, term in zip(self.keys, self.terms(statistics), strict=True)}
+        return Addends(terms, dict(zip(self.METRICS, load_variation(statistics.counts), strict=True)))
+
     def forward(
         self,
-        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer, see layered_gate_logits
-        expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
+        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer, see layered_gate_logits
+        expert_indices: Tensor | Sequence[Tensor | None] | None = None,  # [n_rows, k] per layer
         row_mask: Tensor | None = None,  # n_rows elements, bool
         return_detailed: bool = False,
     ) -> Tensor | dict[str, Tensor]:
@@ -239,43 +260,34 @@ class AuxiliaryLoss(nn.Module):
 
     def measure(
         self,
-        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer
-        expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
+        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
+        expert_indices: Tensor | Sequence[Tensor | None] | None = None,  # [n_rows, k] per layer
         row_mask: Tensor | None = None,  # n_rows elements, bool
     ) -> RouterStatistics:
         """The statistics that `terms` needs; with per_sequence, every sequence of every layer is a layer."""
+        options: dict[str, Any] = {"k": self.k, "score": self.score}
+        if not self.per_sequence:
+            options |= {"n_experts": self.n_experts, "n_layers": self.n_layers, "owner": "auxiliary_loss"}
+            return measure_router(gate_logits, expert_indices, row_mask, **options)
         layers = layered_gate_logits(gate_logits, self.n_layers)
-        n_layers, n_rows, n_experts = layers_shape(layers)
-        if self.n_experts not in (None, n_experts):
+        if layers[0].dim() != 4:
             raise ValueError(
-                f"auxiliary_loss: expected gate_logits with num_experts = {self.n_experts} columns, got {n_experts}"
+                "auxiliary_loss: per_sequence=True expects gate_logits [batch_size, n_tokens, n_experts] per layer, "
+                f"got {list(layers[0].shape[1:])}"
             )
+        batch_size, n_tokens = layers[0].shape[1:3]
+        n_layers = sum(layer.shape[0] for layer in layers)
         if expert_indices is not None:
-            expert_indices = stack_expert_indices(expert_indices, n_layers, n_rows, self.k)
+            expert_indices = stack_expert_indices(expert_indices, n_layers, batch_size * n_tokens, self.k)
+            expert_indices = expert_indices.reshape(n_layers * batch_size, n_tokens, -1)
         if row_mask is not None:
-            if row_mask.numel() != n_rows:
-                raise ValueError(
-                    f"auxiliary_loss: expected row_mask of {n_rows} rows, got shape {list(row_mask.shape)}"
-                )
-            row_mask = row_mask.reshape(n_rows)
-        if self.per_sequence:
-            if layers[0].dim() != 4:
-                raise ValueError(
-                    "auxiliary_loss: per_sequence=True expects gate_logits [batch, length, n_experts] per layer, got "
-                    f"{list(layers[0].shape[1:])}"
-                )
-            batch, length = layers[0].shape[1:3]
-            layers = [layer.flatten(0, 1) for layer in layers]
-            if expert_indices is not None:
-                expert_indices = expert_indices.reshape(n_layers * batch, length, self.k)
-            if row_mask is not None:
-                row_mask = row_mask.reshape(batch, length).repeat(n_layers, 1)
-        return router_statistics(layers, expert_indices, row_mask, k=self.k, score=self.score)
+            row_mask = row_mask.reshape(batch_size, n_tokens).repeat(n_layers, 1)
+        return router_statistics([layer.flatten(0, 1) for layer in layers], expert_indices, row_mask, **options)
 
     def terms(self, statistics: RouterStatistics) -> tuple[Tensor, Tensor]:
         """(load balancing, router z-loss), both weighted, from statistics that are already there."""
         load_balancing = load_balancing_loss(
-            statistics, k=self.k, convention=self.convention, process_group=self.process_group
+            statistics, k=self.k, convention=self.convention, process_group=self.group.process_group
         )
         return self.load_balancing_weight * load_balancing, self.router_z_weight * self._z_loss(statistics)
 

@@ -4,17 +4,19 @@ masked.
 It is eta for a one-hot prediction and 0 for a uniform one (and where V = 1).
 
 Source: Pereyra et al. 2017, "Regularizing neural networks by penalizing confident output distributions" (there without
-    log V).
+log V).
 """
 
 from __future__ import annotations
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.softmax_rows import RowFlags
+from ava_ext.losses.component import RowTerm
+from ava_ext.ops.row_fields import RowFlags
 
 
-def row_options(config: UnifiedLossConfig) -> tuple[RowFlags, dict[str, float]]:
-    """The kernel's flags and coefficients of the confidence penalty."""
+def from_config(config: UnifiedLossConfig) -> RowTerm | None:
+    """The penalty where its weight is above 0."""
     if config.confidence_penalty_weight == 0:
-        return RowFlags(0), {}
-    return RowFlags.CONFIDENCE_PENALTY, {"confidence_penalty_weight": config.confidence_penalty_weight}
+        return None
+    options = {"confidence_penalty_weight": config.confidence_penalty_weight}
+    return RowTerm("confidence_penalty", RowFlags.CONFIDENCE_PENALTY, options)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.component import Addends, Part
 
 # similarities held at a time; backward computes a block again, so this bounds the memory of both passes
 BLOCK_ELEMENTS = 2**22
@@ -92,10 +94,10 @@ def _info_nce_block(
 
 
 def simctg(
-    hidden_states: Tensor,  # [batch, length, hidden_size]
-    attention_mask: Tensor | None = None,  # [batch, length]
+    hidden_states: Tensor,  # [batch_size, n_tokens, hidden_size]
+    attention_mask: Tensor | None = None,  # [batch_size, n_tokens]
     *,
-    segment_ids: Tensor | None = None,  # [batch, length]
+    segment_ids: Tensor | None = None,  # [batch_size, n_tokens]
     margin: float = 0.5,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Tensor:
@@ -109,7 +111,7 @@ def simctg(
     Args:
         hidden_states: the last layer's representations.
         attention_mask: not 0 where a token counts; None: all.
-        segment_ids: documents packed in one row are kept apart; [1, length] broadcasts; None: a row is one segment.
+        segment_ids: documents packed in one row are kept apart; [1, n_tokens] broadcasts; None: a row is one segment.
         margin: rho; 1 - margin is the cosine that costs nothing.
         block_elements: at most so many similarities (and at least one row of them) exist at a time.
 
@@ -127,24 +129,27 @@ def simctg(
     """
     if hidden_states.dim() != 3:
         raise ValueError(
-            f"contrastive_loss: expected hidden_states [batch, length, hidden_size], got {list(hidden_states.shape)}"
+            "contrastive_loss: expected hidden_states [batch_size, n_tokens, hidden_size], "
+            f"got {list(hidden_states.shape)}"
         )
-    batch, length, _ = hidden_states.shape
+    batch_size, n_tokens, _ = hidden_states.shape
     for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
-        if value is not None and list(value.shape) not in ([batch, length], [1, length]):
-            raise ValueError(f"contrastive_loss: expected {name} of shape [{batch}, {length}], got {list(value.shape)}")
+        if value is not None and list(value.shape) not in ([batch_size, n_tokens], [1, n_tokens]):
+            raise ValueError(
+                f"contrastive_loss: expected {name} of shape [{batch_size}, {n_tokens}], got {list(value.shape)}"
+            )
     if attention_mask is None:
-        mask = hidden_states.new_ones(1, length, dtype=torch.bool)
+        mask = hidden_states.new_ones(1, n_tokens, dtype=torch.bool)
     else:
         mask = attention_mask != 0
-    mask = mask.expand(batch, length)
-    segments = None if segment_ids is None else segment_ids.expand(batch, length)
+    mask = mask.expand(batch_size, n_tokens)
+    segments = None if segment_ids is None else segment_ids.expand(batch_size, n_tokens)
     directions = _directions(hidden_states, mask)
-    block_rows = max(1, block_elements // max(batch * length, 1))
+    block_rows = max(1, block_elements // max(batch_size * n_tokens, 1))
     total = directions[..., :0].sum()
     n_pairs = mask.sum() * 0
-    for start in range(0, length, block_rows):
-        is_pair = _pairs(mask, segments, start, min(start + block_rows, length))
+    for start in range(0, n_tokens, block_rows):
+        is_pair = _pairs(mask, segments, start, min(start + block_rows, n_tokens))
         n_pairs = n_pairs + is_pair.sum()
         total = total + _without_activations(
             _simctg_block, directions[:, start : start + block_rows], directions, mask, segments, start, margin
@@ -153,10 +158,10 @@ def simctg(
 
 
 def _simctg_block(
-    queries: Tensor,  # [batch, block_rows, hidden_size]
-    keys: Tensor,  # [batch, length, hidden_size]
-    mask: Tensor,  # [batch, length] bool
-    segments: Tensor | None,  # [batch, length]
+    queries: Tensor,  # [batch_size, block_rows, hidden_size]
+    keys: Tensor,  # [batch_size, n_tokens, hidden_size]
+    mask: Tensor,  # [batch_size, n_tokens] bool
+    segments: Tensor | None,  # [batch_size, n_tokens]
     start: int,
     margin: float,
 ) -> Tensor:
@@ -164,7 +169,9 @@ def _simctg_block(
     return (excess * _pairs(mask, segments, start, start + queries.shape[1])).sum()
 
 
-def _pairs(mask: Tensor, segments: Tensor | None, start: int, stop: int) -> Tensor:  # [batch, stop - start, length]
+def _pairs(
+    mask: Tensor, segments: Tensor | None, start: int, stop: int
+) -> Tensor:  # [batch_size, stop - start, n_tokens]
     columns = torch.arange(mask.shape[1], device=mask.device)
     pairs = mask[:, start:stop, None] & mask[:, None, :] & (columns[start:stop, None] != columns)
     if segments is not None:
@@ -184,7 +191,7 @@ def _without_activations(function: Callable[..., Tensor], *arguments: Any) -> Te
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(Part):
     """InfoNCE of a pair of representations, or SimCTG over the tokens of one; see info_nce and simctg.
 
     Args:
@@ -195,8 +202,11 @@ class ContrastiveLoss(nn.Module):
     Example:
         >>> loss_fn = ContrastiveLoss(temperature=0.07)
         >>> loss = loss_fn(query_embeddings, document_embeddings)  # [n_pairs, hidden_size] each
-        >>> loss = loss_fn(hidden_states, attention_mask=attention_mask)  # [batch, length, hidden_size]: SimCTG
+        >>> loss = loss_fn(hidden_states, attention_mask=attention_mask)  # [batch_size, n_tokens, hidden_size]: SimCTG
     """
+
+    name = "contrastive"
+    keys = ("contrastive_loss",)
 
     def __init__(
         self,
@@ -211,21 +221,41 @@ class ContrastiveLoss(nn.Module):
         self.margin = margin
         self.weight = weight
 
+    @classmethod
+    def from_config(cls, config: UnifiedLossConfig) -> ContrastiveLoss | None:
+        """The loss where use_contrastive_loss is set."""
+        if not config.use_contrastive_loss:
+            return None
+        return cls(config.contrastive_temperature, weight=config.contrastive_weight)
+
+    def of_call(self, call: Call) -> Addends:
+        """InfoNCE of the call's pair, or SimCTG of its hidden states."""
+        if call.contrastive_pair is not None:
+            loss = self(*call.contrastive_pair)
+        else:
+            tokens, segments = call.hidden_states, call.segments
+            if tokens is None:
+                raise ValueError("unified_loss: use_contrastive_loss needs contrastive_pair or hidden_states, got None")
+            if not call.config.labels_are_shifted:  # the row behind the last label is none
+                tokens, segments = tokens[:, :-1], None if segments is None else segments[:, :-1]
+            loss = self(tokens, attention_mask=call.keep_targets, segment_ids=segments)
+        return Addends({"contrastive_loss": call.rows.batch_share * loss})
+
     def forward(
         self,
-        inputs: Tensor,  # [n_pairs, hidden_size] or [batch, length, hidden_size]
+        inputs: Tensor,  # [n_pairs, hidden_size] or [batch_size, n_tokens, hidden_size]
         targets: Tensor | None = None,  # [n_pairs, hidden_size]
-        attention_mask: Tensor | None = None,  # [n_pairs] or [batch, length]
+        attention_mask: Tensor | None = None,  # [n_pairs] or [batch_size, n_tokens]
         return_detailed: bool = False,
         *,
-        segment_ids: Tensor | None = None,  # [batch, length]
+        segment_ids: Tensor | None = None,  # [batch_size, n_tokens]
         document_ids: Tensor | None = None,  # [n_pairs]
     ) -> Tensor | dict[str, Tensor]:
         """The weighted loss.
 
         Args:
-            inputs: with targets, the first elements of the pairs; without, [batch, length, hidden_size] for SimCTG, or
-                [2 n_pairs, hidden_size] whose second half holds the partners of the first.
+            inputs: with targets, the first elements of the pairs; without, [batch_size, n_tokens, hidden_size] for
+                SimCTG, or [2 n_pairs, hidden_size] whose second half holds the partners of the first.
             targets: the second elements of the pairs.
             attention_mask: not 0 where a pair or a token counts; None: all.
             return_detailed: return {"total_loss", "contrastive_loss"}, the second detached.
@@ -245,7 +275,7 @@ class ContrastiveLoss(nn.Module):
                 if inputs.dim() != 2 or inputs.shape[0] % 2:
                     raise ValueError(
                         "contrastive_loss: without targets, expected inputs [2 n_pairs, hidden_size] or "
-                        f"[batch, length, hidden_size], got {list(inputs.shape)}"
+                        f"[batch_size, n_tokens, hidden_size], got {list(inputs.shape)}"
                     )
                 inputs, targets = inputs.chunk(2)
             mask = None if attention_mask is None else attention_mask != 0

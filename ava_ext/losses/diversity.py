@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ava_ext.call import Call
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.component import Addends, Part
 
 SIMILARITIES = ("cosine", "dot", "l2")
 
 
-class DiversityLoss(nn.Module):
+class DiversityLoss(Part):
     """Mean pairwise similarity of the experts' outputs, per token, then averaged over tokens.
 
     With u_e an expert's output for a token, the sum over pairs needs no pairs:
@@ -32,12 +36,26 @@ class DiversityLoss(nn.Module):
         tensor(0.0100)
     """
 
+    name = "diversity"
+    keys = ("diversity_loss",)
+
     def __init__(self, weight: float = 1.0, similarity: str = "cosine") -> None:
         super().__init__()
         if similarity not in SIMILARITIES:
             raise ValueError(f"diversity_loss: expected similarity to be one of {SIMILARITIES}, got {similarity!r}")
         self.weight = weight
         self.similarity = similarity
+
+    @classmethod
+    def from_config(cls, config: UnifiedLossConfig) -> DiversityLoss | None:
+        """The loss where use_diversity_loss is set."""
+        return cls(config.diversity_weight) if config.use_diversity_loss else None
+
+    def of_call(self, call: Call) -> Addends:
+        """The similarity of the experts' outputs, over tokens that are no padding."""
+        outputs = _stack_experts(call.required("expert_outputs", "use_diversity_loss"))
+        loss = self(outputs, call.padding_free(outputs.shape[1]))
+        return Addends({"diversity_loss": call.rows.batch_share * loss})
 
     def forward(
         self,
@@ -101,6 +119,11 @@ def _stack_experts(expert_outputs: Tensor | Sequence[Tensor]) -> Tensor:  # [n_e
             raise ValueError("diversity_loss: expected expert_outputs of at least 1 expert, got 0")
         first = expert_outputs[0]
         for number, output in enumerate(expert_outputs):
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"diversity_loss: expected expert_outputs[{number}] to be a torch.Tensor, "
+                    f"got {type(output).__name__}"
+                )
             if output.shape != first.shape:
                 raise ValueError(
                     f"diversity_loss: expected {list(first.shape)} from every expert, "

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 
 class Float32Buffers(nn.Module):
-    """A module whose floating buffers keep their dtype under .bfloat16(), .half(), .double() and .to(dtype).
+    """A module whose floating buffers keep their dtype, whatever is done to the model around it.
 
-    A running average in bfloat16 stops moving: 1 + 0.001 is 1 there. Moves between devices work as ever, and
-    parameters are cast as ever.
+    A running average in bfloat16 stops moving: 1 + 0.001 is 1 there. So .bfloat16(), .half(), .double() and .to(dtype)
+    leave its buffers alone, and load_state_dict casts a checkpoint's to them, also with assign=True. Moves between
+    devices work as ever, and parameters are cast as ever.
 
     Example:
         >>> class Counter(Float32Buffers):
@@ -30,3 +32,10 @@ class Float32Buffers(nn.Module):
             if buffer is not None and after is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)  # from the original: the cast has already lost digits
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(given, Tensor) and given.dtype != buffer.dtype:
+                state_dict[prefix + name] = given.to(buffer.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

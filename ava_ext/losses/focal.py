@@ -9,11 +9,13 @@ Source: Lin et al. 2017, "Focal loss for dense object detection".
 from __future__ import annotations
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.softmax_rows import RowFlags
+from ava_ext.losses.component import RowTerm
+from ava_ext.ops.row_fields import RowFlags
 
 
-def row_options(config: UnifiedLossConfig) -> tuple[RowFlags, dict[str, float]]:
-    """The kernel's flags and coefficients of the focal modulation."""
+def from_config(config: UnifiedLossConfig) -> RowTerm | None:
+    """The modulation; it changes the main term, whose value is reported as focal_loss too."""
     if not config.use_focal_loss:
-        return RowFlags(0), {}
-    return RowFlags.FOCAL, {"focal_alpha": config.focal_alpha, "focal_gamma": config.focal_gamma}
+        return None
+    options = {"focal_alpha": config.focal_alpha, "focal_gamma": config.focal_gamma}
+    return RowTerm(None, RowFlags.FOCAL, options, metric="focal_loss")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,42 +9,41 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
+from ava_ext.call import Call, HeadLoss
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.linear_rows import LinearLogits
-from ava_ext.ops.softmax_rows import TERM_NAMES, RowLoss
+from ava_ext.losses.component import Addends, Part
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import TERM_NAMES
 
-# The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose loss is the
-# weighted sum [], or the weighted loss of each row [...]; 0 where the target is ignored.
-HeadLoss = Callable[[Tensor | LinearLogits, Tensor, Tensor], RowLoss]
 MAIN_LOSS = TERM_NAMES.index("main_loss")
 
 
 def counted_ahead(
-    row_weights: Tensor,  # [batch, length]
-    segments: Tensor | None,  # [batch, length]
+    row_weights: Tensor,  # [batch_size, n_tokens]
+    segments: Tensor | None,  # [batch_size, n_tokens]
     k: int,
 ) -> Tensor:
     """Weight of the row k positions ahead; 0 where it is beyond the end or in another segment.
 
     Returns:
-        [batch, length]: row_weights[:, t + k] where segments agree.
+        [batch_size, n_tokens]: row_weights[:, t + k] where segments agree.
 
     Example:
         >>> counted_ahead(torch.tensor([[0.5, 0.0, 0.25, 1.0]]), None, k=2)
         tensor([[0.2500, 1.0000, 0.0000, 0.0000]])
     """
-    length = row_weights.shape[1]
-    k = min(k, length)
+    n_tokens = row_weights.shape[1]
+    k = min(k, n_tokens)
     weights = row_weights[:, k:]
     if segments is not None:
-        weights = torch.where(segments[:, k:] == segments[:, : length - k], weights, 0)
+        weights = torch.where(segments[:, k:] == segments[:, : n_tokens - k], weights, 0)
     return pad(weights, (0, k))
 
 
 def shift_targets(
-    targets: Tensor,  # [batch, length]
-    segments: Tensor | None,  # [batch, length]
-    counted: Tensor,  # [batch, length] bool
+    targets: Tensor,  # [batch_size, n_tokens]
+    segments: Tensor | None,  # [batch_size, n_tokens]
+    counted: Tensor,  # [batch_size, n_tokens] bool
     k: int,
     ignore_index: int,
 ) -> Tensor:
@@ -59,7 +57,7 @@ def shift_targets(
         ignore_index: target of rows that do not count at this depth.
 
     Returns:
-        [batch, length], the dtype of targets.
+        [batch_size, n_tokens], the dtype of targets.
 
     Example:
         >>> shift_targets(torch.tensor([[5, 6, 7, 8]]), None, torch.tensor([[True, True, False, True]]), 2, -100)
@@ -74,12 +72,30 @@ def shift_targets(
 class MTPOutput(NamedTuple):
     """What MultiTokenPrediction returns."""
 
-    loss: Tensor  # []  mtp_weight * mean over depths, with graph; [batch, length] where head_loss gives that of rows
+    # []  mtp_weight * mean over depths, with graph; [batch_size, n_tokens] where head_loss gives that of the rows
+    loss: Tensor
     depth_losses: Tensor  # [num_future_tokens]  mean loss of each depth over its own rows, unweighted; detached
 
 
+def depth_metrics(
+    depth_losses: Tensor,  # [num_future_tokens]
+) -> dict[str, Tensor]:
+    """The metric of each depth: mtp_loss_depth_1 and so on."""
+    return {f"mtp_loss_depth_{depth}": loss for depth, loss in enumerate(depth_losses.unbind(), start=1)}
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that begins at 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class ResidualHead(nn.Module):
-    """h + SiLU(Linear(RMSNorm(h))): what a depth adds before the shared head; the identity until it is trained.
+    """h + SiLU(Linear(RMSNorm(h))): what a depth adds before the shared head.
+
+    It begins as the identity; SiLU'(0) = 1/2, so it learns from the first step all the same.
 
     Source: Cai et al. 2024, "Medusa", section 3.1, with a norm in front.
     """
@@ -87,9 +103,7 @@ class ResidualHead(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, hidden_size)
-        nn.init.zeros_(self.linear.weight)  # SiLU'(0) = 1/2: it learns from the first step all the same
-        nn.init.zeros_(self.linear.bias)
+        self.linear = ZeroLinear(hidden_size, hidden_size)
 
     def forward(
         self,
@@ -98,7 +112,7 @@ class ResidualHead(nn.Module):
         return hidden_states + silu(self.linear(self.norm(hidden_states)))
 
 
-class MultiTokenPrediction(nn.Module):
+class MultiTokenPrediction(Part):
     """mtp_weight * mean over depths k = 1..K of sum_t w_{t+k} CE(depth k's logits at t, targets[t + k]).
 
     w is the weight of the row that is predicted (token weight / N, 0 where it does not count or is in another segment).
@@ -107,35 +121,48 @@ class MultiTokenPrediction(nn.Module):
     LinearLogits: what they are computed from.
 
     Args:
-        config: hidden_size, vocab_size, num_future_tokens, mtp_weight, mtp_share_head, mtp_detach_head and
-            ignore_index are used.
+        vocab_size, hidden_size: of the heads.
+        num_future_tokens: K.
+        mtp_weight: weight of the term.
+        mtp_share_head: depths use the given lm_head_weight behind a residual block.
+        mtp_detach_head: the shared head gets no gradient from the depths.
+        ignore_index: target of a row that does not count.
 
     Attributes:
         norm: LayerNorm before the heads (Identity with mtp_share_head, whose blocks bring their own).
         heads: num_future_tokens x Linear(hidden_size, vocab_size), or ResidualHead with mtp_share_head.
 
-    Raises:
-        ValueError: no hidden_size.
-
     Example:
-        >>> config = UnifiedLossConfig(vocab_size=100, hidden_size=16, use_mtp=True)
-        >>> mtp = MultiTokenPrediction(config)
+        >>> mtp = MultiTokenPrediction(vocab_size=100, hidden_size=16)
         >>> mtp(hidden_states, targets, torch.full(targets.shape, 1 / targets.numel()), None, head_loss).loss
 
     Source: Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction"; DeepSeek-V3.
     """
 
-    def __init__(self, config: UnifiedLossConfig) -> None:
+    name = "mtp"
+    keys = ("mtp_loss",)
+    METRICS = ("mtp_loss_depth_1",)
+    needs_sequences = True
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        num_future_tokens: int = UnifiedLossConfig.num_future_tokens,
+        *,
+        mtp_weight: float = UnifiedLossConfig.mtp_weight,
+        mtp_share_head: bool = UnifiedLossConfig.mtp_share_head,
+        mtp_detach_head: bool = UnifiedLossConfig.mtp_detach_head,
+        ignore_index: int = UnifiedLossConfig.ignore_index,
+    ) -> None:
         super().__init__()
-        if config.hidden_size is None:
-            raise ValueError("multi_token_prediction: expected hidden_size to be an integer, got None")
-        self.hidden_size = config.hidden_size
-        self.vocab_size = config.vocab_size
-        self.n_depths = config.num_future_tokens
-        self.weight = config.mtp_weight
-        self.share_head = config.mtp_share_head
-        self.detach_head = config.mtp_detach_head
-        self.ignore_index = config.ignore_index
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.n_depths = num_future_tokens
+        self.weight = mtp_weight
+        self.share_head = mtp_share_head
+        self.detach_head = mtp_detach_head
+        self.ignore_index = ignore_index
         if self.share_head:
             self.norm: nn.Module = nn.Identity()  # a parameter that nothing uses would stop DDP
             self.heads = nn.ModuleList(ResidualHead(self.hidden_size) for _ in range(self.n_depths))
@@ -143,12 +170,41 @@ class MultiTokenPrediction(nn.Module):
             self.norm = nn.LayerNorm(self.hidden_size)
             self.heads = nn.ModuleList(nn.Linear(self.hidden_size, self.vocab_size) for _ in range(self.n_depths))
 
+    @classmethod
+    def from_config(cls, config: UnifiedLossConfig) -> MultiTokenPrediction | None:
+        """The heads of the loss, where the configuration asks for some."""
+        if config.mtp_heads != "own" or config.hidden_size is None:
+            return None
+        return cls(
+            config.vocab_size,
+            config.hidden_size,
+            config.num_future_tokens,
+            mtp_weight=config.mtp_weight,
+            mtp_share_head=config.mtp_share_head,
+            mtp_detach_head=config.mtp_detach_head,
+            ignore_index=config.ignore_index,
+        )
+
+    def of_call(self, call: Call) -> Addends:
+        """The term of the call's hidden states; zeros where mtp_active=False."""
+        rows, active = call.rows, call.mtp_active
+        if active is False:
+            zeros = torch.zeros_like(rows.weights)
+            loss = zeros if call.config.reduction == "none" else zeros.new_zeros(())
+            return Addends({"mtp_loss": loss}, depth_metrics(zeros.new_zeros(self.n_depths)))
+        head = (call.lm_head_weight, call.lm_head_bias) if self.share_head else (None, None)
+        hidden_states = call.required("hidden_states", "use_mtp")
+        loss, depth_losses = self(hidden_states, rows.targets, rows.weights, call.segments, call.head_loss, *head)
+        if isinstance(active, Tensor):
+            loss, depth_losses = torch.where(active, loss, 0.0), torch.where(active, depth_losses, 0.0)
+        return Addends({"mtp_loss": loss}, depth_metrics(depth_losses))
+
     def forward(
         self,
-        hidden_states: Tensor,  # [batch, length, hidden_size]
-        targets: Tensor,  # [batch, length]
-        row_weights: Tensor,  # [batch, length]
-        segments: Tensor | None,  # [batch, length]
+        hidden_states: Tensor,  # [batch_size, n_tokens, hidden_size]
+        targets: Tensor,  # [batch_size, n_tokens]
+        row_weights: Tensor,  # [batch_size, n_tokens]
+        segments: Tensor | None,  # [batch_size, n_tokens]
         head_loss: HeadLoss,
         lm_head_weight: Tensor | None = None,  # [n_columns, hidden_size]
         lm_head_bias: Tensor | None = None,  # [n_columns]
@@ -204,7 +260,9 @@ class MultiTokenPrediction(nn.Module):
         lm_head_weight: Tensor | None,
     ) -> None:
         if targets.dim() != 2:
-            raise ValueError(f"multi_token_prediction: expected targets [batch, length], got {list(targets.shape)}")
+            raise ValueError(
+                f"multi_token_prediction: expected targets [batch_size, n_tokens], got {list(targets.shape)}"
+            )
         shape = list(targets.shape)
         expected = [*shape, self.hidden_size]
         if list(hidden_states.shape) != expected:

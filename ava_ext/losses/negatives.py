@@ -8,30 +8,22 @@ Source: Welleck et al. 2019, "Neural text generation with unlikelihood training"
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+
+from ava_ext.call import Call
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.component import CandidateSource
+from ava_ext.ops.row_fields import Candidates
 
 
-def given_negatives(
-    targets: Tensor,  # [...]
-    negative_ids: Tensor,  # [..., n_negatives]
-    negative_weights: Tensor | None,  # [..., n_negatives]
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The candidates (ids int32, weights), both [..., n_negatives]. Default weight: 1.
+def from_config(config: UnifiedLossConfig) -> CandidateSource:
+    """The penalty of every call that gives negative_ids."""
+    return CandidateSource("negative_penalty", given=given_negatives, needs_sequences=False)
 
-    Raises:
-        ValueError: on shapes that do not fit, or weights that require grad.
-    """
-    if negative_ids.shape[:-1] != targets.shape or negative_ids.dim() != targets.dim() + 1:
-        raise ValueError(
-            f"unified_loss: expected negative_ids of shape {list(targets.shape)} + [n_negatives], "
-            f"got {list(negative_ids.shape)}"
-        )
-    if negative_weights is None:
-        return negative_ids.to(torch.int32), torch.ones_like(negative_ids, dtype=dtype)
-    if negative_weights.shape != negative_ids.shape:
-        raise ValueError(
-            f"unified_loss: expected negative_weights of shape {list(negative_ids.shape)}, "
-            f"got {list(negative_weights.shape)}"
-        )
-    return negative_ids.to(torch.int32), negative_weights.to(dtype)
+
+def given_negatives(call: Call) -> Candidates | None:
+    """The call's negative_ids with their weights (default: 1), or None where it gives none."""
+    ids, weights, dtype = call.negative_ids, call.negative_weights, call.rows.weights.dtype
+    if ids is None:
+        return None
+    weights = torch.ones_like(ids, dtype=dtype) if weights is None else weights.to(dtype)
+    return Candidates(ids.to(torch.int32), weights, (ids.shape[-1],))

@@ -8,21 +8,21 @@ Source: Welleck et al. 2019, "Neural text generation with unlikelihood training"
 
 from __future__ import annotations
 
-from typing import Any
-
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.component import CandidateSource
 
 
-def is_on(config: UnifiedLossConfig) -> bool:
-    """Whether the configuration asks for the penalty."""
-    return config.use_ngram_penalty
-
-
-def candidate_options(config: UnifiedLossConfig) -> tuple[int, dict[str, Any]]:
-    """Slots of each row, and the arguments of repetition_candidates that fill them."""
-    return config.ngram_slots, {
-        "use_ngram_penalty": True,
-        "ngram_size": config.ngram_size,
-        "ngram_window_size": config.ngram_window_size,
-        "ngram_slots": config.ngram_slots,
-    }
+def from_config(config: UnifiedLossConfig) -> CandidateSource | None:
+    """The penalty where use_ngram_penalty is set."""
+    if not config.use_ngram_penalty:
+        return None
+    return CandidateSource(
+        "ngram_penalty",
+        {
+            "use_ngram_penalty": True,
+            "ngram_size": config.ngram_size,
+            "ngram_window_size": config.ngram_window_size,
+            "ngram_slots": config.ngram_slots,
+        },
+        {"ngram_penalty_weight": config.ngram_penalty_weight},
+    )

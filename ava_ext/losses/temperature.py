@@ -14,64 +14,97 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.losses.float32_buffers import Float32Buffers
+from ava_ext.losses.learned_state import LearnedState
+from ava_ext.ops.committed import committed
 
 HISTORY = 100  # losses kept: kHistory in csrc/temperature.h
 _step = torch.ops.ava_ext.temperature_step_.default
 
 
-class AdaptiveTemperature(Float32Buffers):
+class AdaptiveTemperature(LearnedState):
     """Watches the unfocused, unsmoothed cross-entropy of each optimizer step and sets the temperature of the next call.
 
     All on the device, without synchronisation. A step without a counted row, or whose loss is not finite, is not
     recorded.
 
-    Buffers: value [], the temperature; history [100], the last losses in a ring; count [], losses recorded so far; not
-        in
-    state_dict: pending_loss [] and pending_rows [], sum and number of rows since the last step.
+    Buffers: value [], the temperature; history [100], the last losses in a ring; count [], losses recorded so far.
+    Pending: pending_loss [] and pending_rows [], sum and number of rows since the last step. previous_value [] is the
+    temperature before the last step, for recomputations.
 
     Args:
-        config: initial_temperature, temperature_bounds, temperature_gain.
+        initial_temperature: T0.
+        bounds: least and greatest temperature.
+        gain: how strongly volatility moves the temperature.
+        adapts: False: the temperature stays T0.
+        auto_step: whether every call is followed by step(), so that a recomputation comes one step too late.
 
     Example:
-        >>> temperature = AdaptiveTemperature(UnifiedLossConfig(vocab_size=8))
-        >>> temperature.observe(torch.tensor(12.0), torch.tensor(4))
+        >>> temperature = AdaptiveTemperature()
+        >>> temperature.record(True, pending_loss=torch.tensor(12.0), pending_rows=torch.tensor(4.0))
         >>> temperature.step()
     """
+
+    statistics_name = "temperature"
+    PENDING = ("pending_loss", "pending_rows")
+    PREVIOUS = ("previous_value",)
 
     value: Tensor
     history: Tensor
     count: Tensor
-    pending_loss: Tensor
-    pending_rows: Tensor
 
-    def __init__(self, config: UnifiedLossConfig) -> None:
-        super().__init__()
-        self.initial = config.initial_temperature
-        self.bounds = config.temperature_bounds
-        self.gain = config.temperature_gain
-        self.register_buffer("value", torch.tensor(self.initial, dtype=torch.float32))
-        self.register_buffer("history", torch.zeros(HISTORY, dtype=torch.float32))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("pending_loss", torch.zeros((), dtype=torch.float32), persistent=False)
-        self.register_buffer("pending_rows", torch.zeros((), dtype=torch.float32), persistent=False)
-
-    def observe(
+    def __init__(
         self,
-        loss_sum: Tensor,  # []: sum of the cross-entropy over the counted rows
-        n_rows: Tensor,  # []
+        initial_temperature: float = UnifiedLossConfig.initial_temperature,
+        bounds: tuple[float, float] = UnifiedLossConfig.temperature_bounds,
+        gain: float = UnifiedLossConfig.temperature_gain,
+        *,
+        adapts: bool = True,
+        auto_step: bool = UnifiedLossConfig.auto_step,
     ) -> None:
-        """Adds a micro-step to what the next step() records."""
-        self.pending_loss.add_(loss_sum)
-        self.pending_rows.add_(n_rows)
+        super().__init__()
+        self.initial = initial_temperature
+        self.bounds = bounds
+        self.gain = gain
+        self.adapts = adapts
+        self.auto_step = auto_step
+        self.register_buffer("value", torch.empty((), dtype=torch.float32))
+        self.register_buffer("history", torch.empty(HISTORY, dtype=torch.float32))
+        self.register_buffer("count", torch.empty((), dtype=torch.int64))
+        self.previous_value = torch.empty((), dtype=torch.float32)
+        self.pending_loss = torch.empty((), dtype=torch.float32)
+        self.pending_rows = torch.empty((), dtype=torch.float32)
+        self.reset_parameters()
 
-    def step(self, process_group: Any = None) -> None:
-        """Records the mean loss since the last step and sets the temperature;
-        averages over the rows of process_group.
-        """
-        if process_group is not None:
-            for pending in (self.pending_loss, self.pending_rows):
-                torch.distributed.all_reduce(pending, group=process_group)
+    @classmethod
+    def from_config(cls, config: UnifiedLossConfig) -> AdaptiveTemperature:
+        """The temperature of UnifiedLoss; it is there also where it does not adapt, so that checkpoints fit."""
+        return cls(
+            config.initial_temperature,
+            config.temperature_bounds,
+            config.temperature_gain,
+            adapts=config.temperature_adapts,
+            auto_step=config.auto_step,
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forgets every loss; the temperature is the initial one again."""
+        for temperature in (self.value, self.previous_value):
+            temperature.fill_(self.initial)
+        for tensor in (self.history, self.count, self.pending_loss, self.pending_rows):
+            tensor.zero_()
+
+    def read(self) -> Tensor:  # []
+        """The temperature of this call."""
+        return committed(self.value, self.previous_value if self.auto_step else self.value)
+
+    @torch.no_grad()
+    def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
+        """Records the mean loss since the last step, over the rows of process_group, and sets the temperature."""
+        if not self.adapts:
+            return
+        self.reduce_pending(process_group)
+        self.keep_previous(self.previous_value, self.value, recording)
         state = (self.value, self.history, self.count, self.pending_loss, self.pending_rows)
         _step(*state, self.initial, self.gain, *self.bounds)
 
@@ -80,12 +113,9 @@ class AdaptiveTemperature(Float32Buffers):
         mean_loss = self.history.sum() / self.count.clamp(1, HISTORY)
         return {"value": self.value.clone(), "count": self.count.clone(), "mean_loss": mean_loss}
 
-    @torch.no_grad()
     def reset_statistics(self) -> None:
         """Forgets every loss; the temperature is the initial one again."""
-        self.value.fill_(self.initial)
-        for buffer in (self.history, self.count, self.pending_loss, self.pending_rows):
-            buffer.zero_()
+        self.reset_parameters()
 
 
 @torch.library.register_fake("ava_ext::temperature_step_")

@@ -6,11 +6,12 @@ Source: Chowdhery et al. 2022, "PaLM"; Mesh TensorFlow.
 from __future__ import annotations
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.softmax_rows import RowFlags
+from ava_ext.losses.component import RowTerm
+from ava_ext.ops.row_fields import RowFlags
 
 
-def row_options(config: UnifiedLossConfig) -> tuple[RowFlags, dict[str, float]]:
-    """The kernel's flags and coefficients of the z-loss."""
+def from_config(config: UnifiedLossConfig) -> RowTerm | None:
+    """The z-loss where its weight is above 0."""
     if config.z_loss_weight == 0:
-        return RowFlags(0), {}
-    return RowFlags.Z_LOSS, {"z_loss_weight": config.z_loss_weight}
+        return None
+    return RowTerm("z_loss", RowFlags.Z_LOSS, {"z_loss_weight": config.z_loss_weight})

@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def layered_gate_logits(
-    gate_logits: Tensor | Sequence[Tensor], num_layers: int | None = None
+    gate_logits: Tensor | Sequence[Tensor | None], num_layers: int | None = None
 ) -> list[Tensor]:  # of [n_layers, ..., n_experts], one after another
     """Router logits in any of their usual forms, as router_statistics takes them; nothing is copied.
 
     Args:
         gate_logits: a list or tuple with one [n_rows, n_experts] or [batch_size, n_tokens, n_experts] per layer (what a
-            Hugging Face model returns as router_logits), or a tensor: [n_rows, n_experts] or
-            [batch_size, n_tokens, n_experts] of one layer, [n_layers, n_rows, n_experts] or
+            Hugging Face model returns as router_logits; None, of a layer without a router, is left out), or a tensor:
+            [n_rows, n_experts] or [batch_size, n_tokens, n_experts] of one layer, [n_layers, n_rows, n_experts] or
             [n_layers, batch_size, n_tokens, n_experts] of several.
         num_layers: how many layers are expected. With 1, three dimensions are [batch_size, n_tokens, n_experts]. None:
             as many as there are, and three dimensions are [n_layers, n_rows, n_experts].
@@ -32,17 +32,18 @@ def layered_gate_logits(
         [torch.Size([1, 6, 8]), torch.Size([1, 6, 8])]
     """
     if not isinstance(gate_logits, Tensor):
-        if len(gate_logits) == 0 or num_layers not in (None, len(gate_logits)):
+        layers = with_router(gate_logits)
+        if not layers or num_layers not in (None, len(layers)):
             expected = "at least 1 layer" if num_layers is None else f"num_moe_layers = {num_layers} layers"
-            raise ValueError(f"gate_logits: expected {expected}, got {len(gate_logits)}")
-        first = gate_logits[0]
-        for number, layer in enumerate(gate_logits):
+            raise ValueError(f"gate_logits: expected {expected}, got {len(layers)}")
+        first = layers[0]
+        for number, layer in enumerate(layers):
             if layer.dim() not in (2, 3) or layer.shape != first.shape:
                 shape = str(list(first.shape)) if first.dim() in (2, 3) else "[n_rows, n_experts]"
                 raise ValueError(
                     f"gate_logits: expected {shape} in every layer, got {list(layer.shape)} in layer {number}"
                 )
-        return [layer.unsqueeze(0) for layer in gate_logits]
+        return [layer.unsqueeze(0) for layer in layers]
     sizes = list(gate_logits.shape)
     is_one_layer = len(sizes) == 2 or (len(sizes) == 3 and num_layers == 1)
     if len(sizes) not in (2, 3, 4):
@@ -51,6 +52,13 @@ def layered_gate_logits(
     if num_layers not in (None, n_layers):
         raise ValueError(f"gate_logits: expected num_moe_layers = {num_layers} layers, got shape {sizes}")
     return [gate_logits.unsqueeze(0) if is_one_layer else gate_logits]
+
+
+def with_router(
+    layers: Sequence[Tensor | None],  # of [n_rows, any]
+) -> list[Tensor]:
+    """The layers that have a router: mixed models give None for the others."""
+    return [layer for layer in layers if layer is not None]
 
 
 def layers_shape(
@@ -62,9 +70,12 @@ def layers_shape(
 
 
 def stack_expert_indices(
-    expert_indices: Tensor | Sequence[Tensor], n_layers: int, n_rows: int, k: int
+    expert_indices: Tensor | Sequence[Tensor | None], n_layers: int, n_rows: int, k: int | None
 ) -> Tensor:  # [n_layers, n_rows, k]
     """The chosen experts in the forms of layered_gate_logits (last dimension k; it may be left out where k = 1).
+
+    Args:
+        k: experts per row; None: as many as the last dimension has.
 
     Raises:
         ValueError: a shape that does not fit n_layers, n_rows and k.
@@ -74,11 +85,14 @@ def stack_expert_indices(
         torch.Size([4, 6, 2])
     """
     if not isinstance(expert_indices, Tensor):
-        if len(expert_indices) != n_layers:
-            raise ValueError(f"expert_indices: expected {n_layers} layers, got {len(expert_indices)}")
-        layers = [stack_expert_indices(layer, 1, n_rows, k) for layer in expert_indices]
-        return torch.cat(layers)
+        layers = with_router(expert_indices)
+        if len(layers) != n_layers:
+            raise ValueError(f"expert_indices: expected {n_layers} layers, got {len(layers)}")
+        return torch.cat([stack_expert_indices(layer, 1, n_rows, k) for layer in layers])
     shape = list(expert_indices.shape)
+    if k is None:
+        n_choices, n_all_rows = expert_indices.numel(), n_layers * n_rows
+        k = 1 if n_choices == n_all_rows or not shape else shape[-1]
     ends_in_k = (len(shape) > 1 and shape[-1] == k) or k == 1
     starts_with_layers = n_layers == 1 or (len(shape) > 1 and shape[0] == n_layers)
     if expert_indices.numel() != n_layers * n_rows * k or not ends_in_k or not starts_with_layers:

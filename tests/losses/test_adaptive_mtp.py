@@ -205,7 +205,7 @@ def test_low_precision_is_summed_in_float32():
 
 
 def make_module():
-    return AdaptiveMTP(UnifiedLossConfig(vocab_size=VOCAB, primary_loss_type="adaptive_mtp"))
+    return AdaptiveMTP.from_config(UnifiedLossConfig(vocab_size=VOCAB, primary_loss_type="adaptive_mtp"))
 
 
 def test_running_averages():
@@ -221,6 +221,8 @@ def test_running_averages():
         head_loss=head_loss,
     )
     adaptive.eval()(**make_inputs(9), head_loss=head_loss)
+    assert adaptive.statistics()["count"] == 0  # nothing is committed yet
+    adaptive.step()
     statistics = adaptive.statistics()
     assert statistics["count"] == 3
     for name in adaptive.AVERAGES:
@@ -246,14 +248,20 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-16)
+    for module in (adaptive, eager):
+        module.step()
     torch.testing.assert_close(adaptive.sums, eager.sums)
+    assert adaptive.count == 1
 
 
 def test_bad_input_is_named():
     inputs = make_inputs()
     for change, message in (
         ({"additional_logits": None}, "at least 1 head, got none"),
-        ({"additional_logits": torch.zeros(2, 6, 9)}, r"\[n_heads, batch, length, vocab_size\], got \[2, 6, 9\]"),
+        (
+            {"additional_logits": torch.zeros(2, 6, 9)},
+            r"\[n_heads, batch_size, n_tokens, vocab_size\], got \[2, 6, 9\]",
+        ),
         (
             {"additional_logits": [torch.zeros(2, 5, 9)]},
             r"additional_logits\[0\] of shape \[2, 6, vocab_size\], got \[2, 5, 9\]",
@@ -265,7 +273,7 @@ def test_bad_input_is_named():
         ),
         ({"confidence_scores": torch.zeros(2, 5)}, r"confidence_scores of shape .* got \[2, 5\]"),
         ({"mtp_active": torch.ones(3)}, r"mtp_active of shape .* got \[3\]"),
-        ({"targets": torch.zeros(12)}, r"targets \[batch, length\], got \[12\]"),
+        ({"targets": torch.zeros(12)}, r"targets \[batch_size, n_tokens\], got \[12\]"),
     ):
         with pytest.raises(ValueError, match=message):
             adaptive_mtp_terms(**(inputs | change), head_loss=head_loss)

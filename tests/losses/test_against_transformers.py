@@ -90,6 +90,7 @@ def test_router_logits_of_the_model_in_every_term_of_the_router(model):
         "num_experts_per_token": K,
         "num_moe_layers": LAYERS,
         "use_moe_balancing": True,
+        "expert_bias_rate": 0.0,  # the model has no bias
         "use_auxiliary_loss": True,
     }
     forms = {

@@ -166,7 +166,9 @@ def test_detailed_adds_up_and_is_detached():
     gate_logits, indices, mask = random_router()
     gate_logits.requires_grad_()
     loss_fn = AuxiliaryLoss.from_config(
-        UnifiedLossConfig(vocab_size=9, num_experts=EXPERTS, num_experts_per_token=K, num_moe_layers=3)
+        UnifiedLossConfig(
+            vocab_size=9, use_auxiliary_loss=True, num_experts=EXPERTS, num_experts_per_token=K, num_moe_layers=3
+        )
     )
     got = loss_fn(gate_logits, indices, mask, return_detailed=True)
     assert set(got) == {"total_loss", "aux_load_balancing", "aux_router_z"}

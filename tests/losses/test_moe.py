@@ -15,7 +15,7 @@ LAYERS, EXPERTS, K = 2, 4, 2
 
 def make_balancer(**options):
     defaults = {"num_experts": EXPERTS, "num_experts_per_token": K, "num_moe_layers": LAYERS, "use_moe_balancing": True}
-    return MoEBalancer(UnifiedLossConfig(vocab_size=10, **(defaults | options)))
+    return MoEBalancer.from_config(UnifiedLossConfig(vocab_size=10, **(defaults | options)))
 
 
 def random_router(seed=0, n_rows=11):
@@ -47,6 +47,9 @@ def steering_term(gate_logits, load, mask, weight=0.1):
 def test_term_and_metrics():
     gate_logits, indices, mask = random_router()
     balancer = make_balancer()
+    first = balancer(gate_logits, indices, mask)
+    assert first.term.abs() < 1e-8  # nothing is committed yet
+    balancer.step()
     got = balancer(gate_logits, indices, mask)
     counts = count(indices, mask)
     load = 0.9 / EXPERTS + 0.1 * counts / counts.sum(-1, keepdim=True)
@@ -68,15 +71,19 @@ def test_gradcheck():
 
 
 def test_a_step_down_the_gradient_takes_probability_from_the_overloaded_expert():
-    balancer = make_balancer(num_moe_layers=1, num_experts_per_token=1)
+    balancer = make_balancer(num_moe_layers=1, num_experts_per_token=1, expert_bias_rate=0.0)
     gate_logits = torch.tensor([[3.0, 0, 0, 0]]).repeat(8, 1).requires_grad_()
+    balancer(gate_logits)
+    balancer.step()
     balancer(gate_logits).term.backward()
     assert (gate_logits.grad[:, 0] > 0).all() and (gate_logits.grad[:, 1:] < 0).all()
 
 
 def test_zero_at_balance():
-    balancer = make_balancer(num_moe_layers=1, num_experts_per_token=1)
+    balancer = make_balancer(num_moe_layers=1, num_experts_per_token=1, expert_bias_rate=0.0)
     gate_logits = torch.eye(4).mul(5).repeat(3, 1).requires_grad_()
+    balancer(gate_logits)
+    balancer.step()
     got = balancer(gate_logits)
     got.term.backward()
     assert got.term.abs() < 1e-8 and gate_logits.grad.abs().max() < 1e-8
@@ -86,8 +93,15 @@ def test_zero_at_balance():
 def test_opposite_imbalances_of_two_layers_do_not_cancel():
     first = torch.tensor([4.0, 0, 0, 0]).repeat(6, 1)
     second = torch.tensor([-4.0, 0, 0, 0]).repeat(6, 1)
-    both = make_balancer(num_experts_per_token=1)([first, second])
-    alone = [make_balancer(num_experts_per_token=1, num_moe_layers=1)(layer).term for layer in (first, second)]
+
+    def second_call(gate_logits, n_layers):
+        balancer = make_balancer(num_experts_per_token=1, num_moe_layers=n_layers, expert_bias_rate=0.0)
+        balancer(gate_logits)
+        balancer.step()
+        return balancer(gate_logits)
+
+    both = second_call([first, second], 2)
+    alone = [second_call(layer, 1).term for layer in (first, second)]
     assert min(alone) > 0.001
     torch.testing.assert_close(both.term, sum(alone) / 2)
     assert both.moe_max_violation == 3
@@ -110,20 +124,23 @@ def test_micro_steps_add_up_to_one_big_step():
         assert torch.equal(balancer.expert_bias, expected_bias)
         assert (balancer.pending_counts == 0).all()
         assert torch.equal(balancer.expert_counts, counts)
+        assert balancer.total_tokens == mask.sum()
     balancer.step()  # without rows in between: nothing to learn from
     torch.testing.assert_close(balancer.expert_load, load)
     assert torch.equal(balancer.expert_bias, expected_bias)
 
 
-def test_term_uses_the_load_as_the_next_step_will_commit_it():
+def test_term_uses_the_load_that_was_committed_before_the_call():
     gate_logits, indices, mask = random_router()
     balancer = make_balancer()
     balancer(gate_logits[:, :4], indices[:, :4])
-    term = balancer(gate_logits, indices, mask).term
     balancer.step()
-    torch.testing.assert_close(
-        term, steering_term(gate_logits, balancer.expert_load, mask).double(), rtol=1e-6, atol=1e-9
-    )
+    load = balancer.expert_load.clone()
+    balancer(gate_logits[:, 4:], indices[:, 4:])  # pending: no call reads it
+    term = balancer(gate_logits, indices, mask).term
+    torch.testing.assert_close(term, steering_term(gate_logits, load, mask).double(), rtol=1e-6, atol=1e-9)
+    balancer.step()
+    assert (balancer.expert_load - load).abs().max() > 1e-3
 
 
 def test_evaluation_changes_nothing():
@@ -216,6 +233,37 @@ def test_casts_and_state_dict():
     other.load_state_dict(balancer.state_dict(), strict=True)
     assert torch.equal(other.expert_bias, balancer.expert_bias)
     assert set(balancer.state_dict()) == {"expert_load", "expert_counts", "expert_bias", "score_sum", "total_tokens"}
+    other.load_state_dict({name: value.bfloat16() for name, value in balancer.state_dict().items()}, assign=True)
+    assert other.expert_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_choices_that_are_not_given_see_the_bias_or_are_refused(score):
+    gate_logits = torch.randn(64, EXPERTS, generator=torch.Generator().manual_seed(3)) + torch.tensor([2.0, 1, 0, -1])
+    options = {"num_moe_layers": 1, "router_score": score, "expert_bias_rate": 0.02}
+    balancer = make_balancer(**options)
+    if score == "softmax":
+        with pytest.raises(ValueError, match="expected expert_indices: expert_bias follows what the router chose"):
+            balancer(gate_logits)
+        return
+    first = balancer(gate_logits).moe_max_violation
+    for _ in range(100):
+        bias = balancer.expert_bias.clone()
+        got = balancer(gate_logits)
+        chosen = (gate_logits.sigmoid() + bias).topk(K).indices
+        expected = make_balancer(**options)(gate_logits, chosen)
+        assert got.moe_max_violation == expected.moe_max_violation
+        balancer.step()
+    assert first > 0.5 and got.moe_max_violation < 0.15
+
+
+def test_k_comes_from_the_choices():
+    gate_logits, indices, mask = random_router()
+    expected = make_balancer()(gate_logits, indices, mask)
+    got = make_balancer(num_experts_per_token=None)(gate_logits, indices, mask)
+    torch.testing.assert_close(tuple(got), tuple(expected), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="expected expert_indices, or num_experts_per_token"):
+        make_balancer(num_experts_per_token=None, expert_bias_rate=0.0)(gate_logits)
 
 
 def test_compiles_without_a_graph_break_and_updates_its_state():
@@ -244,17 +292,21 @@ def run_rank(rank, path):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     group = distributed.group.WORLD
-    balancer = make_balancer(num_experts=2, num_experts_per_token=1, num_moe_layers=1)
+    options = {"num_experts": 2, "num_experts_per_token": 1, "num_moe_layers": 1, "expert_bias_rate": 0.0}
+    balancer = make_balancer(**options)
     rows = [[0, 0, 0, 1], [1, 1, 1, 0]][rank]  # skewed here, balanced in all
     gate_logits = torch.tensor([[2.0, 0], [0, 2]])[rows]
     balancer(gate_logits)
     balancer.step(group)
-    assert torch.equal(balancer.expert_bias, torch.zeros(1, 2))
     torch.testing.assert_close(balancer.expert_load, torch.full((1, 2), 0.5))
-    assert balancer.expert_counts.tolist() == [[[3.0, 1.0], [1.0, 3.0]][rank]]
-    loss_fn = AuxiliaryLoss(load_balancing_weight=1.0, router_z_weight=0.0, process_group=group)
+    assert balancer.expert_counts.tolist() == [[4.0, 4.0]]
+    with_bias = make_balancer(**options | {"expert_bias_rate": 1e-3})
+    with_bias(gate_logits, gate_logits.argmax(-1, keepdim=True))
+    with_bias.step(group)
+    assert torch.equal(with_bias.expert_bias, torch.zeros(1, 2))
+    loss_fn = AuxiliaryLoss(1, load_balancing_weight=1.0, router_z_weight=0.0, process_group=group)
     torch.testing.assert_close(loss_fn(gate_logits), torch.tensor(1.0))  # f = 1/2 for both
-    assert AuxiliaryLoss(load_balancing_weight=1.0, router_z_weight=0.0)(gate_logits) > 1.1
+    assert AuxiliaryLoss(1, load_balancing_weight=1.0, router_z_weight=0.0)(gate_logits) > 1.1
     distributed.destroy_process_group()
 
 
@@ -276,10 +328,10 @@ def test_bad_input_is_named():
     gate_logits, indices, mask = random_router()
     balancer = make_balancer()
     with pytest.raises(ValueError, match="num_experts = 4 columns, got 5"):
-        balancer(torch.zeros(LAYERS, 3, 5))
+        balancer(torch.zeros(LAYERS, 3, 5), indices)
     with pytest.raises(ValueError, match="num_moe_layers = 2 layers, got shape"):
-        balancer(gate_logits[0])
-    with pytest.raises(ValueError, match=r"row_mask of shape \[11\], got \[10\]"):
+        balancer(gate_logits[0], indices)
+    with pytest.raises(ValueError, match=r"row_mask of 11 rows, got shape \[10\]"):
         balancer(gate_logits, indices, mask[1:])
     with pytest.raises(ValueError, match=r"expert_indices: expected shape \[1, 11, 2\], got \[11, 1\]"):
         balancer(gate_logits, list(indices[..., :1]), mask)

@@ -45,7 +45,7 @@ def dense_head_loss(logits, targets, row_weights):
 def make_mtp(dtype=torch.float64, seed=3, **options):
     torch.manual_seed(seed)
     options = {"num_future_tokens": DEPTHS, "use_mtp": True, "mtp_weight": 0.3} | options
-    mtp = MultiTokenPrediction(UnifiedLossConfig(vocab_size=VOCAB, hidden_size=HIDDEN, **options)).double()
+    mtp = MultiTokenPrediction.from_config(UnifiedLossConfig(vocab_size=VOCAB, hidden_size=HIDDEN, **options)).double()
     with torch.no_grad():
         for parameter in mtp.parameters():  # the norms' ones and the residual blocks' zeros would hide mistakes
             parameter.copy_(torch.randn_like(parameter) * 0.5)
@@ -152,7 +152,7 @@ def test_detached_head_gets_no_gradient():
 
 
 def test_residual_blocks_start_as_the_identity_and_learn():
-    mtp = MultiTokenPrediction(
+    mtp = MultiTokenPrediction.from_config(
         UnifiedLossConfig(vocab_size=VOCAB, hidden_size=HIDDEN, use_mtp=True, mtp_share_head=True)
     )
     hidden_states = torch.randn(2, HIDDEN)
@@ -260,7 +260,7 @@ def test_bad_input_is_named():
     mtp, inputs = make_mtp(), make_inputs()
     for name, value, message in (
         ("hidden_states", torch.zeros(BATCH, LENGTH, 4), r"hidden_states of shape \[2, 7, 5\], got \[2, 7, 4\]"),
-        ("targets", torch.zeros(14), r"targets \[batch, length\], got \[14\]"),
+        ("targets", torch.zeros(14), r"targets \[batch_size, n_tokens\], got \[14\]"),
         ("row_weights", torch.zeros(BATCH, 6), r"row_weights of shape \[2, 7\], got \[2, 6\]"),
         ("segments", torch.zeros(1, LENGTH), r"segments of shape \[2, 7\], got \[1, 7\]"),
     ):

@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 from strategies import Numbers, seeds
 from support.assertions import relative_error
 
-from ava_ext import (
-    Candidates,
-    LinearLogits,
-    RowFlags,
-    UnifiedLoss,
-    linear_unified_loss,
-    row_loss,
-    row_options,
-    softmax_statistics,
-    token_log_probs,
-)
+from ava_ext import LinearLogits, UnifiedLoss, softmax_statistics, token_log_probs
+from ava_ext.ops import Candidates, RowFlags, row_loss, row_options
 
 V, HIDDEN = 13, 5
 EVERY_TERM = int(
@@ -257,18 +248,6 @@ def test_compiles_without_a_graph_break(reduction):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
 
 
-def test_the_function_compiles_without_a_graph_break():
-    head, targets = make_head(Numbers(9), 2, 4), Numbers(9).integers(0, V, 2, 4)
-
-    def loss(states, weight):
-        return linear_unified_loss(states, weight, targets, use_ngram_penalty=True, ngram_size=1, z_loss_weight=0.1)
-
-    compiled = torch.compile(loss, fullgraph=True)(*head[:2])
-    torch.testing.assert_close(compiled, loss(*head[:2]), rtol=1e-12, atol=0)
-    gradients = (torch.autograd.grad(value, head[:2]) for value in (compiled, loss(*head[:2])))
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
-
-
 @pytest.mark.parametrize("wanted", [[False] * 3, [True] * 3, [False, True, False]])
 def test_opcheck(wanted):
     numbers = Numbers(10)
@@ -402,36 +381,6 @@ def test_statistics_compile_without_a_graph_break():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
 
 
-# -- the function
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_function_is_that_of_torch(reduction):
-    numbers = Numbers(16)
-    head = make_head(numbers, 7)
-    targets = numbers.integers(0, V, 7).masked_fill(numbers.true(0.3, 7), -1)
-    keywords = {"reduction": reduction, "ignore_index": -1, "label_smoothing": 0.1}
-    got = linear_unified_loss(*head[:2], targets, linear_bias=head.bias, **keywords)
-    want = F.cross_entropy(F.linear(*head), targets, **keywords)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
-    upstream = numbers.normal(*want.shape)
-    gradients = (torch.autograd.grad(value, leaves(head), upstream) for value in (got, want))
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
-    assert (
-        linear_unified_loss(*head[:2], targets, ignore_index=-1, return_detailed=True)["n_tokens"]
-        == (targets != -1).sum()
-    )
-
-
-def test_two_calls_with_other_options_do_not_mix():
-    head, targets = make_head(Numbers(17), 7), torch.arange(7)
-    smoothed = linear_unified_loss(*head[:2], targets, label_smoothing=0.3, repetition_allow_list=[2])
-    plain = linear_unified_loss(*head[:2], targets)
-    logits = F.linear(*head[:2])
-    torch.testing.assert_close(plain, F.cross_entropy(logits, targets))
-    torch.testing.assert_close(smoothed, F.cross_entropy(logits, targets, label_smoothing=0.3))
-
-
 # -- bad input
 
 
@@ -472,15 +421,3 @@ def test_bad_rows_are_named():
         softmax_statistics(LinearLogits(*head[:2]), targets[:5, None])
     with pytest.raises(ValueError, match=r"expected row_mask of shape \[6\], got \[5\]"):
         softmax_statistics(LinearLogits(*head[:2]), None, row_mask=torch.ones(5, dtype=torch.bool))
-
-
-def test_options_that_need_a_module_are_named():
-    head, targets = make_head(Numbers(19), 6), torch.arange(6)
-    with pytest.raises(ValueError, match="linear_unified_loss: use_mtp needs a module"):
-        linear_unified_loss(*head[:2], targets, use_mtp=True)
-    with pytest.raises(ValueError, match="got 'deepseek', which needs UnifiedLoss"):
-        linear_unified_loss(*head[:2], targets, primary_loss_type="deepseek")
-    with pytest.raises(
-        TypeError, match="linear_unified_loss: unknown option 'zloss_weight'; did you mean 'z_loss_weight'"
-    ):
-        linear_unified_loss(*head[:2], targets, zloss_weight=0.1)

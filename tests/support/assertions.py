@@ -70,17 +70,21 @@ def assert_equals_reference(loss_fn: UnifiedLoss, arguments: dict[str, Any]) -> 
     temperature = loss_fn.temperature.value.double()
     if not loss_fn.config.temperature_adapts:
         temperature = torch.tensor(loss_fn.config.initial_temperature, dtype=torch.float64)
-    load = counts = None
+    load = bias = None
     if balancer is not None:
-        load, counts = balancer.expert_load.clone(), balancer.expert_counts.clone()
+        load, bias, counts = balancer.expert_load.clone(), balancer.expert_bias.clone(), balancer.expert_counts.clone()
     got = loss_fn(**arguments, return_detailed=True)
-    if balancer is not None and loss_fn.training:
-        load = expected_load(loss_fn, load, balancer.expert_counts - counts)
+    if balancer is not None:
+        committed = load
+        if loss_fn.training and loss_fn.config.auto_step:
+            committed = expected_load(loss_fn, load, balancer.expert_counts - counts)
+        torch.testing.assert_close(balancer.expert_load, committed)
     want = reference.unified_loss(
         loss_fn.config,
         **with_dense_logits(arguments),
         temperature=temperature,
         expert_load=load,
+        expert_bias=bias,
         mtp_logits=own_head_logits(loss_fn, arguments),
     )
     assert set(got) == set(want)

@@ -1,0 +1,61 @@
+"""The three kinds of component that a UnifiedLoss adds up. Their lists are in losses/__init__.py.
+
+A component's `from_config(config)` gives it, or None where the configuration leaves it off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from ava_ext.ops.row_fields import Candidates, RowFlags
+
+if TYPE_CHECKING:
+    from ava_ext.call import Call
+    from ava_ext.config import UnifiedLossConfig
+
+
+class RowTerm(NamedTuple):
+    """A term that the row kernel computes of each row of logits."""
+
+    key: str | None  # its entry in the detailed dict; None: it changes the main term
+    flags: RowFlags
+    options: Mapping[str, float]  # arguments of row_options
+    metric: str | None = None  # a further entry that repeats main_loss
+
+
+class CandidateSource(NamedTuple):
+    """A rule that names tokens for each row to push down, by -sum_c w_c log(1 - p_c)."""
+
+    key: str
+    options: Mapping[str, Any] = {}  # arguments of repetition_candidates, which finds those of all sources in one pass
+    weights: Mapping[str, float] = {}  # arguments of repetition_weights
+    given: Callable[[Call], Candidates | None] | None = None  # where the call itself names them
+    needs_sequences: bool = True  # rows in the order of the text
+
+
+class Addends(NamedTuple):
+    """What a part makes of a call."""
+
+    terms: Mapping[str, Tensor]  # weighted, with graph, by key: they are added to the loss
+    metrics: Mapping[str, Tensor] = {}  # further entries of the detailed dict
+
+
+class Part(nn.Module):
+    """A component beside the row kernel: anything that makes addends of a call."""
+
+    name: ClassVar[str]  # the attribute of UnifiedLoss, and so the prefix of its state
+    METRICS: ClassVar[tuple[str, ...]] = ()  # names of the metrics that it may give
+    needs_sequences: ClassVar[bool] = False  # rows in the order of the text
+    keys: tuple[str, ...]  # of the terms that it adds
+
+    @classmethod
+    def from_config(cls, config: UnifiedLossConfig) -> Part | None:
+        """The part with these options, or None where they leave it off."""
+        raise NotImplementedError
+
+    def of_call(self, call: Call) -> Addends:
+        """What it adds to this call."""
+        raise NotImplementedError

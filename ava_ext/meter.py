@@ -1,0 +1,87 @@
+"""Sums and means of detailed losses over micro-batches, steps and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ava_ext.losses import METRICS
+from ava_ext.process_group import GroupReference, resolve
+
+
+class LossMeter:
+    """Adds up what return_detailed=True gives, and reads it once.
+
+    Contributions (total_loss and every entry that is no metric) are added: under num_items_in_batch they are shares of
+    the whole batch, and their sum over micro-batches and ranks is its loss. Metrics are means over the rows of a call;
+    they are averaged with the calls' n_tokens as weights. n_tokens is added, perplexity is exp of the mean
+    cross_entropy, temperature that of the last call.
+
+    Args:
+        group: process group over which compute() adds up; "world": the default one; None: this process alone.
+
+    Example:
+        >>> meter = LossMeter()
+        >>> for micro_batch in micro_batches:
+        ...     parts = loss_fn(*micro_batch, num_items_in_batch=n_items, return_detailed=True)
+        ...     parts["total_loss"].backward()
+        ...     meter.update(parts)
+        >>> print(meter.compute()["cross_entropy"])
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = GroupReference(group)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every call."""
+        self._sums: dict[str, Tensor] = {}
+        self._temperature: Tensor | None = None
+
+    @torch.no_grad()
+    def update(
+        self,
+        parts: Mapping[str, Tensor],  # scalars
+    ) -> None:
+        """Adds the parts of a call, without waiting for the device.
+
+        Raises:
+            ValueError: parts without n_tokens; an entry that is no scalar, as with reduction="none".
+        """
+        if "n_tokens" not in parts:
+            raise ValueError(f"loss_meter: expected the dict of return_detailed=True, got {sorted(parts)}")
+        n_tokens = parts["n_tokens"]
+        for name, value in parts.items():
+            if value.dim() != 0:
+                raise ValueError(f"loss_meter: expected a scalar for {name!r}, got shape {list(value.shape)}")
+            if name == "temperature":
+                self._temperature = value
+                continue
+            is_mean = name in METRICS and name != "n_tokens"
+            value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+            value = value * n_tokens if is_mean else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def compute(self) -> dict[str, float]:
+        """Every entry as a number, over all calls since the last reset and all ranks; the one synchronisation."""
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        group = resolve(self.group.process_group)
+        if group is not None:
+            torch.distributed.all_reduce(sums, group=group)
+        totals = dict(zip(names, sums.tolist(), strict=True))
+        n_tokens = totals["n_tokens"]
+        result = {
+            name: value / max(n_tokens, 1) if name in METRICS and name != "n_tokens" else value
+            for name, value in totals.items()
+        }
+        if "cross_entropy" in result:
+            result["perplexity"] = float(torch.tensor(result["cross_entropy"], dtype=torch.float64).exp())
+        if self._temperature is not None:
+            result["temperature"] = self._temperature.item()
+        return result

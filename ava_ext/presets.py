@@ -1,0 +1,367 @@
+"""UnifiedLoss under names that say what they are about, and its parts by themselves.
+
+Those that are a UnifiedLoss take every other option of it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses import immediate_repetition, ngram
+from ava_ext.losses.moe import MoEBalancer
+from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.ops.row_fields import RowFlags, RowLoss, accumulation_dtype, row_options
+from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.reduction import count_rows
+from ava_ext.unified_loss import UnifiedLoss
+
+
+def _renamed(owner: str, options: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    """options with those that the class has arguments of its own for.
+
+    Raises:
+        TypeError: one of these is given by the option's name: of two values one would be lost.
+    """
+    for name in arguments:
+        if name in options:
+            raise TypeError(f"{owner}: expected this class's own argument for {name}, got {name}={options[name]!r}")
+    return {**options, **arguments}
+
+
+class DeepSeekLoss(UnifiedLoss):
+    """Cross-entropy with adaptive temperature, and with use_mtp heads that predict further tokens.
+
+    Args:
+        vocab_size, hidden_size: as in UnifiedLoss; hidden_size is needed with use_mtp.
+        use_mtp: predict num_future_tokens further tokens from hidden_states.
+        options: any option of `UnifiedLossConfig`.
+
+    Example:
+        >>> loss = DeepSeekLoss(32000, 512, use_mtp=True)(logits, targets, hidden_states=hidden_states)
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int | None = None, *, use_mtp: bool = False, **options: Any
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, **{"primary_loss_type": "deepseek", "use_mtp": use_mtp, **options})
+
+
+class TemperatureScaledCrossEntropy(UnifiedLoss):
+    """Cross-entropy of logits / T, with a temperature T that follows how volatile training is; see losses.temperature.
+
+    Args:
+        vocab_size: real columns of the logits.
+        initial_temperature: T0.
+        adaptive_temperature: False: the temperature stays T0.
+        options: any option of `UnifiedLossConfig`.
+
+    Example:
+        >>> loss = TemperatureScaledCrossEntropy(32000, initial_temperature=1.5)(logits, targets)
+    """
+
+    def __init__(
+        self, vocab_size: int, initial_temperature: float = 1.0, adaptive_temperature: bool = True, **options: Any
+    ) -> None:
+        own = {"initial_temperature": initial_temperature, "adaptive_temperature": adaptive_temperature}
+        super().__init__(vocab_size, **{"primary_loss_type": "standard", **own, **options})
+
+
+class AdaptiveMTPLoss(UnifiedLoss):
+    """Cross-entropy of the primary logits, and confidence-weighted cross-entropy of the model's further heads.
+
+    Args:
+        vocab_size: real columns of the logits.
+        options: any option of `UnifiedLossConfig`.
+
+    Example:
+        >>> loss_fn = AdaptiveMTPLoss(32000, num_future_tokens=2)
+        >>> loss = loss_fn(logits, targets, additional_logits=heads, confidence_scores=confidence)
+    """
+
+    def __init__(self, vocab_size: int, **options: Any) -> None:
+        super().__init__(vocab_size, **{"primary_loss_type": "adaptive_mtp", **options})
+
+
+class FocalLoss(UnifiedLoss):
+    """alpha (1 - p_target)^gamma times the cross-entropy. Lin et al. 2017.
+
+    Args:
+        vocab_size: real columns of the logits.
+        alpha, gamma: factor and exponent.
+        options: any option of `UnifiedLossConfig`.
+
+    Example:
+        >>> loss = FocalLoss(32000, gamma=2.0)(logits, targets)
+    """
+
+    def __init__(self, vocab_size: int, alpha: float = 1.0, gamma: float = 2.0, **options: Any) -> None:
+        options = _renamed("focal_loss", options, use_focal_loss=True, focal_alpha=alpha, focal_gamma=gamma)
+        super().__init__(vocab_size, **{"primary_loss_type": "standard", **options})
+
+
+class LabelSmoothingLoss(UnifiedLoss):
+    """Cross-entropy against a target that keeps 1 - smoothing of its mass. Szegedy et al. 2016.
+
+    Args:
+        vocab_size: real columns of the logits.
+        smoothing: mass spread over the vocabulary.
+        smoothing_mode: "uniform" (over all columns, as torch.nn.functional) or "exclude_target" (over the others).
+        options: any option of `UnifiedLossConfig`.
+
+    Example:
+        >>> loss = LabelSmoothingLoss(32000, smoothing=0.1)(logits, targets)
+    """
+
+    def __init__(
+        self, vocab_size: int, smoothing: float = 0.1, smoothing_mode: str = "uniform", **options: Any
+    ) -> None:
+        options = _renamed("label_smoothing_loss", options, label_smoothing=smoothing)
+        super().__init__(vocab_size, **{"primary_loss_type": "standard", "smoothing_mode": smoothing_mode, **options})
+
+
+class AntiRepetitionLoss(UnifiedLoss):
+    """Cross-entropy, and unlikelihood of repeated n-grams, of the previous token and of an early end.
+
+    Welleck et al. 2019.
+
+    Args:
+        vocab_size: real columns of the logits.
+        eos_token_id: ends a text; None: no penalty of an early end.
+        pad_token_id: rows with this target do not count, unless it is an EOS id.
+        options: any option of `UnifiedLossConfig`.
+
+    Example:
+        >>> loss = AntiRepetitionLoss(32000, eos_token_id=2, ngram_penalty_weight=1.0)(logits, targets)
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_id: int | tuple[int, ...] | None = None,
+        pad_token_id: int | None = None,
+        **options: Any,
+    ) -> None:
+        ids = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        both = {"use_ngram_penalty": True, "use_immediate_repetition_penalty": True}
+        super().__init__(vocab_size, **{"primary_loss_type": "standard", **ids, **both, **options})
+
+
+class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
+    """AntiRepetitionLoss whose penalty weights move from initial to final over the first optimizer steps.
+
+        weight = initial + (final - initial) min(steps / warmup_steps, 1)
+
+    The three weights of the configuration are multiplied by it. `step()` once per optimizer step moves it on; here
+    auto_step is off by default, so that the schedule counts optimizer steps and not micro-batches.
+
+    Args:
+        vocab_size, eos_token_id, pad_token_id, options: as in AntiRepetitionLoss.
+        initial_weight, final_weight: factors of the penalties before the first and after the last step of the warm-up.
+        warmup_steps: its length, at least 1.
+
+    Buffers: steps [], optimizer steps so far.
+
+    Raises:
+        ValueError: on warmup_steps below 1, or negative weights.
+
+    Example:
+        >>> loss_fn = AdaptiveAntiRepetitionLoss(32000, initial_weight=0.0, final_weight=4.0, warmup_steps=1000)
+        >>> loss_fn(logits, targets).backward(); optimizer.step(); loss_fn.step()
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_id: int | tuple[int, ...] | None = None,
+        pad_token_id: int | None = None,
+        *,
+        initial_weight: float = 0.0,
+        final_weight: float = 1.0,
+        warmup_steps: int = 1000,
+        **options: Any,
+    ) -> None:
+        super().__init__(vocab_size, eos_token_id, pad_token_id, **{"auto_step": False, **options})
+        if warmup_steps < 1 or initial_weight < 0 or final_weight < 0:
+            raise ValueError(
+                "adaptive_anti_repetition_loss: expected warmup_steps >= 1 and weights >= 0, got "
+                f"{warmup_steps}, initial_weight={initial_weight} and final_weight={final_weight}"
+            )
+        self.initial_weight = initial_weight
+        self.final_weight = final_weight
+        self.warmup_steps = warmup_steps
+        self._learns = True
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Begins the schedule again."""
+        self.steps.zero_()
+
+    def penalty_factor(self) -> Tensor:
+        """[]: the present factor of the penalties; on the device, so that the schedule neither recompiles nor waits."""
+        # of integers, the quotient would have the default type, which may be one that ends at 65504
+        progress = (self.steps.to(torch.float32) / self.warmup_steps).clamp_max(1.0)
+        return self.initial_weight + (self.final_weight - self.initial_weight) * progress
+
+    def _commit(self, recording: bool | Tensor) -> None:
+        super()._commit(recording)
+        self.steps.add_(recording)
+
+
+class NGramRepetitionPenalty(UnifiedLoss):
+    """The n-gram penalty alone, to add to a loss of one's own; see losses.ngram.
+
+    Args:
+        ngram_size: n.
+        penalty_weight: weight of each candidate.
+        vocab_size: real columns of the logits.
+        ignore_index: target of a row that does not count.
+        options: any option of `UnifiedLossConfig` that the penalty reads.
+
+    Example:
+        >>> loss = cross_entropy + NGramRepetitionPenalty(3, vocab_size=32000)(logits, targets)
+    """
+
+    ROW_TERMS = ()
+    CANDIDATES = (ngram,)
+    PARTS = ()
+
+    def __init__(
+        self,
+        ngram_size: int = 3,
+        penalty_weight: float = UnifiedLossConfig.ngram_penalty_weight,
+        vocab_size: int = 50257,
+        ignore_index: int = UnifiedLossConfig.ignore_index,
+        **options: Any,
+    ) -> None:
+        options = _renamed(
+            "ngram_repetition_penalty", options, use_ngram_penalty=True, ngram_penalty_weight=penalty_weight
+        )
+        own = {"primary_loss_type": "standard", "ngram_size": ngram_size, "ignore_index": ignore_index}
+        super().__init__(vocab_size, **{**own, **options})
+
+
+class SequenceRepetitionDetector(UnifiedLoss):
+    """The penalty of the previous token alone, to add to a loss of one's own; see losses.immediate_repetition.
+
+    Args:
+        penalty_weight: weight of the previous token.
+        vocab_size: real columns of the logits.
+        ignore_index: target of a row that does not count.
+        options: any option of `UnifiedLossConfig` that the penalty reads.
+
+    Example:
+        >>> loss = cross_entropy + SequenceRepetitionDetector(vocab_size=32000)(logits, targets)
+    """
+
+    ROW_TERMS = ()
+    CANDIDATES = (immediate_repetition,)
+    PARTS = ()
+
+    def __init__(
+        self,
+        penalty_weight: float = 1.0,
+        vocab_size: int = 50257,
+        ignore_index: int = UnifiedLossConfig.ignore_index,
+        **options: Any,
+    ) -> None:
+        options = _renamed(
+            "sequence_repetition_detector",
+            options,
+            use_immediate_repetition_penalty=True,
+            immediate_repetition_weight=penalty_weight,
+        )
+        super().__init__(vocab_size, **{"primary_loss_type": "standard", "ignore_index": ignore_index, **options})
+
+
+class MultiTokenPredictionLoss(nn.Module):
+    """Multi-token prediction by heads of its own, to add to a loss of one's own; see losses.mtp.
+
+    Args:
+        vocab_size, hidden_size: of the heads.
+        num_future_tokens: depths.
+        mtp_weight: weight of the term.
+        ignore_index: target of a row that does not count.
+
+    Example:
+        >>> loss = cross_entropy + MultiTokenPredictionLoss(32000, 512)(hidden_states, targets)
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        num_future_tokens: int = UnifiedLossConfig.num_future_tokens,
+        mtp_weight: float = UnifiedLossConfig.mtp_weight,
+        *,
+        ignore_index: int = UnifiedLossConfig.ignore_index,
+    ) -> None:
+        super().__init__()
+        self.config = UnifiedLossConfig(vocab_size=vocab_size, hidden_size=hidden_size, ignore_index=ignore_index)
+        self.mtp = MultiTokenPrediction(
+            vocab_size, hidden_size, num_future_tokens, mtp_weight=mtp_weight, ignore_index=ignore_index
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [batch_size, n_tokens, hidden_size]
+        targets: Tensor,  # [batch_size, n_tokens]
+        attention_mask: Tensor | None = None,  # [batch_size, n_tokens]
+        return_detailed: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The term; with return_detailed {"total_loss", "mtp_loss", "mtp_loss_depth_1", ...}, all but the first
+        detached.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        dtype = accumulation_dtype(hidden_states.dtype)
+        rows = count_rows(self.config, targets.long(), attention_mask, None, None, dtype)
+
+        def head_loss(logits: Any, targets: Tensor, row_weights: Tensor) -> RowLoss:
+            options = row_options(row_weights)
+            flags = int(RowFlags.CROSS_ENTROPY)
+            return row_loss(logits, targets, options, flags=flags, row_weights=row_weights, reduction="sum")
+
+        output = self.mtp(hidden_states, rows.targets, rows.weights, None, head_loss)
+        if not return_detailed:
+            return output.loss
+        depths = {f"mtp_loss_depth_{depth}": loss for depth, loss in enumerate(output.depth_losses.unbind(), start=1)}
+        return {"total_loss": output.loss, "mtp_loss": output.loss.detach(), **depths}
+
+
+class AuxiliaryFreeMoEBalancer(MoEBalancer):
+    """Balance of a mixture of experts without an auxiliary loss, by itself; see losses.moe.
+
+    Call it once for each training forward of the router, and `step()` once per optimizer step. Options as MoEBalancer.
+
+    Example:
+        >>> balancer = AuxiliaryFreeMoEBalancer(num_experts=8)
+        >>> loss = loss + balancer(gate_logits, expert_indices)
+        >>> loss.backward(); optimizer.step(); balancer.step()
+    """
+
+    def forward(  # type: ignore[override]  # a scalar, as the other losses that stand by themselves
+        self,
+        gate_logits: Tensor | Sequence[Tensor],  # [n_rows, n_experts] per layer
+        expert_indices: Tensor | Sequence[Tensor] | None = None,  # [n_rows, k] per layer
+        row_mask: Tensor | None = None,  # n_rows elements, bool
+        return_detailed: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The steering term; with return_detailed {"total_loss", "moe_balancing_term", "moe_cv",
+        "moe_max_violation"}, all but the first detached.
+
+        Raises:
+            ValueError: shapes that do not fit. IndexError: an expert index out of range.
+        """
+        balance = super().forward(gate_logits, expert_indices, row_mask)
+        if not return_detailed:
+            return balance.term
+        metrics = {"moe_cv": balance.moe_cv, "moe_max_violation": balance.moe_max_violation}
+        return {"total_loss": balance.term, "moe_balancing_term": balance.term.detach(), **metrics}

@@ -1,0 +1,185 @@
+"""The one pass over the rows of logits: every row term and every candidate, gradient included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ava_ext.call import Call, Logits
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.component import CandidateSource, RowTerm
+from ava_ext.losses.float32_buffers import Float32Buffers
+from ava_ext.ops.repetition import repetition_candidates, repetition_weights
+from ava_ext.ops.row_fields import TERM_NAMES, Candidates, RowFlags, RowLoss, accumulation_dtype, row_options
+from ava_ext.ops.softmax_rows import row_loss
+
+CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
+# of the main term, what further heads have too: all but focal
+OF_HEADS = RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP
+
+
+class RowPassOutput(NamedTuple):
+    """What the pass over the rows gives."""
+
+    loss: Tensor  # []: the sum; with reduction="none" [batch_size, n_tokens]
+    terms: Tensor  # [len(names), batch_size, n_tokens]: each unweighted, without graph
+    names: tuple[str, ...]  # of the terms: TERM_NAMES, then the keys of the sources that found candidates
+    options: Tensor  # [N_OPTIONS]; the first is the temperature
+
+
+class RowPass(Float32Buffers):
+    """Row terms and sources of candidates of a configuration, merged into one call of `row_loss`.
+
+    Args:
+        config: which rows and columns count, and how the loss is reduced.
+        row_terms: the terms of the row kernel that are on.
+        sources: the sources of candidates that are on.
+    """
+
+    options: Tensor
+    penalty_weights: Tensor
+
+    def __init__(
+        self, config: UnifiedLossConfig, row_terms: Sequence[RowTerm], sources: Sequence[CandidateSource]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.sources = tuple(sources)
+        self.repetition_keys = tuple(source.key for source in sources if source.given is None)
+        flags = RowFlags(0)
+        for term in row_terms:
+            flags |= term.flags
+        self.flags = int(flags)
+        self._row_options = {name: value for term in row_terms for name, value in term.options.items()}
+        self._penalty_weights = {name: value for source in sources for name, value in source.weights.items()}
+        self._repetition_options: dict[str, Any] = {}
+        for source in sources:
+            self._repetition_options |= source.options
+        padding = () if config.padding_id is None else (config.padding_id,)
+        self._may_repeat = (*config.repetition_allow_list, *padding)
+        # constants of the device: nothing is copied to it in a call, and nothing is made while a graph is traced
+        self.register_buffer("options", self._make_options(torch.float32), persistent=False)
+        self.register_buffer("penalty_weights", self._make_penalty_weights(torch.float32), persistent=False)
+
+    def _make_options(self, dtype: torch.dtype) -> Tensor:  # [N_OPTIONS]
+        return row_options(torch.empty(0, dtype=dtype), **self._row_options)
+
+    def _make_penalty_weights(self, dtype: torch.dtype) -> Tensor:  # [N_REPETITION_WEIGHTS]
+        return repetition_weights(torch.empty(0, dtype=dtype), **self._penalty_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fills the constants again, after to_empty()."""
+        with torch.device("cpu"):
+            options, penalty_weights = self._make_options(torch.float32), self._make_penalty_weights(torch.float32)
+        self.options.copy_(options)
+        self.penalty_weights.copy_(penalty_weights)
+
+    def forward(
+        self,
+        call: Call,
+        temperature: Tensor | None = None,  # []
+        penalty_factor: Tensor | None = None,  # []
+        with_entropy: bool = False,
+    ) -> RowPassOutput:
+        """The loss of the rows of a call; binds call.head_loss.
+
+        Args:
+            call: the rows.
+            temperature: in place of the configuration's.
+            penalty_factor: of the weights of repetition candidates.
+            with_entropy: measure the entropy of each row, which some terms need anyway.
+        """
+        like = call.rows.weights
+        if like.dtype == torch.float64:  # buffers have fewer digits
+            options = self._make_options(torch.float64).to(like.device)
+        else:
+            options = self.options.to(like.device)
+        if temperature is not None:
+            options = torch.cat([temperature.reshape(1).to(options), options[1:]])
+        call.head_loss = self._head_loss(options)
+        candidates, names = self._candidates(call, penalty_factor)
+        output = self._row_loss(
+            call.logits,
+            call.rows.targets,
+            options,
+            self.flags | RowFlags.ENTROPY if with_entropy else self.flags,
+            like,
+            candidates,
+            self.config.inplace_gradient,
+        )
+        return RowPassOutput(output.loss, output.terms, (*TERM_NAMES, *names), options)
+
+    def _row_loss(
+        self,
+        logits: Logits,  # [..., n_columns]
+        targets: Tensor,  # [...]
+        options: Tensor,  # [N_OPTIONS]
+        flags: int,
+        row_weights: Tensor,  # [...]
+        candidates: Candidates | None = None,
+        inplace_gradient: bool = False,
+    ) -> RowLoss:
+        return row_loss(
+            logits,
+            targets,
+            options,
+            flags=flags,
+            row_weights=row_weights,
+            candidates=candidates,
+            vocab_size=self.config.vocab_size,
+            ignore_index=self.config.ignore_index,
+            reduction="none" if self.config.reduction == "none" else "sum",
+            inplace_gradient=inplace_gradient,
+            chunk_bytes=self.config.linear_chunk_bytes,
+        )
+
+    def _head_loss(self, options: Tensor) -> Any:  # [N_OPTIONS] -> HeadLoss
+        flags = self.flags & OF_HEADS
+
+        def loss(logits: Logits, targets: Tensor, row_weights: Tensor) -> RowLoss:
+            real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
+            return self._row_loss(logits, targets, options.to(real), flags, row_weights.to(real))
+
+        return loss
+
+    def _candidates(
+        self,
+        call: Call,
+        penalty_factor: Tensor | None,  # []
+    ) -> tuple[Candidates | None, tuple[str, ...]]:
+        """Every token that the rows push down, in one list of slots, and the names of its groups."""
+        config, rows = self.config, call.rows
+        found, names = [], self.repetition_keys
+        if self.repetition_keys:
+            like = rows.weights
+            if like.dtype == torch.float64:
+                weights = self._make_penalty_weights(torch.float64).to(like.device)
+            else:
+                weights = self.penalty_weights.to(like.device)
+            candidates = repetition_candidates(
+                rows.targets if call.context is None else call.context,
+                rows.targets,
+                weights=weights,
+                vocab_size=config.vocab_size,
+                segments=call.segments,
+                tokens_include_row=call.context is not None,
+                ignore_index=config.ignore_index,
+                repetition_allow_list=self._may_repeat,
+                **self._repetition_options,
+            )
+            if penalty_factor is not None:
+                candidates = candidates._replace(weights=candidates.weights * penalty_factor.to(weights))
+            found.append(candidates)
+        for source in self.sources:
+            given = None if source.given is None else source.given(call)
+            if given is not None:
+                found.append(given)
+                names = (*names, source.key)
+        if len(found) < 2:
+            return (found[0] if found else None), names
+        ids, weights = (torch.cat([getattr(part, name) for part in found], -1) for name in ("ids", "weights"))
+        return Candidates(ids, weights, tuple(size for part in found for size in part.groups)), names

@@ -1,0 +1,151 @@
+"""The functions with torch.nn.functional's signatures: against those, and the row terms as keywords."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from strategies import HIDDEN_SIZE, Numbers
+
+from ava_ext import LinearLogits, UnifiedLoss
+from ava_ext.functional import cross_entropy, linear_cross_entropy
+
+V = 13
+ROW_TERMS = {
+    "z_loss_weight": 0.1, "confidence_penalty_weight": 0.2, "use_focal_loss": True, "focal_gamma": 1.5,
+    "logit_softcap": 5.0, "initial_temperature": 0.7, "smoothing_mode": "exclude_target",
+}  # fmt: skip
+
+
+def head(numbers, n_rows):
+    return numbers.leaf(n_rows, HIDDEN_SIZE), numbers.leaf(V, HIDDEN_SIZE), numbers.leaf(V)
+
+
+# -- torch's own
+
+
+def test_signatures_begin_as_those_of_torch():
+    for ours, theirs in ((cross_entropy, F.cross_entropy), (linear_cross_entropy, F.linear_cross_entropy)):
+        expected = [p for p in inspect.signature(theirs).parameters.values() if p.name != "options"]
+        got = list(inspect.signature(ours).parameters.values())[: len(expected)]
+        assert [(p.name, p.kind, p.default) for p in got] == [(p.name, p.kind, p.default) for p in expected]
+
+
+# a row alone, rows, and images, whose classes are the second dimension
+@pytest.mark.parametrize("shape", [(V,), (7, V), (2, V, 3), (2, V, 3, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_is_that_of_torch(reduction, shape):
+    numbers = Numbers(3)
+    logits = numbers.leaf(*shape)
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    targets = numbers.integers(0, V, *rows)
+    if rows:
+        targets = targets.masked_fill(numbers.true(0.3, *rows), 4)
+    keywords = {"reduction": reduction, "ignore_index": 4, "label_smoothing": 0.1}
+    got, want = cross_entropy(logits, targets, **keywords), F.cross_entropy(logits, targets, **keywords)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
+    upstream = numbers.normal(*want.shape)
+    gradients = (torch.autograd.grad(value, logits, upstream)[0] for value in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("flags", [(True, True), (False, True), (False, False), (None, False)])
+def test_deprecated_reductions_are_those_of_torch(flags):
+    logits, targets = Numbers(4).normal(6, V), torch.arange(6)
+    size_average, reduce = flags
+    got = cross_entropy(logits, targets, size_average=size_average, reduce=reduce)
+    torch.testing.assert_close(got, F.cross_entropy(logits, targets, size_average=size_average, reduce=reduce))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_is_that_of_torch(reduction):
+    numbers = Numbers(16)
+    states, weight, bias = leaves = head(numbers, 7)
+    targets = numbers.integers(0, V, 7).masked_fill(numbers.true(0.3, 7), -1)
+    keywords = {"reduction": reduction, "ignore_index": -1, "label_smoothing": 0.1}
+    got = linear_cross_entropy(states, weight, targets, linear_bias=bias, **keywords)
+    want = F.cross_entropy(F.linear(*leaves), targets, **keywords)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    upstream = numbers.normal(*want.shape)
+    gradients = (torch.autograd.grad(value, leaves, upstream) for value in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", ignore_index=-1)
+    arguments = {"targets": targets, "hidden_states": states, "lm_head_weight": weight}
+    assert loss_fn(**arguments, return_detailed=True)["n_tokens"] == (targets != -1).sum()
+
+
+def test_no_counted_row_gives_zero():
+    logits = Numbers(5).leaf(4, V)
+    loss = cross_entropy(logits, torch.full((4,), -100))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
+# -- the terms of a row
+
+
+def test_row_terms_are_those_of_unified_loss():
+    numbers = Numbers(6)
+    states, weight, bias = leaves = head(numbers, 9)
+    targets = numbers.integers(0, V - 2, 9)
+    options = {**ROW_TERMS, "vocab_size": V - 2}
+    loss_fn = UnifiedLoss(primary_loss_type="standard", label_smoothing=0.1, **options)
+    expected = loss_fn(F.linear(*leaves), targets)
+    for got in (
+        cross_entropy(F.linear(*leaves), targets, label_smoothing=0.1, **options),
+        cross_entropy(LinearLogits(*leaves), targets, label_smoothing=0.1, **options),
+        linear_cross_entropy(states, weight, targets, linear_bias=bias, label_smoothing=0.1, **options),
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_two_calls_with_other_options_do_not_mix():
+    (states, weight, _), targets = head(Numbers(17), 7), torch.arange(7)
+    smoothed = linear_cross_entropy(states, weight, targets, label_smoothing=0.3, z_loss_weight=0.0)
+    plain = linear_cross_entropy(states, weight, targets)
+    logits = F.linear(states, weight)
+    torch.testing.assert_close(plain, F.cross_entropy(logits, targets))
+    torch.testing.assert_close(smoothed, F.cross_entropy(logits, targets, label_smoothing=0.3))
+
+
+@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
+def test_compiles_without_a_graph_break(function):
+    (states, weight, _), targets = head(Numbers(9), 8), Numbers(9).integers(0, V, 8)
+
+    def loss(states, weight):
+        if function == "cross_entropy":
+            return cross_entropy(F.linear(states, weight), targets, label_smoothing=0.1, z_loss_weight=0.1)
+        return linear_cross_entropy(states, weight, targets, label_smoothing=0.1, z_loss_weight=0.1)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(states, weight)
+    torch.testing.assert_close(compiled, loss(states, weight), rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(value, (states, weight)) for value in (compiled, loss(states, weight)))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+# -- bad input
+
+
+def test_bad_input_is_named():
+    (states, weight, _), targets = head(Numbers(19), 6), torch.arange(6)
+    logits = F.linear(states, weight)
+    for error, message, keywords in (
+        (ValueError, "linear_cross_entropy: use_mtp needs a module", {"use_mtp": True}),
+        (ValueError, "primary_loss_type needs a module", {"primary_loss_type": "deepseek"}),
+        (TypeError, "unknown option 'zloss_weight'; did you mean 'z_loss_weight'", {"zloss_weight": 0.1}),
+        (ValueError, "expected z_loss_weight to be a number >= 0, got -1", {"z_loss_weight": -1}),
+        (
+            ValueError,
+            r"expected reduction to be one of \('mean', 'sum', 'none'\), got 'average'",
+            {"reduction": "average"},
+        ),
+        (NotImplementedError, "class weights are not supported", {"weight": torch.ones(V)}),
+    ):
+        with pytest.raises(error, match=message):
+            linear_cross_entropy(states, weight, targets, **keywords)
+    with pytest.raises(ValueError, match=r"cross_entropy: expected target of shape \[6\], got \[5\]"):
+        cross_entropy(logits, targets[:5])
+    with pytest.raises(NotImplementedError, match="expected class indices as target, got probabilities"):
+        cross_entropy(logits, logits.detach().softmax(-1))
+    with pytest.raises(IndexError, match="got 13 at position 5"):
+        cross_entropy(logits, torch.tensor([0, 1, 2, 3, 4, 13]))
