@@ -132,7 +132,7 @@ def test_candidate_out_of_range():
 
 WRONG = {
     "row_loss: expected targets of shape [4, 3], got [4, 2]": dict(targets=torch.zeros(4, 2).long()),
-    "row_loss: expected coefficients of shape [7], got [6]": dict(coefficients=torch.ones(6)),
+    "row_loss: expected options of shape [7], got [6]": dict(coefficients=torch.ones(6)),
     "row_loss: expected coefficients of type float32, got float64": dict(coefficients=torch.ones(7).double()),
     "row_loss: expected row_weights of shape [4, 3], got [12]": dict(row_weights=torch.ones(12)),
     "row_loss: expected row_weights of type float32, got float64": dict(row_weights=torch.ones(4, 3).double()),

@@ -115,11 +115,11 @@ def repetition_candidates(
         tokens_include_row=tokens_include_row,
         vocab_size=vocab_size,
         ignore_index=ignore_index,
-        excluded_ids=excluded_ids,
-        immediate=immediate,
-        immediate_threshold=immediate_threshold,
+        repetition_allow_list=excluded_ids,
+        use_immediate_repetition_penalty=immediate,
+        immediate_repetition_threshold=immediate_threshold,
         ngram_size=ngram_size,
-        ngram_window=window,
+        ngram_window_size=window,
         ngram_slots=ngram_slots,
         eos_ids=eos_ids,
         min_sequence_length=min_sequence_length,
@@ -140,13 +140,13 @@ def _(
     segments: Tensor | None,  # [batch_size or 1, n_tokens]
     weights: Tensor,  # [4]
     *,
-    immediate: bool,
+    use_immediate_repetition_penalty: bool,
     ngram_size: int,
     ngram_slots: int,
     eos_ids: Sequence[int],
     **options: object,
 ) -> tuple[Tensor, Tensor]:
-    n_slots = int(immediate) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
+    n_slots = int(use_immediate_repetition_penalty) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
     shape = (*tokens.shape, n_slots)
     return tokens.new_empty(shape, dtype=torch.int32), weights.new_empty(shape)
 
