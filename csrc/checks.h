@@ -1,11 +1,11 @@
 // Argument checks of the operators: a message says what was expected and what came.
 #pragma once
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "element_type.h"
+#include "error.h"
 #include "torch_stable.h"
 
 namespace ava {
@@ -39,10 +39,20 @@ inline const char* type_name(ScalarType type) {
 // `tensor` has this shape and type
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
                          ScalarType type) {
-  STD_TORCH_CHECK(shape_of(tensor) == shape, op, ": expected ", name, " of shape ", shape_string(shape), ", got ",
-                  shape_string(tensor));
-  STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": expected ", name, " of type ", type_name(type), ", got ",
-                  type_name(tensor.scalar_type()));
+  AVA_CHECK(shape_of(tensor) == shape, op, ": expected ", name, " of shape ", shape_string(shape), ", got ",
+            shape_string(tensor));
+  AVA_CHECK(tensor.scalar_type() == type, op, ": expected ", name, " of type ", type_name(type), ", got ",
+            type_name(tensor.scalar_type()));
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  AVA_CHECK(tensor.device() == like.device(), op, ": expected ", name, " on the device of the logits");
+}
+// this shape and type, and where `like` is
+inline void check_beside(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+                         ScalarType type, const Tensor& like) {
+  check_tensor(op, name, tensor, shape, type);
+  check_device(op, name, tensor, like);
 }
 
 // float64 beside float64 logits, else float32: the type of statistics, terms, coefficients and weights
@@ -57,8 +67,8 @@ inline ElementType element_type(const char* op, const Tensor& logits) {
     case ScalarType::Half: return ElementType::f16;
     case ScalarType::Double: return ElementType::f64;
     default:
-      STD_TORCH_CHECK(false, op, ": expected logits of type float32, bfloat16, float16 or float64, got ",
-                      type_name(logits.scalar_type()));
+      AVA_CHECK(false, op, ": expected logits of type float32, bfloat16, float16 or float64, got ",
+                type_name(logits.scalar_type()));
       return ElementType::f32;
   }
 }
@@ -66,13 +76,13 @@ inline ElementType element_type(const char* op, const Tensor& logits) {
 // logits [..., n_columns] with last stride 1, and the vocabulary within its columns
 inline void check_logits(const char* op, const Tensor& logits, int64_t vocab_size) {
   element_type(op, logits);
-  STD_TORCH_CHECK(logits.dim() >= 1, op, ": expected logits of shape [..., n_columns], got a scalar");
+  AVA_CHECK(logits.dim() >= 1, op, ": expected logits of shape [..., n_columns], got a scalar");
   const int64_t n_columns = logits.size(logits.dim() - 1);
-  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= n_columns, op, ": expected vocab_size in [1, ", n_columns,
-                  "] for logits of shape ", shape_string(logits), ", got ", vocab_size);
-  STD_TORCH_CHECK(vocab_size < (int64_t(1) << 24), op, ": expected vocab_size below 2^24, got ", vocab_size);
-  STD_TORCH_CHECK(n_columns == 1 || logits.stride(logits.dim() - 1) == 1, op,
-                  ": expected logits with last stride 1, got ", logits.stride(logits.dim() - 1));
+  AVA_CHECK(vocab_size >= 1 && vocab_size <= n_columns, op, ": expected vocab_size in [1, ", n_columns,
+            "] for logits of shape ", shape_string(logits), ", got ", vocab_size);
+  AVA_CHECK(vocab_size < (int64_t(1) << 24), op, ": expected vocab_size below 2^24, got ", vocab_size);
+  AVA_CHECK(n_columns == 1 || logits.stride(logits.dim() - 1) == 1, op, ": expected logits with last stride 1, got ",
+            logits.stride(logits.dim() - 1));
 }
 
 // shape of the rows: logits' without its columns, and with one more dimension of this size where it is not negative
@@ -81,13 +91,6 @@ inline std::vector<int64_t> rows_shape(const Tensor& logits, int64_t last = -1) 
   shape.pop_back();
   if (last >= 0) shape.push_back(last);
   return shape;
-}
-
-inline void check_ids(const char* op, const Tensor& logits, const std::optional<Tensor>& ids) {
-  if (!ids) return;
-  STD_TORCH_CHECK(ids->dim() == logits.dim(), op, ": expected ids of shape ", shape_string(rows_shape(logits)),
-                  " + [n_ids], got ", shape_string(*ids));
-  check_tensor(op, "ids", *ids, rows_shape(logits, ids->size(ids->dim() - 1)), ScalarType::Int);
 }
 
 }  // namespace ava

@@ -12,32 +12,33 @@ static std::string cpu_capability() { return ava::name(ava::cpu_capability()); }
 static std::string cuda_version() { return AVA_CUDA_VERSION; }
 
 STABLE_TORCH_LIBRARY(ava_ext, m) {
-  // rows of logits: softmax_rows.h
+  // rows of logits: softmax_rows.h. options: RowOptions [7]; flags: RowFlags
   m.def(
-      "row_loss(Tensor logits, Tensor targets, Tensor coefficients, Tensor? row_weights, Tensor? candidate_ids, "
+      "row_loss(Tensor logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
       "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index, "
       "bool with_gradient, bool with_statistics) "
       "-> (Tensor row_loss, Tensor row_terms, Tensor grad_logits, Tensor statistics, Tensor row_coefficients)");
   m.def(
-      "row_loss_(Tensor(a!) logits, Tensor targets, Tensor coefficients, Tensor? row_weights, Tensor? candidate_ids, "
+      "row_loss_(Tensor(a!) logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
       "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index) "
       "-> (Tensor row_loss, Tensor row_terms)");
   m.def(
-      "row_statistics(Tensor logits, Tensor? ids, Tensor? row_mask, Tensor coefficients, int flags, int vocab_size) "
+      "row_statistics(Tensor logits, Tensor? ids, Tensor? row_mask, Tensor options, int flags, int vocab_size) "
       "-> (Tensor statistics, Tensor log_probs, Tensor summaries)");
   m.def(
-      "row_gradient(Tensor logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, Tensor coefficients, "
+      "row_gradient(Tensor logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, Tensor options, "
       "int flags, int vocab_size) -> Tensor grad_logits");
   m.def(
       "row_gradient_(Tensor(a!) logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, "
-      "Tensor coefficients, int flags, int vocab_size) -> ()");
+      "Tensor options, int flags, int vocab_size) -> ()");
   m.def("scale_rows_(Tensor(a!) rows, Tensor factors) -> ()");
 
   // token sequences: repetition.h
   m.def(
       "repetition_candidates(Tensor tokens, Tensor targets, Tensor? segments, Tensor weights, *, "
-      "bool tokens_include_row, int vocab_size, int ignore_index, int[] excluded_ids, bool immediate, int immediate_threshold, int ngram_size, "
-      "int ngram_window, int ngram_slots, int[] eos_ids, int min_sequence_length) "
+      "bool tokens_include_row, int vocab_size, int ignore_index, int[] repetition_allow_list, "
+      "bool use_immediate_repetition_penalty, int immediate_repetition_threshold, int ngram_size, "
+      "int ngram_window_size, int ngram_slots, int[] eos_ids, int min_sequence_length) "
       "-> (Tensor ids, Tensor candidate_weights)");
 
   // rows of a mixture of experts' router: router_rows.h

@@ -23,26 +23,28 @@ namespace ava {
 struct RepetitionOptions {
   bool tokens_include_row = false;
   int64_t vocab_size = 0, ignore_index = -100;
-  std::vector<int64_t> excluded_ids;  // sorted; these may repeat
-  bool immediate = false;
-  int64_t immediate_threshold = 1;
-  int64_t ngram_size = 0, ngram_window = 0, ngram_slots = 0;  // size 0: no n-grams, window 0: the whole segment
+  std::vector<int64_t> repetition_allow_list;  // sorted; these may repeat
+  bool use_immediate_repetition_penalty = false;
+  int64_t immediate_repetition_threshold = 1;
+  int64_t ngram_size = 0, ngram_window_size = 0, ngram_slots = 0;  // size 0: no n-grams, window 0: the whole segment
   std::vector<int64_t> eos_ids;
   int64_t min_sequence_length = 0;
 
   int64_t n_slots() const {
-    return immediate + static_cast<int64_t>(eos_ids.size()) + (ngram_size > 0 ? ngram_slots : 0);
+    return use_immediate_repetition_penalty + static_cast<int64_t>(eos_ids.size()) + (ngram_size > 0 ? ngram_slots : 0);
   }
   bool may_penalize(int64_t token) const {
     return token >= 0 && token < vocab_size && token != ignore_index &&
-           !std::binary_search(excluded_ids.begin(), excluded_ids.end(), token);
+           !std::binary_search(repetition_allow_list.begin(), repetition_allow_list.end(), token);
   }
   bool is_eos(int64_t token) const { return std::find(eos_ids.begin(), eos_ids.end(), token) != eos_ids.end(); }
 };
 
+// As a tensor: [kRepetitionWeights], in this order.
 struct RepetitionWeights {
   double immediate, growth, eos, ngram;
 };
+constexpr int kRepetitionWeights = 4;
 
 // The number of equal tokens that end the context, and min(growth^(length - 1), 4).
 struct Run {
@@ -226,9 +228,10 @@ void segment_candidates(const RepetitionOptions& options, const RepetitionWeight
       if (target == options.ignore_index) {
         slots.put_absent(n_slots);
       } else {
-        if (options.immediate) {
+        if (options.use_immediate_repetition_penalty) {
           const int64_t previous = run.length > 0 ? tokens[end - 1] : -1;
-          if (run.length >= options.immediate_threshold && previous != target && options.may_penalize(previous))
+          if (run.length >= options.immediate_repetition_threshold && previous != target &&
+              options.may_penalize(previous))
             slots.put(previous, weights.immediate * run.factor);
           else
             slots.put_absent(1);
@@ -238,7 +241,7 @@ void segment_candidates(const RepetitionOptions& options, const RepetitionWeight
         else
           slots.put_absent(static_cast<int64_t>(options.eos_ids.size()));
         if (use_ngrams) {
-          const int64_t oldest = options.ngram_window > 0 ? end - options.ngram_window : 0;
+          const int64_t oldest = options.ngram_window_size > 0 ? end - options.ngram_window_size : 0;
           int64_t n_free = options.ngram_slots;
           if (key != lists.none)
             lists.for_each(key, [&](int64_t position, int64_t token) {

@@ -29,7 +29,7 @@
 // w takes out what all experts have in common, which would cancel: the mean of a for the group; and where a row is sure,
 // v of its maximum, whose own entry then is -p sum_{others} p_e (v_e - w), exact however small the others are.
 #pragma once
-#include "softmax_rows.h"
+#include "scalar_math.h"
 
 namespace ava {
 inline namespace AVA_ISA {

@@ -27,25 +27,10 @@
 //
 // s_i* may be 1e30 where a sure row repeats itself; it is never added to and subtracted from the same sum.
 #pragma once
-#include <math.h>
-
-#include "element_type.h"
+#include "scalar_math.h"
 
 namespace ava {
 inline namespace AVA_ISA {
-
-AVA_HOST_DEVICE float exp_of(float value) { return expf(value); }
-AVA_HOST_DEVICE double exp_of(double value) { return exp(value); }
-AVA_HOST_DEVICE float log_of(float value) { return logf(value); }
-AVA_HOST_DEVICE double log_of(double value) { return log(value); }
-AVA_HOST_DEVICE float log1p_of(float value) { return log1pf(value); }
-AVA_HOST_DEVICE double log1p_of(double value) { return log1p(value); }
-AVA_HOST_DEVICE float expm1_of(float value) { return expm1f(value); }
-AVA_HOST_DEVICE double expm1_of(double value) { return expm1(value); }
-AVA_HOST_DEVICE float power_of(float base, float exponent) { return powf(base, exponent); }
-AVA_HOST_DEVICE double power_of(double base, double exponent) { return pow(base, exponent); }
-AVA_HOST_DEVICE float tanh_of(float value) { return tanhf(value); }
-AVA_HOST_DEVICE double tanh_of(double value) { return tanh(value); }
 
 // The smallest R that is told from 0: its inverse times a weight up to 30 is still a finite float.
 template <class Real>
@@ -53,8 +38,8 @@ AVA_HOST_DEVICE Real smallest_rest() {
   return sizeof(Real) == 4 ? Real(1e-37) : Real(1e-300);
 }
 
-// Statistics of a row. As a tensor: [n_rows, 6], in this order. A row that is left out (ignored, or nothing but masked
-// columns) has count 0, and its gradient is zero.
+// Statistics of a row. As a tensor: [n_rows, kRowStatistics], in this order. A row that is left out (ignored, or
+// nothing but masked columns) has count 0, and its gradient is zero.
 template <class Real>
 struct RowStatistics {
   Real max;       // of softcap(x), before the temperature, so that u of the maximum is exactly 0; -inf: nothing seen
@@ -64,6 +49,10 @@ struct RowStatistics {
   Real sum;       // U
   Real count;     // V
 };
+constexpr int kRowStatistics = 6;
+
+// What the open operator reports of a row, made of its statistics.
+enum RowSummary { kEntropySummary, kLseSummary, kLogRestSummary, kMeanLogProbSummary, kRowSummaries };
 
 template <class Real>
 AVA_HOST_DEVICE RowStatistics<Real> empty_statistics() {
@@ -100,8 +89,8 @@ AVA_HOST_DEVICE RowStatistics<Real> update(const RowStatistics<Real>& statistics
   return merge(statistics, one, inverse_temperature);
 }
 
-// What the loss terms are made with. The values come in one small tensor, `coefficients` [7], in this order, so that a
-// schedule may change them without a recompilation or a synchronisation; which terms are on (the flags below) is fixed.
+// What the loss terms are made with. The values come in one small tensor, `options` [kRowOptions], in this order, so
+// that a schedule may change them without a recompilation or a synchronisation; which terms are on (`flags`) is fixed.
 template <class Real>
 struct RowOptions {
   Real temperature;
@@ -113,7 +102,8 @@ struct RowOptions {
 };
 constexpr int kRowOptions = 7;
 
-enum RowFlag : int64_t {
+// Bits of `flags`.
+enum RowFlags : int64_t {
   kCrossEntropy = 1,    // the main term is on
   kFocal = 2,           // and modulated
   kLabelSmoothing = 4,  // and smoothed
@@ -135,7 +125,8 @@ enum RowTerm {
   kRowTerms
 };
 
-// a, b, k of (1), and s of the maximum. As a tensor: [n_rows, 4], in this order.
+// a, b, k of (1), and s of the maximum. As a tensor, `row_coefficients`: [n_rows, kRowCoefficients + n_ids], in this
+// order, and then s of the ids.
 template <class Real>
 struct RowCoefficients {
   Real probability;  // a
@@ -143,6 +134,7 @@ struct RowCoefficients {
   Real constant;     // k
   Real maximum;      // s of log p_i*, for a caller who does not name i* among his ids
 };
+constexpr int kRowCoefficients = 4;
 
 template <class Real>
 AVA_HOST_DEVICE Real log_total(const RowStatistics<Real>& row) {

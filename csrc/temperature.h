@@ -13,6 +13,14 @@ inline namespace AVA_ISA {
 
 constexpr int64_t kHistory = 100, kFirstLosses = 10;
 
+// Where the state lies, on its device.
+struct TemperatureState {
+  float* value;
+  float* history;  // [kHistory]
+  int64_t* count;
+  float *pending_loss, *pending_rows;
+};
+
 struct TemperatureOptions {
   double initial, gain, low, high;
 };

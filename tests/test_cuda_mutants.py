@@ -31,7 +31,7 @@ class Mutant:
 
 
 ROW_SUM, REPETITION = "tests/cuda_emulator/kernels/row_sum.cuh", "csrc/cuda/repetition.cuh"
-SOFTMAX_ROWS = "csrc/cuda/softmax_rows_core.cuh"
+SOFTMAX_ROWS = "csrc/cuda/softmax_rows_kernels.cuh"
 MUTANTS = [
     Mutant("barrier_removed", "thread", ROW_SUM, "__syncthreads();", "", "data race"),
     Mutant("barrier_removed_nan", "none", ROW_SUM, "__syncthreads();", "", "nan, expected"),

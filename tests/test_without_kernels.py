@@ -1,38 +1,73 @@
-"""CUDA tensors in a library without CUDA kernels. The operators' values are tested by the files that run on "pytorch"
-(tests/conftest.py)."""
+"""Devices for which the library has no kernels. The operators' values are tested by the files that run on "pytorch"
+(tests/conftest.py); here, that every device reaches them."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from conftest import ROOT
 from emulated_cuda import has_kernel
 from test_cuda_twins import defined_operators
 
+from ava_ext._library import CUDA_VERSION
 from ava_ext.ops import without_kernels
+from ava_ext.ops.without_kernels.dtypes import widest_dtype
+
+OTHER_DEVICES = ["MPS", "XPU", "HPU", "MTIA", "PrivateUse1"]
 
 
-def test_every_operator_runs_on_cuda_tensors():
+def kernel_of(operator, dispatch_key):
+    """Where what this operator runs for this dispatch key was registered."""
+    table = torch._C._dispatch_dump_table(f"ava_ext::{operator}")
+    return next(line for line in table.splitlines() if line.startswith(f"{dispatch_key}: "))
+
+
+@pytest.mark.parametrize("dispatch_key", OTHER_DEVICES + ["CUDA"] * (not CUDA_VERSION))
+def test_every_operator_runs_on_every_device(dispatch_key):
     assert without_kernels.OPERATORS.keys() == defined_operators()
-    assert all(has_kernel("ava_ext", name, "CUDA") for name in defined_operators())
+    for name in defined_operators():
+        assert "without_kernels" in kernel_of(name, dispatch_key)
 
 
-def test_only_what_is_missing_is_registered():
-    assert without_kernels.register("CPU") == []
-    assert not any(has_kernel("ava_ext", name, "PrivateUse1") for name in without_kernels.OPERATORS)
-    assert set(without_kernels.register("PrivateUse1")) == without_kernels.OPERATORS.keys()
-    assert all(has_kernel("ava_ext", name, "PrivateUse1") for name in without_kernels.OPERATORS)
+@pytest.mark.parametrize("dispatch_key", ["CPU"] + ["CUDA"] * bool(CUDA_VERSION))
+def test_kernels_come_first(dispatch_key):
+    for name in defined_operators():
+        assert f"csrc/{dispatch_key.lower()}/" in kernel_of(name, dispatch_key)
 
 
-def test_one_warning_says_how_to_rebuild():
-    without_kernels._warn_once.cache_clear()
-    scale_rows = without_kernels._with_warning(without_kernels.OPERATORS["scale_rows_"])
-    rows = torch.ones(2, 3)
-    with pytest.warns(UserWarning, match=r"built without CUDA kernels.*AVA_CUDA=1 pip install"):
-        scale_rows(rows, torch.tensor([2.0, 1.0]))
-    assert rows.tolist() == [[2, 2, 2], [1, 1, 1]]
+def test_fakes_come_first():
+    for name in defined_operators():
+        assert has_kernel("ava_ext", name, "Meta")
+        assert "without_kernels" not in kernel_of(name, "Meta")
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_acc"), reason="this torch knows no devices made in Python")
+def test_the_values_on_another_device():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    program = [sys.executable, "-W", "always", str(ROOT / "tests/on_another_device.py")]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert set(result.stdout.split()) == defined_operators() | {"cross_entropy"}
+    assert result.stderr.count("ava_ext: this library has no kernels for toy tensors") == 1
+
+
+@pytest.mark.parametrize(("device", "rebuilds"), [("cuda", True), ("mps", False)])
+def test_one_warning(monkeypatch, device, rebuilds):
+    monkeypatch.setattr(without_kernels, "_warned", [])
+    with pytest.warns(UserWarning, match=f"has no kernels for {device} tensors") as caught:
+        without_kernels._warn_once(torch.device(device))
+    assert ("AVA_CUDA=1 pip install" in str(caught[0].message)) == rebuilds
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scale_rows(rows, torch.ones(2))
+        without_kernels._warn_once(torch.device("xpu"))
+
+
+def test_devices_without_float64():
+    assert widest_dtype(torch.device("cpu")) == torch.float64
+    assert widest_dtype(torch.device("mps")) == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -153,11 +153,11 @@ def repetition_candidates(
         tokens_include_row=tokens_include_row,
         vocab_size=vocab_size,
         ignore_index=ignore_index,
-        excluded_ids=repetition_allow_list,
-        immediate=use_immediate_repetition_penalty,
-        immediate_threshold=immediate_repetition_threshold,
+        repetition_allow_list=repetition_allow_list,
+        use_immediate_repetition_penalty=use_immediate_repetition_penalty,
+        immediate_repetition_threshold=immediate_repetition_threshold,
         ngram_size=ngram_size if use_ngram_penalty else 0,
-        ngram_window=ngram_window_size or 0,
+        ngram_window_size=ngram_window_size or 0,
         ngram_slots=ngram_slots,
         eos_ids=eos_ids,
         min_sequence_length=min_sequence_length,
@@ -189,13 +189,13 @@ def _(
     segments: Tensor | None,  # [batch_size or 1, n_tokens]
     weights: Tensor,  # [N_REPETITION_WEIGHTS]
     *,
-    immediate: bool,
+    use_immediate_repetition_penalty: bool,
     ngram_size: int,
     ngram_slots: int,
     eos_ids: Sequence[int],
     **options: object,
 ) -> tuple[Tensor, Tensor]:
-    n_slots = int(immediate) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
+    n_slots = int(use_immediate_repetition_penalty) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
     shape = (*tokens.shape, n_slots)
     return tokens.new_empty(shape, dtype=torch.int32), weights.new_empty(shape)
 

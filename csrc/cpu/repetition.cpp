@@ -3,12 +3,10 @@
 #include "../repetition.h"
 
 #include <algorithm>
-#include <array>
 #include <optional>
-#include <tuple>
 #include <vector>
 
-#include "../checks_repetition.h"
+#include "../repetition_operators.h"
 
 namespace ava {
 
@@ -49,7 +47,7 @@ static void candidates_of_batch(const RepetitionOptions& options,
                                 const Tensor& tokens,                   // [batch_size, n_tokens]
                                 const Tensor& targets,                  // [batch_size, n_tokens]
                                 const std::optional<Tensor>& segments,  // [batch_size or 1, n_tokens]
-                                const Tensor& weights,                  // [4]
+                                const Tensor& weights,                  // [kRepetitionWeights]
                                 int32_t* ids,                           // [batch_size, n_tokens, n_slots]
                                 Weight* candidate_weights) {            // [batch_size, n_tokens, n_slots]
   const TokenRows token_rows(tokens), target_rows(targets), segment_rows(segments ? *segments : tokens);
@@ -81,43 +79,23 @@ static void candidates_of_batch(const RepetitionOptions& options,
   });
 }
 
-static std::tuple<Tensor, Tensor> repetition_candidates_cpu(
-    const Tensor& tokens,                   // [batch_size, n_tokens]
-    const Tensor& targets,                  // [batch_size, n_tokens]
-    const std::optional<Tensor>& segments,  // [batch_size or 1, n_tokens]
-    const Tensor& weights,                  // [4]
-    bool tokens_include_row, int64_t vocab_size, int64_t ignore_index, std::vector<int64_t> excluded_ids,
-    bool immediate, int64_t immediate_threshold, int64_t ngram_size, int64_t ngram_window, int64_t ngram_slots,
-    std::vector<int64_t> eos_ids, int64_t min_sequence_length) {
-  RepetitionOptions options;
-  options.tokens_include_row = tokens_include_row;
-  options.vocab_size = vocab_size;
-  options.ignore_index = ignore_index;
-  options.excluded_ids = std::move(excluded_ids);
-  std::sort(options.excluded_ids.begin(), options.excluded_ids.end());
-  options.immediate = immediate;
-  options.immediate_threshold = immediate_threshold;
-  options.ngram_size = ngram_size;
-  options.ngram_window = ngram_window;
-  options.ngram_slots = ngram_slots;
-  options.eos_ids = std::move(eos_ids);
-  options.min_sequence_length = min_sequence_length;
-  check_repetition_candidates(tokens, targets, segments, weights, options);
-
-  const std::array<int64_t, 3> shape{tokens.size(0), tokens.size(1), options.n_slots()};
-  Tensor ids = torch::stable::new_empty(tokens, {shape.data(), shape.size()}, ScalarType::Int);
-  Tensor candidate_weights = torch::stable::new_empty(weights, {shape.data(), shape.size()});
+static void run_repetition_candidates(const RepetitionOptions& options,
+                                      const Tensor& tokens,                   // [batch_size, n_tokens]
+                                      const Tensor& targets,                  // [batch_size, n_tokens]
+                                      const std::optional<Tensor>& segments,  // [batch_size or 1, n_tokens]
+                                      const Tensor& weights,                  // [kRepetitionWeights]
+                                      const Tensor& ids,                      // [batch_size, n_tokens, n_slots]
+                                      const Tensor& candidate_weights) {      // [batch_size, n_tokens, n_slots]
   int32_t* out_ids = static_cast<int32_t*>(ids.mutable_data_ptr());
   void* out_weights = candidate_weights.mutable_data_ptr();
   if (weights.scalar_type() == ScalarType::Double)
     candidates_of_batch(options, tokens, targets, segments, weights, out_ids, static_cast<double*>(out_weights));
   else
     candidates_of_batch(options, tokens, targets, segments, weights, out_ids, static_cast<float*>(out_weights));
-  return {ids, candidate_weights};
 }
 
 }  // namespace ava
 
 STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) {
-  m.impl("repetition_candidates", TORCH_BOX(&ava::repetition_candidates_cpu));
+  m.impl("repetition_candidates", TORCH_BOX(&ava::repetition_candidates<ava::run_repetition_candidates>));
 }

@@ -1,14 +1,13 @@
 // The router family on the CPU: checks, outputs, threads, and the order in which blocks are added. The arithmetic is in
-// router_rows_core.h.
+// router_rows_kernels.h.
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <tuple>
 
-#include "../checks_router.h"
+#include "../router_rows_operators.h"
 #include "capability.h"
 #include "gradient_pool.h"
-#include "router_rows_kernels.h"
+#include "router_rows_arguments.h"
 #include "tensors.h"
 
 namespace ava {
@@ -34,7 +33,7 @@ struct RouterRows {
   std::vector<RowLayout> layouts;  // of the tensors of layers
   std::vector<RouterBlock> blocks;
   std::vector<int64_t> order;
-  std::optional<Tensor> dense_indices, dense_mask;
+  std::vector<Tensor> kept;  // what the kernels read
 
   RouterRows(const char* op, const RouterShape& shape, const std::vector<Tensor>& gate_logits,
              const std::optional<Tensor>& expert_indices, const std::optional<Tensor>& row_mask,
@@ -43,19 +42,15 @@ struct RouterRows {
     arguments.n_experts = shape.n_experts;
     arguments.n_rows = shape.n_rows;
     arguments.is_sigmoid = is_sigmoid;
-    if (expert_indices) use_indices(*expert_indices);
-    if (row_mask) {
-      dense_mask = torch::stable::contiguous(*row_mask);
-      arguments.row_mask = static_cast<const bool*>(dense_mask->const_data_ptr());
-      arguments.mask_stride = row_mask->dim() == 2 ? shape.n_rows : 0;
-    }
+    set_choices_and_mask(arguments, shape, expert_indices, row_mask,
+                         [&](const Tensor& tensor) { return dense(tensor); });
     std::vector<int64_t> segment_ends(1, shape.n_rows);
     if (segment_ids) segment_ends = sort_by_segment(op, *segment_ids, n_segments);
     const int64_t element_bytes = gate_logits[0].element_size();
     layouts.reserve(gate_logits.size());
     int64_t layer = 0;
     for (const Tensor& layers : gate_logits) {
-      layouts.push_back(layout_of_layer(layers));
+      layouts.push_back(layout_of(op, "gate_logits", layers, 1));
       for (int64_t of_tensor = 0; of_tensor < layers.size(0); ++of_tensor, ++layer) {
         const void* logits =
             static_cast<const char*>(layers.const_data_ptr()) + of_tensor * layers.stride(0) * element_bytes;
@@ -68,13 +63,10 @@ struct RouterRows {
     }
   }
 
-  void use_indices(const Tensor& indices) {
-    dense_indices = torch::stable::contiguous(indices);
-    arguments.k = indices.size(2);
-    if (indices.scalar_type() == ScalarType::Long)
-      arguments.wide_indices = static_cast<const int64_t*>(dense_indices->const_data_ptr());
-    else
-      arguments.indices = static_cast<const int32_t*>(dense_indices->const_data_ptr());
+  const void* dense(const std::optional<Tensor>& tensor) {
+    if (!tensor) return nullptr;
+    kept.push_back(torch::stable::contiguous(*tensor));
+    return kept.back().const_data_ptr();
   }
 
   // where each segment ends among the sorted rows; those of negative segments are behind all
@@ -84,9 +76,7 @@ struct RouterRows {
     std::vector<int64_t> next(n_segments + 1, 0);
     for (int64_t row = 0; row < arguments.n_rows; ++row) {
       if (ids[row] >= n_segments)
-        throw std::out_of_range(std::string(op) +
-                                ": expected segment_ids below n_segments = " + std::to_string(n_segments) + ", got " +
-                                std::to_string(ids[row]) + " in row " + std::to_string(row));
+        fail_index(op, ": expected segment_ids below n_segments = ", n_segments, ", got ", ids[row], " in row ", row);
       if (ids[row] >= 0) ++next[ids[row] + 1];
     }
     for (int64_t segment = 0; segment < n_segments; ++segment) next[segment + 1] += next[segment];
@@ -146,7 +136,6 @@ void write_sums(const RouterRows& rows, const std::vector<RouterSums>& sums, int
   }
 }
 
-// in torch an index that is out of range is an IndexError, which std::out_of_range becomes
 void check_indices(const RouterRows& rows, const std::vector<RouterSums>& sums) {
   for (size_t block = 0; block < sums.size(); ++block) {
     if (sums[block].bad_row < 0) continue;
@@ -156,20 +145,18 @@ void check_indices(const RouterRows& rows, const std::vector<RouterSums>& sums) 
       const int64_t at = (layer * arguments.n_rows + row) * arguments.k + slot;
       const int64_t e = arguments.wide_indices ? arguments.wide_indices[at] : arguments.indices[at];
       if (e < 0 || e >= arguments.n_experts)
-        throw std::out_of_range("router_statistics: expected expert_indices in [0, " +
-                                std::to_string(arguments.n_experts) + "), got " + std::to_string(e) + " in layer " +
-                                std::to_string(layer) + ", row " + std::to_string(row));
+        fail_index("router_statistics: expected expert_indices in [0, ", arguments.n_experts, "), got ", e,
+                   " in layer ", layer, ", row ", row);
     }
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_statistics(
-    std::vector<Tensor> gate_logits,       // of [n_layers, ..., n_experts]
-    std::optional<Tensor> expert_indices,  // [n_layers, n_rows, k]
-    std::optional<Tensor> row_mask,        // [n_rows] or [n_layers, n_rows]
-    std::optional<Tensor> segment_ids,     // [n_rows]
-    std::optional<Tensor> expert_bias,     // [n_layers, n_experts]
-    int64_t n_segments, int64_t k, bool is_sigmoid) {
+RouterOutputs router_statistics(std::vector<Tensor> gate_logits,       // of [n_layers, ..., n_experts]
+                                std::optional<Tensor> expert_indices,  // [n_layers, n_rows, k]
+                                std::optional<Tensor> row_mask,        // [n_rows] or [n_layers, n_rows]
+                                std::optional<Tensor> segment_ids,     // [n_rows]
+                                std::optional<Tensor> expert_bias,     // [n_layers, n_experts]
+                                int64_t n_segments, int64_t k, bool is_sigmoid) {
   const RouterShape shape =
       check_router_statistics(gate_logits, expert_indices, row_mask, segment_ids, expert_bias, n_segments, k);
   RouterRows rows("router_statistics", shape, gate_logits, expert_indices, row_mask, segment_ids, n_segments,
@@ -178,16 +165,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_statis
   Tensor choice =
       empty_tensor(expert_indices ? std::vector<int64_t>{0} : std::vector<int64_t>{shape.n_layers, shape.n_rows, k},
                    ScalarType::Int);
-  std::optional<Tensor> dense_bias;
   if (!expert_indices) {
     rows.arguments.k = k;
     rows.arguments.choice = static_cast<int32_t*>(choice.mutable_data_ptr());
     if (segment_ids)  // rows without a segment are in no block
       std::fill_n(rows.arguments.choice, shape.n_layers * shape.n_rows * k, -1);
-    if (expert_bias) {
-      dense_bias = torch::stable::contiguous(*expert_bias);
-      rows.arguments.expert_bias = dense_bias->const_data_ptr();
-    }
+    rows.arguments.expert_bias = rows.dense(expert_bias);
   }
   const size_t n_blocks = rows.blocks.size();
   std::vector<double> doubles(n_blocks * (2 * n_experts + 2));
@@ -225,15 +208,10 @@ Tensor router_gradient(std::vector<Tensor> gate_logits,         // of [n_layers,
   const RouterShape shape = check_router_gradient(gate_logits, expert_indices, row_mask, segment_ids, grad_probability,
                                                   grad_importance, grad_lse_squared, grad_entropy, n_segments);
   RouterRows rows("router_gradient", shape, gate_logits, expert_indices, row_mask, segment_ids, n_segments, is_sigmoid);
-  const auto dense_pointer = [](std::optional<Tensor>& gradient) -> const void* {
-    if (!gradient) return nullptr;
-    gradient = torch::stable::contiguous(*gradient);
-    return gradient->const_data_ptr();
-  };
-  rows.arguments.grad_probability = dense_pointer(grad_probability);
-  rows.arguments.grad_importance = dense_pointer(grad_importance);
-  rows.arguments.grad_lse_squared = dense_pointer(grad_lse_squared);
-  rows.arguments.grad_entropy = dense_pointer(grad_entropy);
+  rows.arguments.grad_probability = rows.dense(grad_probability);
+  rows.arguments.grad_importance = rows.dense(grad_importance);
+  rows.arguments.grad_lse_squared = rows.dense(grad_lse_squared);
+  rows.arguments.grad_entropy = rows.dense(grad_entropy);
   const int64_t element_bytes = gate_logits[0].element_size();
   Tensor grad_logits = pooled_empty(shape.gradient, gate_logits[0].scalar_type(), element_bytes);
   rows.arguments.grad_logits = grad_logits.mutable_data_ptr();

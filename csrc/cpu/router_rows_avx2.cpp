@@ -5,6 +5,6 @@
 #define AVA_ISA avx2
 #include "vector_avx2.h"
 //
-#include "router_rows_core.h"
+#include "router_rows_kernels.h"
 const ava::RouterRowsKernels ava::router_rows_avx2 = ava::kRouterRowsKernels;
 #endif

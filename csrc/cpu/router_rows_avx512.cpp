@@ -6,6 +6,6 @@
 #define AVA_ISA avx512
 #include "vector_avx512.h"
 //
-#include "router_rows_core.h"
+#include "router_rows_kernels.h"
 const ava::RouterRowsKernels ava::router_rows_avx512 = ava::kRouterRowsKernels;
 #endif

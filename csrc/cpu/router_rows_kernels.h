@@ -1,60 +1,251 @@
-// Between the operators (torch) and the router kernels (one file per instruction set, no torch, no standard library).
+// Measures and differentiates a block of a router's rows. Included once by each router_rows_<isa>.cpp, which defines
+// AVA_ISA and brings VectorFloat. The formulas are in router_rows.h.
 #pragma once
-#include <stdint.h>
-
-#include "../element_type.h"
-#include "../row_layout.h"
+#include "router_rows_measure.h"
 
 namespace ava {
+inline namespace AVA_ISA {
 
-// Real below is double for float64 logits, else float. Pointers that an operator does not use are null.
-struct RouterRowsArguments {
-  ElementType element_type;
-  int64_t n_experts, n_rows, k;
-  bool is_sigmoid;
-  const bool* row_mask;  // [n_layers, n_rows]: rows that count; null: all
-  int64_t mask_stride;   // of the layers; 0: one mask for all
-  const int64_t* order;  // [n_rows]: rows sorted by segment; null: as they are
-  // [n_layers, n_rows, k]: one of the two where choices are given
-  const int64_t* wide_indices;
-  const int32_t* indices;
-  const void* expert_bias;  // Real [n_layers, n_experts]
-  int32_t* choice;          // [n_layers, n_rows, k]: own choices, written where none are given; -1 in rows left out
-  // of the backward: upstream gradients of the groups
-  const void* grad_probability;  // Real [n_groups, n_experts]
-  const void* grad_importance;   // Real [n_groups, n_experts]
-  const void* grad_lse_squared;  // Real [n_groups]
-  const void* grad_entropy;      // Real [n_groups]
-  void* grad_logits;             // [n_layers, n_rows, n_experts], dense
+template <class Vector, class Element, bool kSigmoid>
+struct RouterKernel : RouterReader<Vector, Element, kSigmoid> {
+  using Reader = RouterReader<Vector, Element, kSigmoid>;
+  using V = Vector;
+  using Real = typename Vector::Value;
+  using Register = typename Vector::Register;
+  using Reader::arguments, Reader::block, Reader::n_experts, Reader::padded, Reader::row_at, Reader::counts;
+  using Reader::choice_at, Reader::row_of, Reader::load_row, Reader::effective_row, Reader::choose_of_row;
+  using Reader::kLanes, Reader::kBatch, Reader::Reader;
+  using Reader::weights, Reader::logits, Reader::effective, Reader::probability, Reader::importance;
+
+  // What is kept of the rows that are added in float, for arithmetic on all of them at once.
+  struct Chunk {
+    int64_t n = 0;
+    int64_t rows[kRowsInFloat];
+    Real max[kRowsInFloat], rest[kRowsInFloat], weighted[kRowsInFloat];  // of y
+    Real max_logit[kRowsInFloat], rest_of_logits[kRowsInFloat];          // of z, for sigmoid scores
+  };
+
+  void measure(RouterSums& sums) const {
+    for (int64_t e = 0; e < 2 * n_experts; ++e) sums.vectors[e] = 0;
+    for (int64_t e = 0; e <= n_experts; ++e) sums.counts[e] = 0;
+    sums.scalars[0] = sums.scalars[1] = 0;
+    sums.bad_row = -1;
+    Chunk chunk;
+    for (int64_t place = block.begin; place < block.end; ++place) {
+      const int64_t row = row_at(place);
+      if (counts(row))
+        chunk.rows[chunk.n++] = row;
+      else if (arguments.choice)
+        for (int64_t slot = 0; slot < arguments.k; ++slot)
+          arguments.choice[(block.layer * arguments.n_rows + row) * arguments.k + slot] = -1;
+      if (chunk.n == kRowsInFloat || place + 1 == block.end) {
+        add_chunk(chunk, sums);
+        chunk.n = 0;
+      }
+    }
+  }
+
+  void add_chunk(Chunk& chunk, RouterSums& sums) const {
+    for (int64_t e = 0; e < padded; ++e) probability[e] = importance[e] = 0;
+    const int64_t n = chunk.n;
+    int64_t first = 0;
+    for (; first + kBatch <= n; first += kBatch) add_rows<kBatch>(chunk, first, sums);
+    for (; first < n; ++first) add_rows<1>(chunk, first, sums);
+    Real lse_squared[kRowsInFloat], entropies[kRowsInFloat];
+    for (int64_t r = 0; r < n; ++r) {
+      const Real log_total = log1p_of_rest(chunk.rest[r]);
+      entropies[r] = log_total - chunk.weighted[r] / (1 + chunk.rest[r]);
+      const Real lse =
+          kSigmoid ? chunk.max_logit[r] + log1p_of_rest(chunk.rest_of_logits[r]) : chunk.max[r] + log_total;
+      lse_squared[r] = lse * lse;
+    }
+    for (int64_t r = 0; r < n; ++r) sums.scalars[0] += lse_squared[r], sums.scalars[1] += entropies[r];
+    for (int64_t e = 0; e < n_experts; ++e) sums.vectors[e] += probability[e];
+    for (int64_t e = 0; e < n_experts; ++e) sums.vectors[n_experts + e] += importance[e];
+    sums.counts[n_experts] += n;
+  }
+
+  template <int kRows>
+  void add_rows(Chunk& chunk, int64_t first, RouterSums& sums) const {
+    const Real* z[kRows];
+    RouterRow<Real> rows[kRows];
+    Real inverse[kRows];
+    Register factor[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      Real* const row_weights = weights + r * padded;
+      z[r] = load_row(row_of(chunk.rows[first + r]), logits + r * padded);
+      if constexpr (kSigmoid) {
+        const RouterRow<Real> of_logits = this->template measure_row<false>(z[r], row_weights);
+        chunk.max_logit[first + r] = of_logits.max, chunk.rest_of_logits[first + r] = of_logits.rest;
+      }
+      rows[r] = this->template measure_row<true>(effective_row(z[r], effective), row_weights);
+      chunk.max[first + r] = rows[r].max, chunk.rest[first + r] = rows[r].rest;
+      chunk.weighted[first + r] = rows[r].weighted;
+      inverse[r] = 1 / (1 + rows[r].rest), factor[r] = V::set(inverse[r]);
+    }
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      Register sum = V::load(probability + i);
+      for (int r = 0; r < kRows; ++r) sum = V::fma(V::load(weights + r * padded + i), factor[r], sum);
+      V::store(probability + i, sum);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = chunk.rows[first + r], at = (block.layer * arguments.n_rows + row) * arguments.k;
+      const Real* row_weights = weights + r * padded;
+      if (arguments.choice) choose_of_row(z[r], row_weights, rows[r], arguments.choice + at);
+      if (arguments.wide_indices)
+        add_choices(arguments.wide_indices + at, row, row_weights, inverse[r], sums);
+      else
+        add_choices((arguments.choice ? arguments.choice : arguments.indices) + at, row, row_weights, inverse[r], sums);
+    }
+  }
+
+  template <class Index>
+  void add_choices(const Index* chosen, int64_t row, const Real* row_weights, Real inverse, RouterSums& sums) const {
+    int64_t* const n_choices = sums.counts;
+    for (int64_t slot = 0, k = arguments.k, n = n_experts; slot < k; ++slot) {
+      const int64_t e = chosen[slot];
+      if (e < 0 || e >= n) {
+        if (sums.bad_row < 0 || row < sums.bad_row) sums.bad_row = row;
+        continue;
+      }
+      ++n_choices[e];
+      importance[e] += row_weights[e] * inverse;
+    }
+  }
+
+  void differentiate() const {
+    if (arguments.grad_entropy)
+      differentiate_rows<true>();
+    else
+      differentiate_rows<false>();
+  }
+
+  template <bool kEntropy>
+  void differentiate_rows() const {
+    const auto of_group = [&](const void* scalars) {
+      return scalars ? static_cast<const Real*>(scalars)[block.group] : Real(0);
+    };
+    const Real grad_lse_squared = of_group(arguments.grad_lse_squared), grad_entropy = of_group(arguments.grad_entropy);
+    const Real* upstream = static_cast<const Real*>(arguments.grad_probability);
+    const Real* of_importance = static_cast<const Real*>(arguments.grad_importance);
+    if (of_importance) of_importance += block.group * n_experts;
+    Real* const v = probability;
+    Real* const common = importance;  // v without what a row chose
+    double mean = 0;
+    for (int64_t e = 0; upstream && e < n_experts; ++e) mean += upstream[block.group * n_experts + e];
+    mean /= double(n_experts);
+    for (int64_t e = 0; e < padded; ++e)
+      v[e] = common[e] = upstream && e < n_experts ? upstream[block.group * n_experts + e] - Real(mean) : Real(0);
+    for (int64_t place = block.begin; place < block.end; ++place) {
+      const int64_t row = row_at(place);
+      Element* out = static_cast<Element*>(arguments.grad_logits) + (block.layer * arguments.n_rows + row) * n_experts;
+      if (!counts(row)) {
+        for (int64_t e = 0; e < n_experts; ++e) narrow(Real(0), out + e);
+        continue;
+      }
+      const auto for_choices = [&](auto change) {
+        for (int64_t slot = 0; of_importance && slot < arguments.k; ++slot) {
+          const int64_t e = choice_at(row, slot);
+          if (e >= 0 && e < n_experts) change(e);
+        }
+      };
+      for_choices([&](int64_t e) { v[e] += of_importance[e]; });
+      differentiate_row<kEntropy>(row_of(row), out, v, grad_lse_squared, grad_entropy);
+      for_choices([&](int64_t e) { v[e] = common[e]; });
+    }
+  }
+
+  // sum of e (v - w)
+  Real dot(const Real* row_weights, const Real* v, Real w) const {
+    Register sum = V::set(Real(0));
+    for (int64_t i = 0; i < padded; i += kLanes)
+      sum = V::fma(V::load(row_weights + i), V::sub(V::load(v + i), V::set(w)), sum);
+    return V::total(sum);
+  }
+  // v of the maximum
+  Real value_at_maximum(const Real* row_weights, const Real* v) const {
+    Register sum = V::set(Real(0));
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const Register e = V::load(row_weights + i), value = V::load(v + i);
+      sum = V::add(sum, V::sub(value, V::keep(V::not_equal(e, V::set(Real(1))), value)));
+    }
+    return V::total(sum);
+  }
+
+  template <bool kEntropy>
+  void differentiate_row(const Element* x, Element* out, const Real* v, Real grad_lse_squared,
+                         Real grad_entropy) const {
+    const Real* z = load_row(x, logits);
+    const Real* y = effective_row(z, effective);
+    Real* const logit_weights = weights + padded;
+    RouterRow<Real> of_logits{};
+    if constexpr (kSigmoid) of_logits = this->template measure_row<false>(z, logit_weights);
+    const RouterRow<Real> row = this->template measure_row<kEntropy>(y, weights);
+    if constexpr (!kSigmoid) of_logits = row;
+    const Real inverse = 1 / (1 + row.rest);
+    const Real w = row.rest < kSureRest<Real> ? value_at_maximum(weights, v) : Real(0);
+    const Real of_lse = 2 * grad_lse_squared * (of_logits.max + log1p_of_rest(of_logits.rest));
+    // what is added to (v - w) - eta u
+    const Real constant =
+        grad_entropy * row.weighted * inverse - dot(weights, v, w) * inverse + (kSigmoid ? Real(0) : of_lse);
+    const Register factor = V::set(inverse), shift = V::set(constant), centre = V::set(w), max = V::set(row.max),
+                   lowest = V::set(lowest_u<Real>()), minus_entropy = V::set(-grad_entropy),
+                   of_softmax = V::set(of_lse / (1 + of_logits.rest));
+    const auto gradient = [&](int64_t i) {
+      Register value = V::add(V::sub(V::load(v + i), centre), shift);
+      if constexpr (kEntropy) value = V::fma(minus_entropy, V::max(lowest, V::sub(V::load(y + i), max)), value);
+      value = V::mul(V::mul(V::load(weights + i), factor), value);
+      if constexpr (kSigmoid) {
+        value = V::mul(value, log_sigmoid_slope_of_vector<V>(V::load(z + i)));
+        value = V::fma(V::load(logit_weights + i), of_softmax, value);
+      }
+      return value;
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n_experts; i += kLanes) V::store(out + i, gradient(i));
+    if (i < n_experts) {
+      Real rest_of_row[kLanes];
+      V::store(rest_of_row, gradient(i));
+      for (int64_t lane = 0; i + lane < n_experts; ++lane) narrow(rest_of_row[lane], out + i + lane);
+    }
+  }
 };
 
-// Some rows of one group.
-struct RouterBlock {
-  const void* logits;  // of the layer: [n_rows, n_experts] through the layout
-  const RowLayout* layout;
-  int64_t layer, group;
-  int64_t begin, end;  // places in `order`
-};
+template <class Vector, class Element>
+static void measure_block(const RouterRowsArguments& arguments, const RouterBlock& block, RouterSums& sums,
+                          void* scratch) {
+  if (arguments.is_sigmoid)
+    RouterKernel<Vector, Element, true>(arguments, block, scratch).measure(sums);
+  else
+    RouterKernel<Vector, Element, false>(arguments, block, scratch).measure(sums);
+}
+static void measure_router(const RouterRowsArguments& arguments, const RouterBlock& block, RouterSums& sums,
+                           void* scratch) {
+  switch (arguments.element_type) {
+    case ElementType::f32: return measure_block<VectorFloat, float>(arguments, block, sums, scratch);
+    case ElementType::bf16: return measure_block<VectorFloat, BFloat16>(arguments, block, sums, scratch);
+    case ElementType::f16: return measure_block<VectorFloat, Float16>(arguments, block, sums, scratch);
+    case ElementType::f64: return measure_block<VectorDouble, double>(arguments, block, sums, scratch);
+  }
+}
 
-// Sums over the rows of a block.
-struct RouterSums {
-  double* vectors;  // [2, n_experts]: probability, importance
-  double* scalars;  // [2]: lse^2, entropy
-  int64_t* counts;  // [n_experts + 1]: choices; rows
-  int64_t bad_row;  // the first row with an index out of range; -1: none
-};
+template <class Vector, class Element>
+static void differentiate_block(const RouterRowsArguments& arguments, const RouterBlock& block, void* scratch) {
+  if (arguments.is_sigmoid)
+    RouterKernel<Vector, Element, true>(arguments, block, scratch).differentiate();
+  else
+    RouterKernel<Vector, Element, false>(arguments, block, scratch).differentiate();
+}
+static void differentiate_router(const RouterRowsArguments& arguments, const RouterBlock& block, void* scratch) {
+  switch (arguments.element_type) {
+    case ElementType::f32: return differentiate_block<VectorFloat, float>(arguments, block, scratch);
+    case ElementType::bf16: return differentiate_block<VectorFloat, BFloat16>(arguments, block, scratch);
+    case ElementType::f16: return differentiate_block<VectorFloat, Float16>(arguments, block, scratch);
+    case ElementType::f64: return differentiate_block<VectorDouble, double>(arguments, block, scratch);
+  }
+}
 
-using RouterMeasure = void (*)(const RouterRowsArguments&, const RouterBlock&, RouterSums&, void* scratch);
-using RouterDifferentiate = void (*)(const RouterRowsArguments&, const RouterBlock&, void* scratch);
+constexpr RouterRowsKernels kRouterRowsKernels = {measure_router, differentiate_router};
 
-struct RouterRowsKernels {
-  RouterMeasure measure;
-  RouterDifferentiate differentiate;
-};
-
-// 12 vectors of n_experts Reals, each padded to whole registers
-inline int64_t router_scratch_bytes(int64_t n_experts) { return (n_experts + 16) * 12 * 8; }
-
-extern const RouterRowsKernels router_rows_portable, router_rows_avx2, router_rows_avx512;
-
+}  // namespace AVA_ISA
 }  // namespace ava

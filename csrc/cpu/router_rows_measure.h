@@ -1,8 +1,8 @@
 // Reads rows of a router with the vector operations of one instruction set: softmax statistics and choices of one row.
-// Included by router_rows_core.h. The formulas are in router_rows.h.
+// Included by router_rows_kernels.h. The formulas are in router_rows.h.
 #pragma once
 #include "../router_rows.h"
-#include "router_rows_kernels.h"
+#include "router_rows_arguments.h"
 #include "vector_double.h"
 
 namespace ava {

@@ -5,6 +5,6 @@
 #define AVA_ISA avx2
 #include "vector_avx2.h"
 //
-#include "softmax_rows_core.h"
+#include "softmax_rows_kernels.h"
 const ava::SoftmaxRowsKernels ava::softmax_rows_avx2 = ava::kSoftmaxRowsKernels;
 #endif

@@ -6,6 +6,6 @@
 #define AVA_ISA avx512
 #include "vector_avx512.h"
 //
-#include "softmax_rows_core.h"
+#include "softmax_rows_kernels.h"
 const ava::SoftmaxRowsKernels ava::softmax_rows_avx512 = ava::kSoftmaxRowsKernels;
 #endif

@@ -1,58 +1,302 @@
-// Between the operators (torch) and the row kernels (one file per instruction set, no torch, no standard library).
+// What the operators do with one row after another: measure it, evaluate the terms, write the gradient. Included once
+// by each softmax_rows_<isa>.cpp, which defines AVA_ISA and brings VectorFloat. The formulas are in softmax_rows.h.
 #pragma once
-#include <stdint.h>
-
-#include "../element_type.h"
-#include "../row_layout.h"
+#include "softmax_rows_measure.h"
 
 namespace ava {
+inline namespace AVA_ISA {
 
-// Real below is double for float64 logits, else float. Pointers that an operator does not use are null.
-struct SoftmaxRowsArguments {
-  ElementType element_type;
-  int64_t vocab_size, n_columns;  // columns at or beyond vocab_size are padding
-  int64_t flags;                  // RowFlag
-  const void* options;            // RowOptions<Real>
+template <class Vector, class Element, bool kDense, bool kCapped>
+struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
+  using Reader = RowReader<Vector, Element, kDense, kCapped>;
+  using V = Vector;
+  using Real = typename Vector::Value;
+  using Register = typename Vector::Register;
+  using Capped = typename Reader::Capped;
+  using Reader::arguments, Reader::options, Reader::inverse_temperature, Reader::exponential, Reader::capped;
+  using Reader::load_part, Reader::store_part, Reader::measure, Reader::Reader;
+  static constexpr int kLanes = Vector::kLanes;
 
-  const void* logits;  // [n_rows, n_columns] through its layout
-  RowLayout logits_layout;
-  void* grad_logits;  // [n_rows, n_columns] through its layout; may be the logits themselves
-  RowLayout grad_layout;
-  bool stream;  // write the gradient past the caches
+  // The gradient of every column, as if none had an s_c of its own. kMasked: there are -inf among the logits. `next` is
+  // the row after this one, fetched meanwhile.
+  template <bool kMasked>
+  void differentiate(const Element* x, Element* out, const RowStatistics<Real>& row, const DenseGradient<Real>& dense,
+                     const Element* next) const {
+    const Register max = V::set(row.max), scale = V::set(dense.factor), slope = V::set(dense.slope),
+                   constant = V::set(dense.constant);
+    const auto gradient = [&](Register logits) {
+      Register value = logits, cap_slope;
+      if constexpr (kCapped) {
+        const Capped both = capped(logits);
+        value = both.value, cap_slope = both.slope;
+      }
+      const Register d = V::sub(value, max), e = exponential(d);
+      if constexpr (!kDense) return V::mul(e, scale);
+      Register g = V::fma(e, V::fma(slope, d, scale), constant);
+      if constexpr (kMasked) g = V::keep(V::not_equal(d, V::set(-Real(INFINITY))), g);
+      if constexpr (kCapped) g = V::mul(g, cap_slope);
+      return g;
+    };
+    const auto gradient_of_part = [&](int64_t at, int64_t n) {
+      store_part(out + at, n, gradient(n < kLanes ? load_part(x + at, n) : V::load(x + at)));
+    };
+    const int64_t n = arguments.vocab_size;
+    const int64_t bytes_to_alignment = (64 - int64_t(reinterpret_cast<uintptr_t>(out) & 63)) & 63;
+    const int64_t to_alignment = bytes_to_alignment / int64_t(sizeof(Element)),
+                  head = to_alignment < n ? to_alignment : n;
+    int64_t i = 0;
+    for (; i < head; i += kLanes) gradient_of_part(i, head - i < kLanes ? head - i : kLanes);
+    i = head;
+    const auto in_pairs = [&](auto store) {
+      for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+        if (next) {
+          V::prefetch(next + i);
+          if (sizeof(Element) * kLanes >= 64) V::prefetch(next + i + kLanes);
+        }
+        const auto pair = V::load_pair(x + i);
+        store(out + i, typename V::Pair{gradient(pair.first), gradient(pair.second)});
+      }
+    };
+    if (arguments.stream)
+      in_pairs([](Element* p, typename V::Pair pair) { V::stream_pair(p, pair); });
+    else
+      in_pairs([](Element* p, typename V::Pair pair) { V::store_pair(p, pair); });
+    for (; i < n; i += kLanes) gradient_of_part(i, n - i < kLanes ? n - i : kLanes);
+    if (arguments.stream) V::end_of_stream();
+    zero(out + n, arguments.n_columns - n);
+  }
+  static void zero(Element* out, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) narrow(Real(0), out + i);
+  }
 
-  const int64_t* targets;  // [n_rows]
-  int64_t ignore_index;
-  const void* row_weights;  // Real [n_rows]
-  const bool* row_mask;     // [n_rows]: rows to measure; null: all
-  const int32_t* ids;       // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent
-  const void* id_values;    // Real [n_rows, n_ids]: weights of the candidates
-  int64_t n_ids;
-  const int64_t* group_sizes;  // [n_groups]: the candidates of a row are reported in these groups
-  int64_t n_groups;
+  // One column that has an s_c.
+  struct Entry {
+    int64_t column;
+    Real u, probability, own, gradient;
+  };
+  static_assert(sizeof(Entry) <= 40, "sparse_scratch_bytes counts 40 bytes for each");
 
-  void* row_loss;    // Real [n_rows]
-  void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
-  int64_t n_rows;    // stride of row_terms
-  void* statistics;  // RowStatistics<Real> [n_rows]: output, or input of row_gradient
-  // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, 4 + 1 + n_ids], of the target and the
-  // candidates; input of row_gradient, [n_rows, 4 + n_ids], of the ids
-  void* row_coefficients;
-  void* id_log_probs;  // Real [n_rows, n_ids]
-  void* summaries;     // Real [4, n_rows]: entropy, lse, log R, mean log-probability
+  Real scalar_u(const Element* x, int64_t column, const RowStatistics<Real>& row) const {
+    if (column == int64_t(row.argmax)) return 0;
+    Real value = widen(x[column]);
+    if (value == -Real(INFINITY)) return value;
+    if constexpr (kCapped) value = options.softcap * tanh_of(value / options.softcap);
+    // -inf is for masked columns: beside a maximum of +inf this is a finite distance, and R a nan
+    const Real u = (value - row.max) * inverse_temperature;
+    return u < lowest_finite<Real>() ? lowest_finite<Real>() : u;
+  }
+  Real scalar_cap_slope(const Element* x, int64_t column) const {
+    if constexpr (!kCapped) return 1;
+    const Real t = tanh_of(widen(x[column]) / options.softcap);
+    return 1 - t * t;
+  }
+  // adds s to the entry of this column, or makes one
+  static void add_entry(Entry* entries, int64_t& n_entries, int64_t column, Real u, Real probability, Real s) {
+    for (int64_t k = 0; k < n_entries; ++k)
+      if (entries[k].column == column) {
+        entries[k].own += s;
+        return;
+      }
+    entries[n_entries++] = {column, u, probability, s, 0};
+  }
+
+  // dense gradient, then the columns with an s_c, computed before anything is written: `out` may be `x`
+  void write_gradient(const Element* x, Element* out, const RowStatistics<Real>& row,
+                      const RowCoefficients<Real>& coefficients, Entry* entries, int64_t n_entries,
+                      const Element* next) const {
+    if (row.count == 0) return zero(out, arguments.n_columns);
+    Real others = 0, maximum = 0;  // sums of s_c: without the maximum, at the maximum
+    for (int64_t k = 0; k < n_entries; ++k)
+      (entries[k].column == int64_t(row.argmax) ? maximum : others) += entries[k].own;
+    for (int64_t k = 0; k < n_entries; ++k) {
+      Entry& entry = entries[k];
+      const bool is_argmax = entry.column == int64_t(row.argmax);
+      const Real gradient = sparse_gradient(row, coefficients, is_argmax, entry.u, entry.probability, entry.own,
+                                            is_argmax ? others : others - entry.own + maximum);
+      const bool masked = entry.u == -Real(INFINITY);
+      entry.gradient = masked ? Real(0) : gradient * inverse_temperature * scalar_cap_slope(x, entry.column);
+    }
+    const DenseGradient<Real> dense = dense_gradient(row, coefficients, others + maximum, inverse_temperature);
+    if (!kDense || row.count == Real(arguments.vocab_size))  // without b and k, e = 0 is all that a masked column needs
+      differentiate<false>(x, out, row, dense, next);
+    else
+      differentiate<true>(x, out, row, dense, next);
+    for (int64_t k = 0; k < n_entries; ++k) narrow(entries[k].gradient, out + entries[k].column);
+  }
+
+  const Element* logits_of(int64_t row) const {
+    return static_cast<const Element*>(arguments.logits) + row_offset(arguments.logits_layout, row);
+  }
+  Element* gradient_of(int64_t row) const {
+    return static_cast<Element*>(arguments.grad_logits) + row_offset(arguments.grad_layout, row);
+  }
+
+  void row_loss(int64_t row_begin, int64_t row_end, Entry* entries) const {
+    const int64_t n_ids = arguments.n_ids, n_rows = arguments.n_rows;
+    auto* row_loss = static_cast<Real*>(arguments.row_loss);
+    auto* terms = static_cast<Real*>(arguments.row_terms);
+    auto* statistics = static_cast<RowStatistics<Real>*>(arguments.statistics);
+    auto* row_coefficients = static_cast<Real*>(arguments.row_coefficients);
+    for (int64_t r = row_begin; r < row_end; ++r) {
+      const int64_t target = arguments.targets[r];
+      RowEvaluation<Real> evaluation{};
+      RowStatistics<Real> row = empty_statistics<Real>();
+      const int32_t* ids = arguments.ids + r * n_ids;
+      const Real* weights = static_cast<const Real*>(arguments.id_values) + r * n_ids;
+      const Real row_weight = arguments.row_weights ? static_cast<const Real*>(arguments.row_weights)[r] : Real(1);
+      Real* own_coefficients = row_coefficients ? row_coefficients + r * (kRowCoefficients + 1 + n_ids) : nullptr;
+      int64_t n_entries = 0;
+      Real total = 0;
+      const Element* x = logits_of(r);
+      const bool counts = target != arguments.ignore_index;
+      if (counts) {
+        row = measure(x);
+        const int64_t argmax = int64_t(row.argmax);
+        const Real target_u = scalar_u(x, target, row);
+        evaluation = evaluate(row, options, arguments.flags, target == argmax, target_u);
+        evaluation.target_coefficient *= row_weight;
+        const Real probability = exp_of(target_u) / (1 + row.rest);
+        add_entry(entries, n_entries, target, target_u, probability, evaluation.target_coefficient);
+        if (own_coefficients) own_coefficients[kRowCoefficients] = evaluation.target_coefficient;
+        total = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
+      } else if (own_coefficients) {
+        own_coefficients[kRowCoefficients] = 0;
+      }
+      for (int64_t group = 0, k = 0; group < arguments.n_groups; ++group) {
+        Real penalty = 0;
+        for (const int64_t last = k + arguments.group_sizes[group]; k < last; ++k) {
+          CandidateShare<Real> share{0, 0};
+          const int64_t column = ids[k];
+          if (counts && column >= 0 && column != target && weights[k] != 0) {
+            const bool is_argmax = column == int64_t(row.argmax);
+            const Real u = scalar_u(x, column, row);
+            if (u > -Real(INFINITY) || u != u) {  // a masked column has p = 0: nothing to push down
+              const Real probability = exp_of(u) / (1 + row.rest);
+              share = unlikelihood(row, is_argmax, probability, weights[k]);
+              penalty += share.loss;
+              add_entry(entries, n_entries, column, u, probability, share.log_prob_coefficient * row_weight);
+            }
+          }
+          if (own_coefficients) own_coefficients[kRowCoefficients + 1 + k] = share.log_prob_coefficient * row_weight;
+        }
+        terms[(kRowTerms + group) * n_rows + r] = penalty;
+        total += penalty;
+      }
+      for (int term = 0; term < kRowTerms; ++term) terms[term * n_rows + r] = evaluation.terms[term];
+      row_loss[r] = counts ? total * row_weight : Real(0);
+      evaluation.coefficients.probability *= row_weight;
+      evaluation.coefficients.entropy *= row_weight;
+      evaluation.coefficients.constant *= row_weight;
+      if (statistics)
+        statistics[r] = row, *reinterpret_cast<RowCoefficients<Real>*>(own_coefficients) = evaluation.coefficients;
+      if (arguments.grad_logits)
+        write_gradient(x, gradient_of(r), row, evaluation.coefficients, entries, n_entries,
+                       r + 1 < row_end ? logits_of(r + 1) : nullptr);
+    }
+  }
+
+  void row_statistics(int64_t row_begin, int64_t row_end) const {
+    const int64_t n_ids = arguments.n_ids, n_rows = arguments.n_rows;
+    auto* summaries = static_cast<Real*>(arguments.summaries);
+    for (int64_t r = row_begin; r < row_end; ++r) {
+      const Element* x = logits_of(r);
+      const bool measured = !arguments.row_mask || arguments.row_mask[r];
+      const RowStatistics<Real> row = measured ? measure(x) : empty_statistics<Real>();
+      static_cast<RowStatistics<Real>*>(arguments.statistics)[r] = row;
+      if (!measured) {
+        for (int summary = 0; summary < kRowSummaries; ++summary) summaries[summary * n_rows + r] = 0;
+        for (int64_t k = 0; k < n_ids; ++k) static_cast<Real*>(arguments.id_log_probs)[r * n_ids + k] = 0;
+        continue;
+      }
+      const Real total = log_total(row);
+      summaries[kEntropySummary * n_rows + r] = total - row.weighted / (1 + row.rest);
+      summaries[kLseSummary * n_rows + r] = row.max * inverse_temperature + total;
+      summaries[kLogRestSummary * n_rows + r] = log_of(row.rest);
+      summaries[kMeanLogProbSummary * n_rows + r] = row.sum / row.count - total;
+      for (int64_t k = 0; k < n_ids; ++k) {
+        const int64_t column = arguments.ids[r * n_ids + k];
+        Real& log_prob = static_cast<Real*>(arguments.id_log_probs)[r * n_ids + k];
+        log_prob = column < 0 ? Real(0) : scalar_u(x, column, row) - total;
+      }
+    }
+  }
+
+  void row_gradient(int64_t row_begin, int64_t row_end, Entry* entries) const {
+    const int64_t n_ids = arguments.n_ids;
+    for (int64_t r = row_begin; r < row_end; ++r) {
+      const Element* x = logits_of(r);
+      const RowStatistics<Real>& row = static_cast<const RowStatistics<Real>*>(arguments.statistics)[r];
+      const Real* own_coefficients =
+          static_cast<const Real*>(arguments.row_coefficients) + r * (kRowCoefficients + n_ids);
+      const auto& coefficients = *reinterpret_cast<const RowCoefficients<Real>*>(own_coefficients);
+      int64_t n_entries = 0;
+      if (row.count != 0) {
+        if (coefficients.maximum != 0 && row.argmax >= 0)
+          add_entry(entries, n_entries, int64_t(row.argmax), Real(0), 1 / (1 + row.rest), coefficients.maximum);
+        for (int64_t k = 0; k < n_ids; ++k) {
+          const int64_t column = arguments.ids[r * n_ids + k];
+          const Real s = own_coefficients[kRowCoefficients + k];
+          if (column < 0 || s == 0) continue;
+          const Real u = scalar_u(x, column, row);
+          add_entry(entries, n_entries, column, u, exp_of(u) / (1 + row.rest), s);
+        }
+      }
+      write_gradient(x, gradient_of(r), row, coefficients, entries, n_entries,
+                     r + 1 < row_end ? logits_of(r + 1) : nullptr);
+    }
+  }
 };
 
-// Rows [row_begin, row_end); scratch holds sparse_scratch_bytes(n_ids).
-using SoftmaxRowsKernel = void (*)(const SoftmaxRowsArguments&, int64_t row_begin, int64_t row_end, void* scratch);
+template <class Vector, class Element>
+static void scale_rows(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end) {
+  using Real = typename Vector::Value;
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const Real weight = static_cast<const Real*>(arguments.row_weights)[r];
+    if (weight == 1) continue;
+    auto* row = static_cast<Element*>(arguments.grad_logits) + row_offset(arguments.grad_layout, r);
+    const int64_t n = arguments.n_columns;
+    int64_t i = 0;
+    for (; i + Vector::kLanes <= n; i += Vector::kLanes)
+      Vector::store(row + i, Vector::mul(Vector::load(row + i), Vector::set(weight)));
+    for (; i < n; ++i) narrow(widen(row[i]) * weight, row + i);
+  }
+}
 
-struct SoftmaxRowsKernels {
-  SoftmaxRowsKernel row_loss;        // statistics, terms, and the gradient while the row is in cache
-  SoftmaxRowsKernel row_statistics;  // statistics and what the open operator reports of them
-  SoftmaxRowsKernel row_gradient;    // the gradient from statistics and coefficients
-  SoftmaxRowsKernel scale_rows;      // grad_logits *= row_weights
-};
+enum class RowTask { loss, statistics, gradient, scale };
 
-inline int64_t sparse_scratch_bytes(int64_t n_ids) { return (n_ids + 2) * 40; }
+template <RowTask task, class Kernel>
+static void run_kernel(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end, void* scratch) {
+  const Kernel kernel(arguments);
+  auto* entries = static_cast<typename Kernel::Entry*>(scratch);
+  if constexpr (task == RowTask::loss) kernel.row_loss(row_begin, row_end, entries);
+  if constexpr (task == RowTask::statistics) kernel.row_statistics(row_begin, row_end);
+  if constexpr (task == RowTask::gradient) kernel.row_gradient(row_begin, row_end, entries);
+}
 
-extern const SoftmaxRowsKernels softmax_rows_portable, softmax_rows_avx2, softmax_rows_avx512;
+template <RowTask task, class Vector, class Element>
+static void run_rows(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end, void* scratch) {
+  if constexpr (task == RowTask::scale) return scale_rows<Vector, Element>(arguments, row_begin, row_end);
+  const bool dense = arguments.flags & (kLabelSmoothing | kConfidencePenalty | kEntropy);
+  if (arguments.flags & kSoftcap)
+    run_kernel<task, RowKernel<Vector, Element, true, true>>(arguments, row_begin, row_end, scratch);
+  else if (dense)
+    run_kernel<task, RowKernel<Vector, Element, true, false>>(arguments, row_begin, row_end, scratch);
+  else
+    run_kernel<task, RowKernel<Vector, Element, false, false>>(arguments, row_begin, row_end, scratch);
+}
 
+template <RowTask task>
+static void rows_of_type(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end, void* scratch) {
+  switch (arguments.element_type) {
+    case ElementType::f32: return run_rows<task, VectorFloat, float>(arguments, row_begin, row_end, scratch);
+    case ElementType::bf16: return run_rows<task, VectorFloat, BFloat16>(arguments, row_begin, row_end, scratch);
+    case ElementType::f16: return run_rows<task, VectorFloat, Float16>(arguments, row_begin, row_end, scratch);
+    case ElementType::f64: return run_rows<task, VectorDouble, double>(arguments, row_begin, row_end, scratch);
+  }
+}
+
+constexpr SoftmaxRowsKernels kSoftmaxRowsKernels = {rows_of_type<RowTask::loss>, rows_of_type<RowTask::statistics>,
+                                                    rows_of_type<RowTask::gradient>, rows_of_type<RowTask::scale>};
+
+}  // namespace AVA_ISA
 }  // namespace ava

@@ -1,12 +1,12 @@
 // Reads one row of logits with the vector operations of one instruction set: its softmax statistics. Included by
-// softmax_rows_core.h. The formulas are in softmax_rows.h.
+// softmax_rows_kernels.h. The formulas are in softmax_rows.h.
 //
 // measure() reads the row in blocks. Each block is summed against a reference that was near the maximum when the block
 // began (no pass of its own to find the maximum); only when a block's maximum is far above is it summed again. The
 // sums of the block that holds the maximum are then taken again without it, against the exact maximum: that gives R.
 #pragma once
 #include "../softmax_rows.h"
-#include "softmax_rows_kernels.h"
+#include "softmax_rows_arguments.h"
 #include "vector_double.h"
 
 namespace ava {
@@ -184,11 +184,9 @@ struct RowReader {
     sums.rest *= scale;
   }
 
-  static constexpr Real lowest() { return kIsDouble ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f); }
-
   RowStatistics<Real> measure(const Element* x) const {
     const Real slack = 32 * options.temperature;  // sums up to e^32 times the block's size stay far from overflow
-    Real reference = lowest();
+    Real reference = lowest_finite<Real>();
     Sums all{-Real(INFINITY), 0, 0, 0, 0},
         best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
     int64_t best_begin = 0, best_end = 0;
@@ -199,9 +197,9 @@ struct RowReader {
     };
     for (int64_t begin = 0; begin < arguments.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < arguments.vocab_size ? begin + kBlock : arguments.vocab_size;
-      if (reference == lowest()) {
+      if (reference == lowest_finite<Real>()) {
         const Real first = largest_in(x, begin, end);
-        if (first > lowest()) reference = first;
+        if (first > lowest_finite<Real>()) reference = first;
       }
       Sums sums = sum_block(x, begin, end, reference);
       if (sums.max > reference + slack) {

@@ -66,7 +66,6 @@ struct VectorFloat {
   static Mask not_equal(Register a, Register b) { return _mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
   static Mask less(Register a, Register b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static bool any_equal(Register a, Register b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) != 0; }
-  static bool any_greater(Register a, Register b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
   static Register keep(Mask mask, Register a) { return _mm256_and_ps(mask, a); }
   static Register select(Mask mask, Register yes, Register no) { return _mm256_blendv_ps(no, yes, mask); }
   static float largest(Register a) {

@@ -70,7 +70,6 @@ struct VectorFloat {
   static Mask not_equal(Register a, Register b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }  // true for nan
   static Mask less(Register a, Register b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static bool any_equal(Register a, Register b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) != 0; }
-  static bool any_greater(Register a, Register b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
   static Register keep(Mask mask, Register a) { return _mm512_maskz_mov_ps(mask, a); }  // 0 elsewhere
   static Register select(Mask mask, Register yes, Register no) { return _mm512_mask_blend_ps(mask, no, yes); }
   static float largest(Register a) { return _mm512_reduce_max_ps(a); }

@@ -61,7 +61,6 @@ struct VectorFloat {
   static Mask not_equal(Register a, Register b) { return a != b; }
   static Mask less(Register a, Register b) { return a < b; }
   static bool any_equal(Register a, Register b) { return any(a == b); }
-  static bool any_greater(Register a, Register b) { return any(a > b); }
   static Register keep(Mask mask, Register a) { return Register(mask & Mask(a)); }
   static Register select(Mask mask, Register yes, Register no) { return mask ? yes : no; }
   static float largest(Register a) {

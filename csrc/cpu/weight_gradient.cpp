@@ -42,9 +42,9 @@ void add_rows(const WeightGradientKernels& kernels, const WeightGradientArgument
 }
 
 void check_matrix(const char* op, const char* name, const Tensor& matrix) {
-  STD_TORCH_CHECK(matrix.dim() == 2, op, ": expected ", name, " of two dimensions, got shape ", shape_string(matrix));
-  STD_TORCH_CHECK(matrix.size(1) <= 1 || matrix.stride(1) == 1, op, ": expected ", name, " with last stride 1, got ",
-                  matrix.stride(1));
+  AVA_CHECK(matrix.dim() == 2, op, ": expected ", name, " of two dimensions, got shape ", shape_string(matrix));
+  AVA_CHECK(matrix.size(1) <= 1 || matrix.stride(1) == 1, op, ": expected ", name, " with last stride 1, got ",
+            matrix.stride(1));
 }
 
 void add_weight_gradient_(const Tensor& grad_weight,      // [n_columns, hidden_size]
@@ -57,9 +57,9 @@ void add_weight_gradient_(const Tensor& grad_weight,      // [n_columns, hidden_
   check_tensor(op, "grad_logits", grad_logits, {n_rows, n_columns}, ScalarType::BFloat16);
   check_tensor(op, "hidden_states", hidden_states, {n_rows, hidden_size}, ScalarType::BFloat16);
   check_tensor(op, "grad_weight", grad_weight, {n_columns, hidden_size}, ScalarType::Float);
-  STD_TORCH_CHECK(grad_weight.is_contiguous(), op, ": expected a contiguous grad_weight");
-  STD_TORCH_CHECK(has_bfloat16_products(), op,
-                  ": expected a processor with AVX512-BF16, and AVA_CPU_CAPABILITY not below avx512");
+  AVA_CHECK(grad_weight.is_contiguous(), op, ": expected a contiguous grad_weight");
+  AVA_CHECK(has_bfloat16_products(), op,
+            ": expected a processor with AVX512-BF16, and AVA_CPU_CAPABILITY not below avx512");
   WeightGradientArguments arguments{};
   arguments.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
   arguments.grad_logits = static_cast<const BFloat16*>(grad_logits.const_data_ptr());

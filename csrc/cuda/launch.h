@@ -11,6 +11,7 @@
 //
 // The same file, compiled by g++ for the emulator, registers for CPU tensors in the namespace ava_ext_emulated.
 #pragma once
+#include "../error.h"
 #include "../torch_stable.h"
 #include "dialect.cuh"
 
@@ -28,7 +29,7 @@ class DeviceScope {
  public:
   explicit DeviceScope(const torch::stable::Tensor& tensor)
       : device_index_(tensor.get_device_index()), guard_(device_index_) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "ava_ext: expected a torch with CUDA");
+    AVA_CHECK(aoti_torch_get_current_cuda_stream, "ava_ext: expected a torch with CUDA");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index_, &stream));
     stream_ = static_cast<Stream>(stream);

@@ -30,19 +30,22 @@ struct TokenMatrix {
 template <class Weight>
 struct RepetitionArguments {
   TokenMatrix tokens, targets, segments;  // segments.data may be null
-  const Weight* weights;                  // [4]: immediate, growth, EOS, n-gram
+  const Weight* weights;                  // [kRepetitionWeights]: immediate, growth, EOS, n-gram
   int64_t weight_stride;
-  const int32_t* excluded_ids;  // [n_excluded], sorted
-  const int32_t* eos_ids;       // [n_eos]
-  int64_t n_excluded, n_eos;
+  const int32_t* repetition_allow_list;  // [n_allowed], sorted
+  const int32_t* eos_ids;                // [n_eos]
+  int64_t n_allowed, n_eos;
   int64_t n_sequences, n_tokens;
   // as in RepetitionOptions
-  int64_t vocab_size, ignore_index, immediate_threshold, ngram_size, ngram_window, ngram_slots, min_sequence_length;
-  bool tokens_include_row, immediate;
+  int64_t vocab_size, ignore_index, immediate_repetition_threshold, ngram_size, ngram_window_size, ngram_slots,
+      min_sequence_length;
+  bool tokens_include_row, use_immediate_repetition_penalty;
   int32_t* ids;               // [n_sequences, n_tokens, n_slots]
   Weight* candidate_weights;  // [n_sequences, n_tokens, n_slots]
 
-  __host__ __device__ int64_t n_slots() const { return immediate + n_eos + (ngram_size > 0 ? ngram_slots : 0); }
+  __host__ __device__ int64_t n_slots() const {
+    return use_immediate_repetition_penalty + n_eos + (ngram_size > 0 ? ngram_slots : 0);
+  }
 };
 
 // One row, as the lanes of a warp see it.
@@ -66,13 +69,13 @@ class RowCandidates {
   __device__ void write() {
     if (target_ == a_.ignore_index) return put_absent(0, a_.n_slots());
     read_context();
-    if (a_.immediate) put_immediate();
+    if (a_.use_immediate_repetition_penalty) put_immediate();
     put_eos();
     if (a_.ngram_size > 0) put_absent(first_ngram_slot() + n_found_, a_.n_slots());
   }
 
  private:
-  __device__ int64_t first_ngram_slot() const { return a_.immediate + a_.n_eos; }
+  __device__ int64_t first_ngram_slot() const { return a_.use_immediate_repetition_penalty + a_.n_eos; }
   __device__ double weight(int index) const { return double(a_.weights[index * a_.weight_stride]); }
   __device__ void put(int64_t slot, int64_t id, double value) {
     ids_[slot] = int32_t(id);
@@ -84,15 +87,15 @@ class RowCandidates {
 
   __device__ bool may_penalize(int64_t token) const {
     if (token < 0 || token >= a_.vocab_size || token == a_.ignore_index) return false;
-    int64_t first = 0, last = a_.n_excluded;  // the first excluded id that is not below the token
+    int64_t first = 0, last = a_.n_allowed;  // the first excluded id that is not below the token
     while (first < last) {
       const int64_t middle = (first + last) / 2;
-      if (a_.excluded_ids[middle] < token)
+      if (a_.repetition_allow_list[middle] < token)
         first = middle + 1;
       else
         last = middle;
     }
-    return first == a_.n_excluded || a_.excluded_ids[first] != token;
+    return first == a_.n_allowed || a_.repetition_allow_list[first] != token;
   }
   __device__ bool is_eos(int64_t token) const {
     for (int64_t i = 0; i < a_.n_eos; ++i)
@@ -123,11 +126,11 @@ class RowCandidates {
 
   __device__ void read_context() {
     last_ = in_segment(end_ - 1) ? a_.tokens.at(sequence_, end_ - 1) : a_.ignore_index;
-    bool run_is_open = a_.immediate && last_ != a_.ignore_index;
+    bool run_is_open = a_.use_immediate_repetition_penalty && last_ != a_.ignore_index;
     const bool may_be_early = a_.n_eos > 0 && a_.min_sequence_length > 0 && !is_eos(target_);
     bool count_is_open = may_be_early;
     bool slots_are_open = a_.ngram_size > 0 && has_key();
-    const int64_t oldest = a_.ngram_window > 0 ? end_ - a_.ngram_window : 0;
+    const int64_t oldest = a_.ngram_window_size > 0 ? end_ - a_.ngram_window_size : 0;
 
     for (int64_t newest = end_ - 1; newest >= 0 && (run_is_open || count_is_open || slots_are_open); newest -= 32) {
       const int64_t position = newest - lane_;
@@ -172,7 +175,7 @@ class RowCandidates {
 
   __device__ void put_immediate() {
     if (lane_ != 0) return;
-    if (run_ >= a_.immediate_threshold && run_ > 0 && last_ != target_ && may_penalize(last_))
+    if (run_ >= a_.immediate_repetition_threshold && run_ > 0 && last_ != target_ && may_penalize(last_))
       put(0, last_, weight(0) * fmin(pow(weight(1), double(run_ - 1)), 4.0));
     else
       put(0, -1, 0);
@@ -180,9 +183,9 @@ class RowCandidates {
   __device__ void put_eos() {
     for (int64_t i = lane_; i < a_.n_eos; i += 32) {
       if (is_early_)
-        put(a_.immediate + i, a_.eos_ids[i], weight(2));
+        put(a_.use_immediate_repetition_penalty + i, a_.eos_ids[i], weight(2));
       else
-        put(a_.immediate + i, -1, 0);
+        put(a_.use_immediate_repetition_penalty + i, -1, 0);
     }
   }
 

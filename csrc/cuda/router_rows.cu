@@ -3,9 +3,8 @@
 #include "router_rows.cuh"
 
 #include <array>
-#include <tuple>
 
-#include "../checks_router.h"
+#include "../router_rows_operators.h"
 #include "launch.h"
 
 namespace ava {
@@ -29,31 +28,21 @@ struct RouterCall {
              int64_t n_segments, const DeviceScope& device)
       : op(op), shape(shape), gate_logits(gate_logits), device(device), n_segments(n_segments) {
     constexpr int64_t kMost = int64_t(1) << 31;
-    STD_TORCH_CHECK(n_segments < kMost - 1, op, ": expected n_segments below 2^31 - 1, got ", n_segments);
+    AVA_CHECK(n_segments < kMost - 1, op, ": expected n_segments below 2^31 - 1, got ", n_segments);
     arguments.n_rows = shape.n_rows;
     arguments.n_experts = shape.n_experts;
     arguments.n_segments = n_segments;
     arguments.rows_in_slot = rows_in_slot(shape.n_experts);
     arguments.n_slots = most_slots(shape.n_rows, shape.n_experts, n_segments, segment_ids.has_value());
-    if (expert_indices) {
-      arguments.k = expert_indices->size(2);
-      if (expert_indices->scalar_type() == ScalarType::Long)
-        arguments.wide_indices = dense<int64_t>("expert_indices", expert_indices);
-      else
-        arguments.indices = dense<int32_t>("expert_indices", expert_indices);
-    }
-    arguments.row_mask = dense<bool>("row_mask", row_mask);
-    if (row_mask) arguments.mask_stride = row_mask->dim() == 2 ? shape.n_rows : 0;
-    if (segment_ids) sort_by_segment(dense<int64_t>("segment_ids", segment_ids));
+    set_choices_and_mask(arguments, shape, expert_indices, row_mask,
+                         [&](const Tensor& tensor) { return dense(tensor); });
+    if (segment_ids) sort_by_segment(static_cast<const int64_t*>(dense(segment_ids)));
   }
 
-  template <class Value>
-  const Value* dense(const char* name, const std::optional<Tensor>& tensor) {
+  const void* dense(const std::optional<Tensor>& tensor) {
     if (!tensor) return nullptr;
-    STD_TORCH_CHECK(tensor->device() == gate_logits[0].device(), op, ": expected ", name,
-                    " on the device of the gate_logits");
     kept.push_back(torch::stable::contiguous(*tensor));
-    return static_cast<const Value*>(kept.back().const_data_ptr());
+    return kept.back().const_data_ptr();
   }
   Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) const {
     return torch::stable::new_empty(gate_logits[0], sizes, type);
@@ -93,7 +82,7 @@ struct RouterCall {
       n_layers = 0;
     };
     for (const Tensor& layers : gate_logits) {
-      const RowLayout layout = layout_of_layer(layers);
+      const RowLayout layout = layout_of(op, "gate_logits", layers, 1);
       if (!same_layout(layout, arguments.layout)) run_layers();
       arguments.layout = layout;
       const auto* const first = static_cast<const char*>(layers.const_data_ptr());
@@ -130,9 +119,6 @@ struct RouterCall {
   }
 };
 
-// probability, importance, lse^2, entropy, counts, rows, choice
-using RouterOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 template <class Real>
 RouterOutputs statistics_of(RouterCall<Real> call, const std::optional<Tensor>& expert_bias, int64_t k,
                             bool is_sigmoid) {
@@ -149,7 +135,7 @@ RouterOutputs statistics_of(RouterCall<Real> call, const std::optional<Tensor>& 
   if (!is_given) {
     arguments.k = k;
     arguments.choice = static_cast<int32_t*>(choice.mutable_data_ptr());
-    arguments.expert_bias = call.template dense<Real>("expert_bias", expert_bias);
+    arguments.expert_bias = static_cast<const Real*>(call.dense(expert_bias));
   }
   const int64_t n_slots = shape.n_layers * arguments.n_slots;
   arguments.sums = call.template workspace<Real>(n_slots * (2 * n_experts + 2));
@@ -201,10 +187,10 @@ Tensor router_gradient_cuda(std::vector<Tensor> gate_logits,         // of [n_la
     using Real = decltype(real);
     RouterCall<Real> call(op, shape, gate_logits, expert_indices, row_mask, segment_ids, n_segments, device);
     RouterArguments<Real>& arguments = call.arguments;
-    arguments.grad_probability = call.template dense<Real>("grad_probability_sum", grad_probability);
-    arguments.grad_importance = call.template dense<Real>("grad_importance_sum", grad_importance);
-    arguments.grad_lse_squared = call.template dense<Real>("grad_lse_squared_sum", grad_lse_squared);
-    arguments.grad_entropy = call.template dense<Real>("grad_entropy_sum", grad_entropy);
+    arguments.grad_probability = static_cast<const Real*>(call.dense(grad_probability));
+    arguments.grad_importance = static_cast<const Real*>(call.dense(grad_importance));
+    arguments.grad_lse_squared = static_cast<const Real*>(call.dense(grad_lse_squared));
+    arguments.grad_entropy = static_cast<const Real*>(call.dense(grad_entropy));
     arguments.grad_logits = grad_logits.mutable_data_ptr();
     call.run(true, is_sigmoid);
   };

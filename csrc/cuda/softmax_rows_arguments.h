@@ -1,7 +1,9 @@
-// What the operators hand to the kernels of rows of logits, and what those keep in shared memory besides the row.
+// Between the operators (torch) and the row kernels (one file for each type of logits, free of torch): what the
+// operators hand to the kernels, what those keep in shared memory besides the row, and the table of launchers.
 #pragma once
 #include "../row_layout.h"
 #include "../softmax_rows.h"
+#include "dialect.cuh"
 
 namespace ava {
 
@@ -25,17 +27,17 @@ struct RowArguments {
   void* row_loss;    // Real [n_rows]
   void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
   void* statistics;  // RowStatistics<Real> [n_rows]: output, or input of the gradient kernels
-  // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, 4 + 1 + n_ids], of the target and the
-  // candidates; input of the gradient kernels, [n_rows, 4 + n_ids], of the ids
+  // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, kRowCoefficients + 1 + n_ids], of the target
+  // and the candidates; input of the gradient kernels, [n_rows, kRowCoefficients + n_ids], of the ids
   void* row_coefficients;
   void* id_log_probs;  // Real [n_rows, n_ids]
-  void* summaries;     // Real [4, n_rows]: entropy, lse, log R, mean log-probability
+  void* summaries;     // Real [kRowSummaries, n_rows]
 
   int64_t n_rows;
   int32_t n_columns, vocab_size;  // columns at or beyond vocab_size are padding
   int32_t n_ids, n_groups;
   int32_t group_sizes[kMostGroups];  // the candidates of a row are reported in these groups
-  int32_t flags;                     // RowFlag
+  int32_t flags;                     // RowFlags
 
   // Of the plan. Here they are in constant memory, where they cost a kernel no registers.
   int32_t cluster_size;  // parts that a row is cut into, one for each block
@@ -63,5 +65,17 @@ struct RowScratch {
   DenseGradient<Real> dense;
   Real others, maximum;  // sums of s_c: without i*, at i*
 };
+
+// Each takes raw pointers and at least one row, and returns before the kernel has run.
+struct SoftmaxRowsLaunchers {
+  using Launcher = void (*)(const char* op, RowArguments, const DeviceLimits&, Stream);
+  Launcher row_loss;        // statistics, terms, and the gradient where grad_logits is not null
+  Launcher row_statistics;  // statistics and what the open operator reports of them
+  Launcher row_gradient;    // the gradient from statistics and coefficients
+  Launcher scale_rows;      // grad_logits *= row_weights, where those are not 1
+};
+
+extern const SoftmaxRowsLaunchers softmax_rows_float32, softmax_rows_bfloat16, softmax_rows_float16,
+    softmax_rows_float64;
 
 }  // namespace ava

@@ -1,6 +1,6 @@
 // The row kernels for logits of float64.
+#include "softmax_rows_arguments.h"
 #include "softmax_rows_double.cuh"
-#include "softmax_rows_kernels.h"
 
 namespace ava {
 namespace {
@@ -25,4 +25,5 @@ void scale_rows(const char* op, RowArguments arguments, const DeviceLimits&, Str
 }  // namespace
 }  // namespace ava
 
-const ava::SoftmaxRowsLaunchers ava::softmax_rows_float64 = {ava::row_loss, ava::row_gradient, ava::scale_rows};
+const ava::SoftmaxRowsLaunchers ava::softmax_rows_float64 = {ava::row_loss, ava::row_loss, ava::row_gradient,
+                                                             ava::scale_rows};

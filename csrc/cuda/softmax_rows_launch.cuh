@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "softmax_rows_elementwise.cuh"
-#include "softmax_rows_kernels.h"
 #include "softmax_rows_plan.h"
 
 namespace ava {
@@ -108,7 +107,7 @@ void launch_scale_rows(const char* op, RowArguments arguments, const DeviceLimit
 }
 
 template <class Element>
-constexpr SoftmaxRowsLaunchers kSoftmaxRowsLaunchers = {launch_row_loss<Element>, launch_row_gradient<Element>,
-                                                        launch_scale_rows<Element>};
+constexpr SoftmaxRowsLaunchers kSoftmaxRowsLaunchers = {launch_row_loss<Element>, launch_row_loss<Element>,
+                                                        launch_row_gradient<Element>, launch_scale_rows<Element>};
 
 }  // namespace ava

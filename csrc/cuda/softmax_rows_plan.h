@@ -5,7 +5,7 @@
 // any part of a long row exceeds. What is scarce is *overlap*: while a part is summed, or waits at a barrier, it asks
 // for nothing. So two to four parts on a multiprocessor, at different stages, come before one large one.
 #pragma once
-#include "softmax_rows_core.cuh"
+#include "softmax_rows_kernels.cuh"
 
 namespace ava {
 

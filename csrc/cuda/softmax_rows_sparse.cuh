@@ -25,11 +25,6 @@ __device__ __forceinline__ int32_t id_of(const RowArguments& a, int64_t row, int
   return id;
 }
 
-template <class Real>
-__device__ __forceinline__ Real lowest_finite() {
-  return sizeof(Real) == 8 ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f);
-}
-
 __device__ __forceinline__ float warp_total(float value) { return warp_sum(value); }
 __device__ __forceinline__ double warp_total(double value) { return warp_sum(value); }
 
@@ -131,13 +126,14 @@ __device__ __forceinline__ void take_coefficients(const RowArguments& a, int64_t
                                                   const RowStatistics<Real>& row, SparseEntry<Real>* entries,
                                                   RowScratch<Real>* scratch, int lane) {
   const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
-  const Real* own_coefficients = static_cast<const Real*>(a.row_coefficients) + row_index * (4 + a.n_ids);
+  const Real* own_coefficients =
+      static_cast<const Real*>(a.row_coefficients) + row_index * (kRowCoefficients + a.n_ids);
   RowEvaluation<Real> evaluation{};
   evaluation.coefficients = {own_coefficients[0], own_coefficients[1], own_coefficients[2], own_coefficients[3]};
   Real others = 0, maximum = 0;
   for (int k = lane; k <= a.n_ids; k += 32) {
     SparseEntry<Real> entry = entries[k];
-    entry.own = own_coefficients[3 + k];
+    entry.own = own_coefficients[kRowCoefficients - 1 + k];  // of i*, then of the ids
     if (row.count == 0 || entry.own == 0) entry.column = -1;
     if (entry.column >= 0) entry.u = scalar_u(a, options, row, entry.column, entry.logit);
     sum_of_entries(entry, row, others, maximum);
@@ -195,7 +191,7 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, c
     static_cast<Real*>(a.row_loss)[row] = total * row_weight;
   }
   if (!a.row_coefficients) return;
-  Real* own_coefficients = static_cast<Real*>(a.row_coefficients) + row * (5 + a.n_ids);
+  Real* own_coefficients = static_cast<Real*>(a.row_coefficients) + row * (kRowCoefficients + 1 + a.n_ids);
   if (lane == 0) {
     static_cast<RowStatistics<Real>*>(a.statistics)[row] = scratch->statistics;
     own_coefficients[0] = evaluation.coefficients.probability;
@@ -203,7 +199,7 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, c
     own_coefficients[2] = evaluation.coefficients.constant;
     own_coefficients[3] = evaluation.coefficients.maximum;
   }
-  for (int k = lane; k <= a.n_ids; k += 32) own_coefficients[4 + k] = entries[k].own;
+  for (int k = lane; k <= a.n_ids; k += 32) own_coefficients[kRowCoefficients + k] = entries[k].own;
 }
 
 // What the open operator reports of a measured row; entry 0 is absent.
@@ -216,10 +212,10 @@ __device__ __forceinline__ void write_summaries(const RowArguments& a, int64_t r
   if (lane == 0) {
     static_cast<RowStatistics<Real>*>(a.statistics)[row_index] = row;
     auto* summaries = static_cast<Real*>(a.summaries);
-    summaries[row_index] = total - row.weighted / (1 + row.rest);
-    summaries[a.n_rows + row_index] = row.max * (1 / options.temperature) + total;
-    summaries[2 * a.n_rows + row_index] = log_of(row.rest);
-    summaries[3 * a.n_rows + row_index] = row.sum / row.count - total;
+    summaries[kEntropySummary * a.n_rows + row_index] = total - row.weighted / (1 + row.rest);
+    summaries[kLseSummary * a.n_rows + row_index] = row.max * (1 / options.temperature) + total;
+    summaries[kLogRestSummary * a.n_rows + row_index] = log_of(row.rest);
+    summaries[kMeanLogProbSummary * a.n_rows + row_index] = row.sum / row.count - total;
   }
   for (int k = 1 + lane; k <= a.n_ids; k += 32) {
     const SparseEntry<Real> entry = entries[k];
@@ -236,9 +232,11 @@ __device__ __forceinline__ void write_nothing(const RowArguments& a, int64_t row
     for (int term = lane; term < kRowTerms + a.n_groups; term += 32)
       static_cast<Real*>(a.row_terms)[term * a.n_rows + row] = 0;
   if (lane == 0 && a.statistics) static_cast<RowStatistics<Real>*>(a.statistics)[row] = empty_statistics<Real>();
+  const int n_coefficients = kRowCoefficients + 1 + a.n_ids;
   if (a.row_coefficients)
-    for (int k = lane; k < 5 + a.n_ids; k += 32) static_cast<Real*>(a.row_coefficients)[row * (5 + a.n_ids) + k] = 0;
-  if (a.summaries && lane < 4) static_cast<Real*>(a.summaries)[lane * a.n_rows + row] = 0;
+    for (int k = lane; k < n_coefficients; k += 32)
+      static_cast<Real*>(a.row_coefficients)[row * n_coefficients + k] = 0;
+  if (a.summaries && lane < kRowSummaries) static_cast<Real*>(a.summaries)[lane * a.n_rows + row] = 0;
   if (a.id_log_probs)
     for (int k = lane; k < a.n_ids; k += 32) static_cast<Real*>(a.id_log_probs)[row * a.n_ids + k] = 0;
 }

@@ -5,14 +5,6 @@
 
 namespace ava {
 
-// On the device.
-struct TemperatureState {
-  float* value;
-  float* history;  // [kHistory]
-  int64_t* count;
-  float *pending_loss, *pending_rows;
-};
-
 static __global__ void temperature_kernel(const TemperatureState state, const TemperatureOptions options) {
   *state.value = next_temperature(state.history, state.count, *state.pending_loss, *state.pending_rows, options);
   *state.pending_loss = *state.pending_rows = 0;

@@ -65,9 +65,9 @@ static void test_work_is_linear_in_the_text() {
   };
   for (int64_t ngram_size : {1, 2, 4}) {
     ava::RepetitionOptions options = ngram_options(ngram_size, vocab_size);
-    for (int64_t token = 1000; token < 1500; ++token) options.excluded_ids.push_back(token);
+    for (int64_t token = 1000; token < 1500; ++token) options.repetition_allow_list.push_back(token);
     for (int64_t window : {0, 100}) {
-      options.ngram_window = window;
+      options.ngram_window_size = window;
       for (const auto& [name, text] : texts) {
         const std::vector<int64_t> targets(text.size(), 3);
         for (const auto& row_targets : {text, targets}) {

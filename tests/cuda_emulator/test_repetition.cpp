@@ -16,20 +16,20 @@ static RepetitionArguments<float> arguments_of(const RepetitionOptions& options,
   arguments.tokens = arguments.targets = {tokens.data(), false, n_tokens, 1};
   arguments.weights = weights.data();
   arguments.weight_stride = 1;
-  arguments.excluded_ids = lists.data();
-  arguments.n_excluded = int64_t(options.excluded_ids.size());
-  arguments.eos_ids = lists.data() + arguments.n_excluded;
+  arguments.repetition_allow_list = lists.data();
+  arguments.n_allowed = int64_t(options.repetition_allow_list.size());
+  arguments.eos_ids = lists.data() + arguments.n_allowed;
   arguments.n_eos = int64_t(options.eos_ids.size());
   arguments.n_sequences = n_sequences;
   arguments.n_tokens = n_tokens;
   arguments.vocab_size = options.vocab_size;
   arguments.ignore_index = options.ignore_index;
-  arguments.immediate_threshold = options.immediate_threshold;
+  arguments.immediate_repetition_threshold = options.immediate_repetition_threshold;
   arguments.ngram_size = options.ngram_size;
-  arguments.ngram_window = options.ngram_window;
+  arguments.ngram_window_size = options.ngram_window_size;
   arguments.ngram_slots = options.ngram_slots;
   arguments.min_sequence_length = options.min_sequence_length;
-  arguments.immediate = options.immediate;
+  arguments.use_immediate_repetition_penalty = options.use_immediate_repetition_penalty;
   return arguments;
 }
 
@@ -38,11 +38,11 @@ static void test_agrees_with_the_lists(int64_t ngram_size, int64_t n_tokens, uin
   std::mt19937_64 random(seed);
   RepetitionOptions options;
   options.vocab_size = 5;
-  options.excluded_ids = {2};
-  options.immediate = true;
+  options.repetition_allow_list = {2};
+  options.use_immediate_repetition_penalty = true;
   options.ngram_size = ngram_size;
   options.ngram_slots = 3;
-  options.ngram_window = seed % 2 ? 0 : 50;
+  options.ngram_window_size = seed % 2 ? 0 : 50;
   options.eos_ids = {0};
   options.min_sequence_length = 40;
   std::vector<int64_t> tokens(n_sequences * n_tokens);

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/softmax_rows_kernels.h"
+#include "../../csrc/cuda/softmax_rows_arguments.h"
 #include "../../csrc/cuda/softmax_rows_plan.h"
 #include "schedules.h"
 

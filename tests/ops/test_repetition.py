@@ -300,8 +300,9 @@ def test_no_slots():
 
 def op_arguments(**changes):
     options = dict(
-        tokens_include_row=False, vocab_size=6, ignore_index=IGNORED, excluded_ids=[2], immediate=True,
-        immediate_threshold=1, ngram_size=3, ngram_window=0, ngram_slots=2, eos_ids=[1], min_sequence_length=5,
+        tokens_include_row=False, vocab_size=6, ignore_index=IGNORED, repetition_allow_list=[2],
+        use_immediate_repetition_penalty=True, immediate_repetition_threshold=1, ngram_size=3, ngram_window_size=0,
+        ngram_slots=2, eos_ids=[1], min_sequence_length=5,
     )  # fmt: skip
     return options | changes
 
@@ -311,7 +312,7 @@ def op_arguments(**changes):
 def test_opcheck(segments, dtype):
     text = torch.randint(6, (9, 3), generator=torch.Generator().manual_seed(2)).t()
     op = torch.ops.ava_ext.repetition_candidates.default
-    for changes in ({}, {"ngram_size": 0}, {"immediate": False, "eos_ids": [], "ngram_size": 1}):
+    for changes in ({}, {"ngram_size": 0}, {"use_immediate_repetition_penalty": False, "eos_ids": [], "ngram_size": 1}):
         torch.library.opcheck(op, (text, text.int(), segments, WEIGHTS.to(dtype)), op_arguments(**changes))
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ava_ext.ops.without_kernels.dtypes import widest_dtype
+
 ROWS_AT_ONCE = 256  # bounds the memory: [batch_size, ROWS_AT_ONCE, n_tokens]
 
 
@@ -32,11 +34,11 @@ def repetition_candidates(
     tokens_include_row: bool,
     vocab_size: int,
     ignore_index: int,
-    excluded_ids: Sequence[int],
-    immediate: bool,
-    immediate_threshold: int,
+    repetition_allow_list: Sequence[int],
+    use_immediate_repetition_penalty: bool,
+    immediate_repetition_threshold: int,
     ngram_size: int,
-    ngram_window: int,
+    ngram_window_size: int,
     ngram_slots: int,
     eos_ids: Sequence[int],
     min_sequence_length: int,
@@ -48,17 +50,17 @@ def repetition_candidates(
     for eos in eos_ids:
         if not 0 <= eos < vocab_size:
             raise RuntimeError(f"repetition_candidates: expected eos_ids in [0, vocab_size = {vocab_size}), got {eos}")
-    n_slots = int(immediate) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
+    n_slots = int(use_immediate_repetition_penalty) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
     if tokens.numel() == 0 or n_slots == 0:
         return tokens.new_empty((*shape, n_slots), dtype=torch.int32), weights.new_empty((*shape, n_slots))
-    text = _read(tokens.long(), targets.long(), segments, vocab_size, ignore_index, excluded_ids)
+    text = _read(tokens.long(), targets.long(), segments, vocab_size, ignore_index, repetition_allow_list)
     rows = torch.arange(tokens.shape[1], device=tokens.device)
     ends = rows + tokens_include_row
-    immediate_weight, growth, eos_weight, ngram_weight = weights.double().unbind()
+    immediate_weight, growth, eos_weight, ngram_weight = weights.to(widest_dtype(weights.device)).unbind()
     ids, values = [], []  # of each slot: [batch_size, n_tokens, any]
-    if immediate:
+    if use_immediate_repetition_penalty:
         candidate, run = _runs(text, ends)
-        allowed = (run >= immediate_threshold) & (run > 0) & (candidate != text.targets)
+        allowed = (run >= immediate_repetition_threshold) & (run > 0) & (candidate != text.targets)
         allowed &= _at(text.may_penalize, ends - 1)
         ids.append(torch.where(allowed, candidate, -1).unsqueeze(-1))
         values.append((immediate_weight * growth.pow(run - 1).clamp(max=4)).unsqueeze(-1))
@@ -71,7 +73,7 @@ def repetition_candidates(
         ids.append(torch.where(early.unsqueeze(-1), listed, -1))
         values.append(eos_weight.expand(ids[-1].shape))
     if ngram_size > 0:
-        oldest = ends - ngram_window if ngram_window > 0 else torch.zeros_like(ends)
+        oldest = ends - ngram_window_size if ngram_window_size > 0 else torch.zeros_like(ends)
         parts = [
             _followers(text, part, end, first, ngram_size, ngram_slots)
             for part, end, first in zip(*(t.split(ROWS_AT_ONCE) for t in (rows, ends, oldest)), strict=True)
@@ -89,19 +91,24 @@ def _read(
     segments: Tensor | None,  # [batch_size or 1, n_tokens]
     vocab_size: int,
     ignore_index: int,
-    excluded_ids: Sequence[int],
+    repetition_allow_list: Sequence[int],
 ) -> _Text:
     places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     starts = torch.zeros_like(places)
     if segments is not None:
         marks = segments.expand_as(tokens)
-        changes = torch.zeros_like(tokens, dtype=torch.bool)
-        changes[:, 1:] = marks[:, 1:] != marks[:, :-1]
+        changes = _differs_from_last(marks)
         starts = torch.where(changes, places, 0).cummax(1).values
     may_penalize = (tokens >= 0) & (tokens < vocab_size) & (tokens != ignore_index)
-    if excluded_ids:
-        may_penalize &= ~torch.isin(tokens, torch.tensor(excluded_ids, device=tokens.device))
+    if repetition_allow_list:
+        may_penalize &= ~torch.isin(tokens, torch.tensor(repetition_allow_list, device=tokens.device))
     return _Text(tokens, targets, starts, may_penalize, ignore_index)
+
+
+def _differs_from_last(
+    values: Tensor,  # [batch_size, n_tokens]
+) -> Tensor:  # [batch_size, n_tokens] bool
+    return torch.nn.functional.pad(values[:, 1:] != values[:, :-1], (1, 0))
 
 
 def _at(
@@ -118,8 +125,7 @@ def _runs(
     """The last token of each context and how often it stands there in a row: both [batch_size, n_tokens]."""
     tokens = text.tokens
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    begins = places == text.starts
-    begins[:, 1:] |= tokens[:, 1:] != tokens[:, :-1]
+    begins = (places == text.starts) | _differs_from_last(tokens)
     run_starts = torch.where(begins, places, 0).cummax(1).values
     last = _at(tokens, ends - 1)
     inside = (ends - 1 >= text.starts) & (last != text.ignore_index)

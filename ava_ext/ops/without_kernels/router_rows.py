@@ -1,4 +1,5 @@
-"""Router rows as PyTorch operators; the formulas stand in csrc/router_rows.h. In float64: the rows are short."""
+"""Router rows as PyTorch operators; the formulas stand in csrc/router_rows.h. In float64 where the device has it: the
+rows are short."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.softmax_rows import accumulation_dtype
+from ava_ext.ops.without_kernels.dtypes import widest_dtype
 
 
 def router_statistics(
@@ -21,6 +23,7 @@ def router_statistics(
     is_sigmoid: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(probability_sum, importance_sum, lse_squared_sum, entropy_sum, counts, n_rows, choice); see csrc/library.cpp."""
+    _check_layers("router_statistics", gate_logits)
     real = accumulation_dtype(gate_logits[0].dtype)
     counted = _counted(gate_logits, row_mask, segment_ids)
     z = _rows(gate_logits).masked_fill(~counted.unsqueeze(-1), 0)
@@ -36,7 +39,7 @@ def router_statistics(
     else:
         chosen = expert_indices
     times_chosen = _times_chosen(z, chosen, counted)
-    mask = counted.double()
+    mask = counted.to(z.dtype)
     values = torch.cat(
         [
             p * mask.unsqueeze(-1),
@@ -73,13 +76,14 @@ def router_gradient(
     is_sigmoid: bool,
 ) -> Tensor:  # [n_layers, ..., n_experts]
     """(1) of csrc/router_rows.h."""
+    _check_layers("router_gradient", gate_logits)
     first = gate_logits[0]
     counted = _counted(gate_logits, row_mask, segment_ids)
     z = _rows(gate_logits).masked_fill(~counted.unsqueeze(-1), 0)
     segments = _segments(segment_ids, n_segments, z)
 
     def of_rows(gradient: Tensor) -> Tensor:  # [n_groups, any] -> [n_layers, n_rows, any]
-        return segments @ gradient.double().view(z.shape[0], n_segments, -1)
+        return segments @ gradient.to(z.dtype).view(z.shape[0], n_segments, -1)
 
     p, u_above_mean, _ = _measure(z, is_sigmoid)
     by_expert = torch.zeros_like(z)  # v
@@ -101,8 +105,13 @@ def router_gradient(
     return gradient.view(z.shape[0], *first.shape[1:])
 
 
+def _check_layers(op: str, gate_logits: Sequence[Tensor]) -> None:
+    if not gate_logits:
+        raise RuntimeError(f"{op}: expected at least one tensor of gate_logits, got none")
+
+
 def _rows(gate_logits: Sequence[Tensor]) -> Tensor:  # [n_layers, n_rows, n_experts]
-    return torch.cat([layers.flatten(1, -2) for layers in gate_logits]).double()
+    return torch.cat([layers.flatten(1, -2) for layers in gate_logits]).to(widest_dtype(gate_logits[0].device))
 
 
 def _measure(
@@ -138,7 +147,7 @@ def _segments(
 ) -> Tensor:  # [n_rows, n_segments]: 1 where the row is in the segment
     if segment_ids is None:
         return z.new_ones(z.shape[1], 1)
-    return (segment_ids.unsqueeze(-1) == torch.arange(n_segments, device=z.device)).double()
+    return (segment_ids.unsqueeze(-1) == torch.arange(n_segments, device=z.device)).to(z.dtype)
 
 
 def _times_chosen(
@@ -147,5 +156,5 @@ def _times_chosen(
     counted: Tensor,  # [n_layers, n_rows]
 ) -> Tensor:  # [n_layers, n_rows, n_experts]
     counted = counted.unsqueeze(-1)
-    once = counted.double().expand(chosen.shape)
+    once = counted.to(z.dtype).expand(chosen.shape)
     return torch.zeros_like(z).scatter_add_(-1, chosen.long().masked_fill(~counted, 0), once)

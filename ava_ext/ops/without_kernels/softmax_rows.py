@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.row_fields import RowFlags as RowTerms
-from ava_ext.ops.row_fields import accumulation_dtype
+from ava_ext.ops.row_fields import N_STATISTICS, TERM_NAMES, RowFlags, accumulation_dtype
 
 LOWEST_U = -1000.0  # e^u is 0, and u e^u too
 
@@ -50,10 +49,10 @@ def _check(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) ->
         raise RuntimeError(f"{op}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def _check_rows(op: str, logits: Tensor, coefficients: Tensor, vocab_size: int) -> None:
+def _check_rows(op: str, logits: Tensor, options: Tensor, vocab_size: int) -> None:
     if logits.dim() < 1 or not 1 <= vocab_size <= logits.shape[-1]:
         raise RuntimeError(f"{op}: expected vocab_size in [1, n_columns], got {vocab_size} and {list(logits.shape)}")
-    _check(op, "coefficients", coefficients, (len(_Options._fields),))
+    _check(op, "options", options, (len(_Options._fields),))
 
 
 def _capped(
@@ -63,7 +62,7 @@ def _capped(
     vocab_size: int,
 ) -> tuple[Tensor, Tensor | None]:  # [..., vocab_size] and the derivative, or None for 1
     x = logits[..., :vocab_size].to(accumulation_dtype(logits.dtype))
-    if not flags & RowTerms.SOFTCAP:
+    if not flags & RowFlags.SOFTCAP:
         return x, None
     tanh = torch.tanh(x / options.softcap)
     return torch.where(x == -math.inf, x, options.softcap * tanh), 1 - tanh * tanh
@@ -121,28 +120,28 @@ def _evaluate(
     nll = torch.where(target_is_argmax, total, total - target_u)
     main, z_loss, confidence, own = zero, zero, zero, zero
     probability, entropy, constant = zero, zero, zero
-    if flags & RowTerms.CROSS_ENTROPY:
+    if flags & RowFlags.CROSS_ENTROPY:
         hard, slope = nll, torch.ones_like(nll)
-        if flags & RowTerms.FOCAL:
+        if flags & RowFlags.FOCAL:
             other = torch.where(target_is_argmax, row.rest / (1 + row.rest), -torch.expm1(-nll))
             modulation, p = options.focal_alpha * other.pow(options.focal_gamma), (-nll).exp()
             ratio = torch.where(nll < 1e-6, 1, nll / other)
             hard = modulation * nll
             slope = modulation * (1 + torch.where(p == 0, 0, options.focal_gamma * p * ratio))
-        smoothing = options.label_smoothing if flags & RowTerms.LABEL_SMOOTHING else zero
-        if flags & RowTerms.EXCLUDE_TARGET:
+        smoothing = options.label_smoothing if flags & RowFlags.LABEL_SMOOTHING else zero
+        if flags & RowFlags.EXCLUDE_TARGET:
             smoothing = smoothing * torch.where(row.n_present > 1, row.n_present / (row.n_present - 1), 0)
         main = torch.where(smoothing == 1, 0, (1 - smoothing) * hard)
         own = -(1 - smoothing) * slope
-        if flags & RowTerms.LABEL_SMOOTHING:
+        if flags & RowFlags.LABEL_SMOOTHING:
             main = main + smoothing * (total - row.total_u / row.n_present)
             probability = probability + smoothing
             constant = -smoothing / row.n_present
-    if flags & RowTerms.Z_LOSS:
+    if flags & RowFlags.Z_LOSS:
         lse = row.max / options.temperature + total
         z_loss = options.z_loss_weight * lse * lse
         probability = probability + 2 * options.z_loss_weight * lse
-    if flags & RowTerms.CONFIDENCE_PENALTY:
+    if flags & RowFlags.CONFIDENCE_PENALTY:
         several = row.n_present > 1
         entropy = torch.where(several, options.confidence_penalty_weight / row.n_present.log(), 0)
         confidence = torch.where(several, options.confidence_penalty_weight - entropy * (total - mean_u), 0)
@@ -204,7 +203,7 @@ def _gradient(
 def row_loss(
     logits: Tensor,  # [..., n_columns]
     targets: Tensor,  # [...]
-    coefficients: Tensor,  # [7]
+    options: Tensor,  # [7]
     row_weights: Tensor | None,  # [...]
     candidate_ids: Tensor | None,  # [..., n_candidates]
     candidate_weights: Tensor | None,  # [..., n_candidates]
@@ -217,15 +216,15 @@ def row_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_loss, row_terms, grad_logits, statistics, row_coefficients); see csrc/library.cpp."""
     rows = tuple(logits.shape[:-1])
-    _check_rows("row_loss", logits, coefficients, vocab_size)
+    _check_rows("row_loss", logits, options, vocab_size)
     _check("row_loss", "targets", targets, rows)
     _check("row_loss", "row_weights", row_weights, rows)
-    options, counts = _Options(*coefficients.unbind()), targets != ignore_index
-    row, columns = _measure(logits, options, flags, vocab_size, counts)
+    values, counts = _Options(*options.unbind()), targets != ignore_index
+    row, columns = _measure(logits, values, flags, vocab_size, counts)
     at = torch.where(counts, targets, 0).unsqueeze(-1)
     target_u = columns.u.gather(-1, at).squeeze(-1)
     target_is_argmax = columns.is_argmax.gather(-1, at).squeeze(-1)
-    terms, row_coefficients, own = _evaluate(row, options, flags, target_is_argmax, target_u)
+    terms, row_coefficients, own = _evaluate(row, values, flags, target_is_argmax, target_u)
     weight = torch.ones_like(row.rest) if row_weights is None else row_weights
     counted_targets = torch.where(counts, targets, -1)
     terms = [torch.where(counts, term, 0) for term in terms]
@@ -235,14 +234,14 @@ def row_loss(
         losses, slopes = _penalties(row, columns, candidate_ids, candidate_weights, counted_targets)
         terms += [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
         ids, all_own = torch.cat([ids, candidate_ids.long()], -1), torch.cat([all_own, slopes], -1)
-    total = sum(terms[6:], terms[0] + terms[1] + terms[2])
+    total = sum(terms[len(TERM_NAMES) :], terms[0] + terms[1] + terms[2])
     loss = torch.where(counts, total * weight, 0)
     row_coefficients = [torch.where(counts, c * weight, 0) for c in row_coefficients]
     all_own = torch.where(counts.unsqueeze(-1), all_own * weight.unsqueeze(-1), 0)
     nothing = loss.new_empty(0)
     gradient, statistics, saved = logits.new_empty(0), nothing, nothing
     if with_gradient:
-        gradient = _gradient(logits, options, row, columns, row_coefficients, ids, all_own)
+        gradient = _gradient(logits, values, row, columns, row_coefficients, ids, all_own)
     if with_statistics:
         statistics = torch.stack(row, -1)
         saved = torch.cat([torch.stack([*row_coefficients, torch.zeros_like(loss)], -1), all_own], -1)
@@ -263,19 +262,19 @@ def row_statistics(
     logits: Tensor,  # [..., n_columns]
     ids: Tensor | None,  # [..., n_ids]
     row_mask: Tensor | None,  # [...]
-    coefficients: Tensor,  # [7]
+    options: Tensor,  # [7]
     flags: int,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(statistics [..., 6], log_probs [..., n_ids], summaries [4, ...])."""
-    _check_rows("row_statistics", logits, coefficients, vocab_size)
+    _check_rows("row_statistics", logits, options, vocab_size)
     _check("row_statistics", "row_mask", row_mask, tuple(logits.shape[:-1]))
-    row, columns = _measure(logits, _Options(*coefficients.unbind()), flags, vocab_size, row_mask)
+    row, columns = _measure(logits, _Options(*options.unbind()), flags, vocab_size, row_mask)
     total = row.rest.log1p()
     summaries = torch.stack(
         [
             total - row.weighted / (1 + row.rest),
-            row.max / coefficients[0] + total,
+            row.max / options[0] + total,
             row.rest.log(),
             row.total_u / row.n_present - total,
         ]
@@ -292,28 +291,28 @@ def row_statistics(
 
 def row_gradient(
     logits: Tensor,  # [..., n_columns]
-    statistics: Tensor,  # [..., 6]
+    statistics: Tensor,  # [..., N_STATISTICS]
     row_coefficients: Tensor,  # [..., 4 + n_ids]
     ids: Tensor | None,  # [..., n_ids]
-    coefficients: Tensor,  # [7]
+    options: Tensor,  # [7]
     flags: int,
     vocab_size: int,
 ) -> Tensor:  # [..., n_columns]
     """The gradient from statistics and coefficients."""
     rows = tuple(logits.shape[:-1])
-    _check_rows("row_gradient", logits, coefficients, vocab_size)
-    _check("row_gradient", "statistics", statistics, (*rows, 6))
+    _check_rows("row_gradient", logits, options, vocab_size)
+    _check("row_gradient", "statistics", statistics, (*rows, N_STATISTICS))
     n_ids = 0 if ids is None else ids.shape[-1]
     _check("row_gradient", "row_coefficients", row_coefficients, (*rows, 4 + n_ids))
-    options, row = _Options(*coefficients.unbind()), _Row(*statistics.unbind(-1))
-    value, cap_slope = _capped(logits, options, flags, vocab_size)
-    u, is_argmax = _u_of(value, row.max, row.argmax, options.temperature)
+    values, row = _Options(*options.unbind()), _Row(*statistics.unbind(-1))
+    value, cap_slope = _capped(logits, values, flags, vocab_size)
+    u, is_argmax = _u_of(value, row.max, row.argmax, values.temperature)
     columns = _Columns(u, is_argmax, u.exp() / (1 + row.rest).unsqueeze(-1), cap_slope)
     named = row.argmax.long().unsqueeze(-1)  # i*, whose s is the fourth coefficient
     if ids is not None:
         named = torch.cat([named, ids.long()], -1)
     return _gradient(
-        logits, options, row, columns, row_coefficients[..., :3].unbind(-1), named, row_coefficients[..., 3:]
+        logits, values, row, columns, row_coefficients[..., :3].unbind(-1), named, row_coefficients[..., 3:]
     )
 
 
@@ -329,6 +328,6 @@ def scale_rows_(
     rows: Tensor,  # [..., n_columns]
     factors: Tensor,  # [...]
 ) -> None:
-    _check("scale_rows_", "factors", factors, tuple(rows.shape[:-1]))
     """Multiplies each row by its factor, in place."""
+    _check("scale_rows_", "factors", factors, tuple(rows.shape[:-1]))
     rows.copy_(rows.to(factors.dtype) * factors.unsqueeze(-1))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ava_ext.ops.without_kernels.dtypes import widest_dtype
+
 FIRST_LOSSES = 10  # kFirstLosses in csrc/temperature.h
 
 
@@ -27,7 +29,7 @@ def temperature_step_(
     history.copy_(torch.where(recorded & (places == count % n_history), loss, history))
     count.add_(recorded)
     n_losses = count.clamp(max=n_history)
-    losses = torch.where(places < n_losses, history, 0).double()
+    losses = torch.where(places < n_losses, history, 0).to(widest_dtype(history.device))
     mean = losses.sum() / n_losses.clamp_min(1)
     variance = torch.where(places < n_losses, (losses - mean) ** 2, 0).sum() / n_losses.clamp_min(1)
     wanted = (initial * (1 + gain * (variance.sqrt() / mean - 0.075))).clamp(low, high)

@@ -1,0 +1,29 @@
+// Errors as Python sees them: AVA_CHECK(condition, parts...) raises RuntimeError with the parts as message, which
+// begins with the operator's name. Torch's own STD_TORCH_CHECK puts the path of the source on the build machine before it.
+#pragma once
+#include <sstream>
+#include <stdexcept>
+
+namespace ava {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+// An index that is out of range: IndexError, as in torch.
+template <class... Parts>
+[[noreturn]] void fail_index(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::out_of_range(message.str());
+}
+
+}  // namespace ava
+
+#define AVA_CHECK(condition, ...)  \
+  do {                             \
+    if (!(condition)) [[unlikely]] \
+      ::ava::fail(__VA_ARGS__);    \
+  } while (false)

@@ -1,0 +1,29 @@
+// The functions of math.h under one name for float and double, and the lowest finite number. Free of torch.
+#pragma once
+#include <math.h>
+
+#include "element_type.h"
+
+namespace ava {
+inline namespace AVA_ISA {
+
+AVA_HOST_DEVICE float exp_of(float value) { return expf(value); }
+AVA_HOST_DEVICE double exp_of(double value) { return exp(value); }
+AVA_HOST_DEVICE float log_of(float value) { return logf(value); }
+AVA_HOST_DEVICE double log_of(double value) { return log(value); }
+AVA_HOST_DEVICE float log1p_of(float value) { return log1pf(value); }
+AVA_HOST_DEVICE double log1p_of(double value) { return log1p(value); }
+AVA_HOST_DEVICE float expm1_of(float value) { return expm1f(value); }
+AVA_HOST_DEVICE double expm1_of(double value) { return expm1(value); }
+AVA_HOST_DEVICE float power_of(float base, float exponent) { return powf(base, exponent); }
+AVA_HOST_DEVICE double power_of(double base, double exponent) { return pow(base, exponent); }
+AVA_HOST_DEVICE float tanh_of(float value) { return tanhf(value); }
+AVA_HOST_DEVICE double tanh_of(double value) { return tanh(value); }
+
+template <class Real>
+AVA_HOST_DEVICE constexpr Real lowest_finite() {
+  return sizeof(Real) == 8 ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f);
+}
+
+}  // namespace AVA_ISA
+}  // namespace ava
