@@ -1,4 +1,4 @@
-"""What `row_loss` should give, by ava_ext/reference.py in float64, and how far rounding may take a kernel from it."""
+"""What `row_loss` should give, by ava_ext/reference/ in float64, and how far rounding may take a kernel from it."""
 
 import math
 from typing import NamedTuple

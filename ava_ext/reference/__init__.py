@@ -1,0 +1,55 @@
+# ruff: noqa: F401  the names of the modules, under one name
+"""The executable specification: what every component computes, in plain PyTorch, slow and without any kernel.
+
+Only tests and benchmarks import this package. It runs in the dtype of its inputs (float64 where it serves as an
+oracle), autograd differentiates it, and it loops over tokens in Python: inputs are tiny. One module per family of
+kernels, then the rows of one call, the terms of a batch, and everything together.
+"""
+
+from ava_ext.reference.batch_terms import adaptive_temperature, diversity, info_nce, simctg
+from ava_ext.reference.repetition import (
+    contexts,
+    early_eos_weights,
+    immediate_repetition_weights,
+    is_never_candidate,
+    negative_weights_dense,
+    ngram_weights,
+)
+from ava_ext.reference.router_rows import (
+    RouterStatistics,
+    load_balancing,
+    load_variation,
+    moe_steering,
+    router_probabilities,
+    router_statistics,
+    router_terms,
+    updated_expert_bias,
+    updated_expert_load,
+)
+from ava_ext.reference.rows import Depth, Rows, Terms, confidence_calibration, mtp_depth, mtp_terms, row_terms
+from ava_ext.reference.sequences import counted_rows, denominator, is_padding, segment_numbers
+from ava_ext.reference.softmax_rows import (
+    SoftmaxStatistics,
+    confidence_penalty,
+    cross_entropy,
+    effective_logits,
+    focal,
+    log_normaliser,
+    log_odds,
+    logsumexp,
+    mean_log_prob,
+    negative_log_likelihood,
+    smoothed,
+    softmax_statistics,
+    softplus,
+    token_entropy,
+    unlikelihood,
+    z_loss,
+)
+from ava_ext.reference.unified_loss import unified_loss
+
+# entries of unified_loss() that are not weighted contributions; "mtp_loss_depth_<k>" belong to them too
+METRICS = (
+    "cross_entropy", "perplexity", "focal_loss", "n_tokens", "accuracy", "entropy", "temperature",
+    "moe_cv", "moe_max_violation",
+)  # fmt: skip
