@@ -154,6 +154,11 @@ def bit_field_insert(a, b, position, length):
     return (b & ~mask) | ((a << kind(int(position))) & mask)
 
 
+def count_bits(a):
+    """[n] integers"""
+    return np.unpackbits(np.ascontiguousarray(a)[:, None].view(np.uint8), axis=1).sum(1).astype(np.uint32)
+
+
 def highest_bit(a):
     """Place of the highest one, -1 where there is none (uint32)."""
     return np.where(a == 0, -1, np.floor(np.log2(np.maximum(a, 1).astype(np.float64)))).astype(np.int32)

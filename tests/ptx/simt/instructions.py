@@ -131,7 +131,7 @@ class Computations:
         self.write(operands[0], kind, f"bit_field_insert({a}, {b}, {int(operands[3])}, {int(operands[4])})")
 
     def do_popc(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
-        self.write(operands[0], "u32", f"np.bitwise_count({self.read(operands[1], suffixes[-1])}).astype(np.uint32)")
+        self.write(operands[0], "u32", f"count_bits({self.read(operands[1], suffixes[-1])})")
 
     def do_bfind(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         a = self.read(operands[1], "u32")

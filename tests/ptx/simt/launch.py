@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from simt.module import Instruction, Kernel
 from simt.synchronisation import EXITED, RUNNING, Synchronisation
 from simt.translation import Program
 
-warnings.filterwarnings("ignore", category=RuntimeWarning, module="ptx|simt")  # overflows are the kernels' business
 MOST_STEPS = 10**7  # basic blocks, for a cluster
 
 
@@ -81,7 +79,8 @@ class Launch(Synchronisation, MemoryAccess):
             self.random.shuffle(order)
         for self.cluster, (x, y) in enumerate(order):
             self._start_cluster(x, y)
-            self._run_cluster()
+            with np.errstate(all="ignore"):  # overflows are the kernel's business
+                self._run_cluster()
         return self
 
     def _start_cluster(self, x: int, y: int) -> None:

@@ -14,7 +14,7 @@ ALIGNMENT = 256  # of allocations, as of cudaMalloc
 UNMAPPED, RESERVED, WRITTEN = 0, 1, 2  # states of a byte; reserved: mapped, not written yet
 # What uninitialised memory holds: as a number of any floating type a nan that no computation gives, as an integer an
 # id out of range.
-UNINITIALISED = np.array([0xCD, 0xFF], np.uint8)
+UNINITIALISED = np.array([0xFD, 0xFF], np.uint8)
 
 
 class Memory:
@@ -25,10 +25,12 @@ class Memory:
         self.state = np.zeros(n_bytes, np.uint8)
         self.base = self.bytes.ctypes.data
         self.end = RED_ZONE
+        self.tensors: list[tuple[slice, int]] = []  # place and bytes of an element
 
     def clear(self) -> None:
         self.state[: self.end] = UNMAPPED
         self.end = RED_ZONE
+        self.tensors = []
 
     def _reserve(self, n_bytes: int, shift: int) -> int:
         """The first byte of uninitialised memory, whose address is `shift` bytes behind a multiple of ALIGNMENT."""
@@ -40,29 +42,29 @@ class Memory:
         self.end = first + n_bytes + RED_ZONE
         return first
 
+    def _tensor(self, n_elements: int, dtype: torch.dtype, shift: int) -> tuple[Tensor, Tensor]:
+        """A tensor over uninitialised memory, and the states of its bytes."""
+        first = self._reserve(n_elements * dtype.itemsize, shift)
+        place = slice(first, first + n_elements * dtype.itemsize)
+        self.tensors.append((place, dtype.itemsize))
+        return torch.from_numpy(self.bytes[place]).view(dtype), torch.from_numpy(self.state[place])
+
     def empty(self, size: list[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in this memory."""
-        n_bytes = math.prod(size) * dtype.itemsize
-        first = self._reserve(n_bytes, 0)
-        self.state[first : first + n_bytes] = RESERVED
-        return torch.from_numpy(self.bytes[first : first + n_bytes]).view(dtype).view(size)
+        tensor, state = self._tensor(math.prod(size), dtype, 0)
+        state.fill_(RESERVED)
+        return tensor.view(size)
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """A copy with the same strides, whose address is the same modulo 64; what lies between its rows is unmapped.
 
         Elements with the bits of UNINITIALISED count as not written.
         """
-        extents = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-        n_elements = 1 + sum(extents) if tensor.numel() else 0
-        itemsize = tensor.dtype.itemsize
-        first = self._reserve(n_elements * itemsize, tensor.data_ptr() % 64)
-        place = slice(first, first + n_elements * itemsize)
-        copy = torch.from_numpy(self.bytes[place]).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-        copy.copy_(tensor)
-        state = torch.from_numpy(self.state[place])
-        state = state.as_strided((*tensor.shape, itemsize), (*(itemsize * s for s in tensor.stride()), 1))
-        state.fill_(RESERVED)
-        return copy
+        size, strides, itemsize = tensor.shape, tensor.stride(), tensor.dtype.itemsize
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True)) if tensor.numel() else 0
+        copy, state = self._tensor(extent, tensor.dtype, tensor.data_ptr() % 64)
+        state.as_strided((*size, itemsize), (*(itemsize * stride for stride in strides), 1)).fill_(RESERVED)
+        return copy.as_strided(size, strides).copy_(tensor)
 
     def put(self, array: np.ndarray, shift: int = 0) -> int:
         """The address of a copy of a contiguous array; `shift` bytes behind a multiple of ALIGNMENT."""
@@ -76,10 +78,12 @@ class Memory:
         return self.bytes[first : first + like.nbytes].view(like.dtype).reshape(like.shape).copy()
 
     def see_writes_of_host(self) -> None:
-        """What no longer holds UNINITIALISED was written by host code. Called before a launch."""
-        used = self.end + self.end % 2
-        is_changed = (self.bytes[:used].reshape(-1, 2) != UNINITIALISED).any(1).repeat(2)
-        self.state[:used][is_changed & (self.state[:used] == RESERVED)] = WRITTEN
+        """Elements that no longer hold UNINITIALISED were written by host code. Called before a launch."""
+        for place, itemsize in self.tensors:
+            state = self.state[place].reshape(-1, itemsize)
+            pattern = np.resize(UNINITIALISED, self.bytes[place].size)
+            is_changed = (self.bytes[place] != pattern).reshape(-1, itemsize).any(1)
+            state[is_changed[:, None] & (state == RESERVED)] = WRITTEN
 
 
 class Accesses:
