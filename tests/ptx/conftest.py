@@ -4,9 +4,13 @@ A run of all tests takes only the interpreter's own from this folder.
 """
 
 import platform
+import sys
 
 import pytest
 from cuda_operators import find_nvcc
+from ninja_library import ROOT
+
+sys.path.insert(0, str(ROOT / "tests/ops"))  # the router's tests, of which some run here too
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from simt.memory import RED_ZONE, UNMAPPED, WRITTEN, Accesses
 from simt.module import Instruction
 

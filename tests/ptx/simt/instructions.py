@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from simt.module import NAMES, TYPES, Instruction, split_operands
-
 import numpy as np
+
+from simt.module import NAMES, TYPES, Instruction, split_operands
 
 
 def _bits(kind: str) -> int:

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import numpy as np
+
 from simt.access import SHARED_BASE, SHARED_WINDOW, KernelFault, MemoryAccess
 from simt.memory import RED_ZONE, RESERVED, WARP, Accesses, Memory
 from simt.module import Instruction, Kernel

@@ -7,6 +7,7 @@ barrier is seen by the others behind it.
 from __future__ import annotations
 
 import numpy as np
+
 from simt.memory import WARP
 from simt.module import Instruction, Kernel
 from simt.translation import Program

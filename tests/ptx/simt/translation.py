@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from simt import arithmetic
 from simt.instructions import Computations
 from simt.module import NAMES, TYPES, Instruction, Kernel, split_operands
