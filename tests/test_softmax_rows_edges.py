@@ -133,17 +133,17 @@ def test_candidate_out_of_range():
 WRONG = {
     "row_loss: expected targets of shape [4, 3], got [4, 2]": dict(targets=torch.zeros(4, 2).long()),
     "row_loss: expected options of shape [7], got [6]": dict(coefficients=torch.ones(6)),
-    "row_loss: expected coefficients of type float32, got float64": dict(coefficients=torch.ones(7).double()),
+    "row_loss: expected options of type float32, got float64": dict(coefficients=torch.ones(7).double()),
     "row_loss: expected row_weights of shape [4, 3], got [12]": dict(row_weights=torch.ones(12)),
     "row_loss: expected row_weights of type float32, got float64": dict(row_weights=torch.ones(4, 3).double()),
     "row_loss: expected vocab_size in [1, 10] for logits of shape [4, 3, 10], got 11": dict(vocab_size=11),
     "row_loss: expected vocab_size in [1, 10] for logits of shape [4, 3, 10], got 0": dict(vocab_size=0),
     "row_loss: expected logits of type float32, bfloat16, float16 or float64": dict(logits=torch.zeros(4, 3, 10).int()),
-    "row_loss: expected ids of shape [4, 3, 2], got [4, 1, 2]": dict(
+    "row_loss: expected candidate_ids of shape [4, 3, 2], got [4, 1, 2]": dict(
         candidates=Candidates(torch.zeros(4, 1, 2).int(), torch.zeros(4, 1, 2), (2,))
     ),
-    "row_loss: expected ids of type int32, got int64": dict(
-        candidates=Candidates(torch.zeros(4, 3, 2).long(), torch.zeros(4, 3, 2), (2,))
+    "row_loss: expected candidate_ids of type int32 or int64, got float32": dict(
+        candidates=Candidates(torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), (2,))
     ),
     "row_loss: expected candidate_weights of shape [4, 3, 2], got [4, 3, 1]": dict(
         candidates=Candidates(torch.zeros(4, 3, 2).int(), torch.zeros(4, 3, 1), (2,))
