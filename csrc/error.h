@@ -20,6 +20,12 @@ template <class... Parts>
   throw std::out_of_range(message.str());
 }
 
+// What torch says, and training loops look for.
+[[noreturn]] inline void fail_out_of_memory(const char* how_much) {
+  fail("DefaultCPUAllocator: can't allocate memory: you tried to allocate ", how_much,
+       ". Error code 12 (Cannot allocate memory)");
+}
+
 }  // namespace ava
 
 #define AVA_CHECK(condition, ...)  \
