@@ -1,5 +1,5 @@
-// AVA_BOX(&function): what a library registers as an operator. As TORCH_BOX, but out of memory is the RuntimeError that it
-// is in torch, not a MemoryError.
+// AVA_BOX(&function): what a library registers as an operator. As TORCH_BOX, but out of memory is the RuntimeError that
+// it is in torch, not a MemoryError.
 #pragma once
 #include <new>
 

@@ -1,5 +1,5 @@
 // Errors as Python sees them: AVA_CHECK(condition, parts...) raises RuntimeError with the parts as message, which
-// begins with the operator's name. Torch's own STD_TORCH_CHECK puts the path of the source on the build machine before it.
+// begins with the operator's name. Torch's own STD_TORCH_CHECK puts the build machine's path of the source before it.
 #pragma once
 #include <sstream>
 #include <stdexcept>

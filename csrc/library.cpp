@@ -15,8 +15,8 @@ static std::string cuda_version() { return AVA_CUDA_VERSION; }
 STABLE_TORCH_LIBRARY(ava_ext, m) {
   // rows of logits: softmax_rows.h. options: RowOptions [7]; flags: RowFlags
   //
-  // ids (also candidate_ids) are int32 or int64; those of rows that do not count (ignored, masked, or of statistics with
-  // count 0) are not looked at. -1 is absent, unless flags have kIdsArePresent. What else is outside [0, vocab_size) is
+  // ids (also candidate_ids) are int32 or int64; those of rows that do not count (ignored, masked, or with a count of 0
+  // in their statistics) are not looked at. -1 is absent, unless flags have kIdsArePresent. What else is outside [0, vocab_size) is
   // an IndexError on the CPU, found before it is narrowed, and a device assert on CUDA; so are targets other than
   // ignore_index.
   m.def(
@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   m.def(
       "row_gradient_(Tensor(a!) logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, "
       "Tensor options, int flags, int vocab_size) -> ()");
-  // rows times factors, but for those whose target is ignore_index: they hold zeros, which a factor of nan or inf leaves
+  // rows times factors, but for those whose target is ignore_index: they hold zeros, which a factor of nan would spoil
   m.def("scale_rows_(Tensor(a!) rows, Tensor factors, Tensor? targets=None, int ignore_index=-100) -> ()");
 
   // token sequences: repetition.h

@@ -5,8 +5,8 @@
 //   Arguments, Kernels     what its kernels are given, and the table of them: row_loss, row_statistics, row_gradient,
 //                          scale_rows
 //   check_size(op, n_rows, n_columns), check_n_ids(op, n_ids)     what it cannot take
-//   check_targets(call), set_ids(call, name, ids)     the ids are dense, int32 or int64. What is out of range in a row that
-//                                                     counts is found before it is narrowed: here, or by the kernels
+//   check_targets(call), set_ids(call, name, ids)     the ids are dense, int32 or int64. What is out of range in a row
+//                                                     that counts is found before it is narrowed: here or in kernels
 //   new_tensor(logits, sizes, type), new_gradient(logits)
 //   set_groups(op, arguments, sizes)
 //   run(op, logits, arguments, kernel)     of at least one row

@@ -1,5 +1,5 @@
-// Torch's own threads, so that torch.set_num_threads holds here too. What a piece of work throws reaches the caller; through
-// torch's C interface it would lose its type and its message.
+// Torch's own threads, so that torch.set_num_threads holds here too. What a piece of work throws reaches the caller;
+// through torch's C interface it would lose its type and its message.
 #pragma once
 #include <atomic>
 #include <exception>

@@ -1,5 +1,4 @@
-"""The row operators at the ends of what they take: upstream gradients of nan, ids out of range, the lowest numbers, many
-candidates."""
+"""The row operators at the ends of what they take: upstream nan, ids out of range, the lowest numbers, many ids."""
 
 import math
 
@@ -171,7 +170,9 @@ def test_loss_with_confidence_penalty_beside_the_lowest_number(dtype):
     entropy = -(log_p.exp() * log_p).sum(-1)
     loss = -log_p[[0, 1], [1, 0]] + 1 - entropy / math.log(3)
     (expected,) = torch.autograd.grad(loss.sum(), z)
-    torch.testing.assert_close(gradient.double(), expected / 0.5, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-3)
+    torch.testing.assert_close(
+        gradient.double(), expected / 0.5, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-3
+    )
 
 
 def test_a_distant_target_has_its_whole_loss():

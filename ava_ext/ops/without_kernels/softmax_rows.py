@@ -156,7 +156,7 @@ def _places(
     counted: Tensor | None,  # [..., 1] bool
     flags: int,
 ) -> Tensor:  # [..., n_ids]
-    """Where to gather: column 0 for an absent id, and in a row that does not count. One out of range is torch's error."""
+    """Where to gather: column 0 for an absent id and in a row that does not count. Out of range is torch's error."""
     places = ids.long()
     if not flags & IDS_ARE_PRESENT:
         places = torch.where(places == -1, 0, places)
