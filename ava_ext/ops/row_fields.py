@@ -102,4 +102,8 @@ def numbers_like(
     values: tuple[float, ...],
 ) -> Tensor:  # [len(values)]
     """A tensor of these numbers on the device of `like`, in its accumulation type."""
-    return torch.tensor(values, dtype=accumulation_dtype(like.dtype), device=like.device)
+    dtype, device = accumulation_dtype(like.dtype), like.device
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    # filled there: a copy of numbers from the host waits for the GPU, and no CUDA graph can capture it
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

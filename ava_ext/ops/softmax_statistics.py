@@ -5,15 +5,19 @@ Their vector-Jacobian product is the gradient kernel of the fused loss; the form
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import check_integers, check_is_tensor, index_error, narrow_ids
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
 from ava_ext.ops.row_fields import RowFlags, row_options
 from ava_ext.ops.row_statistics import row_statistics
+
+_NEGATIVE = -2  # an id out of range that is not absent
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -48,7 +52,8 @@ def softmax_statistics(
         logits: [..., n_columns], float32, bfloat16, float16 or float64. Or LinearLogits(hidden_states, weight, bias),
             of which a few rows exist at a time; backward computes them again.
         ids: [..., n_ids] integers in [0, vocab_size); -1 gives 0. None: no log_probs.
-        temperature: a number, or a 0-dim tensor that does not require grad.
+        temperature: a number in (0, inf), or a 0-dim tensor on the logits' device that does not require grad. The
+            value of a tensor is not checked: that would wait for a GPU.
         logit_softcap: c of c tanh(logits / c).
         vocab_size: columns beyond it are padding. Default: n_columns.
         row_mask: [...] bool; rows where it is False give zeros and get a zero gradient, whatever they hold.
@@ -58,36 +63,50 @@ def softmax_statistics(
         SoftmaxStatistics, float32 (float64 for float64 logits).
 
     Raises:
-        RuntimeError, or ValueError for LinearLogits: on wrong shapes and types. RuntimeError: on double backward.
-        IndexError: on ids out of range.
+        ValueError: on a temperature out of range or that requires grad, ids that are no integers, LinearLogits that do
+            not fit. TypeError: on what is no tensor. IndexError: on ids out of range.
+        RuntimeError: on other wrong shapes and types; on double backward. NotImplementedError: on forward-mode
+            derivatives.
 
     Example:
         >>> s = softmax_statistics(logits, targets.unsqueeze(-1))
         >>> margin_loss = torch.relu(1 + s.log_rest + s.entropy - s.log_probs[..., 0]).mean()
         >>> margin_loss.backward()
     """
-    return _statistics("softmax_statistics", logits, ids, temperature, logit_softcap, vocab_size, row_mask, chunk_bytes)
+    if not isinstance(logits, LinearLogits):
+        check_is_tensor("softmax_statistics", "logits", logits, or_linear=True)
+    size, narrow = logits.shape[-1] if vocab_size is None else vocab_size, None
+    if ids is not None:
+        check_is_tensor("softmax_statistics", "ids", ids)
+        check_integers("softmax_statistics", "ids", ids, "[..., n_ids]")
+        narrow = narrow_ids(ids)
+    try:
+        return _statistics(
+            "softmax_statistics", logits, narrow, temperature, logit_softcap, size, row_mask, chunk_bytes
+        )
+    except IndexError as error:  # of the CPU's operators, which have seen what narrow_ids made of ids
+        if ids is None:
+            raise
+        is_wrong = (ids < -1) | (ids >= size)
+        raise index_error("softmax_statistics", "ids", f"[0, {size}) or -1", ids, is_wrong) from error
 
 
 def _statistics(
     owner: str,
     logits: Tensor | LinearLogits,  # [..., n_columns]
-    ids: Tensor | None,  # [..., n_ids]
+    ids: Tensor | None,  # [..., n_ids] int32
     temperature: float | Tensor,
     logit_softcap: float | None,
-    vocab_size: int | None,
+    vocab_size: int,
     row_mask: Tensor | None,  # [...]
     chunk_bytes: int | None,
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages."""
     options, flags = _options(owner, logits, temperature, logit_softcap)
-    ids = None if ids is None else ids.to(torch.int32)
-    arguments = (ids, row_mask, options, flags, logits.shape[-1] if vocab_size is None else vocab_size)
+    arguments = (ids, row_mask, options, flags, vocab_size)
     if isinstance(logits, LinearLogits):
-        log_probs, summaries = linear_row_statistics(owner, logits, *arguments, chunk_bytes)
-    else:
-        log_probs, summaries = row_statistics(logits, *arguments)
-    return SoftmaxStatistics(log_probs, *summaries.unbind(0))
+        return SoftmaxStatistics(*linear_row_statistics(owner, logits, *arguments, chunk_bytes))
+    return SoftmaxStatistics(*row_statistics(owner, logits, *arguments))
 
 
 def _options(
@@ -99,6 +118,8 @@ def _options(
     flags = int(RowFlags.ENTROPY | RowFlags.SOFTCAP) if logit_softcap else int(RowFlags.ENTROPY)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
     if not isinstance(temperature, Tensor):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"{owner}: expected a temperature above 0 and below infinity, got {temperature}")
         return row_options(like, temperature=temperature, logit_softcap=logit_softcap), flags
     if temperature.requires_grad:
         raise ValueError(f"{owner}: expected a temperature without requires_grad")
@@ -133,13 +154,22 @@ def token_log_probs(
         >>> loss = -(advantages * log_prob).mean() - 0.01 * entropy.mean()
         >>> loss.backward()
     """
+    if not isinstance(logits, LinearLogits):
+        check_is_tensor("token_log_probs", "logits", logits, or_linear=True)
+    check_is_tensor("token_log_probs", "targets", targets)
+    check_integers("token_log_probs", "targets", targets)
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"token_log_probs: expected targets of shape {list(logits.shape[:-1])}, got {list(targets.shape)}"
         )
     counted = targets != ignore_index
-    ids = targets.masked_fill(~counted, -1).unsqueeze(-1)
-    statistics = _statistics(
-        "token_log_probs", logits, ids, temperature, logit_softcap, vocab_size, counted, chunk_bytes
-    )
+    # -1 is an absent id: a row that counts has none, so that another number out of range stands for a negative target
+    ids = narrow_ids(targets).masked_fill(targets < 0, _NEGATIVE).masked_fill(~counted, -1).unsqueeze(-1)
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    arguments = (logits, ids, temperature, logit_softcap, size, counted, chunk_bytes)
+    try:
+        statistics = _statistics("token_log_probs", *arguments)
+    except IndexError as error:
+        is_wrong = counted & ((targets < 0) | (targets >= size))
+        raise index_error("token_log_probs", "targets", f"[0, {size}) or {ignore_index}", targets, is_wrong) from error
     return statistics.log_probs.squeeze(-1), statistics.entropy

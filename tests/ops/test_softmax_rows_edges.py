@@ -140,9 +140,6 @@ WRONG = {
     "row_loss: expected ids of shape [4, 3, 2], got [4, 1, 2]": dict(
         candidates=Candidates(torch.zeros(4, 1, 2).int(), torch.zeros(4, 1, 2), (2,))
     ),
-    "row_loss: expected ids of type int32, got int64": dict(
-        candidates=Candidates(torch.zeros(4, 3, 2).long(), torch.zeros(4, 3, 2), (2,))
-    ),
     "row_loss: expected candidate_weights of shape [4, 3, 2], got [4, 3, 1]": dict(
         candidates=Candidates(torch.zeros(4, 3, 2).int(), torch.zeros(4, 3, 1), (2,))
     ),
@@ -161,6 +158,8 @@ def test_wrong_arguments_are_named(message):
 
 def test_wrong_arguments_of_the_other_operators():
     logits, options = torch.zeros(4, 10), row_options(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"row_statistics: expected ids of type .*int32, got float32"):
+        ops.row_statistics(logits, torch.zeros(4, 1), None, options, 128, 10)
     with pytest.raises(RuntimeError, match=r"row_statistics: expected row_mask of shape \[4\], got \[3\]"):
         ops.row_statistics(logits, None, torch.ones(3).bool(), options, 128, 10)
     with pytest.raises(RuntimeError, match=r"row_gradient: expected statistics of shape \[4, 6\], got \[4, 5\]"):

@@ -161,7 +161,7 @@ def test_temperature_as_a_tensor():
 
 
 def test_ids_out_of_range():
-    with pytest.raises(IndexError, match=r"row_statistics: expected ids in \[0, 30\) or -1, got 30 at position 3"):
+    with pytest.raises(IndexError, match=r"softmax_statistics: expected ids in \[0, 30\) or -1, got 30 at position 3"):
         softmax_statistics(torch.zeros(2, 30), torch.tensor([[0, 1], [2, 30]]))
     with pytest.raises(IndexError, match=r"got -2 at position 0"):
         softmax_statistics(torch.zeros(2, 30), torch.tensor([[-2], [2]]))
