@@ -136,7 +136,7 @@ def test_out_of_memory_is_what_torch_raises():
     with pytest.raises(RuntimeError, match=message):
         gradient_of(logits, targets)
     with pytest.raises(RuntimeError, match="can't allocate memory"):  # a small tensor of torch's own, for each row
-        torch.ops.ava_ext.row_statistics(logits[:1, :2].expand(2**46, 2), None, None, row_coefficients(logits), 0, 2)
+        torch.ops.ava_ext.row_statistics(logits[:1, :2].expand(2**46, 2), None, None, row_options(logits), 0, 2)
 
 
 def test_idle_memory_goes_first_where_memory_is_short():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,10 +33,7 @@ class LinearLogits(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """What the logits would be computed in: under autocast its type, as torch.nn.functional.linear."""
-        dtype, device_type = self.hidden_states.dtype, self.hidden_states.device.type
-        if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-            return torch.get_autocast_dtype(device_type)
-        return dtype
+        return _dtype_in_products(self.hidden_states)
 
     @property
     def device(self) -> torch.device:
@@ -66,16 +65,38 @@ class LinearLogits(NamedTuple):
                 continue
             if part.device != hidden_states.device:
                 raise ValueError(f"{owner}: expected {name} on {hidden_states.device}, got {part.device}")
-            if part.dtype != hidden_states.dtype and self.dtype == hidden_states.dtype:
+            if _dtype_in_products(part) != self.dtype:
                 raise ValueError(
-                    f"{owner}: expected {name} of {of_states}' type {hidden_states.dtype} outside autocast, "
-                    f"got {part.dtype}"
+                    f"{owner}: expected {name} of {of_states}' type {hidden_states.dtype}, got {part.dtype}; "
+                    "torch.autocast would convert float32, bfloat16 and float16"
                 )
 
     def chunk_rows(self, chunk_bytes: int | None) -> int:
         """Rows of one chunk: as many as the budget allows (default 64 MB, 1 GB on CUDA), shared out evenly."""
-        budget = chunk_bytes or (CUDA_CHUNK_BYTES if self.hidden_states.is_cuda else CPU_CHUNK_BYTES)
-        most = max(1, budget // max(1, self.weight.shape[0] * self.dtype.itemsize))
-        n_rows = self.shape[:-1].numel()
-        n_chunks = max(1, -(-n_rows // most))
-        return max(1, -(-n_rows // n_chunks))
+        n_rows = math.prod(self.hidden_states.shape[:-1])
+        return rows_of_a_chunk(n_rows, len(self.weight), self.dtype, self.device, chunk_bytes)
+
+
+def _dtype_in_products(part: Tensor) -> torch.dtype:
+    """The type that torch.nn.functional.linear would take this tensor in."""
+    device_type = part.device.type
+    # meta has no autocast, and asking for it raises
+    if part.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return part.dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else part.dtype
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where a product in the tensors' own type is meant, whatever region the caller is in."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
+def rows_of_a_chunk(
+    n_rows: int, n_columns: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None
+) -> int:
+    """As many rows as the budget allows, shared out evenly; at least 1."""
+    budget = chunk_bytes or (CUDA_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES)
+    most = max(1, budget // max(1, n_columns * dtype.itemsize))
+    n_chunks = max(1, -(-n_rows // most))
+    return max(1, -(-n_rows // n_chunks))

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.derivatives import counted_only, graph_is_kept, refuse_tangents, without_second_derivative
+from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_fields import N_TERMS, Candidates, RowLoss, accumulation_dtype
-from ava_ext.ops.second_derivative import graph_is_kept, without_second_derivative
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
 __all__ = ["LinearLogits", "by_chunks", "empty_gradients", "linear_row_loss"]
@@ -40,13 +41,14 @@ def linear_row_loss(
     rows, n_columns = logits.shape[:-1], logits.shape[-1]
     if targets.shape != rows:
         raise ValueError(f"row_loss: expected targets of shape {list(rows)}, got {list(targets.shape)}")
+    refuse_tangents("row_loss", (*logits, options, row_weights))
     ids, weights, groups = candidates if candidates else (None, None, ())
     in_forward = logits.requires_grad and reduction == "sum" and logits.dtype != torch.float16
     total, losses, terms, *_ = _ops.linear_row_loss(
         logits.hidden_states.flatten(0, -2),
         logits.weight,
         logits.bias,
-        targets.reshape(-1).long(),
+        targets.reshape(-1),
         options,
         None if row_weights is None else row_weights.reshape(-1),
         None if ids is None else ids.flatten(0, -2),
@@ -55,7 +57,7 @@ def linear_row_loss(
         int(flags),
         n_columns if vocab_size is None else vocab_size,
         ignore_index,
-        logits.chunk_rows(chunk_bytes),
+        chunk_bytes,
         logits.dtype,
         [in_forward and part is not None and part.requires_grad for part in logits],
     )
@@ -76,11 +78,12 @@ def _linear_row_loss(
     flags: int,
     vocab_size: int,
     ignore_index: int,
-    chunk_rows: int,
+    chunk_bytes: int | None,
     dtype: torch.dtype,
     gradients: list[bool],  # [3]: which of hidden_states, weight and bias get theirs now
-    # total [], losses [n_rows], terms [n_terms, n_rows], and three gradients of the sum, or [0]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # total [], losses [n_rows], terms [n_terms, n_rows], three gradients of the sum, or [0]; and [0], which leads
+    # autograd to the inputs and which nobody can have changed
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
     losses = hidden_states.new_empty(n_rows, dtype=real)
     terms = hidden_states.new_empty((N_TERMS + len(candidate_groups), n_rows), dtype=real)
@@ -94,15 +97,15 @@ def _linear_row_loss(
         else:
             losses[rows], terms[:, rows] = _ops.row_loss(*arguments, False, False)[:2]
 
-    grads = by_chunks(hidden_states, weight, bias, chunk_rows, dtype, gradients, chunk_loss)
-    return losses.sum(), losses, terms, *grads
+    grads = by_chunks(hidden_states, weight, bias, chunk_bytes, dtype, gradients, chunk_loss)
+    return losses.sum(), losses, terms, *grads, losses.new_empty(0)
 
 
 def by_chunks(
     hidden_states: Tensor,  # [n_rows, hidden_size]
     weight: Tensor,  # [n_columns, hidden_size]
     bias: Tensor | None,  # [n_columns]
-    chunk_rows: int,
+    chunk_bytes: int | None,
     dtype: torch.dtype,
     gradients: list[bool],
     kernel: Callable[[Tensor, slice], None],
@@ -112,6 +115,7 @@ def by_chunks(
     """
     n_rows, (n_columns, hidden_size), real = hidden_states.shape[0], weight.shape, accumulation_dtype(dtype)
     with_hidden_states, with_weight, with_bias = gradients
+    chunk_rows = rows_of_a_chunk(n_rows, n_columns, dtype, hidden_states.device, chunk_bytes)
     grad_hidden_states = hidden_states.new_empty((n_rows, hidden_size) if with_hidden_states else (0,))
     grad_weight = weight.new_zeros((n_columns, hidden_size) if with_weight else (0,), dtype=real)
     grad_bias = weight.new_zeros((n_columns,) if with_bias else (0,), dtype=real)
@@ -119,7 +123,7 @@ def by_chunks(
     padded_columns = -(-n_columns * dtype.itemsize // 64) * 64 // dtype.itemsize
     buffer = hidden_states.new_empty((min(chunk_rows, n_rows), padded_columns), dtype=dtype)[:, :n_columns]
     # this may run inside an autocast region: a float32 product here is meant
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with without_autocast(hidden_states.device):
         logits = buffer
         columns, offsets = weight.to(dtype), None if bias is None else bias.to(dtype)
         for begin in range(0, n_rows, chunk_rows):
@@ -129,7 +133,10 @@ def by_chunks(
                 torch.mm(states, columns.t(), out=logits)
             else:
                 torch.addmm(offsets, states, columns.t(), out=logits)
-            kernel(logits, rows)
+            try:
+                kernel(logits, rows)
+            except IndexError as error:  # the kernel counts from the chunk's first row
+                raise IndexError(f"{error} of the rows from {begin} on") if begin else error from None
             if with_hidden_states:
                 if dtype == hidden_states.dtype:
                     torch.mm(logits, columns, out=grad_hidden_states[rows])
@@ -176,16 +183,28 @@ def _(
     flags,
     vocab_size,
     ignore_index,
-    chunk_rows,
+    chunk_bytes,
     dtype,
     gradients,
 ):
+    check_devices(
+        "row_loss",
+        hidden_states,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        options=options,
+        row_weights=row_weights,
+        candidate_ids=candidate_ids,
+        candidate_weights=candidate_weights,
+    )
     n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
     return (
         hidden_states.new_empty((), dtype=real),
         hidden_states.new_empty(n_rows, dtype=real),
         hidden_states.new_empty((N_TERMS + len(candidate_groups), n_rows), dtype=real),
         *empty_gradients(hidden_states, weight, bias, gradients),
+        hidden_states.new_empty(0, dtype=real),
     )
 
 
@@ -199,11 +218,10 @@ def empty_gradients(hidden_states, weight, bias, gradients):
 
 
 def _save_linear_row_loss(ctx, inputs, output):
-    ctx.constants, ctx.gradients = inputs[8:14], inputs[14]
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.constants, ctx.ignore_index, ctx.gradients = inputs[8:14], inputs[11], inputs[14]
+    ctx.mark_non_differentiable(*output[2:6])
     ctx.set_materialize_grads(False)
-    # the total is what an error of double backward is tied to
-    ctx.save_for_backward(output[0], *(output[3:] if any(ctx.gradients) else inputs[:8]))
+    ctx.save_for_backward(output[6], inputs[3], *(output[3:6] if any(ctx.gradients) else (*inputs[:3], *inputs[4:8])))
 
 
 def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
@@ -213,21 +231,25 @@ def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
     nothing = (None,) * 15
     if grad_total is None and grad_losses is None:
         return nothing
+    refuse_tangents("row_loss", (grad_total, grad_losses))
     if any(ctx.gradients):
-        total, *grads = ctx.saved_tensors
+        origin, targets, *grads = ctx.saved_tensors
         if grad_losses is not None:
             raise RuntimeError("ava_ext: the gradient of the sum was computed; the rows need reduction='none'")
-        wanted, grads = ctx.gradients, [_scaled(grad, grad_total) for grad in grads]
+        of_rows = counted_only(grad_total.expand(len(targets)), targets == ctx.ignore_index)
+        wanted, factors = ctx.gradients, (of_rows, grad_total, grad_total)
+        triples = zip(grads, factors, wanted, strict=True)
+        grads = [_scaled(grad, factor) if is_wanted else grad for grad, factor, is_wanted in triples]
     else:
-        total, *parts, targets, options, row_weights, ids, id_weights = ctx.saved_tensors
+        origin, targets, *parts, options, row_weights, ids, id_weights = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         upstream = sum(grad for grad in (grad_total, grad_losses) if grad is not None)
         upstream = upstream.expand(len(targets)) if row_weights is None else upstream * row_weights
         parts = [part if part is None else part.detach() for part in parts]
         arguments = (*parts, targets, options, upstream, ids, id_weights, *ctx.constants, wanted)
-        grads = _ops.linear_row_loss(*arguments)[3:]
+        grads = _ops.linear_row_loss(*arguments)[3:6]
     grads = [
-        without_second_derivative(grad, total) if is_wanted else None
+        without_second_derivative(grad, origin) if is_wanted else None
         for grad, is_wanted in zip(grads, wanted, strict=True)
     ]
     return *grads, *nothing[3:]
@@ -235,11 +257,11 @@ def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
 
 def _scaled(
     gradient: Tensor,  # [n, hidden_size] or [n]
-    factor: Tensor,  # []
+    factor: Tensor,  # [] or [n]
 ) -> Tensor:  # as gradient
     """gradient * factor; over the gradient where nobody can ask for it again, and at no cost where the factor is 1."""
     if torch.compiler.is_compiling() or graph_is_kept():
-        return gradient * factor.to(gradient.dtype)
+        return gradient * (factor.unsqueeze(-1) if factor.dim() else factor).to(gradient.dtype)
     rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
     if rows.numel():
         _ops.scale_rows_(rows, factor.to(accumulation_dtype(rows.dtype)).expand(len(rows)))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.derivatives import refuse_tangents, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import by_chunks, empty_gradients
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, accumulation_dtype
 from ava_ext.ops.row_statistics import statistics_coefficients
-from ava_ext.ops.second_derivative import without_second_derivative
 
 _ops = torch.ops.ava_ext
 
@@ -23,18 +24,19 @@ def linear_row_statistics(
     flags: int,
     vocab_size: int,
     chunk_bytes: int | None,
-) -> tuple[Tensor, Tensor]:  # [..., n_ids], [N_SUMMARIES, ...]
-    """log_probs and summaries of `softmax_statistics` of LinearLogits.
+) -> list[Tensor]:  # [..., n_ids], and N_SUMMARIES of [...]
+    """log_probs and the summaries of `softmax_statistics` of LinearLogits.
 
     A chunk of rows is computed at a time; backward computes it again. owner begins the messages.
     """
     logits.check(owner)
+    refuse_tangents(owner, (*logits, options))
     rows = logits.shape[:-1]
     if ids is not None and ids.shape[:-1] != rows:
         raise ValueError(f"{owner}: expected ids of shape [{', '.join(map(str, rows))}, n_ids], got {list(ids.shape)}")
     if row_mask is not None and row_mask.shape != rows:
         raise ValueError(f"{owner}: expected row_mask of shape {list(rows)}, got {list(row_mask.shape)}")
-    _, log_probs, summaries = _ops.linear_row_statistics(
+    _, log_probs, *summaries, _ = _ops.linear_row_statistics(
         logits.hidden_states.flatten(0, -2),
         logits.weight,
         logits.bias,
@@ -43,10 +45,10 @@ def linear_row_statistics(
         options,
         flags,
         vocab_size,
-        logits.chunk_rows(chunk_bytes),
+        chunk_bytes,
         logits.dtype,
     )
-    return log_probs.view(*rows, log_probs.shape[-1]), summaries.view(N_SUMMARIES, *rows)
+    return [log_probs.view(*rows, log_probs.shape[-1]), *(summary.view(rows) for summary in summaries)]
 
 
 @torch.library.custom_op("ava_ext::linear_row_statistics", mutates_args=())
@@ -59,16 +61,15 @@ def _linear_row_statistics(
     options: Tensor,  # [N_OPTIONS]
     flags: int,
     vocab_size: int,
-    chunk_rows: int,
+    chunk_bytes: int | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # [n_rows, N_STATISTICS], [n_rows, n_ids], [N_SUMMARIES, n_rows]
-    n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
-    statistics = hidden_states.new_empty((n_rows, N_STATISTICS), dtype=real)
-    log_probs = hidden_states.new_empty((n_rows, 0 if ids is None else ids.shape[-1]), dtype=real)
-    summaries = hidden_states.new_empty((N_SUMMARIES, n_rows), dtype=real)
+    # statistics [n_rows, N_STATISTICS], log_probs [n_rows, n_ids], N_SUMMARIES of [n_rows]; and [0], which leads
+    # autograd to the inputs and which nobody can have changed
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = statistics, log_probs, *summaries, _ = _empty_statistics(hidden_states, ids, dtype)
 
     def measure(logits: Tensor, rows: slice) -> None:
-        statistics[rows], log_probs[rows], summaries[:, rows] = _ops.row_statistics(
+        statistics[rows], log_probs[rows], of_rows = _ops.row_statistics(
             logits,
             None if ids is None else ids[rows],
             None if row_mask is None else row_mask[rows],
@@ -76,9 +77,22 @@ def _linear_row_statistics(
             flags,
             vocab_size,
         )
+        for summary, values in zip(summaries, of_rows, strict=True):
+            summary[rows] = values
 
-    by_chunks(hidden_states, weight, bias, chunk_rows, dtype, [False, False, False], measure)
-    return statistics, log_probs, summaries
+    by_chunks(hidden_states, weight, bias, chunk_bytes, dtype, [False, False, False], measure)
+    return outputs
+
+
+def _empty_statistics(hidden_states, ids, dtype):
+    """What _linear_row_statistics returns, without values."""
+    n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
+    return (
+        hidden_states.new_empty((n_rows, N_STATISTICS), dtype=real),
+        hidden_states.new_empty((n_rows, 0 if ids is None else ids.shape[-1]), dtype=real),
+        *(hidden_states.new_empty(n_rows, dtype=real) for _ in range(N_SUMMARIES)),
+        hidden_states.new_empty(0, dtype=real),
+    )
 
 
 @torch.library.custom_op("ava_ext::linear_row_gradient", mutates_args=())
@@ -92,7 +106,7 @@ def _linear_row_gradient(
     options: Tensor,  # [N_OPTIONS]
     flags: int,
     vocab_size: int,
-    chunk_rows: int,
+    chunk_bytes: int | None,
     dtype: torch.dtype,
     gradients: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n_rows, hidden_size], [n_columns, hidden_size], [n_columns]; [0] if not wanted
@@ -100,17 +114,14 @@ def _linear_row_gradient(
         of_rows = (statistics[rows], row_coefficients[rows], None if ids is None else ids[rows])
         _ops.row_gradient_(logits, *of_rows, options, flags, vocab_size)
 
-    return by_chunks(hidden_states, weight, bias, chunk_rows, dtype, gradients, differentiate)
+    return by_chunks(hidden_states, weight, bias, chunk_bytes, dtype, gradients, differentiate)
 
 
 @_linear_row_statistics.register_fake
-def _(hidden_states, weight, bias, ids, row_mask, options, flags, vocab_size, chunk_rows, dtype):
-    n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
-    return (
-        hidden_states.new_empty((n_rows, N_STATISTICS), dtype=real),
-        hidden_states.new_empty((n_rows, 0 if ids is None else ids.shape[-1]), dtype=real),
-        hidden_states.new_empty((N_SUMMARIES, n_rows), dtype=real),
-    )
+def _(hidden_states, weight, bias, ids, row_mask, options, flags, vocab_size, chunk_bytes, dtype):
+    others = {"weight": weight, "bias": bias, "ids": ids, "row_mask": row_mask, "options": options}
+    check_devices("softmax_statistics", hidden_states, **others)
+    return _empty_statistics(hidden_states, ids, dtype)
 
 
 @_linear_row_gradient.register_fake
@@ -124,7 +135,7 @@ def _(
     options,
     flags,
     vocab_size,
-    chunk_rows,
+    chunk_bytes,
     dtype,
     wanted,
 ):
@@ -132,26 +143,30 @@ def _(
 
 
 def _save_linear_row_statistics(ctx, inputs, output):
-    hidden_states, weight, bias, ids, _, options, *ctx.constants = inputs
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(hidden_states, weight, bias, ids, options, output[0], output[2])
+    hidden_states, weight, bias, ids, row_mask, options, *ctx.constants = inputs
+    statistics, *_, origin = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_states, weight, bias, ids, row_mask, options, statistics, origin)
 
 
-def _linear_row_statistics_backward(ctx, _, grad_log_probs, grad_summaries):
-    """grad_log_probs: [n_rows, n_ids], grad_summaries: [N_SUMMARIES, n_rows]."""
-    *parts, ids, options, statistics, summaries = ctx.saved_tensors
+def _linear_row_statistics_backward(ctx, _, grad_log_probs, *grads_and_none):
+    """grad_log_probs: [n_rows, n_ids], those of the summaries: [n_rows]; None where nothing comes from above."""
+    *parts, ids, row_mask, options, statistics, origin = ctx.saved_tensors
+    grad_summaries = grads_and_none[:N_SUMMARIES]
+    refuse_tangents("softmax_statistics", (grad_log_probs, *grad_summaries))
     wanted = list(ctx.needs_input_grad[:3])
     grads = _ops.linear_row_gradient(
         *(part if part is None else part.detach() for part in parts),
         statistics,
-        statistics_coefficients(statistics, grad_log_probs, grad_summaries),
+        statistics_coefficients(statistics, ids, row_mask, grad_log_probs, grad_summaries),
         ids,
         options,
         *ctx.constants,
         wanted,
     )
     grads = [
-        without_second_derivative(grad, summaries) if is_wanted else None
+        without_second_derivative(grad, origin) if is_wanted else None
         for grad, is_wanted in zip(grads, wanted, strict=True)
     ]
     return *grads, *(None,) * 7

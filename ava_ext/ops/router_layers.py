@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +67,7 @@ def layers_shape(
 ) -> tuple[int, int, int]:
     """(n_layers, n_rows, n_experts) of them all."""
     first = layers[0]
-    return sum(layer.shape[0] for layer in layers), first.shape[1:-1].numel(), first.shape[-1]
+    return sum(layer.shape[0] for layer in layers), math.prod(first.shape[1:-1]), first.shape[-1]
 
 
 def stack_expert_indices(

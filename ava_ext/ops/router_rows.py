@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.derivatives import raise_double_backward, refuse_tangents, without_second_derivative
 from ava_ext.ops.router_layers import layers_shape
 from ava_ext.ops.row_fields import accumulation_dtype
-from ava_ext.ops.second_derivative import raise_double_backward, without_second_derivative
 
 _ops = torch.ops.ava_ext
 _router_statistics = _ops.router_statistics.default  # looked up once: each look-up costs a microsecond
@@ -73,7 +74,7 @@ def router_statistics(
     Raises:
         ValueError: shapes that do not fit, neither expert_indices nor k, k > n_experts, an unknown score.
         IndexError: an expert index of a counted row outside [0, n_experts), a segment not below n_segments.
-        RuntimeError: on double backward.
+        RuntimeError: on double backward. NotImplementedError: on forward-mode derivatives.
 
     Example:
         >>> statistics = router_statistics(torch.zeros(1, 6, 4), torch.arange(6).remainder(4)[None, :, None], None, k=1)
@@ -87,6 +88,7 @@ def router_statistics(
             raise ValueError("router_statistics: expected expert_indices or k, got neither")
         k = expert_indices.shape[-1]
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
+    refuse_tangents("router_statistics", (*layers, expert_bias))
     layers = [layer if layer.stride(-1) == 1 else layer.contiguous() for layer in layers]
     dtype = accumulation_dtype(layers[0].dtype)
     tensors = (
@@ -145,6 +147,8 @@ def _check(
 
 @torch.library.register_fake("ava_ext::router_statistics")
 def _(gate_logits, expert_indices, row_mask, segment_ids, expert_bias, n_segments, k, is_sigmoid):
+    others = {"expert_indices": expert_indices, "row_mask": row_mask, "segment_ids": segment_ids}
+    check_devices("router_statistics", gate_logits[0], **others, expert_bias=expert_bias)
     n_layers, n_rows, n_experts = layers_shape(gate_logits)
     first, real = gate_logits[0], accumulation_dtype(gate_logits[0].dtype)
     vector, scalar = (n_layers * n_segments, n_experts), (n_layers * n_segments,)
@@ -198,6 +202,7 @@ def _router_statistics_backward(
     nothing = (None,) * 7
     if all(gradient is None for gradient in gradients):
         return [None] * len(gate_logits), *nothing
+    refuse_tangents("router_statistics", gradients)
     grad_logits = _ops.router_gradient(
         [layers.detach() for layers in gate_logits],
         None if grad_importance_sum is None else chosen,

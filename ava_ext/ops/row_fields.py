@@ -23,6 +23,7 @@ class RowFlags(IntFlag):
     CONFIDENCE_PENALTY = 32
     SOFTCAP = 64
     ENTROPY = 128
+    IDS_ARE_PRESENT = 256  # no term: an id of -1 is out of range, not absent
 
 
 # the first rows of RowLoss.terms; the groups of candidates follow
@@ -56,7 +57,7 @@ class RowLoss(NamedTuple):
 class Candidates(NamedTuple):
     """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c)."""
 
-    ids: Tensor  # [..., n_candidates] int32; -1: absent
+    ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent
     weights: Tensor  # [..., n_candidates] float32 (float64 beside float64 logits)
     groups: tuple[int, ...]  # sizes that add up to n_candidates; each group is reported by itself
 
@@ -102,4 +103,8 @@ def numbers_like(
     values: tuple[float, ...],
 ) -> Tensor:  # [len(values)]
     """A tensor of these numbers on the device of `like`, in its accumulation type."""
-    return torch.tensor(values, dtype=accumulation_dtype(like.dtype), device=like.device)
+    dtype, device = accumulation_dtype(like.dtype), like.device
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    # filled there: a copy of numbers from the host waits for the GPU, and no CUDA graph can capture it
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

@@ -10,6 +10,15 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor
+from ava_ext.ops.derivatives import (
+    counted_only,
+    graph_is_kept,
+    is_forward_mode,
+    raise_double_backward,
+    refuse_tangents,
+    without_second_derivative,
+)
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import linear_row_loss
 from ava_ext.ops.row_fields import (
@@ -25,7 +34,7 @@ from ava_ext.ops.row_fields import (
     accumulation_dtype,
     row_options,
 )
-from ava_ext.ops.second_derivative import graph_is_kept, raise_double_backward, without_second_derivative
+from ava_ext.ops.transformed_rows import transformed_row_loss
 
 __all__ = [
     "N_OPTIONS",
@@ -43,7 +52,8 @@ __all__ = [
 ]
 
 _ops = torch.ops.ava_ext
-_row_loss = _ops.row_loss.default  # looked up once: each look-up costs a microsecond
+# looked up once: each look-up costs a microsecond
+_row_loss, _scale_rows_ = _ops.row_loss.default, _ops.scale_rows_.default
 
 
 def row_loss(
@@ -88,16 +98,27 @@ def row_loss(
 
     Raises:
         ValueError: on weights that require grad, an unknown reduction, inplace_gradient on a leaf or on overlapping
-            memory, LinearLogits whose shapes and types do not fit.
-        RuntimeError: on wrong shapes and types; on double backward.
+            memory, targets that are no integers, LinearLogits whose shapes and types do not fit.
+        TypeError: on logits or targets that are no tensors.
+        RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
+        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
         >>> loss = row_loss(logits, targets, row_options(logits), reduction="sum").loss
         >>> loss.backward()
     """
+    if not isinstance(logits, LinearLogits):
+        check_is_tensor("row_loss", "logits", logits, or_linear=True)
+    check_is_tensor("row_loss", "targets", targets)
     _check_constants(options, row_weights, candidates)
+    if targets.dtype != torch.int64:
+        check_integers("row_loss", "targets", targets)
+        targets = targets.long()
+    if candidates is not None and candidates.ids.dtype not in (torch.int32, torch.int64):
+        ids = as_ids("row_loss", "candidate_ids", candidates.ids, "[..., n_candidates]")
+        candidates = candidates._replace(ids=ids)
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
     if isinstance(logits, LinearLogits):
@@ -121,8 +142,6 @@ def _dense_row_loss(
     ignore_index: int,
     inplace_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # [...], [N_TERMS + n_groups, ...]
-    if targets.dtype != torch.int64:
-        targets = targets.long()
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     ids, weights, groups = candidates if candidates else (None, None, ())
@@ -141,9 +160,12 @@ def _dense_row_loss(
     )
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
+        refuse_tangents("row_loss", arguments[:6])
         # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
         # as the gradient
         return _row_loss(*arguments, False, differentiable)[:2]
+    if is_forward_mode() or (differentiable and torch._C._are_functorch_transforms_active()):
+        return transformed_row_loss(*arguments)
     if not differentiable:
         with torch._C._AutoDispatchBelowAutograd():
             return _row_loss(*arguments, False, False)[:2]
@@ -152,7 +174,7 @@ def _dense_row_loss(
     # a float16 gradient rounded before the scaler's factor would be zeros
     split = inplace_gradient or logits.dtype == torch.float16
     tensors, constants = arguments[:6], (*arguments[6:], not split, split)
-    return _RowLoss.apply(*tensors, constants, inplace_gradient)[:2]
+    return _apply_row_loss(*tensors, constants, inplace_gradient)[:2]
 
 
 def _check_constants(
@@ -191,7 +213,7 @@ def _save_row_loss(ctx, inputs, output, origin=None):
     ctx.set_materialize_grads(False)
     ctx.owns_gradient = ctx.inplace = False
     if ctx.fused:
-        ctx.save_for_backward(grad_logits, origin)
+        ctx.save_for_backward(grad_logits, targets, origin)
     else:
         ctx.save_for_backward(logits, targets, statistics, row_coefficients, ids, options)
 
@@ -201,18 +223,20 @@ def _row_loss_backward(ctx, grad_loss, *_):
     nothing = (None,) * 11
     if grad_loss is None:
         return None, *nothing
+    refuse_tangents("row_loss", (grad_loss,))
     if ctx.fused:
-        grad_logits, origin = ctx.saved_tensors
+        grad_logits, targets, origin = ctx.saved_tensors
         if not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
-        _ops.scale_rows_(grad_logits, grad_loss)
+        _scale_rows_(grad_logits, counted_only(grad_loss, torch.eq(targets, ctx.ignore_index)))
         return without_second_derivative(grad_logits, origin), *nothing
     logits, targets, statistics, row_coefficients, ids, options = ctx.saved_tensors
-    targets = targets.masked_fill(targets == ctx.ignore_index, -1).to(torch.int32).unsqueeze(-1)
+    ignored = torch.eq(targets, ctx.ignore_index)
+    targets = targets.masked_fill(ignored, -1).unsqueeze(-1)
     arguments = (
         logits.detach(),
         statistics,
-        row_coefficients * grad_loss.unsqueeze(-1),
+        row_coefficients * counted_only(grad_loss, ignored).unsqueeze(-1),
         targets if ids is None else torch.cat([targets, ids], -1),
         options,
         ctx.flags,
@@ -246,6 +270,15 @@ class _RowLoss(torch.autograd.Function):
         return _row_loss_backward(ctx, *grads)[0], None, None, None, None, None, None, None
 
 
+# Function.apply asks first whether torch.func is at work, which row_loss has done
+_apply_row_loss = super(torch.autograd.Function, _RowLoss).apply
+
+
+def _check_devices(logits, targets, options, row_weights, ids, weights):
+    others = {"targets": targets, "options": options, "row_weights": row_weights}
+    check_devices("row_loss", logits, **others, candidate_ids=ids, candidate_weights=weights)
+
+
 @torch.library.register_fake("ava_ext::row_loss")
 def _(
     logits,
@@ -261,6 +294,7 @@ def _(
     with_gradient,
     with_statistics,
 ):
+    _check_devices(logits, targets, options, row_weights, ids, weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     n_ids = 0 if ids is None else ids.shape[-1]
     return (
@@ -274,6 +308,7 @@ def _(
 
 @torch.library.register_fake("ava_ext::row_loss_")
 def _(logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index):
+    _check_devices(logits, targets, options, row_weights, ids, weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     return logits.new_empty(rows, dtype=real), logits.new_empty((N_TERMS + len(groups), *rows), dtype=real)
 

@@ -5,11 +5,13 @@ Their vector-Jacobian product is the gradient kernel of the fused loss; the form
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import as_ids, check_is_tensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
 from ava_ext.ops.row_fields import RowFlags, row_options
@@ -48,7 +50,8 @@ def softmax_statistics(
         logits: [..., n_columns], float32, bfloat16, float16 or float64. Or LinearLogits(hidden_states, weight, bias),
             of which a few rows exist at a time; backward computes them again.
         ids: [..., n_ids] integers in [0, vocab_size); -1 gives 0. None: no log_probs.
-        temperature: a number, or a 0-dim tensor that does not require grad.
+        temperature: a number in (0, inf), or a 0-dim tensor on the logits' device that does not require grad. The
+            value of a tensor is not checked: that would wait for a GPU.
         logit_softcap: c of c tanh(logits / c).
         vocab_size: columns beyond it are padding. Default: n_columns.
         row_mask: [...] bool; rows where it is False give zeros and get a zero gradient, whatever they hold.
@@ -58,15 +61,23 @@ def softmax_statistics(
         SoftmaxStatistics, float32 (float64 for float64 logits).
 
     Raises:
-        RuntimeError, or ValueError for LinearLogits: on wrong shapes and types. RuntimeError: on double backward.
-        IndexError: on ids out of range.
+        ValueError: on a temperature out of range or that requires grad, ids that are no integers, LinearLogits that do
+            not fit. TypeError: on what is no tensor. IndexError: on ids out of range.
+        RuntimeError: on other wrong shapes and types; on double backward. NotImplementedError: on forward-mode
+            derivatives.
 
     Example:
         >>> s = softmax_statistics(logits, targets.unsqueeze(-1))
         >>> margin_loss = torch.relu(1 + s.log_rest + s.entropy - s.log_probs[..., 0]).mean()
         >>> margin_loss.backward()
     """
-    return _statistics("softmax_statistics", logits, ids, temperature, logit_softcap, vocab_size, row_mask, chunk_bytes)
+    if not isinstance(logits, LinearLogits):
+        check_is_tensor("softmax_statistics", "logits", logits, or_linear=True)
+    if ids is not None:
+        check_is_tensor("softmax_statistics", "ids", ids)
+        ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    return _statistics("softmax_statistics", logits, ids, temperature, logit_softcap, size, row_mask, chunk_bytes)
 
 
 def _statistics(
@@ -75,19 +86,17 @@ def _statistics(
     ids: Tensor | None,  # [..., n_ids]
     temperature: float | Tensor,
     logit_softcap: float | None,
-    vocab_size: int | None,
+    vocab_size: int,
     row_mask: Tensor | None,  # [...]
     chunk_bytes: int | None,
+    flags: int = 0,
 ) -> SoftmaxStatistics:
-    """softmax_statistics for owner, whose name begins the messages."""
-    options, flags = _options(owner, logits, temperature, logit_softcap)
-    ids = None if ids is None else ids.to(torch.int32)
-    arguments = (ids, row_mask, options, flags, logits.shape[-1] if vocab_size is None else vocab_size)
+    """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
+    options, own_flags = _options(owner, logits, temperature, logit_softcap)
+    arguments = (ids, row_mask, options, flags | own_flags, vocab_size)
     if isinstance(logits, LinearLogits):
-        log_probs, summaries = linear_row_statistics(owner, logits, *arguments, chunk_bytes)
-    else:
-        log_probs, summaries = row_statistics(logits, *arguments)
-    return SoftmaxStatistics(log_probs, *summaries.unbind(0))
+        return SoftmaxStatistics(*linear_row_statistics(owner, logits, *arguments, chunk_bytes))
+    return SoftmaxStatistics(*row_statistics(owner, logits, *arguments))
 
 
 def _options(
@@ -99,6 +108,8 @@ def _options(
     flags = int(RowFlags.ENTROPY | RowFlags.SOFTCAP) if logit_softcap else int(RowFlags.ENTROPY)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
     if not isinstance(temperature, Tensor):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"{owner}: expected a temperature above 0 and below infinity, got {temperature}")
         return row_options(like, temperature=temperature, logit_softcap=logit_softcap), flags
     if temperature.requires_grad:
         raise ValueError(f"{owner}: expected a temperature without requires_grad")
@@ -133,13 +144,16 @@ def token_log_probs(
         >>> loss = -(advantages * log_prob).mean() - 0.01 * entropy.mean()
         >>> loss.backward()
     """
+    if not isinstance(logits, LinearLogits):
+        check_is_tensor("token_log_probs", "logits", logits, or_linear=True)
+    check_is_tensor("token_log_probs", "targets", targets)
+    targets = as_ids("token_log_probs", "targets", targets, "[...]")
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"token_log_probs: expected targets of shape {list(logits.shape[:-1])}, got {list(targets.shape)}"
         )
     counted = targets != ignore_index
-    ids = targets.masked_fill(~counted, -1).unsqueeze(-1)
-    statistics = _statistics(
-        "token_log_probs", logits, ids, temperature, logit_softcap, vocab_size, counted, chunk_bytes
-    )
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    arguments = (logits, targets.unsqueeze(-1), temperature, logit_softcap, size, counted, chunk_bytes)
+    statistics = _statistics("token_log_probs", *arguments, flags=int(RowFlags.IDS_ARE_PRESENT))
     return statistics.log_probs.squeeze(-1), statistics.entropy

@@ -140,9 +140,6 @@ WRONG = {
     "row_loss: expected candidate_ids of shape [4, 3, 2], got [4, 1, 2]": dict(
         candidates=Candidates(torch.zeros(4, 1, 2).int(), torch.zeros(4, 1, 2), (2,))
     ),
-    "row_loss: expected candidate_ids of type int32 or int64, got float32": dict(
-        candidates=Candidates(torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), (2,))
-    ),
     "row_loss: expected candidate_weights of shape [4, 3, 2], got [4, 3, 1]": dict(
         candidates=Candidates(torch.zeros(4, 3, 2).int(), torch.zeros(4, 3, 1), (2,))
     ),
@@ -159,8 +156,16 @@ def test_wrong_arguments_are_named(message):
         row_loss(**(arguments | WRONG[message]))
 
 
+def test_candidates_that_are_no_integers():
+    candidates = Candidates(torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), (2,))
+    with pytest.raises(ValueError, match=r"row_loss: expected candidate_ids to be integers of shape .*, got float32"):
+        row_loss(torch.zeros(4, 3, 10), torch.zeros(4, 3).long(), torch.ones(7), candidates=candidates)
+
+
 def test_wrong_arguments_of_the_other_operators():
     logits, options = torch.zeros(4, 10), row_options(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"row_statistics: expected ids of type int32 or int64, got float32"):
+        ops.row_statistics(logits, torch.zeros(4, 1), None, options, 128, 10)
     with pytest.raises(RuntimeError, match=r"row_statistics: expected row_mask of shape \[4\], got \[3\]"):
         ops.row_statistics(logits, None, torch.ones(3).bool(), options, 128, 10)
     with pytest.raises(RuntimeError, match=r"row_gradient: expected statistics of shape \[4, 6\], got \[4, 5\]"):

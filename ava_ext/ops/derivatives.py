@@ -1,0 +1,69 @@
+"""Derivatives that the operators do not have raise: none passes for a constant, and its derivative for 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
+# price of a copy
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def counted_only(
+    values: Tensor,  # [...]
+    ignored: Tensor,  # [...] bool
+) -> Tensor:  # [...]
+    """values, and 0 where a row is ignored: what comes from above may be nan there, and 0 * nan is nan."""
+    return values.masked_fill(ignored, 0)
+
+
+def without_second_derivative(
+    gradient: Tensor,  # [..., n_columns]
+    origin: Tensor | None,
+) -> Tensor:  # [..., n_columns]
+    """Inside backward(create_graph=True): a gradient that raises when it is differentiated.
+
+    origin is a tensor that autograd reaches the logits by: autograd.grad(penalty, parameters) goes only where a
+    parameter can be, and would pass by a gradient that leads nowhere. It is none that users get: they may write to it.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradient  # compiled: row_gradient's own autograd raises
+    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
+    return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
+
+
+def raise_double_backward(ctx, *grads):
+    """The backward of an operator that computes a gradient; without it, torch would take that for a constant."""
+    raise RuntimeError("ava_ext: double backward is not supported")
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode derivatives may be asked for: within torch.func.jvp or forward_ad.dual_level."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether a forward-mode derivative by one of these is asked for."""
+    return is_forward_mode() and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def refuse_tangents(owner: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raises NotImplementedError where a forward-mode derivative by one of them is asked for, which would be 0."""
+    # compiled code cannot look for a tangent
+    if is_forward_mode() and (torch.compiler.is_compiling() or has_tangent(*tensors)):
+        raise NotImplementedError(f"{owner}: forward-mode derivatives are not supported here; expected reverse mode")
+
+
+def refuse_nested_forward_mode(owner: str) -> None:
+    """Raises NotImplementedError within torch.func.jvp and another transform that differentiates."""
+    functorch = torch._C._functorch
+    levels = [level.key() for level in functorch.get_interpreter_stack() or ()]
+    differentiating = [key for key in levels if key in (functorch.TransformType.Grad, functorch.TransformType.Jvp)]
+    if len(differentiating) > 1 and functorch.TransformType.Jvp in differentiating:
+        raise NotImplementedError(f"{owner}: second derivatives are not supported")

@@ -1,0 +1,169 @@
+"""What is said of arguments that do not fit: ids out of range, temperatures, devices, and what is no tensor."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.softmax_rows import Candidates, row_loss, row_options
+from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
+
+V = 30
+LOGITS = {
+    "dense": torch.randn(2, V, generator=torch.Generator().manual_seed(0)),
+    "linear": LinearLogits(torch.zeros(2, 4), torch.zeros(V, 4)),
+}
+# what becomes another id, or an absent one, where only 32 bits of it are read
+BEYOND = [-1, -2, V, 2**31, 2**32 - 1, 2**32 + 1, 2**33 - 1, -(2**32) + 1, -(2**63)]
+both_kinds = pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS.keys())
+
+
+# -- ids
+
+
+@both_kinds
+@pytest.mark.parametrize("value", BEYOND)
+def test_a_target_out_of_range(logits, value):
+    targets = torch.tensor([3, value])
+    with pytest.raises(IndexError, match=rf"expected ids in \[0, {V}\), got {value} at position 1"):
+        token_log_probs(logits, targets)
+    with pytest.raises(IndexError, match=rf"expected targets in \[0, {V}\) or -100, got {value} at position 1"):
+        row_loss(logits, targets, row_options(torch.zeros(0)), reduction="sum")
+
+
+@both_kinds
+@pytest.mark.parametrize("value", BEYOND[1:])
+def test_an_id_out_of_range(logits, value):
+    message = re.escape(f"row_statistics: expected ids in [0, {V}) or -1, got {value} at position 3")
+    with pytest.raises(IndexError, match=message):
+        softmax_statistics(logits, torch.tensor([[3, -1], [0, value]]))
+
+
+@both_kinds
+@pytest.mark.parametrize("value", BEYOND[1:])
+def test_a_candidate_out_of_range(logits, value):
+    candidates = Candidates(torch.tensor([[3, -1], [0, value]]), torch.ones(2, 2), (2,))
+    with pytest.raises(IndexError, match=r"expected candidate_ids in \[0, 30\) or -1, got .* at position 3"):
+        row_loss(logits, torch.tensor([1, 2]), row_options(torch.zeros(0)), candidates=candidates)
+
+
+def test_an_id_out_of_range_in_a_later_chunk():
+    logits, targets = LOGITS["linear"], torch.tensor([3, 99])
+    one_row = V * logits.dtype.itemsize
+    with pytest.raises(IndexError, match=r"got 99 at position 0 \(row 0\) of the rows from 1 on"):
+        token_log_probs(logits, targets, chunk_bytes=one_row)
+    with pytest.raises(IndexError, match=r"got 99 at position 0.* of the rows from 1 on"):
+        row_loss(logits, targets, row_options(torch.zeros(0)), reduction="sum", chunk_bytes=one_row)
+
+
+def test_what_is_ignored_may_be_any_number():
+    logits, expected = LOGITS["dense"], LOGITS["dense"].log_softmax(-1)[0, 7]
+    for ignored in (-100, -1, 2**32 + 1, 5):
+        log_prob, entropy = token_log_probs(logits, torch.tensor([7, ignored]), ignore_index=ignored)
+        torch.testing.assert_close(log_prob, torch.stack([expected, torch.zeros(())]))
+        assert entropy[0] > 0 and entropy[1] == 0
+
+
+def test_ids_of_every_integer_type():
+    logits = LOGITS["dense"]
+    targets, options = torch.tensor([7, 5]), row_options(LOGITS["dense"])
+    expected = token_log_probs(logits, targets)
+    candidates = Candidates(torch.tensor([[3], [-1]]), torch.ones(2, 1), (1,))
+    penalised = row_loss(logits, targets, options, candidates=candidates._replace(ids=candidates.ids.int()))
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        torch.testing.assert_close(token_log_probs(logits, targets.to(dtype)), expected, rtol=0, atol=0)
+        statistics = softmax_statistics(logits, targets.to(dtype).unsqueeze(-1))
+        torch.testing.assert_close(statistics.log_probs[:, 0], expected[0], rtol=0, atol=0)
+        if dtype != torch.uint8:
+            ids = candidates._replace(ids=candidates.ids.to(dtype))
+            torch.testing.assert_close(row_loss(logits, targets, options, candidates=ids), penalised, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_numbers_that_are_no_integers(dtype):
+    logits, targets, options = LOGITS["dense"], torch.tensor([1, 0]).to(dtype), row_options(LOGITS["dense"])
+    for name, call in {
+        "row_loss: expected targets": lambda: row_loss(logits, targets, options),
+        "token_log_probs: expected targets": lambda: token_log_probs(logits, targets),
+        "softmax_statistics: expected ids": lambda: softmax_statistics(logits, targets.unsqueeze(-1)),
+        "row_loss: expected candidate ids": lambda: row_loss(
+            logits, torch.tensor([1, 2]), options, candidates=Candidates(targets[:, None], torch.ones(2, 1), (1,))
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} to be integers"):
+            call()
+
+
+# -- the temperature
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, math.inf, math.nan])
+def test_a_temperature_out_of_range(temperature):
+    message = f"expected a temperature above 0 and below infinity, got {temperature}"
+    with pytest.raises(ValueError, match=f"softmax_statistics: {message}"):
+        softmax_statistics(LOGITS["dense"], None, temperature=temperature)
+    with pytest.raises(ValueError, match=f"token_log_probs: {message}"):
+        token_log_probs(LOGITS["linear"], torch.tensor([1, 2]), temperature=temperature)
+
+
+# -- what is no tensor
+
+
+def test_what_is_no_tensor_is_named():
+    logits, targets, options = LOGITS["dense"], torch.tensor([1, 2]), row_options(LOGITS["dense"])
+    arrays = {"logits": logits.numpy(), "targets": [1, 2], "ids": np.zeros((2, 1), dtype=np.int64)}
+    kind = {"logits": "a Tensor or LinearLogits, got numpy.ndarray", "targets": "a Tensor, got builtins.list"}
+    for name, message in kind.items():
+        arguments = {"logits": logits, "targets": targets, name: arrays[name]}
+        with pytest.raises(TypeError, match=f"row_loss: expected {name} to be {message}"):
+            row_loss(**arguments, options=options)
+        with pytest.raises(TypeError, match=f"token_log_probs: expected {name} to be {message}"):
+            token_log_probs(**arguments)
+    with pytest.raises(TypeError, match=f"softmax_statistics: expected logits to be {kind['logits']}"):
+        softmax_statistics(arrays["logits"], None)
+    with pytest.raises(TypeError, match=r"softmax_statistics: expected ids to be a Tensor, got numpy\.ndarray"):
+        softmax_statistics(logits, arrays["ids"])
+
+
+# -- devices
+
+
+def on_meta(value):
+    if isinstance(value, LinearLogits):
+        return LinearLogits(*(None if part is None else part.to("meta") for part in value))
+    return value.to("meta")
+
+
+@both_kinds
+def test_everything_runs_on_meta(logits):
+    logits = on_meta(logits)
+    parts = [
+        part.requires_grad_() for part in (logits if isinstance(logits, LinearLogits) else [logits]) if part is not None
+    ]
+    targets, options = torch.zeros(2, dtype=torch.int64, device="meta"), row_options(torch.zeros(0, device="meta"))
+    for reduction in ("sum", "none"):
+        rows = row_loss(logits, targets, options, reduction=reduction)
+        assert rows.loss.device.type == "meta" and rows.loss.shape == (() if reduction == "sum" else (2,))
+        gradients = torch.autograd.grad(rows.loss.sum(), parts)
+        assert [gradient.shape for gradient in gradients] == [part.shape for part in parts]
+    log_prob, entropy = token_log_probs(logits, targets)
+    gradients = torch.autograd.grad((log_prob + entropy).sum(), parts)
+    assert [gradient.shape for gradient in gradients] == [part.shape for part in parts]
+
+
+@both_kinds
+def test_another_device_is_named(logits):
+    targets, options = torch.tensor([1, 2]), row_options(torch.zeros(0))
+    with pytest.raises(RuntimeError, match="row_loss: expected targets on cpu, got meta"):
+        row_loss(logits, targets.to("meta"), options)
+    with pytest.raises(RuntimeError, match="row_loss: expected options on cpu, got meta"):
+        row_loss(logits, targets, options.to("meta"))
+    with pytest.raises(RuntimeError, match="row_loss: expected row_weights on cpu, got meta"):
+        row_loss(logits, targets, options, row_weights=torch.ones(2, device="meta"))
+    with pytest.raises(RuntimeError, match="softmax_statistics: expected ids on cpu, got meta"):
+        softmax_statistics(logits, targets.unsqueeze(-1).to("meta"))
+    with pytest.raises(RuntimeError, match="expected ids on cpu, got meta"):
+        token_log_probs(logits, targets.to("meta"))
