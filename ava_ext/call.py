@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowLoss, accumulation_dtype
-from ava_ext.reduction import Rows, count_rows, keep_rows
+from ava_ext.reduction import count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
 Logits = Tensor | LinearLogits
@@ -21,8 +22,18 @@ Heads = Tensor | Sequence[Logits] | None
 HeadLoss = Callable[[Logits, Tensor, Tensor], RowLoss]
 
 
+# one value, or several, for each row of the logits
+ROW_WISE = (
+    "logits", "targets", "attention_mask", "hidden_states", "token_weights", "input_ids", "negative_ids",
+    "negative_weights",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(eq=False)
 class Call:
-    """The arguments of one forward. A flat batch [n_rows] is one sequence; see `UnifiedLoss.forward` for each.
+    """The arguments of one forward, see `UnifiedLoss.forward`, and what is made of them.
+
+    A flat batch [n_rows] becomes one sequence [1, n_rows].
 
     Attributes:
         rows: which rows count, their targets and weights.
@@ -40,84 +51,67 @@ class Call:
         TypeError: on an argument of another kind.
     """
 
-    head_loss: HeadLoss
-    recording: bool | Tensor = False
+    config: UnifiedLossConfig
+    needs_sequences: Sequence[str]  # keys of the components that want rows in the order of the text
+    logits: Any  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
+    targets: Any  # [batch_size, n_tokens] or [n_rows]
+    attention_mask: Tensor | None  # as targets
+    hidden_states: Any  # as logits, [..., hidden_size]
+    primary_logits: Any  # as logits
+    additional_logits: Heads  # of logits' shape, one per head
+    confidence_scores: Tensor | None  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
+    mtp_active: bool | Tensor | None
+    gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
+    expert_indices: Tensor | Sequence[Tensor | None] | None  # [n, k] per layer
+    expert_outputs: Tensor | Sequence[Tensor] | None  # [n_experts, n, hidden_size]
+    lm_head_weight: Any  # [n_columns, hidden_size]
+    lm_head_bias: Tensor | None  # [n_columns]
+    token_weights: Tensor | None  # as targets
+    input_ids: Tensor | None  # as targets
+    position_ids: Tensor | None  # as targets, or [1, n_tokens]
+    segment_ids: Tensor | None  # as targets, or [1, n_tokens]
+    cu_seqlens: Tensor | None  # [n_segments + 1]
+    num_items_in_batch: float | Tensor | None
+    negative_ids: Tensor | None  # as targets, and [n_negatives]
+    negative_weights: Tensor | None  # as negative_ids
+    contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
 
-    def __init__(
-        self,
-        config: UnifiedLossConfig,
-        needs_sequences: Sequence[str],  # keys of the components that want rows in the order of the text
-        *,
-        logits: Any,  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
-        targets: Any,  # [batch_size, n_tokens] or [n_rows]
-        attention_mask: Tensor | None,  # as targets
-        hidden_states: Any,  # as logits, [..., hidden_size]
-        primary_logits: Any,  # as logits
-        additional_logits: Heads,  # of logits' shape, one per head
-        confidence_scores: Tensor | None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
-        mtp_active: bool | Tensor | None,
-        gate_logits: Tensor | Sequence[Tensor | None] | None,  # [n, n_experts] per layer
-        expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n, k] per layer
-        expert_outputs: Tensor | Sequence[Tensor] | None,  # [n_experts, n, hidden_size]
-        lm_head_weight: Any,  # [n_columns, hidden_size]
-        lm_head_bias: Tensor | None,  # [n_columns]
-        token_weights: Tensor | None,  # as targets
-        input_ids: Tensor | None,  # as targets
-        position_ids: Tensor | None,  # as targets, or [1, n_tokens]
-        segment_ids: Tensor | None,  # as targets, or [1, n_tokens]
-        cu_seqlens: Tensor | None,  # [n_segments + 1]
-        num_items_in_batch: float | Tensor | None,
-        negative_ids: Tensor | None,  # as targets, and [n_negatives]
-        negative_weights: Tensor | None,  # as negative_ids
-        contrastive_pair: tuple[Tensor, Tensor] | None,  # two of [n_pairs, hidden_size]
-    ) -> None:
-        if isinstance(hidden_states, (tuple, list)) and hidden_states:  # of every layer: the head reads the last
-            hidden_states = hidden_states[-1]
-        if isinstance(lm_head_weight, nn.Module):
-            lm_head_weight, lm_head_bias = _weight_and_bias(lm_head_weight, lm_head_bias)
-        logits = _logits_of(config, logits, primary_logits, hidden_states, lm_head_weight, lm_head_bias)
-        targets = _tensor("targets", targets)
-        _check_shapes(
-            config, logits, targets, hidden_states, attention_mask, token_weights, input_ids, negative_ids,
-            negative_weights,
-        )  # fmt: skip
-        self.config = config
-        self.is_flat = targets.dim() == 1
-        is_packed = not (segment_ids is None and position_ids is None and cu_seqlens is None)
+    head_loss: HeadLoss = dataclasses.field(init=False)
+    recording: bool | Tensor = dataclasses.field(init=False, default=False)
+    made: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        if (
+            isinstance(self.hidden_states, (tuple, list)) and self.hidden_states
+        ):  # of every layer: the head reads the last
+            self.hidden_states = self.hidden_states[-1]
+        if isinstance(self.lm_head_weight, nn.Module):
+            self.lm_head_weight, self.lm_head_bias = _weight_and_bias(self.lm_head_weight, self.lm_head_bias)
+        self.logits = _logits_of(self)
+        self.targets = _tensor("targets", self.targets)
+        _check_shapes(self)
+        self.is_flat = self.targets.dim() == 1
+        is_packed = not (self.segment_ids is None and self.position_ids is None and self.cu_seqlens is None)
         if self.is_flat:
             if not is_packed:
-                _check_order(config, needs_sequences, targets)
-            logits, targets = logits.unsqueeze(0), targets.unsqueeze(0)
-            attention_mask, token_weights, input_ids, hidden_states, negative_ids, negative_weights = (
-                None if given is None else given.unsqueeze(0)
-                for given in (attention_mask, token_weights, input_ids, hidden_states, negative_ids, negative_weights)
-            )
-        self.logits: Logits = logits
-        self.hidden_states = hidden_states
-        self.additional_logits = additional_logits
-        self.confidence_scores = confidence_scores
-        self.mtp_active = mtp_active
-        self.gate_logits = gate_logits
-        self.expert_indices = expert_indices
-        self.expert_outputs = expert_outputs
-        self.lm_head_weight = lm_head_weight
-        self.lm_head_bias = lm_head_bias
-        self.negative_ids = negative_ids
-        self.negative_weights = negative_weights
-        self.contrastive_pair = contrastive_pair
-        self.made: dict[str, Any] = {}
-
-        self.segments: Tensor | None = None
+                _check_order(self)
+            for name in ROW_WISE:
+                value = getattr(self, name)
+                if value is not None:
+                    setattr(self, name, value.unsqueeze(0))
+        targets = self.targets.long()  # before ignore_index is shifted in: uint8 has no -100
+        self.segments = None
         if is_packed:
-            self.segments = segment_numbers((*targets.shape,), segment_ids, position_ids, cu_seqlens)
-            if self.segments is not None:
-                self.segments = self.segments.expand(targets.shape)
-        self.context: Tensor | None = None
-        if input_ids is not None:
-            input_ids = input_ids.long()
-            keep = keep_rows(config, input_ids, attention_mask)
-            self.context = input_ids if keep is None else torch.where(keep, input_ids, config.ignore_index)
-        targets = targets.long()  # also before ignore_index is shifted in: uint8 has no -100
+            shape = (targets.shape[0], targets.shape[1])
+            segments = segment_numbers(shape, self.segment_ids, self.position_ids, self.cu_seqlens)
+            self.segments = None if segments is None else segments.expand(targets.shape)
+        self.context = None
+        if self.input_ids is not None:
+            context = self.input_ids.long()
+            keep = keep_rows(config, context, self.attention_mask)
+            self.context = context if keep is None else torch.where(keep, context, config.ignore_index)
+        attention_mask, token_weights = self.attention_mask, self.token_weights
         self.keep_tokens = self.keep_targets = keep_rows(config, targets, attention_mask)
         if not config.labels_are_shifted:
             targets = shift_left(targets, config.ignore_index)
@@ -127,9 +121,8 @@ class Call:
             self.keep_targets = None if keep is None else keep[:, :-1]
             if self.segments is not None:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
-        self.rows: Rows = count_rows(
-            config, targets, attention_mask, token_weights, num_items_in_batch, accumulation_dtype(logits.dtype)
-        )
+        dtype = accumulation_dtype(self.logits.dtype)
+        self.rows = count_rows(config, targets, attention_mask, token_weights, self.num_items_in_batch, dtype)
 
     def required(self, argument: str, option: str) -> Any:
         """The argument, or a ValueError that names it and the option that wants it."""
@@ -187,39 +180,31 @@ def _as_logits(name: str, value: Any) -> Logits:
     )
 
 
-def _logits_of(
-    config: UnifiedLossConfig,
-    logits: Any,  # [..., n_columns]
-    primary_logits: Any,  # [..., n_columns]
-    hidden_states: Tensor | None,  # [..., hidden_size]
-    lm_head_weight: Tensor | None,  # [n_columns, hidden_size]
-    lm_head_bias: Tensor | None,  # [n_columns]
-) -> Logits:
+def _logits_of(call: Call) -> Logits:  # [..., n_columns]
     """What the main term reads: logits or primary_logits, or what lm_head makes of hidden_states."""
-    if lm_head_bias is not None and lm_head_weight is None:
+    config, hidden_states, weight, bias = call.config, call.hidden_states, call.lm_head_weight, call.lm_head_bias
+    if bias is not None and weight is None:
         raise ValueError("unified_loss: lm_head_bias needs lm_head_weight, got None")
-    if primary_logits is not None and config.mtp_heads != "adaptive":
+    if call.primary_logits is not None and config.mtp_heads != "adaptive":
         raise ValueError(
             "unified_loss: expected primary_logits with adaptive heads only (primary_loss_type='adaptive_mtp', or "
             f"use_mtp=True with mtp_type='adaptive'), got them with primary_loss_type={config.primary_loss_type!r}"
         )
-    by_preference = [("logits", logits), ("primary_logits", primary_logits)]
+    by_preference = [("logits", call.logits), ("primary_logits", call.primary_logits)]
     if config.primary_loss_type == "adaptive_mtp":
         by_preference.reverse()
     for name, given in by_preference:
         if given is not None:
-            if lm_head_weight is not None and not config.mtp_share_head:
+            if weight is not None and not config.mtp_share_head:
                 raise ValueError(
                     f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True uses both)"
                 )
             chosen = _as_logits(name, given)
             break
     else:
-        if hidden_states is None or lm_head_weight is None:
+        if hidden_states is None or weight is None:
             raise ValueError("unified_loss: expected logits, or hidden_states and lm_head_weight, got neither")
-        chosen = LinearLogits(
-            _tensor("hidden_states", hidden_states), _tensor("lm_head_weight", lm_head_weight), lm_head_bias
-        )
+        chosen = LinearLogits(_tensor("hidden_states", hidden_states), _tensor("lm_head_weight", weight), bias)
     if isinstance(chosen, LinearLogits):
         chosen.check("unified_loss", ("hidden_states", "lm_head_weight", "lm_head_bias"))
         if len(chosen.weight) < config.vocab_size:
@@ -230,57 +215,54 @@ def _logits_of(
     return chosen
 
 
-def _check_shapes(
-    config: UnifiedLossConfig,
-    logits: Logits,
-    targets: Tensor,
-    hidden_states: Tensor | None,
-    attention_mask: Tensor | None,
-    token_weights: Tensor | None,
-    input_ids: Tensor | None,
-    negative_ids: Tensor | None,
-    negative_weights: Tensor | None,
-) -> None:
-    shape = targets.shape
+def _check_shapes(call: Call) -> None:
+    logits, targets = call.logits, call.targets
+    shape, vocab_size = targets.shape, call.config.vocab_size
     if targets.dim() not in (1, 2):
         raise ValueError(
             f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(shape)}"
         )
     if logits.shape[:-1] != shape:
         raise _bad_shape("targets", logits.shape[:-1], targets)
-    if logits.shape[-1] < config.vocab_size:
+    if logits.shape[-1] < vocab_size:
         raise ValueError(
-            f"unified_loss: expected logits with at least vocab_size = {config.vocab_size} columns, "
+            f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
     if targets.device != logits.device:
         raise ValueError(f"unified_loss: expected targets on {logits.device} as the logits, got {targets.device}")
-    for name, ids in (("targets", targets), ("input_ids", input_ids), ("negative_ids", negative_ids)):
+    integers = (("targets", targets), ("input_ids", call.input_ids), ("negative_ids", call.negative_ids))
+    for name, ids in integers:
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
-    of_rows = (("attention_mask", attention_mask), ("token_weights", token_weights), ("input_ids", input_ids))
+    of_rows = (
+        ("attention_mask", call.attention_mask),
+        ("token_weights", call.token_weights),
+        ("input_ids", call.input_ids),
+    )
     for name, given in of_rows:
         if given is not None and given.shape != shape:
             raise _bad_shape(name, shape, given)
-    if token_weights is not None and token_weights.requires_grad:
+    if call.token_weights is not None and call.token_weights.requires_grad:
         raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
-    if hidden_states is not None and hidden_states.shape[:-1] != shape:
-        raise _bad_shape("hidden_states", (*shape, "hidden_size"), hidden_states)
-    if negative_ids is None:
-        if negative_weights is not None:
+    if call.hidden_states is not None and call.hidden_states.shape[:-1] != shape:
+        raise _bad_shape("hidden_states", (*shape, "hidden_size"), call.hidden_states)
+    ids, weights = call.negative_ids, call.negative_weights
+    if ids is None:
+        if weights is not None:
             raise ValueError("unified_loss: negative_weights need negative_ids, got None")
-    elif negative_ids.shape[:-1] != shape or negative_ids.dim() != targets.dim() + 1:
-        raise _bad_shape("negative_ids", (*shape, "n_negatives"), negative_ids)
-    elif negative_weights is not None and negative_weights.shape != negative_ids.shape:
-        raise _bad_shape("negative_weights", negative_ids.shape, negative_weights)
+    elif ids.shape[:-1] != shape or ids.dim() != targets.dim() + 1:
+        raise _bad_shape("negative_ids", (*shape, "n_negatives"), ids)
+    elif weights is not None and weights.shape != ids.shape:
+        raise _bad_shape("negative_weights", ids.shape, weights)
 
 
-def _check_order(config: UnifiedLossConfig, needs_sequences: Sequence[str], targets: Tensor) -> None:
-    wanting = [*needs_sequences, *([] if config.labels_are_shifted else ["labels_are_shifted=False"])]
+def _check_order(call: Call) -> None:
+    wanting = [*call.needs_sequences, *([] if call.config.labels_are_shifted else ["labels_are_shifted=False"])]
     if wanting:
         raise ValueError(
             f"unified_loss: {wanting[0]} needs sequences: expected targets of shape [batch_size, n_tokens], or "
-            f"segment_ids, position_ids or cu_seqlens, got targets of shape {list(targets.shape)}"
+            f"segment_ids, position_ids or cu_seqlens, got targets of shape {list(call.targets.shape)}"
         )
 
 

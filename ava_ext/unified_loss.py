@@ -177,8 +177,8 @@ class UnifiedLoss(nn.Module):
         )
         if self._learns and self.training and torch.is_grad_enabled():
             call.recording = is_first_run(call.rows.weights)
-        temperature = self.temperature.read() if self.temperature.adapts else None
-        rows = self.row_pass(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
+        temperature = self.temperature.read() if self.config.temperature_adapts else None
+        rows = self.row_pass.run(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
         total = rows.loss
         terms: dict[str, Tensor] = {}  # what the pass over the rows does not give
         metrics: dict[str, Tensor] = {}
@@ -204,7 +204,7 @@ class UnifiedLoss(nn.Module):
 
     def _learn(self, call: Call, rows: RowPassOutput) -> None:
         """Records the temperature's cross-entropy, and commits what this call has taught where that is automatic."""
-        if self.temperature.adapts:
+        if self.config.temperature_adapts:
             loss_sum = rows.terms[CROSS_ENTROPY].sum()
             self.temperature.record(call.recording, pending_loss=loss_sum, pending_rows=call.rows.n_counted)
         if self.config.auto_step:

@@ -1,6 +1,6 @@
 """The benchmark of a GPU: prints tables beside the targets, writes JSON. README.md says how to read them.
 
-    python benchmarks/gpu.py [rows] [linear] [router]
+    python benchmarks/gpu.py [rows] [linear] [router] [sweep]
 
 With --device cpu --quick it is a dry run over tiny sizes: everything runs, and its numbers mean nothing.
 """
@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,17 @@ import gpu_peers
 import gpu_router
 import gpu_rows
 import torch
-from gpu_timing import Outcome
+from gpu_timing import DeviceLostError, Outcome
 from row_loss import Variant
 from run import describe_machine, print_verdicts, summary
 from targets import Verdict
 
 from ava_ext import build_info
 
-PARTS = ("rows", "linear", "router")
+PARTS = ("rows", "linear", "router", "sweep")
+# on both sides of where another kernel, or a larger cluster, takes the rows in 16 bits
+SWEPT_VOCAB_SIZES = (2048, 4096, 8192, 16384, 49152, 57344, 98304, 131072, 151936, 200064)
+Progress = Callable[[dict[str, Any], Outcome], None]  # a case's size and what its first rounds gave
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,9 +51,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few rounds")
     parser.add_argument("--dtype", nargs="+", choices=list(gpu_rows.DTYPES), default=list(gpu_rows.DTYPES))
-    parser.add_argument("--vocab-size", nargs="+", type=int, help="of rows; default: all")
+    parser.add_argument("--vocab-size", nargs="+", type=int, help="of rows and sweep; default: all")
+    parser.add_argument("--n-rows", nargs="+", type=int, help="of rows; default: all")
     parser.add_argument("--rounds", type=int, help="default: 20, or 3 with --quick")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile has to compile")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure what torch.compile has to compile too",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -70,35 +79,59 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[Result]:
+def rows(arguments: argparse.Namespace, device: torch.device, on_progress: Progress) -> Iterator[Result]:
     vocab_sizes = arguments.vocab_size or ((509,) if arguments.quick else gpu_rows.VOCAB_SIZES)
+    n_rows_of_cases = arguments.n_rows or ((64,) if arguments.quick else gpu_rows.N_ROWS)
     for dtype in arguments.dtype:
-        for n_rows in (64,) if arguments.quick else gpu_rows.N_ROWS:
+        for n_rows in n_rows_of_cases:
             for vocab_size in vocab_sizes:
-                outcome, variants, logits_bytes = gpu_rows.run_case(
-                    n_rows,
-                    vocab_size,
-                    dtype,
-                    device,
-                    rounds=arguments.rounds,
-                    n_sequences=2 if arguments.quick else n_rows // 2048,
-                    is_whole=arguments.quick or (n_rows, vocab_size) == gpu_rows.MAIN_SIZE,
-                    with_compiled=not arguments.no_compile,
-                )
-                size = {"n_rows": n_rows, "vocab_size": vocab_size, "dtype": dtype}
-                yield Result(
-                    size,
-                    outcome,
-                    variants,
-                    gpu_rows.table(outcome, variants, logits_bytes),
-                    gpu_rows.verdicts(outcome, size, logits_bytes),
-                    {"logits_bytes": logits_bytes,
-                     "ratios": {name: gpu_rows.relative(outcome, name) for name in outcome.times.milliseconds}},
-                )  # fmt: skip
+                is_whole = arguments.quick or (n_rows, vocab_size) == gpu_rows.MAIN_SIZE
+                yield rows_of(arguments, device, n_rows, vocab_size, dtype, is_whole, on_progress)
 
 
-def linear(arguments: argparse.Namespace, device: torch.device) -> Iterator[Result]:
+def sweep(arguments: argparse.Namespace, device: torch.device, on_progress: Progress) -> Iterator[Result]:
+    """Many vocabularies, of 8192 rows in 16 bits."""
+    for vocab_size in arguments.vocab_size or ((130, 509) if arguments.quick else SWEPT_VOCAB_SIZES):
+        yield rows_of(arguments, device, 64 if arguments.quick else 8192, vocab_size, "bfloat16", False, on_progress)
+
+
+def rows_of(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    n_rows: int,
+    vocab_size: int,
+    dtype: str,
+    is_whole: bool,
+    on_progress: Progress,
+) -> Result:
+    size = {"n_rows": n_rows, "vocab_size": vocab_size, "dtype": dtype}
+    outcome, variants, logits_bytes = gpu_rows.run_case(
+        n_rows,
+        vocab_size,
+        dtype,
+        device,
+        rounds=arguments.rounds,
+        n_sequences=max(1, n_rows // 2048) if n_rows % 2048 == 0 else 2,
+        is_whole=is_whole,
+        with_compiled=arguments.compile,
+        on_progress=lambda outcome: on_progress(size, outcome),
+    )
+    return Result(
+        size,
+        outcome,
+        variants,
+        gpu_rows.table(outcome, variants, logits_bytes),
+        gpu_rows.verdicts(outcome, size, logits_bytes),
+        {
+            "logits_bytes": logits_bytes,
+            "ratios": {name: gpu_rows.relative(outcome, name) for name in outcome.times.milliseconds},
+        },
+    )
+
+
+def linear(arguments: argparse.Namespace, device: torch.device, on_progress: Progress) -> Iterator[Result]:
     for n_rows, hidden_size, vocab_size in ((40, 16, 130),) if arguments.quick else gpu_linear.SIZES:
+        size = {"n_rows": n_rows, "hidden_size": hidden_size, "vocab_size": vocab_size, "dtype": "bfloat16"}
         outcome, variants, gradient_bytes = gpu_linear.run_case(
             n_rows,
             hidden_size,
@@ -106,9 +139,9 @@ def linear(arguments: argparse.Namespace, device: torch.device) -> Iterator[Resu
             "bfloat16",
             device,
             rounds=arguments.rounds,
-            with_compiled=not arguments.no_compile,
+            with_compiled=arguments.compile,
+            on_progress=lambda outcome, size=size: on_progress(size, outcome),
         )
-        size = {"n_rows": n_rows, "hidden_size": hidden_size, "vocab_size": vocab_size, "dtype": "bfloat16"}
         yield Result(
             size,
             outcome,
@@ -119,9 +152,10 @@ def linear(arguments: argparse.Namespace, device: torch.device) -> Iterator[Resu
         )
 
 
-def router(arguments: argparse.Namespace, device: torch.device) -> Iterator[Result]:
+def router(arguments: argparse.Namespace, device: torch.device, on_progress: Progress) -> Iterator[Result]:
     for dtype in arguments.dtype:
         for n_layers, n_rows, n_experts, k in ((2, 96, 8, 2),) if arguments.quick else gpu_router.SIZES:
+            size = {"n_layers": n_layers, "n_rows": n_rows, "n_experts": n_experts, "k": k, "dtype": dtype}
             outcome, variants, bytes_over_copy = gpu_router.run_case(
                 n_layers,
                 n_rows,
@@ -130,9 +164,9 @@ def router(arguments: argparse.Namespace, device: torch.device) -> Iterator[Resu
                 dtype,
                 device,
                 rounds=arguments.rounds,
-                with_compiled=not arguments.no_compile,
+                with_compiled=arguments.compile,
+                on_progress=lambda outcome, size=size: on_progress(size, outcome),
             )
-            size = {"n_layers": n_layers, "n_rows": n_rows, "n_experts": n_experts, "k": k, "dtype": dtype}
             yield Result(
                 size,
                 outcome,
@@ -156,6 +190,18 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     return machine
 
 
+def stored_case(result: Result) -> dict[str, Any]:
+    return {
+        **result.size,
+        **result.further,
+        "times": summary(result.outcome.times),
+        "is_complete": True,
+        "extra_bytes": result.outcome.extra_bytes,
+        "not_measured": result.outcome.absent,
+        "targets": [{**verdict._asdict(), "is_met": verdict.is_met} for verdict in result.verdicts],
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 where ours or the yardstick failed, so that a target was not measured."""
     parsed = parse_arguments(arguments)
@@ -173,29 +219,36 @@ def main(arguments: list[str] | None = None) -> int:
     stored |= {"machine": machine, "dry_run": device.type == "cpu"}
     verdicts: list[Verdict] = []
     failures: list[str] = []
+
+    def store() -> None:
+        path.write_text(json.dumps(stored, indent=1) + "\n")  # a run may be cut short
+
     for part in parsed.parts:
-        stored[part] = []
-        for result in {"rows": rows, "linear": linear, "router": router}[part](parsed, device):
-            case = ", ".join(f"{key} {value}" for key, value in result.size.items())
-            print(f"\n{part}: {case}, {parsed.rounds} rounds")
-            print("\n".join(result.lines))
-            for variant, reason in result.outcome.absent.items():
-                print(f"  {variant}: not measured: {reason}")
-                if "ours" in variant or variant in ("copy", "products"):
-                    failures.append(f"{part}, {case}: {variant}: {reason}")
-            sys.stdout.flush()
-            verdicts += result.verdicts
-            stored[part].append(
-                {
-                    **result.size,
-                    **result.further,
-                    "times": summary(result.outcome.times),
-                    "extra_bytes": result.outcome.extra_bytes,
-                    "not_measured": result.outcome.absent,
-                    "targets": [{**verdict._asdict(), "is_met": verdict.is_met} for verdict in result.verdicts],
-                }
-            )
-            path.write_text(json.dumps(stored, indent=1) + "\n")  # after every case: a run may be cut short
+        cases: list[dict[str, Any]] = []
+
+        def on_progress(size: dict[str, Any], outcome: Outcome, part: str = part, cases: list = cases) -> None:
+            stored[part] = [*cases, {**size, "times": summary(outcome.times), "is_complete": False}]
+            store()
+
+        try:
+            for result in {"rows": rows, "linear": linear, "router": router, "sweep": sweep}[part](
+                parsed, device, on_progress
+            ):
+                case = ", ".join(f"{key} {value}" for key, value in result.size.items())
+                print(f"\n{part}: {case}, {parsed.rounds} rounds")
+                print("\n".join(result.lines))
+                for variant, reason in result.outcome.absent.items():
+                    print(f"  {variant}: not measured: {reason}")
+                    if "ours" in variant or variant in ("copy", "products"):
+                        failures.append(f"{part}, {case}: {variant}: {reason}")
+                sys.stdout.flush()
+                verdicts += result.verdicts
+                cases.append(stored_case(result))
+                stored[part] = cases
+                store()
+        except DeviceLostError as error:
+            failures.append(f"{part}: {error}")
+            break
     if device.type == "cuda":
         print_verdicts(verdicts)
     print(f"\n{path}")

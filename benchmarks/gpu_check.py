@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import DeviceLostError, require_device
 from row_loss import EVERY_TERM
 from torch import Tensor
 
@@ -279,6 +280,11 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             n_failed += 1
             print(f"FAILED {name}: {type(error).__name__}: {error}", flush=True)
+            try:
+                require_device(torch.device(parsed.device), name)
+            except DeviceLostError as lost:  # what would come now fails for that reason alone
+                print(f"FAILED {lost}", flush=True)
+                break
     print(f"{n_checks} checks, {n_failed} failed, {time.monotonic() - start:.0f} s")
     return 1 if n_failed else 0
 

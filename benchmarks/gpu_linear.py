@@ -93,13 +93,14 @@ def run_case(
     *,
     rounds: int,
     with_compiled: bool,
+    on_progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[Outcome, dict[str, Variant], int]:
     """What was measured, the variants, and the bytes of both gradients."""
     torch.compiler.reset()
     case = linear.Case(n_rows, hidden_size, vocab_size, DTYPES[dtype], device)
     variants, absent = make_variants(case, with_compiled)
     references = {name: "eager" for name in variants if name not in _YARDSTICKS and name != "eager"}
-    outcome = measure(variants, device, rounds=rounds, references=references)
+    outcome = measure(variants, device, rounds=rounds, references=references, on_progress=on_progress)
     outcome.absent.update(absent)
     parameters = (case.hidden_states, case.weight)
     return outcome, variants, sum(tensor.numel() * tensor.element_size() for tensor in parameters)

@@ -114,13 +114,14 @@ def run_case(
     *,
     rounds: int,
     with_compiled: bool,
+    on_progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[Outcome, dict[str, Variant], float]:
     """What was measured, the variants, and the bytes that have to move, as a fraction of those of the copy."""
     torch.compiler.reset()
     case = Case(n_layers, n_rows, n_experts, k, DTYPES[dtype], device)
     variants, absent = make_variants(case, with_compiled)
     references = {name: "eager" for name in ("compiled", "ours")}
-    outcome = measure(variants, device, rounds=rounds, references=references)
+    outcome = measure(variants, device, rounds=rounds, references=references, on_progress=on_progress)
     outcome.absent.update(absent)
     return outcome, variants, case.bytes / (2 * case.copied.numel() * case.copied.element_size())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gpu_peers
@@ -53,6 +54,7 @@ def run_case(
     n_sequences: int,
     is_whole: bool,
     with_compiled: bool,
+    on_progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[Outcome, dict[str, Variant], int]:
     """What was measured, the variants, and the bytes of the logits."""
     torch.compiler.reset()  # sizes of earlier cases would count against the limit of recompilations
@@ -66,6 +68,7 @@ def run_case(
         before=case.refill,
         slow_every=max(1, rounds // 5),
         references=references,
+        on_progress=on_progress,
     )
     outcome.absent.update(absent)
     return outcome, variants, case.source.numel() * case.source.element_size()

@@ -18,6 +18,19 @@ from ava_ext.ops.softmax_rows import accumulation_dtype
 _FLUSH_BYTES, _FLUSH_REPEATS = 256 << 20, 16
 # of loss and norms of the gradients, from the reference's: 16-bit peers round in other places
 _VALUE_TOLERANCE = 0.02
+_FIRST_ROUNDS = 4  # after which the figures of a case exist; a run may be cut short
+
+
+class DeviceLostError(RuntimeError):
+    """An error of a kernel stays: every later call on the device fails in this process, and says nothing."""
+
+
+def require_device(device: torch.device, after: str) -> None:
+    """Raises DeviceLostError if the device no longer works."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        raise DeviceLostError(f"the device is lost after {after}: {_reason(error)}") from error
 
 
 class DeviceStopwatch:
@@ -59,6 +72,7 @@ def measure(
     before: Callable[[], None] = lambda: None,
     slow_every: int = 1,
     references: Mapping[str, str] | None = None,
+    on_progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
     """Runs every variant once, then interleaves those that work.
 
@@ -69,6 +83,10 @@ def measure(
         before: runs before each call, outside the time.
         slow_every: slow variants run in every so many-th round only.
         references: for a variant, the one whose values it should give; that one has to come first in `variants`.
+        on_progress: gets the outcome of the first rounds.
+
+    Raises:
+        DeviceLostError: if a variant leaves a device that does not work any more.
     """
     absent: dict[str, str] = {}
     extra: dict[str, int] = {}
@@ -84,6 +102,7 @@ def measure(
             absent[name] = _reason(error)
             values.pop(name, None)
             extra.pop(name, None)
+            require_device(device, name)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     for name, reference in (references or {}).items():
@@ -92,8 +111,17 @@ def measure(
     running = {name: variant.call for name, variant in variants.items() if name not in absent}
     every = {name: slow_every for name in running if variants[name].is_slow}
     stopwatch = DeviceStopwatch(device)
-    times = interleave(running, rounds=rounds, before=before, every=every, warm_ups=1, stopwatch=stopwatch)
-    return Outcome(times, absent, {name: extra[name] for name in running if name in extra})
+    extra = {name: extra[name] for name in running if name in extra}
+
+    def more(rounds: int, warm_ups: int) -> Times:
+        return interleave(running, rounds=rounds, before=before, every=every, warm_ups=warm_ups, stopwatch=stopwatch)
+
+    times = more(min(rounds, _FIRST_ROUNDS), 1)
+    if rounds > _FIRST_ROUNDS:
+        on_progress(Outcome(times, absent, extra))
+        later = more(rounds - _FIRST_ROUNDS, 0).milliseconds
+        times = Times({name: [*values, *later[name]] for name, values in times.milliseconds.items()})
+    return Outcome(times, absent, extra)
 
 
 def _extra_bytes(call: Callable[[], object]) -> int:

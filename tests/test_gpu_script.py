@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -169,23 +170,32 @@ def test_the_whole_script_runs_dry(tmp_path):
         **os.environ,
         "PATH": f"{sanitizer.parent}{os.pathsep}{os.environ['PATH']}",
         "GPU_DEVICE": "cpu",
-        "GPU_STEPS": "check sanitize rows linear router",
+        "GPU_SECONDS": "3000",  # the machine may be busy
         "OUT": str(tmp_path),
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
     }
-    script = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ["bash", "benchmarks/gpu.sh", "--rounds", "6", "--vocab-size", "131"]
+    script = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert script.returncode == 0, script.stdout[-3000:] + script.stderr[-3000:]
-    for step in ("check", "memcheck", "racecheck", "synccheck", "rows", "linear", "router"):
-        assert f"{step}: passed" in script.stdout
+    steps = ["build", "check", "rows", "check-full", "linear", "router", "sweep", "tests", "memcheck", "racecheck"]
+    summary = script.stdout.split("results in")[1]
+    assert [line.split(":")[0].strip() for line in summary.splitlines()[1:]] == [*steps, "synccheck"]
+    for step in set(steps) - {"build", "tests"}:
+        assert f"  {step}: passed" in summary
+    assert "build: left out, there is a library" in summary
+    assert "tests: left out, they need a GPU, pytest and hypothesis" in summary
     options = "--error-exitcode 9 --print-limit 20 --kernel-name kernel_substring=_ZN3ava"
     assert f"sanitizing --tool racecheck {options} {sys.executable} benchmarks/gpu_check.py" in script.stdout
     assert " 0 failed" in script.stdout
     assert (tmp_path / "gpu.log").read_text() == script.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "gpu.log", "dry_run.json"}
     stored = json.loads((tmp_path / "dry_run.json").read_text())
     assert stored["dry_run"] is True
     for part in gpu.PARTS:  # each a run of its own; they add up
+        assert part not in ("rows", "sweep") or {case["vocab_size"] for case in stored[part]} == {131}
         for case in stored[part]:
+            assert case["is_complete"]
             assert {"ours"} < case["times"].keys() and case["targets"]
             assert not {name for name in case["not_measured"] if "ours" in name}
 
@@ -193,7 +203,10 @@ def test_the_whole_script_runs_dry(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"GPU_STEPS": "rows bogus"}, "expected build, check, sanitize, rows, linear or router, got bogus"),
+        (
+            {"GPU_STEPS": "rows bogus"},
+            "GPU_STEPS: expected steps of build check rows check-full linear router sweep tests memcheck",
+        ),
         ({"PYTHON": "no-such-python"}, "missing: no-such-python"),
         ({"GPU_SECONDS": "0", "GPU_STEPS": "rows"}, "rows: left out, the time is up"),
     ],
@@ -202,6 +215,72 @@ def test_the_script_says_what_is_wrong(tmp_path, changes, expected):
     environment = {**os.environ, "GPU_DEVICE": "cpu", "OUT": str(tmp_path), "PYTHON": sys.executable, **changes}
     script = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert expected in script.stdout
+
+
+def test_a_run_that_is_cut_short_keeps_its_figures(tmp_path, monkeypatch):
+    """The first rounds of a case are stored before the others run."""
+    calls = []
+
+    def cut_short(*arguments, **options):
+        calls.append(options["rounds"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return interleave(*arguments, **options)
+
+    interleave = gpu_timing.interleave
+    monkeypatch.setattr(gpu_timing, "interleave", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["router", "--device", "cpu", "--quick", "--no-compile", "--rounds", "9", "--out", str(tmp_path)])
+    (case,) = json.loads((tmp_path / "dry_run.json").read_text())["router"]
+    assert calls == [4, 5] and case["is_complete"] is False and case["times"]["ours"]
+
+
+def lose(*arguments, **options):
+    raise gpu_timing.DeviceLostError("the device is lost after ours: an illegal memory access")
+
+
+def test_a_lost_device_ends_the_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_timing, "require_device", lose)
+    monkeypatch.setattr(gpu_router, "router_statistics", lose)
+    options = ["--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]
+    assert gpu.main(["router", "linear", *options]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED router: the device is lost after ours" in output and "linear:" not in output
+
+
+def test_a_lost_device_ends_the_check(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "checks", lambda device, is_small: [("one", lose), ("two", lose)])
+    monkeypatch.setattr(gpu_check, "require_device", lose)
+    assert gpu_check.main(["--device", "cpu"]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED one" in output and "FAILED two" not in output and "1 checks, 1 failed" in output
+
+
+def test_a_working_device_is_not_lost():
+    gpu_timing.require_device(CPU, "nothing")
+
+
+def test_the_bundle_is_found(tmp_path):
+    """In a copy of the repository without a library: that of the bundle, and its packages."""
+    for name in ("ava_ext", "benchmarks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    bundle = tmp_path / "build/gpu_bundle"
+    (bundle / "packages").mkdir(parents=True)
+    (tmp_path / "ava_ext/_C.abi3.so").rename(bundle / "_C.abi3.so")
+    (bundle / "packages/bundled_peer.py").write_text("")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n{sys.executable} -c "import bundled_peer, ava_ext; print(ava_ext.__file__)"\n'
+                      f'exec {sys.executable} "$@"\n')  # fmt: skip
+    python.chmod(0o755)
+    environment = {**os.environ, "GPU_DEVICE": "cpu", "GPU_STEPS": "build router", "PYTHON": str(python)}
+    environment |= {"OUT": str(tmp_path / "out")}
+    environment.pop("PYTHONPATH", None)
+    command = ["bash", "benchmarks/gpu.sh"]
+    script = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert script.returncode == 0, script.stdout[-3000:]
+    assert "the library of build/gpu_bundle" in script.stdout
+    assert "build: left out, there is a library" in script.stdout
+    assert f"{tmp_path}/ava_ext/__init__.py" in script.stdout
 
 
 def test_peers_are_called_as_they_want_to_be(monkeypatch):

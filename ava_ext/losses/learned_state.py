@@ -38,13 +38,12 @@ class LearnedState(Float32Buffers):
             setattr(self, name, after if after.dtype == before.dtype else before.to(after.device))
         return self
 
-    @torch.no_grad()
     def record(
         self,
         recording: bool | Tensor,  # [] bool, where a traced graph finds out when it runs
         **learned: Tensor,
     ) -> None:
-        """Adds what a call has learned to the pending tensors of these names."""
+        """Adds what a call has learned, without grad, to the pending tensors of these names."""
         if recording is False:
             return
         for name, value in learned.items():

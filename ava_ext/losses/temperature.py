@@ -95,17 +95,19 @@ class AdaptiveTemperature(LearnedState):
             tensor.zero_()
 
     def read(self) -> Tensor:  # []
-        """The temperature of this call."""
-        return committed(self.value, self.previous_value if self.auto_step else self.value)
+        """The temperature of this call; to be copied, since step() writes over it."""
+        value = self.value
+        return committed(value, self.previous_value if self.auto_step else value, copy=False)
 
-    @torch.no_grad()
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
         """Records the mean loss since the last step, over the rows of process_group, and sets the temperature."""
         if not self.adapts:
             return
-        self.reduce_pending(process_group)
-        self.keep_previous(self.previous_value, self.value, recording)
-        state = (self.value, self.history, self.count, self.pending_loss, self.pending_rows)
+        if process_group is not None:
+            self.reduce_pending(process_group)
+        value = self.value
+        self.keep_previous(self.previous_value, value, recording)
+        state = (value, self.history, self.count, self.pending_loss, self.pending_rows)
         _step(*state, self.initial, self.gain, *self.bounds)
 
     def statistics(self) -> dict[str, Tensor]:

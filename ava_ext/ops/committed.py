@@ -45,8 +45,13 @@ def is_first_run(
 def committed(
     value: Tensor,  # [...]
     previous: Tensor,  # [...]
+    copy: bool = True,
 ) -> Tensor:  # [...]
-    """A copy of value, or in a recomputation of previous. A backward may keep it: nobody writes over it."""
+    """A copy of value, or in a recomputation of previous. A backward may keep it: nobody writes over it.
+
+    copy=False, for callers that copy it themselves: outside a traced graph the tensor itself.
+    """
     if torch.compiler.is_compiling():
         return torch.ops.ava_ext.committed(value, previous)
-    return _committed(value, previous)
+    read = value if _graph_task_id() == -1 else previous
+    return read.clone() if copy else read

@@ -1,0 +1,157 @@
+"""Barriers, shuffles and votes of a launch, and what they order.
+
+A warp has a vector clock. A barrier joins the clocks of its warps, then each counts on: what a warp did before the
+barrier is seen by the others behind it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simt.memory import WARP
+from simt.module import Instruction, Kernel
+from simt.translation import Program
+
+RUNNING, AT_BARRIER, AT_CLUSTER, AT_WARP, EXITED = range(5)
+
+
+class Synchronisation:
+    """Of a Launch."""
+
+    kernel: Kernel
+    program: Program
+
+    def start_clocks(self) -> None:
+        self.clocks = np.zeros((self.n_warps, self.n_warps), np.int32)
+        np.fill_diagonal(self.clocks, 1)
+        self.arrivals = np.zeros(self.n_threads, np.int64)  # at the cluster's barrier, of each thread
+        self.release = np.zeros(self.n_warps, np.int32)  # what those know who have arrived
+
+    def wait(self, number: int, instruction: Instruction, threads: np.ndarray) -> None:
+        """Threads come to an instruction, the basic block `number`, in which they wait for others."""
+        if instruction.guard:
+            raise NotImplementedError(instruction.text)
+        operation = (instruction.name, *instruction.suffixes[:1])
+        if operation == ("bar", "sync"):
+            self.status[threads] = AT_BARRIER
+            self.release_block_barriers()
+        elif operation == ("barrier", "cluster"):
+            self._wait_in_cluster(number, instruction, threads)
+        elif instruction.name in ("shfl", "vote") or operation == ("bar", "warp"):
+            self._wait_in_warp(number, instruction, threads)
+        else:
+            raise NotImplementedError(instruction.text)
+
+    def release_block_barriers(self) -> None:
+        for rank in range(self.cluster_size):
+            lanes = np.arange(rank * self.block, (rank + 1) * self.block)
+            waiting = lanes[self.status[lanes] == AT_BARRIER]
+            if waiting.size == 0 or waiting.size + np.count_nonzero(self.status[lanes] == EXITED) < lanes.size:
+                continue
+            warps = np.unique(self.warp_of[waiting])
+            for warp in warps:
+                places = np.unique(self.pc[waiting[self.warp_of[waiting] == warp]])
+                if places.size > 1:
+                    self.find("lanes of a warp meet at different barriers", self.kernel.blocks[places[0]][0])
+            self.clocks[warps] = self.clocks[warps].max(0)
+            self.clocks[warps, warps] += 1
+            self.status[waiting] = RUNNING
+            self.pc[waiting] += 1
+
+    # clusters
+    def _wait_in_cluster(self, number: int, instruction: Instruction, threads: np.ndarray) -> None:
+        if "aligned" in instruction.suffixes:  # the lanes of a warp meet first
+            self.status[threads] = AT_WARP
+            is_here = (self.status == AT_WARP) & (self.pc == number)
+            missing = np.unique(self.warp_of[(self.status != EXITED) & ~is_here])
+            threads = np.flatnonzero(
+                is_here & np.isin(self.warp_of, self.warp_of[threads]) & ~np.isin(self.warp_of, missing)
+            )
+            if not threads.size:
+                return
+            self.status[threads] = RUNNING
+        if instruction.suffixes[1] == "arrive":
+            self.arrivals[threads] += 1
+            warps = np.unique(self.warp_of[threads])
+            self.release = np.maximum(self.release, self.clocks[warps].max(0))
+            self.clocks[warps, warps] += 1  # what follows the arrival is not released by it
+            self.pc[threads] = number + 1
+        else:
+            self.status[threads] = AT_CLUSTER
+        self.release_cluster_barrier()
+
+    def release_cluster_barrier(self) -> None:
+        live = self.status != EXITED
+        if not live.any():
+            return
+        complete = self.arrivals[live].min()
+        waiting = np.flatnonzero((self.status == AT_CLUSTER) & (self.arrivals <= complete))
+        if waiting.size:
+            warps = np.unique(self.warp_of[waiting])
+            self.clocks[warps] = np.maximum(self.clocks[warps], self.release)
+            self.clocks[warps, warps] += 1
+            self.status[waiting] = RUNNING
+            self.pc[waiting] += 1
+
+    # warps
+    def _wait_in_warp(self, number: int, instruction: Instruction, threads: np.ndarray) -> None:
+        self.status[threads] = AT_WARP
+        for warp in np.unique(self.warp_of[threads]):
+            lanes = np.flatnonzero(self.warp_of == warp)
+            waiting = lanes[(self.status[lanes] == AT_WARP) & (self.pc[lanes] == number)]
+            mask = self._mask(instruction, waiting)
+            asked = lanes[(mask >> (lanes - warp * WARP)) & 1 == 1]
+            if (self.status[asked] == EXITED).any():
+                self.find("a lane in the mask has exited", instruction)
+                asked = asked[self.status[asked] != EXITED]
+            if np.isin(asked, waiting).all():
+                self._meet(instruction, asked)
+                self.status[asked] = RUNNING
+                self.pc[asked] = number + 1
+
+    def _mask(self, instruction: Instruction, waiting: np.ndarray) -> int:
+        masks = np.unique(self._values(instruction.operands[-1], waiting))
+        if masks.size > 1:
+            self.find("lanes disagree about the mask", instruction)
+        return int(masks[0])
+
+    def _values(self, operand: str, threads: np.ndarray, dtype: type = np.uint32) -> np.ndarray:
+        if operand in self.program.place_of:
+            file, row = self.program.place_of[operand]
+            return self.files[file][row][threads].view(dtype)
+        return np.full(threads.size, self.program.literal(operand, np.dtype(dtype)))
+
+    def _set_values(self, register: str, threads: np.ndarray, values: np.ndarray) -> None:
+        file, row = self.program.place_of[register]
+        self.files[file][row][threads] = values if file == "bool" else np.asarray(values).view(file)
+
+    def _meet(self, instruction: Instruction, threads: np.ndarray) -> None:
+        """All lanes of the mask are there."""
+        warp, operands = self.warp_of[threads[0]], instruction.operands
+        lane = threads - warp * WARP
+        if instruction.name == "bar":  # bar.warp.sync
+            self.clocks[warp, warp] += 1
+        elif instruction.name == "vote":
+            votes = self._values(operands[1].lstrip("!"), threads, np.bool_) ^ operands[1].startswith("!")
+            mode = instruction.suffixes[1]
+            if mode not in ("any", "all", "ballot"):
+                raise NotImplementedError(instruction.text)
+            ballot = np.uint32(int(np.sum(votes.astype(np.int64) << lane)))
+            self._set_values(operands[0], threads, {"any": votes.any(), "all": votes.all(), "ballot": ballot}[mode])
+        else:
+            self._shuffle(instruction, threads, lane)
+
+    def _shuffle(self, instruction: Instruction, threads: np.ndarray, lane: np.ndarray) -> None:
+        operands, mode = instruction.operands, instruction.suffixes[1]
+        b, c = (self._values(operand, threads).astype(np.int64) for operand in operands[2:4])
+        segment, clamp = (c >> 8) & 31, c & 31
+        highest, lowest = (lane & segment) | (clamp & ~segment), lane & segment
+        source = {"bfly": lane ^ b, "idx": lowest | (b & ~segment & 31), "up": lane - b, "down": lane + b}[mode]
+        is_inside = source >= highest if mode == "up" else source <= highest
+        source = threads - lane + np.where(is_inside, source, lane)
+        if not np.isin(source, threads).all():
+            self.find("shuffle from a lane that is not there", instruction)
+        register, _, flag = operands[0].partition("|")
+        self._set_values(register, threads, self._values(operands[1], source))
+        if flag and flag != "_":
+            self._set_values(flag, threads, is_inside)

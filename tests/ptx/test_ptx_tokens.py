@@ -1,0 +1,65 @@
+"""The PTX of the repetition candidates and of the adaptive temperature against their definitions."""
+
+import math
+
+import pytest
+import torch
+from cuda_operators import H100, on_device
+from grid import IS_FULL
+from test_repetition import assert_agrees
+
+ARCHITECTURES = ["sm_90", "sm_100"] if IS_FULL else ["sm_90"]
+IGNORED = -100
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("ngram_size", "n_tokens", "dtype"),
+    [(0, 75, "int64"), (1, 75, "int64"), (2, 100, "int32"), (4, 75, "int64"), (3, 31, "int64"), (2, 110, "int64")],
+)
+def test_repetition(ngram_size, n_tokens, dtype, architecture):
+    random = torch.Generator().manual_seed(n_tokens + ngram_size)
+
+    def tokens():
+        ids = torch.randint(5, (2, n_tokens), generator=random)
+        return ids.masked_fill_(torch.rand(ids.shape, generator=random) < 1 / 12, IGNORED).to(getattr(torch, dtype))
+
+    text = tokens()
+    targets = text if ngram_size < 2 else tokens()
+    segments = (torch.rand(text.shape, generator=random) < 0.03).cumsum(1)
+    for real in (torch.float32, torch.float64):
+        with on_device(H100, architecture, seed=ngram_size or None) as device:
+            assert_agrees(
+                text,
+                targets,
+                weights=torch.tensor([0.5, 1.5, 0.05, 0.1], dtype=real),
+                vocab_size=5,
+                segments=segments if n_tokens != 75 else None,
+                tokens_include_row=n_tokens == 100,
+                repetition_allow_list=[2],
+                use_immediate_repetition_penalty=True,
+                immediate_repetition_threshold=1 + ngram_size % 2,
+                use_ngram_penalty=ngram_size > 0,
+                ngram_size=max(ngram_size, 1),
+                ngram_window_size=50 if n_tokens == 110 else None,
+                ngram_slots=3,
+                eos_token_id=[0],
+                min_sequence_length=40,
+            )
+        device.require_no_findings()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("count", [0, 8, 9, 57, 99, 100, 317])
+def test_temperature(count, architecture):
+    history = 2 + 0.3 * torch.randn(100, generator=torch.Generator().manual_seed(count))
+    state = [torch.ones(()), history.clone(), torch.tensor(count), torch.tensor(6.5), torch.tensor(3.0)]
+    with on_device(H100, architecture) as device:
+        torch.ops.ava_ext.temperature_step_(*state, 1.0, 1.5, 0.5, 2.0)
+    device.require_no_findings()
+    history[count % 100] = torch.tensor(6.5) / torch.tensor(3.0)
+    known = history[: count + 1].double()
+    expected = 1 + 1.5 * (known.std(correction=0) / known.mean() - 0.075) if count >= 9 else torch.tensor(1.0)
+    assert math.isclose(state[0], expected.clamp(0.5, 2.0), rel_tol=1e-6)
+    assert [value.item() for value in state[2:]] == [count + 1, 0, 0]
+    assert torch.equal(state[1], history)
