@@ -121,8 +121,8 @@ class UnifiedLoss(nn.Module):
             hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, a chunk of rows at a
                 time, never as a whole. Multi-token prediction reads hidden_states too, and so does the contrastive term
                 without contrastive_pair. Of a tuple of all layers, the last is taken. lm_head_weight may be nn.Linear.
-            primary_logits: for adaptive heads. The main term reads them with primary_loss_type="adaptive_mtp", and
-                with mtp_type="adaptive" if there are no logits.
+            primary_logits: for adaptive heads. The main term reads them with primary_loss_type="adaptive_mtp", and with
+                mtp_type="adaptive" if there are no logits.
             additional_logits, confidence_scores, mtp_active: adaptive multi-token prediction, see
                 `losses.adaptive_mtp`. mtp_active=False switches heads of either kind off for this call; None takes the
                 heads that are given. Each head, logits and primary_logits may be LinearLogits(hidden_states, weight,
