@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "box.h"
 #include "element_type.h"
 #include "error.h"
 #include "torch_stable.h"

@@ -1,5 +1,5 @@
 // Errors as Python sees them: AVA_CHECK(condition, parts...) raises RuntimeError with the parts as message, which
-// begins with the operator's name. Torch's own STD_TORCH_CHECK puts the path of the source on the build machine before it.
+// begins with the operator's name. Torch's own STD_TORCH_CHECK puts the build machine's path of the source before it.
 #pragma once
 #include <sstream>
 #include <stdexcept>
@@ -18,6 +18,12 @@ template <class... Parts>
   std::ostringstream message;
   (message << ... << parts);
   throw std::out_of_range(message.str());
+}
+
+// What torch says, and training loops look for.
+[[noreturn]] inline void fail_out_of_memory(const char* how_much) {
+  fail("DefaultCPUAllocator: can't allocate memory: you tried to allocate ", how_much,
+       ". Error code 12 (Cannot allocate memory)");
 }
 
 }  // namespace ava

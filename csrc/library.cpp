@@ -1,6 +1,7 @@
 // The schemas of all operators: the table of contents of this library.
 #include <string>
 
+#include "box.h"
 #include "cpu/capability.h"
 #include "torch_stable.h"
 
@@ -13,6 +14,11 @@ static std::string cuda_version() { return AVA_CUDA_VERSION; }
 
 STABLE_TORCH_LIBRARY(ava_ext, m) {
   // rows of logits: softmax_rows.h. options: RowOptions [7]; flags: RowFlags
+  //
+  // ids (also candidate_ids) are int32 or int64; those of rows that do not count (ignored, masked, or with a count of 0
+  // in their statistics) are not looked at. -1 is absent, unless flags have kIdsArePresent. What else is outside [0, vocab_size) is
+  // an IndexError on the CPU, found before it is narrowed, and a device assert on CUDA; so are targets other than
+  // ignore_index.
   m.def(
       "row_loss(Tensor logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
       "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index, "
@@ -31,7 +37,8 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   m.def(
       "row_gradient_(Tensor(a!) logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, "
       "Tensor options, int flags, int vocab_size) -> ()");
-  m.def("scale_rows_(Tensor(a!) rows, Tensor factors) -> ()");
+  // rows times factors, but for those whose target is ignore_index: they hold zeros, which a factor of nan would spoil
+  m.def("scale_rows_(Tensor(a!) rows, Tensor factors, Tensor? targets=None, int ignore_index=-100) -> ()");
 
   // token sequences: repetition.h
   m.def(
@@ -61,12 +68,15 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   m.def("add_weight_gradient_(Tensor(a!) grad_weight, Tensor grad_logits, Tensor hidden_states) -> ()");
   m.def("has_bfloat16_products() -> bool");
 
+  // frees what the pool of CPU gradients keeps, cpu/gradient_pool.h; returns its bytes
+  m.def("empty_cache() -> int");
+
   // which instruction set the CPU kernels use
   m.def("cpu_capability() -> str");
   // of the toolkit that compiled the CUDA kernels; empty where there are none
   m.def("cuda_version() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(ava_ext, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
-  m.impl("cuda_version", TORCH_BOX(&cuda_version));
+  m.impl("cpu_capability", AVA_BOX(&cpu_capability));
+  m.impl("cuda_version", AVA_BOX(&cuda_version));
 }

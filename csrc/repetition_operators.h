@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "new_tensor.h"
 #include "repetition.h"
 
 namespace ava {
@@ -86,8 +87,8 @@ std::tuple<Tensor, Tensor> repetition_candidates(const Tensor& tokens,          
   std::sort(allowed.begin(), allowed.end());
 
   const std::vector<int64_t> shape{tokens.size(0), tokens.size(1), options.n_slots()};
-  const Tensor ids = torch::stable::new_empty(tokens, shape, ScalarType::Int),
-               candidate_weights = torch::stable::new_empty(weights, shape);
+  const Tensor ids = new_tensor(tokens, shape, ScalarType::Int),
+               candidate_weights = new_tensor(weights, shape, weights.scalar_type());
   run(options, tokens, targets, segments, weights, ids, candidate_weights);
   return {ids, candidate_weights};
 }

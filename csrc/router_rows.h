@@ -40,12 +40,6 @@ constexpr int64_t kRowsInFloat = 64;
 template <class Real>
 constexpr Real kSureRest = Real(0.125);
 
-// What stands for u = -inf, whose e^u is 0: 0 * u is 0, and e^u of a larger u is not
-template <class Real>
-AVA_HOST_DEVICE constexpr Real lowest_u() {
-  return sizeof(Real) == 4 ? Real(-200) : Real(-800);
-}
-
 template <class Real>
 struct RouterRow {
   Real max;       // of y

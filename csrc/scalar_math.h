@@ -25,5 +25,12 @@ AVA_HOST_DEVICE constexpr Real lowest_finite() {
   return sizeof(Real) == 8 ? Real(-1.7976931348623157e308) : Real(-3.4028234663852886e38f);
 }
 
+// A u whose e^u is 0, and so is u e^u however large the factors beside it: what stands for a lower u, perhaps -inf,
+// wherever it is multiplied by its e^u.
+template <class Real>
+AVA_HOST_DEVICE constexpr Real lowest_u() {
+  return sizeof(Real) == 4 ? Real(-200) : Real(-800);
+}
+
 }  // namespace AVA_ISA
 }  // namespace ava

@@ -111,7 +111,8 @@ enum RowFlags : int64_t {
   kZLoss = 16,
   kConfidencePenalty = 32,
   kSoftcap = 64,
-  kEntropy = 128,  // measure the entropy although no term needs it
+  kEntropy = 128,        // measure the entropy although no term needs it
+  kIdsArePresent = 256,  // an id of -1 in a row that counts is out of range; else it is absent
 };
 
 // The first rows of row_terms; one more follows for each group of candidates.
@@ -225,6 +226,8 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
 // (1) for the columns that are nobody's target or candidate, as a function of d = softcap(x) - max, already by x but
 // for the soft cap:
 //   dx = e^{d / T} (factor + slope d) + constant
+//
+// where e^{d / T} is 0 a kernel bounds d from below, by lowest_u T: slope d may be infinite.
 template <class Real>
 struct DenseGradient {
   Real factor, slope, constant;
@@ -248,6 +251,7 @@ AVA_HOST_DEVICE Real sparse_gradient(const RowStatistics<Real>& row, const RowCo
                                      Real own,       // s_c of this column
                                      Real others) {  // sum of s over the other columns
   const Real mean_u = row.weighted / (1 + row.rest);
+  if (u < lowest_u<Real>()) u = lowest_u<Real>();  // its probability is 0, which an infinite product would hide
   return probability * (coefficients.probability - others + coefficients.entropy * (u - mean_u)) +
          coefficients.constant + own * complement(row, is_argmax, probability);
 }

@@ -5,7 +5,8 @@
 //   Arguments, Kernels     what its kernels are given, and the table of them: row_loss, row_statistics, row_gradient,
 //                          scale_rows
 //   check_size(op, n_rows, n_columns), check_n_ids(op, n_ids)     what it cannot take
-//   check_range(op, name, dense, vocab_size, absent)     ids out of range, where the host can see them
+//   check_targets(call), set_ids(call, name, ids)     the ids are dense, int32 or int64. What is out of range in a row
+//                                                     that counts is found before it is narrowed: here or in kernels
 //   new_tensor(logits, sizes, type), new_gradient(logits)
 //   set_groups(op, arguments, sizes)
 //   run(op, logits, arguments, kernel)     of at least one row
@@ -50,16 +51,20 @@ struct RowCall {
     arguments.options = dense(options);
     arguments.flags = decltype(arguments.flags)(flags);
   }
+  // Behind what says which rows count: the targets, the mask, the statistics.
   void set_ids(const char* name, const std::optional<Tensor>& ids) {  // [..., n_ids]
     if (!ids) return;
     AVA_CHECK(ids->dim() == logits.dim(), op, ": expected ", name, " of shape ", shape_string(rows), " + [n_ids], got ",
               shape_string(*ids));
     const int64_t n_ids = ids->size(ids->dim() - 1);
-    check_beside(op, name, *ids, rows_and(n_ids), ScalarType::Int, logits);
+    const ScalarType type = ids->scalar_type();
+    AVA_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": expected ", name,
+              " of type int32 or int64, got ", type_name(type));
+    check_beside(op, name, *ids, rows_and(n_ids), type, logits);
     Device::check_n_ids(op, n_ids);
     arguments.n_ids = Columns(n_ids);
-    arguments.ids = static_cast<const int32_t*>(dense(*ids));
-    Device::check_range(op, name, kept.back(), vocab_size, -1);
+    dense(*ids);
+    Device::set_ids(*this, name, Tensor(kept.back()));
   }
   void set_gradient(const Tensor& grad_logits) {  // [..., n_columns]; may be the logits
     arguments.grad_logits = grad_logits.mutable_data_ptr();
@@ -125,7 +130,7 @@ struct RowOperators {
     check_beside(op, "targets", targets, call.rows, ScalarType::Long, logits);
     arguments.targets = static_cast<const int64_t*>(call.dense(targets));
     arguments.ignore_index = ignore_index;
-    Device::check_range(op, "targets", call.kept.back(), vocab_size, ignore_index);
+    Device::check_targets(call);
     if (row_weights) {
       check_beside(op, "row_weights", *row_weights, call.rows, call.real, logits);
       arguments.row_weights = call.dense(*row_weights);
@@ -196,11 +201,11 @@ struct RowOperators {
     Call call("row_statistics", logits, vocab_size);
     auto& arguments = call.arguments;
     call.set_options(options, flags | kEntropy);
-    call.set_ids("ids", ids);
     if (row_mask) {
       check_beside(call.op, "row_mask", *row_mask, call.rows, ScalarType::Bool, logits);
       arguments.row_mask = static_cast<const bool*>(call.dense(*row_mask));
     }
+    call.set_ids("ids", ids);
     Tensor statistics = call.new_tensor(call.rows_and(kRowStatistics)),
            log_probs = call.new_tensor(call.rows_and(arguments.n_ids)),
            summaries = call.new_tensor(call.and_rows(kRowSummaries));
@@ -222,11 +227,11 @@ struct RowOperators {
     Call call(op, logits, vocab_size);
     auto& arguments = call.arguments;
     call.set_options(options, flags);
-    call.set_ids("ids", ids);
     check_beside(op, "statistics", statistics, call.rows_and(kRowStatistics), call.real, logits);
+    arguments.statistics = const_cast<void*>(call.dense(statistics));
+    call.set_ids("ids", ids);
     check_beside(op, "row_coefficients", row_coefficients, call.rows_and(kRowCoefficients + arguments.n_ids), call.real,
                  logits);
-    arguments.statistics = const_cast<void*>(call.dense(statistics));
     arguments.row_coefficients = const_cast<void*>(call.dense(row_coefficients));
     if (!grad_logits) grad_logits = Device::new_gradient(logits);
     call.set_gradient(*grad_logits);
@@ -248,24 +253,31 @@ struct RowOperators {
                      grad_logits);
   }
 
-  // Touches no row whose factor is 1; on CUDA the host never knows which those are.
-  static void scale_rows_(const Tensor& rows,       // [..., n_columns], last stride 1
-                          const Tensor& factors) {  // [...]
+  // Touches no row whose factor is 1 (on CUDA the host never knows which those are), and none whose target is ignored.
+  static void scale_rows_(const Tensor& rows,             // [..., n_columns], last stride 1
+                          const Tensor& factors,          // [...]
+                          std::optional<Tensor> targets,  // [...]
+                          int64_t ignore_index) {
     Call call("scale_rows_", rows, rows.dim() ? rows.size(rows.dim() - 1) : 1);
-    check_beside("scale_rows_", "factors", factors, call.rows, call.real, rows);
+    check_beside(call.op, "factors", factors, call.rows, call.real, rows);
     call.arguments.row_weights = call.dense(factors);
+    if (targets) {
+      check_beside(call.op, "targets", *targets, call.rows, ScalarType::Long, rows);
+      call.arguments.targets = static_cast<const int64_t*>(call.dense(*targets));
+      call.arguments.ignore_index = ignore_index;
+    }
     call.set_gradient(rows);
     call.run(&Kernels::scale_rows);
   }
 
   template <class Library>
   static void register_all(Library& m) {
-    m.impl("row_loss", TORCH_BOX(&RowOperators::row_loss));
-    m.impl("row_loss_", TORCH_BOX(&RowOperators::row_loss_));
-    m.impl("row_statistics", TORCH_BOX(&RowOperators::row_statistics));
-    m.impl("row_gradient", TORCH_BOX(&RowOperators::row_gradient));
-    m.impl("row_gradient_", TORCH_BOX(&RowOperators::row_gradient_));
-    m.impl("scale_rows_", TORCH_BOX(&RowOperators::scale_rows_));
+    m.impl("row_loss", AVA_BOX(&RowOperators::row_loss));
+    m.impl("row_loss_", AVA_BOX(&RowOperators::row_loss_));
+    m.impl("row_statistics", AVA_BOX(&RowOperators::row_statistics));
+    m.impl("row_gradient", AVA_BOX(&RowOperators::row_gradient));
+    m.impl("row_gradient_", AVA_BOX(&RowOperators::row_gradient_));
+    m.impl("scale_rows_", AVA_BOX(&RowOperators::scale_rows_));
   }
 };
 

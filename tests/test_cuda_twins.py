@@ -9,7 +9,7 @@ from conftest import FILES_OF_KERNELS, ROOT
 
 from ava_ext._library import CUDA_VERSION
 
-NO_TENSORS = {"cpu_capability", "cuda_version", "has_bfloat16_products"}  # about the library itself
+NO_TENSORS = {"cpu_capability", "cuda_version", "empty_cache", "has_bfloat16_products"}  # about the library itself
 CPU_ONLY = {"add_weight_gradient_"}  # on a GPU, cuBLAS does it
 WITHOUT_KERNEL: set[str] = set()  # no CUDA kernel yet: see ava_ext/ops/without_kernels
 

@@ -1,6 +1,8 @@
 """Gradients of a megabyte and more come from a small pool: reused once released, never while anyone holds them."""
 
 import gc
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +81,66 @@ def test_a_gradient_outlives_its_graph_and_can_be_written():
     other = gradient_of(logits)
     assert_bitwise_equal(gradient, expected)
     torch.testing.assert_close(other * 2 + 1, expected)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_idle_memory_can_be_freed():
+    empty_cache = torch.ops.ava_ext.empty_cache
+    gradient_of(random_logits((1024, 9001), 0))
+    gc.collect()
+    before = resident_bytes()
+    freed = empty_cache()
+    assert freed >= 1024 * 9001 * 4
+    assert before - resident_bytes() > freed * 0.9
+    assert empty_cache() == 0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (128, 4096)], ids=["torch's own", "the pool's"])
+def test_memory_of_sizes_that_are_gone_is_freed(shape):
+    torch.ops.ava_ext.empty_cache()
+    gradient_of(random_logits((1024, 9001), 0))
+    logits = random_logits(shape, 0)
+    for _ in range(40):
+        gradient_of(logits)
+    gc.collect()
+    assert torch.ops.ava_ext.empty_cache() < 1024 * 9001 * 4
+
+
+def test_memory_of_sizes_in_turn_is_kept():
+    torch.ops.ava_ext.empty_cache()
+    large, small = random_logits((1024, 9001), 0), random_logits((8, 8), 0)
+    places = set()
+    for _ in range(4):
+        gradient = gradient_of(large)
+        places.add(gradient.data_ptr())
+        del gradient
+        for _ in range(20):
+            gradient_of(small)
+    assert len(places) == 1
+
+
+def too_large():
+    """Logits whose gradient takes 2^48 bytes, more than a process can address, and targets."""
+    logits = torch.zeros(1, 2**23, dtype=torch.float64).expand(2**22, 2**23)
+    return logits, torch.zeros(1, dtype=torch.int64).expand(2**22)
+
+
+def test_out_of_memory_is_what_torch_raises():
+    logits, targets = too_large()
+    message = f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {2**48} bytes"
+    with pytest.raises(RuntimeError, match=message):
+        torch.empty(logits.shape, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=message):
+        gradient_of(logits, targets)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):  # a small tensor of torch's own, for each row
+        torch.ops.ava_ext.row_statistics(logits[:1, :2].expand(2**46, 2), None, None, row_coefficients(logits), 0, 2)
+
+
+def test_idle_memory_goes_first_where_memory_is_short():
+    gradient_of(random_logits((1024, 9001), 0))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        gradient_of(*too_large())
+    assert torch.ops.ava_ext.empty_cache() == 0

@@ -4,9 +4,10 @@
 
 #include <cstdlib>
 #include <mutex>
-#include <new>
+#include <string>
 #include <utility>
 
+#include "../box.h"
 #include "tensors.h"
 
 // Since torch 2.11. Weak, so that this library also loads in 2.10.
@@ -23,62 +24,101 @@ constexpr int64_t kHugePage = int64_t(2) << 20, kSmallestPooled = int64_t(1) << 
 struct Block {
   void* data;
   int64_t bytes;
+  int64_t since;  // which request was the last before it became idle
 };
 
 // never destroyed: a tensor may outlive every static object
 struct Pool {
   std::mutex mutex;
   Block idle[2] = {};  // most recently used first
+  int64_t n_requests = 0;
+
+  // an idle block with room for so much, or none; `dropped` gets what has been idle for too long
+  Block take(int64_t bytes, void* (&dropped)[2]) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    ++n_requests;
+    Block taken = {};
+    for (int i = 0; i < 2; ++i) {
+      Block& block = idle[i];
+      if (!taken.data && bytes > 0 && block.bytes >= bytes && block.bytes / 2 <= bytes) {  // not half a block of waste
+        taken = block;
+        block = {};
+      } else if (block.data && n_requests - block.since > kIdleRequests) {
+        dropped[i] = block.data;
+        block = {};
+      }
+    }
+    return taken;
+  }
+  void* give_back(Block block) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    block.since = n_requests;
+    if (!idle[0].data) std::swap(idle[0], idle[1]);  // the more recent one is in front
+    void* const dropped = idle[1].data;
+    idle[1] = idle[0];
+    idle[0] = block;
+    return dropped;
+  }
 };
 Pool& pool() {
   static Pool* const shared = new Pool;
   return *shared;
 }
 
-Block take(int64_t bytes) {
-  {
-    const std::lock_guard<std::mutex> lock(pool().mutex);
-    for (Block& block : pool().idle)
-      if (block.bytes >= bytes && block.bytes / 2 <= bytes) {  // not half a block of waste
-        const Block taken = block;
-        block = {};
-        return taken;
-      }
-  }
+Block take(int64_t bytes) {  // 0: no block, only a request that the idle ones were of no use to
+  void* dropped[2] = {};
+  const Block taken = pool().take(bytes, dropped);
+  for (void* data : dropped) std::free(data);
+  return taken;
+}
+
+Block allocate(int64_t bytes) {
   const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   void* data = std::aligned_alloc(kHugePage, rounded);
-  if (!data) throw std::bad_alloc();
+  if (!data && free_idle_blocks() > 0) data = std::aligned_alloc(kHugePage, rounded);
+  if (!data) fail_out_of_memory((std::to_string(bytes) + " bytes").c_str());
   madvise(data, rounded, MADV_HUGEPAGE);  // only advice: a refusal costs time, nothing else
-  return {data, rounded};
+  return {data, rounded, 0};
 }
 
 void give_back(void* data, void* bytes) {
-  Block block{data, int64_t(reinterpret_cast<intptr_t>(bytes))}, dropped;
-  {
-    const std::lock_guard<std::mutex> lock(pool().mutex);
-    Block(&idle)[2] = pool().idle;
-    if (!idle[0].data) std::swap(idle[0], idle[1]);  // the more recent one is in front
-    dropped = idle[1];
-    idle[1] = idle[0];
-    idle[0] = block;
-  }
-  std::free(dropped.data);
+  std::free(pool().give_back({data, int64_t(reinterpret_cast<intptr_t>(bytes)), 0}));
 }
 
 }  // namespace
+
+int64_t free_idle_blocks() {
+  Block idle[2] = {};
+  {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    std::swap(idle, pool().idle);
+  }
+  for (const Block& block : idle) std::free(block.data);
+  return idle[0].bytes + idle[1].bytes;
+}
 
 torch::stable::Tensor pooled_empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type,
                                    int64_t element_bytes) {
   int64_t bytes = element_bytes;
   for (const int64_t size : sizes) bytes *= size;
-  if (bytes < kSmallestPooled || !torch_from_blob) return empty_tensor(sizes, type);
+  const bool is_pooled = bytes >= kSmallestPooled && torch_from_blob;
+  Block block = take(is_pooled ? bytes : 0);
+  if (!is_pooled) return empty_tensor(sizes, type);
+  if (!block.data) block = allocate(bytes);
   const std::vector<int64_t> strides = contiguous_strides(sizes);
-  const Block block = take(bytes);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  const auto error = torch_from_blob(
       block.data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, shim_type(type), aoti_torch_device_type_cpu(),
-      -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(intptr_t(block.bytes))));
+      -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(intptr_t(block.bytes)));
+  if (error != TORCH_SUCCESS) {
+    give_back(block.data, reinterpret_cast<void*>(intptr_t(block.bytes)));
+    fail_out_of_memory("a new tensor");
+  }
   return torch::stable::Tensor(handle);
 }
 
 }  // namespace ava
+
+STABLE_TORCH_LIBRARY_IMPL(ava_ext, CompositeExplicitAutograd, m) {
+  m.impl("empty_cache", AVA_BOX(&ava::free_idle_blocks));
+}

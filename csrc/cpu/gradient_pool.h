@@ -9,9 +9,16 @@
 namespace ava {
 
 // An uninitialised CPU tensor. Its memory goes back to the pool when the last reference to its storage dies, whoever
-// holds it. The pool keeps at most two idle blocks; below 1 MiB, and on a torch without torch_from_blob (2.10), torch
-// allocates as usual.
+// holds it. Below 1 MiB, and on a torch without torch_from_blob (2.10), torch allocates as usual.
+//
+// The pool keeps at most two idle blocks, and none that kIdleRequests gradients in a row have had no use for: sizes
+// that are gone for good leave nothing behind. Where memory is short they go at once.
 torch::stable::Tensor pooled_empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type,
                                    int64_t element_bytes);
+
+constexpr int64_t kIdleRequests = 32;
+
+// Frees the idle blocks; returns their bytes.
+int64_t free_idle_blocks();
 
 }  // namespace ava

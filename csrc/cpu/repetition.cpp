@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../repetition_operators.h"
+#include "threads.h"
 
 namespace ava {
 
@@ -59,7 +60,7 @@ static void candidates_of_batch(const RepetitionOptions& options,
   // about 100 microseconds of work for a thread, below which waking it costs more
   const int64_t sequences_per_task = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, n_tokens));
 
-  torch::stable::parallel_for(0, tokens.size(0), sequences_per_task, [&](int64_t first, int64_t last) {
+  parallel_for(tokens.size(0), sequences_per_task, [&](int64_t first, int64_t last) {
     static thread_local RepetitionScratch scratch;
     scratch.tokens.resize(n_tokens);
     scratch.targets.resize(n_tokens);
@@ -97,5 +98,5 @@ static void run_repetition_candidates(const RepetitionOptions& options,
 }  // namespace ava
 
 STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) {
-  m.impl("repetition_candidates", TORCH_BOX(&ava::repetition_candidates<ava::run_repetition_candidates>));
+  m.impl("repetition_candidates", AVA_BOX(&ava::repetition_candidates<ava::run_repetition_candidates>));
 }

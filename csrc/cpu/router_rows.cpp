@@ -9,6 +9,7 @@
 #include "gradient_pool.h"
 #include "router_rows_arguments.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace ava {
 namespace {
@@ -94,18 +95,15 @@ struct RouterRows {
     const int64_t n_blocks = int64_t(blocks.size());
     const int64_t n_threads = std::min<int64_t>(n_blocks, torch::stable::get_num_threads());
     std::atomic<int64_t> next{0};
-    const auto run = [&](int64_t, int64_t) {
+    if (n_blocks == 0) return;
+    in_threads(n_threads, [&] {
       constexpr size_t kAlignment = 64;  // of a register that lies in one cache line
       size_t bytes = router_scratch_bytes(arguments.n_experts) + kAlignment;
       std::vector<char> scratch(bytes);
       void* aligned = scratch.data();
       std::align(kAlignment, bytes - kAlignment, aligned, bytes);
       for (int64_t block; (block = next.fetch_add(1)) < n_blocks;) work(block, aligned);
-    };
-    if (n_threads == 1)
-      run(0, 1);
-    else if (n_threads > 1)
-      torch::stable::parallel_for(0, n_threads, 1, run);
+    });
   }
 };
 
@@ -227,6 +225,6 @@ Tensor router_gradient(std::vector<Tensor> gate_logits,         // of [n_layers,
 }  // namespace ava
 
 STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) {
-  m.impl("router_statistics", TORCH_BOX(&ava::router_statistics));
-  m.impl("router_gradient", TORCH_BOX(&ava::router_gradient));
+  m.impl("router_statistics", AVA_BOX(&ava::router_statistics));
+  m.impl("router_gradient", AVA_BOX(&ava::router_gradient));
 }

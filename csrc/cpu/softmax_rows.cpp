@@ -9,6 +9,7 @@
 #include "gradient_pool.h"
 #include "softmax_rows_arguments.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace ava {
 namespace {
@@ -24,22 +25,17 @@ const SoftmaxRowsKernels& kernels() {
   return softmax_rows_portable;
 }
 
-// Threads of torch's own pool, so that torch.set_num_threads holds here too, take a few rows at a time: rows that do
-// not count cost little, and may all be in one place.
+// Threads take a few rows at a time: rows that do not count cost little, and may all be in one place.
 void for_rows(SoftmaxRowsKernel kernel, const SoftmaxRowsArguments& arguments) {
   const int64_t rows_at_once = std::max<int64_t>(1, (int64_t(1) << 18) / arguments.n_columns);
   const int64_t n_pieces = (arguments.n_rows + rows_at_once - 1) / rows_at_once;
   const int64_t n_threads = std::min<int64_t>(n_pieces, torch::stable::get_num_threads());
   std::atomic<int64_t> next_piece{0};
-  const auto work = [&](int64_t, int64_t) {
+  in_threads(n_threads, [&] {
     std::vector<char> scratch(sparse_scratch_bytes(arguments.n_ids));
     for (int64_t piece; (piece = next_piece.fetch_add(1)) < n_pieces;)
       kernel(arguments, piece * rows_at_once, std::min(arguments.n_rows, (piece + 1) * rows_at_once), scratch.data());
-  };
-  if (n_threads == 1)
-    work(0, 1);
-  else
-    torch::stable::parallel_for(0, n_threads, 1, work);
+  });
 }
 
 struct CpuRows {
@@ -48,17 +44,49 @@ struct CpuRows {
 
   static void check_size(const char*, int64_t, int64_t) {}
   static void check_n_ids(const char*, int64_t) {}
-  static void check_range(const char* op, const char* name, const Tensor& dense_ids, int64_t vocab_size,
-                          int64_t absent) {
-    const int64_t n = dense_ids.numel();
-    const bool wide = dense_ids.scalar_type() == ScalarType::Long;
-    const auto* longs = static_cast<const int64_t*>(wide ? dense_ids.const_data_ptr() : nullptr);
-    const auto* ints = static_cast<const int32_t*>(wide ? nullptr : dense_ids.const_data_ptr());
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t id = wide ? longs[i] : ints[i];
-      if ((id < 0 || id >= vocab_size) && id != absent)
-        fail_index(op, ": expected ", name, " in [0, ", vocab_size, ") or ", absent, ", got ", id, " at position ", i);
+  static void check_targets(const RowCall<CpuRows>& call) {
+    const Arguments& arguments = call.arguments;
+    for (int64_t row = 0; row < arguments.n_rows; ++row) {
+      const int64_t target = arguments.targets[row];
+      if ((target < 0 || target >= arguments.vocab_size) && target != arguments.ignore_index)
+        fail_index(call.op, ": expected targets in [0, ", arguments.vocab_size, ") or ", arguments.ignore_index,
+                   ", got ", target, " at position ", row);
     }
+  }
+  static void set_ids(RowCall<CpuRows>& call, const char* name, const Tensor& ids) {  // [..., n_ids], dense
+    if (ids.scalar_type() == ScalarType::Int) {
+      call.arguments.ids = static_cast<const int32_t*>(ids.const_data_ptr());
+      return for_ids(call, name, call.arguments.ids, [](int64_t, int32_t) {});
+    }
+    call.kept.push_back(empty_tensor(shape_of(ids), ScalarType::Int));
+    auto* const narrow = static_cast<int32_t*>(call.kept.back().mutable_data_ptr());
+    call.arguments.ids = narrow;
+    for_ids(call, name, static_cast<const int64_t*>(ids.const_data_ptr()),
+            [&](int64_t position, int32_t id) { narrow[position] = id; });
+  }
+  // use(position, id) for every id; -1 for those of rows that do not count, which may be anything
+  template <class Id, class Use>
+  static void for_ids(const RowCall<CpuRows>& call, const char* name, const Id* ids, Use use) {
+    const Arguments& arguments = call.arguments;
+    const bool may_be_absent = !(arguments.flags & kIdsArePresent);
+    for (int64_t row = 0, position = 0; row < arguments.n_rows; ++row) {
+      const bool counts = row_counts(arguments, row, call.real);
+      for (const int64_t end = position + arguments.n_ids; position < end; ++position) {
+        const int64_t id = counts ? int64_t(ids[position]) : -1;
+        if ((id < 0 || id >= arguments.vocab_size) && counts && !(id == -1 && may_be_absent))
+          fail_index(call.op, ": expected ", name, " in [0, ", arguments.vocab_size, ")", may_be_absent ? " or -1" : "",
+                     ", got ", id, " at position ", position, " (row ", row, ")");
+        use(position, int32_t(id));
+      }
+    }
+  }
+  static bool row_counts(const Arguments& arguments, int64_t row, ScalarType real) {
+    if (arguments.targets) return arguments.targets[row] != arguments.ignore_index;
+    if (arguments.row_mask) return arguments.row_mask[row];
+    const auto counts = [&](auto statistics) { return statistics[row].count != 0; };
+    if (!arguments.statistics) return true;
+    return real == ScalarType::Double ? counts(static_cast<const RowStatistics<double>*>(arguments.statistics))
+                                      : counts(static_cast<const RowStatistics<float>*>(arguments.statistics));
   }
   static Tensor new_tensor(const Tensor&, const std::vector<int64_t>& sizes, ScalarType type) {
     return empty_tensor(sizes, type);

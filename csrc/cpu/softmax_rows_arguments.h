@@ -48,10 +48,18 @@ struct SoftmaxRowsKernels {
   SoftmaxRowsKernel row_loss;        // statistics, terms, and the gradient while the row is in cache
   SoftmaxRowsKernel row_statistics;  // statistics and what the open operator reports of them
   SoftmaxRowsKernel row_gradient;    // the gradient from statistics and coefficients
-  SoftmaxRowsKernel scale_rows;      // grad_logits *= row_weights
+  SoftmaxRowsKernel scale_rows;      // grad_logits *= row_weights, but for ignored rows
 };
 
-inline int64_t sparse_scratch_bytes(int64_t n_ids) { return (n_ids + 2) * 40; }
+// Room for the columns of a row that have an s_c (n_ids, the target, the maximum), and to find them by hashing where
+// they are many.
+constexpr int64_t kEntryBytes = 40, kMostUnhashed = 16;
+inline int64_t slots_of_entries(int64_t n_ids) {
+  int64_t n_slots = 32;
+  while (n_slots < 2 * (n_ids + 2)) n_slots *= 2;
+  return n_ids <= kMostUnhashed ? 0 : n_slots;
+}
+inline int64_t sparse_scratch_bytes(int64_t n_ids) { return (n_ids + 2) * kEntryBytes + slots_of_entries(n_ids) * 4; }
 
 extern const SoftmaxRowsKernels softmax_rows_portable, softmax_rows_avx2, softmax_rows_avx512;
 

@@ -23,7 +23,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
   void differentiate(const Element* x, Element* out, const RowStatistics<Real>& row, const DenseGradient<Real>& dense,
                      const Element* next) const {
     const Register max = V::set(row.max), scale = V::set(dense.factor), slope = V::set(dense.slope),
-                   constant = V::set(dense.constant);
+                   constant = V::set(dense.constant), lowest = V::set(lowest_u<Real>() * options.temperature);
     const auto gradient = [&](Register logits) {
       Register value = logits, cap_slope;
       if constexpr (kCapped) {
@@ -32,7 +32,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       }
       const Register d = V::sub(value, max), e = exponential(d);
       if constexpr (!kDense) return V::mul(e, scale);
-      Register g = V::fma(e, V::fma(slope, d, scale), constant);
+      Register g = V::fma(e, V::fma(slope, V::max(lowest, d), scale), constant);  // a nan passes
       if constexpr (kMasked) g = V::keep(V::not_equal(d, V::set(-Real(INFINITY))), g);
       if constexpr (kCapped) g = V::mul(g, cap_slope);
       return g;
@@ -74,7 +74,53 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     int64_t column;
     Real u, probability, own, gradient;
   };
-  static_assert(sizeof(Entry) <= 40, "sparse_scratch_bytes counts 40 bytes for each");
+  static_assert(sizeof(Entry) <= kEntryBytes);
+
+  // The entries of a row, one for a column, in the order in which they came. Many of them are found by hashing: open
+  // addressing, at most half full.
+  struct Entries {
+    Entry* entries;
+    int32_t* slots;   // [n_slots]: numbers of entries, -1: free
+    int64_t n_slots;  // a power of 2; 0: few enough to look at each
+    int64_t n = 0;
+
+    Entries(void* scratch, int64_t n_ids)
+        : entries(static_cast<Entry*>(scratch)),
+          slots(reinterpret_cast<int32_t*>(entries + n_ids + 2)),
+          n_slots(slots_of_entries(n_ids)) {}
+
+    void clear() {
+      n = 0;
+      for (int64_t slot = 0; slot < n_slots; ++slot) slots[slot] = -1;
+    }
+    // adds s to the entry of this column, or makes one
+    void add(int64_t column, Real u, Real probability, Real s) {
+      Entry* entry = find(column);
+      if (entry) {
+        entry->own += s;
+        return;
+      }
+      entries[n++] = {column, u, probability, s, 0};
+    }
+
+   private:
+    // the entry of this column; where there is none, the next one is put into its slot
+    Entry* find(int64_t column) {
+      if (n_slots == 0) {
+        for (int64_t k = 0; k < n; ++k)
+          if (entries[k].column == column) return entries + k;
+        return nullptr;
+      }
+      const uint64_t hash = uint64_t(column) * 0x9e3779b97f4a7c15ull >> 32;
+      for (uint64_t slot = hash & uint64_t(n_slots - 1);; slot = (slot + 1) & uint64_t(n_slots - 1)) {
+        if (slots[slot] < 0) {
+          slots[slot] = int32_t(n);
+          return nullptr;
+        }
+        if (entries[slots[slot]].column == column) return entries + slots[slot];
+      }
+    }
+  };
 
   Real scalar_u(const Element* x, int64_t column, const RowStatistics<Real>& row) const {
     if (column == int64_t(row.argmax)) return 0;
@@ -90,21 +136,12 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     const Real t = tanh_of(widen(x[column]) / options.softcap);
     return 1 - t * t;
   }
-  // adds s to the entry of this column, or makes one
-  static void add_entry(Entry* entries, int64_t& n_entries, int64_t column, Real u, Real probability, Real s) {
-    for (int64_t k = 0; k < n_entries; ++k)
-      if (entries[k].column == column) {
-        entries[k].own += s;
-        return;
-      }
-    entries[n_entries++] = {column, u, probability, s, 0};
-  }
-
   // dense gradient, then the columns with an s_c, computed before anything is written: `out` may be `x`
   void write_gradient(const Element* x, Element* out, const RowStatistics<Real>& row,
-                      const RowCoefficients<Real>& coefficients, Entry* entries, int64_t n_entries,
-                      const Element* next) const {
+                      const RowCoefficients<Real>& coefficients, const Entries& of_row, const Element* next) const {
     if (row.count == 0) return zero(out, arguments.n_columns);
+    Entry* const entries = of_row.entries;
+    const int64_t n_entries = of_row.n;
     Real others = 0, maximum = 0;  // sums of s_c: without the maximum, at the maximum
     for (int64_t k = 0; k < n_entries; ++k)
       (entries[k].column == int64_t(row.argmax) ? maximum : others) += entries[k].own;
@@ -131,7 +168,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     return static_cast<Element*>(arguments.grad_logits) + row_offset(arguments.grad_layout, row);
   }
 
-  void row_loss(int64_t row_begin, int64_t row_end, Entry* entries) const {
+  void row_loss(int64_t row_begin, int64_t row_end, Entries entries) const {
     const int64_t n_ids = arguments.n_ids, n_rows = arguments.n_rows;
     auto* row_loss = static_cast<Real*>(arguments.row_loss);
     auto* terms = static_cast<Real*>(arguments.row_terms);
@@ -145,7 +182,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       const Real* weights = static_cast<const Real*>(arguments.id_values) + r * n_ids;
       const Real row_weight = arguments.row_weights ? static_cast<const Real*>(arguments.row_weights)[r] : Real(1);
       Real* own_coefficients = row_coefficients ? row_coefficients + r * (kRowCoefficients + 1 + n_ids) : nullptr;
-      int64_t n_entries = 0;
+      entries.clear();
       Real total = 0;
       const Element* x = logits_of(r);
       const bool counts = target != arguments.ignore_index;
@@ -156,7 +193,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
         evaluation = evaluate(row, options, arguments.flags, target == argmax, target_u);
         evaluation.target_coefficient *= row_weight;
         const Real probability = exp_of(target_u) / (1 + row.rest);
-        add_entry(entries, n_entries, target, target_u, probability, evaluation.target_coefficient);
+        entries.add(target, target_u, probability, evaluation.target_coefficient);
         if (own_coefficients) own_coefficients[kRowCoefficients] = evaluation.target_coefficient;
         total = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
       } else if (own_coefficients) {
@@ -174,7 +211,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
               const Real probability = exp_of(u) / (1 + row.rest);
               share = unlikelihood(row, is_argmax, probability, weights[k]);
               penalty += share.loss;
-              add_entry(entries, n_entries, column, u, probability, share.log_prob_coefficient * row_weight);
+              entries.add(column, u, probability, share.log_prob_coefficient * row_weight);
             }
           }
           if (own_coefficients) own_coefficients[kRowCoefficients + 1 + k] = share.log_prob_coefficient * row_weight;
@@ -190,7 +227,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       if (statistics)
         statistics[r] = row, *reinterpret_cast<RowCoefficients<Real>*>(own_coefficients) = evaluation.coefficients;
       if (arguments.grad_logits)
-        write_gradient(x, gradient_of(r), row, evaluation.coefficients, entries, n_entries,
+        write_gradient(x, gradient_of(r), row, evaluation.coefficients, entries,
                        r + 1 < row_end ? logits_of(r + 1) : nullptr);
     }
   }
@@ -221,7 +258,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     }
   }
 
-  void row_gradient(int64_t row_begin, int64_t row_end, Entry* entries) const {
+  void row_gradient(int64_t row_begin, int64_t row_end, Entries entries) const {
     const int64_t n_ids = arguments.n_ids;
     for (int64_t r = row_begin; r < row_end; ++r) {
       const Element* x = logits_of(r);
@@ -229,20 +266,19 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       const Real* own_coefficients =
           static_cast<const Real*>(arguments.row_coefficients) + r * (kRowCoefficients + n_ids);
       const auto& coefficients = *reinterpret_cast<const RowCoefficients<Real>*>(own_coefficients);
-      int64_t n_entries = 0;
+      entries.clear();
       if (row.count != 0) {
         if (coefficients.maximum != 0 && row.argmax >= 0)
-          add_entry(entries, n_entries, int64_t(row.argmax), Real(0), 1 / (1 + row.rest), coefficients.maximum);
+          entries.add(int64_t(row.argmax), Real(0), 1 / (1 + row.rest), coefficients.maximum);
         for (int64_t k = 0; k < n_ids; ++k) {
           const int64_t column = arguments.ids[r * n_ids + k];
           const Real s = own_coefficients[kRowCoefficients + k];
           if (column < 0 || s == 0) continue;
           const Real u = scalar_u(x, column, row);
-          add_entry(entries, n_entries, column, u, exp_of(u) / (1 + row.rest), s);
+          entries.add(column, u, exp_of(u) / (1 + row.rest), s);
         }
       }
-      write_gradient(x, gradient_of(r), row, coefficients, entries, n_entries,
-                     r + 1 < row_end ? logits_of(r + 1) : nullptr);
+      write_gradient(x, gradient_of(r), row, coefficients, entries, r + 1 < row_end ? logits_of(r + 1) : nullptr);
     }
   }
 };
@@ -252,7 +288,7 @@ static void scale_rows(const SoftmaxRowsArguments& arguments, int64_t row_begin,
   using Real = typename Vector::Value;
   for (int64_t r = row_begin; r < row_end; ++r) {
     const Real weight = static_cast<const Real*>(arguments.row_weights)[r];
-    if (weight == 1) continue;
+    if (weight == 1 || (arguments.targets && arguments.targets[r] == arguments.ignore_index)) continue;
     auto* row = static_cast<Element*>(arguments.grad_logits) + row_offset(arguments.grad_layout, r);
     const int64_t n = arguments.n_columns;
     int64_t i = 0;
@@ -267,7 +303,7 @@ enum class RowTask { loss, statistics, gradient, scale };
 template <RowTask task, class Kernel>
 static void run_kernel(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end, void* scratch) {
   const Kernel kernel(arguments);
-  auto* entries = static_cast<typename Kernel::Entry*>(scratch);
+  const typename Kernel::Entries entries(scratch, arguments.n_ids);
   if constexpr (task == RowTask::loss) kernel.row_loss(row_begin, row_end, entries);
   if constexpr (task == RowTask::statistics) kernel.row_statistics(row_begin, row_end);
   if constexpr (task == RowTask::gradient) kernel.row_gradient(row_begin, row_end, entries);

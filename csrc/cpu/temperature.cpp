@@ -12,6 +12,4 @@ void step(const Tensor&, const TemperatureState& state, const TemperatureOptions
 }  // namespace
 }  // namespace ava
 
-STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) {
-  m.impl("temperature_step_", TORCH_BOX(&ava::temperature_step_<ava::step>));
-}
+STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) { m.impl("temperature_step_", AVA_BOX(&ava::temperature_step_<ava::step>)); }

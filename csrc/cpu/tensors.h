@@ -3,6 +3,7 @@
 #pragma once
 #include <vector>
 
+#include "../error.h"
 #include "../torch_stable.h"
 
 namespace ava {
@@ -28,8 +29,9 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
 
 inline torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), contiguous_strides(sizes).data(),
-                                                  shim_type(type), aoti_torch_device_type_cpu(), 0, &handle));
+  const auto error = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), contiguous_strides(sizes).data(),
+                                              shim_type(type), aoti_torch_device_type_cpu(), 0, &handle);
+  if (error != TORCH_SUCCESS) fail_out_of_memory("a new tensor");  // the one thing that can be wrong here
   return torch::stable::Tensor(handle);
 }
 

@@ -7,6 +7,7 @@
 
 #include "../checks.h"
 #include "capability.h"
+#include "threads.h"
 
 namespace ava {
 namespace {
@@ -24,16 +25,15 @@ bool has_bfloat16_products() { return kernels() != nullptr; }
 // grad_weight += the product of arguments.n_rows <= kMostRows rows. packed_states: [n_hidden_tiles, n_pairs, 2]
 void add_rows(const WeightGradientKernels& kernels, const WeightGradientArguments& arguments,
               PackedPairs* packed_states) {
-  torch::stable::parallel_for(0, n_hidden_tiles_of(arguments), 1, [&](int64_t begin, int64_t end) {
-    kernels.pack_states(arguments, begin, end, packed_states);
-  });
+  parallel_for(n_hidden_tiles_of(arguments), 1,
+               [&](int64_t begin, int64_t end) { kernels.pack_states(arguments, begin, end, packed_states); });
   const int64_t n_pairs = n_pairs_of(arguments), n_tiles = n_column_tiles_of(arguments);
   const int64_t tiles_at_once = std::max<int64_t>(1, kGradientBytes / (n_pairs * int64_t(sizeof(PackedPairs))));
   const int64_t n_blocks = divided_up(n_tiles, tiles_at_once);
   // threads take one block after another: some are done sooner
   std::atomic<int64_t> next_block{0};
   const int64_t n_threads = std::min<int64_t>(n_blocks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
+  in_threads(n_threads, [&] {
     const std::unique_ptr<PackedPairs[]> packed_gradient(new PackedPairs[tiles_at_once * n_pairs]);
     for (int64_t block; (block = next_block.fetch_add(1)) < n_blocks;)
       kernels.add_columns(arguments, block * tiles_at_once, std::min(n_tiles, (block + 1) * tiles_at_once),
@@ -83,7 +83,7 @@ void add_weight_gradient_(const Tensor& grad_weight,      // [n_columns, hidden_
 }  // namespace
 }  // namespace ava
 
-STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) { m.impl("add_weight_gradient_", TORCH_BOX(&ava::add_weight_gradient_)); }
+STABLE_TORCH_LIBRARY_IMPL(ava_ext, CPU, m) { m.impl("add_weight_gradient_", AVA_BOX(&ava::add_weight_gradient_)); }
 STABLE_TORCH_LIBRARY_IMPL(ava_ext, CompositeExplicitAutograd, m) {
-  m.impl("has_bfloat16_products", TORCH_BOX(&ava::has_bfloat16_products));
+  m.impl("has_bfloat16_products", AVA_BOX(&ava::has_bfloat16_products));
 }

@@ -33,6 +33,8 @@ struct DeviceLimits {
 #include <cuda_runtime.h>
 
 #include <mutex>
+#include <set>
+#include <utility>
 #include <vector>
 
 // what assert() calls on the device; the toolkit declares it only where assert.h comes first
@@ -56,6 +58,26 @@ struct LaunchShape {
 
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(error));
+}
+
+// The limits of each device, asked for once.
+inline const DeviceLimits& device_limits(int device_index) {
+  static std::mutex mutex;
+  static std::vector<DeviceLimits*> limits_of;  // never freed: operators keep references
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (size_t(device_index) >= limits_of.size()) limits_of.resize(device_index + 1, nullptr);
+  DeviceLimits*& limits = limits_of[device_index];
+  if (limits) return *limits;
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda("device_limits", cudaDeviceGetAttribute(&value, which, device_index));
+    return value;
+  };
+  limits = new DeviceLimits{
+      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrReservedSharedMemoryPerBlock),
+      attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1};  // 8: what every device grants
+  return *limits;
 }
 
 constexpr size_t kSharedWithoutAsking = 48 * 1024;  // a kernel that wants more has to say so first
@@ -82,44 +104,35 @@ class LaunchConfiguration {
   cudaLaunchAttribute cluster_{};
 };
 
-template <class... Parameters>
-void allow_shared_memory(const char* op, void (*kernel)(Parameters...), size_t shared_bytes) {
-  if (shared_bytes > kSharedWithoutAsking)
-    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+// Once for each kernel and device, as much as the device grants: an allowance of what one launch wants could be lowered
+// by another thread before that launch.
+inline void allow_shared_memory(const char* op, const void* kernel, size_t shared_bytes) {
+  if (shared_bytes <= kSharedWithoutAsking) return;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device_index = 0;
+  check_cuda(op, cudaGetDevice(&device_index));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device_index})) return;
+  cudaFuncAttributes attributes;
+  check_cuda(op, cudaFuncGetAttributes(&attributes, kernel));
+  const int most = device_limits(device_index).shared_per_block - int(attributes.sharedSizeBytes);
+  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  allowed.insert({kernel, device_index});
 }
 
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
             Arguments&&... arguments) {
-  allow_shared_memory(op, kernel, shape.shared_bytes);
+  allow_shared_memory(op, reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   const LaunchConfiguration launch(shape, stream);
   check_cuda(op, cudaLaunchKernelEx(&launch.configuration, kernel, static_cast<Parameters>(arguments)...));
-}
-
-// The limits of each device, asked for once.
-inline const DeviceLimits& device_limits(int device_index) {
-  static std::mutex mutex;
-  static std::vector<DeviceLimits*> limits_of;  // never freed: operators keep references
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (size_t(device_index) >= limits_of.size()) limits_of.resize(device_index + 1, nullptr);
-  DeviceLimits*& limits = limits_of[device_index];
-  if (limits) return *limits;
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check_cuda("device_limits", cudaDeviceGetAttribute(&value, which, device_index));
-    return value;
-  };
-  limits = new DeviceLimits{
-      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrReservedSharedMemoryPerBlock),
-      attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1};  // 8: what every device grants
-  return *limits;
 }
 
 // How many clusters of this shape (blocks, where cluster_size is 1) the device runs at the same time.
 template <class... Parameters>
 int resident_clusters(const char* op, void (*kernel)(Parameters...), const LaunchShape& shape) {
-  allow_shared_memory(op, kernel, shape.shared_bytes);
+  allow_shared_memory(op, reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   int resident = 0;
   if (shape.cluster_size > 1) {
     const LaunchConfiguration launch(shape, nullptr);

@@ -7,7 +7,7 @@
 //     if (rows.numel() > 0) launch_scale(..., device.limits(), device.stream());
 //     return out;
 //   }
-//   AVA_CUDA_OPERATORS(m) { m.impl("scale", TORCH_BOX(&ava::scale_cuda)); }
+//   AVA_CUDA_OPERATORS(m) { m.impl("scale", AVA_BOX(&ava::scale_cuda)); }
 //
 // The same file, compiled by g++ for the emulator, registers for CPU tensors in the namespace ava_ext_emulated.
 #pragma once
@@ -31,7 +31,8 @@ class DeviceScope {
       : device_index_(tensor.get_device_index()), guard_(device_index_) {
     AVA_CHECK(aoti_torch_get_current_cuda_stream, "ava_ext: expected a torch with CUDA");
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index_, &stream));
+    AVA_CHECK(aoti_torch_get_current_cuda_stream(device_index_, &stream) == TORCH_SUCCESS,
+              "ava_ext: torch has no stream on CUDA device ", device_index_);
     stream_ = static_cast<Stream>(stream);
   }
 

@@ -60,8 +60,7 @@ void run_repetition_candidates(const RepetitionOptions& options,
   const DeviceScope device(tokens);
   std::vector<int32_t> lists(options.repetition_allow_list.begin(), options.repetition_allow_list.end());
   lists.insert(lists.end(), options.eos_ids.begin(), options.eos_ids.end());
-  const int64_t n_listed = int64_t(lists.size());
-  const Tensor id_lists = torch::stable::new_empty(tokens, {&n_listed, 1}, ScalarType::Int);
+  const Tensor id_lists = new_tensor(tokens, {int64_t(lists.size())}, ScalarType::Int);
   if (ids.numel() > 0) store_ids(lists, static_cast<int32_t*>(id_lists.mutable_data_ptr()), device.stream());
   const auto write = weights.scalar_type() == ScalarType::Double ? write_candidates<double> : write_candidates<float>;
   write(options, tokens, targets, segments, weights, id_lists, ids, candidate_weights, device.stream());
@@ -71,5 +70,5 @@ void run_repetition_candidates(const RepetitionOptions& options,
 }  // namespace ava
 
 AVA_CUDA_OPERATORS(m) {
-  m.impl("repetition_candidates", TORCH_BOX(&ava::repetition_candidates<ava::run_repetition_candidates>));
+  m.impl("repetition_candidates", AVA_BOX(&ava::repetition_candidates<ava::run_repetition_candidates>));
 }

@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "../new_tensor.h"
 #include "../router_rows_operators.h"
 #include "launch.h"
 
@@ -45,7 +46,7 @@ struct RouterCall {
     return kept.back().const_data_ptr();
   }
   Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) const {
-    return torch::stable::new_empty(gate_logits[0], sizes, type);
+    return ava::new_tensor(gate_logits[0], sizes, type);
   }
   // memory for the kernels alone
   template <class Value>
@@ -63,7 +64,7 @@ struct RouterCall {
     using torch::stable::detail::to;
     const int64_t first_dim = 0;
     std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(first_dim), from(false)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+    check_torch("aten::sort", torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
     kept.push_back(to<Tensor>(stack[0]));
     const auto* sorted_keys = static_cast<const int32_t*>(kept.back().const_data_ptr());
     kept.push_back(to<Tensor>(stack[1]));
@@ -182,7 +183,7 @@ Tensor router_gradient_cuda(std::vector<Tensor> gate_logits,         // of [n_la
   const RouterShape shape = check_router_gradient(gate_logits, expert_indices, row_mask, segment_ids, grad_probability,
                                                   grad_importance, grad_lse_squared, grad_entropy, n_segments);
   const DeviceScope device(gate_logits[0]);
-  Tensor grad_logits = torch::stable::new_empty(gate_logits[0], shape.gradient);
+  Tensor grad_logits = new_tensor(gate_logits[0], shape.gradient, gate_logits[0].scalar_type());
   const auto run = [&](auto real) {
     using Real = decltype(real);
     RouterCall<Real> call(op, shape, gate_logits, expert_indices, row_mask, segment_ids, n_segments, device);
@@ -202,6 +203,6 @@ Tensor router_gradient_cuda(std::vector<Tensor> gate_logits,         // of [n_la
 }  // namespace ava
 
 AVA_CUDA_OPERATORS(m) {
-  m.impl("router_statistics", TORCH_BOX(&ava::router_statistics_cuda));
-  m.impl("router_gradient", TORCH_BOX(&ava::router_gradient_cuda));
+  m.impl("router_statistics", AVA_BOX(&ava::router_statistics_cuda));
+  m.impl("router_gradient", AVA_BOX(&ava::router_gradient_cuda));
 }

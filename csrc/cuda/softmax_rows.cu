@@ -14,6 +14,7 @@
 //   softmax_rows_plan.h              which of the kernels a row is for;  softmax_rows_launch.cuh starts it
 #include "../softmax_rows_operators.h"
 
+#include "../new_tensor.h"
 #include "launch.h"
 #include "softmax_rows_arguments.h"
 
@@ -42,9 +43,15 @@ struct CudaRows {
   static void check_n_ids(const char* op, int64_t n_ids) {
     AVA_CHECK(n_ids <= kMostIds, op, ": expected at most ", kMostIds, " ids for a row, got ", n_ids);
   }
-  static void check_range(const char*, const char*, const Tensor&, int64_t, int64_t) {}  // the kernels do
+  static void check_targets(const RowCall<CudaRows>&) {}  // the kernels do
+  static void set_ids(RowCall<CudaRows>& call, const char*, const Tensor& ids) {
+    if (ids.scalar_type() == ScalarType::Int)
+      call.arguments.ids = static_cast<const int32_t*>(ids.const_data_ptr());
+    else
+      call.arguments.wide_ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  }
   static Tensor new_tensor(const Tensor& logits, const std::vector<int64_t>& sizes, ScalarType type) {
-    return torch::stable::new_empty(logits, sizes, type);
+    return ava::new_tensor(logits, sizes, type);
   }
   static Tensor new_gradient(const Tensor& logits) {
     return new_tensor(logits, shape_of(logits), logits.scalar_type());

@@ -21,8 +21,10 @@ struct RowArguments {
   int64_t ignore_index;
   const bool* row_mask;     // [n_rows]: rows to measure; null: all
   const void* row_weights;  // Real [n_rows]
-  const int32_t* ids;       // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent
-  const void* id_values;    // Real [n_rows, n_ids]: weights of the candidates
+  // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent. One of the two where there are any.
+  const int32_t* ids;
+  const int64_t* wide_ids;
+  const void* id_values;  // Real [n_rows, n_ids]: weights of the candidates
 
   void* row_loss;    // Real [n_rows]
   void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
@@ -72,7 +74,7 @@ struct SoftmaxRowsLaunchers {
   Launcher row_loss;        // statistics, terms, and the gradient where grad_logits is not null
   Launcher row_statistics;  // statistics and what the open operator reports of them
   Launcher row_gradient;    // the gradient from statistics and coefficients
-  Launcher scale_rows;      // grad_logits *= row_weights, where those are not 1
+  Launcher scale_rows;      // grad_logits *= row_weights, but for ignored rows
 };
 
 extern const SoftmaxRowsLaunchers softmax_rows_float32, softmax_rows_bfloat16, softmax_rows_float16,

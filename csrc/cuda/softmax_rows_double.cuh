@@ -25,10 +25,11 @@ __global__ void __launch_bounds__(kDoubleThreads) double_rows_kernel(const RowAr
   const auto* const x = static_cast<const double*>(a.logits) + row_offset(a.logits_layout, uint32_t(row_index));
   double* const out =
       a.grad_logits ? static_cast<double*>(a.grad_logits) + row_offset(a.grad_layout, uint32_t(row_index)) : nullptr;
+  const auto* const statistics = static_cast<const RowStatistics<double>*>(a.statistics);
   const int32_t target = given ? 0 : counted_target(a, row_index);
-  if (target < 0) {
+  if (given ? statistics[row_index].count == 0 : target < 0) {
     for (int column = thread; out && column < a.n_columns; column += kDoubleThreads) out[column] = 0;
-    if (warp == 0) write_nothing<double>(a, row_index, lane);
+    if (warp == 0 && !given) write_nothing<double>(a, row_index, lane);
     return;
   }
 
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kDoubleThreads) double_rows_kernel(const RowAr
   if (warp == 0) {
     RowStatistics<double> row;
     if (given) {
-      row = static_cast<const RowStatistics<double>*>(a.statistics)[row_index];
+      row = statistics[row_index];
     } else {
       row = lane < kDoubleThreads / 32 ? partials[lane] : empty_statistics<double>();
       row = finished(merge_lanes(row, inverse_temperature), true);
@@ -73,7 +74,9 @@ __global__ void __launch_bounds__(kDoubleThreads) double_rows_kernel(const RowAr
     double gradient = 0;
     if (row.count != 0 && column < a.vocab_size && x[column] != -INFINITY) {
       const double difference = double_logit(a, options, x[column]) - row.max;
-      gradient = exp(difference * inverse_temperature) * (dense.factor + dense.slope * difference) + dense.constant;
+      const double lowest = lowest_u<double>() * options.temperature,
+                   bounded = difference < lowest ? lowest : difference;
+      gradient = exp(difference * inverse_temperature) * (dense.factor + dense.slope * bounded) + dense.constant;
       gradient *= scalar_cap_slope(a, options, x[column]);
     }
     out[column] = gradient;
@@ -86,7 +89,7 @@ __global__ void __launch_bounds__(kDoubleThreads) double_rows_kernel(const RowAr
 
 __global__ void __launch_bounds__(kDoubleThreads) scale_double_rows_kernel(const RowArguments a) {
   const double factor = static_cast<const double*>(a.row_weights)[blockIdx.x];
-  if (factor == 1) return;
+  if (factor == 1 || (a.targets && a.targets[blockIdx.x] == a.ignore_index)) return;
   double* const out = static_cast<double*>(a.grad_logits) + row_offset(a.grad_layout, uint32_t(blockIdx.x));
   for (int column = threadIdx.x; column < a.n_columns; column += kDoubleThreads) out[column] *= factor;
 }

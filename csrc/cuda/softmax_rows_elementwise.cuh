@@ -92,12 +92,12 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
         [&](int column, float value) { gradient.store_column(column, value); });
 }
 
-// rows *= factors, in place; a row whose factor is 1 is not touched. grid: rows, parts
+// rows *= factors, in place; a row whose factor is 1 or whose target is ignored is not touched. grid: rows, parts
 template <class Element>
 __global__ void __launch_bounds__(kPartThreads) scale_rows_kernel(const RowArguments a) {
   const int64_t row_index = blockIdx.x;
   const float factor = static_cast<const float*>(a.row_weights)[row_index];
-  if (factor == 1) return;
+  if (factor == 1 || (a.targets && a.targets[row_index] == a.ignore_index)) return;
   const RowSlice<Element> row(a, row_index, int(blockIdx.y));
   const GradientSlice<Element> gradient(a, row, row_index);
   VectorsAhead<Element> ahead;

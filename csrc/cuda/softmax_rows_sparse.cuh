@@ -20,9 +20,10 @@ __device__ __forceinline__ int32_t counted_target(const RowArguments& a, int64_t
 
 // The column of entry 1 + k, checked.
 __device__ __forceinline__ int32_t id_of(const RowArguments& a, int64_t row, int k) {
-  const int32_t id = a.ids[row * a.n_ids + k];
-  AVA_DEVICE_CHECK((id >= -1 && id < a.vocab_size) && "row operators: expected ids in [0, vocab_size) or -1");
-  return id;
+  const int64_t at = row * a.n_ids + k, id = a.wide_ids ? a.wide_ids[at] : a.ids[at];
+  const int lowest = a.flags & kIdsArePresent ? 0 : -1;
+  AVA_DEVICE_CHECK((id >= lowest && id < a.vocab_size) && "row operators: expected ids in [0, vocab_size) or -1");
+  return int32_t(id);
 }
 
 __device__ __forceinline__ float warp_total(float value) { return warp_sum(value); }

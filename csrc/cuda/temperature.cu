@@ -15,4 +15,4 @@ void step(const Tensor& value, const TemperatureState& state, const TemperatureO
 }  // namespace
 }  // namespace ava
 
-AVA_CUDA_OPERATORS(m) { m.impl("temperature_step_", TORCH_BOX(&ava::temperature_step_<ava::step>)); }
+AVA_CUDA_OPERATORS(m) { m.impl("temperature_step_", AVA_BOX(&ava::temperature_step_<ava::step>)); }

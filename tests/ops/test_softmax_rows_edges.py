@@ -140,8 +140,8 @@ WRONG = {
     "row_loss: expected candidate_ids of shape [4, 3, 2], got [4, 1, 2]": dict(
         candidates=Candidates(torch.zeros(4, 1, 2).int(), torch.zeros(4, 1, 2), (2,))
     ),
-    "row_loss: expected candidate_ids of type int32, got int64": dict(
-        candidates=Candidates(torch.zeros(4, 3, 2).long(), torch.zeros(4, 3, 2), (2,))
+    "row_loss: expected candidate_ids of type int32 or int64, got float32": dict(
+        candidates=Candidates(torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), (2,))
     ),
     "row_loss: expected candidate_weights of shape [4, 3, 2], got [4, 3, 1]": dict(
         candidates=Candidates(torch.zeros(4, 3, 2).int(), torch.zeros(4, 3, 1), (2,))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ava_ext.ops.row_fields import N_STATISTICS, TERM_NAMES, RowFlags, accumulation_dtype
 
-LOWEST_U = -1000.0  # e^u is 0, and u e^u too
+IDS_ARE_PRESENT = 256  # kIdsArePresent in csrc/softmax_rows.h
+LOWEST_U = -1000.0  # e^u is 0, and u e^u too: what stands for a lower u beside its e^u
 
 
 class _Options(NamedTuple):
@@ -77,7 +78,8 @@ def _u_of(
     places = torch.arange(value.shape[-1], device=value.device)
     is_argmax = places == argmax.unsqueeze(-1)
     shift = torch.where(row_max == -math.inf, 0, row_max).unsqueeze(-1)
-    u = ((value - shift) / temperature).clamp_min(LOWEST_U).masked_fill(is_argmax, 0)
+    # -inf is for masked columns alone
+    u = ((value - shift) / temperature).clamp_min(torch.finfo(value.dtype).min).masked_fill(is_argmax, 0)
     return u.masked_fill(value == -math.inf, -math.inf), is_argmax
 
 
@@ -97,7 +99,7 @@ def _measure(
     u, is_argmax = _u_of(value, row_max, argmax, options.temperature)
     exponential = u.exp()
     rest = exponential.masked_fill(is_argmax, 0).sum(-1)
-    weighted = torch.where(present, u * exponential, 0).sum(-1)
+    weighted = torch.where(present, u.clamp_min(LOWEST_U) * exponential, 0).sum(-1)
     row = _Row(
         row_max, argmax.to(u.dtype), rest, weighted, torch.where(present, u, 0).sum(-1), present.sum(-1).to(u.dtype)
     )
@@ -149,17 +151,30 @@ def _evaluate(
     return terms, [probability, entropy, constant], own
 
 
+def _places(
+    ids: Tensor,  # [..., n_ids]
+    counted: Tensor | None,  # [..., 1] bool
+    flags: int,
+) -> Tensor:  # [..., n_ids]
+    """Where to gather: column 0 for an absent id and in a row that does not count. Out of range is torch's error."""
+    places = ids.long()
+    if not flags & IDS_ARE_PRESENT:
+        places = torch.where(places == -1, 0, places)
+    return places if counted is None else torch.where(counted, places, 0)
+
+
 def _penalties(
     row: _Row,
     columns: _Columns,
     ids: Tensor,  # [..., n_candidates]
     weights: Tensor,  # [..., n_candidates]
     targets: Tensor,  # [...], -1 where the row does not count
+    flags: int,
 ) -> tuple[Tensor, Tensor]:
     """-w log(1 - p) of each candidate, and its s; both [..., n_candidates]."""
-    at = ids.clamp_min(0).long()
-    u, p = columns.u.gather(-1, at), columns.probability.gather(-1, at)
     target = targets.unsqueeze(-1)
+    at = _places(ids, target >= 0, flags)
+    u, p = columns.u.gather(-1, at), columns.probability.gather(-1, at)
     valid = (ids >= 0) & (ids != target) & (target >= 0) & (weights != 0) & (u != -math.inf)
     smallest = 1e-37 if weights.dtype == torch.float32 else 1e-300
     rest = torch.where(row.rest < smallest, smallest, row.rest).unsqueeze(-1)
@@ -231,9 +246,10 @@ def row_loss(
     ids, all_own = counted_targets.unsqueeze(-1), own.unsqueeze(-1)
     if candidate_ids is not None and candidate_weights is not None:
         _check("row_loss", "candidate_weights", candidate_weights, tuple(candidate_ids.shape))
-        losses, slopes = _penalties(row, columns, candidate_ids, candidate_weights, counted_targets)
+        losses, slopes = _penalties(row, columns, candidate_ids, candidate_weights, counted_targets, flags)
         terms += [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
-        ids, all_own = torch.cat([ids, candidate_ids.long()], -1), torch.cat([all_own, slopes], -1)
+        counted_ids = torch.where(counts.unsqueeze(-1), candidate_ids.long(), -1)
+        ids, all_own = torch.cat([ids, counted_ids], -1), torch.cat([all_own, slopes], -1)
     total = sum(terms[len(TERM_NAMES) :], terms[0] + terms[1] + terms[2])
     loss = torch.where(counts, total * weight, 0)
     row_coefficients = [torch.where(counts, c * weight, 0) for c in row_coefficients]
@@ -281,7 +297,8 @@ def row_statistics(
     )
     log_probs = row.rest.new_empty(*row.rest.shape, 0)
     if ids is not None:
-        log_probs = columns.u.gather(-1, ids.clamp_min(0).long()) - total.unsqueeze(-1)
+        at = _places(ids, None if row_mask is None else row_mask.unsqueeze(-1), flags)
+        log_probs = columns.u.gather(-1, at) - total.unsqueeze(-1)
         log_probs = log_probs.masked_fill(ids < 0, 0)
     if row_mask is not None:
         summaries = torch.where(row_mask, summaries, 0)
@@ -310,7 +327,7 @@ def row_gradient(
     columns = _Columns(u, is_argmax, u.exp() / (1 + row.rest).unsqueeze(-1), cap_slope)
     named = row.argmax.long().unsqueeze(-1)  # i*, whose s is the fourth coefficient
     if ids is not None:
-        named = torch.cat([named, ids.long()], -1)
+        named = torch.cat([named, torch.where((row.n_present == 0).unsqueeze(-1), -1, ids.long())], -1)
     return _gradient(
         logits, values, row, columns, row_coefficients[..., :3].unbind(-1), named, row_coefficients[..., 3:]
     )
@@ -327,7 +344,12 @@ def row_gradient_(
 def scale_rows_(
     rows: Tensor,  # [..., n_columns]
     factors: Tensor,  # [...]
+    targets: Tensor | None = None,  # [...]
+    ignore_index: int = -100,
 ) -> None:
-    """Multiplies each row by its factor, in place."""
+    """Multiplies each row by its factor, in place, but for those whose target is ignore_index."""
     _check("scale_rows_", "factors", factors, tuple(rows.shape[:-1]))
+    _check("scale_rows_", "targets", targets, tuple(rows.shape[:-1]))
+    if targets is not None:
+        factors = torch.where(targets == ignore_index, 1, factors)
     rows.copy_(rows.to(factors.dtype) * factors.unsqueeze(-1))
