@@ -25,10 +25,10 @@ def build_info() -> dict[str, str]:
 
     Returns:
         cpu: "portable", "avx2" or "avx512" (set AVA_CPU_CAPABILITY before the first use to force one);
-        cuda: the version of the CUDA toolkit that compiled the CUDA kernels, or "none: ..." in a library without.
+        cuda: the version of the CUDA toolkit that compiled the CUDA kernels, or "none: ..." if the library has none.
 
     Example:
-        >>> ava_ext.build_info()
-        {'cpu': 'avx512', 'cuda': '13.0'}
+        >>> build_info()  # for example {'cpu': 'avx512', 'cuda': '13.0'}
+        {'cpu': '...', 'cuda': '...'}
     """
     return {"cpu": torch.ops.ava_ext.cpu_capability(), "cuda": CUDA_VERSION or "none: built without nvcc"}

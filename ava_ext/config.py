@@ -53,13 +53,13 @@ _GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) 
 
 
 def _option(default: Any, values: _Range, doc: str) -> Any:
-    """An option. Where the default is None, None is a value beside those of the range."""
+    """An option. If its default is None, None is allowed as well as the range."""
     return dataclasses.field(default=default, metadata={"values": values, "doc": doc})
 
 
 @dataclasses.dataclass(frozen=True)
 class UnifiedLossConfig:
-    """The options of `UnifiedLoss`, checked when it is made.
+    """The options of `UnifiedLoss`, checked on construction.
 
     Raises:
         ValueError: an option is out of its range, or two contradict each other; the message names them.
@@ -73,7 +73,7 @@ class UnifiedLossConfig:
     vocab_size: int = _option(
         dataclasses.MISSING, _at_least(1), "real columns of the logits; columns beyond it are padding"
     )
-    hidden_size: int | None = _option(None, _at_least(1), "width of hidden_states, for multi-token prediction")
+    hidden_size: int | None = _option(None, _at_least(1), "width of hidden_states; needed by multi-token prediction")
     primary_loss_type: str = _option(
         "deepseek",
         _one_of("standard", "deepseek", "adaptive_mtp"),
@@ -82,28 +82,26 @@ class UnifiedLossConfig:
 
     # which rows count, and what the sum is divided by
     ignore_index: int = _option(-100, _TOKEN, "target of a row that does not count")
-    pad_token_id: int | None = _option(None, _TOKEN, "rows with this target do not count, unless it is an EOS id")
+    pad_token_id: int | None = _option(None, _TOKEN, "rows with this target do not count, unless it is also an EOS id")
     eos_token_id: int | tuple[int, ...] | None = _option(
-        None, _TOKEN_OR_TOKENS, "one id or several; turns the early-EOS penalty on"
+        None, _TOKEN_OR_TOKENS, "one id or several; turns on the penalty on an early EOS"
     )
     reduction: str = _option("mean", _one_of("mean", "sum", "none"), '"mean", "sum" or "none"')
-    labels_are_shifted: bool = _option(
-        True, _FLAG, "False: targets[:, t] is the token read at t, as Hugging Face gives them"
-    )
+    labels_are_shifted: bool = _option(True, _FLAG, "False: targets[:, t] is the token read at t, as in Hugging Face")
     inplace_gradient: bool = _option(False, _FLAG, "backward writes the gradient over the logits")
     process_group: Any = _option(
-        None, _GROUP, 'process group over which step() adds up what was learned; "world": the default group'
+        None, _GROUP, 'the group that step() sums learned state over; "world": the default group'
     )
     linear_chunk_bytes: int | None = _option(
-        None, _at_least(1), "bytes of a chunk of logits from hidden_states; None: 64 MB, on CUDA 1 GB"
+        None, _at_least(1), "bytes of a chunk of logits computed from hidden_states; None: 64 MB, on CUDA 1 GB"
     )
 
     # the logits row
     initial_temperature: float = _option(1.0, _POSITIVE, "T0: the logits are divided by the temperature")
     adaptive_temperature: bool | None = _option(None, _FLAG, 'let step() set the temperature; None: on for "deepseek"')
-    temperature_bounds: tuple[float, float] = _option((0.5, 2.0), _BOUNDS, "least and greatest adaptive temperature")
+    temperature_bounds: tuple[float, float] = _option((0.5, 2.0), _BOUNDS, "lowest and highest adaptive temperature")
     temperature_gain: float = _option(1.0, _NOT_NEGATIVE, "how strongly volatility moves the temperature")
-    auto_step: bool = _option(True, _FLAG, "every training forward with grad enabled is followed by step()")
+    auto_step: bool = _option(True, _FLAG, "call step() after every training forward with grad enabled")
     label_smoothing: float = _option(0.0, _SHARE, "probability mass spread over the vocabulary")
     smoothing_mode: str = _option(
         "uniform",
@@ -118,15 +116,15 @@ class UnifiedLossConfig:
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
     # multi-token prediction
-    use_mtp: bool = _option(False, _FLAG, "predict the tokens after the next one as well")
-    num_future_tokens: int = _option(3, _at_least(1), "depths of multi-token prediction")
+    use_mtp: bool = _option(False, _FLAG, "also predict the tokens after the next one")
+    num_future_tokens: int = _option(3, _at_least(1), "how many further tokens are predicted")
     mtp_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the multi-token term")
     mtp_type: str = _option(
         "deepseek",
         _one_of("deepseek", "adaptive"),
-        '"deepseek" (heads of its own) or "adaptive" (additional_logits, confidence)',
+        '"deepseek" (heads of the loss) or "adaptive" (additional_logits with a confidence)',
     )
-    mtp_share_head: bool = _option(False, _FLAG, "depths use the given lm_head_weight behind a residual block")
+    mtp_share_head: bool = _option(False, _FLAG, "each depth is a residual block in front of the given lm_head_weight")
     mtp_detach_head: bool = _option(False, _FLAG, "the shared head gets no gradient from the depths")
     use_confidence_weighting: bool = _option(True, _FLAG, "adaptive: weight each row by the given confidence")
     confidence_reg_strength: float = _option(
@@ -137,11 +135,11 @@ class UnifiedLossConfig:
     use_ngram_penalty: bool = _option(False, _FLAG, "push down tokens that would repeat an n-gram")
     ngram_size: int = _option(4, _at_least(1), "n; 1 is token-level unlikelihood")
     ngram_penalty_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of each n-gram candidate")
-    ngram_window_size: int | None = _option(None, _at_least(1), "only followers among the last W context tokens")
+    ngram_window_size: int | None = _option(None, _at_least(1), "take only followers among the last W context tokens")
     ngram_slots: int = _option(8, _at_least(1), "candidates per row, most recent first")
     use_immediate_repetition_penalty: bool = _option(False, _FLAG, "push down the previous token")
     immediate_repetition_weight: float = _option(0.5, _NOT_NEGATIVE, "weight of the previous token")
-    immediate_repetition_threshold: int = _option(1, _at_least(1), "only once the run has this length")
+    immediate_repetition_threshold: int = _option(1, _at_least(1), "penalise only runs of at least this length")
     immediate_repetition_growth: float = _option(
         1.0, _NOT_BELOW_ONE, "factor per further token of the run, at most 4 in all"
     )
@@ -152,15 +150,15 @@ class UnifiedLossConfig:
     eos_penalty_weight: float = _option(0.05, _NOT_NEGATIVE, "weight of an early EOS")
 
     # mixture of experts
-    num_experts: int | None = _option(None, _at_least(1), "experts of each layer")
+    num_experts: int | None = _option(None, _at_least(1), "experts in each layer")
     num_experts_per_token: int | None = _option(
-        None, _at_least(1), "k of the router's top-k; None: as many as expert_indices name"
+        None, _at_least(1), "k of the router's top-k; None: the last size of expert_indices"
     )
-    num_moe_layers: int = _option(1, _at_least(1), "layers with a router")
-    use_moe_balancing: bool = _option(False, _FLAG, "steer the router against its running load; keep expert_bias")
+    num_moe_layers: int = _option(1, _at_least(1), "how many layers have a router")
+    use_moe_balancing: bool = _option(False, _FLAG, "steer the router against its running load, and keep expert_bias")
     gradient_balance_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the steering term")
     moe_momentum: float = _option(0.9, _BELOW_ONE, "momentum of the running load")
-    expert_bias_rate: float = _option(1e-3, _NOT_NEGATIVE, "step of the loss-free bias, once per optimizer step")
+    expert_bias_rate: float = _option(1e-3, _NOT_NEGATIVE, "step size of the loss-free bias; it moves once per step()")
     use_diversity_loss: bool = _option(False, _FLAG, "mean pairwise cosine similarity of expert_outputs")
     diversity_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the diversity term")
     use_auxiliary_loss: bool = _option(False, _FLAG, "load balancing and router z-loss on gate_logits")
@@ -209,26 +207,26 @@ class UnifiedLossConfig:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """eos_token_id as a tuple: empty, one or several ids."""
+        """eos_token_id as a tuple of any length."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def padding_id(self) -> int | None:
-        """pad_token_id where it tells padding: None where it is an EOS id as well, or not given."""
+        """pad_token_id if it identifies padding, else None: it is not given, or also an EOS id."""
         return None if self.pad_token_id in self.eos_ids else self.pad_token_id
 
     @property
     def temperature_adapts(self) -> bool:
-        """adaptive_temperature, with its default resolved."""
+        """adaptive_temperature, with the default resolved."""
         if self.adaptive_temperature is None:
             return self.primary_loss_type == "deepseek"
         return self.adaptive_temperature
 
     @property
     def mtp_heads(self) -> str | None:
-        """Whose heads predict further tokens: "adaptive" (additional_logits), "own" (the loss's), or None."""
+        """Which heads predict further tokens: "adaptive" (additional_logits), "own" (of the loss), or None."""
         if self.primary_loss_type == "adaptive_mtp":
             return "adaptive"
         if not self.use_mtp:
@@ -242,7 +240,7 @@ class UnifiedLossConfig:
 
     @classmethod
     def check_names(cls, options: dict[str, Any], owner: str = "unified_loss") -> None:
-        """Raises TypeError for a name that is no option, with the nearest one that is."""
+        """Raises TypeError for a name that is not an option, and suggests the nearest one."""
         known = [option.name for option in dataclasses.fields(cls)]
         for name in options:
             if name not in known:

@@ -1,4 +1,4 @@
-"""Losses with the signatures of torch.nn.functional, and the row terms as further keywords."""
+"""Losses with the signatures of torch.nn.functional. The terms of a row are further keywords."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """torch.nn.functional.cross_entropy at the speed of this library, and every further term of a row.
+    """torch.nn.functional.cross_entropy at the speed of this library, with every other term of a row.
 
-    The classes are the second dimension, as there; of three and more dimensions it is fastest where the classes are the
-    last in memory. A batch without a counted row gives 0, not nan.
+    The classes are the second dimension, as in torch. With three and more dimensions, it is fastest if the classes are
+    the last in memory. A batch in which no row counts gives 0, not nan.
 
     Args:
-        input: logits, or LinearLogits [..., n_columns], whose classes are the last dimension.
+        input: logits; or LinearLogits [..., n_columns], whose classes are the last dimension.
         target: class indices in [0, vocab_size), or ignore_index.
         weight: not supported yet.
-        size_average, reduce: deprecated in torch; see reduction.
+        size_average, reduce: deprecated in torch; use reduction.
         ignore_index: target of a row that does not count.
         reduction: "mean" over the rows that count, "sum" or "none".
         label_smoothing: probability mass spread over the classes.
@@ -58,12 +58,13 @@ def cross_entropy(
         [], or with reduction="none" the shape of target; float32, or float64 for float64 input.
 
     Raises:
-        ValueError: on shapes that do not fit, an option out of its range, or one that needs `UnifiedLoss`.
-        TypeError: on an unknown option.
-        IndexError: on a target out of range. NotImplementedError: on class weights and probabilities as targets.
+        ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`.
+        TypeError: there is no such option. IndexError: a target is out of range.
+        NotImplementedError: class weights, or probabilities as targets.
 
     Example:
-        >>> loss = cross_entropy(logits, targets, label_smoothing=0.1, z_loss_weight=1e-4)
+        >>> rows = logits.flatten(0, 1)  # [n_rows, n_columns]
+        >>> loss = functional.cross_entropy(rows, targets.flatten(), label_smoothing=0.1, z_loss_weight=1e-4)
         >>> loss.backward()
     """
     if size_average is not None or reduce is not None:
@@ -85,9 +86,10 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """`cross_entropy` of linear(input, linear_weight, linear_bias), whose logits never exist as a whole.
+    """`cross_entropy` of linear(input, linear_weight, linear_bias), a chunk of rows at a time.
 
-    As torch.nn.functional.linear_cross_entropy, whose `options` of chunks are linear_chunk_bytes here.
+    It has the signature of torch.nn.functional.linear_cross_entropy, except that linear_chunk_bytes sets the size of a
+    chunk in place of torch's `options`.
 
     Args:
         input, linear_weight, linear_bias: logits = input @ linear_weight.T + linear_bias predict target.
@@ -101,7 +103,7 @@ def linear_cross_entropy(
         As `cross_entropy`.
 
     Example:
-        >>> loss = linear_cross_entropy(hidden_states, lm_head.weight, targets, z_loss_weight=1e-4)
+        >>> loss = functional.linear_cross_entropy(hidden_states, lm_head.weight, targets, z_loss_weight=1e-4)
         >>> loss.backward()
     """
     logits = LinearLogits(input, linear_weight, linear_bias)

@@ -1,4 +1,4 @@
-"""Sums and means of detailed losses over micro-batches, steps and ranks."""
+"""Sums and means of detailed losses, over micro-batches, steps and ranks."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from ava_ext.process_group import GroupReference, resolve
 
 
 class LossMeter:
-    """Adds up what return_detailed=True gives, and reads it once.
+    """Adds up the dicts of return_detailed=True over calls and ranks, and reads them once.
 
-    Contributions (total_loss and every entry that is no metric) are added: under num_items_in_batch they are shares of
-    the whole batch, and their sum over micro-batches and ranks is its loss. Metrics are means over the rows of a call;
-    they are averaged with the calls' n_tokens as weights. n_tokens is added, perplexity is exp of the mean
-    cross_entropy, temperature that of the last call.
+    It adds total_loss and the components: with num_items_in_batch they are shares of the whole batch, and their sum
+    over micro-batches and ranks is the loss of the batch. Metrics are means over the rows of a call, so it averages
+    them with n_tokens as weights. It adds n_tokens. perplexity is exp of the mean cross_entropy, temperature that of
+    the last call.
 
     Args:
-        group: process group over which compute() adds up; "world": the default one; None: this process alone.
+        group: the process group that compute() adds up over; "world": the default group; None: this process alone.
 
     Example:
-        >>> meter = LossMeter()
-        >>> for micro_batch in micro_batches:
-        ...     parts = loss_fn(*micro_batch, num_items_in_batch=n_items, return_detailed=True)
+        >>> loss_fn, meter = UnifiedLoss(32000), LossMeter()
+        >>> for micro_input_ids, micro_targets in zip(input_ids, targets):
+        ...     options = {"num_items_in_batch": targets.numel(), "return_detailed": True}
+        ...     parts = loss_fn(model(micro_input_ids), micro_targets, **options)
         ...     parts["total_loss"].backward()
         ...     meter.update(parts)
-        >>> print(meter.compute()["cross_entropy"])
+        >>> meter.compute()["n_tokens"]
+        12.0
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -37,7 +39,7 @@ class LossMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets every call."""
+        """Discards all calls."""
         self._sums: dict[str, Tensor] = {}
         self._temperature: Tensor | None = None
 
@@ -46,10 +48,10 @@ class LossMeter:
         self,
         parts: Mapping[str, Tensor],  # scalars
     ) -> None:
-        """Adds the parts of a call, without waiting for the device.
+        """Adds the parts of one call, without waiting for the device.
 
         Raises:
-            ValueError: parts without n_tokens; an entry that is no scalar, as with reduction="none".
+            ValueError: parts have no n_tokens, or an entry is not a scalar, as with reduction="none".
         """
         if "n_tokens" not in parts:
             raise ValueError(f"loss_meter: expected the dict of return_detailed=True, got {sorted(parts)}")
@@ -66,7 +68,7 @@ class LossMeter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def compute(self) -> dict[str, float]:
-        """Every entry as a number, over all calls since the last reset and all ranks; the one synchronisation."""
+        """Every entry as a number, over all calls since the last reset and all ranks. Waits for the device, once."""
         if not self._sums:
             return {}
         names = list(self._sums)

@@ -1,6 +1,6 @@
-"""UnifiedLoss under names that say what they are about, and its parts by themselves.
+"""UnifiedLoss under names that say what it does, and single parts of it.
 
-Those that are a UnifiedLoss take every other option of it too.
+The classes that derive from UnifiedLoss take all of its other options too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ava_ext.unified_loss import UnifiedLoss
 
 
 def _renamed(owner: str, options: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-    """options with those that the class has arguments of its own for.
+    """options, and those that the class has its own arguments for.
 
     Raises:
-        TypeError: one of these is given by the option's name: of two values one would be lost.
+        TypeError: one of the latter was also given by the option's name. One of the two values would be lost.
     """
     for name in arguments:
         if name in options:
@@ -34,11 +34,11 @@ def _renamed(owner: str, options: dict[str, Any], **arguments: Any) -> dict[str,
 
 
 class DeepSeekLoss(UnifiedLoss):
-    """Cross-entropy with adaptive temperature, and with use_mtp heads that predict further tokens.
+    """Cross-entropy with an adaptive temperature and, with use_mtp, heads that predict further tokens.
 
     Args:
         vocab_size, hidden_size: as in UnifiedLoss; hidden_size is needed with use_mtp.
-        use_mtp: predict num_future_tokens further tokens from hidden_states.
+        use_mtp: also predict num_future_tokens further tokens from hidden_states.
         options: any option of `UnifiedLossConfig`.
 
     Example:
@@ -52,12 +52,12 @@ class DeepSeekLoss(UnifiedLoss):
 
 
 class TemperatureScaledCrossEntropy(UnifiedLoss):
-    """Cross-entropy of logits / T, with a temperature T that follows how volatile training is; see losses.temperature.
+    """Cross-entropy of logits / T. T rises while training is volatile; see losses.temperature.
 
     Args:
         vocab_size: real columns of the logits.
         initial_temperature: T0.
-        adaptive_temperature: False: the temperature stays T0.
+        adaptive_temperature: if False, the temperature stays T0.
         options: any option of `UnifiedLossConfig`.
 
     Example:
@@ -72,7 +72,7 @@ class TemperatureScaledCrossEntropy(UnifiedLoss):
 
 
 class AdaptiveMTPLoss(UnifiedLoss):
-    """Cross-entropy of the primary logits, and confidence-weighted cross-entropy of the model's further heads.
+    """Cross-entropy of the primary logits, plus confidence-weighted cross-entropy of the model's further heads.
 
     Args:
         vocab_size: real columns of the logits.
@@ -125,13 +125,13 @@ class LabelSmoothingLoss(UnifiedLoss):
 
 
 class AntiRepetitionLoss(UnifiedLoss):
-    """Cross-entropy, and unlikelihood of repeated n-grams, of the previous token and of an early end.
+    """Cross-entropy, and unlikelihood penalties on repeated n-grams, the previous token and an early end.
 
     Welleck et al. 2019.
 
     Args:
         vocab_size: real columns of the logits.
-        eos_token_id: ends a text; None: no penalty of an early end.
+        eos_token_id: the id, or ids, that end a text; None: no penalty on an early end.
         pad_token_id: rows with this target do not count, unless it is an EOS id.
         options: any option of `UnifiedLossConfig`.
 
@@ -152,22 +152,22 @@ class AntiRepetitionLoss(UnifiedLoss):
 
 
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
-    """AntiRepetitionLoss whose penalty weights move from initial to final over the first optimizer steps.
+    """AntiRepetitionLoss whose penalty weights change over the first optimizer steps.
 
         weight = initial + (final - initial) min(steps / warmup_steps, 1)
 
-    The three weights of the configuration are multiplied by it. `step()` once per optimizer step moves it on; here
-    auto_step is off by default, so that the schedule counts optimizer steps and not micro-batches.
+    It multiplies the three weights of the configuration. Call `step()` once per optimizer step to advance it. auto_step
+    is off by default here, so that the schedule counts optimizer steps and not micro-batches.
 
     Args:
         vocab_size, eos_token_id, pad_token_id, options: as in AntiRepetitionLoss.
-        initial_weight, final_weight: factors of the penalties before the first and after the last step of the warm-up.
-        warmup_steps: its length, at least 1.
+        initial_weight, final_weight: factors of the penalties at the start and after the warm-up.
+        warmup_steps: length of the warm-up, at least 1.
 
-    Buffers: steps [], optimizer steps so far.
+    Buffers: steps [], the optimizer steps so far.
 
     Raises:
-        ValueError: on warmup_steps below 1, or negative weights.
+        ValueError: warmup_steps is below 1, or a weight is negative.
 
     Example:
         >>> loss_fn = AdaptiveAntiRepetitionLoss(32000, initial_weight=0.0, final_weight=4.0, warmup_steps=1000)
@@ -200,11 +200,11 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
-        """Begins the schedule again."""
+        """Restarts the schedule."""
         self.steps.zero_()
 
     def penalty_factor(self) -> Tensor:
-        """[]: the present factor of the penalties; on the device, so that the schedule neither recompiles nor waits."""
+        """[]: the current factor of the penalties, on the device, so that the schedule neither recompiles nor waits."""
         # of integers, the quotient would have the default type, which may be one that ends at 65504
         progress = (self.steps.to(torch.float32) / self.warmup_steps).clamp_max(1.0)
         return self.initial_weight + (self.final_weight - self.initial_weight) * progress
@@ -215,7 +215,7 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
 
 
 class NGramRepetitionPenalty(UnifiedLoss):
-    """The n-gram penalty alone, to add to a loss of one's own; see losses.ngram.
+    """The n-gram penalty alone, to add to your own loss; see losses.ngram.
 
     Args:
         ngram_size: n.
@@ -225,7 +225,7 @@ class NGramRepetitionPenalty(UnifiedLoss):
         options: any option of `UnifiedLossConfig` that the penalty reads.
 
     Example:
-        >>> loss = cross_entropy + NGramRepetitionPenalty(3, vocab_size=32000)(logits, targets)
+        >>> loss = loss + NGramRepetitionPenalty(3, vocab_size=32000)(logits, targets)
     """
 
     ROW_TERMS = ()
@@ -248,7 +248,7 @@ class NGramRepetitionPenalty(UnifiedLoss):
 
 
 class SequenceRepetitionDetector(UnifiedLoss):
-    """The penalty of the previous token alone, to add to a loss of one's own; see losses.immediate_repetition.
+    """The penalty on the previous token alone, to add to your own loss; see losses.immediate_repetition.
 
     Args:
         penalty_weight: weight of the previous token.
@@ -257,7 +257,7 @@ class SequenceRepetitionDetector(UnifiedLoss):
         options: any option of `UnifiedLossConfig` that the penalty reads.
 
     Example:
-        >>> loss = cross_entropy + SequenceRepetitionDetector(vocab_size=32000)(logits, targets)
+        >>> loss = loss + SequenceRepetitionDetector(vocab_size=32000)(logits, targets)
     """
 
     ROW_TERMS = ()
@@ -281,16 +281,16 @@ class SequenceRepetitionDetector(UnifiedLoss):
 
 
 class MultiTokenPredictionLoss(nn.Module):
-    """Multi-token prediction by heads of its own, to add to a loss of one's own; see losses.mtp.
+    """Multi-token prediction with its own heads, to add to your own loss; see losses.mtp.
 
     Args:
-        vocab_size, hidden_size: of the heads.
-        num_future_tokens: depths.
+        vocab_size, hidden_size: those of the heads.
+        num_future_tokens: how many further tokens are predicted.
         mtp_weight: weight of the term.
         ignore_index: target of a row that does not count.
 
     Example:
-        >>> loss = cross_entropy + MultiTokenPredictionLoss(32000, 512)(hidden_states, targets)
+        >>> loss = loss + MultiTokenPredictionLoss(32000, 512)(hidden_states, targets)
     """
 
     def __init__(
@@ -315,11 +315,10 @@ class MultiTokenPredictionLoss(nn.Module):
         attention_mask: Tensor | None = None,  # [batch_size, n_tokens]
         return_detailed: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The term; with return_detailed {"total_loss", "mtp_loss", "mtp_loss_depth_1", ...}, all but the first
-        detached.
+        """The term; with return_detailed a dict of "total_loss" and, detached, "mtp_loss" and "mtp_loss_depth_k".
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes do not fit.
         """
         dtype = accumulation_dtype(hidden_states.dtype)
         rows = count_rows(self.config, targets.long(), attention_mask, None, None, dtype)
@@ -337,9 +336,10 @@ class MultiTokenPredictionLoss(nn.Module):
 
 
 class AuxiliaryFreeMoEBalancer(MoEBalancer):
-    """Balance of a mixture of experts without an auxiliary loss, by itself; see losses.moe.
+    """Balancing of a mixture of experts without an auxiliary loss, to use in your own loop; see losses.moe.
 
-    Call it once for each training forward of the router, and `step()` once per optimizer step. Options as MoEBalancer.
+    Call it once for each training forward of the router, and `step()` once per optimizer step. Options as in
+    MoEBalancer.
 
     Example:
         >>> balancer = AuxiliaryFreeMoEBalancer(num_experts=8)
@@ -354,11 +354,12 @@ class AuxiliaryFreeMoEBalancer(MoEBalancer):
         row_mask: Tensor | None = None,  # n_rows elements, bool
         return_detailed: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The steering term; with return_detailed {"total_loss", "moe_balancing_term", "moe_cv",
-        "moe_max_violation"}, all but the first detached.
+        """The steering term; with return_detailed a dict.
+
+        The dict has "total_loss" and, detached, "moe_balancing_term", "moe_cv" and "moe_max_violation".
 
         Raises:
-            ValueError: shapes that do not fit. IndexError: an expert index out of range.
+            ValueError: shapes do not fit, or expert_indices are missing. IndexError: an expert index is out of range.
         """
         balance = super().forward(gate_logits, expert_indices, row_mask)
         if not return_detailed:

@@ -1,4 +1,4 @@
-"""Which rows count, and what their sum is divided by: the one place where N is decided."""
+"""Which rows count, and what their sum is divided by. N is decided only here."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ class Rows(NamedTuple):
 
     @property
     def batch_share(self) -> Tensor:
-        """[]: the factor of terms of the whole batch.
-
-        n_counted / n_items; without n_items 1, and 0 where no row counts.
-        """
+        """[]: factor of terms of the whole batch: n_counted / n_items; without n_items 1, or 0 if no row counts."""
         return self.n_counted.clamp_max(1) if self.n_items is None else self.n_counted / self.n_items
 
 
@@ -32,9 +29,9 @@ def keep_rows(
     targets: Tensor,  # [...]
     attention_mask: Tensor | None,  # [...]
 ) -> Tensor | None:
-    """[...] bool: the rows that are no padding; None: all.
+    """[...] bool: the rows that are not padding; None: all.
 
-    Padding is where attention_mask is 0, or the target is the pad id and that is no EOS id.
+    A row is padding if its attention_mask is 0, or if its target is the pad id and that is not also an EOS id.
     """
     keep = None if attention_mask is None else attention_mask != 0
     if config.padding_id is not None:
@@ -51,18 +48,18 @@ def count_rows(
     num_items_in_batch: float | Tensor | None,
     dtype: torch.dtype,
 ) -> Rows:
-    """Decides which rows count and their weights.
+    """Decides which rows count, and their weights.
 
-    A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch, else the sum
-    of the token weights of the rows that count, else their number. Where that is 0, N is 1: the loss is 0 then, and
-    still in the graph. Under "sum" and "none" N is 1.
+    A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch if given,
+    else the sum of the token weights of the rows that count, else their number. If that is 0, N is 1; the loss is then
+    0 and still connected to the graph. Under "sum" and "none", N is 1.
 
-    Terms of the whole batch are multiplied by n_counted / N where num_items_in_batch is given (micro-batches then add
-    up to the whole batch), and by 0 where no row counts.
+    Terms of the whole batch are multiplied by n_counted / N if num_items_in_batch is given, so that micro-batches add
+    up to the whole batch, and by 0 if no row counts.
 
     Raises:
-        ValueError: num_items_in_batch is negative or has several elements. The value of a tensor is not looked at: that
-            would wait for the device.
+        ValueError: num_items_in_batch is negative or has several elements. The value of a tensor is not read, because
+            that would wait for the device.
     """
     counted = targets != config.ignore_index
     keep = keep_rows(config, targets, attention_mask)

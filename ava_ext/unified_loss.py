@@ -22,25 +22,24 @@ from ava_ext.row_pass import CROSS_ENTROPY, RowPass, RowPassOutput
 
 
 class UnifiedLoss(nn.Module):
-    """The weighted sum of every loss component that the configuration turns on.
+    """The weighted sum of all loss components that the configuration turns on.
 
         total = main (focal-modulated where focal is on) + z + confidence + immediate + eos + ngram + negative
               + mtp + moe + diversity + auxiliary + contrastive
 
-    Everything that looks at a row of logits is computed in one pass over it, gradient included. Each component is
-    defined in its module of `ava_ext.losses`, whose lists say which there are.
-    `UnifiedLoss(V, primary_loss_type="standard")` equals torch.nn.functional.cross_entropy, except that a batch without
-    a counted row gives 0 instead of nan.
+    One pass over a row of logits computes all terms of it, gradient included. Each component is a module of
+    `ava_ext.losses`, and `ava_ext/losses/__init__.py` lists them. `UnifiedLoss(V, primary_loss_type="standard")` equals
+    torch.nn.functional.cross_entropy, except that a batch in which no row counts gives 0 instead of nan.
 
-    Every token term is divided by the same N (`ava_ext.reduction.count_rows`). Data-parallel averaging of gradients is
-    not undone here: with num_items_in_batch counted over all ranks, multiply the loss by the world size.
+    Every token term is divided by the same N (`ava_ext.reduction.count_rows`). If something averages gradients over
+    ranks, count num_items_in_batch over all ranks and multiply the loss by the world size.
 
-    `step()`, once per optimizer step, commits the adaptive temperature, the expert load and the expert bias.
-    auto_step=True does so after every training forward with grad enabled. A forward reads what was committed before it
-    and counts once, also under activation checkpointing: see `losses.learned_state`. With auto_step=True, run the
-    backward of a checkpointed call before the next call: the state of one call is remembered, not of several.
+    Call `step()` once per optimizer step. It commits the adaptive temperature, the expert load and the expert bias.
+    With auto_step=True, every training forward with grad enabled is followed by it. A forward reads what was committed
+    before it and counts once, also under activation checkpointing (see `losses.learned_state`). With auto_step=True,
+    run the backward of a checkpointed call before the next call, because the loss remembers the state of one call only.
 
-    Every option reads as an attribute: `loss_fn.vocab_size`. Options are fixed: a new value needs a new loss.
+    Every option reads as an attribute, such as `loss_fn.vocab_size`. Options are fixed: a new value needs a new loss.
 
     Args:
         vocab_size: real columns of the logits; columns beyond it are padding.
@@ -48,7 +47,7 @@ class UnifiedLoss(nn.Module):
         options: see `UnifiedLossConfig`, which documents each.
 
     Raises:
-        TypeError: on an unknown option. ValueError: on an option out of range, or two that contradict each other.
+        TypeError: there is no such option. ValueError: an option is out of range, or two contradict each other.
 
     Example:
         >>> loss_fn = UnifiedLoss(32000, primary_loss_type="standard", use_ngram_penalty=True)
@@ -112,42 +111,43 @@ class UnifiedLoss(nn.Module):
         negative_weights: Tensor | None = None,  # as negative_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with return_detailed a dict of it and its parts.
+        """The loss, or with return_detailed a dict of the loss and its parts.
 
         Args:
-            logits: at row t they predict targets[t]. primary_logits, or hidden_states and lm_head_weight, may stand in
-                their place; so may a model's output that has .logits.
-            targets: the token each row predicts; with labels_are_shifted=False, the token read at that row.
-            attention_mask: rows where it is 0 do not count (with labels_are_shifted=False: labels).
-            hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, computed a few rows
-                at a time: they never exist as a whole. hidden_states are also read by multi-token prediction and,
-                without contrastive_pair, by the contrastive term. Of a tuple of all layers the last is taken.
-            primary_logits: with adaptive heads; the main term reads them with primary_loss_type="adaptive_mtp", and
-                with mtp_type="adaptive" where there are no logits.
+            logits: row t predicts targets[t]. You may pass a model's output that has .logits, or primary_logits, or
+                hidden_states and lm_head_weight instead.
+            targets: the token that each row predicts; with labels_are_shifted=False, the token read at that row.
+            attention_mask: rows where it is 0 do not count (with labels_are_shifted=False, labels).
+            hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, a chunk of rows at a
+                time, never as a whole. Multi-token prediction reads hidden_states too, and so does the contrastive term
+                without contrastive_pair. Of a tuple of all layers, the last is taken. lm_head_weight may be nn.Linear.
+            primary_logits: for adaptive heads. The main term reads them with primary_loss_type="adaptive_mtp", and with
+                mtp_type="adaptive" if there are no logits.
             additional_logits, confidence_scores, mtp_active: adaptive multi-token prediction, see
-                `losses.adaptive_mtp`; mtp_active=False switches heads of either kind off for this call, None takes as
-                many as are given. A head may be LinearLogits(hidden_states, weight, bias), and so may logits and
-                primary_logits.
+                `losses.adaptive_mtp`. mtp_active=False switches heads of either kind off for this call; None takes the
+                heads that are given. Each head, logits and primary_logits may be LinearLogits(hidden_states, weight,
+                bias).
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
-                `losses.diversity`. Padding is left out where their number of rows is that of the targets. None among
-                the layers is a layer without a router.
+                `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
+                layers is a layer without a router.
             token_weights: multiply every token term of their row; must not require grad.
-            input_ids: the tokens the model read; row t's context is input_ids[:, : t + 1] instead of targets[:, :t].
-            segment_ids, position_ids, cu_seqlens: texts packed into one row; nothing leaks across them.
-            num_items_in_batch: N, where the batch is one of several micro-batches: a number or a tensor of one element,
-                whose value is not looked at.
-            negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (1).
+            input_ids: the tokens that the model read. The context of row t is then input_ids[:, : t + 1], not
+                targets[:, :t].
+            segment_ids, position_ids, cu_seqlens: the texts that are packed into one row. Nothing leaks across them.
+            num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
+                whose value is not read.
+            negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             contrastive_pair: two views of the same things, for InfoNCE.
 
         Returns:
-            A scalar; with reduction="none", of the shape of targets (without the last column where labels are not
-            shifted). With return_detailed a dict: total_loss, with graph; every component that is on, detached and
-            weighted, so that they add up to it; and the metrics named in `METRICS`, means over the rows of this call.
+            A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
+            shifted). With return_detailed a dict: total_loss with its graph; every component that is on, weighted and
+            detached, which add up to total_loss; and the metrics named in `METRICS`, means over the rows of this call.
             `LossMeter` adds up such dicts over micro-batches and ranks.
 
         Raises:
-            ValueError: on an input that is missing, superfluous, or of a shape that does not fit.
-            TypeError: on an input that is no tensor. IndexError: on a counted target out of range (CPU).
+            ValueError: an input is missing, superfluous, or of the wrong shape.
+            TypeError: an input is not a tensor. IndexError: a counted target is out of range (CPU).
         """
         call = Call(
             self.config,
@@ -199,11 +199,11 @@ class UnifiedLoss(nn.Module):
         return [getattr(self, name) for name in self._part_names]
 
     def penalty_factor(self) -> Tensor | None:  # []
-        """What multiplies the weights of repetition penalties; None: 1. For schedules."""
+        """The factor of the weights of repetition penalties; None: 1. Schedules override it."""
         return None
 
     def _learn(self, call: Call, rows: RowPassOutput) -> None:
-        """Records the temperature's cross-entropy, and commits what this call has taught where that is automatic."""
+        """Records the cross-entropy for the temperature and, with auto_step, commits what this call has taught."""
         if self.config.temperature_adapts:
             loss_sum = rows.terms[CROSS_ENTROPY].sum()
             self.temperature.record(call.recording, pending_loss=loss_sum, pending_rows=call.rows.n_counted)
@@ -254,8 +254,8 @@ class UnifiedLoss(nn.Module):
     def step(self) -> None:
         """Commits what training calls have gathered: temperature, expert load and bias. Once per optimizer step.
 
-        With auto_step=True every training forward with grad enabled does so itself. What the ranks of process_group
-        have gathered is added up.
+        With auto_step=True, every training forward with grad enabled does this itself. With process_group, what the
+        ranks have gathered is summed first.
         """
         self._commit(True)
 
@@ -264,7 +264,7 @@ class UnifiedLoss(nn.Module):
             state.step(self.config.process_group, recording)
 
     def get_loss_statistics(self) -> dict[str, dict[str, Tensor]]:
-        """Running statistics of the components that keep some, on the device; what step() has committed.
+        """Running statistics of the components that keep any, as step() has committed them; on the device.
 
         Returns:
             {"temperature": {value, count, mean_loss}} and, where they are on, "adaptive_mtp" (averages, count) and
@@ -273,7 +273,7 @@ class UnifiedLoss(nn.Module):
         return {state.statistics_name: state.statistics() for state in self._learned()}
 
     def reset_statistics(self) -> None:
-        """Clears averages, counts and recorded losses, and the temperature with them; not expert_bias."""
+        """Clears averages, counts and recorded losses, and resets the temperature. expert_bias stays."""
         for state in self._learned():
             state.reset_statistics()
 
@@ -314,13 +314,15 @@ class _Option:
 
 
 def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
-    """UnifiedLoss from a dict of options, as it stands in a configuration file.
+    """UnifiedLoss from a dict of options, such as a configuration file holds.
 
     Raises:
-        TypeError: on an unknown option. ValueError: on an option out of range.
+        TypeError: there is no such option. ValueError: an option is out of range.
 
     Example:
-        >>> create_unified_loss({"vocab_size": 32000, "label_smoothing": 0.1})
+        >>> loss_fn = create_unified_loss({"vocab_size": 32000, "label_smoothing": 0.1})
+        >>> loss_fn.label_smoothing
+        0.1
     """
     return UnifiedLoss(**options)
 

@@ -1,6 +1,7 @@
-"""The documentation runs: every python block, what it prints, the table of options, the table of errors.
+"""The documentation runs: every python block, what it prints, the contents, the table of options, that of errors.
 
-`python tests/test_usage_guide.py` writes the table of options of USAGE_GUIDE.md anew from UnifiedLossConfig.
+`python tests/test_usage_guide.py` rewrites the contents of USAGE_GUIDE.md from its headings and the table of options
+from UnifiedLossConfig.
 """
 
 import ast
@@ -18,14 +19,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ava_ext import ConsistencyLoss, UnifiedLoss, UnifiedLossConfig, build_info
+from ava_ext import ConsistencyLoss, FocalLoss, UnifiedLoss, UnifiedLossConfig, build_info
 from ava_ext.ops import row_loss, row_options
 from ava_ext.ops.repetition import repetition_candidates
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = ROOT / "USAGE_GUIDE.md"
-PAGES = [GUIDE, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", GUIDE, *sorted((ROOT / "docs").glob("*.md"))]
 SHARED = "What the snippets share"  # the section of the guide that runs before each of its others
+CONTENTS = re.compile(r"<!-- contents -->\n(.*?)<!-- /contents -->", re.DOTALL)
 TABLE = re.compile(r"<!-- options -->\n(.*?)<!-- /options -->", re.DOTALL)
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -46,7 +48,7 @@ def sections(page):
     fences = list(FENCE.finditer(text))
     found = {heading: [] for _, heading in headings}
     for fence, following in zip(fences, [*fences[1:], None], strict=True):
-        language, *marks = fence[1].split()
+        language, *marks = fence[1].split() or [""]
         if language != "python":
             continue
         is_output = following and following[1] == "text" and not text[fence.end() : following.start()].strip()
@@ -105,6 +107,30 @@ def test_every_block_runs_and_prints_what_the_page_says(page, heading, monkeypat
         torch.set_num_threads(n_threads)
 
 
+def anchor(heading):  # as GitHub makes it
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def headings(page):
+    return re.findall(r"^## (.+)$", FENCE.sub(_blank, page.read_text()), re.M)
+
+
+def contents():
+    return "".join(f"- [{heading}](#{anchor(heading)})\n" for heading in headings(GUIDE))
+
+
+def test_contents_are_the_headings():
+    assert CONTENTS.search(GUIDE.read_text())[1] == contents(), "python tests/test_usage_guide.py writes them anew"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for file_name, section in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", FENCE.sub(_blank, page.read_text())):
+        target = (page.parent / file_name).resolve() if file_name else page
+        assert target.exists(), file_name
+        assert not section or section in map(anchor, headings(target)), section
+
+
 def option_table():
     lines = ["| option | default | what it is |", "| --- | --- | --- |"]
     for option in dataclasses.fields(UnifiedLossConfig):
@@ -140,10 +166,17 @@ def _double_backward():
     gradient.square().sum().backward()
 
 
+def _router(**options):
+    loss_fn = _loss(num_experts=4, **options)
+    loss_fn(LOGITS, TARGETS, gate_logits=torch.zeros(10, 4))
+
+
 # one for each line of the table of errors
 MISTAKES = [
     lambda: UnifiedLoss(10, label_smooting=0.1),
     lambda: _loss(label_smoothing=1.5),
+    lambda: setattr(_loss(), "label_smoothing", 0.1),
+    lambda: FocalLoss(10, focal_gamma=3),
     lambda: _loss(reduction="none", use_auxiliary_loss=True),
     lambda: UnifiedLoss(10, initial_temperature=3.0),
     lambda: _loss()(LOGITS, TARGETS[:, 1:]),
@@ -152,9 +185,12 @@ MISTAKES = [
     lambda: _loss()(LOGITS, TARGETS * 10),
     lambda: _loss()(None, TARGETS),
     lambda: _loss()(LOGITS, TARGETS, lm_head_weight=torch.zeros(10, 4)),
+    lambda: _loss()(targets=TARGETS, hidden_states=LOGITS, lm_head_weight=torch.nn.Identity()),
     lambda: _loss(use_ngram_penalty=True)(LOGITS.flatten(0, 1), TARGETS.flatten()),
     lambda: _loss(use_mtp=True),
     lambda: _loss(num_experts=4, use_moe_balancing=True)(LOGITS, TARGETS),
+    lambda: _router(use_moe_balancing=True),
+    lambda: _router(use_auxiliary_loss=True),
     lambda: _loss()(LOGITS, TARGETS, token_weights=torch.ones(2, 5, requires_grad=True)),
     lambda: _loss(inplace_gradient=True)(_leaf(), TARGETS),
     lambda: _loss(inplace_gradient=True)((_leaf() * 1)[:, :1].expand(2, 5, 10), TARGETS),
@@ -172,7 +208,7 @@ def test_table_of_errors_has_the_messages_that_mistakes_give():
     rows = re.findall(r"^\| `(\w+): (.+?)` \|", section, re.M)
     assert len(rows) == len(MISTAKES)
     for (kind, pattern), mistake in zip(rows, MISTAKES, strict=True):
-        with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)) as raised:
+        with pytest.raises((ValueError, TypeError, IndexError, AttributeError, RuntimeError)) as raised:
             mistake()
         assert type(raised.value).__name__ == kind, pattern
         expression = ".*".join(map(re.escape, pattern.split("…")))
@@ -197,6 +233,7 @@ def test_blocks_are_found_and_compared():
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    text = GUIDE.read_text()
+    text = CONTENTS.sub(lambda _: f"<!-- contents -->\n{contents()}<!-- /contents -->", GUIDE.read_text())
     GUIDE.write_text(TABLE.sub(lambda _: f"<!-- options -->\n{option_table()}<!-- /options -->", text))
-    print(f"{GUIDE.name}: table of {len(dataclasses.fields(UnifiedLossConfig))} options written", file=sys.stderr)
+    n_options = len(dataclasses.fields(UnifiedLossConfig))
+    print(f"{GUIDE.name}: {len(headings(GUIDE))} headings and {n_options} options written", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Every component of UnifiedLoss, in one list of each kind: a component exists because it stands here.
+"""Every component of UnifiedLoss, in one list for each kind. A component exists because it is in a list here.
 
-The public loss classes can be imported from here as well as from `ava_ext`.
+You can import the public loss classes from here as well as from `ava_ext`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PARTS: tuple[type[Part], ...] = (
 
 
 class _MetricNames(frozenset[str]):
-    """Names of metrics; the depths of multi-token prediction have no last one."""
+    """Names of metrics. Those of the depths of multi-token prediction are open-ended."""
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or str(name).startswith("mtp_loss_depth_")
@@ -53,7 +53,7 @@ METRICS = _MetricNames(
     ["cross_entropy", "perplexity", "n_tokens", "accuracy", "entropy", "temperature", "focal_loss"]
     + [name for part in PARTS for name in part.METRICS]
 )
-"""Entries of the detailed dict that are no addends of total_loss (and mtp_loss_depth_k for every k)."""
+"""Entries of the detailed dict that are not part of the sum total_loss, mtp_loss_depth_k for every k among them."""
 
 __all__ = [
     "AdaptiveAntiRepetitionLoss",

@@ -1,4 +1,4 @@
-"""Multi-token prediction on logits that the model gives, weighted by a confidence that is kept calibrated."""
+"""Multi-token prediction from logits that the model provides, weighted by a calibrated confidence."""
 
 from __future__ import annotations
 
@@ -48,39 +48,39 @@ def adaptive_mtp_terms(
     ignore_index: int = UnifiedLossConfig.ignore_index,
     per_row: bool = False,
 ) -> AdaptiveMTPTerms:
-    """Confidence-weighted losses of the heads, and the term that calibrates the confidence.
+    """Losses of the heads, weighted by the confidence, and the term that calibrates the confidence.
 
         mtp_loss = mtp_weight * mean over heads k of sum_t w_{t+k} c_t CE(head k's logits at t, targets[t + k])
         confidence_regularization = strength * sum_t w_{t+1} BCE(c_t, q_t)
 
-    w is row_weights, c the confidence (detached in mtp_loss: the heads' losses cannot be lowered by giving up; 1
-    without confidence weighting), q the detached probability that head 1 gives its target. The second term is lowest
-    at c = q.
+    w is row_weights. c is the confidence, or 1 without confidence weighting; mtp_loss detaches it, so that a model
+    cannot lower the heads' losses by giving up. q is the probability, detached, that head 1 gives its target. The
+    second term is lowest at c = q.
 
     Args:
-        additional_logits: of the heads k = 1..n_heads; head k's row t predicts targets[:, t + k]. A list may hold
-            LinearLogits, whose logits never exist as a whole.
-        targets: row t's target of depth 0 (the next token).
-        row_weights: token weight / N of each row at depth 0, 0 where it does not count; no gradient.
-        segments: contiguous documents of packed rows; None: a row is one segment.
-        head_loss: main's cross-entropy: (logits, targets, row_weights) -> RowLoss, of the sum or with per_row of each
-            row, with 0 where the target is ignore_index.
-        confidence_scores: in [0, 1], per sequence or per row. Without, c = 1 and no confidence term.
-        mtp_active: False switches the heads off for this call; a tensor does so on the device, for all or per
-            sequence; None: on.
+        additional_logits: of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k]. A list may hold
+            LinearLogits, whose logits are never computed as a whole.
+        targets: the target of each row at depth 0 (the next token).
+        row_weights: token weight / N of each row at depth 0, and 0 where it does not count. No gradient.
+        segments: contiguous documents of packed rows; None: each batch row is one segment.
+        head_loss: the cross-entropy of the main term, (logits, targets, row_weights) -> RowLoss: the sum over rows, or
+            with per_row the loss of each row, which is 0 where the target is ignore_index.
+        confidence_scores: in [0, 1], per sequence or per row. None: c = 1 and no confidence term.
+        mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence.
+            None: on.
         mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
-        per_row: give both terms per row, [batch_size, n_tokens].
+        per_row: return both terms per row, [batch_size, n_tokens].
 
     Returns:
-        AdaptiveMTPTerms, float32 (float64 for float64 logits). Zeros, connected to the graph, while switched off.
+        AdaptiveMTPTerms, float32 (float64 for float64 logits). Zeros, connected to the graph, if switched off.
 
     Raises:
-        ValueError: no heads while they are on, shapes that do not fit.
+        ValueError: there are no heads although they are on, or shapes do not fit.
 
     Example:
-        >>> weights = torch.full((2, 5), 1 / 10)
+        >>> weights = torch.full(targets.shape, 1 / targets.numel())
         >>> terms = adaptive_mtp_terms(heads, targets, weights, None, head_loss, confidence_scores=confidence)
-        >>> loss = main + terms.mtp_loss + terms.confidence_regularization
+        >>> loss = loss + terms.mtp_loss + terms.confidence_regularization
     """
     heads = _heads(additional_logits, targets)
     if mtp_active is False or not heads:
@@ -188,8 +188,8 @@ def _switched_off(
 class AdaptiveMTP(LearnedState, Part):
     """adaptive_mtp_terms with the options of a configuration, and running averages for get_loss_statistics().
 
-    In training with grad enabled every call that is not switched off, has a row that counts and is finite adds to the
-    averages at the next step().
+    In training with grad enabled, a call adds to the averages at the next step(), if it is not switched off, has a row
+    that counts and is finite.
 
     Args:
         num_future_tokens: how many heads are expected.
@@ -197,9 +197,12 @@ class AdaptiveMTP(LearnedState, Part):
 
     Example:
         >>> adaptive = AdaptiveMTP()
-        >>> terms = adaptive(heads, targets, weights, None, head_loss, confidence_scores=confidence)
+        >>> weights = torch.full(targets.shape, 1 / targets.numel())
+        >>> certain = torch.full(targets.shape, 0.75)
+        >>> terms = adaptive(heads, targets, weights, None, head_loss, confidence_scores=certain)
         >>> adaptive.step()
         >>> adaptive.statistics()["mean_confidence"]
+        tensor(0.7500)
     """
 
     name = "adaptive_mtp"
@@ -236,7 +239,7 @@ class AdaptiveMTP(LearnedState, Part):
 
     @classmethod
     def from_config(cls, config: UnifiedLossConfig) -> AdaptiveMTP | None:
-        """The terms of the model's heads, where the configuration asks for them."""
+        """The part where the configuration asks for heads of the model."""
         if config.mtp_heads != "adaptive":
             return None
         return cls(
@@ -248,7 +251,7 @@ class AdaptiveMTP(LearnedState, Part):
         )
 
     def of_call(self, call: Call) -> Addends:
-        """The terms of the call's heads: as many as are given, or none where mtp_active=False."""
+        """The terms of the heads that the call gives; none with mtp_active=False."""
         rows, active, confidence = call.rows, call.mtp_active, call.confidence_scores
         heads = [] if active is False else self._heads_of(call)
         if call.is_flat:
@@ -305,7 +308,7 @@ class AdaptiveMTP(LearnedState, Part):
         per_row: bool = False,
         recording: bool | Tensor | None = None,  # [] bool
     ) -> AdaptiveMTPTerms:
-        """See adaptive_mtp_terms. recording: whether the averages learn from this call; None: in training with grad."""
+        """See adaptive_mtp_terms. recording: whether the averages learn from this call; None: if training with grad."""
         terms = adaptive_mtp_terms(
             additional_logits,
             targets,
@@ -340,7 +343,7 @@ class AdaptiveMTP(LearnedState, Part):
         self.clear_pending()
 
     def statistics(self) -> dict[str, Tensor]:
-        """Averages per call since the last reset_statistics, and count, the number of calls; scalars on the device."""
+        """Averages over calls since the last reset_statistics, and count, the number of calls. On the device."""
         averages = self.sums / self.count.clamp_min(1)
         return dict(zip(self.AVERAGES, averages.unbind(), strict=True)) | {"count": self.count.clone()}
 

@@ -24,17 +24,17 @@ def load_balancing_loss(
 ) -> Tensor:
     """Switch Transformer's load balancing loss: n_experts * sum_e f_e P_e, 1 at perfect balance.
 
-    f_e = counts_e / (k n_rows) is the share of choices that fell on an expert (no gradient), P_e the mean probability.
-    Per layer, then averaged over the layers that have rows.
+    f_e = counts_e / (k n_rows) is the share of choices that fell on an expert (no gradient), and P_e its mean
+    probability. The loss is computed per layer, then averaged over the layers that have rows.
 
     Args:
-        statistics: of router_statistics; for per-sequence balancing, every sequence of every layer is a layer.
-        k: experts per row, for the huggingface convention; None: as the counts tell.
-        convention: "switch", or "huggingface": what transformers' load_balancing_loss_func gives, f_e = counts_e /
-            n_rows (so k at perfect balance) with the rows of all layers thrown together (layers can hide each other's
+        statistics: from router_statistics. To balance each sequence, make every sequence of every layer a layer.
+        k: experts per row, for the huggingface convention; None: computed from the counts.
+        convention: "switch", or "huggingface" for the value of transformers' load_balancing_loss_func: f_e = counts_e /
+            n_rows (so k at perfect balance), over the rows of all layers together (so layers can hide each other's
             imbalance).
-        process_group: counts are summed over it: f of the global batch (Qiu et al. 2025). Averaging the gradients of
-            the ranks then gives the loss of the global batch.
+        process_group: counts are summed over it, so f is that of the global batch (Qiu et al. 2025). Averaging the
+            gradients of the ranks then gives the loss of the global batch.
 
     Returns:
         Scalar; 0 where no row counts.
@@ -70,7 +70,7 @@ def load_balancing_loss(
 
 
 def router_z_loss(statistics: RouterStatistics) -> Tensor:
-    """Mean of lse^2 over the rows, averaged over layers: keeps the router's logits small.
+    """Mean of lse^2 over the rows, averaged over layers. It keeps the router's logits small.
 
     Returns:
         Scalar; 0 where no row counts.
@@ -87,8 +87,8 @@ def router_z_loss(statistics: RouterStatistics) -> Tensor:
 def token_entropy(statistics: RouterStatistics) -> Tensor:
     """Mean over rows of the entropy of the router's probabilities, averaged over layers, in nats; [0, log n_experts].
 
-    Low: the router is sure of each token. Minimised together with a maximised marginal_entropy it asks for sure
-    decisions that are spread over the experts (Mustafa et al. 2022, "LIMoE": local and global entropy).
+    It is low where the router is sure of each token. Minimise it and maximise marginal_entropy to get decisions that
+    are sure and spread over the experts (Mustafa et al. 2022, "LIMoE": local and global entropy).
 
     Returns:
         Scalar; 0 where no row counts.
@@ -142,26 +142,26 @@ def _mean_over_layers(values: Tensor, n_rows: Tensor) -> Tensor:  # [n_layers], 
 
 
 class AuxiliaryLoss(Part):
-    """load_balancing_weight * load balancing + router_z_weight * router z-loss, on router logits alone.
+    """load_balancing_weight * load balancing + router_z_weight * router z-loss, from router logits alone.
 
     See load_balancing_loss and router_z_loss for the formulas and sources.
 
     Args:
-        num_experts_per_token: k of the router's top-k; None: as many as expert_indices name.
-        num_experts: checked against gate_logits; None: as many as there are.
-        num_moe_layers: expected layers, see layered_gate_logits; None: as many as there are, and a tensor of three
+        num_experts_per_token: k of the router's top-k; None: the last size of expert_indices.
+        num_experts: checked against gate_logits; None: not checked.
+        num_moe_layers: expected number of layers, see layered_gate_logits; None: not checked, and a tensor of three
             dimensions is [n_layers, n_rows, n_experts].
         load_balancing_weight: alpha.
         router_z_weight: weight of the mean squared lse.
         load_balancing_convention: "switch" or "huggingface" (k times larger, layers concatenated).
         router_score: "softmax" or "sigmoid" (normalised).
-        per_sequence: balance every sequence on its own, then average (DeepSeek-V3, equations 17-20); gate_logits
-            then are [batch_size, n_tokens, n_experts] per layer. Not with the huggingface convention.
-        process_group: loads f of the global batch, see load_balancing_loss. Not with per_sequence.
+        per_sequence: balance every sequence separately, then average (DeepSeek-V3, equations 17-20); gate_logits must
+            then be [batch_size, n_tokens, n_experts] per layer. Not with the huggingface convention.
+        process_group: take the loads f of the global batch, see load_balancing_loss. Not with per_sequence.
 
     Example:
         >>> loss_fn = AuxiliaryLoss(num_experts_per_token=2, load_balancing_weight=0.01)
-        >>> loss_fn(outputs.router_logits, row_mask=attention_mask.bool())
+        >>> loss = loss + loss_fn(gate_logits, row_mask=attention_mask.bool())
     """
 
     name = "auxiliary"
@@ -219,7 +219,7 @@ class AuxiliaryLoss(Part):
         )
 
     def of_call(self, call: Call) -> Addends:
-        """Both terms of the call's router, and how unevenly it chose."""
+        """Both terms of the call's router, and metrics of how uneven its choices are."""
         statistics = router_of_call(call, "use_auxiliary_loss")
         share = call.rows.batch_share
         terms = {key: share * term for key, term in zip(self.keys, self.terms(statistics), strict=True)}
@@ -238,8 +238,8 @@ class AuxiliaryLoss(Part):
             gate_logits: router logits in any form that layered_gate_logits takes.
             expert_indices: experts chosen by the router; None: the k largest gate_logits.
             row_mask: True where a row counts; None: all.
-            return_detailed: return {"total_loss", "aux_load_balancing", "aux_router_z"}: total_loss with graph, the
-                others (weighted, they add up to it) detached.
+            return_detailed: return {"total_loss", "aux_load_balancing", "aux_router_z"}. The last two are weighted,
+                detached and add up to the first.
 
         Returns:
             Scalar, or the dict; zeros where no row counts.
@@ -285,7 +285,7 @@ class AuxiliaryLoss(Part):
         return router_statistics([layer.flatten(0, 1) for layer in layers], expert_indices, row_mask, **options)
 
     def terms(self, statistics: RouterStatistics) -> tuple[Tensor, Tensor]:
-        """(load balancing, router z-loss), both weighted, from statistics that are already there."""
+        """(load balancing, router z-loss), both weighted, from statistics that have been measured."""
         load_balancing = load_balancing_loss(
             statistics, k=self.k, convention=self.convention, process_group=self.group.process_group
         )

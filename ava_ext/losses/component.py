@@ -1,6 +1,6 @@
 """The three kinds of component that a UnifiedLoss adds up. Their lists are in losses/__init__.py.
 
-A component's `from_config(config)` gives it, or None where the configuration leaves it off.
+A component's `from_config(config)` returns the component, or None where the configuration leaves it off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RowTerm(NamedTuple):
-    """A term that the row kernel computes of each row of logits."""
+    """A term that the row kernel computes for each row of logits."""
 
     key: str | None  # its entry in the detailed dict; None: it changes the main term
     flags: RowFlags
@@ -37,14 +37,14 @@ class CandidateSource(NamedTuple):
 
 
 class Addends(NamedTuple):
-    """What a part makes of a call."""
+    """What a part adds to the loss of a call."""
 
     terms: Mapping[str, Tensor]  # weighted, with graph, by key: they are added to the loss
     metrics: Mapping[str, Tensor] = {}  # further entries of the detailed dict
 
 
 class Part(nn.Module):
-    """A component beside the row kernel: anything that makes addends of a call."""
+    """A component outside the row kernel: anything that computes addends from a call."""
 
     name: ClassVar[str]  # the attribute of UnifiedLoss, and so the prefix of its state
     METRICS: ClassVar[tuple[str, ...]] = ()  # names of the metrics that it may give
@@ -57,5 +57,5 @@ class Part(nn.Module):
         raise NotImplementedError
 
     def of_call(self, call: Call) -> Addends:
-        """What it adds to this call."""
+        """The terms and metrics that it adds to this call."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""A weighted sum of losses that share their arguments."""
+"""A weighted sum of losses that take the same arguments."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 
 class CompositeLoss(nn.Module):
-    """sum over losses of weight_i * loss_i(*args, **kwargs).
+    """The weighted sum of several losses: sum_i weight_i * loss_i(*args, **kwargs).
 
     Args:
-        losses: modules or functions by name; each is called with the same arguments and returns a scalar (or a dict
-            with
-            "total_loss"). Modules are registered, so that .to(), parameters() and state_dict() reach them.
-        weights: factor of each name; names left out have 1.
+        losses: modules or functions by name. Each is called with the same arguments and returns a scalar, or a dict
+            with "total_loss". Modules are registered, so that .to(), parameters() and state_dict() reach them.
+        weights: factor of each name; 1 for names left out.
 
     Raises:
-        ValueError: no loss, a name that is "total_loss", a weight without a loss.
+        ValueError: there is no loss, a loss is named "total_loss", or a weight has no loss.
 
     Example:
-        >>> loss_fn = CompositeLoss({"focal": FocalLoss(), "smooth": LabelSmoothingLoss()}, weights={"smooth": 0.5})
+        >>> losses = {"focal": FocalLoss(32000), "smooth": LabelSmoothingLoss(32000)}
+        >>> loss_fn = CompositeLoss(losses, weights={"smooth": 0.5})
         >>> loss_fn(logits, targets).backward()
     """
 
@@ -41,14 +41,14 @@ class CompositeLoss(nn.Module):
         """The weighted sum.
 
         Args:
-            args, kwargs: given to every loss.
-            return_detailed: return total_loss, and every name's weighted part of it, detached.
+            args, kwargs: passed to every loss.
+            return_detailed: return a dict of total_loss and of the weighted part of each name, detached.
 
         Returns:
             Scalar, or the dict.
 
         Raises:
-            ValueError: a loss that does not return a scalar.
+            ValueError: a loss does not return a scalar.
         """
         parts: dict[str, Tensor] = {}
         for name, weight in self.weights.items():

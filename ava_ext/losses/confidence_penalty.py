@@ -1,7 +1,6 @@
-"""Confidence penalty: eta (1 - H / log V), in [0, eta], with H the entropy of the row and V its columns that are not
-masked.
+"""Confidence penalty: eta (1 - H / log V), with H the entropy of the row and V the number of its unmasked columns.
 
-It is eta for a one-hot prediction and 0 for a uniform one (and where V = 1).
+It is eta for a one-hot prediction and 0 for a uniform one, or if V = 1.
 
 Source: Pereyra et al. 2017, "Regularizing neural networks by penalizing confident output distributions" (there without
 log V).

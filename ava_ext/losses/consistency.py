@@ -13,19 +13,18 @@ DIVERGENCES = ("kl", "js")
 class ConsistencyLoss(nn.Module):
     """T^2 times the mean divergence of two softmax distributions, both at temperature T.
 
-    With p of the targets and q of the logits, log-probabilities of x / T:
+    p is the softmax of targets / T, q that of logits / T:
 
-        "kl":  KL(p || q) = sum_j p_j (log p_j - log q_j)                      (distillation; R-Drop uses both
-        directions)
-        "js":  1/2 KL(p || m) + 1/2 KL(q || m),  m = (p + q) / 2               (symmetrical, at most log 2)
+        "kl":  KL(p || q) = sum_j p_j (log p_j - log q_j)            (distillation; R-Drop uses both directions)
+        "js":  1/2 KL(p || m) + 1/2 KL(q || m),  m = (p + q) / 2     (symmetrical, at most log 2)
 
     T^2 keeps the size of the gradient when T changes (Hinton et al. 2015, "Distilling the knowledge in a neural
-    network"). A column at -inf in both has probability 0 and no part in the sum.
+    network"). A column at -inf in both has probability 0 and adds nothing to the sum.
 
     Args:
         divergence: "kl" or "js".
         temperature: T.
-        detach_targets: no gradient reaches the targets (a teacher).
+        detach_targets: give the targets no gradient, as a teacher's.
 
     Example:
         >>> loss_fn = ConsistencyLoss("js")
@@ -54,7 +53,7 @@ class ConsistencyLoss(nn.Module):
 
         Args:
             logits: predictions.
-            targets: logits of the prediction to agree with.
+            targets: logits of the other prediction.
             attention_mask: not 0 where a row counts; None: all.
             return_detailed: return {"total_loss", "consistency_loss"}, the second detached.
 
@@ -62,7 +61,7 @@ class ConsistencyLoss(nn.Module):
             Scalar, float32 (float64 for float64 logits), or the dict; 0 where no row counts.
 
         Raises:
-            ValueError: shapes that differ.
+            ValueError: the shapes differ.
         """
         if logits.shape != targets.shape:
             raise ValueError(

@@ -26,24 +26,24 @@ def info_nce(
     document_ids: Tensor | None = None,  # [n_pairs]
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Tensor:
-    """Symmetrical InfoNCE: each row of `first` finds its partner among all rows of `second`, and the other way round.
+    """Symmetrical InfoNCE: each row of `first` has to find its partner among all rows of `second`, and the reverse.
 
         loss = 1/2 mean_i [ -log softmax_j(a_i . b_j / temperature)_i  -  log softmax_j(b_i . a_j / temperature)_i ]
 
-    with a, b the rows divided by their length.
+    a and b are the rows divided by their length.
 
     Args:
         first, second: partners at equal positions.
         temperature: of the cosine similarities.
         row_mask: True where a pair counts, as a pair and as a negative; None: all.
-        document_ids: pairs of the same document are no negatives of each other; None: every other pair is one.
-        block_elements: at most so many similarities (and at least one row of them) exist at a time.
+        document_ids: pairs of the same document do not serve as negatives of each other; None: all other pairs do.
+        block_elements: how many similarities are held at a time (at least one row of them).
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 where no pair counts.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: the shapes differ.
 
     Example:
         >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.07) < 1e-5
@@ -105,24 +105,24 @@ def simctg(
 
         loss = sum over pairs i != j of max(0, margin - 1 + cos(h_i, h_j)) / number of pairs
 
-    Pairs are of the same sequence (and segment), over tokens that count; all pairs of the batch share one mean, as in
+    A pair is two tokens that count, of the same sequence and segment. One mean goes over all pairs of the batch, as in
     the authors' code.
 
     Args:
         hidden_states: the last layer's representations.
         attention_mask: not 0 where a token counts; None: all.
-        segment_ids: documents packed in one row are kept apart; [1, n_tokens] broadcasts; None: a row is one segment.
-        margin: rho; 1 - margin is the cosine that costs nothing.
-        block_elements: at most so many similarities (and at least one row of them) exist at a time.
+        segment_ids: separate documents packed in one row; [1, n_tokens] broadcasts; None: a row is one segment.
+        margin: rho; a cosine of at most 1 - margin costs nothing.
+        block_elements: how many similarities are held at a time (at least one row of them).
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 where no sequence has two tokens.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes do not fit.
 
     Example:
-        >>> simctg(torch.ones(1, 5, 8))  # all tokens alike: the margin itself
+        >>> simctg(torch.ones(1, 5, 8))  # all tokens are alike: the margin
         tensor(0.5000)
 
     Source: Su et al. 2022, "A contrastive framework for neural text generation", equation 2.
@@ -201,7 +201,8 @@ class ContrastiveLoss(Part):
 
     Example:
         >>> loss_fn = ContrastiveLoss(temperature=0.07)
-        >>> loss = loss_fn(query_embeddings, document_embeddings)  # [n_pairs, hidden_size] each
+        >>> queries, documents = torch.randn(4, 16), torch.randn(4, 16)  # [n_pairs, hidden_size] each
+        >>> loss = loss_fn(queries, documents)
         >>> loss = loss_fn(hidden_states, attention_mask=attention_mask)  # [batch_size, n_tokens, hidden_size]: SimCTG
     """
 
@@ -254,13 +255,13 @@ class ContrastiveLoss(Part):
         """The weighted loss.
 
         Args:
-            inputs: with targets, the first elements of the pairs; without, [batch_size, n_tokens, hidden_size] for
-                SimCTG, or [2 n_pairs, hidden_size] whose second half holds the partners of the first.
+            inputs: with targets, the first elements of the pairs. Without, [batch_size, n_tokens, hidden_size] for
+                SimCTG, or [2 n_pairs, hidden_size], whose second half holds the partners of the first.
             targets: the second elements of the pairs.
             attention_mask: not 0 where a pair or a token counts; None: all.
             return_detailed: return {"total_loss", "contrastive_loss"}, the second detached.
             segment_ids: SimCTG: documents packed in one row.
-            document_ids: InfoNCE: pairs of one document are no negatives of each other.
+            document_ids: InfoNCE: pairs of one document do not serve as negatives of each other.
 
         Returns:
             Scalar, or the dict.

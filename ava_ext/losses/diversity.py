@@ -1,4 +1,4 @@
-"""Diversity of experts: how alike their outputs are, in O(n_experts) instead of all pairs."""
+"""Diversity of experts: how alike their outputs are, in O(n_experts) instead of O(n_experts^2)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SIMILARITIES = ("cosine", "dot", "l2")
 class DiversityLoss(Part):
     """Mean pairwise similarity of the experts' outputs, per token, then averaged over tokens.
 
-    With u_e an expert's output for a token, the sum over pairs needs no pairs:
+    Let u_e be the output of expert e for a token. The sum over pairs follows from two sums over experts:
 
         sum_{e != f} u_e . u_f = |sum_e u_e|^2 - sum_e |u_e|^2,     divided by n_experts (n_experts - 1)
 
-    similarity="cosine" normalises u_e to length 1 (a zero vector stays zero: similarity 0 with all, gradient 0); the
-    loss is in [-1 / (n_experts - 1), 1]. "dot" takes the outputs as they are. "l2" is minus the mean squared distance,
-    -2 (n_experts sum |u_e|^2 - |sum u_e|^2) / (n_experts (n_experts - 1)). "dot" and "l2" have no lower bound: for
-    outputs whose length something else controls, or as a metric.
+    similarity="cosine" normalises u_e to length 1, so the loss is in [-1 / (n_experts - 1), 1]. A zero vector stays
+    zero: its similarity with all others is 0, its gradient too. "dot" takes the outputs as they are. "l2" is minus the
+    mean squared distance, -2 (n_experts sum |u_e|^2 - |sum u_e|^2) / (n_experts (n_experts - 1)). "dot" and "l2" have
+    no lower bound; use them as a metric, or if something else controls the length of the outputs.
 
     Args:
         weight: factor of the loss.
@@ -52,7 +52,7 @@ class DiversityLoss(Part):
         return cls(config.diversity_weight) if config.use_diversity_loss else None
 
     def of_call(self, call: Call) -> Addends:
-        """The similarity of the experts' outputs, over tokens that are no padding."""
+        """The similarity of the experts' outputs, without padding."""
         outputs = _stack_experts(call.required("expert_outputs", "use_diversity_loss"))
         loss = self(outputs, call.padding_free(outputs.shape[1]))
         return Addends({"diversity_loss": call.rows.batch_share * loss})
@@ -71,11 +71,11 @@ class DiversityLoss(Part):
             return_detailed: return {"total_loss", "diversity_loss"}, the second detached.
 
         Returns:
-            Scalar, float32 (float64 for float64 outputs), or the dict; 0 with zero gradient for fewer than two experts
-            or where no token counts.
+            Scalar, float32 (float64 for float64 outputs), or the dict; 0 with zero gradient if there are fewer than two
+            experts or no token counts.
 
         Raises:
-            ValueError: no expert, experts of different shapes, a mask of another size.
+            ValueError: there is no expert, experts differ in shape, or the mask has another size.
         """
         outputs = _stack_experts(expert_outputs)
         n_experts, n_rows, _ = outputs.shape

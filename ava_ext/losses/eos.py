@@ -1,7 +1,7 @@
 """Early EOS: -w log(1 - p_eos) while fewer than min_sequence_length counted targets of the segment precede the row.
 
-There is no penalty where the target itself is an EOS id. Only counted targets are counted, so that left padding, right
-padding and prompt masking do not shift it.
+A row whose own target is an EOS id is not penalised. Targets that do not count are left out of the number, so padding
+on either side and prompt masking do not shift it.
 
 Source: the unlikelihood form of the minimum length that text generation enforces.
 """
@@ -13,7 +13,7 @@ from ava_ext.losses.component import CandidateSource
 
 
 def from_config(config: UnifiedLossConfig) -> CandidateSource | None:
-    """The penalty where there is an eos_token_id and its weight is above 0."""
+    """The penalty if there is an eos_token_id and the weight is above 0."""
     if not config.eos_ids or config.eos_penalty_weight == 0:
         return None
     return CandidateSource(

@@ -1,4 +1,4 @@
-"""Running statistics that keep their precision whatever the model is cast to."""
+"""Running statistics that keep their precision, whatever the model is cast to."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class Float32Buffers(nn.Module):
-    """A module whose floating buffers keep their dtype, whatever is done to the model around it.
+    """A module whose floating-point buffers keep their dtype when the model around it is cast.
 
-    A running average in bfloat16 stops moving: 1 + 0.001 is 1 there. So .bfloat16(), .half(), .double() and .to(dtype)
-    leave its buffers alone, and load_state_dict casts a checkpoint's to them, also with assign=True. Moves between
-    devices work as ever, and parameters are cast as ever.
+    A running average in bfloat16 stops moving, because 1 + 0.001 is 1 there. So .bfloat16(), .half(), .double() and
+    .to(dtype) leave the buffers alone, and load_state_dict casts a checkpoint's buffers to theirs, also with
+    assign=True. Parameters are cast and everything moves between devices as usual.
 
     Example:
         >>> class Counter(Float32Buffers):

@@ -1,8 +1,8 @@
-"""Immediate repetition: -w log(1 - p_c) for the previous token c, unless it is the target or may repeat.
+"""Immediate repetition: -w log(1 - p_c) for the previous token c, unless c is the target or allowed to repeat.
 
     w = immediate_repetition_weight * min(growth^(run - 1), 4)
 
-where run is the number of equal tokens that end the context; nothing below immediate_repetition_threshold.
+run is the number of equal tokens at the end of the context. Runs below immediate_repetition_threshold cost nothing.
 
 Source: unlikelihood training, Welleck et al. 2019, "Neural text generation with unlikelihood training".
 """

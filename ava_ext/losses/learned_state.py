@@ -1,4 +1,4 @@
-"""State that a component learns while it is used: a temperature, the load of experts, running averages."""
+"""State that a component learns during training: a temperature, the load of experts, running averages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ava_ext.process_group import resolve
 
 
 class LearnedState(Float32Buffers):
-    """A module with state that training calls move. Three rules make its losses repeatable:
+    """A module whose state changes during training. Three rules make its losses repeatable:
 
     - A forward reads what was committed before it.
     - What a forward learns is pending until `step()` commits it, once per optimizer step. Pending tensors are not
-      buffers: DistributedDataParallel broadcasts buffers before every forward, and would overwrite what the other ranks
-      have learned since the last step.
-    - A call counts once. A recomputation of it inside a backward (activation checkpointing) reads what the call read,
-      and records nothing. With reentrant checkpointing the first run has no grad and the second is a recomputation:
-      such calls are never recorded.
+      buffers, because DistributedDataParallel broadcasts buffers before every forward and would overwrite what the
+      other ranks have learned since the last step.
+    - A call counts once. If a backward recomputes it (activation checkpointing), the recomputation reads what the call
+      read and records nothing. Under reentrant checkpointing, the first run has no grad and the second is a
+      recomputation, so such calls are never recorded.
 
-    A subclass registers its buffers, names its other tensors in PENDING and PREVIOUS, and sets them all in
+    A subclass registers its buffers, names its other tensors in PENDING and PREVIOUS, and initialises all of them in
     `reset_parameters`.
     """
 
@@ -54,7 +54,7 @@ class LearnedState(Float32Buffers):
             pending.add_(torch.where(recording, value, 0) if isinstance(recording, Tensor) else value)
 
     def reduce_pending(self, process_group: Any) -> None:
-        """Adds up the pending tensors of every rank."""
+        """Sums the pending tensors over the ranks."""
         group = resolve(process_group)
         if group is not None:
             for name in self.PENDING:
@@ -66,22 +66,22 @@ class LearnedState(Float32Buffers):
         committed: Tensor,  # [...]
         recording: bool | Tensor,  # [] bool
     ) -> None:
-        """Remembers what is committed before a step() moves it, for recomputations of calls that read it."""
+        """Keeps the committed value before step() changes it, for recomputations of calls that read it."""
         previous.copy_(torch.where(recording, committed, previous) if isinstance(recording, Tensor) else committed)
 
     def clear_pending(self) -> None:
-        """Forgets what is pending."""
+        """Discards what is pending."""
         for name in self.PENDING:
             getattr(self, name).zero_()
 
     def reset_parameters(self) -> None:
-        """Sets all of the state as a new module has it, for example after to_empty()."""
+        """Sets all state to that of a new module, for example after to_empty()."""
         raise NotImplementedError
 
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
         """Commits what is pending, summed over process_group. Once per optimizer step.
 
-        recording: a tensor that is False where a traced graph runs as a recomputation, which commits nothing.
+        recording: a tensor that is False if a traced graph runs as a recomputation, which commits nothing.
         """
         raise NotImplementedError
 

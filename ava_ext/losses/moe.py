@@ -1,4 +1,4 @@
-"""Balance of a mixture of experts: a term that steers the router, and DeepSeek-V3's bias that needs no loss."""
+"""Balancing of a mixture of experts: a term that steers the router, and the loss-free bias of DeepSeek-V3."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ class MoEBalance(NamedTuple):
 class MoEBalancer(LearnedState, Part):
     """Steers a router against the running load of its experts.
 
-    Per layer, then averaged over layers, with f the running share of rows of each expert and p the router's
-    probabilities:
+    Let f be the running share of rows of each expert and p the router's probabilities. For each layer, then averaged
+    over layers:
 
         term = gradient_balance_weight * n_experts * sum_e (f_e - 1 / n_experts) * mean_i p_ie
 
-    It is 0 at balance, and its gradient moves probability away from experts that have been chosen too often. f is an
-    exponential average over optimizer steps; a call reads what was committed before it. In training with grad enabled a
-    call adds its counts to those pending since the last `step()`.
+    The term is 0 at balance, and its gradient moves probability away from experts that were chosen too often. f is an
+    exponential average over optimizer steps; a call reads what was committed before it. In training with grad enabled,
+    a call adds its counts to those pending since the last `step()`.
 
     `step()`, once per optimizer step, commits f and moves `expert_bias` by the loss-free rule b_e += u sign(mean(c) -
-    c_e) (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). The user's router adds `expert_bias` to
-    its scores before its top-k (and not to the weights of the chosen experts) and gives the experts it chose as
-    expert_indices. A sigmoid router may leave them out: the choice is then the k largest of score + expert_bias. A
-    model that chooses among groups of experts first must give them.
+    c_e) (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). Your router adds `expert_bias` to its
+    scores before its top-k, but not to the weights of the chosen experts, and passes the experts it chose as
+    expert_indices. With a sigmoid router you may leave them out; the choice is then the k largest of score +
+    expert_bias. If your model chooses among groups of experts first, you must pass them.
 
     Buffers: expert_load (f), expert_counts (since reset_statistics), expert_bias, all [n_layers, n_experts] float32.
 
     Args:
         num_experts: experts of each layer.
-        num_experts_per_token: k of the router's top-k; None: as many as expert_indices name.
+        num_experts_per_token: k of the router's top-k; None: the last size of expert_indices.
         num_moe_layers: layers with a router.
         gradient_balance_weight: weight of the steering term.
         moe_momentum: momentum of the running load.
         expert_bias_rate: u.
         router_score: "softmax" or "sigmoid" (normalised).
-        auto_step: whether every call is followed by step(), so that a recomputation comes one step too late.
+        auto_step: whether step() follows every call, so that a recomputation runs one step later than its call.
 
     Example:
         >>> balancer = MoEBalancer(num_experts=4, num_experts_per_token=1, router_score="sigmoid")
@@ -125,7 +125,7 @@ class MoEBalancer(LearnedState, Part):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets the state of a new module, expert_bias included."""
+        """Sets all state to that of a new module, expert_bias included."""
         self.expert_bias.zero_()
         self.previous_bias.zero_()
         self.reset_statistics()
@@ -148,16 +148,16 @@ class MoEBalancer(LearnedState, Part):
 
         Args:
             gate_logits: router logits in any form that layered_gate_logits takes.
-            expert_indices: experts chosen by the router; a sigmoid router may leave them out: see the class.
+            expert_indices: experts chosen by the router. With a sigmoid router they may be left out; see the class.
             row_mask: True where a row counts; None: all.
 
         Returns:
-            MoEBalance of three scalars; zeros, and no state changed, where no row counts.
+            MoEBalance of three scalars. If no row counts, they are zeros and no state changes.
 
         Raises:
-            ValueError: shapes that do not fit num_experts, num_moe_layers or num_experts_per_token; choices that are
-                not given though they have to be.
-            IndexError: an expert index out of range.
+            ValueError: shapes do not fit num_experts, num_moe_layers or num_experts_per_token, or expert_indices are
+                missing though they are required.
+            IndexError: an expert index is out of range.
         """
         statistics = self.measure(gate_logits, expert_indices, row_mask)
         recording = self.training and torch.is_grad_enabled() and is_first_run(statistics.counts)
@@ -186,10 +186,10 @@ class MoEBalancer(LearnedState, Part):
         self,
         expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n_rows, k] per layer
     ) -> Tensor | None:  # [n_layers, n_experts]
-        """What a top-k of our own adds to the scores: expert_bias, where the choices are not given.
+        """What the module's own top-k adds to the scores: expert_bias, or None if the choices are given.
 
         Raises:
-            ValueError: the choices are not given, and our own would not see the bias that they move.
+            ValueError: the choices are missing, and a top-k of gate_logits would not see the bias that they move.
         """
         if expert_indices is not None or self.bias_rate == 0:
             return None
@@ -205,7 +205,7 @@ class MoEBalancer(LearnedState, Part):
         statistics: RouterStatistics,
         recording: bool | Tensor,  # [] bool
     ) -> MoEBalance:
-        """forward from statistics that have been measured; records them as forward does."""
+        """As forward, from statistics that have been measured."""
         self.record(
             recording,
             pending_counts=statistics.counts,
@@ -219,10 +219,10 @@ class MoEBalancer(LearnedState, Part):
 
     @torch.no_grad()
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
-        """Commits the counts since the last step: the running load and the loss-free bias. Once per optimizer step.
+        """Commits the counts since the last step, and moves the running load and the bias. Once per optimizer step.
 
         Args:
-            process_group: counts are summed over it, so that every rank takes the same step; None: this process alone.
+            process_group: counts are summed over it, so that all ranks take the same step; None: this process alone.
             recording: see LearnedState.step.
         """
         self.reduce_pending(process_group)
@@ -239,7 +239,7 @@ class MoEBalancer(LearnedState, Part):
         self.clear_pending()
 
     def statistics(self) -> dict[str, Tensor]:
-        """Committed since the last reset_statistics, per layer; copies on the device.
+        """What was committed since the last reset_statistics, per layer; copies on the device.
 
         Returns:
             expert_counts [n_layers, n_experts], expert_scores [n_layers, n_experts] (mean router probability),
@@ -254,7 +254,7 @@ class MoEBalancer(LearnedState, Part):
 
     @torch.no_grad()
     def reset_statistics(self) -> None:
-        """Clears counts, scores and the running load; expert_bias is part of the model's routing and stays."""
+        """Clears counts, scores and the running load. expert_bias stays, because it is part of the model's routing."""
         for load in (self.expert_load, self.previous_load):
             load.fill_(1 / self.n_experts)
         for statistic in (self.expert_counts, self.score_sum, self.total_tokens):

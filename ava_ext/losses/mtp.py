@@ -1,4 +1,4 @@
-"""Multi-token prediction: extra depths that predict the tokens after the next one."""
+"""Multi-token prediction: further heads that predict the tokens after the next one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def counted_ahead(
     segments: Tensor | None,  # [batch_size, n_tokens]
     k: int,
 ) -> Tensor:
-    """Weight of the row k positions ahead; 0 where it is beyond the end or in another segment.
+    """Weight of the row k positions ahead; 0 if that is beyond the end or in another segment.
 
     Returns:
         [batch_size, n_tokens]: row_weights[:, t + k] where segments agree.
@@ -47,11 +47,11 @@ def shift_targets(
     k: int,
     ignore_index: int,
 ) -> Tensor:
-    """Targets of depth k: row t predicts targets[:, t + k], if that row counts and lies in the same segment.
+    """Targets of depth k: row t predicts targets[:, t + k] if that row counts and is in the same segment.
 
     Args:
         targets: targets of depth 0.
-        segments: contiguous documents of packed rows; None: a row is one segment.
+        segments: contiguous documents of packed rows; None: each batch row is one segment.
         counted: True where a row counts at depth 0.
         k: depth, >= 1.
         ignore_index: target of rows that do not count at this depth.
@@ -85,7 +85,7 @@ def depth_metrics(
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that begins at 0."""
+    """A linear layer that starts at 0."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -93,11 +93,11 @@ class ZeroLinear(nn.Linear):
 
 
 class ResidualHead(nn.Module):
-    """h + SiLU(Linear(RMSNorm(h))): what a depth adds before the shared head.
+    """h + SiLU(Linear(RMSNorm(h))): the block of a depth in front of the shared head.
 
-    It begins as the identity; SiLU'(0) = 1/2, so it learns from the first step all the same.
+    The block starts as the identity. It still learns from the first step, because SiLU'(0) = 1/2.
 
-    Source: Cai et al. 2024, "Medusa", section 3.1, with a norm in front.
+    Source: Cai et al. 2024, "Medusa", section 3.1, with a norm added in front.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -115,10 +115,10 @@ class ResidualHead(nn.Module):
 class MultiTokenPrediction(Part):
     """mtp_weight * mean over depths k = 1..K of sum_t w_{t+k} CE(depth k's logits at t, targets[t + k]).
 
-    w is the weight of the row that is predicted (token weight / N, 0 where it does not count or is in another segment).
-    Depth k has a head of its own, Linear_k(LayerNorm(h)) with one norm for all, or with mtp_share_head a residual block
-    before the given lm_head: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). The logits of a depth go to head_loss as
-    LinearLogits: what they are computed from.
+    w is the weight of the row that is predicted: token weight / N, or 0 if it does not count or is in another segment.
+    Each depth has its own head, Linear_k(LayerNorm(h)), behind one norm. With mtp_share_head, each depth has a residual
+    block in front of the given lm_head instead: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). head_loss gets the logits of
+    a depth as LinearLogits, that is, what they are computed from.
 
     Args:
         vocab_size, hidden_size: of the heads.
@@ -129,12 +129,13 @@ class MultiTokenPrediction(Part):
         ignore_index: target of a row that does not count.
 
     Attributes:
-        norm: LayerNorm before the heads (Identity with mtp_share_head, whose blocks bring their own).
+        norm: LayerNorm before the heads (Identity with mtp_share_head, whose blocks have their own).
         heads: num_future_tokens x Linear(hidden_size, vocab_size), or ResidualHead with mtp_share_head.
 
     Example:
-        >>> mtp = MultiTokenPrediction(vocab_size=100, hidden_size=16)
-        >>> mtp(hidden_states, targets, torch.full(targets.shape, 1 / targets.numel()), None, head_loss).loss
+        >>> mtp = MultiTokenPrediction(vocab_size=32000, hidden_size=512, num_future_tokens=1)
+        >>> weights = torch.full(targets.shape, 1 / targets.numel())
+        >>> loss = loss + mtp(hidden_states, targets, weights, None, head_loss).loss
 
     Source: Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction"; DeepSeek-V3.
     """
@@ -172,7 +173,7 @@ class MultiTokenPrediction(Part):
 
     @classmethod
     def from_config(cls, config: UnifiedLossConfig) -> MultiTokenPrediction | None:
-        """The heads of the loss, where the configuration asks for some."""
+        """The part where the configuration asks for heads of the loss."""
         if config.mtp_heads != "own" or config.hidden_size is None:
             return None
         return cls(
@@ -186,7 +187,7 @@ class MultiTokenPrediction(Part):
         )
 
     def of_call(self, call: Call) -> Addends:
-        """The term of the call's hidden states; zeros where mtp_active=False."""
+        """The term of the call's hidden states; zeros with mtp_active=False."""
         rows, active = call.rows, call.mtp_active
         if active is False:
             zeros = torch.zeros_like(rows.weights)
@@ -212,19 +213,19 @@ class MultiTokenPrediction(Part):
         """The weighted term and the loss of each depth.
 
         Args:
-            hidden_states: the model's last hidden states; row t is what the logits at t are computed from.
-            targets: row t's target of depth 0 (the next token).
-            row_weights: token weight / N of each row at depth 0; 0 where it does not count. No gradient.
-            segments: contiguous documents of packed rows; None: a row is one segment.
-            head_loss: main's cross-entropy: (logits, targets, row_weights) -> RowLoss of the sum, or of the rows.
-            lm_head_weight: with mtp_share_head, the shared head; without, unused.
+            hidden_states: the model's last hidden states, from which the logits are computed.
+            targets: the target of each row at depth 0 (the next token).
+            row_weights: token weight / N of each row at depth 0, and 0 where it does not count. No gradient.
+            segments: contiguous documents of packed rows; None: each batch row is one segment.
+            head_loss: the main term's cross-entropy, (logits, targets, row_weights) -> RowLoss: the sum, or each row.
+            lm_head_weight: the shared head; unused without mtp_share_head.
             lm_head_bias: its bias, or None.
 
         Returns:
             MTPOutput.
 
         Raises:
-            ValueError: shapes that do not fit; mtp_share_head without lm_head_weight.
+            ValueError: shapes do not fit, or mtp_share_head has no lm_head_weight.
         """
         self._check(hidden_states, targets, row_weights, segments, lm_head_weight)
         weights = row_weights.detach()

@@ -1,6 +1,6 @@
-"""Given negatives: -w log(1 - p_c) for any tokens c that the caller wants pushed down.
+"""Given negatives: -w log(1 - p_c) for any tokens c that the caller chooses.
 
-For example those that a rollout repeated (sequence-level unlikelihood). The row's own target and -1 are left out.
+For example, tokens that a rollout repeated (sequence-level unlikelihood). The row's own target and -1 are left out.
 
 Source: Welleck et al. 2019, "Neural text generation with unlikelihood training", section 5.2.
 """
@@ -16,12 +16,12 @@ from ava_ext.ops.row_fields import Candidates
 
 
 def from_config(config: UnifiedLossConfig) -> CandidateSource:
-    """The penalty of every call that gives negative_ids."""
+    """The penalty of every call that passes negative_ids."""
     return CandidateSource("negative_penalty", given=given_negatives, needs_sequences=False)
 
 
 def given_negatives(call: Call) -> Candidates | None:
-    """The call's negative_ids with their weights (default: 1), or None where it gives none."""
+    """The call's negative_ids with their weights (default: 1), or None if it has none."""
     ids, weights, dtype = call.negative_ids, call.negative_weights, call.rows.weights.dtype
     if ids is None:
         return None

@@ -1,7 +1,7 @@
 """n-gram repetition: -w log(1 - p_c) for each token c that followed an earlier occurrence of the last n - 1 tokens.
 
-These are the tokens that no_repeat_ngram bans in generation. At most ngram_slots of them, most recent first and
-distinct; with ngram_window_size W only followers among the last W context tokens. n = 1 is token-level unlikelihood.
+These are the tokens that no_repeat_ngram bans in generation: at most ngram_slots distinct ones, most recent first. With
+ngram_window_size W, only followers among the last W context tokens are taken. n = 1 is token-level unlikelihood.
 
 Source: Welleck et al. 2019, "Neural text generation with unlikelihood training".
 """

@@ -10,10 +10,10 @@ from ava_ext.config import UnifiedLossConfig
 
 
 class PerplexityLoss(nn.Module):
-    """exp of the mean cross-entropy over the rows that count.
+    """exp of the mean cross-entropy over the rows that count. Mostly useful as a metric.
 
-    Its gradient is that of the cross-entropy times the perplexity: a learning rate for cross-entropy is far too large
-    at the start of training, where perplexity is as large as the vocabulary. Mostly a metric.
+    Its gradient is that of the cross-entropy times the perplexity. At the start of training, perplexity is as large as
+    the vocabulary, and a learning rate for cross-entropy is then far too large.
 
     Args:
         ignore_index: target of a row that does not count.
@@ -39,14 +39,14 @@ class PerplexityLoss(nn.Module):
         Args:
             logits: predictions.
             targets: token ids.
-            attention_mask: not 0 where a row counts; None: all that are not ignore_index.
+            attention_mask: not 0 where a row counts; None: all rows whose target is not ignore_index.
             return_detailed: return {"total_loss", "cross_entropy"}, the second detached.
 
         Returns:
             Scalar, float32 (float64 for float64 logits), or the dict; 1 with zero gradient where no row counts.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes do not fit.
         """
         for name, value in (("targets", targets), ("attention_mask", attention_mask)):
             if value is not None and value.shape != logits.shape[:-1]:

@@ -1,8 +1,10 @@
 """The main term: temperature-scaled, soft-capped cross-entropy with label smoothing.
 
-    z = softcap(logits) / T        n = -log softmax(z)_target        V columns that are not masked
     uniform:         (1 - e) n - e mean_j log softmax(z)_j                (as torch.nn.functional.cross_entropy)
     exclude_target:  (1 - e) n - e mean_{j != target} log softmax(z)_j    (computed as uniform with e V / (V - 1))
+
+z = softcap(logits) / T are the effective logits of the V columns that are not masked, n = -log softmax(z)_target, and e
+is label_smoothing.
 
 Sources: Szegedy et al. 2016, "Rethinking the Inception architecture" (smoothing); Gemma 2, 2024 (soft cap).
 """

@@ -1,4 +1,4 @@
-"""The router's statistics, measured once for every part that reads them."""
+"""The router's statistics, measured once for all parts that read them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def measure_router(
     expert_bias: Tensor | None = None,  # [n_layers, n_experts]
     owner: str,
 ) -> RouterStatistics:
-    """router_statistics of logits and choices in any of their usual forms.
+    """router_statistics, for logits and choices in any of their usual forms.
 
     Args:
         gate_logits, expert_indices: see layered_gate_logits and stack_expert_indices.
         row_mask: True where a row counts; None: all.
-        k: experts per row; None: as many as expert_indices name. Needed where there are none.
-        n_experts, n_layers: what is expected; None: as many as come.
+        k: experts per row; None: the last size of expert_indices. Required without them.
+        n_experts, n_layers: the numbers to expect; None: any.
         score: "softmax" or "sigmoid".
-        expert_bias: added to the scores for a choice of our own.
-        owner: begins the messages.
+        expert_bias: added to the scores for a top-k of gate_logits.
+        owner: the first word of error messages.
 
     Raises:
-        ValueError: on shapes that do not fit; without k and expert_indices.
-        IndexError: on an expert index out of range.
+        ValueError: shapes do not fit, or both k and expert_indices are missing.
+        IndexError: an expert index is out of range.
     """
     layers = layered_gate_logits(gate_logits, n_layers)
     layer_count, n_rows, columns = layers_shape(layers)
@@ -61,7 +61,7 @@ def router_of_call(
     option: str,
     expert_bias: Tensor | None = None,  # [n_layers, n_experts]
 ) -> RouterStatistics:
-    """The statistics of the call's router; option wants them. Measured for the first part that asks."""
+    """The statistics of the call's router, measured for the first part that asks. option is the one that needs them."""
     if "router" not in call.made:
         config = call.config
         gate_logits = call.required("gate_logits", option)

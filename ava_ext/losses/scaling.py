@@ -11,12 +11,12 @@ from torch import Tensor, nn
 class AdaptiveLossScaling(nn.Module):
     """Uncertainty weighting: sum over losses of exp(-s_i) L_i + s_i / 2, with a learned s_i (log variance) for each.
 
-    For a fixed L_i the best s_i is log(2 L_i), where exp(-s_i) L_i = 1/2: losses of any scale come to pull alike. The
-    s_i / 2 keeps the weights from going to 0; weights normalised by a softmax have nothing of the kind and collapse
-    onto the smallest loss. For losses that are positive. Give s_i to the optimizer, without weight decay.
+    For a fixed L_i, the best s_i is log(2 L_i), where exp(-s_i) L_i = 1/2. So losses of any scale end up with the same
+    pull. The s_i / 2 keeps the weights from going to 0. (Weights normalised by a softmax lack such a term, and collapse
+    onto the smallest loss.) The losses must be positive. Give s_i to the optimizer, without weight decay.
 
     Args:
-        names: of the losses.
+        names: those of the losses.
         initial_log_variance: s_i at the start; 0: every weight is 1.
 
     Attributes:
@@ -25,7 +25,7 @@ class AdaptiveLossScaling(nn.Module):
     Example:
         >>> scaling = AdaptiveLossScaling(["main", "auxiliary"])
         >>> scaling({"main": torch.tensor(2.0), "auxiliary": torch.tensor(0.5)})
-        tensor(2.5000, grad_fn=<AddBackward0>)
+        tensor(2.5000, grad_fn=<SumBackward0>)
 
     Source: Kendall, Gal and Cipolla 2018, "Multi-task learning using uncertainty to weigh losses", equation 10.
     """
@@ -47,13 +47,13 @@ class AdaptiveLossScaling(nn.Module):
 
         Args:
             losses: a scalar for every name.
-            return_detailed: return total_loss, and detached: every name's part of it, and weight_<name> = exp(-s).
+            return_detailed: return a dict: total_loss and, detached, the part of each name and weight_<name> = exp(-s).
 
         Returns:
             Scalar, or the dict.
 
         Raises:
-            ValueError: names that are missing or unknown, a loss that is no scalar.
+            ValueError: a name is missing or unknown, or a loss is not a scalar.
         """
         if set(losses) != set(self.log_variance.keys()):
             raise ValueError(

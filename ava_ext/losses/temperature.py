@@ -2,7 +2,8 @@
 
     T = clamp(T0 (1 + gain (cv - 0.075)), bounds),    cv = population standard deviation / mean of the last 100 losses
 
-from 10 losses on. A function of the recent past only: an integrating rule would walk to its bound.
+T stays T0 until 10 losses are recorded. It depends on the recent past only: a rule that integrates would drift to its
+bound.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _step = torch.ops.ava_ext.temperature_step_.default
 
 
 class AdaptiveTemperature(LearnedState):
-    """Watches the unfocused, unsmoothed cross-entropy of each optimizer step and sets the temperature of the next call.
+    """Watches the cross-entropy (without focal and smoothing) of each step, and sets the temperature of the next call.
 
-    All on the device, without synchronisation. A step without a counted row, or whose loss is not finite, is not
-    recorded.
+    Everything happens on the device, without synchronisation. A step is not recorded if none of its rows counts or its
+    loss is not finite.
 
     Buffers: value [], the temperature; history [100], the last losses in a ring; count [], losses recorded so far.
     Pending: pending_loss [] and pending_rows [], sum and number of rows since the last step. previous_value [] is the
@@ -35,8 +36,8 @@ class AdaptiveTemperature(LearnedState):
         initial_temperature: T0.
         bounds: least and greatest temperature.
         gain: how strongly volatility moves the temperature.
-        adapts: False: the temperature stays T0.
-        auto_step: whether every call is followed by step(), so that a recomputation comes one step too late.
+        adapts: if False, the temperature stays T0.
+        auto_step: whether step() follows every call, so that a recomputation runs one step later than its call.
 
     Example:
         >>> temperature = AdaptiveTemperature()
@@ -77,7 +78,7 @@ class AdaptiveTemperature(LearnedState):
 
     @classmethod
     def from_config(cls, config: UnifiedLossConfig) -> AdaptiveTemperature:
-        """The temperature of UnifiedLoss; it is there also where it does not adapt, so that checkpoints fit."""
+        """The temperature of UnifiedLoss. It exists even if it does not adapt, so that checkpoints fit."""
         return cls(
             config.initial_temperature,
             config.temperature_bounds,
@@ -100,7 +101,7 @@ class AdaptiveTemperature(LearnedState):
         return committed(value, self.previous_value if self.auto_step else value, copy=False)
 
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
-        """Records the mean loss since the last step, over the rows of process_group, and sets the temperature."""
+        """Records the mean loss since the last step, over all rows of process_group, and sets the temperature."""
         if not self.adapts:
             return
         if process_group is not None:

@@ -1,4 +1,4 @@
-"""z-loss: beta lse(z)^2, which keeps the log-normaliser near 0 and low-precision logits in range.
+"""z-loss: beta lse(z)^2. It keeps the log-normaliser near 0, and so low-precision logits in range.
 
 Source: Chowdhery et al. 2022, "PaLM"; Mesh TensorFlow.
 """
