@@ -46,14 +46,14 @@ def keep_rows(
 def count_rows(
     config: UnifiedLossConfig,
     targets: Tensor,  # [...]
-    attention_mask: Tensor | None,  # [...]
+    keep: Tensor | None,  # [...] bool, from keep_rows
     token_weights: Tensor | None,  # [...]
     num_items_in_batch: float | Tensor | None,
     dtype: torch.dtype,
 ) -> Rows:
     """Decides which rows count and their weights.
 
-    A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch, else the sum
+    A row counts unless its target is ignore_index or it is padding (not kept). Under "mean", N is num_items_in_batch, else the sum
     of the token weights of the rows that count, else their number. Where that is 0, N is 1: the loss is 0 then, and
     still in the graph. Under "sum" and "none" N is 1.
 
@@ -65,11 +65,10 @@ def count_rows(
             would wait for the device.
     """
     counted = targets != config.ignore_index
-    keep = keep_rows(config, targets, attention_mask)
     if keep is not None:
         counted = counted & keep
         targets = torch.where(counted, targets, config.ignore_index)
-    weights = counted.to(dtype)
+    weights = counted.double() if dtype == torch.float64 else counted.float()  # the words that dispatch fastest
     n_counted = weights.sum()
     if token_weights is not None:
         weights = torch.where(counted, token_weights.to(dtype), 0.0)
