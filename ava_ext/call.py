@@ -82,10 +82,8 @@ class Call:
 
     def __post_init__(self) -> None:
         config = self.config
-        if (
-            isinstance(self.hidden_states, (tuple, list)) and self.hidden_states
-        ):  # of every layer: the head reads the last
-            self.hidden_states = self.hidden_states[-1]
+        if isinstance(self.hidden_states, (tuple, list)) and self.hidden_states:  # of every layer
+            self.hidden_states = self.hidden_states[-1]  # what the head reads
         if isinstance(self.lm_head_weight, nn.Module):
             self.lm_head_weight, self.lm_head_bias = _weight_and_bias(self.lm_head_weight, self.lm_head_bias)
         self.logits = _logits_of(self)
@@ -100,7 +98,9 @@ class Call:
                 value = getattr(self, name)
                 if value is not None:
                     setattr(self, name, value.unsqueeze(0))
-        targets = self.targets.long()  # before ignore_index is shifted in: uint8 has no -100
+        targets = self.targets
+        if targets.dtype != torch.int64:
+            targets = targets.long()  # before ignore_index is shifted in: uint8 has no -100
         self.segments = None
         if is_packed:
             shape = (targets.shape[0], targets.shape[1])
@@ -112,7 +112,8 @@ class Call:
             keep = keep_rows(config, context, self.attention_mask)
             self.context = context if keep is None else torch.where(keep, context, config.ignore_index)
         attention_mask, token_weights = self.attention_mask, self.token_weights
-        self.keep_tokens = self.keep_targets = keep_rows(config, targets, attention_mask)
+        keep = keep_rows(config, targets, attention_mask)
+        self.keep_tokens = self.keep_targets = keep
         if not config.labels_are_shifted:
             targets = shift_left(targets, config.ignore_index)
             attention_mask = None if attention_mask is None else shift_left(attention_mask, 0)
@@ -122,7 +123,7 @@ class Call:
             if self.segments is not None:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
         dtype = accumulation_dtype(self.logits.dtype)
-        self.rows = count_rows(config, targets, attention_mask, token_weights, self.num_items_in_batch, dtype)
+        self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
 
     def required(self, argument: str, option: str) -> Any:
         """The argument, or a ValueError that names it and the option that wants it."""
@@ -222,25 +223,22 @@ def _check_shapes(call: Call) -> None:
         raise ValueError(
             f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(shape)}"
         )
-    if logits.shape[:-1] != shape:
-        raise _bad_shape("targets", logits.shape[:-1], targets)
-    if logits.shape[-1] < vocab_size:
+    *rows_shape, n_columns = logits.shape
+    if (*rows_shape,) != shape:
+        raise _bad_shape("targets", (*rows_shape,), targets)
+    if n_columns < vocab_size:
         raise ValueError(
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
     if targets.device != logits.device:
         raise ValueError(f"unified_loss: expected targets on {logits.device} as the logits, got {targets.device}")
-    integers = (("targets", targets), ("input_ids", call.input_ids), ("negative_ids", call.negative_ids))
-    for name, ids in integers:
+    for name in ("targets", "input_ids", "negative_ids"):
+        ids = getattr(call, name)
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
-    of_rows = (
-        ("attention_mask", call.attention_mask),
-        ("token_weights", call.token_weights),
-        ("input_ids", call.input_ids),
-    )
-    for name, given in of_rows:
+    for name in ("attention_mask", "token_weights", "input_ids"):
+        given = getattr(call, name)
         if given is not None and given.shape != shape:
             raise _bad_shape(name, shape, given)
     if call.token_weights is not None and call.token_weights.requires_grad:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import immediate_repetition, ngram
+from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
 from ava_ext.ops.row_fields import RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
-from ava_ext.reduction import count_rows
+from ava_ext.reduction import count_rows, keep_rows
 from ava_ext.unified_loss import UnifiedLoss
 
 
@@ -151,6 +152,62 @@ class AntiRepetitionLoss(UnifiedLoss):
         super().__init__(vocab_size, **{"primary_loss_type": "standard", **ids, **both, **options})
 
 
+class PenaltySchedule(LearnedState):
+    """A factor that moves from initial to final over the first optimizer steps.
+
+        factor = initial + (final - initial) min(steps / warmup_steps, 1)
+
+    Buffers: steps [], optimizer steps so far.
+
+    Args:
+        initial_weight, final_weight: the factor before the first and after the last step of the warm-up.
+        warmup_steps: its length.
+
+    Example:
+        >>> schedule = PenaltySchedule(0.0, 4.0, warmup_steps=8)
+        >>> schedule.step()
+        >>> schedule.factor()
+        tensor(0.5000)
+    """
+
+    statistics_name = "penalty_schedule"
+    PENDING = ()
+    READ = ("steps",)
+
+    steps: Tensor
+
+    def __init__(self, initial_weight: float, final_weight: float, warmup_steps: int) -> None:
+        super().__init__()
+        self.initial_weight = initial_weight
+        self.final_weight = final_weight
+        self.warmup_steps = warmup_steps
+        self.register_buffer("steps", torch.empty((), dtype=torch.int64))
+        self.previous_steps = torch.empty((), dtype=torch.int64)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begins the schedule again."""
+        self.steps.zero_()
+        self.previous_steps.zero_()
+
+    def factor(self) -> Tensor:
+        """[]: the present factor; on the device, so that the schedule neither recompiles nor waits."""
+        # of integers, the quotient would have the default type, which may be one that ends at 65504
+        progress = (self.read("steps").to(torch.float32) / self.warmup_steps).clamp_max(1.0)
+        return self.initial_weight + (self.final_weight - self.initial_weight) * progress
+
+    def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
+        """Counts a step."""
+        self.steps.add_(recording)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """steps and factor; scalars on the device."""
+        return {"steps": self.steps.clone(), "factor": self.factor()}
+
+    def reset_statistics(self) -> None:
+        """Nothing: the schedule is no statistic."""
+
+
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
     """AntiRepetitionLoss whose penalty weights change over the first optimizer steps.
 
@@ -164,7 +221,8 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         initial_weight, final_weight: factors of the penalties at the start and after the warm-up.
         warmup_steps: length of the warm-up, at least 1.
 
-    Buffers: steps [], the optimizer steps so far.
+    Attributes:
+        schedule: a module whose buffer steps [] counts optimizer steps.
 
     Raises:
         ValueError: warmup_steps is below 1, or a weight is negative.
@@ -173,8 +231,6 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         >>> loss_fn = AdaptiveAntiRepetitionLoss(32000, initial_weight=0.0, final_weight=4.0, warmup_steps=1000)
         >>> loss_fn(logits, targets).backward(); optimizer.step(); loss_fn.step()
     """
-
-    steps: Tensor
 
     def __init__(
         self,
@@ -193,25 +249,18 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
                 "adaptive_anti_repetition_loss: expected warmup_steps >= 1 and weights >= 0, got "
                 f"{warmup_steps}, initial_weight={initial_weight} and final_weight={final_weight}"
             )
-        self.initial_weight = initial_weight
-        self.final_weight = final_weight
-        self.warmup_steps = warmup_steps
+        self.schedule = PenaltySchedule(initial_weight, final_weight, warmup_steps)
+        self._state_names += ("schedule",)
         self._learns = True
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def reset_parameters(self) -> None:
-        """Restarts the schedule."""
-        self.steps.zero_()
+    @property
+    def steps(self) -> Tensor:
+        """[]: optimizer steps so far."""
+        return self.schedule.steps
 
     def penalty_factor(self) -> Tensor:
-        """[]: the current factor of the penalties, on the device, so that the schedule neither recompiles nor waits."""
-        # of integers, the quotient would have the default type, which may be one that ends at 65504
-        progress = (self.steps.to(torch.float32) / self.warmup_steps).clamp_max(1.0)
-        return self.initial_weight + (self.final_weight - self.initial_weight) * progress
-
-    def _commit(self, recording: bool | Tensor) -> None:
-        super()._commit(recording)
-        self.steps.add_(recording)
+        """[]: the present factor of the penalties."""
+        return self.schedule.factor()
 
 
 class NGramRepetitionPenalty(UnifiedLoss):
@@ -321,7 +370,8 @@ class MultiTokenPredictionLoss(nn.Module):
             ValueError: shapes do not fit.
         """
         dtype = accumulation_dtype(hidden_states.dtype)
-        rows = count_rows(self.config, targets.long(), attention_mask, None, None, dtype)
+        targets = targets.long()
+        rows = count_rows(self.config, targets, keep_rows(self.config, targets, attention_mask), None, None, dtype)
 
         def head_loss(logits: Any, targets: Tensor, row_weights: Tensor) -> RowLoss:
             options = row_options(row_weights)

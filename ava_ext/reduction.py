@@ -43,7 +43,7 @@ def keep_rows(
 def count_rows(
     config: UnifiedLossConfig,
     targets: Tensor,  # [...]
-    attention_mask: Tensor | None,  # [...]
+    keep: Tensor | None,  # [...] bool, from keep_rows
     token_weights: Tensor | None,  # [...]
     num_items_in_batch: float | Tensor | None,
     dtype: torch.dtype,
@@ -62,11 +62,10 @@ def count_rows(
             that would wait for the device.
     """
     counted = targets != config.ignore_index
-    keep = keep_rows(config, targets, attention_mask)
     if keep is not None:
         counted = counted & keep
         targets = torch.where(counted, targets, config.ignore_index)
-    weights = counted.to(dtype)
+    weights = counted.double() if dtype == torch.float64 else counted.float()  # the words that dispatch fastest
     n_counted = weights.sum()
     if token_weights is not None:
         weights = torch.where(counted, token_weights.to(dtype), 0.0)

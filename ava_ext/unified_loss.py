@@ -36,8 +36,7 @@ class UnifiedLoss(nn.Module):
 
     Call `step()` once per optimizer step. It commits the adaptive temperature, the expert load and the expert bias.
     With auto_step=True, every training forward with grad enabled is followed by it. A forward reads what was committed
-    before it and counts once, also under activation checkpointing (see `losses.learned_state`). With auto_step=True,
-    run the backward of a checkpointed call before the next call, because the loss remembers the state of one call only.
+    before it and counts once, also under activation checkpointing (see `losses.learned_state`).
 
     Every option reads as an attribute, such as `loss_fn.vocab_size`. Options are fixed: a new value needs a new loss.
 
@@ -76,7 +75,7 @@ class UnifiedLoss(nn.Module):
         states = [name for name, child in self.named_children() if isinstance(child, LearnedState)]
         self._state_names = tuple(states)
         self._learns = config.temperature_adapts or len(states) > 1
-        parts = self._parts()
+        parts = [getattr(self, name) for name in self._part_names]
         keys = [term.key for term in row_terms if term.key] + [source.key for source in sources]
         self._keys = tuple(dict.fromkeys(keys + [key for part in parts for key in part.keys]))
         self._main_metrics = tuple(term.metric for term in row_terms if term.metric)
@@ -175,15 +174,18 @@ class UnifiedLoss(nn.Module):
             negative_weights=negative_weights,
             contrastive_pair=contrastive_pair,
         )
-        if self._learns and self.training and torch.is_grad_enabled():
-            call.recording = is_first_run(call.rows.weights)
-        temperature = self.temperature.read() if self.config.temperature_adapts else None
+        if self._learns and torch.is_grad_enabled():
+            first_run = is_first_run(call.rows.weights)
+            for name in self._state_names:
+                getattr(self, name).begin(first_run, targets)
+            call.recording = first_run if self.training else False
+        temperature = self.temperature.read("value") if self.config.temperature_adapts else None
         rows = self.row_pass.run(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
         total = rows.loss
         terms: dict[str, Tensor] = {}  # what the pass over the rows does not give
         metrics: dict[str, Tensor] = {}
-        for part in self._parts():
-            addends = part.of_call(call)
+        for name in self._part_names:
+            addends = getattr(self, name).of_call(call)
             terms |= addends.terms
             metrics |= addends.metrics
         for addend in terms.values():
@@ -193,10 +195,6 @@ class UnifiedLoss(nn.Module):
         if call.recording is not False:
             self._learn(call, rows)
         return self._detailed(total, call, rows, terms, metrics) if return_detailed else total
-
-    def _parts(self) -> list[Any]:
-        """The parts that are on."""
-        return [getattr(self, name) for name in self._part_names]
 
     def penalty_factor(self) -> Tensor | None:  # []
         """The factor of the weights of repetition penalties; None: 1. Schedules override it."""

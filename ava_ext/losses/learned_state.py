@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from ava_ext.losses.float32_buffers import Float32Buffers
+from ava_ext.ops.committed import CallMemory, committed, is_checkpointed
 from ava_ext.process_group import resolve
+
+
+def _previous(name: str) -> str:
+    return f"previous_{name}"
 
 
 class LearnedState(Float32Buffers):
@@ -19,20 +24,25 @@ class LearnedState(Float32Buffers):
       buffers, because DistributedDataParallel broadcasts buffers before every forward and would overwrite what the
       other ranks have learned since the last step.
     - A call counts once. If a backward recomputes it (activation checkpointing), the recomputation reads what the call
-      read and records nothing. Under reentrant checkpointing, the first run has no grad and the second is a
-      recomputation, so such calls are never recorded.
+      read and records nothing. A call is recognised by the targets that it was given. If the checkpointed function
+      makes the targets itself, and in a graph of torch.compile, only the last call is remembered. Under reentrant
+      checkpointing, the first run has no grad and the second is a recomputation, so such calls are never recorded.
 
-    A subclass registers its buffers, names its other tensors in PENDING and PREVIOUS, and initialises all of them in
-    `reset_parameters`.
+    A subclass registers its buffers, names in READ those that its forward reads, sets previous_<name> beside each of
+    these, names its pending tensors in PENDING, and initialises all of them in `reset_parameters`.
     """
 
     statistics_name: ClassVar[str]  # its entry in UnifiedLoss.get_loss_statistics()
     PENDING: ClassVar[tuple[str, ...]]  # what calls have learned since the last step()
-    PREVIOUS: ClassVar[tuple[str, ...]] = ()  # what was committed before the last step()
+    READ: ClassVar[tuple[str, ...]] = ()  # what a forward reads
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = CallMemory()
 
     def _apply(self, fn: Any, recurse: bool = True) -> LearnedState:
         super()._apply(fn, recurse)
-        for name in self.PENDING + self.PREVIOUS:
+        for name in self.PENDING + tuple(map(_previous, self.READ)):
             before = getattr(self, name)
             after = fn(before)
             setattr(self, name, after if after.dtype == before.dtype else before.to(after.device))
@@ -60,14 +70,27 @@ class LearnedState(Float32Buffers):
             for name in self.PENDING:
                 torch.distributed.all_reduce(getattr(self, name), group=group)
 
-    @staticmethod
-    def keep_previous(
-        previous: Tensor,  # [...]
-        committed: Tensor,  # [...]
-        recording: bool | Tensor,  # [] bool
+    def begin(
+        self,
+        first_run: bool | Tensor,  # [] bool, where a traced graph finds out when it runs
+        given: Tensor,  # any: what a recomputation of the same call is given too
     ) -> None:
-        """Keeps the committed value before step() changes it, for recomputations of calls that read it."""
-        previous.copy_(torch.where(recording, committed, previous) if isinstance(recording, Tensor) else committed)
+        """To be called with grad enabled before a forward reads: remembers what it will read, for recomputations."""
+        if isinstance(first_run, Tensor):
+            for name in self.READ:
+                previous = getattr(self, _previous(name))
+                previous.copy_(torch.where(first_run, getattr(self, name), previous))
+        elif self.READ and is_checkpointed():
+            read = self.memory.recall(given)
+            if first_run:
+                read = [getattr(self, name).clone() for name in self.READ]
+                self.memory.remember(given, read)
+            for name, value in zip(self.READ, read or (), strict=False):
+                getattr(self, _previous(name)).copy_(value)
+
+    def read(self, name: str) -> Tensor:
+        """The committed tensor of this name, as this call sees it. Copy it where a backward needs it."""
+        return committed(getattr(self, name), getattr(self, _previous(name)))
 
     def clear_pending(self) -> None:
         """Discards what is pending."""

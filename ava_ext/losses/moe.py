@@ -13,7 +13,8 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.router import load_variation, max_violation, measure_router, router_of_call
-from ava_ext.ops.committed import committed, is_first_run
+from ava_ext.ops.committed import is_first_run
+from ava_ext.ops.router_layers import with_router
 from ava_ext.ops.router_rows import RouterStatistics
 
 
@@ -53,7 +54,6 @@ class MoEBalancer(LearnedState, Part):
         moe_momentum: momentum of the running load.
         expert_bias_rate: u.
         router_score: "softmax" or "sigmoid" (normalised).
-        auto_step: whether step() follows every call, so that a recomputation runs one step later than its call.
 
     Example:
         >>> balancer = MoEBalancer(num_experts=4, num_experts_per_token=1, router_score="sigmoid")
@@ -66,7 +66,7 @@ class MoEBalancer(LearnedState, Part):
     METRICS = ("moe_cv", "moe_max_violation")
     statistics_name = "moe_balancing"
     PENDING = ("pending_counts", "pending_scores", "pending_tokens")
-    PREVIOUS = ("previous_load", "previous_bias")
+    READ = ("expert_load", "expert_bias")
 
     expert_load: Tensor
     expert_counts: Tensor
@@ -84,7 +84,6 @@ class MoEBalancer(LearnedState, Part):
         moe_momentum: float = UnifiedLossConfig.moe_momentum,
         expert_bias_rate: float = UnifiedLossConfig.expert_bias_rate,
         router_score: str = UnifiedLossConfig.router_score,
-        auto_step: bool = False,
     ) -> None:
         super().__init__()
         self.n_experts = num_experts
@@ -94,7 +93,6 @@ class MoEBalancer(LearnedState, Part):
         self.momentum = moe_momentum
         self.bias_rate = expert_bias_rate
         self.score = router_score
-        self.auto_step = auto_step
         shape = (num_moe_layers, num_experts)
         for buffer in ("expert_load", "expert_counts", "expert_bias", "score_sum"):
             self.register_buffer(buffer, torch.empty(shape, dtype=torch.float32))
@@ -103,8 +101,8 @@ class MoEBalancer(LearnedState, Part):
         self.pending_counts = torch.empty(shape, dtype=torch.float32)
         self.pending_scores = torch.empty(shape, dtype=torch.float32)
         self.pending_tokens = torch.empty((), dtype=torch.int64)
-        self.previous_load = torch.empty(shape, dtype=torch.float32)
-        self.previous_bias = torch.empty(shape, dtype=torch.float32)
+        self.previous_expert_load = torch.empty(shape, dtype=torch.float32)
+        self.previous_expert_bias = torch.empty(shape, dtype=torch.float32)
         self.reset_parameters()
 
     @classmethod
@@ -120,14 +118,13 @@ class MoEBalancer(LearnedState, Part):
             moe_momentum=config.moe_momentum,
             expert_bias_rate=config.expert_bias_rate,
             router_score=config.router_score,
-            auto_step=config.auto_step,
         )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets all state to that of a new module, expert_bias included."""
         self.expert_bias.zero_()
-        self.previous_bias.zero_()
+        self.previous_expert_bias.zero_()
         self.reset_statistics()
 
     def of_call(self, call: Call) -> Addends:
@@ -159,9 +156,13 @@ class MoEBalancer(LearnedState, Part):
                 missing though they are required.
             IndexError: an expert index is out of range.
         """
-        statistics = self.measure(gate_logits, expert_indices, row_mask)
-        recording = self.training and torch.is_grad_enabled() and is_first_run(statistics.counts)
-        return self.balance(statistics, recording)
+        recording: bool | Tensor = False
+        layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router(gate_logits)
+        if torch.is_grad_enabled() and layers:
+            first_run = is_first_run(layers[0])
+            self.begin(first_run, layers[0])
+            recording = first_run if self.training else False
+        return self.balance(self.measure(gate_logits, expert_indices, row_mask), recording)
 
     def measure(
         self,
@@ -198,7 +199,7 @@ class MoEBalancer(LearnedState, Part):
                 "moe_balancer: expected expert_indices: expert_bias follows what the router chose, and the top-k of a "
                 "softmax router's gate_logits does not see it; got None (expert_bias_rate=0 does without the bias)"
             )
-        return committed(self.expert_bias, self.previous_bias if self.auto_step else self.expert_bias)
+        return self.read("expert_bias")
 
     def balance(
         self,
@@ -212,7 +213,7 @@ class MoEBalancer(LearnedState, Part):
             pending_scores=statistics.probability_sum.detach(),
             pending_tokens=statistics.n_rows[0].to(torch.int64),
         )
-        load = committed(self.expert_load, self.previous_load if self.auto_step else self.expert_load)
+        load = self.read("expert_load")
         mean_probability = statistics.probability_sum / statistics.n_rows.clamp_min(1).unsqueeze(-1)
         steering = ((load - 1 / self.n_experts) * mean_probability).sum(dim=-1).mean()
         return MoEBalance(self.weight * self.n_experts * steering, *load_variation(statistics.counts))
@@ -223,12 +224,10 @@ class MoEBalancer(LearnedState, Part):
 
         Args:
             process_group: counts are summed over it, so that all ranks take the same step; None: this process alone.
-            recording: see LearnedState.step.
+            recording: see LearnedState.step; nothing pending moves nothing.
         """
         self.reduce_pending(process_group)
         counts = self.pending_counts
-        self.keep_previous(self.previous_load, self.expert_load, recording)
-        self.keep_previous(self.previous_bias, self.expert_bias, recording)
         total = counts.sum(dim=-1, keepdim=True)
         moved = self.momentum * self.expert_load + (1 - self.momentum) * counts / total.clamp_min(1)
         self.expert_load.copy_(torch.where(total > 0, moved, self.expert_load))
@@ -255,7 +254,7 @@ class MoEBalancer(LearnedState, Part):
     @torch.no_grad()
     def reset_statistics(self) -> None:
         """Clears counts, scores and the running load. expert_bias stays, because it is part of the model's routing."""
-        for load in (self.expert_load, self.previous_load):
+        for load in (self.expert_load, self.previous_expert_load):
             load.fill_(1 / self.n_experts)
         for statistic in (self.expert_counts, self.score_sum, self.total_tokens):
             statistic.zero_()

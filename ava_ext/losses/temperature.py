@@ -16,7 +16,6 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.learned_state import LearnedState
-from ava_ext.ops.committed import committed
 
 HISTORY = 100  # losses kept: kHistory in csrc/temperature.h
 _step = torch.ops.ava_ext.temperature_step_.default
@@ -29,15 +28,13 @@ class AdaptiveTemperature(LearnedState):
     loss is not finite.
 
     Buffers: value [], the temperature; history [100], the last losses in a ring; count [], losses recorded so far.
-    Pending: pending_loss [] and pending_rows [], sum and number of rows since the last step. previous_value [] is the
-    temperature before the last step, for recomputations.
+    Pending: pending_loss [] and pending_rows [], sum and number of rows since the last step.
 
     Args:
         initial_temperature: T0.
         bounds: least and greatest temperature.
         gain: how strongly volatility moves the temperature.
         adapts: if False, the temperature stays T0.
-        auto_step: whether step() follows every call, so that a recomputation runs one step later than its call.
 
     Example:
         >>> temperature = AdaptiveTemperature()
@@ -47,7 +44,7 @@ class AdaptiveTemperature(LearnedState):
 
     statistics_name = "temperature"
     PENDING = ("pending_loss", "pending_rows")
-    PREVIOUS = ("previous_value",)
+    READ = ("value",)
 
     value: Tensor
     history: Tensor
@@ -60,14 +57,12 @@ class AdaptiveTemperature(LearnedState):
         gain: float = UnifiedLossConfig.temperature_gain,
         *,
         adapts: bool = True,
-        auto_step: bool = UnifiedLossConfig.auto_step,
     ) -> None:
         super().__init__()
         self.initial = initial_temperature
         self.bounds = bounds
         self.gain = gain
         self.adapts = adapts
-        self.auto_step = auto_step
         self.register_buffer("value", torch.empty((), dtype=torch.float32))
         self.register_buffer("history", torch.empty(HISTORY, dtype=torch.float32))
         self.register_buffer("count", torch.empty((), dtype=torch.int64))
@@ -84,7 +79,6 @@ class AdaptiveTemperature(LearnedState):
             config.temperature_bounds,
             config.temperature_gain,
             adapts=config.temperature_adapts,
-            auto_step=config.auto_step,
         )
 
     @torch.no_grad()
@@ -95,20 +89,13 @@ class AdaptiveTemperature(LearnedState):
         for tensor in (self.history, self.count, self.pending_loss, self.pending_rows):
             tensor.zero_()
 
-    def read(self) -> Tensor:  # []
-        """The temperature of this call; to be copied, since step() writes over it."""
-        value = self.value
-        return committed(value, self.previous_value if self.auto_step else value, copy=False)
-
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
         """Records the mean loss since the last step, over all rows of process_group, and sets the temperature."""
         if not self.adapts:
             return
         if process_group is not None:
             self.reduce_pending(process_group)
-        value = self.value
-        self.keep_previous(self.previous_value, value, recording)
-        state = (value, self.history, self.count, self.pending_loss, self.pending_rows)
+        state = (self.value, self.history, self.count, self.pending_loss, self.pending_rows)
         _step(*state, self.initial, self.gain, *self.bounds)
 
     def statistics(self) -> dict[str, Tensor]:

@@ -1,16 +1,25 @@
 """Committed state: what a forward may read, also when it is computed again inside a backward.
 
-Activation checkpointing runs a forward twice: once, and once more inside the backward that follows. With auto_step the
-state has moved in between. The second run must read what the first one read, and must not be counted again.
+Activation checkpointing runs a forward twice: once, and once more inside the backward that follows. The state may have
+moved in between. The second run must read what the first one read, and must not be counted again.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # private in torch, but what its own checkpointing asks; without it nothing is taken for a recomputation
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
+
+def is_checkpointed() -> bool:
+    """Whether this forward may be computed again: checkpointing that is not reentrant hooks into what autograd saves."""
+    return _saved_tensors_hooks(False) is not None
 
 
 def _is_recomputation(like: Tensor) -> Tensor:
@@ -45,13 +54,40 @@ def is_first_run(
 def committed(
     value: Tensor,  # [...]
     previous: Tensor,  # [...]
-    copy: bool = True,
 ) -> Tensor:  # [...]
-    """A copy of value, or in a recomputation of previous. A backward may keep it: nobody writes over it.
-
-    copy=False, for callers that copy it themselves: outside a traced graph the tensor itself.
-    """
+    """value, or in a recomputation previous. Copy it where a backward needs it: step() writes over it."""
     if torch.compiler.is_compiling():
         return torch.ops.ava_ext.committed(value, previous)
-    read = value if _graph_task_id() == -1 else previous
-    return read.clone() if copy else read
+    # reentrant checkpointing runs first without grad: no such call moves the state
+    return value if _graph_task_id() == -1 or not is_checkpointed() else previous
+
+
+class CallMemory:
+    """What calls under activation checkpointing have read, by a tensor that each was given.
+
+    It lasts as long as that tensor, which checkpointing keeps for the second run. A copied or pickled module has none.
+    """
+
+    def __init__(self) -> None:
+        self._read: Any = WeakTensorKeyDictionary()
+
+    def remember(
+        self,
+        given: Tensor,  # any
+        read: list[Tensor],
+    ) -> None:
+        """Keeps what the call that was given this tensor has read."""
+        self._read[given] = read
+
+    def recall(
+        self,
+        given: Tensor,  # any
+    ) -> list[Tensor] | None:
+        """What it has read; None where the call is not known: the checkpointed function itself made the tensor."""
+        return self._read.get(given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallMemory:
+        return CallMemory()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CallMemory, ()

@@ -89,7 +89,7 @@ def test_numbers_that_are_no_integers(dtype):
         "row_loss: expected targets": lambda: row_loss(logits, targets, options),
         "token_log_probs: expected targets": lambda: token_log_probs(logits, targets),
         "softmax_statistics: expected ids": lambda: softmax_statistics(logits, targets.unsqueeze(-1)),
-        "row_loss: expected candidate ids": lambda: row_loss(
+        "row_loss: expected candidate_ids": lambda: row_loss(
             logits, torch.tensor([1, 2]), options, candidates=Candidates(targets[:, None], torch.ones(2, 1), (1,))
         ),
     }.items():
