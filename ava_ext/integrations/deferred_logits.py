@@ -12,8 +12,6 @@ from torch import Tensor
 class DeferredLogits:
     """What a head gives in place of logits: its input, and a record of what the model does to its output.
 
-        logits = outer * tanh(inner * (hidden_states @ weight.T + bias)), or without a tanh inner * (...)
-
     A model multiplies by numbers and caps softly (Gemma, Granite, Cohere); a loss of hidden states can do the same.
     Anything else that is done to it raises TypeError: nothing that a model does to its logits is left out silently.
 
@@ -26,51 +24,49 @@ class DeferredLogits:
         self,
         hidden_states: Tensor,  # [..., hidden_size]
         owner: str,
-        inner: float = 1.0,
-        outer: float | None = None,
+        operations: tuple[tuple[str, float], ...] = (),
     ) -> None:
         self.hidden_states = hidden_states
         self.owner = owner
-        self.inner = inner
-        self.outer = outer
+        self.operations = operations  # in their order: "times", "over" or "tanh", and by what
 
     @property
     def softcap(self) -> float | None:
         """c of c tanh(logits / c); None: no soft cap."""
-        return self.outer
+        names = [name for name, _ in self.operations]
+        return _factor(self.operations[names.index("tanh") :]) if "tanh" in names else None
 
     @property
     def scale(self) -> float:
         """What the logits are multiplied by, before the soft cap."""
-        scale = self.inner if self.outer is None else self.inner * self.outer
+        scale = _factor(self.operations)
         return 1.0 if abs(scale - 1) < 1e-12 else scale
 
     def compute(self, head: Callable[[Tensor], Tensor]) -> Tensor:  # [..., n_columns]
         """The logits, as the model would have computed them from what its head gives."""
         logits = head(self.hidden_states)
-        if self.inner != 1.0:
-            logits = logits * self.inner
-        return logits if self.outer is None else logits.tanh() * self.outer
+        for name, number in self.operations:
+            logits = logits * number if name == "times" else logits / number if name == "over" else logits.tanh()
+        return logits
 
-    def _multiplied(self, factor: Any) -> DeferredLogits:
-        if not isinstance(factor, (int, float)):
-            raise self._unknown(f"multiplies its logits by a {type(factor).__name__}")
-        inner, outer = (self.inner * factor, None) if self.outer is None else (self.inner, self.outer * factor)
-        return DeferredLogits(self.hidden_states, self.owner, inner, outer)
+    def _then(self, name: str, number: Any = 1.0) -> DeferredLogits:
+        if not isinstance(number, (int, float)):
+            raise self._unknown(f"scales its logits by a {type(number).__name__}")
+        return DeferredLogits(self.hidden_states, self.owner, (*self.operations, (name, number)))
 
     def __mul__(self, factor: Any) -> DeferredLogits:
-        return self._multiplied(factor)
+        return self._then("times", factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> DeferredLogits:
-        return self._multiplied(1 / divisor if isinstance(divisor, (int, float)) else divisor)
+        return self._then("over", divisor)
 
     def tanh(self) -> DeferredLogits:
         """The soft cap's tanh."""
-        if self.outer is not None:
+        if self.softcap is not None:
             raise self._unknown("takes tanh of its logits twice")
-        return DeferredLogits(self.hidden_states, self.owner, self.inner, 1.0)
+        return self._then("tanh")
 
     def float(self) -> DeferredLogits:
         """Itself: the loss computes in float32 at least."""
@@ -121,3 +117,11 @@ class DeferredLogits:
             f"fuse_lm_head: expected {self.owner} to scale or softly cap its logits on the way to self.loss_function, "
             f"and nothing else, but it {what}: use attach_loss, which takes the logits that the model computes"
         )
+
+
+def _factor(operations: tuple[tuple[str, float], ...]) -> float:
+    """What they multiply by in all."""
+    factor = 1.0
+    for name, number in operations:
+        factor = factor * number if name == "times" else factor / number if name == "over" else factor
+    return factor

@@ -277,7 +277,7 @@ class LossInForward(nn.Module):
                 n_tokens = loss_fn.count_items(
                     given["targets"], given.get("attention_mask"), position_ids=given.get("position_ids")
                 )
-                added = added * (n_tokens / n_items)
+                added = added * (n_tokens.to(loss.dtype) / n_items)
             loss = loss + added.to(loss.dtype)
         if parts is not None:
             if has_aux_loss and added is not None:
