@@ -106,7 +106,9 @@ class ExpertBiasBinding:
     def _record(self, layer: int, router: nn.Module, arguments: Any, output: Any) -> None:
         tensors = [value for value in output if isinstance(value, Tensor)] if isinstance(output, tuple) else []
         indices = [value for value in tensors if not value.is_floating_point()]
-        logits = [value for value in tensors if value.is_floating_point() and value.shape[-1] == self.balancer.n_experts]
+        logits = [
+            value for value in tensors if value.is_floating_point() and value.shape[-1] == self.balancer.n_experts
+        ]
         if len(indices) != 1 or not logits:
             raise TypeError(
                 f"bind_expert_bias: expected {type(router).__name__} to return router logits [n_rows, "

@@ -39,7 +39,9 @@ def _check_whole(layer: nn.Linear) -> None:
     weight = layer.weight
     if hasattr(weight, "ds_id"):
         raise _refused(
-            layer, "a weight that DeepSpeed ZeRO 3 has partitioned", "use attach_loss, or ZeRO 1 or 2 with the fused head"
+            layer,
+            "a weight that DeepSpeed ZeRO 3 has partitioned",
+            "use attach_loss, or ZeRO 1 or 2 with the fused head",
         )
     if weight.is_meta:
         raise _refused(layer, "a weight on the meta device", "load it first")
@@ -69,7 +71,9 @@ def _merged(head: Any) -> tuple[Tensor, Tensor | None]:
     for name in head.active_adapters:
         if name not in head.lora_A:
             continue
-        dropout, lora_A, lora_B, scale = (part[name] for part in (head.lora_dropout, head.lora_A, head.lora_B, head.scaling))
+        dropout, lora_A, lora_B, scale = (
+            part[name] for part in (head.lora_dropout, head.lora_A, head.lora_B, head.scaling)
+        )
         if head.training and getattr(dropout, "p", 0.0) > 0:
             raise _refused(head, f"lora_dropout={dropout.p}", "use lora_dropout=0.0 for the head, or attach_loss")
         delta = scale * (lora_B.weight @ lora_A.weight)
@@ -91,4 +95,6 @@ def _merged(head: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _refused(head: nn.Module, what: str, instead: str) -> TypeError:
-    return TypeError(f"fuse_lm_head: expected a head that is one linear layer, got {type(head).__name__} with {what}: {instead}")
+    return TypeError(
+        f"fuse_lm_head: expected a head that is one linear layer, got {type(head).__name__} with {what}: {instead}"
+    )

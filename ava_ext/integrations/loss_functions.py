@@ -38,7 +38,9 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     ) -> Tensor:  # []
         config = loss_fn.config
         if ignore_index not in (None, config.ignore_index):
-            raise ValueError(f"causal_lm_loss: expected ignore_index={config.ignore_index} as the loss, got {ignore_index}")
+            raise ValueError(
+                f"causal_lm_loss: expected ignore_index={config.ignore_index} as the loss, got {ignore_index}"
+            )
         of_call = with_labels_shifted(loss_fn, shift_labels is not None)
         targets = labels if shift_labels is None else shift_labels
         # a copy: models add to it in place

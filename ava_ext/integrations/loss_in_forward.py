@@ -151,7 +151,9 @@ class LossInForward(nn.Module):
         self._recorded = logits
         return torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
 
-    def _with_loss(self, forward: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _with_loss(
+        self, forward: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         """forward(*arguments, **options), whose positional arguments have these names, with the loss in its output."""
         options = {**dict(zip(names, arguments, strict=False)), **options}
         of_loss = {name: options.pop(name, None) for name in _OF_LOSS}
@@ -224,7 +226,9 @@ class LossInForward(nn.Module):
         """Arguments of the loss."""
         name, config = type(self).__name__, self.unified_loss.config
         if logits is None:
-            raise TypeError(f"fuse_lm_head: expected {name} to compute its loss by self.loss_function, which it did not call")
+            raise TypeError(
+                f"fuse_lm_head: expected {name} to compute its loss by self.loss_function, which it did not call"
+            )
         shifted = of_loss["shift_labels"]
         labels = options["labels"] if shifted is None else shifted
         given = {"targets": labels, "num_items_in_batch": of_loss["num_items_in_batch"]}
@@ -293,7 +297,11 @@ class LossInForward(nn.Module):
 @functools.cache
 def _class_with(mixin: type[nn.Module], cls: type[nn.Module], is_fused: bool) -> type[nn.Module]:
     """A class of the same name as cls, with mixin before it."""
-    contents: dict[str, Any] = {"class_before_loss": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    contents: dict[str, Any] = {
+        "class_before_loss": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
     if mixin is LossInForward:
         contents |= {"is_fused": is_fused, "forward": _forward_of(cls)}
     return type(cls.__name__, (mixin, cls), contents)
@@ -323,7 +331,9 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
     inner = causal_lm_of(model)
     name, config = type(inner).__name__, loss_fn.config
     if isinstance(inner, LossInForward):
-        raise ValueError(f"{owner}: expected a model without a loss in it, got {name} with one: call unfuse(model) first")
+        raise ValueError(
+            f"{owner}: expected a model without a loss in it, got {name} with one: call unfuse(model) first"
+        )
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
         raise TypeError(f"{owner}: expected a causal language model of transformers, got {name}")
     if "forward" in vars(inner):
@@ -332,7 +342,9 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
             "library has put there: put the loss into the model before Accelerator.prepare, SFTTrainer and the like"
         )
     if config.labels_are_shifted:
-        raise ValueError(f"{owner}: expected a loss with labels_are_shifted=False, got True: UnifiedLoss.from_model sets it")
+        raise ValueError(
+            f"{owner}: expected a loss with labels_are_shifted=False, got True: UnifiedLoss.from_model sets it"
+        )
     if config.reduction == "none":
         raise ValueError(f"{owner}: expected a loss with reduction 'mean' or 'sum', got 'none'")
     head = inner.get_output_embeddings()
@@ -349,7 +361,10 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
     parameter = next(inner.parameters())
     inner.unified_loss = loss_fn.to(parameter.device)
     inner._keys_before_loss = inner._keys_to_ignore_on_save
-    inner._keys_to_ignore_on_save = {*(inner._keys_before_loss or ()), *(f"unified_loss.{key}" for key in loss_fn.state_dict())}
+    inner._keys_to_ignore_on_save = {
+        *(inner._keys_before_loss or ()),
+        *(f"unified_loss.{key}" for key in loss_fn.state_dict()),
+    }
     inner._recorded, inner._is_recording, inner.report_parts, inner.loss_parts = None, False, False, None
     inner.__class__ = _class_with(LossInForward, type(inner), is_fused)
     return model

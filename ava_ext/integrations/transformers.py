@@ -124,12 +124,12 @@ class UnifiedLossCallback(TrainerCallback):
             return
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"UnifiedLossCallback: expected the checkpoint in {folder}, got no such folder")
-        content = {"loss": self.loss_fn.state_dict(), "log_history": json.dumps(state.log_history)}
+        content = {"loss": self.loss_fn.state_dict(), "log_history": json.dumps(state.log_history, sort_keys=True)}
         torch.save(content, os.path.join(folder, FILE_NAME))
 
     def _load(self, args: TrainingArguments, state: TrainerState) -> None:
         folders = [self.resume_from, args.resume_from_checkpoint, _checkpoint_folder(args, state)]
-        history = json.dumps(state.log_history)
+        history = json.dumps(state.log_history, sort_keys=True)
         for folder in folders:
             path = os.path.join(folder, FILE_NAME) if isinstance(folder, str) else ""
             if os.path.isfile(path):
@@ -174,7 +174,9 @@ class UnifiedLossTrainerMixin:
         >>> trainer = MyTrainer(model, args, train_dataset=data, loss_fn=loss_fn)
     """
 
-    def __init__(self, model: Any = None, *arguments: Any, loss_fn: UnifiedLoss, fuse: bool = True, **options: Any) -> None:
+    def __init__(
+        self, model: Any = None, *arguments: Any, loss_fn: UnifiedLoss, fuse: bool = True, **options: Any
+    ) -> None:
         for name in ("model_init", "compute_loss_func"):
             if options.get(name) is not None:
                 raise ValueError(f"UnifiedLossTrainerMixin: expected no {name}, got one: the loss is in the model")
@@ -272,9 +274,7 @@ class UnifiedLossTrainerMixin:
             n_calls, self._logged_step = trainer.state.global_step - self._logged_step, trainer.state.global_step
         self._meters[is_training].reset()
         values.pop("total_loss", None)
-        return {
-            name: value if name in METRICS else value / max(n_calls, 1) for name, value in values.items()
-        }
+        return {name: value if name in METRICS else value / max(n_calls, 1) for name, value in values.items()}
 
 
 class UnifiedLossTrainer(UnifiedLossTrainerMixin, Trainer):

@@ -58,7 +58,9 @@ def test_what_is_no_linear_layer_is_refused():
     with pytest.raises(TypeError, match=r"lora_dropout=0.5: use lora_dropout=0.0"):
         fuse_lm_head(model.train(), plain_loss(model))
     other = peft.get_peft_model(tiny("Llama"), peft.LoHaConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(TypeError, match="expected a head that is one linear layer, got Linear with a forward of its own"):
+    with pytest.raises(
+        TypeError, match="expected a head that is one linear layer, got Linear with a forward of its own"
+    ):
         fuse_lm_head(other, plain_loss(other))
 
 
