@@ -16,8 +16,11 @@ from ava_ext.losses import CANDIDATES, PARTS, ROW_TERMS
 from ava_ext.losses.component import Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
+from ava_ext.model_config import options_of
 from ava_ext.ops.committed import is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.process_group import resolve
+from ava_ext.row_count import rows_of_targets
 from ava_ext.row_pass import CROSS_ENTROPY, RowPass, RowPassOutput
 
 
@@ -82,6 +85,49 @@ class UnifiedLoss(nn.Module):
         self._sequence_keys = tuple(source.key for source in sources if source.needs_sequences) + tuple(
             part.keys[0] for part in parts if part.needs_sequences
         )
+
+    @classmethod
+    def from_model(cls, model_or_config: Any, *, fused: bool = True, **options: Any) -> UnifiedLoss:
+        """The loss of a causal language model, with what its configuration says; see `model_config.options_of`.
+
+        Args:
+            model_or_config: a model of transformers, or its configuration.
+            fused: for a loss that gets hidden states and the head's weight: it also applies the model's soft cap and
+                scale of the logits. False: for a loss that gets the model's logits, in which they are already.
+            options: any option; they win over what the model says.
+
+        Raises:
+            ValueError: the configuration has no vocab_size, or needs an option that does not exist.
+
+        Example:
+            >>> loss_fn = UnifiedLoss.from_model(model, primary_loss_type="standard", auto_step=False)
+        """
+        return cls(**options_of(model_or_config, fused, **options))
+
+    @torch.no_grad()
+    def count_items(
+        self,
+        targets: Tensor,  # [batch_size, n_tokens] or [n_rows]
+        attention_mask: Tensor | None = None,  # as targets
+        group: Any = None,
+        *,
+        position_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
+    ) -> Tensor:  # [] int64
+        """N of exactly this loss: how many rows of these targets count. Nothing waits for the device.
+
+        Args:
+            targets, attention_mask, position_ids: as forward gets them.
+            group: process group over which to add up; "world": the default one; None: this process alone.
+
+        Example:
+            >>> n_items = sum(loss_fn.count_items(batch["labels"]) for batch in micro_batches)
+        """
+        n_items = rows_of_targets(
+            self.config, targets, attention_mask=attention_mask, position_ids=position_ids
+        ).weights.count_nonzero()
+        if resolve(group) is not None:
+            torch.distributed.all_reduce(n_items, group=resolve(group))
+        return n_items
 
     def forward(
         self,

@@ -1,0 +1,119 @@
+"""DeepSeek-V3's balancing without a loss, for models of transformers whose routers have a correction bias."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ava_ext.integrations.loss_in_forward import causal_lm_of
+from ava_ext.losses.moe import MoEBalancer
+from ava_ext.ops.committed import is_first_run
+from ava_ext.unified_loss import UnifiedLoss
+
+_BIAS = "e_score_correction_bias"
+
+
+def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBinding:
+    """Lets the loss's expert_bias move the routers of a model (DeepSeek-V3, GLM-4 MoE and others with
+    e_score_correction_bias).
+
+    Hooks record what each router chose, for the loss; before every forward, and before the state of the model is saved,
+    expert_bias is copied into the routers. The bias that the model has now is where it begins. With
+    `fuse_lm_head` or `attach_loss` the loss then gets gate_logits and expert_indices by itself; in a loop of one's own,
+    pass `**binding.take()` to the loss.
+
+    Args:
+        model: before it is wrapped. loss_fn: with use_moe_balancing=True, as UnifiedLoss.from_model(model) counts layers
+            and experts; gradient_balance_weight=0.0 for the bias alone.
+
+    Returns:
+        The binding; `remove()` takes the hooks away.
+
+    Raises:
+        ValueError: a loss without balancing, or for other numbers of layers or experts. TypeError: a router that does
+            not return router logits and the experts it chose.
+
+    Example:
+        >>> loss_fn = UnifiedLoss.from_model(model, use_moe_balancing=True, gradient_balance_weight=0.0, auto_step=False)
+        >>> bind_expert_bias(fuse_lm_head(model, loss_fn), loss_fn)
+    """
+    inner = causal_lm_of(model)
+    routers = [module for module in inner.modules() if isinstance(getattr(module, _BIAS, None), Tensor)]
+    balancer = getattr(loss_fn, MoEBalancer.name)
+    if balancer is None:
+        raise ValueError("bind_expert_bias: expected a loss with use_moe_balancing=True, got False")
+    shapes = [(*getattr(router, _BIAS).shape,) for router in routers]
+    if shapes != [(balancer.n_experts,)] * balancer.n_layers:
+        raise ValueError(
+            f"bind_expert_bias: expected num_moe_layers = {balancer.n_layers} routers with {_BIAS} of shape "
+            f"[{balancer.n_experts}], got {len(routers)} of shapes {sorted(set(shapes))}"
+        )
+    inner.expert_bias_binding = binding = ExpertBiasBinding(inner, routers, balancer)
+    return binding
+
+
+class ExpertBiasBinding:
+    """What `bind_expert_bias` returns."""
+
+    def __init__(self, model: nn.Module, routers: list[nn.Module], balancer: MoEBalancer) -> None:
+        self.routers = routers
+        self.balancer = balancer
+        self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
+        with torch.no_grad():
+            for layer, router in enumerate(routers):
+                balancer.expert_bias[layer].copy_(getattr(router, _BIAS))
+                balancer.previous_bias[layer].copy_(getattr(router, _BIAS))
+        self._hooks = [
+            router.register_forward_hook(functools.partial(self._record, layer)) for layer, router in enumerate(routers)
+        ]
+        self._hooks += [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_state_dict_pre_hook(self._before_state_dict),
+        ]
+
+    def take(self) -> dict[str, list[Tensor]]:
+        """gate_logits and expert_indices of the last forward, one [n_rows, ...] per layer; as arguments of the loss."""
+        if len(self._chosen) != len(self.routers):
+            raise ValueError(
+                f"bind_expert_bias: expected a forward through {len(self.routers)} routers before the loss, got "
+                f"{len(self._chosen)}"
+            )
+        chosen = [self._chosen[layer] for layer in range(len(self.routers))]
+        self._chosen = {}
+        return {"gate_logits": [logits for logits, _ in chosen], "expert_indices": [indices for _, indices in chosen]}
+
+    @torch.no_grad()
+    def copy_bias(self) -> None:
+        """Copies expert_bias into the routers."""
+        for layer, router in enumerate(self.routers):
+            getattr(router, _BIAS).copy_(self.balancer.expert_bias[layer])
+
+    def remove(self) -> None:
+        """Takes the hooks away; the routers keep the bias that they have."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_forward(self, model: nn.Module, arguments: Any) -> None:
+        self._chosen = {}
+        self.copy_bias()
+
+    def _before_state_dict(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.copy_bias()
+
+    def _record(self, layer: int, router: nn.Module, arguments: Any, output: Any) -> None:
+        tensors = [value for value in output if isinstance(value, Tensor)] if isinstance(output, tuple) else []
+        indices = [value for value in tensors if not value.is_floating_point()]
+        logits = [
+            value for value in tensors if value.is_floating_point() and value.shape[-1] == self.balancer.n_experts
+        ]
+        if len(indices) != 1 or not logits:
+            raise TypeError(
+                f"bind_expert_bias: expected {type(router).__name__} to return router logits [n_rows, "
+                f"{self.balancer.n_experts}] and the experts it chose, got "
+                f"{[list(value.shape) for value in tensors] or type(output).__name__}"
+            )
+        if is_first_run(indices[0]) is not False:  # checkpointing runs a layer again inside the backward
+            self._chosen[layer] = (logits[0], indices[0])

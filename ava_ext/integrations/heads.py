@@ -1,0 +1,100 @@
+"""The weight of a language model's head, with its gradients: a linear layer, or one under an adapter of peft."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_columns, hidden_size], [n_columns]
+    """What the head multiplies by and adds; gradients of both reach whatever they are made of.
+
+    torch.nn.Linear gives its own. LoRA and DoRA (peft) give the merged weight, W + s B A, rows of the length that DoRA
+    learns: one [n_columns, hidden_size] more per call. A ModulesToSaveWrapper gives its active copy.
+
+    Raises:
+        TypeError: a head that does something else, or whose weight is not here as a whole; what to do instead.
+    """
+    if hasattr(head, "_hf_hook"):
+        raise _refused(head, "weights that accelerate moves to the device for each call", "keep the head on its device")
+    peft = sys.modules.get("peft")
+    if peft is not None:
+        if isinstance(head, peft.utils.other.ModulesToSaveWrapper):
+            is_on = not head.disable_adapters and head.active_adapters
+            return weight_and_bias(head.modules_to_save[head.active_adapters[0]] if is_on else head.original_module)
+        if isinstance(head, peft.tuners.lora.Linear):
+            return _merged(head)
+    cls = getattr(head, "class_before_loss", type(head))  # a head whose input is recorded is of a class made for it
+    if not isinstance(head, nn.Linear) or cls.forward is not nn.Linear.forward or "forward" in vars(head):
+        raise _refused(head, "a forward of its own", "use attach_loss, which takes the logits that the model computes")
+    _check_whole(head)
+    return head.weight, head.bias
+
+
+def _check_whole(layer: nn.Linear) -> None:
+    """Refuses a weight of which only a shard is here, or whose memory goes before the loss reads it."""
+    weight = layer.weight
+    if hasattr(weight, "ds_id"):
+        raise _refused(
+            layer,
+            "a weight that DeepSpeed ZeRO 3 has partitioned",
+            "use attach_loss, or ZeRO 1 or 2 with the fused head",
+        )
+    if weight.is_meta:
+        raise _refused(layer, "a weight on the meta device", "load it first")
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(weight, distributed.DTensor):
+        raise _refused(
+            layer,
+            f"a sharded weight (DTensor, {weight.placements})",
+            "leave the head in the root's fully_shard unit, whose forward computes the loss, or use attach_loss",
+        )
+    if hasattr(layer, "_get_fsdp_state"):
+        raise _refused(
+            layer,
+            "a fully_shard unit of its own, which gives the weight back before the loss is computed",
+            "leave the head in the root's unit, or use attach_loss",
+        )
+
+
+def _merged(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Of a peft.tuners.lora.Linear: what its forward computes, as one linear layer."""
+    base = head.get_base_layer()
+    weight, bias = weight_and_bias(base)
+    if head.disable_adapters or head.merged:
+        if head.disable_adapters and head.merged:
+            raise _refused(head, "merged adapters that are disabled", "unmerge them first")
+        return weight, bias
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        dropout, lora_A, lora_B, scale = (
+            part[name] for part in (head.lora_dropout, head.lora_A, head.lora_B, head.scaling)
+        )
+        if head.training and getattr(dropout, "p", 0.0) > 0:
+            raise _refused(head, f"lora_dropout={dropout.p}", "use lora_dropout=0.0 for the head, or attach_loss")
+        delta = scale * (lora_B.weight @ lora_A.weight)
+        variant = head.lora_variant.get(name)
+        if variant is None:
+            weight = weight + delta.to(weight.dtype)
+            if lora_B.bias is not None:
+                shift = (scale * lora_B.bias).to(weight.dtype)
+                bias = shift if bias is None else bias + shift
+        elif getattr(variant, "__name__", type(variant).__name__) == "DoraLinearVariant" and weight is base.weight:
+            merged = weight.to(delta.dtype) + delta
+            # a constant in the backward, as in section 4.3 of "DoRA: Weight-decomposed low-rank adaptation"
+            length = torch.linalg.vector_norm(merged.detach(), dim=1)
+            magnitude = head.lora_magnitude_vector[name].weight
+            weight = ((magnitude / length).unsqueeze(1) * merged).to(weight.dtype)
+        else:
+            raise _refused(head, "an adapter that is neither LoRA nor a single DoRA", "use attach_loss")
+    return weight, bias
+
+
+def _refused(head: nn.Module, what: str, instead: str) -> TypeError:
+    return TypeError(
+        f"fuse_lm_head: expected a head that is one linear layer, got {type(head).__name__} with {what}: {instead}"
+    )

@@ -1,0 +1,108 @@
+"""UnifiedLoss in the forms in which transformers calls a loss: of a model, and of Trainer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.unified_loss import UnifiedLoss
+
+
+def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
+    """For model.loss_function: the loss of logits and of labels that are not shifted, or of shift_labels.
+
+    A model hands over neither attention_mask nor router logits: padding is told by labels of -100, and what the model
+    itself adds to its loss stays. `attach_loss` has them all.
+
+    Raises:
+        ValueError: a loss with logit_softcap: a model caps its logits before it calls its loss function.
+
+    Example:
+        >>> model.loss_function = causal_lm_loss(UnifiedLoss.from_model(model, fused=False))
+    """
+    refuse_logit_options(loss_fn.config, "causal_lm_loss")
+
+    def loss(
+        logits: Tensor,  # [batch_size, n_tokens, n_columns]
+        labels: Tensor | None = None,  # [batch_size, n_tokens]
+        vocab_size: int | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        ignore_index: int | None = None,
+        shift_labels: Tensor | None = None,  # [batch_size, n_tokens]
+        **options: Any,
+    ) -> Tensor:  # []
+        config = loss_fn.config
+        if ignore_index not in (None, config.ignore_index):
+            raise ValueError(
+                f"causal_lm_loss: expected ignore_index={config.ignore_index} as the loss, got {ignore_index}"
+            )
+        of_call = with_labels_shifted(loss_fn, shift_labels is not None)
+        targets = labels if shift_labels is None else shift_labels
+        # a copy: models add to it in place
+        return of_call(logits, targets, num_items_in_batch=num_items_in_batch).clone()
+
+    return loss
+
+
+def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
+    """For Trainer(compute_loss_func=...): the loss of a causal model's outputs and of labels that are not shifted.
+
+    Trainer gives neither attention_mask nor position_ids, and takes the labels from the model, which then cannot add
+    its own auxiliary loss: UnifiedLossTrainerMixin has them all.
+
+    Raises:
+        ValueError: a loss with logit_softcap, which the outputs have gone through already, or with terms of a router,
+            which need attention_mask; when called, outputs with an auxiliary loss, which would be left out.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data, compute_loss_func=trainer_loss(loss_fn))
+    """
+    config = loss_fn.config
+    refuse_logit_options(config, "trainer_loss")
+    for option in ("use_auxiliary_loss", "use_moe_balancing"):
+        if getattr(config, option):
+            raise ValueError(
+                f"trainer_loss: {option}=True needs the attention_mask, which Trainer does not give to a loss function: "
+                "use UnifiedLossTrainerMixin"
+            )
+
+    def loss(
+        outputs: Any,  # of the model: .logits [batch_size, n_tokens, n_columns]
+        labels: Tensor,  # [batch_size, n_tokens]
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:  # []
+        if getattr(outputs, "aux_loss", None) is not None:
+            raise ValueError(
+                "trainer_loss: the model computes an auxiliary loss, which Trainer would leave out: use "
+                "UnifiedLossTrainerMixin, which adds it, or set model.config.output_router_logits=False"
+            )
+        of_call = with_labels_shifted(loss_fn, False)
+        # a copy: Trainer multiplies it in place
+        return of_call(outputs, labels, num_items_in_batch=num_items_in_batch).clone()
+
+    return loss
+
+
+def refuse_logit_options(config: UnifiedLossConfig, owner: str) -> None:
+    """Raises ValueError where the loss would do to a model's logits what the model has done to them already."""
+    for option, without in (("logit_softcap", None), ("logit_scale", 1.0)):
+        value = getattr(config, option, without)
+        if value not in (None, without):
+            raise ValueError(
+                f"{owner}: expected a loss without {option}, got {value}: the logits of a model are capped and scaled "
+                "already. UnifiedLoss.from_model(model, fused=False) leaves both out; fuse_lm_head wants them"
+            )
+
+
+def with_labels_shifted(loss_fn: UnifiedLoss, are_shifted: bool) -> UnifiedLoss:
+    """The same loss, its state and parameters included, with this labels_are_shifted."""
+    if loss_fn.config.labels_are_shifted == are_shifted:
+        return loss_fn
+    other = copy.copy(loss_fn)
+    other.config = dataclasses.replace(loss_fn.config, labels_are_shifted=are_shifted)
+    return other

@@ -1,0 +1,383 @@
+"""A causal language model of transformers whose forward computes UnifiedLoss.
+
+The model's own forward runs as it is, whatever it does between its inputs and its loss function; only the head may be
+held back, and the loss function. The class of the instance changes, not the class itself: copies, pickles, and whatever
+wraps forward (DistributedDataParallel, torch.compile, accelerate) then work as with any model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.integrations.deferred_logits import DeferredLogits
+from ava_ext.integrations.heads import weight_and_bias
+from ava_ext.integrations.loss_functions import causal_lm_loss, refuse_logit_options, with_labels_shifted
+from ava_ext.model_config import logit_options, text_config
+from ava_ext.ops.row_fields import accumulation_dtype
+from ava_ext.unified_loss import UnifiedLoss
+
+# arguments of forward that are the loss's alone; the model's own forward does not see them
+_OF_LOSS = ("num_items_in_batch", "shift_labels", "skip_logits", "loss_inputs")
+
+
+def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
+    """Lets model(..., labels=labels) compute loss_fn from the model's logits; returns the model.
+
+    As `fuse_lm_head`, but the logits exist, as the model computes them: for heads that fuse_lm_head refuses, and for
+    models that scale their logits.
+
+    Raises:
+        ValueError: the loss caps or scales logits that the model has capped or scaled already; a model that has a loss
+            attached, or a forward of its instance.
+    """
+    return _put_into(model, loss_fn, is_fused=False)
+
+
+def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
+    """Lets model(..., labels=labels) compute loss_fn from hidden states; returns the model.
+
+    The logits never exist as a whole in training: output.logits is then absent. Without labels the output is as
+    before. In evaluation (model.eval()) there are logits too, unless skip_logits=True is given.
+
+    The loss becomes a module of the model, `model.unified_loss`: its parameters are trained, moved and reduced over
+    ranks with the model's. save_pretrained leaves it out; UnifiedLossCallback saves it.
+
+    The model's forward takes, beside its own arguments: num_items_in_batch (N, see UnifiedLoss), shift_labels
+    (labels that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the loss, such as
+    token_weights). attention_mask and position_ids reach the loss where they are [batch_size, n_tokens]. A loss that
+    needs router logits gets them. What the model itself adds to its loss (the load balancing of a mixture of experts)
+    is added here too, times the share of num_items_in_batch that this call has.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).
+        loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap of the model has to be the loss's as well.
+
+    Raises:
+        TypeError: a head that is not one linear layer, or a model that does something unknown to its logits. Sharded
+            weights: what to do is in the message.
+        ValueError: a loss without the model's soft cap or scale; a model that has a loss attached.
+
+    Example:
+        >>> model = fuse_lm_head(LlamaForCausalLM(config), UnifiedLoss.from_model(config))
+        >>> model(input_ids=input_ids, labels=input_ids).loss.backward()
+    """
+    return _put_into(model, loss_fn, is_fused=True)
+
+
+def unfuse(model: nn.Module) -> UnifiedLoss:
+    """Takes the loss out of a model that `fuse_lm_head` or `attach_loss` put it into, and returns it."""
+    model = causal_lm_of(model)
+    if not isinstance(model, LossInForward):
+        raise ValueError(f"unfuse: expected a model with a loss in it, got {type(model).__name__}")
+    loss_fn = model.unified_loss
+    head = model.get_output_embeddings()
+    if isinstance(head, RecordsInput):
+        head.__class__ = head.class_before_loss
+    model._keys_to_ignore_on_save = model._keys_before_loss
+    for name in ("unified_loss", "_keys_before_loss", "_recorded", "_is_recording", "loss_parts", "report_parts"):
+        delattr(model, name)
+    model.__class__ = model.class_before_loss
+    return loss_fn
+
+
+def causal_lm_of(model: nn.Module) -> nn.Module:
+    """The model of transformers inside what wraps it: torch.compile, DistributedDataParallel, peft."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+class RecordsInput(nn.Module):
+    """A head, first in the bases of a class made for it, that keeps what it was given, or gives no logits yet."""
+
+    class_before_loss: ClassVar[type[nn.Module]]
+    input_of_head: Tensor | None = None  # [..., hidden_size]
+    mode: str | None = None  # "record", "defer", or None: as before
+    owner: str = ""
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:  # [..., hidden_size]
+        if self.mode is None:
+            return super().forward(hidden_states, *arguments, **options)
+        self.input_of_head = hidden_states
+        if self.mode == "defer":
+            return DeferredLogits(hidden_states, self.owner)
+        return super().forward(hidden_states, *arguments, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _made_of, (RecordsInput, self.class_before_loss), self.__dict__
+
+
+class LossInForward(nn.Module):
+    """A causal language model, first in the bases of a class made for it, whose forward computes `unified_loss`.
+
+    Attributes:
+        unified_loss: the loss.
+        report_parts: whether to keep what the loss is made of, in loss_parts.
+        loss_parts: of the last call with labels, the dict of return_detailed without graph, and model_aux_loss where
+            the model added something; None where report_parts is False.
+    """
+
+    class_before_loss: ClassVar[type[nn.Module]]
+    is_fused: ClassVar[bool]
+    accepts_loss_kwargs = True  # for Trainer: num_items_in_batch is what the loss is divided by
+    unified_loss: UnifiedLoss
+    loss_parts: dict[str, Tensor] | None
+    report_parts: bool
+    expert_bias_binding: Any = None
+
+    @property
+    def loss_function(self) -> Any:
+        """While forward runs, takes what the loss is computed of; otherwise the loss of logits."""
+        if self._is_recording:
+            return self._record
+        return causal_lm_loss(self.unified_loss)
+
+    def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
+        """Stands for the model's loss function; gives a zero, to which the model may add."""
+        self._recorded = logits
+        return torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+
+    def _with_loss(
+        self, forward: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """forward(*arguments, **options), whose positional arguments have these names, with the loss in its output."""
+        options = {**dict(zip(names, arguments, strict=False)), **options}
+        of_loss = {name: options.pop(name, None) for name in _OF_LOSS}
+        labels, shifted = options.get("labels"), of_loss["shift_labels"]
+        if labels is None and shifted is None:
+            return forward(**options)
+        return_dict = options.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        options["labels"] = shifted if labels is None else labels  # the model asks only whether there are any
+        config = self.unified_loss.config
+        needs_router = config.use_auxiliary_loss or config.use_moe_balancing
+        adds_router = needs_router and self.expert_bias_binding is None and not self._router_logits_wanted(options)
+        if adds_router:
+            options["output_router_logits"] = True
+        head = self._head()
+        head.mode, self._is_recording = "defer" if self.is_fused else "record", True
+        try:
+            output = forward(**options, return_dict=True)
+        finally:
+            head.mode, self._is_recording = None, False
+        logits, self._recorded = self._recorded, None
+        hidden_states, head.input_of_head = head.input_of_head, None
+        given = self._inputs_of_loss(head, logits, hidden_states, options, of_loss)
+        if needs_router:
+            given |= self._router(output)
+        fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
+        added = None if adds_router else output["loss"]
+        if adds_router:  # asked for by the loss alone, which weighs it itself
+            fields.pop("aux_loss", None)
+            fields.pop("router_logits", None)
+        fields["loss"] = self._loss(given, shifted is not None, added, "aux_loss" in fields)
+        if not self.is_fused:
+            fields["logits"] = logits
+        elif not self.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
+            fields["logits"] = logits.compute(head)
+        result = type(output)(**fields)
+        return result if return_dict else result.to_tuple()
+
+    def _router_logits_wanted(self, options: dict[str, Any]) -> bool:
+        """Whether the model gives router logits by itself, and then its own load balancing."""
+        wanted = options.get("output_router_logits")
+        of_text = text_config(self)
+        wanted = bool(getattr(of_text, "output_router_logits", False) if wanted is None else wanted)
+        if wanted and self.unified_loss.config.use_auxiliary_loss and getattr(of_text, "router_aux_loss_coef", 0):
+            raise ValueError(
+                "unified_loss: expected the load balancing of the loss or that of the model, got both: set "
+                "use_auxiliary_loss=False, or model.config.output_router_logits=False"
+            )
+        return wanted
+
+    def _head(self) -> RecordsInput:
+        head = self.get_output_embeddings()
+        if not isinstance(head, RecordsInput):
+            raise TypeError(
+                f"fuse_lm_head: the head of {type(self).__name__} is now another {type(head).__name__} than when the loss "
+                "was put into the model: call unfuse(model) first, then change the head (get_peft_model, "
+                "resize_token_embeddings), then fuse again"
+            )
+        return head
+
+    def _inputs_of_loss(
+        self,
+        head: RecordsInput,
+        logits: Any,  # [batch_size, n_tokens, n_columns]
+        hidden_states: Tensor | None,  # [batch_size, n_tokens, hidden_size]
+        options: dict[str, Any],
+        of_loss: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Arguments of the loss."""
+        name, config = type(self).__name__, self.unified_loss.config
+        if logits is None:
+            raise TypeError(
+                f"fuse_lm_head: expected {name} to compute its loss by self.loss_function, which it did not call"
+            )
+        shifted = of_loss["shift_labels"]
+        labels = options["labels"] if shifted is None else shifted
+        given = {"targets": labels, "num_items_in_batch": of_loss["num_items_in_batch"]}
+        for argument in ("attention_mask", "position_ids"):
+            value = options.get(argument)
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[-1] == labels.shape[-1]:
+                is_broadcast = argument == "position_ids" and len(value) == 1
+                if value.shape == labels.shape or is_broadcast:
+                    given[argument] = value
+        if self.is_fused:
+            if not isinstance(logits, DeferredLogits):
+                raise TypeError(
+                    f"fuse_lm_head: expected {name} to give what its head makes to self.loss_function, got a "
+                    f"{type(logits).__name__} from elsewhere: use attach_loss"
+                )
+            _check_agree(name, config, logits.softcap, logits.scale)
+            weight, bias = weight_and_bias(head)
+            given |= {"hidden_states": hidden_states, "lm_head_weight": weight, "lm_head_bias": bias}
+        else:
+            given |= {"logits": logits, "hidden_states": hidden_states}
+            if config.mtp_share_head:
+                given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
+        return given | (of_loss["loss_inputs"] or {})
+
+    def _router(self, output: Any) -> dict[str, Any]:
+        if self.expert_bias_binding is not None:
+            return self.expert_bias_binding.take()
+        router_logits = output.get("router_logits")
+        if router_logits is None:
+            raise ValueError(
+                f"unified_loss: use_auxiliary_loss and use_moe_balancing need router logits, and {type(self).__name__} "
+                "gives none: turn them off, or bind_expert_bias(model, loss_fn) where its routers have a correction bias"
+            )
+        return {"gate_logits": router_logits}
+
+    def _loss(
+        self,
+        given: dict[str, Any],
+        labels_are_shifted: bool,
+        added: Tensor | None,  # []
+        has_aux_loss: bool,
+    ) -> Tensor:  # []
+        """The loss, and what the model itself added to its own."""
+        n_items = given["num_items_in_batch"]
+        loss_fn = with_labels_shifted(self.unified_loss, labels_are_shifted)
+        parts = loss_fn(**given, return_detailed=True) if self.report_parts else None
+        loss = loss_fn(**given) if parts is None else parts["total_loss"]
+        if added is not None:
+            if has_aux_loss and n_items is not None:  # the mean of this call: its share of the whole batch
+                n_tokens = loss_fn.count_items(
+                    given["targets"], given.get("attention_mask"), position_ids=given.get("position_ids")
+                )
+                added = added * (n_tokens.to(loss.dtype) / n_items)
+            loss = loss + added.to(loss.dtype)
+        if parts is not None:
+            if has_aux_loss and added is not None:
+                parts["model_aux_loss"] = added
+            parts["total_loss"] = loss
+            self.loss_parts = {name: part.detach() for name, part in parts.items()}
+        return loss
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _made_of, (LossInForward, self.class_before_loss, self.is_fused), self.__dict__
+
+
+@functools.cache
+def _class_with(mixin: type[nn.Module], cls: type[nn.Module], is_fused: bool) -> type[nn.Module]:
+    """A class of the same name as cls, with mixin before it."""
+    contents: dict[str, Any] = {
+        "class_before_loss": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
+    if mixin is LossInForward:
+        contents |= {"is_fused": is_fused, "forward": _forward_of(cls)}
+    return type(cls.__name__, (mixin, cls), contents)
+
+
+def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    """A forward with the signature of cls.forward, which others look at, that computes the loss."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        return self._with_loss(functools.partial(cls.forward, self), names, arguments, options)
+
+    return forward
+
+
+def _made_of(mixin: type[nn.Module], cls: type[nn.Module], is_fused: bool = False) -> nn.Module:
+    """An empty instance, for copy and pickle."""
+    made = _class_with(mixin, cls, is_fused)
+    return made.__new__(made)
+
+
+def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Module:
+    owner = "fuse_lm_head" if is_fused else "attach_loss"
+    inner = causal_lm_of(model)
+    name, config = type(inner).__name__, loss_fn.config
+    if isinstance(inner, LossInForward):
+        raise ValueError(
+            f"{owner}: expected a model without a loss in it, got {name} with one: call unfuse(model) first"
+        )
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
+        raise TypeError(f"{owner}: expected a causal language model of transformers, got {name}")
+    if "forward" in vars(inner):
+        raise ValueError(
+            f"{owner}: expected a model with the forward of its class, got {name} with one of its own, which another "
+            "library has put there: put the loss into the model before Accelerator.prepare, SFTTrainer and the like"
+        )
+    if config.labels_are_shifted:
+        raise ValueError(
+            f"{owner}: expected a loss with labels_are_shifted=False, got True: UnifiedLoss.from_model sets it"
+        )
+    if config.reduction == "none":
+        raise ValueError(f"{owner}: expected a loss with reduction 'mean' or 'sum', got 'none'")
+    head = inner.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{owner}: expected a model with a head, got {name}, whose get_output_embeddings() is None")
+    if is_fused:
+        weight_and_bias(head)
+        of_model = logit_options(text_config(inner))
+        _check_agree(name, config, of_model.get("logit_softcap"), of_model.get("logit_scale", 1.0))
+    else:
+        refuse_logit_options(config, owner)
+    head.__class__ = _class_with(RecordsInput, type(head), is_fused)
+    head.owner = name
+    parameter = next(inner.parameters())
+    inner.unified_loss = loss_fn.to(parameter.device)
+    inner._keys_before_loss = inner._keys_to_ignore_on_save
+    inner._keys_to_ignore_on_save = {
+        *(inner._keys_before_loss or ()),
+        *(f"unified_loss.{key}" for key in loss_fn.state_dict()),
+    }
+    inner._recorded, inner._is_recording, inner.report_parts, inner.loss_parts = None, False, False, None
+    inner.__class__ = _class_with(LossInForward, type(inner), is_fused)
+    return model
+
+
+def _check_agree(name: str, config: UnifiedLossConfig, softcap: float | None, scale: float) -> None:
+    """Raises ValueError where the loss would not do to the logits what the model does."""
+    for option, of_loss, of_model in (
+        ("logit_softcap", config.logit_softcap, softcap),
+        ("logit_scale", getattr(config, "logit_scale", None) or 1.0, scale),
+    ):
+        if of_loss != of_model and not (of_loss and of_model and math.isclose(of_loss, of_model, rel_tol=1e-9)):
+            raise ValueError(
+                f"fuse_lm_head: {name} applies {option}={of_model} to its logits; expected a loss that does the same, "
+                f"got {option}={of_loss}: UnifiedLoss.from_model(model) reads it, and attach_loss leaves it to the model"
+            )

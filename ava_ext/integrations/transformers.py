@@ -1,0 +1,281 @@
+"""UnifiedLoss with transformers: a model's forward or loss function, Trainer, checkpoints, routers.
+
+    fuse_lm_head(model, loss_fn)       model(..., labels=labels) computes the loss from hidden states, without logits
+    attach_loss(model, loss_fn)        the same from the logits that the model computes
+    unfuse(model)                      takes the loss out again
+    causal_lm_loss(loss_fn)            for model.loss_function
+    trainer_loss(loss_fn)              for Trainer(compute_loss_func=...)
+    UnifiedLossCallback(loss_fn)       one step() per optimizer step; its state in the checkpoint
+    UnifiedLossTrainerMixin            all of it for Trainer and its subclasses, with the parts of the loss in the log
+    bind_expert_bias(model, loss_fn)   expert_bias moves the routers of DeepSeek-V3, GLM-4 MoE, ...
+
+Who divides the loss by what, and who undoes the averaging of gradients over ranks. N: `loss_fn.count_items` of every
+micro-batch of the optimizer step, summed over the ranks. Never do what the stack does already.
+
+    stack                          N given to the loss                      multiply the loss by
+    Trainer,                       Trainer counts it over micro-batches     nothing: Trainer multiplies by the number of
+      average_tokens_across_       and ranks, and gives num_items_in_batch    ranks
+      devices=True (default)
+    Trainer,                       Trainer counts this rank's               nothing: ranks weigh the same, however many
+      average_tokens_...=False                                                tokens each has
+    accelerate                     you: count_items summed over micro-      number of ranks * accumulation steps:
+      accumulate(), backward()       batches, group="world"                   Accelerator.backward divides by the steps
+    Lightning, manual N            you: the same                            number of ranks * accumulate_grad_batches:
+                                                                              Lightning divides by them
+    DistributedDataParallel        you: the same                            number of ranks
+    one process                    you: count_items summed over them        nothing
+
+Without num_items_in_batch each call divides by its own N, and micro-batches and ranks weigh the same whatever they hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ava_ext.integrations.expert_bias import ExpertBiasBinding, bind_expert_bias
+from ava_ext.integrations.loss_functions import causal_lm_loss, trainer_loss
+from ava_ext.integrations.loss_in_forward import LossInForward, attach_loss, causal_lm_of, fuse_lm_head, unfuse
+from ava_ext.losses import METRICS
+from ava_ext.meter import LossMeter
+from ava_ext.row_count import rows_of_targets
+from ava_ext.unified_loss import UnifiedLoss
+
+__all__ = [
+    "ExpertBiasBinding",
+    "UnifiedLossCallback",
+    "UnifiedLossTrainer",
+    "UnifiedLossTrainerMixin",
+    "attach_loss",
+    "bind_expert_bias",
+    "causal_lm_loss",
+    "fuse_lm_head",
+    "trainer_loss",
+    "unfuse",
+]
+
+FILE_NAME = "unified_loss.pt"  # in a checkpoint's folder
+
+
+class UnifiedLossCallback(TrainerCallback):
+    """Steps the loss once per optimizer step, and keeps its state and parameters in the checkpoints of Trainer.
+
+    A resumed run goes on exactly as an uninterrupted one.
+
+    Args:
+        loss_fn: with auto_step=False where it learns anything; with process_group="world" on several ranks.
+        resume_from: folder of the checkpoint that train(resume_from_checkpoint=...) gets, where that is not in
+            output_dir. UnifiedLossTrainerMixin knows it by itself.
+
+    Raises:
+        ValueError: a loss that steps by itself. When training begins: a loss that learns apart on each rank, or whose
+            parameters no optimizer has. FileNotFoundError: a checkpoint without the loss.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[UnifiedLossCallback(loss_fn)])
+    """
+
+    def __init__(self, loss_fn: UnifiedLoss, resume_from: str | None = None) -> None:
+        if loss_fn._learns and loss_fn.config.auto_step:
+            raise ValueError(
+                "UnifiedLossCallback: expected a loss with auto_step=False: with auto_step=True it steps for every "
+                "micro-batch, and the callback once more for every optimizer step"
+            )
+        self.loss_fn = loss_fn
+        self.resume_from = resume_from
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """Checks that the loss can learn, and loads what it had learned."""
+        self.loss_fn.to(args.device)
+        if args.world_size > 1 and self.loss_fn._learns and self.loss_fn.config.process_group is None:
+            raise ValueError(
+                "UnifiedLossCallback: expected a loss with process_group='world', got None: its state would differ "
+                f"between the {args.world_size} ranks"
+            )
+        optimizer = options.get("optimizer")
+        if optimizer is not None:
+            trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            lost = [name for name, p in self.loss_fn.named_parameters() if p.requires_grad and id(p) not in trained]
+            if lost:
+                raise ValueError(
+                    f"UnifiedLossCallback: expected the optimizer to have the loss's parameters, got none of {lost}: put "
+                    "the loss into the model with fuse_lm_head or attach_loss before Trainer is made"
+                )
+        if state.global_step > 0:
+            self._load(args, state)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """Commits what the micro-batches of this step have taught."""
+        self.loss_fn.step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:
+        """Saves the loss beside the model."""
+        folder = _checkpoint_folder(args, state)
+        if not args.should_save:
+            return
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"UnifiedLossCallback: expected the checkpoint in {folder}, got no such folder")
+        content = {"loss": self.loss_fn.state_dict(), "log_history": json.dumps(state.log_history, sort_keys=True)}
+        torch.save(content, os.path.join(folder, FILE_NAME))
+
+    def _load(self, args: TrainingArguments, state: TrainerState) -> None:
+        folders = [self.resume_from, args.resume_from_checkpoint, _checkpoint_folder(args, state)]
+        history = json.dumps(state.log_history, sort_keys=True)
+        for folder in folders:
+            path = os.path.join(folder, FILE_NAME) if isinstance(folder, str) else ""
+            if os.path.isfile(path):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                if content["log_history"] == history:  # another run's checkpoint of the same step has another
+                    self.loss_fn.load_state_dict(content["loss"])
+                    return
+        raise FileNotFoundError(
+            f"UnifiedLossCallback: training goes on after step {state.global_step}; expected {FILE_NAME} of that "
+            f"checkpoint in one of {[folder for folder in folders if isinstance(folder, str)]}, got none of this run: "
+            "give resume_from=, the folder that train(resume_from_checkpoint=...) gets"
+        )
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
+    return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+
+
+class UnifiedLossTrainerMixin:
+    """Trainer, or a subclass of it, that trains with UnifiedLoss; first among the bases.
+
+    The loss is put into the model (`fuse_lm_head`, or `attach_loss` with fuse=False), unless it is in it already. So
+    its parameters are optimized, clipped and reduced over ranks as the model's; attention_mask and position_ids reach
+    it; what the model adds to its loss is added, as the model_aux_loss of the log. UnifiedLossCallback steps and saves
+    it. num_items_in_batch is the number of rows that this loss counts. The loss that a subclass computes in its own
+    compute_loss (SFTTrainer) is replaced.
+
+    The log has, beside loss: every part of the loss, per optimizer step, so that they add up to it, and the metrics
+    (`ava_ext.METRICS`) over all rows of all ranks since the last log; in evaluation the same with the prefix eval_.
+
+    Args:
+        loss_fn: of UnifiedLoss.from_model(model, auto_step=False); process_group="world" where it learns and there are
+            several ranks.
+        fuse: fuse_lm_head, or attach_loss.
+        arguments, options: Trainer's.
+
+    Raises:
+        ValueError: label_smoothing_factor, compute_loss_func, model_init, or DataParallel, which have another way here.
+
+    Example:
+        >>> class MyTrainer(UnifiedLossTrainerMixin, Trainer): ...
+        >>> trainer = MyTrainer(model, args, train_dataset=data, loss_fn=loss_fn)
+    """
+
+    def __init__(
+        self, model: Any = None, *arguments: Any, loss_fn: UnifiedLoss, fuse: bool = True, **options: Any
+    ) -> None:
+        for name in ("model_init", "compute_loss_func"):
+            if options.get(name) is not None:
+                raise ValueError(f"UnifiedLossTrainerMixin: expected no {name}, got one: the loss is in the model")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"UnifiedLossTrainerMixin: expected a model, got {type(model).__name__}")
+        inner = causal_lm_of(model)
+        if not isinstance(inner, LossInForward):
+            (fuse_lm_head if fuse else attach_loss)(model, loss_fn)
+        elif inner.unified_loss is not loss_fn:
+            raise ValueError("UnifiedLossTrainerMixin: expected loss_fn to be the loss in the model, got another")
+        inner.report_parts = True
+        self.loss_fn = loss_fn
+        self._model_with_loss = inner
+        self._meters = {True: LossMeter("world"), False: LossMeter("world")}  # by whether the model trains
+        self._meter_calls = {True: 0, False: 0}
+        self._logged_step = 0
+        super().__init__(model, *arguments, **options)
+        trainer: Any = self
+        if trainer.args.label_smoothing_factor:
+            raise ValueError(
+                "UnifiedLossTrainerMixin: expected label_smoothing_factor=0, got "
+                f"{trainer.args.label_smoothing_factor}: label_smoothing is an option of the loss"
+            )
+        if trainer.args.n_gpu > 1:
+            raise ValueError("UnifiedLossTrainerMixin: expected one process per GPU (torchrun), got DataParallel")
+        self._callback = UnifiedLossCallback(loss_fn)
+        trainer.add_callback(self._callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Trainer's, which tells the callback where the loss is."""
+        self._callback.resume_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint, *arguments, **options)  # type: ignore[misc]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **options: Any,
+    ) -> Any:
+        """The loss that the model's forward computes; its parts are kept for the log."""
+        found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)  # type: ignore[arg-type]
+        parts = self._model_with_loss.loss_parts
+        if parts is not None:
+            self._meters[model.training].update(parts)
+            self._meter_calls[model.training] += 1
+        return found
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *arguments: Any, **options: Any
+    ) -> Any:
+        """Trainer's; no logits where only the loss is wanted."""
+        if prediction_loss_only and self._model_with_loss.is_fused:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, *arguments, **options)  # type: ignore[misc]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        counted = [self._with_counted_labels(batch) for batch in batch_samples]
+        return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
+
+    def _with_counted_labels(self, batch: Any) -> Any:
+        """The batch with labels of -100 wherever the loss counts nothing, shifted already: what Trainer counts."""
+        labels = batch.get("labels") if hasattr(batch, "get") else None
+        if not isinstance(labels, Tensor) or "shift_labels" in batch:
+            return batch
+        given = {}
+        for name in ("attention_mask", "position_ids"):
+            value = batch.get(name)
+            if isinstance(value, Tensor) and value.shape == labels.shape:
+                given[name] = value
+        config = self.loss_fn.config
+        targets = rows_of_targets(config, labels, **given).targets
+        targets = torch.where(targets == config.ignore_index, -100, targets)
+        # older versions count labels as they are
+        return {**batch, "labels": targets, "shift_labels": targets}
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Trainer's, with the parts of the loss."""
+        prefix = None
+        if "loss" in logs:
+            prefix = ""
+        elif not any(name.startswith("train_") for name in logs):
+            prefix = next((name[: -len("loss")] for name in logs if name.endswith("_loss")), None)
+        if prefix is not None:
+            logs |= {prefix + name: value for name, value in self._read_meter(is_training=not prefix).items()}
+        super().log(logs, *arguments, **options)  # type: ignore[misc]
+
+    def _read_meter(self, is_training: bool) -> dict[str, float]:
+        """Parts per optimizer step, or per batch of an evaluation, and metrics, since the last time."""
+        trainer: Any = self
+        values = self._meters[is_training].compute()
+        n_calls, self._meter_calls[is_training] = self._meter_calls[is_training], 0
+        if is_training:
+            n_calls, self._logged_step = trainer.state.global_step - self._logged_step, trainer.state.global_step
+        self._meters[is_training].reset()
+        values.pop("total_loss", None)
+        return {name: value if name in METRICS else value / max(n_calls, 1) for name, value in values.items()}
+
+
+class UnifiedLossTrainer(UnifiedLossTrainerMixin, Trainer):
+    """Trainer with UnifiedLoss; see `UnifiedLossTrainerMixin`."""

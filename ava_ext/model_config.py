@@ -1,0 +1,123 @@
+"""What a model's configuration says about its loss: vocabulary, experts, what it does to its logits.
+
+Reads attributes by name and imports no library: any object with these attributes will do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+
+from ava_ext.config import UnifiedLossConfig
+
+# names under which configurations keep the same thing; the first that is there counts
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_SCALES: dict[str, Callable[[float], float]] = {
+    "logit_scale": lambda value: value,  # Cohere
+    "lm_head_multiplier": lambda value: value,  # Falcon-H1
+    "logits_scaling": lambda value: 1 / value,  # Granite divides by it
+}
+
+
+def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[str, Any]:
+    """The options of UnifiedLoss that a causal language model sets.
+
+    Args:
+        model_or_config: a model with .config, or that configuration. Of a model that reads more than text, the
+            configuration of its text model is read.
+        fused: the loss computes the logits itself, so that it also does what the model does to them: soft cap, scale.
+        given: options that the caller sets, whatever the model says.
+
+    Returns:
+        vocab_size, hidden_size, labels_are_shifted=False; of a mixture of experts num_experts, num_experts_per_token,
+        num_moe_layers, router_score; with fused, logit_softcap and logit_scale where the model has them.
+
+    Raises:
+        ValueError: no vocab_size; with fused, a scale of the logits that no option can express.
+    """
+    config = text_config(model_or_config)
+    vocab_size = getattr(config, "vocab_size", None)
+    if vocab_size is None:
+        raise ValueError(f"unified_loss: expected a configuration with vocab_size, got {type(config).__name__}")
+    options: dict[str, Any] = {"vocab_size": vocab_size, "labels_are_shifted": False}
+    options["hidden_size"] = getattr(config, "hidden_size", None)
+    n_experts = _first(config, _EXPERTS)
+    if isinstance(n_experts, int) and n_experts > 1:
+        model = model_or_config if isinstance(model_or_config, nn.Module) else None
+        options["num_experts"] = n_experts
+        options["num_experts_per_token"] = _first(config, _EXPERTS_PER_TOKEN)
+        options["num_moe_layers"] = _moe_layers(model, config)
+        if _scores_are_sigmoid(model, config):
+            options["router_score"] = "sigmoid"
+    if fused:
+        options |= logit_options(config, given)
+    return options | given
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The configuration of the text model: of a model, of what holds it, or itself."""
+    config = getattr(model_or_config, "config", model_or_config)
+    get_text_config = getattr(config, "get_text_config", None)
+    return config if get_text_config is None else get_text_config()
+
+
+def logit_options(config: Any, given: Collection[str] = ()) -> dict[str, float]:
+    """logit_softcap and logit_scale, where the model applies them to the logits of its head.
+
+    Args:
+        config: of a text model.
+        given: options that are set already.
+
+    Raises:
+        ValueError: the model scales its logits, and UnifiedLoss has no option for that.
+    """
+    options: dict[str, float] = {}
+    softcap = _first(config, _SOFTCAPS)
+    if softcap:
+        options["logit_softcap"] = float(softcap)
+    for name, as_factor in _SCALES.items():
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value and as_factor(value) != 1:
+            if not has_logit_scale() and "logit_scale" not in given:
+                raise ValueError(
+                    f"unified_loss: {type(config).__name__} scales its logits ({name}={value}), which a loss of hidden "
+                    "states cannot do yet: use the model's own logits, attach_loss instead of fuse_lm_head, with "
+                    "UnifiedLoss.from_model(model, fused=False)"
+                )
+            options["logit_scale"] = as_factor(value)
+    return options
+
+
+def has_logit_scale() -> bool:
+    """Whether UnifiedLoss has the option logit_scale."""
+    return any(option.name == "logit_scale" for option in dataclasses.fields(UnifiedLossConfig))
+
+
+def _first(config: Any, names: tuple[str, ...]) -> Any:
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if value is not None), None)
+
+
+def _moe_layers(model: nn.Module | None, config: Any) -> int:
+    """Layers with a router: those that the model has, or as the configuration lists them."""
+    if model is not None:
+        children = [{name for name, _ in module.named_children()} for module in model.modules()]
+        n_layers = sum("experts" in names and bool(names & {"gate", "router"}) for names in children)
+        if n_layers:
+            return n_layers
+    types = getattr(config, "mlp_layer_types", None)
+    if types:
+        return types.count("sparse")
+    return config.num_hidden_layers - (getattr(config, "first_k_dense_replace", None) or 0)
+
+
+def _scores_are_sigmoid(model: nn.Module | None, config: Any) -> bool:
+    score = getattr(config, "scoring_func", None)
+    if score is not None or model is None:
+        return score == "sigmoid"
+    return any(hasattr(module, "e_score_correction_bias") for module in model.modules())

@@ -1,0 +1,97 @@
+"""A head under an adapter of peft: the merged weight, with the gradients of what it is made of."""
+
+import pytest
+import torch
+from tiny_models import batch, loss_in_double, loss_of, tiny
+from torch import nn
+
+from ava_ext import UnifiedLoss
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+from ava_ext.integrations.transformers import fuse_lm_head, unfuse
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **({"lora_dropout": 0.0} | options))
+    return peft.get_peft_model(tiny("Llama"), config).double()
+
+
+def plain_loss(model):
+    return UnifiedLoss.from_model(model.get_base_model(), primary_loss_type="standard")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["lm_head"], "use_dora": True},
+        {"target_modules": ["lm_head"], "use_rslora": True, "lora_bias": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["lora", "dora", "rslora with bias", "modules to save"],
+)
+def test_adapted_head(options):
+    model = adapted(**options)
+    inner = model.get_base_model()
+    inner.loss_function = loss_in_double
+    expected = loss_of(model, **batch())
+    assert any("lm_head" in name for name in expected[1])
+    del inner._loss_function
+    fuse_lm_head(model, plain_loss(model))
+    found = loss_of(model, **batch())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    with model.disable_adapter():
+        without = model(**batch()).loss
+    unfuse(model)
+    inner.loss_function = loss_in_double
+    with model.disable_adapter():
+        torch.testing.assert_close(without, model(**batch()).loss, rtol=1e-12, atol=0)
+    assert not torch.isclose(without, expected[0])
+
+
+def test_what_is_no_linear_layer_is_refused():
+    model = adapted(target_modules=["lm_head"], lora_dropout=0.5)
+    with pytest.raises(TypeError, match=r"lora_dropout=0.5: use lora_dropout=0.0"):
+        fuse_lm_head(model.train(), plain_loss(model))
+    other = peft.get_peft_model(tiny("Llama"), peft.LoHaConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(
+        TypeError, match="expected a head that is one linear layer, got Linear with a forward of its own"
+    ):
+        fuse_lm_head(other, plain_loss(other))
+
+
+def test_adapters_that_come_after_the_loss_are_noticed():
+    """Base weight only would be a wrong loss without a gradient of the adapter."""
+    model = tiny("Llama")
+    fuse_lm_head(model, UnifiedLoss.from_model(model))
+    later = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match=r"call unfuse\(model\) first"):
+        later(**batch())
+
+
+class Sharded(nn.Linear):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states)
+
+
+def test_weights_that_are_not_here_are_refused():
+    model = tiny("Llama")
+    loss_fn = UnifiedLoss.from_model(model)
+    model.lm_head.weight.ds_id = 1
+    with pytest.raises(TypeError, match="ZeRO 3 has partitioned"):
+        fuse_lm_head(model, loss_fn)
+    del model.lm_head.weight.ds_id
+    model.lm_head.to("meta")
+    with pytest.raises(TypeError, match="meta device"):
+        fuse_lm_head(model, loss_fn)
+    model.lm_head = Sharded(16, 61)
+    with pytest.raises(TypeError, match="a forward of its own"):
+        fuse_lm_head(model, loss_fn)
+    model.lm_head = nn.Linear(16, 61)
+    model.lm_head._hf_hook = object()
+    with pytest.raises(TypeError, match="moves to the device for each call"):
+        fuse_lm_head(model, loss_fn)

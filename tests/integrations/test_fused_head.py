@@ -1,0 +1,312 @@
+"""A model whose forward computes the loss gives the loss and the gradients that it would compute itself, in float64."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import V, batch, gradients, loss_of, own_loss, tiny
+
+from ava_ext import UnifiedLoss
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from ava_ext.integrations.transformers import attach_loss, fuse_lm_head, unfuse
+
+# what differs between families: nothing; one weight for embedding and head; a soft cap; a load balancing of its own;
+# another name of the backbone; a bias of the head; a scale of the logits
+FAMILIES = {
+    "Llama": {},
+    "Llama tied": {"tie_word_embeddings": True},
+    "Gemma2": {"final_logit_softcapping": 3.0},
+    "Mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.3},
+    "GPT2": {},
+    "Phi": {},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+}
+SCALED = ("Granite", "Cohere")
+
+
+def family(name, **options):
+    return tiny(name.split()[0], **FAMILIES[name], **options)
+
+
+def plain_loss(model, fused=True, **options):
+    return UnifiedLoss.from_model(model, fused=fused, primary_loss_type="standard", **options)
+
+
+def assert_same(found, expected, rtol=1e-12):
+    torch.testing.assert_close(found[0], expected[0], rtol=rtol, atol=0)
+    assert found[1].keys() == expected[1].keys()
+    torch.testing.assert_close(found[1], expected[1], rtol=1e3 * rtol, atol=rtol / 10)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SCALED])
+def test_fused_head_is_the_models_own_loss(name):
+    model = family(name)
+    expected = own_loss(model, **batch())
+    fuse_lm_head(model, plain_loss(model))
+    assert_same(loss_of(model, **batch()), expected)
+    assert "logits" not in model(**batch())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attached_loss_is_the_models_own_loss(name):
+    model = family(name)
+    expected, logits = own_loss(model, **batch()), model(**batch()).logits
+    attach_loss(model, plain_loss(model, fused=False))
+    assert_same(loss_of(model, **batch()), expected)
+    assert torch.equal(model(**batch()).logits, logits)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_logits_are_refused_or_scaled(name):
+    """Until the loss has logit_scale: refused. A loss that leaves the scale out is silently wrong."""
+    model = family(name)
+    try:
+        loss_fn = plain_loss(model)
+    except ValueError as error:
+        assert "scales its logits" in str(error)
+        with pytest.raises(ValueError, match="scales its logits"):
+            fuse_lm_head(model, plain_loss(model, fused=False))
+        return
+    expected = own_loss(model, **batch())
+    fuse_lm_head(model, loss_fn)
+    assert_same(loss_of(model, **batch()), expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_logits_are_as_before_without_labels_and_in_evaluation(name):
+    model, inputs = family(name).eval(), batch()
+    expected = model(**inputs)
+    labels = inputs.pop("labels")
+    fuse_lm_head(model, plain_loss(model))
+    assert torch.equal(model(**inputs).logits, expected.logits)
+    assert torch.equal(model(inputs["input_ids"], inputs["attention_mask"]).logits, expected.logits)  # by position
+    found = model(**inputs, labels=labels)
+    assert torch.equal(found.logits, expected.logits)
+    torch.testing.assert_close(found.loss, expected.loss.double(), rtol=1e-6, atol=0)
+    assert "logits" not in model(**inputs, labels=labels, skip_logits=True)
+    as_tuple = model(**inputs, labels=labels, return_dict=False)
+    assert torch.equal(as_tuple[0], found.loss) and torch.equal(as_tuple[1], expected.logits)
+    generated = model.generate(inputs["input_ids"][:, :3], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert generated.shape == (3, 6)
+
+
+def test_unfuse_gives_the_model_back():
+    model = family("Llama")
+    before, keys = own_loss(model, **batch()), set(model.state_dict())
+    attributes = set(vars(model))
+    loss_fn = plain_loss(model)
+    fuse_lm_head(model, loss_fn)
+    assert unfuse(model) is loss_fn
+    assert set(model.state_dict()) == keys and set(vars(model)) == attributes
+    assert type(model).__mro__[0].__module__.startswith("transformers.") and type(model.lm_head) is torch.nn.Linear
+    assert_same(own_loss(model, **batch()), before)
+    with pytest.raises(ValueError, match="expected a model with a loss"):
+        unfuse(model)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_with_its_own_weights(make_copy):
+    model = fuse_lm_head(family("Llama"), plain_loss(family("Llama")))
+    other = make_copy(model)
+    expected = loss_of(model, **batch())
+    model.zero_grad()
+    assert_same(loss_of(other, **batch()), expected)
+    assert not gradients(model)
+    assert other.unified_loss is not model.unified_loss and type(other) is type(model)
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_micro_batches_add_up_to_the_batch(put):
+    """Also what the model adds to its loss, which is a mean of each call: by its share of the tokens."""
+    model = family("Mixtral", num_local_experts=1, num_experts_per_tok=1)  # one expert: its load balancing is constant
+    inputs = batch()
+    expected = own_loss(model, **inputs)
+    loss_fn = plain_loss(model, num_experts=None, num_experts_per_token=None)
+    put(model, loss_fn)
+    n_items = loss_fn.count_items(inputs["labels"], inputs["attention_mask"])
+    total = 0.0
+    for row in range(3):
+        micro_batch = {name: value[row : row + 1] for name, value in inputs.items()}
+        loss = model(**micro_batch, num_items_in_batch=n_items).loss
+        loss.backward()
+        total = total + loss.detach()
+    assert_same((total, gradients(model)), expected)
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_parts_add_up(put):
+    model = family("Mixtral")
+    put(model, plain_loss(model, z_loss_weight=0.1))
+    model.report_parts = True
+    loss = model(**batch()).loss
+    parts = model.loss_parts
+    assert torch.equal(parts["total_loss"], loss.detach()) and not parts["total_loss"].requires_grad
+    assert parts["model_aux_loss"] > 0
+    torch.testing.assert_close(parts["main_loss"] + parts["z_loss"] + parts["model_aux_loss"], loss.detach())
+    copy.deepcopy(model)  # nothing of the graph is kept
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_router_terms_of_the_loss_see_the_padding(put):
+    """In place of the model's own load balancing; equal to it, padding left out."""
+    model = tiny("Mixtral", output_router_logits=True, router_aux_loss_coef=0.3)
+    inputs = batch()
+    expected = own_loss(model, **inputs)
+    model.config.output_router_logits = False
+    options = {"use_auxiliary_loss": True, "load_balancing_weight": 0.3, "router_z_weight": 0.0}
+    put(model, plain_loss(model, load_balancing_convention="huggingface", **options))
+    assert_same(loss_of(model, **inputs), expected, rtol=1e-7)  # transformers counts in float32
+    assert "router_logits" not in model(**inputs)
+    with pytest.raises(ValueError, match="got both"):
+        model(**inputs, output_router_logits=True)
+
+
+def test_multi_token_prediction_trains_with_the_model():
+    model = family("Llama")
+    losses = [plain_loss(model, use_mtp=True, num_future_tokens=2) for _ in range(2)]
+    losses[1].load_state_dict(losses[0].state_dict())
+    by_hand = copy.deepcopy(model)
+    hidden = by_hand.model(batch()["input_ids"], attention_mask=batch()["attention_mask"]).last_hidden_state
+    loss_fn = losses[1].double()
+    loss = loss_fn(
+        by_hand.lm_head(hidden), batch()["labels"], attention_mask=batch()["attention_mask"], hidden_states=hidden
+    )
+    loss.backward()
+    expected = {"unified_loss." + name: g for name, g in gradients(loss_fn).items()} | gradients(by_hand)
+    for put in (fuse_lm_head, attach_loss):
+        put(model, losses[0])
+        model.double()
+        assert_same(loss_of(model, **batch()), (loss.detach(), expected))
+        unfuse(model)
+
+
+def test_packed_texts_and_shifted_labels():
+    """position_ids reach the loss: no label is predicted across two texts. shift_labels are rows already."""
+    model = family("Llama")
+    inputs = batch()
+    del inputs["attention_mask"]
+    inputs["position_ids"] = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(3, 9)
+    masked = inputs["labels"].clone()
+    masked[:, 4] = -100
+    expected = own_loss(model, **(inputs | {"labels": masked}))
+    fuse_lm_head(model, plain_loss(model))
+    assert_same(loss_of(model, **inputs), expected)
+    shift_labels = torch.cat([masked[:, 1:], torch.full((3, 1), -100)], 1)
+    without = {name: value for name, value in inputs.items() if name != "labels"}
+    assert_same(loss_of(model, **without, shift_labels=shift_labels), expected)
+    weights = torch.rand(3, 9)
+    with_weights = model(**inputs, loss_inputs={"token_weights": weights}).loss
+    assert not torch.isclose(with_weights, expected[0])
+
+
+def test_compiled():
+    """Without a graph break, the soft cap included; the state of the loss moves as without torch.compile."""
+    model = family("Gemma2", num_hidden_layers=1, dtype=torch.float32)
+    fuse_lm_head(model, UnifiedLoss.from_model(model, auto_step=False))
+    expected = loss_of(model, **batch())
+    model.unified_loss.reset_statistics()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.report_parts = True
+    loss = compiled(**batch()).loss
+    model.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected[0])
+    torch.testing.assert_close(gradients(model), expected[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.loss_parts["total_loss"], expected[0])
+    model.unified_loss.step()
+    assert model.unified_loss.get_loss_statistics()["temperature"]["count"] == 1
+
+
+def test_gradient_checkpointing_and_autocast():
+    model = family("Llama", dtype=torch.float32)
+    plain = copy.deepcopy(model)
+    fuse_lm_head(model, plain_loss(model))
+    for settings in ({}, {"dtype": torch.bfloat16}):
+        expected = {}
+        for each in (plain, model):
+            each.zero_grad()
+            with torch.autocast("cpu", enabled=bool(settings), **settings):
+                loss = each(**batch()).loss
+            loss.backward()
+            expected[each] = (loss.detach(), gradients(each))
+        tolerance = {"rtol": 2e-2, "atol": 2e-3} if settings else {"rtol": 1e-4, "atol": 1e-7}
+        torch.testing.assert_close(expected[model], expected[plain], **tolerance)
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(loss_of(model, **batch()), loss_of(plain, **batch()), rtol=1e-4, atol=1e-7)
+
+
+def test_saved_models_are_plain_ones(tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model = family("Llama")
+    keys = set(model.state_dict())
+    fuse_lm_head(model, plain_loss(model, use_mtp=True))
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == keys
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "LlamaForCausalLM" and not hasattr(loaded, "unified_loss")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_what_fits_not_is_refused():
+    model = family("Gemma2")
+    with pytest.raises(ValueError, match=r"logit_softcap=3.0 to its logits.* got logit_softcap=None"):
+        fuse_lm_head(model, plain_loss(model, fused=False))
+    with pytest.raises(ValueError, match="expected a loss without logit_softcap, got 3.0"):
+        attach_loss(model, plain_loss(model))
+    with pytest.raises(ValueError, match="labels_are_shifted=False, got True"):
+        fuse_lm_head(model, plain_loss(model, labels_are_shifted=True))
+    with pytest.raises(ValueError, match="reduction 'mean' or 'sum', got 'none'"):
+        fuse_lm_head(model, plain_loss(model, reduction="none"))
+    with pytest.raises(TypeError, match="expected a causal language model of transformers, got Linear"):
+        fuse_lm_head(torch.nn.Linear(2, 2), plain_loss(model))
+    fuse_lm_head(model, plain_loss(model))
+    with pytest.raises(ValueError, match="call unfuse"):
+        fuse_lm_head(model, plain_loss(model))
+    model.resize_token_embeddings(V + 3)
+    model.set_output_embeddings(torch.nn.Linear(16, V + 3))
+    with pytest.raises(TypeError, match="the head of Gemma2ForCausalLM is now another Linear"):
+        model(**batch())
+    other = family("Llama")
+    other.forward = other.forward
+    with pytest.raises(ValueError, match="with one of its own"):
+        fuse_lm_head(other, plain_loss(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda logits: logits + 1, "adds to its logits"),
+        (lambda logits: logits[..., :5], "slices its logits"),
+        (lambda logits: logits.sigmoid(), r"uses \.sigmoid of its logits"),
+        (lambda logits: torch.sigmoid(logits), "calls sigmoid on its logits"),
+        (lambda logits: logits * torch.ones(()), "scales its logits by a Tensor"),
+        (lambda logits: logits.tanh().tanh(), "tanh of its logits twice"),
+        (lambda logits: logits * 2, r"logit_scale=2\.0 to its logits"),
+        (lambda logits: torch.tanh(logits / 2) * 2, r"logit_softcap=2\.0 to its logits"),
+    ],
+)
+def test_nothing_that_a_model_does_to_its_logits_is_left_out(change, what):
+    """What its configuration does not say is seen when it happens."""
+    from transformers import LlamaForCausalLM
+
+    model = family("Llama")
+    plain_forward = LlamaForCausalLM.forward
+
+    def forward(self, **options):
+        head = self.lm_head
+        self._modules["lm_head"] = type("Around", (torch.nn.Module,), {"forward": lambda _, h: change(head(h))})()
+        try:
+            return plain_forward(self, **options)
+        finally:
+            self._modules["lm_head"] = head
+
+    model.__class__ = type("Changed", (LlamaForCausalLM,), {"forward": forward})
+    fuse_lm_head(model, plain_loss(model))
+    with pytest.raises((TypeError, ValueError), match=what):
+        model(**batch())

@@ -1,0 +1,344 @@
+"""Trainer trains the same with the built-in loss, with trainer_loss, and with the loss in the model; runs resume."""
+
+import copy
+import gc
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from tiny_models import V, batch, tiny
+
+from ava_ext import UnifiedLoss
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+from ava_ext.integrations.transformers import (
+    UnifiedLossCallback,
+    UnifiedLossTrainer,
+    attach_loss,
+    bind_expert_bias,
+    causal_lm_loss,
+    fuse_lm_head,
+    trainer_loss,
+)
+
+N_TOKENS = 9
+
+
+def dataset(n_rows=8):
+    """Rows of different numbers of labels: means of means differ from the mean."""
+    rows = batch(seed=3, batch_size=n_rows)
+    for row in range(n_rows):
+        n_labels = 1 + row % (N_TOKENS - 2)
+        rows["labels"][row, : N_TOKENS - n_labels] = -100
+    return [{name: value[row] for name, value in rows.items()} for row in range(n_rows)]
+
+
+def arguments(folder, **options):
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+    }
+    defaults |= {"report_to": [], "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "seed": 1}
+    defaults |= {"disable_tqdm": True, "remove_unused_columns": False, "optim": "sgd", "lr_scheduler_type": "constant"}
+    return transformers.TrainingArguments(str(folder), **(defaults | options))
+
+
+def plain_loss(model, fused=True, **options):
+    return UnifiedLoss.from_model(model, fused=fused, primary_loss_type="standard", **({"auto_step": False} | options))
+
+
+def built_in(model, args, **options):
+    return transformers.Trainer(model, args, **options)
+
+
+def with_loss_function(model, args, **options):
+    model.loss_function = causal_lm_loss(plain_loss(model, fused=False))
+    return transformers.Trainer(model, args, **options)
+
+
+def with_trainer_loss(model, args, **options):
+    return transformers.Trainer(model, args, compute_loss_func=trainer_loss(plain_loss(model, fused=False)), **options)
+
+
+def with_fused_head(model, args, **options):
+    return transformers.Trainer(fuse_lm_head(model, plain_loss(model)), args, **options)
+
+
+def with_mixin(model, args, **options):
+    return UnifiedLossTrainer(model, args, loss_fn=plain_loss(model), **options)
+
+
+def with_mixin_attached(model, args, **options):
+    return UnifiedLossTrainer(model, args, loss_fn=plain_loss(model, fused=False), fuse=False, **options)
+
+
+WAYS = [with_loss_function, with_trainer_loss, with_fused_head, with_mixin, with_mixin_attached]
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("unified_loss.")}
+
+
+def trained(make, folder, model=None, data=None, **options):
+    """(weights, log) after training and an evaluation."""
+    model = tiny("Llama", dtype=torch.float32) if model is None else model
+    data = dataset() if data is None else data
+    trainer = make(model, arguments(folder, **options), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    trainer.evaluate()
+    return weights(model), trainer.state.log_history
+
+
+def losses(log, name):
+    return [entry[name] for entry in log if name in entry]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+        {"bf16": True, "gradient_checkpointing": True},
+    ],
+    ids=["whole", "accumulated", "bf16 checkpointed"],
+)
+def test_training_as_with_the_built_in_loss(options, tmp_path):
+    expected, expected_log = trained(built_in, tmp_path, **options)
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if "bf16" in options else {"rtol": 1e-5, "atol": 1e-7}
+    for make in WAYS:
+        found, log = trained(make, tmp_path, **options)
+        torch.testing.assert_close(
+            found, expected, msg=lambda message, make=make: f"{make.__name__}: {message}", **tolerance
+        )
+        assert losses(log, "loss") == pytest.approx(losses(expected_log, "loss"), rel=tolerance["rtol"])
+        assert losses(log, "eval_loss") == pytest.approx(losses(expected_log, "eval_loss"), rel=tolerance["rtol"])
+
+
+def test_compiled_trainer(tmp_path):
+    expected, _ = trained(built_in, tmp_path, max_steps=1)
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 1}
+    model = tiny("Llama", dtype=torch.float32)
+    trainer = with_mixin(model, arguments(tmp_path, **options), train_dataset=dataset())
+    trainer.train()
+    torch.testing.assert_close(weights(model), expected, rtol=1e-5, atol=1e-7)
+    assert losses(trainer.state.log_history, "cross_entropy")
+
+
+def test_evaluation_has_logits_where_they_are_asked_for(tmp_path):
+    seen = []
+    model = tiny("Llama", dtype=torch.float32)
+
+    def compute_metrics(prediction):
+        seen.append(prediction.predictions.shape)
+        return {}
+
+    trainer = with_mixin(model, arguments(tmp_path), eval_dataset=dataset(), compute_metrics=compute_metrics)
+    trainer.evaluate()
+    assert seen == [(8, N_TOKENS, V)]
+    outputs = []
+    model = tiny("Llama", dtype=torch.float32)
+    trainer = with_mixin(model, arguments(tmp_path), eval_dataset=dataset())
+    model.register_forward_hook(lambda *call: outputs.append(set(call[2])))
+    trainer.evaluate()
+    assert outputs and all("logits" not in output for output in outputs)
+
+
+def test_the_log_has_the_parts_of_the_loss(tmp_path):
+    """Per optimizer step they add up to the loss; metrics are means over all rows. Also where one logs every 2 steps."""
+    model = tiny("Mixtral", dtype=torch.float32, output_router_logits=True, router_aux_loss_coef=0.3)
+    loss_fn = plain_loss(model, z_loss_weight=0.1, label_smoothing=0.1)
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 2, "eval_strategy": "steps"}
+    trainer = UnifiedLossTrainer(
+        model, arguments(tmp_path, **options), train_dataset=dataset(), eval_dataset=dataset(), loss_fn=loss_fn
+    )
+    trainer.train()
+    log = trainer.state.log_history
+    n_labels = sum(int((row["labels"][1:] != -100).sum()) for row in dataset())
+    for prefix in ("", "eval_"):
+        entries = [entry for entry in log if f"{prefix}loss" in entry]
+        assert len(entries) == 2
+        for entry in entries:
+            parts = [entry[prefix + name] for name in ("main_loss", "z_loss", "model_aux_loss")]
+            # an evaluation gives every batch of it the same weight, and the last of 8 rows in threes has 2
+            assert sum(parts) == pytest.approx(entry[f"{prefix}loss"], rel=1e-5 if not prefix else 0.2)
+            assert min(parts) > 0
+            assert 0 < entry[f"{prefix}entropy"] < 5 and entry[f"{prefix}temperature"] == 1.0
+            assert entry[f"{prefix}n_tokens"] == n_labels  # two steps of 4 rows, or all 8
+
+
+def learning_trainer(name, folder, **options):
+    """With what learns: temperature and heads of the loss's own, and load and bias of experts."""
+    model = tiny(name, dtype=torch.float32)
+    torch.manual_seed(5)
+    has_experts = name == "DeepseekV3"
+    learning = {"use_mtp": True, "num_future_tokens": 1, "use_moe_balancing": has_experts}
+    loss_fn = UnifiedLoss.from_model(model, auto_step=False, process_group="world", **learning)
+    fuse_lm_head(model, loss_fn)
+    if has_experts:
+        bind_expert_bias(model, loss_fn)
+    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 11} | options
+    return UnifiedLossTrainer(model, arguments(folder, **options), train_dataset=dataset(), loss_fn=loss_fn)
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_resumed_run_is_bit_identical(tmp_path):
+    """Weights, the loss's own heads, and the temperature, which moves from the 10th step on."""
+    whole = learning_trainer("Llama", tmp_path / "whole", max_steps=22)
+    whole.train()
+    assert whole.loss_fn.temperature.value != 1.0
+    expected = whole.model.state_dict()
+    assert any(name.startswith("unified_loss.mtp.heads") for name in expected)
+    # from a folder that is not this run's output_dir
+    resumed = learning_trainer("Llama", tmp_path / "resumed", max_steps=22)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-11"))
+    assert_equal(resumed.model.state_dict(), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_load_and_bias_of_experts_are_in_the_checkpoint(tmp_path):
+    """The rest of such a model is Trainer's own affair: some versions do not load the experts' weights again."""
+    whole = learning_trainer("DeepseekV3", tmp_path, max_steps=2, save_steps=2)
+    whole.train()
+    assert whole.loss_fn.moe_balancer.expert_bias.any()
+    resumed = learning_trainer("DeepseekV3", tmp_path, max_steps=3)
+    at_first = {}
+
+    class Look(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **options):
+            at_first.update(copy.deepcopy(resumed.model).state_dict())
+
+    resumed.add_callback(Look())
+    resumed.train(resume_from_checkpoint=True)
+    of_loss = {
+        name: value for name, value in whole.model.state_dict().items() if "loss" in name or "correction" in name
+    }
+    assert len(of_loss) > 10
+    assert_equal({name: at_first[name] for name in of_loss}, of_loss)
+
+
+def test_what_a_callback_must_not_let_pass(tmp_path):
+    model = tiny("Llama", dtype=torch.float32)
+    with pytest.raises(ValueError, match="expected a loss with auto_step=False"):
+        UnifiedLossCallback(UnifiedLoss.from_model(model))
+    UnifiedLossCallback(plain_loss(model, auto_step=True))  # nothing to step
+    outside = plain_loss(model, fused=False, use_mtp=True)  # heads that no optimizer would have
+    trainer = built_in(
+        model, arguments(tmp_path, max_steps=2), train_dataset=dataset(), callbacks=[UnifiedLossCallback(outside)]
+    )
+    with pytest.raises(ValueError, match="expected the optimizer to have the loss's parameters"):
+        trainer.train()
+    # a checkpoint of another run, in this run's folder
+    for name in ("here", "there"):
+        loss_fn = plain_loss(model, fused=False)
+        options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "learning_rate": 0.1 + len(name)}
+        trainer = transformers.Trainer(
+            tiny("Llama", dtype=torch.float32),
+            arguments(tmp_path / name, **options),
+            train_dataset=dataset(),
+            compute_loss_func=trainer_loss(loss_fn),
+            callbacks=[UnifiedLossCallback(loss_fn)],
+        )
+        trainer.train()
+    trainer.args.max_steps = 2
+    with pytest.raises(FileNotFoundError, match="got none of this run"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "here/checkpoint-1"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_callback_steps_once_per_optimizer_step(tmp_path):
+    model = tiny("Llama", dtype=torch.float32)
+    loss_fn = UnifiedLoss.from_model(model, fused=False, auto_step=False)
+    options = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "max_steps": 3}
+    trainer = transformers.Trainer(
+        model,
+        arguments(tmp_path, **options),
+        train_dataset=dataset(),
+        compute_loss_func=trainer_loss(loss_fn),
+        callbacks=[UnifiedLossCallback(loss_fn)],
+    )
+    trainer.train()
+    assert loss_fn.get_loss_statistics()["temperature"]["count"] == 3
+
+
+def test_what_would_be_left_out_is_refused(tmp_path):
+    model = tiny("Mixtral", dtype=torch.float32, output_router_logits=True)
+    trainer = with_trainer_loss(model, arguments(tmp_path), train_dataset=dataset())
+    with pytest.raises(ValueError, match="auxiliary loss, which Trainer would leave out"):
+        trainer.train()
+    with pytest.raises(ValueError, match="use_auxiliary_loss=True needs the attention_mask"):
+        trainer_loss(plain_loss(model, use_auxiliary_loss=True))
+    for function in (trainer_loss, causal_lm_loss):
+        with pytest.raises(ValueError, match="expected a loss without logit_softcap, got 30.0"):
+            function(UnifiedLoss(V, logit_softcap=30.0))
+    with pytest.raises(ValueError, match="label_smoothing is an option of the loss"):
+        with_mixin(tiny("Llama"), arguments(tmp_path, label_smoothing_factor=0.1))
+    with pytest.raises(ValueError, match="expected no compute_loss_func"):
+        with_mixin(tiny("Llama"), arguments(tmp_path), compute_loss_func=lambda *given: None)
+    with pytest.raises(ValueError, match="ignore_index=-100 as the loss, got 7"):
+        causal_lm_loss(plain_loss(model))(torch.zeros(1, 2, V), torch.zeros(1, 2, dtype=torch.long), ignore_index=7)
+
+
+def test_n_is_that_of_the_loss(tmp_path):
+    """Labels on padding, which attention_mask and pad_token_id leave out: Trainer's own count has them."""
+    data = dataset()
+    for row in data:
+        row["labels"] = row["input_ids"].clone()
+        row["attention_mask"][-3:] = 0
+    model = tiny("Llama", dtype=torch.float32)
+    options = {"gradient_accumulation_steps": 2}
+    _, log = trained(with_mixin, tmp_path, model=model, data=data, **options)
+    assert losses(log, "loss")[0] == pytest.approx(losses(log, "cross_entropy")[0], rel=1e-5)
+    assert losses(log, "n_tokens")[0] == 4 * (N_TOKENS - 4)
+
+
+TWO_PROCESSES = [with_trainer_loss, with_mixin]
+
+
+def worker(rank, folder):
+    import os
+
+    from accelerate.state import AcceleratorState
+
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": (Path(folder) / "port").read_text(), "ACCELERATE_USE_CPU": "true"}
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    torch.save([trained(make, folder, **options) for make in TWO_PROCESSES], Path(folder) / f"{rank}.pt")
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_processes_train_as_one(tmp_path):
+    """2 ranks x 2 micro-batches of 1 = 1 batch of 4; every rank logs the metrics of all of them."""
+    expected = [trained(make, tmp_path, per_device_train_batch_size=4) for make in TWO_PROCESSES]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "port").write_text(str(free_port()))
+        torch.multiprocessing.start_processes(worker, (folder,), 2, start_method="fork")
+        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for rank in ranks:
+        for (found, log), (expected_weights, expected_log) in zip(rank, expected, strict=True):
+            torch.testing.assert_close(found, expected_weights, rtol=1e-5, atol=1e-7)
+            for name in ("loss", "cross_entropy", "n_tokens"):
+                assert losses(log, name) == pytest.approx(losses(expected_log, name), rel=1e-5)

@@ -1,0 +1,84 @@
+"""Small models of transformers with random weights, batches for them, and the loss that they would compute themselves."""
+
+import copy
+
+import torch
+from torch.nn import functional as F
+
+V = 61
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def tiny(name, dtype=torch.float64, **options):
+    """A causal language model by its family's name; eager where kernels know no float64."""
+    import transformers
+
+    options = SIZES | options
+    if name == "GPT2":
+        config = transformers.GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, **WITHOUT_DROPOUT)
+        return _made(transformers.GPT2LMHeadModel, config, dtype)
+    if name in ("Mixtral", "DeepseekV3", "Glm4Moe"):
+        options = {"experts_implementation": "eager", "num_experts_per_tok": 2, "num_local_experts": 4} | options
+    if name in ("DeepseekV3", "Glm4Moe"):
+        del options["num_local_experts"]
+        options |= {"n_routed_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 1, "n_group": 1}
+        options |= {"topk_group": 1, "n_shared_experts": 1, "num_key_value_heads": 2}
+    if name == "DeepseekV3":
+        options |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    if name in ("Gemma2", "Glm4Moe"):
+        options |= {"head_dim": 8}
+    config = getattr(transformers, f"{name}Config")(attn_implementation="eager", **options)
+    return _made(getattr(transformers, f"{name}ForCausalLM"), config, dtype)
+
+
+def _made(cls, config, dtype):
+    torch.manual_seed(0)
+    return cls(config).to(dtype)
+
+
+def batch(seed=0, batch_size=3, n_tokens=9):
+    """input_ids, attention_mask and labels: a prompt without labels, and padding on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, V, (batch_size, n_tokens), generator=generator)
+    labels, mask = input_ids.clone(), torch.ones_like(input_ids)
+    labels[0, :4] = -100
+    labels[1, 6:], mask[1, 6:] = -100, 0
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def loss_in_double(logits, labels, vocab_size, num_items_in_batch=None, **options):
+    """What transformers computes, without its rounding to float32."""
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def gradients(model):
+    """By name, those that there are."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def own_loss(model, **inputs):
+    """(loss, gradients) as the model itself computes them, in float64; the model is left as it was."""
+    model = copy.deepcopy(model)
+    model.loss_function = loss_in_double
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def loss_of(model, **inputs):
+    """(loss, gradients) of the model as it is."""
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
