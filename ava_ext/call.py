@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.distributed.placements import CallPlacement, check_is_whole, whole
+from ava_ext.ops.dtensor_logits import gathered_weight, is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowLoss, accumulation_dtype
+from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
 from ava_ext.reduction import Rows, count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
-Logits = Tensor | LinearLogits
+Logits = Tensor | LinearLogits | ShardedLogits | LocalRows
 Heads = Tensor | Sequence[Logits] | None
 # The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose loss is the
 # weighted sum [], or with reduction="none" that of each row [...]; 0 where the target is ignored.
@@ -75,7 +78,18 @@ class Call:
             hidden_states = hidden_states[-1]
         if isinstance(lm_head_weight, nn.Module):
             lm_head_weight, lm_head_bias = _weight_and_bias(lm_head_weight, lm_head_bias)
+        if is_dtensor(lm_head_weight) and not is_dtensor(hidden_states):  # once, for every head that reads it
+            lm_head_weight, lm_head_bias = gathered_weight(lm_head_weight), gathered_weight(lm_head_bias)
         logits = _logits_of(config, logits, primary_logits, hidden_states, lm_head_weight, lm_head_bias)
+        beside_dtensor = is_dtensor(logits) or isinstance(logits, LinearLogits) and is_dtensor(logits.hidden_states)
+        targets, attention_mask, token_weights, input_ids, position_ids, segment_ids, negative_ids, negative_weights = (
+            whole(name, given, beside_dtensor)
+            for name, given in (
+                ("targets", targets), ("attention_mask", attention_mask), ("token_weights", token_weights),
+                ("input_ids", input_ids), ("position_ids", position_ids), ("segment_ids", segment_ids),
+                ("negative_ids", negative_ids), ("negative_weights", negative_weights),
+            )
+        )  # fmt: skip
         targets = _tensor("targets", targets)
         _check_shapes(
             config, logits, targets, hidden_states, attention_mask, token_weights, input_ids, negative_ids,
@@ -93,6 +107,10 @@ class Call:
                 for given in (attention_mask, token_weights, input_ids, hidden_states, negative_ids, negative_weights)
             )
         self.logits: Logits = logits
+        self.placement = CallPlacement.of(logits)
+        reads_states = config.mtp_heads == "own" or config.use_contrastive_loss
+        if self.placement is not None and reads_states:
+            hidden_states = self.placement.hidden_states(hidden_states)
         self.hidden_states = hidden_states
         self.additional_logits = additional_logits
         self.confidence_scores = confidence_scores
@@ -130,6 +148,8 @@ class Call:
         self.rows: Rows = count_rows(
             config, targets, attention_mask, token_weights, num_items_in_batch, accumulation_dtype(logits.dtype)
         )
+        if self.placement is not None:
+            self.rows = self.placement.share(self.rows, config.ignore_index)
 
     def required(self, argument: str, option: str) -> Any:
         """The argument, or a ValueError that names it and the option that wants it."""
@@ -151,7 +171,8 @@ class Call:
 
     def padding_free(self, n_rows: int) -> Tensor | None:
         """[n_rows] bool: which rows of a router or an expert are no padding; None: all, or their number is another."""
-        for keep in (self.keep_targets, self.keep_tokens):
+        of_rows = (self.keep_targets, self.keep_tokens)
+        for keep in of_rows if self.placement is None else map(self.placement.local, of_rows):
             if keep is not None and keep.numel() == n_rows:
                 return keep.reshape(-1)
         return None
@@ -176,7 +197,7 @@ def _weight_and_bias(head: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _as_logits(name: str, value: Any) -> Logits:
-    if isinstance(value, (Tensor, LinearLogits)):
+    if isinstance(value, (Tensor, LinearLogits, ShardedLogits)):
         return value
     given = getattr(value, "logits", None)  # what a model of transformers returns
     if isinstance(given, Tensor):
@@ -217,6 +238,7 @@ def _logits_of(
     else:
         if hidden_states is None or lm_head_weight is None:
             raise ValueError("unified_loss: expected logits, or hidden_states and lm_head_weight, got neither")
+        check_is_whole("lm_head_weight", lm_head_weight)
         chosen = LinearLogits(
             _tensor("hidden_states", hidden_states), _tensor("lm_head_weight", lm_head_weight), lm_head_bias
         )

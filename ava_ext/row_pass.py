@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.call import Call, Logits
+from ava_ext.call import Call, HeadLoss, Logits
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.distributed.placements import CallPlacement
 from ava_ext.losses.component import CandidateSource, RowTerm
 from ava_ext.losses.float32_buffers import Float32Buffers
 from ava_ext.ops.repetition import repetition_candidates, repetition_weights
@@ -100,7 +101,7 @@ class RowPass(Float32Buffers):
             options = self.options.to(like.device)
         if temperature is not None:
             options = torch.cat([temperature.reshape(1).to(options), options[1:]])
-        call.head_loss = self._head_loss(options)
+        call.head_loss = self._head_loss(options, call.placement)
         candidates, names = self._candidates(call, penalty_factor)
         output = self._row_loss(
             call.logits,
@@ -137,10 +138,16 @@ class RowPass(Float32Buffers):
             chunk_bytes=self.config.linear_chunk_bytes,
         )
 
-    def _head_loss(self, options: Tensor) -> Any:  # [N_OPTIONS] -> HeadLoss
+    def _head_loss(
+        self,
+        options: Tensor,  # [N_OPTIONS]
+        placement: CallPlacement | None,
+    ) -> HeadLoss:
         flags = self.flags & OF_HEADS
 
         def loss(logits: Logits, targets: Tensor, row_weights: Tensor) -> RowLoss:
+            if placement is not None:
+                logits = placement.head(logits)
             real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
             return self._row_loss(logits, targets, options.to(real), flags, row_weights.to(real))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.dtensor_logits import local_logits
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import linear_row_loss
 from ava_ext.ops.row_fields import (
@@ -26,6 +27,8 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.second_derivative import graph_is_kept, raise_double_backward, without_second_derivative
+from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
+from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_row_loss
 
 __all__ = [
     "N_OPTIONS",
@@ -47,7 +50,7 @@ _row_loss = _ops.row_loss.default  # looked up once: each look-up costs a micros
 
 
 def row_loss(
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits | LocalRows,  # [..., n_columns]
     targets: Tensor,  # [...]
     options: Tensor,  # [N_OPTIONS], from row_options
     *,
@@ -97,9 +100,33 @@ def row_loss(
         >>> loss = row_loss(logits, targets, row_options(logits), reduction="sum").loss
         >>> loss.backward()
     """
+    logits = local_logits("row_loss", logits)
     _check_constants(options, row_weights, candidates)
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
+    if isinstance(logits, LocalRows):
+        block = logits.rows
+        local = row_loss(
+            logits.logits,
+            block.local(targets),
+            options,
+            flags=flags,
+            row_weights=None if row_weights is None else block.local(row_weights),
+            candidates=None if candidates is None else block.local_candidates(candidates),
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            inplace_gradient=inplace_gradient,
+            chunk_bytes=chunk_bytes,
+        )
+        return RowLoss(local.loss if reduction == "sum" else block.among_all(local.loss), block.among_all(local.terms))
+    if isinstance(logits, ShardedLogits):
+        inplace = inplace_gradient and isinstance(logits.logits, Tensor) and not torch.compiler.is_compiling()
+        if inplace:
+            _check_inplace(logits.logits)
+        return vocabulary_parallel_row_loss(
+            logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, reduction, inplace, chunk_bytes
+        )
     if isinstance(logits, LinearLogits):
         return linear_row_loss(
             logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, reduction, chunk_bytes

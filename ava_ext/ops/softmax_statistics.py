@@ -10,10 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ava_ext.ops.dtensor_logits import local_logits
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
 from ava_ext.ops.row_fields import RowFlags, row_options
 from ava_ext.ops.row_statistics import row_statistics
+from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
+from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_statistics
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -27,7 +30,7 @@ class SoftmaxStatistics(NamedTuple):
 
 
 def softmax_statistics(
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     ids: Tensor | None,  # [..., n_ids]
     *,
     temperature: float | Tensor = 1.0,
@@ -71,7 +74,7 @@ def softmax_statistics(
 
 def _statistics(
     owner: str,
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     ids: Tensor | None,  # [..., n_ids]
     temperature: float | Tensor,
     logit_softcap: float | None,
@@ -80,10 +83,15 @@ def _statistics(
     chunk_bytes: int | None,
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages."""
+    logits = local_logits(owner, logits)
+    if isinstance(logits, LocalRows):
+        raise ValueError(f"{owner}: expected logits of all rows, got some of them: pass logits.to_local()")
     options, flags = _options(owner, logits, temperature, logit_softcap)
     ids = None if ids is None else ids.to(torch.int32)
     arguments = (ids, row_mask, options, flags, logits.shape[-1] if vocab_size is None else vocab_size)
-    if isinstance(logits, LinearLogits):
+    if isinstance(logits, ShardedLogits):
+        log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes)
+    elif isinstance(logits, LinearLogits):
         log_probs, summaries = linear_row_statistics(owner, logits, *arguments, chunk_bytes)
     else:
         log_probs, summaries = row_statistics(logits, *arguments)
@@ -92,7 +100,7 @@ def _statistics(
 
 def _options(
     owner: str,
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     temperature: float | Tensor,
     logit_softcap: float | None,
 ) -> tuple[Tensor, int]:  # [N_OPTIONS], flags
@@ -107,7 +115,7 @@ def _options(
 
 
 def token_log_probs(
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     targets: Tensor,  # [...]
     *,
     temperature: float | Tensor = 1.0,
