@@ -215,7 +215,7 @@ def test_sure_rows_keep_their_digits():
 
 
 def counting_worker(rank, n_candidates):
-    """Collectives and bytes of forward, then of backward."""
+    """Bytes of the collectives of forward, then of backward."""
     distributed, sent = torch.distributed, []
     gather = distributed.all_gather_into_tensor
 
@@ -226,19 +226,18 @@ def counting_worker(rank, n_candidates):
     def refused(*arguments, **keywords):
         raise AssertionError("expected no other collective")
 
-    distributed.all_gather_into_tensor = counted
-    for name in ("all_reduce", "broadcast", "all_gather", "all_to_all", "reduce_scatter_tensor", "barrier"):
-        setattr(distributed, name, refused)
     logits = torch.randn(100, 20, requires_grad=True)
     ids = torch.randint(40, (100, n_candidates), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     candidates = Candidates(ids, torch.ones(ids.shape), (n_candidates,)) if n_candidates else None
-    options = row_options(logits, **OPTIONS)
-    targets = torch.arange(100) % 40
-    output = row_loss(
-        ShardedLogits(logits, "world"), targets, options, flags=int(FLAGS["capped"]), candidates=candidates
-    )
-    forward = list(sent)
-    output.loss.sum().backward()
+    options, targets = row_options(logits, **OPTIONS), torch.arange(100) % 40
+    arguments = {"flags": int(FLAGS["capped"]), "candidates": candidates}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "all_gather_into_tensor", counted)
+        for name in ("all_reduce", "broadcast", "all_gather", "all_to_all", "reduce_scatter_tensor", "barrier"):
+            patch.setattr(distributed, name, refused)
+        output = row_loss(ShardedLogits(logits, "world"), targets, options, **arguments)
+        forward = list(sent)
+        output.loss.sum().backward()
     return forward, sent[len(forward) :]
 
 
