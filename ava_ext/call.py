@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.distributed.placements import CallPlacement, check_is_whole, whole
+from ava_ext.distributed.placements import CallPlacement, check_is_local, check_is_whole, whole
 from ava_ext.ops.dtensor_logits import gathered_weight, is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowLoss, accumulation_dtype
-from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
+from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.reduction import Rows, count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
-Logits = Tensor | LinearLogits | ShardedLogits | LocalRows
+Logits = Tensor | LinearLogits
 Heads = Tensor | Sequence[Logits] | None
 # The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose loss is the
 # weighted sum [], or with reduction="none" that of each row [...]; 0 where the target is ignored.
@@ -81,7 +81,7 @@ class Call:
         if is_dtensor(lm_head_weight) and not is_dtensor(hidden_states):  # once, for every head that reads it
             lm_head_weight, lm_head_bias = gathered_weight(lm_head_weight), gathered_weight(lm_head_bias)
         logits = _logits_of(config, logits, primary_logits, hidden_states, lm_head_weight, lm_head_bias)
-        beside_dtensor = is_dtensor(logits) or isinstance(logits, LinearLogits) and is_dtensor(logits.hidden_states)
+        beside_dtensor = is_dtensor(logits) or (isinstance(logits, LinearLogits) and is_dtensor(logits.hidden_states))
         targets, attention_mask, token_weights, input_ids, position_ids, segment_ids, negative_ids, negative_weights = (
             whole(name, given, beside_dtensor)
             for name, given in (
@@ -106,15 +106,21 @@ class Call:
                 None if given is None else given.unsqueeze(0)
                 for given in (attention_mask, token_weights, input_ids, hidden_states, negative_ids, negative_weights)
             )
-        self.logits: Logits = logits
-        self.placement = CallPlacement.of(logits)
-        reads_states = config.mtp_heads == "own" or config.use_contrastive_loss
-        if self.placement is not None and reads_states:
+        self.logits: Logits | ShardedLogits = logits
+        self.placement = CallPlacement.of(config, logits)
+        if self.placement is None:
+            hidden_states = whole("hidden_states", hidden_states, beside_dtensor)
+        elif config.mtp_heads == "own" or config.use_contrastive_loss:
             hidden_states = self.placement.hidden_states(hidden_states)
         self.hidden_states = hidden_states
         self.additional_logits = additional_logits
         self.confidence_scores = confidence_scores
         self.mtp_active = mtp_active
+        for name, given in (
+            ("gate_logits", gate_logits), ("expert_indices", expert_indices), ("expert_outputs", expert_outputs),
+            ("confidence_scores", confidence_scores), ("contrastive_pair", contrastive_pair),
+        ):  # fmt: skip
+            check_is_local(name, given)
         self.gate_logits = gate_logits
         self.expert_indices = expert_indices
         self.expert_outputs = expert_outputs
@@ -196,7 +202,7 @@ def _weight_and_bias(head: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tens
     return head.weight, head.bias if bias is None else bias
 
 
-def _as_logits(name: str, value: Any) -> Logits:
+def _as_logits(name: str, value: Any) -> Logits | ShardedLogits:
     if isinstance(value, (Tensor, LinearLogits, ShardedLogits)):
         return value
     given = getattr(value, "logits", None)  # what a model of transformers returns
@@ -215,7 +221,7 @@ def _logits_of(
     hidden_states: Tensor | None,  # [..., hidden_size]
     lm_head_weight: Tensor | None,  # [n_columns, hidden_size]
     lm_head_bias: Tensor | None,  # [n_columns]
-) -> Logits:
+) -> Logits | ShardedLogits:
     """What the main term reads: logits or primary_logits, or what lm_head makes of hidden_states."""
     if lm_head_bias is not None and lm_head_weight is None:
         raise ValueError("unified_loss: lm_head_bias needs lm_head_weight, got None")
@@ -254,7 +260,7 @@ def _logits_of(
 
 def _check_shapes(
     config: UnifiedLossConfig,
-    logits: Logits,
+    logits: Logits | ShardedLogits,
     targets: Tensor,
     hidden_states: Tensor | None,
     attention_mask: Tensor | None,

@@ -13,6 +13,7 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.distributed.placements import CallPlacement
 from ava_ext.losses.component import CandidateSource, RowTerm
 from ava_ext.losses.float32_buffers import Float32Buffers
+from ava_ext.ops.dtensor_logits import PlacedLogits
 from ava_ext.ops.repetition import repetition_candidates, repetition_weights
 from ava_ext.ops.row_fields import TERM_NAMES, Candidates, RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
@@ -116,7 +117,7 @@ class RowPass(Float32Buffers):
 
     def _row_loss(
         self,
-        logits: Logits,  # [..., n_columns]
+        logits: PlacedLogits,  # [..., n_columns]
         targets: Tensor,  # [...]
         options: Tensor,  # [N_OPTIONS]
         flags: int,
@@ -146,10 +147,9 @@ class RowPass(Float32Buffers):
         flags = self.flags & OF_HEADS
 
         def loss(logits: Logits, targets: Tensor, row_weights: Tensor) -> RowLoss:
-            if placement is not None:
-                logits = placement.head(logits)
+            placed = logits if placement is None else placement.head(logits)
             real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
-            return self._row_loss(logits, targets, options.to(real), flags, row_weights.to(real))
+            return self._row_loss(placed, targets, options.to(real), flags, row_weights.to(real))
 
         return loss
 

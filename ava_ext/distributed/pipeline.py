@@ -13,7 +13,7 @@ def pipeline_loss(
     n_items: float | Tensor | Callable[[], float | Tensor],
     **arguments: Any,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a schedule of torch.distributed.pipelining takes as loss_fn: (logits, targets) of a micro-batch -> its share.
+    """The loss_fn of a schedule of torch.distributed.pipelining: (logits, targets) of a micro-batch -> its share.
 
     The shares of all micro-batches add up to the loss of the whole batch, so the schedule has to add their gradients
     up: give it scale_grads=False. With its default, True, it divides them by the number of micro-batches.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ava_ext.ops.dtensor_logits import Logits, Place, is_dtensor, linear_place, local_weight
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.dtensor_logits import Place, PlacedLogits, is_dtensor, linear_place, local_weight
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import LocalRows, RowShard, ShardedLogits
 from ava_ext.reduction import Rows
@@ -37,6 +37,16 @@ def whole(
     return values.full_tensor()
 
 
+def check_is_local(name: str, values: Any) -> None:
+    """Raises ValueError where an argument that parts read is a DTensor."""
+    for value in values if isinstance(values, (tuple, list)) else (values,):
+        if is_dtensor(value):
+            raise ValueError(
+                f"unified_loss: expected {name} of this rank's rows as a torch.Tensor, got a DTensor in placements "
+                f"{value.placements}: pass its to_local(), in the placements of the logits' rows"
+            )
+
+
 def check_is_whole(name: str, weight: Any) -> None:
     """Raises ValueError where a wrapper has taken a weight's values away."""
     if isinstance(weight, Tensor) and weight.numel() == 0:
@@ -57,7 +67,7 @@ class CallPlacement:
         self.rows = rows
 
     @classmethod
-    def of(cls, logits: Logits) -> CallPlacement | None:
+    def of(cls, config: UnifiedLossConfig, logits: PlacedLogits) -> CallPlacement | None:
         """Of logits [batch_size, n_tokens, n_columns]; None: this rank has all rows, and no DTensor."""
         if isinstance(logits, LinearLogits):
             if not is_dtensor(logits.hidden_states):
@@ -67,7 +77,13 @@ class CallPlacement:
             place = Place.of("unified_loss", "logits", logits)
         else:
             return None
-        return cls(place, place.row_shard(logits.shape[:-1]))
+        rows = place.row_shard(logits.shape[:-1])
+        if rows is not None and config.mtp_heads == "adaptive":
+            raise ValueError(
+                "unified_loss: expected logits of which every rank has all rows beside adaptive heads, got placements "
+                f"{place.placements}: redistribute them, or pass local tensors and num_items_in_batch"
+            )
+        return cls(place, rows)
 
     def local(
         self,
@@ -101,7 +117,10 @@ class CallPlacement:
         of_gradient = [Partial() if is_row else Replicate() for is_row in self.place.is_of_rows]
         return hidden_states.full_tensor(grad_placements=of_gradient)
 
-    def head(self, logits: Logits) -> Logits:  # [..., batch_size, n_tokens, n_columns]
+    def head(
+        self,
+        logits: PlacedLogits,  # [..., batch_size, n_tokens, n_columns]
+    ) -> PlacedLogits:
         """This rank's part of a further head, of whose hidden states it has all rows."""
         if is_dtensor(logits) or isinstance(logits, (ShardedLogits, LocalRows)):
             return logits

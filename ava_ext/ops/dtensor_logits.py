@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import LocalRows, RowShard, ShardedLogits
 
-Logits = Tensor | LinearLogits | ShardedLogits | LocalRows
+PlacedLogits = Tensor | LinearLogits | ShardedLogits | LocalRows
 
 
 def is_dtensor(value: Any) -> TypeGuard[Any]:
@@ -31,7 +31,7 @@ def is_dtensor(value: Any) -> TypeGuard[Any]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def local_logits(owner: str, logits: Logits) -> Logits:
+def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
     """Logits without DTensors: what this rank holds of them. owner begins the messages.
 
     Raises:
@@ -44,7 +44,7 @@ def local_logits(owner: str, logits: Logits) -> Logits:
     return _local_tensor_logits(owner, logits) if is_dtensor(logits) else logits
 
 
-def _local_tensor_logits(owner: str, logits: Any) -> Logits:  # [..., n_columns]
+def _local_tensor_logits(owner: str, logits: Any) -> PlacedLogits:  # [..., n_columns]
     place = Place.of(owner, "logits", logits)
     return place.part_of(_waited(logits.to_local()), logits.shape)
 
@@ -68,7 +68,9 @@ class Place:
                     f"{owner}: expected {name} in placements Replicate or Shard, got {placement} on dimension "
                     f"{dimension} of the mesh: call {name}.redistribute(placements=...) first"
                 )
-        place = cls(tensor.device_mesh, tuple(_without_negative(p, tensor.dim()) for p in tensor.placements), tensor.dim() - 1)
+        place = cls(
+            tensor.device_mesh, tuple(_without_negative(p, tensor.dim()) for p in tensor.placements), tensor.dim() - 1
+        )
         if sum(place.is_of_columns) > 1:
             raise ValueError(
                 f"{owner}: expected {name} whose columns are spread over one dimension of the mesh, got "
@@ -97,7 +99,7 @@ class Place:
         self,
         local: Tensor | LinearLogits,  # [local rows, n_local_columns]
         shape: torch.Size,  # [..., n_columns] of the whole logits
-    ) -> Logits:
+    ) -> PlacedLogits:
         """What local is of the whole logits."""
         part: Tensor | LinearLogits | ShardedLogits = local
         columns, rows = self.column_shard(shape[-1]), self.row_shard(shape[:-1])
@@ -141,14 +143,14 @@ def _waited(local: Tensor) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local
 
 
-def _local_linear_logits(owner: str, logits: LinearLogits) -> Logits:  # [..., n_columns]
+def _local_linear_logits(owner: str, logits: LinearLogits) -> PlacedLogits:  # [..., n_columns]
     hidden_states, weight, bias = logits
     if not is_dtensor(hidden_states):
-        return LinearLogits(hidden_states, *(gathered_weight(part) for part in (weight, bias)))
+        return LinearLogits(hidden_states, gathered_weight(weight), gathered_weight(bias))
     place = linear_place(owner, logits)
     states = hidden_states.redistribute(placements=place.of_hidden_states()).to_local()
-    head = (None if part is None else local_weight(owner, part, place) for part in (weight, bias))
-    return place.part_of(LinearLogits(_waited(states), *head), logits.shape)
+    bias = None if bias is None else local_weight(owner, bias, place)
+    return place.part_of(LinearLogits(_waited(states), local_weight(owner, weight, place), bias), logits.shape)
 
 
 def linear_place(owner: str, logits: LinearLogits) -> Place:  # [..., n_columns]
@@ -159,6 +161,11 @@ def linear_place(owner: str, logits: LinearLogits) -> Place:  # [..., n_columns]
     hidden_states: Any = logits.hidden_states
     mesh, n_row_dimensions = hidden_states.device_mesh, hidden_states.dim() - 1
     of_states = tuple(_without_negative(p, hidden_states.dim()) for p in hidden_states.placements)
+    if logits.bias is not None and is_dtensor(logits.bias) != is_dtensor(logits.weight):
+        raise ValueError(
+            f"{owner}: expected weight and bias to be DTensors or torch.Tensors both, got "
+            f"{type(logits.weight).__name__} and {type(logits.bias).__name__}"
+        )
     of_weight = [_replicate()] * mesh.ndim
     if is_dtensor(logits.weight):
         of_weight = [logits.weight.placements[d] for d in _dimensions(owner, logits.weight, mesh)]
@@ -209,7 +216,7 @@ def local_weight(
     from torch.distributed.tensor import Partial, Shard
 
     placements = [_replicate()] * weight.device_mesh.ndim
-    of_gradient = [Partial("avg")] * weight.device_mesh.ndim
+    of_gradient: list[Any] = [Partial("avg")] * weight.device_mesh.ndim
     for own, is_row, is_column in zip(
         _dimensions(owner, weight, place.mesh), place.is_of_rows, place.is_of_columns, strict=True
     ):
@@ -219,8 +226,8 @@ def local_weight(
 
 
 def gathered_weight(
-    weight: Tensor | None,  # [n_columns, hidden_size] or [n_columns]
-) -> Tensor | None:
+    weight: Any,  # [n_columns, hidden_size], [n_columns] or None
+) -> Any:
     """The whole of a weight beside hidden states that are no DTensor: each rank's own rows, as under FSDP2.
 
     The gradient is averaged over the ranks, as FSDP2 does with every other one; that is right for hidden states that

@@ -15,7 +15,7 @@ from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import N_ROW_COEFFICIENTS, N_STATISTICS, STATISTIC_NAMES
 
 _ops = torch.ops.ava_ext
-ARGMAX = STATISTIC_NAMES.index("argmax")
+MAX, ARGMAX, COUNT = map(STATISTIC_NAMES.index, ("max", "argmax", "count"))
 N_PLACE = 2  # first column and number of columns of a shard, sent along to be checked
 
 
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
     ) -> Tensor:  # [n_rows, n_ids] int32
         """Ids as columns of this rank; -1 where they are none."""
         ids = ids - self.first_column
-        return torch.where((ids >= 0) & (ids < self.local_vocab_size), ids, -1)
+        return ids.masked_fill_((ids < 0) | (ids >= self.local_vocab_size), -1)
 
 
 class MergedRows(NamedTuple):
@@ -62,10 +62,10 @@ def measure(
     """Measures the local columns, and merges what every rank has measured, in one all-gather."""
     local_ids = shard.local_ids(ids)
     statistics, log_probs = _measure_locally(logits, local_ids, row_mask, shard)
-    statistics[:, ARGMAX] += torch.where(statistics[:, ARGMAX] < 0, 0.0, shard.first_column)
-    gathered = _gather(statistics, torch.where(local_ids < 0, -torch.inf, log_probs), shard)
+    statistics[:, ARGMAX] += shard.first_column  # of a row without columns it is never looked at
+    gathered = _gather(statistics, log_probs.masked_fill(local_ids < 0, -torch.inf), shard)
     merged, u = _merge(gathered, shard.options[0])
-    return MergedRows(merged, u, statistics[:, STATISTIC_NAMES.index("count")])
+    return MergedRows(merged, u, statistics[:, COUNT])
 
 
 def _measure_locally(
@@ -76,12 +76,24 @@ def _measure_locally(
 ) -> tuple[Tensor, Tensor]:  # [n_rows, N_STATISTICS], [n_rows, n_ids]
     vocab_size = shard.local_vocab_size
     if vocab_size == 0:  # nothing but padding
-        nothing = torch.tensor([-torch.inf, -1, 0, 0, 0, 0], dtype=shard.options.dtype, device=ids.device)
-        return nothing.repeat(len(ids), 1), torch.zeros(ids.shape, dtype=nothing.dtype, device=ids.device)
+        nothing = shard.options.new_zeros((len(ids), N_STATISTICS))
+        nothing[:, MAX].fill_(-torch.inf)
+        nothing[:, ARGMAX].fill_(-1)
+        return nothing, shard.options.new_zeros(ids.shape)
     arguments = (ids, row_mask, shard.options, shard.flags, vocab_size)
     if isinstance(logits, LinearLogits):
         return _ops.linear_row_statistics(*logits, *arguments, shard.chunk_rows, shard.dtype)[:2]
     return _ops.row_statistics(logits, *arguments)[:2]
+
+
+def _all_gather(
+    received: Tensor,  # [world_size * n]
+    sent: Tensor,  # [n]
+    group: Any,
+) -> None:
+    distributed: Any = torch.distributed  # torch 2.13 has renamed it
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(received, sent, group=group)
 
 
 def _gather(
@@ -93,7 +105,7 @@ def _gather(
     place = [statistics.new_full((1,), number) for number in (shard.first_column, shard.n_columns)]
     sent = torch.cat([torch.cat([statistics, log_probs], 1).flatten(), *place])
     received = sent.new_empty(world_size * len(sent))
-    torch.distributed.all_gather_into_tensor(received, sent, group=shard.group)
+    _all_gather(received, sent, group=shard.group)
     received = received.view(world_size, -1)
     _check_places(received[:, -N_PLACE:])
     return received[:, :-N_PLACE].unflatten(1, (n_rows, -1))
@@ -124,12 +136,13 @@ def _merge(
     maximum, winner = top.max(0)  # the first of equals, whose columns come first
     is_winner = torch.arange(len(top), device=top.device).unsqueeze(1) == winner
     is_empty = top == -torch.inf
-    shift = torch.where(is_winner | is_empty, 0.0, (top - maximum) / temperature)
+    as_it_is = is_winner | is_empty
+    shift = ((top - maximum) / temperature).masked_fill_(as_it_is, 0)
     factor, total, log_total = shift.exp(), 1 + rest, rest.log1p()
     # where a factor is 0, shift * total may be infinite; a nan that an empty part has seen is in its rest
-    rest = torch.where(is_winner | is_empty, rest, total * factor).sum(0)
-    weighted = torch.where(is_empty | (factor == 0), 0.0, factor * (weighted + shift * total)).sum(0)
-    sum_u = torch.where(is_empty, 0.0, sum_u + shift * count).sum(0)
+    rest = torch.where(as_it_is, rest, total * factor).sum(0)
+    weighted = (factor * (weighted + shift * total)).masked_fill_(is_empty | (factor == 0), 0).sum(0)
+    sum_u = (sum_u + shift * count).masked_fill_(is_empty, 0).sum(0)
     merged = [maximum, argmax.gather(0, winner.unsqueeze(0)).squeeze(0), rest, weighted, sum_u, count.sum(0)]
     # a log-probability of a shard is u - log1p(R) there; exactly 0 is added up at its maximum
     u = (gathered[..., N_STATISTICS:] + (log_total + shift).unsqueeze(-1)).amax(0)
@@ -151,17 +164,16 @@ def local_view(
     local_argmax = argmax - shard.first_column
     is_local = (local_argmax >= 0) & (local_argmax < shard.local_vocab_size)
     # the number of columns says whether there are masked ones among them: the local number among the local columns
-    statistics = [maximum, torch.where(is_local, local_argmax, -1.0), rest, weighted, sum_u, merged.local_count]
+    statistics = [maximum, local_argmax.masked_fill_(~is_local, -1), rest, weighted, sum_u, merged.local_count]
     of_probability, *others, of_maximum = row_coefficients[:, :N_ROW_COEFFICIENTS].unbind(-1)
-    own = torch.where(ids < 0, 0.0, row_coefficients[:, N_ROW_COEFFICIENTS:])
-    of_probability = of_probability - torch.where(shard.local_ids(ids) < 0, own, 0.0).sum(-1)
-    of_probability = of_probability - torch.where(is_local, 0.0, of_maximum)
-    shapes = torch.stack([of_probability, *others, torch.where(is_local, of_maximum, 0.0)], -1)
+    own = row_coefficients[:, N_ROW_COEFFICIENTS:].masked_fill(ids < 0, 0)
+    elsewhere = own.masked_fill(shard.local_ids(ids) >= 0, 0).sum(-1) + of_maximum.masked_fill(is_local, 0)
+    shapes = torch.stack([of_probability - elsewhere, *others, of_maximum.masked_fill(~is_local, 0)], -1)
     return torch.stack(statistics, -1), torch.cat([shapes, own], -1)
 
 
 def local_gradients(
-    parts: tuple[Tensor, ...] | LinearLogits,  # logits [n_rows, n_local_columns], or what they are computed from
+    parts: tuple[Tensor | None, ...],  # (logits [n_rows, n_local_columns],) or those of LinearLogits
     statistics: Tensor,  # [n_rows, N_STATISTICS], of local_view
     row_coefficients: Tensor,  # [n_rows, N_ROW_COEFFICIENTS + n_ids]
     ids: Tensor,  # [n_rows, n_ids] int32, columns of all ranks
@@ -172,9 +184,12 @@ def local_gradients(
     """The gradient of each part; nothing is communicated."""
     vocab_size = shard.local_vocab_size
     if vocab_size == 0:
-        return tuple(torch.zeros_like(part) if want else None for part, want in zip(parts, wanted, strict=True))
+        return tuple(
+            torch.zeros_like(part) if want and part is not None else None
+            for part, want in zip(parts, wanted, strict=True)
+        )
     arguments = (statistics, row_coefficients, shard.local_ids(ids), shard.options, shard.flags, vocab_size)
-    if isinstance(parts, LinearLogits):
+    if len(parts) > 1:
         gradients = _ops.linear_row_gradient(*parts, *arguments, shard.chunk_rows, shard.dtype, wanted)
         return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     (logits,) = parts

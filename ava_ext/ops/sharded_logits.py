@@ -71,8 +71,8 @@ class ShardedLogits(NamedTuple):
         n_columns = world_size * n_local if self.n_columns is None else self.n_columns
         if first < 0 or first + n_local > n_columns:
             raise ValueError(
-                f"sharded_logits: expected the {n_local} columns from {first} on to lie within n_columns = {n_columns}; "
-                "shards of different sizes need first_column and n_columns"
+                f"sharded_logits: expected the {n_local} columns from {first} on to lie within n_columns = "
+                f"{n_columns}; shards of different sizes need first_column and n_columns"
             )
         return first, n_columns
 

@@ -121,11 +121,22 @@ def row_loss(
         )
         return RowLoss(local.loss if reduction == "sum" else block.among_all(local.loss), block.among_all(local.terms))
     if isinstance(logits, ShardedLogits):
-        inplace = inplace_gradient and isinstance(logits.logits, Tensor) and not torch.compiler.is_compiling()
-        if inplace:
+        inplace = False
+        if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
             _check_inplace(logits.logits)
+            inplace = True
         return vocabulary_parallel_row_loss(
-            logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, reduction, inplace, chunk_bytes
+            logits,
+            targets,
+            options,
+            flags,
+            row_weights,
+            candidates,
+            vocab_size,
+            ignore_index,
+            reduction,
+            inplace,
+            chunk_bytes,
         )
     if isinstance(logits, LinearLogits):
         return linear_row_loss(

@@ -83,9 +83,10 @@ def _statistics(
     chunk_bytes: int | None,
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages."""
-    logits = local_logits(owner, logits)
-    if isinstance(logits, LocalRows):
+    placed = local_logits(owner, logits)
+    if isinstance(placed, LocalRows):
         raise ValueError(f"{owner}: expected logits of all rows, got some of them: pass logits.to_local()")
+    logits = placed
     options, flags = _options(owner, logits, temperature, logit_softcap)
     ids = None if ids is None else ids.to(torch.int32)
     arguments = (ids, row_mask, options, flags, logits.shape[-1] if vocab_size is None else vocab_size)

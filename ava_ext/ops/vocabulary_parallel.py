@@ -47,18 +47,20 @@ def vocabulary_parallel_row_loss(
     parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes)
     targets = targets.reshape(-1)
     row_mask = targets != ignore_index
-    ids = torch.where(row_mask, targets, -1).unsqueeze(-1)
-    _check_range("row_loss", "targets", targets, row_mask, shard.vocab_size)
-    weights, groups = None, ()
+    counted = targets.masked_fill(~row_mask, 0)
+    _check_range("row_loss", "targets", counted, 0, shard.vocab_size)
+    ids = targets.masked_fill(~row_mask, -1).to(torch.int32).unsqueeze(-1)
+    weights: Tensor | None = None
+    groups: tuple[int, ...] = ()
     if candidates is not None:
         _check_rows("row_loss", "candidate ids", candidates.ids, torch.Size((*rows, candidates.ids.shape[-1])))
-        given = candidates.ids.flatten(0, -2).long()
-        _check_range("row_loss", "candidate ids", given, given != -1, shard.vocab_size)
+        given = candidates.ids.flatten(0, -2)
+        _check_range("row_loss", "candidate ids", given, -1, shard.vocab_size)
         ids, groups = torch.cat([ids, given], -1), candidates.groups
         weights = candidates.weights.flatten(0, -2)
     if row_weights is not None:
         row_weights = row_weights.reshape(-1)
-    arguments = (ids.to(torch.int32), row_mask, row_weights, weights, groups)
+    arguments = (ids, row_mask, row_weights, weights, groups)
     loss, terms = _RowLossOfShard.apply(shard, inplace_gradient, arguments, options, *parts)
     loss, terms = loss.view(rows), terms.view(N_TERMS + len(groups), *rows)
     return RowLoss(loss if reduction == "none" else loss.sum(), terms)
@@ -79,7 +81,7 @@ def vocabulary_parallel_statistics(
     parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes)
     if ids is None:
         ids = torch.empty((*rows, 0), dtype=torch.int32, device=logits.device)
-    _check_range(owner, "ids", ids, ids != -1, shard.vocab_size)
+    _check_range(owner, "ids", ids, -1, shard.vocab_size)
     if row_mask is None:
         row_mask = torch.ones(rows, dtype=torch.bool, device=logits.device)
     _check_rows(owner, "row_mask", row_mask, rows)
@@ -94,8 +96,8 @@ def _shard_of(
     flags: int,
     vocab_size: int | None,
     chunk_bytes: int | None,
-) -> tuple[tuple[Tensor, ...] | LinearLogits, Shard]:
-    """The local logits as a matrix, or what they are computed from, and what is to be known of their columns."""
+) -> tuple[tuple[Tensor | None, ...], Shard]:
+    """The local logits as a matrix, or the parts of LinearLogits, and what is to be known of their columns."""
     first_column, n_columns = logits.place()
     local, group = logits.logits, logits.process_group()
     if vocab_size is not None and not 1 <= vocab_size <= n_columns:
@@ -106,7 +108,7 @@ def _shard_of(
         local.check("sharded_logits")
         shard = shard._replace(chunk_rows=local.chunk_rows(chunk_bytes))
         states = _SumOfGradients.apply(local.hidden_states, group)
-        return local._replace(hidden_states=states.flatten(0, -2)), shard
+        return (states.flatten(0, -2), *local[1:]), shard
     if local.shape[-1] > 1 and local.stride(-1) != 1:
         local = local.contiguous()
     return (local.flatten(0, -2),), shard
@@ -121,15 +123,18 @@ def _check_range(
     owner: str,
     name: str,
     ids: Tensor,  # [...]
-    present: Tensor,  # [...] bool
+    lowest: int,  # -1 where ids may be absent
     vocab_size: int,
 ) -> None:
     """IndexError on an id out of range; on a GPU the device asserts it. Another rank's columns are in range."""
-    wrong = present & ((ids < 0) | (ids >= vocab_size))
+    if ids.numel() == 0:
+        return
+    least, greatest = torch.aminmax(ids)
+    fit = (least >= lowest) & (greatest < vocab_size)
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~wrong.any(), f"{owner}: {name} out of range")
-    elif wrong.any():
-        position = int(wrong.flatten().nonzero()[0])
+        torch._assert_async(fit, f"{owner}: {name} out of range")
+    elif not fit:
+        position = int(((ids < lowest) | (ids >= vocab_size)).flatten().nonzero()[0])
         raise IndexError(
             f"{owner}: expected {name} in [0, {vocab_size}), got {int(ids.flatten()[position])} at position {position}"
         )
@@ -173,10 +178,11 @@ def _evaluated(
             total = total + penalty
         terms += [penalty.unsqueeze(0) for penalty in penalties]
         coefficients = torch.cat([coefficients, slopes], -1)
-    row_weights = torch.ones_like(own) if row_weights is None else row_weights
-    loss = torch.where(row_mask, total * row_weights, 0.0)
-    coefficients = torch.where(row_mask.unsqueeze(-1), coefficients * row_weights.unsqueeze(-1), 0.0)
-    return loss, torch.where(row_mask, torch.cat(terms), 0.0), coefficients
+    if row_weights is not None:
+        total, coefficients = total * row_weights, coefficients * row_weights.unsqueeze(-1)
+    ignored = ~row_mask
+    of_terms = torch.cat(terms).masked_fill_(ignored, 0)
+    return total.masked_fill(ignored, 0), of_terms, coefficients.masked_fill_(ignored.unsqueeze(-1), 0)
 
 
 def _penalties(
@@ -188,13 +194,14 @@ def _penalties(
 ) -> tuple[Tensor, Tensor]:  # both [n_rows, n_candidates]
     """-w log(1 - p) of each candidate, and its s."""
     rest = rest.unsqueeze(-1)
-    p = torch.where(is_argmax, 0.0, u.exp() / (1 + rest))
-    valid = (ids[:, 1:] >= 0) & (ids[:, 1:] != ids[:, :1]) & (ids[:, :1] >= 0) & (weights != 0) & (u != -torch.inf)
+    p = (u.exp() / (1 + rest)).masked_fill_(is_argmax, 0)
+    target = ids[:, :1]
+    absent = (u == -torch.inf) | (ids[:, 1:] == target) | (weights == 0) | (target < 0)  # u of an absent id: -inf
     smallest = _SMALLEST_REST[rest.dtype]
     inverse_rest = 1 / torch.where(rest < smallest, smallest, rest)  # a nan passes
     loss = torch.where(is_argmax, inverse_rest.log1p(), -torch.log1p(-p))
     slope = torch.where(is_argmax, inverse_rest, p / (1 - p))
-    return torch.where(valid, weights * loss, 0.0), torch.where(valid, weights * slope, 0.0)
+    return (weights * loss).masked_fill_(absent, 0), (weights * slope).masked_fill_(absent, 0)
 
 
 def _save(ctx: Any, shard: Shard, parts: tuple[Tensor | None, ...], *tensors: Tensor) -> None:
@@ -203,24 +210,22 @@ def _save(ctx: Any, shard: Shard, parts: tuple[Tensor | None, ...], *tensors: Te
     ctx.save_for_backward(*parts, shard.options, *tensors)
 
 
-def _saved(ctx: Any) -> tuple[tuple[Tensor, ...] | LinearLogits, Shard, tuple[Tensor, ...]]:
+def _saved(ctx: Any) -> tuple[tuple[Tensor | None, ...], Shard, list[Tensor]]:
     parts, (options, *tensors) = ctx.saved_tensors[: ctx.n_parts], ctx.saved_tensors[ctx.n_parts :]
-    kept = parts if ctx.n_parts == 1 else LinearLogits(*parts)
-    return kept, ctx.shard._replace(options=options), tuple(tensors)
+    return parts, ctx.shard._replace(options=options), tensors
 
 
 def _gradients(
-    ctx: Any,
-    parts: tuple[Tensor, ...] | LinearLogits,
+    parts: tuple[Tensor | None, ...],
+    of_rows: tuple[Tensor, Tensor],  # [n_rows, N_STATISTICS], [n_rows, N_ROW_COEFFICIENTS + n_ids]
+    ids: Tensor,  # [n_rows, n_ids]
     shard: Shard,
     wanted: list[bool],
-    *of_rows: Tensor,
     inplace: bool = False,
 ) -> tuple[Tensor | None, ...]:
     detached = tuple(None if part is None else part.detach() for part in parts)
-    kept = LinearLogits(*detached) if isinstance(parts, LinearLogits) else detached  # type: ignore[arg-type]
-    gradients = local_gradients(kept, *of_rows, shard, wanted, inplace)
-    if inplace:
+    gradients = local_gradients(detached, *of_rows, ids, shard, wanted, inplace)
+    if inplace and parts[0] is not None:
         torch.autograd.graph.increment_version(parts[0])  # whoever saved the logits too is told so by autograd
     origin = next(part for part, want in zip(parts, wanted, strict=True) if want)
     return tuple(None if gradient is None else without_second_derivative(gradient, origin) for gradient in gradients)
@@ -246,8 +251,8 @@ class _RowLossOfShard(torch.autograd.Function):
         if grad_loss is None or not any(wanted):
             return (None,) * (4 + ctx.n_parts)
         parts, shard, (ids, row_mask, statistics, coefficients) = _saved(ctx)
-        coefficients = coefficients * torch.where(row_mask, grad_loss, 0.0).unsqueeze(-1)
-        gradients = _gradients(ctx, parts, shard, wanted, statistics, coefficients, ids, inplace=ctx.inplace)
+        coefficients = coefficients * grad_loss.masked_fill(~row_mask, 0).unsqueeze(-1)
+        gradients = _gradients(parts, (statistics, coefficients), ids, shard, wanted, ctx.inplace)
         return None, None, None, None, *gradients
 
 
@@ -276,8 +281,8 @@ class _StatisticsOfShard(torch.autograd.Function):
         nothing = (None,) * 3
         if not any(wanted):
             return *nothing, *(None for _ in wanted)
-        parts, shard, (ids, row_mask, *merged) = _saved(ctx)
-        merged = MergedRows(*merged)
+        parts, shard, (ids, row_mask, *fields) = _saved(ctx)
+        merged = MergedRows(*fields)
         like = merged.statistics
         if grad_log_probs is None:
             grad_log_probs = like.new_zeros(ids.shape)
@@ -285,5 +290,5 @@ class _StatisticsOfShard(torch.autograd.Function):
             grad_summaries = like.new_zeros(N_SUMMARIES, len(ids))
         coefficients = statistics_coefficients(like, grad_log_probs, grad_summaries)
         coefficients = torch.where(row_mask.unsqueeze(-1), coefficients, 0.0)
-        gradients = _gradients(ctx, parts, shard, wanted, *local_view(merged, coefficients, ids, shard), ids)
+        gradients = _gradients(parts, local_view(merged, coefficients, ids, shard), ids, shard, wanted)
         return *nothing, *gradients

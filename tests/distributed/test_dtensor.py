@@ -11,7 +11,7 @@ from ava_ext import METRICS, UnifiedLoss
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.distributed.tensor.parallel import loss_parallel
 
 # odd sizes: no dimension is cut into equal parts
@@ -124,7 +124,8 @@ def test_targets_that_are_a_dtensor(dimension):
 
 
 @pytest.mark.parametrize(
-    "placements", [(Shard(1), Shard(2)) if torch.distributed.is_available() else (), (Shard(2), Shard(0)), (Shard(0), Shard(1))]
+    "placements",
+    [(Shard(1), Shard(2)) if torch.distributed.is_available() else (), (Shard(2), Shard(0)), (Shard(0), Shard(1))],
 )
 def test_two_dimensions_of_a_mesh(placements):
     found = on_ranks(4, worker, (2, 2), {"logits": placements}, {})
@@ -137,9 +138,7 @@ def test_two_dimensions_of_a_mesh(placements):
     check(found, run_whole({}, ["logits"]), is_share=True)
 
 
-@pytest.mark.parametrize(
-    ("of_states", "of_weight"), list(itertools.product([None, 0, 1, 2], [None, 0, 1])), ids=str
-)
+@pytest.mark.parametrize(("of_states", "of_weight"), list(itertools.product([None, 0, 1, 2], [None, 0, 1])), ids=str)
 def test_a_head(of_states, of_weight):
     def placed(dimension):
         return [Replicate() if dimension is None else Shard(dimension)]

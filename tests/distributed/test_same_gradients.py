@@ -1,5 +1,5 @@
-"""One batch at once, in micro-batches, over ranks, and with its vocabulary, sequence, weights or layers spread over them:
-the same gradients."""
+"""One batch at once, in micro-batches, over ranks, and with its vocabulary, sequence, weights or layers spread over
+them: the same gradients."""
 
 import pytest
 import torch
@@ -66,7 +66,9 @@ def batch():
 
 
 def gradients(model):
-    return {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()}
+    return {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()
+    }
 
 
 def expected(options):
@@ -228,7 +230,9 @@ def test_a_weight_gathered_by_hand_gets_the_gradient_of_one_rank():
 class Stage(torch.nn.Module):
     def __init__(self, model, is_last):
         super().__init__()
-        self.layers = torch.nn.Sequential(*([model.layer, torch.nn.Tanh(), model.head.lm_head] if is_last else [model.embedding]))
+        self.layers = torch.nn.Sequential(
+            *([model.layer, torch.nn.Tanh(), model.head.lm_head] if is_last else [model.embedding])
+        )
 
     def forward(self, given):
         return self.layers(given)
