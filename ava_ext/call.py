@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.dtensor_logits import DTENSOR, gathered_weight, is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowLoss, accumulation_dtype
+from ava_ext.ops.sharded_logits import ShardedLogits
+from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
 from ava_ext.reduction import count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
@@ -42,6 +46,7 @@ class Call:
         keep_targets: [batch_size, n_tokens] bool, rows whose target is no padding, without the row behind the last
             label; None: all.
         keep_tokens: [batch_size, n_tokens] bool, tokens that are no padding; None: all.
+        placement: how the rows are spread over ranks; None: this process has all of them.
         head_loss: main's cross-entropy for the logits of a further head; the pass over the rows sets it.
         recording: whether this call counts for what components learn; a tensor where a traced graph finds out.
         made: what parts share, each made by the first that asks.
@@ -76,6 +81,7 @@ class Call:
     negative_weights: Tensor | None  # as negative_ids
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
 
+    placement: CallPlacement | None = dataclasses.field(init=False, default=None)
     head_loss: HeadLoss = dataclasses.field(init=False)
     recording: bool | Tensor = dataclasses.field(init=False, default=False)
     made: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
@@ -86,7 +92,13 @@ class Call:
             self.hidden_states = self.hidden_states[-1]  # what the head reads
         if isinstance(self.lm_head_weight, nn.Module):
             self.lm_head_weight, self.lm_head_bias = _weight_and_bias(self.lm_head_weight, self.lm_head_bias)
+        if is_dtensor(self.lm_head_weight) and not is_dtensor(self.hidden_states):  # once, for every head that reads it
+            self.lm_head_weight, self.lm_head_bias = (
+                gathered_weight(part) for part in (self.lm_head_weight, self.lm_head_bias)
+            )
         self.logits = _logits_of(self)
+        if DTENSOR in sys.modules:
+            self._take_whole()
         self.targets = _tensor("targets", self.targets)
         _check_shapes(self)
         self.is_flat = self.targets.dim() == 1
@@ -98,6 +110,8 @@ class Call:
                 value = getattr(self, name)
                 if value is not None:
                     setattr(self, name, value.unsqueeze(0))
+        if DTENSOR in sys.modules:
+            self._place()
         targets = self.targets
         if targets.dtype != torch.int64:
             targets = targets.long()  # before ignore_index is shifted in: uint8 has no -100
@@ -124,6 +138,27 @@ class Call:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
         dtype = accumulation_dtype(self.logits.dtype)
         self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
+        if self.placement is not None:
+            self.rows = self.placement.share(self.rows, config.ignore_index)
+
+    def _take_whole(self) -> None:
+        """What is aligned with the rows, as tensors of all rows, where it may be DTensors."""
+        logits = self.logits
+        beside = is_dtensor(logits) or (isinstance(logits, LinearLogits) and is_dtensor(logits.hidden_states))
+        names = [name for name in ROW_WISE if name not in ("logits", "hidden_states")]
+        for name in (*names, "position_ids", "segment_ids"):
+            setattr(self, name, whole(name, getattr(self, name), beside))
+
+    def _place(self) -> None:
+        """Where the rows are, if they are spread over ranks, and the hidden states that parts read."""
+        config = self.config
+        self.placement = CallPlacement.of(config, self.logits)
+        if self.placement is None:
+            self.hidden_states = whole("hidden_states", self.hidden_states, False)
+        elif config.mtp_heads == "own" or config.use_contrastive_loss:
+            self.hidden_states = self.placement.hidden_states(self.hidden_states)
+        for name in ("gate_logits", "expert_indices", "expert_outputs", "confidence_scores", "contrastive_pair"):
+            check_is_local(name, getattr(self, name))
 
     def required(self, argument: str, option: str) -> Any:
         """The argument, or a ValueError that names it and the option that wants it."""
@@ -145,7 +180,8 @@ class Call:
 
     def padding_free(self, n_rows: int) -> Tensor | None:
         """[n_rows] bool: which rows of a router or an expert are no padding; None: all, or their number is another."""
-        for keep in (self.keep_targets, self.keep_tokens):
+        of_rows = (self.keep_targets, self.keep_tokens)
+        for keep in of_rows if self.placement is None else map(self.placement.local, of_rows):
             if keep is not None and keep.numel() == n_rows:
                 return keep.reshape(-1)
         return None
@@ -169,8 +205,8 @@ def _weight_and_bias(head: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tens
     return head.weight, head.bias if bias is None else bias
 
 
-def _as_logits(name: str, value: Any) -> Logits:
-    if isinstance(value, (Tensor, LinearLogits)):
+def _as_logits(name: str, value: Any) -> Logits | ShardedLogits:
+    if isinstance(value, (Tensor, LinearLogits, ShardedLogits)):
         return value
     given = getattr(value, "logits", None)  # what a model of transformers returns
     if isinstance(given, Tensor):
@@ -181,7 +217,7 @@ def _as_logits(name: str, value: Any) -> Logits:
     )
 
 
-def _logits_of(call: Call) -> Logits:  # [..., n_columns]
+def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]
     """What the main term reads: logits or primary_logits, or what lm_head makes of hidden_states."""
     config, hidden_states, weight, bias = call.config, call.hidden_states, call.lm_head_weight, call.lm_head_bias
     if bias is not None and weight is None:
@@ -205,6 +241,7 @@ def _logits_of(call: Call) -> Logits:  # [..., n_columns]
     else:
         if hidden_states is None or weight is None:
             raise ValueError("unified_loss: expected logits, or hidden_states and lm_head_weight, got neither")
+        check_is_whole("lm_head_weight", weight)
         chosen = LinearLogits(_tensor("hidden_states", hidden_states), _tensor("lm_head_weight", weight), bias)
     if isinstance(chosen, LinearLogits):
         chosen.check("unified_loss", ("hidden_states", "lm_head_weight", "lm_head_bias"))

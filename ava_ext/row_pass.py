@@ -13,6 +13,7 @@ from ava_ext.call import Call, Logits
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import CandidateSource, RowTerm
 from ava_ext.losses.float32_buffers import Float32Buffers
+from ava_ext.ops.dtensor_logits import PlacedLogits
 from ava_ext.ops.repetition import repetition_candidates, repetition_weights
 from ava_ext.ops.row_fields import (
     OPTION_NAMES,
@@ -24,6 +25,7 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.placements import CallPlacement
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 # of the main term, what further heads have too: all but focal
@@ -116,7 +118,7 @@ class RowPass(Float32Buffers):
             options, is_temperature = options.to(like.device), is_temperature.to(like.device)
         if temperature is not None:
             options = torch.where(is_temperature, temperature, options)
-        call.head_loss = functools.partial(self._head_loss, options)
+        call.head_loss = functools.partial(self._head_loss, options, call.placement)
         candidates, names = self._candidates(call, penalty_factor)
         output = self._row_loss(
             call.logits,
@@ -131,7 +133,7 @@ class RowPass(Float32Buffers):
 
     def _row_loss(
         self,
-        logits: Logits,  # [..., n_columns]
+        logits: PlacedLogits,  # [..., n_columns]
         targets: Tensor,  # [...]
         options: Tensor,  # [N_OPTIONS]
         flags: int,
@@ -156,13 +158,15 @@ class RowPass(Float32Buffers):
     def _head_loss(
         self,
         options: Tensor,  # [N_OPTIONS]
+        placement: CallPlacement | None,
         logits: Logits,  # [..., n_columns]
         targets: Tensor,  # [...]
         row_weights: Tensor,  # [...]
     ) -> RowLoss:
-        """HeadLoss, once the options are bound."""
+        """HeadLoss, once the first two are bound."""
+        placed = logits if placement is None else placement.head(logits)
         real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
-        return self._row_loss(logits, targets, options.to(real), self.head_flags, row_weights.to(real))
+        return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real))
 
     def _candidates(
         self,

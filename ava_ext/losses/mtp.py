@@ -239,10 +239,10 @@ class MultiTokenPrediction(Part):
                 lm_head_bias = None if lm_head_bias is None else lm_head_bias.detach()
             states = [checkpoint(head, normed, use_reentrant=False, preserve_rng_state=False) for head in self.heads]
             # one weight, so one pass over all depths: one gradient of it, not one per depth
-            logits = LinearLogits(torch.cat(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
-            output = head_loss(logits, torch.cat(depth_targets), torch.cat(depth_weights))
-            loss, main_loss = output.loss, output.terms[MAIN_LOSS].view(self.n_depths, *targets.shape)
-            loss = loss.view(main_loss.shape).sum(0) if loss.dim() else loss
+            logits = LinearLogits(torch.stack(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
+            output = head_loss(logits, torch.stack(depth_targets), torch.stack(depth_weights))
+            loss, main_loss = output.loss, output.terms[MAIN_LOSS]
+            loss = loss.sum(0) if loss.dim() else loss
         else:
             parameters: Any = self.heads
             logits_of_depths = [LinearLogits(normed, head.weight, head.bias) for head in parameters]

@@ -18,7 +18,7 @@ _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_h
 
 
 def is_checkpointed() -> bool:
-    """Whether this forward may be computed again: checkpointing that is not reentrant hooks into what autograd saves."""
+    """Whether this forward may be computed again: then checkpointing hooks into what autograd saves."""
     return _saved_tensors_hooks(False) is not None
 
 

@@ -19,6 +19,7 @@ from ava_ext.ops.derivatives import (
     refuse_tangents,
     without_second_derivative,
 )
+from ava_ext.ops.dtensor_logits import local_logits
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import linear_row_loss
 from ava_ext.ops.row_fields import (
@@ -34,7 +35,9 @@ from ava_ext.ops.row_fields import (
     accumulation_dtype,
     row_options,
 )
+from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
 from ava_ext.ops.transformed_rows import transformed_row_loss
+from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_row_loss
 
 __all__ = [
     "N_OPTIONS",
@@ -57,7 +60,7 @@ _row_loss, _scale_rows_ = _ops.row_loss.default, _ops.scale_rows_.default
 
 
 def row_loss(
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits | LocalRows,  # [..., n_columns]
     targets: Tensor,  # [...]
     options: Tensor,  # [N_OPTIONS], from row_options
     *,
@@ -109,7 +112,8 @@ def row_loss(
         >>> loss = row_loss(logits, targets, row_options(logits), reduction="sum").loss
         >>> loss.backward()
     """
-    if not isinstance(logits, LinearLogits):
+    logits = local_logits("row_loss", logits)
+    if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
         check_is_tensor("row_loss", "logits", logits, or_linear=True)
     check_is_tensor("row_loss", "targets", targets)
     _check_constants(options, row_weights, candidates)
@@ -121,6 +125,40 @@ def row_loss(
         candidates = candidates._replace(ids=ids)
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
+    if isinstance(logits, LocalRows):
+        block = logits.rows
+        local = row_loss(
+            logits.logits,
+            block.local(targets),
+            options,
+            flags=flags,
+            row_weights=None if row_weights is None else block.local(row_weights),
+            candidates=None if candidates is None else block.local_candidates(candidates),
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            inplace_gradient=inplace_gradient,
+            chunk_bytes=chunk_bytes,
+        )
+        return RowLoss(local.loss if reduction == "sum" else block.among_all(local.loss), block.among_all(local.terms))
+    if isinstance(logits, ShardedLogits):
+        inplace = False
+        if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
+            _check_inplace(logits.logits)
+            inplace = True
+        return vocabulary_parallel_row_loss(
+            logits,
+            targets,
+            options,
+            flags,
+            row_weights,
+            candidates,
+            vocab_size,
+            ignore_index,
+            reduction,
+            inplace,
+            chunk_bytes,
+        )
     if isinstance(logits, LinearLogits):
         return linear_row_loss(
             logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, reduction, chunk_bytes

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import as_ids, check_is_tensor
+from ava_ext.ops.dtensor_logits import local_logits
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
 from ava_ext.ops.row_fields import RowFlags, row_options
 from ava_ext.ops.row_statistics import row_statistics
+from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
+from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_statistics
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -29,7 +32,7 @@ class SoftmaxStatistics(NamedTuple):
 
 
 def softmax_statistics(
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     ids: Tensor | None,  # [..., n_ids]
     *,
     temperature: float | Tensor = 1.0,
@@ -71,7 +74,7 @@ def softmax_statistics(
         >>> margin_loss = torch.relu(1 + s.log_rest + s.entropy - s.log_probs[..., 0]).mean()
         >>> margin_loss.backward()
     """
-    if not isinstance(logits, LinearLogits):
+    if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
         check_is_tensor("softmax_statistics", "logits", logits, or_linear=True)
     if ids is not None:
         check_is_tensor("softmax_statistics", "ids", ids)
@@ -82,7 +85,7 @@ def softmax_statistics(
 
 def _statistics(
     owner: str,
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     ids: Tensor | None,  # [..., n_ids]
     temperature: float | Tensor,
     logit_softcap: float | None,
@@ -92,8 +95,15 @@ def _statistics(
     flags: int = 0,
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
+    placed = local_logits(owner, logits)
+    if isinstance(placed, LocalRows):
+        raise ValueError(f"{owner}: expected logits of all rows, got some of them: pass logits.to_local()")
+    logits = placed
     options, own_flags = _options(owner, logits, temperature, logit_softcap)
     arguments = (ids, row_mask, options, flags | own_flags, vocab_size)
+    if isinstance(logits, ShardedLogits):
+        log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes)
+        return SoftmaxStatistics(log_probs, *summaries.unbind(0))
     if isinstance(logits, LinearLogits):
         return SoftmaxStatistics(*linear_row_statistics(owner, logits, *arguments, chunk_bytes))
     return SoftmaxStatistics(*row_statistics(owner, logits, *arguments))
@@ -101,7 +111,7 @@ def _statistics(
 
 def _options(
     owner: str,
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     temperature: float | Tensor,
     logit_softcap: float | None,
 ) -> tuple[Tensor, int]:  # [N_OPTIONS], flags
@@ -118,7 +128,7 @@ def _options(
 
 
 def token_log_probs(
-    logits: Tensor | LinearLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     targets: Tensor,  # [...]
     *,
     temperature: float | Tensor = 1.0,
@@ -144,7 +154,7 @@ def token_log_probs(
         >>> loss = -(advantages * log_prob).mean() - 0.01 * entropy.mean()
         >>> loss.backward()
     """
-    if not isinstance(logits, LinearLogits):
+    if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
         check_is_tensor("token_log_probs", "logits", logits, or_linear=True)
     check_is_tensor("token_log_probs", "targets", targets)
     targets = as_ids("token_log_probs", "targets", targets, "[...]")

@@ -20,7 +20,6 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from ava_ext.integrations.transformers import (
     UnifiedLossCallback,
     UnifiedLossTrainer,
-    attach_loss,
     bind_expert_bias,
     causal_lm_loss,
     fuse_lm_head,

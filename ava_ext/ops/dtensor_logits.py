@@ -1,0 +1,241 @@
+"""Logits that are DTensors: what this process holds of them, and which kind of part that is.
+
+    Replicate                    all of them: plain logits
+    Shard(a dimension of rows)   some rows: LocalRows. The loss is this rank's share, and the ranks' add up to the whole
+    Shard(the last dimension)    some columns of the same rows: ShardedLogits. Every rank has the loss of the whole
+
+Targets, weights and candidates are those of all rows, the same on every rank.
+
+torch.distributed.tensor is not imported here: a DTensor only comes from a program that has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.sharded_logits import LocalRows, RowShard, ShardedLogits
+
+DTENSOR = "torch.distributed.tensor"  # in sys.modules, once there may be a DTensor
+PlacedLogits = Tensor | LinearLogits | ShardedLogits | LocalRows
+
+
+def is_dtensor(value: Any) -> TypeGuard[Any]:
+    """Whether value is a torch.distributed.tensor.DTensor."""
+    if type(value) is Tensor or type(value) is nn.Parameter or not isinstance(value, Tensor):
+        return False
+    module = sys.modules.get(DTENSOR)
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
+    """Logits without DTensors: what this rank holds of them. owner begins the messages.
+
+    Raises:
+        ValueError: on a placement that has no such form, on parts of LinearLogits that do not fit each other.
+    """
+    if isinstance(logits, LinearLogits):
+        if any(is_dtensor(part) for part in logits):
+            return _local_linear_logits(owner, logits)
+        return logits
+    return _local_tensor_logits(owner, logits) if is_dtensor(logits) else logits
+
+
+def _local_tensor_logits(owner: str, logits: Any) -> PlacedLogits:  # [..., n_columns]
+    place = Place.of(owner, "logits", logits)
+    return place.part_of(_waited(logits.to_local()), logits.shape)
+
+
+class Place:
+    """How rows and columns are spread over a mesh: placements by the dimensions of the logits [..., n_columns]."""
+
+    def __init__(self, mesh: Any, placements: tuple[Any, ...], n_row_dimensions: int) -> None:
+        self.mesh = mesh
+        self.placements = placements
+        self.n_row_dimensions = n_row_dimensions
+        self.is_of_rows = tuple(p.is_shard() and p.dim < n_row_dimensions for p in placements)
+        self.is_of_columns = tuple(p.is_shard() and p.dim == n_row_dimensions for p in placements)
+
+    @classmethod
+    def of(cls, owner: str, name: str, tensor: Any) -> Place:
+        """Of a DTensor [..., n_columns]."""
+        for dimension, placement in enumerate(tensor.placements):
+            if placement.is_partial():
+                raise ValueError(
+                    f"{owner}: expected {name} in placements Replicate or Shard, got {placement} on dimension "
+                    f"{dimension} of the mesh: call {name}.redistribute(placements=...) first"
+                )
+        place = cls(
+            tensor.device_mesh, tuple(_without_negative(p, tensor.dim()) for p in tensor.placements), tensor.dim() - 1
+        )
+        if sum(place.is_of_columns) > 1:
+            raise ValueError(
+                f"{owner}: expected {name} whose columns are spread over one dimension of the mesh, got "
+                f"{tensor.placements}: flatten the mesh, or redistribute"
+            )
+        return place
+
+    def row_shard(self, shape: torch.Size) -> RowShard | None:  # shape: [...] of all rows
+        """The block of rows that this rank has; None: all."""
+        if not any(self.is_of_rows):
+            return None
+        sizes, offsets = _local_shape_and_offset(shape, self.mesh, self._only(self.is_of_rows))
+        return RowShard(shape, tuple(offsets), tuple(sizes))
+
+    def column_shard(self, n_columns: int) -> tuple[Any, int, int] | None:
+        """Group, number and first of the columns that this rank has; None: all."""
+        if not any(self.is_of_columns):
+            return None
+        from torch.distributed.tensor import Shard
+
+        placements = [Shard(0) if is_column else _replicate() for is_column in self.is_of_columns]
+        (n_local,), (first,) = _local_shape_and_offset(torch.Size([n_columns]), self.mesh, placements)
+        return self.mesh.get_group(self.is_of_columns.index(True)), n_local, first
+
+    def part_of(
+        self,
+        local: Tensor | LinearLogits,  # [local rows, n_local_columns]
+        shape: torch.Size,  # [..., n_columns] of the whole logits
+    ) -> PlacedLogits:
+        """What local is of the whole logits."""
+        part: Tensor | LinearLogits | ShardedLogits = local
+        columns, rows = self.column_shard(shape[-1]), self.row_shard(shape[:-1])
+        if columns is not None:
+            group, n_local, first = columns
+            if local.shape[-1] != n_local:
+                raise ValueError(
+                    f"sharded_logits: expected {n_local} of {shape[-1]} columns on this rank, got {local.shape[-1]}"
+                )
+            part = ShardedLogits(local, group, first, shape[-1])
+        return part if rows is None else LocalRows(part, rows)
+
+    def of_hidden_states(self) -> list[Any]:
+        """The placements of the hidden states that these logits are computed from."""
+        return self._only(self.is_of_rows)
+
+    def _only(self, chosen: tuple[bool, ...]) -> list[Any]:
+        return [p if keep else _replicate() for p, keep in zip(self.placements, chosen, strict=True)]
+
+
+def _without_negative(placement: Any, n_dimensions: int) -> Any:
+    if placement.is_shard() and placement.dim < 0:
+        return type(placement)(placement.dim + n_dimensions)
+    return placement
+
+
+def _replicate() -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()
+
+
+def _local_shape_and_offset(shape: torch.Size, mesh: Any, placements: list[Any]) -> tuple[Any, Any]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(shape, mesh, placements)
+
+
+def _waited(local: Tensor) -> Tensor:
+    """A local tensor that has arrived."""
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def _local_linear_logits(owner: str, logits: LinearLogits) -> PlacedLogits:  # [..., n_columns]
+    hidden_states, weight, bias = logits
+    if not is_dtensor(hidden_states):
+        return LinearLogits(hidden_states, gathered_weight(weight), gathered_weight(bias))
+    place = linear_place(owner, logits)
+    states = hidden_states.redistribute(placements=place.of_hidden_states()).to_local()
+    bias = None if bias is None else local_weight(owner, bias, place)
+    return place.part_of(LinearLogits(_waited(states), local_weight(owner, weight, place), bias), logits.shape)
+
+
+def linear_place(owner: str, logits: LinearLogits) -> Place:  # [..., n_columns]
+    """Where the logits of hidden states that are a DTensor come to be: the rows of the one, the columns of the other.
+
+    Where both are sharded over the same ranks (sequence and tensor parallel), hidden states are gathered there.
+    """
+    hidden_states: Any = logits.hidden_states
+    mesh, n_row_dimensions = hidden_states.device_mesh, hidden_states.dim() - 1
+    of_states = tuple(_without_negative(p, hidden_states.dim()) for p in hidden_states.placements)
+    if logits.bias is not None and is_dtensor(logits.bias) != is_dtensor(logits.weight):
+        raise ValueError(
+            f"{owner}: expected weight and bias to be DTensors or torch.Tensors both, got "
+            f"{type(logits.weight).__name__} and {type(logits.bias).__name__}"
+        )
+    of_weight = [_replicate()] * mesh.ndim
+    if is_dtensor(logits.weight):
+        of_weight = [logits.weight.placements[d] for d in _dimensions(owner, logits.weight, mesh)]
+    elif any(p.is_shard() and p.dim < n_row_dimensions for p in of_states):
+        raise ValueError(
+            f"{owner}: expected the weight as a DTensor beside hidden states in placements {of_states}, got a "
+            "torch.Tensor, whose gradient would be that of this rank's rows: pass "
+            "DTensor.from_local(weight, mesh, [Replicate()]), or local hidden states and num_items_in_batch"
+        )
+    from torch.distributed.tensor import Shard
+
+    placements = []
+    for states, weight in zip(of_states, of_weight, strict=True):
+        if weight.is_shard() and weight.dim == 0:
+            placements.append(Shard(n_row_dimensions))
+        elif states.is_shard() and states.dim < n_row_dimensions:
+            placements.append(states)
+        else:
+            placements.append(_replicate())
+    return Place(mesh, tuple(placements), n_row_dimensions)
+
+
+def _dimensions(owner: str, weight: Any, mesh: Any) -> list[int]:
+    """Which dimensions of the weight's mesh those of `mesh` are."""
+    if weight.device_mesh == mesh:
+        return list(range(mesh.ndim))
+    names, wanted = weight.device_mesh.mesh_dim_names or (), mesh.mesh_dim_names or ()
+    if not wanted or any(name not in names for name in wanted):
+        raise ValueError(
+            f"{owner}: expected the weight on the mesh of the hidden states {mesh}, or on one with more dimensions of "
+            f"which these are named, got {weight.device_mesh}"
+        )
+    return [names.index(name) for name in wanted]
+
+
+def local_weight(
+    owner: str,
+    weight: Any,  # [n_columns, hidden_size] or [n_columns]
+    place: Place,
+) -> Tensor:  # [n_local_columns, hidden_size] or [n_local_columns]
+    """What this rank needs of a weight for its part of the logits.
+
+    The gradient is added up over the ranks that have other rows, and averaged over a dimension of the mesh that the
+    logits are not on: that of FSDP2, which averages.
+    """
+    if not is_dtensor(weight):
+        return weight
+    from torch.distributed.tensor import Partial, Shard
+
+    placements = [_replicate()] * weight.device_mesh.ndim
+    of_gradient: list[Any] = [Partial("avg")] * weight.device_mesh.ndim
+    for own, is_row, is_column in zip(
+        _dimensions(owner, weight, place.mesh), place.is_of_rows, place.is_of_columns, strict=True
+    ):
+        placements[own] = Shard(0) if is_column else _replicate()
+        of_gradient[own] = Shard(0) if is_column else Partial() if is_row else _replicate()
+    return _waited(weight.redistribute(placements=placements).to_local(grad_placements=of_gradient))
+
+
+def gathered_weight(
+    weight: Any,  # [n_columns, hidden_size], [n_columns] or None
+) -> Any:
+    """The whole of a weight beside hidden states that are no DTensor: each rank's own rows, as under FSDP2.
+
+    The gradient is averaged over the ranks, as FSDP2 does with every other one; that is right for hidden states that
+    are the same on every rank, too. full_tensor() alone would take each rank's gradient for that of all.
+    """
+    if not is_dtensor(weight):
+        return weight
+    from torch.distributed.tensor import Partial
+
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)

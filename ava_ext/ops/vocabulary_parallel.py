@@ -1,0 +1,299 @@
+"""`row_loss` and `softmax_statistics` of logits whose columns are spread over ranks.
+
+Forward: each rank measures its columns, one all-gather of 7 numbers per row and one per candidate, and every rank
+evaluates the terms of the whole rows. Backward: each rank writes the gradient of its columns, and nothing is
+communicated, except that of hidden states, which every rank has: it is added up once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ava_ext.ops.derivatives import without_second_derivative
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import (
+    N_SUMMARIES,
+    N_TERMS,
+    Candidates,
+    RowFlags,
+    RowLoss,
+)
+from ava_ext.ops.row_statistics import statistics_coefficients
+from ava_ext.ops.shard_statistics import MergedRows, Shard, local_gradients, local_view, measure
+from ava_ext.ops.sharded_logits import ShardedLogits
+from ava_ext.ops.without_kernels.softmax_rows import _evaluate, _Options, _Row
+
+_SMALLEST_REST = {torch.float32: 1e-37, torch.float64: 1e-300}  # smallest_rest of csrc/softmax_rows.h
+
+
+def vocabulary_parallel_row_loss(
+    logits: ShardedLogits,  # [..., n_columns]
+    targets: Tensor,  # [...]
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
+    row_weights: Tensor | None,  # [...]
+    candidates: Candidates | None,
+    vocab_size: int | None,
+    ignore_index: int,
+    reduction: str,
+    inplace_gradient: bool,
+    chunk_bytes: int | None,
+) -> RowLoss:
+    """`row_loss` of ShardedLogits: see there."""
+    rows = logits.shape[:-1]
+    _check_rows("row_loss", "targets", targets, rows)
+    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes)
+    targets = targets.reshape(-1)
+    row_mask = targets != ignore_index
+    counted = targets.masked_fill(~row_mask, 0)
+    _check_range("row_loss", "targets", counted, 0, shard.vocab_size)
+    ids = targets.masked_fill(~row_mask, -1).to(torch.int32).unsqueeze(-1)
+    weights: Tensor | None = None
+    groups: tuple[int, ...] = ()
+    if candidates is not None:
+        _check_rows("row_loss", "candidate ids", candidates.ids, torch.Size((*rows, candidates.ids.shape[-1])))
+        given = candidates.ids.flatten(0, -2)
+        _check_range("row_loss", "candidate ids", given, -1, shard.vocab_size)
+        ids, groups = torch.cat([ids, given], -1), candidates.groups
+        weights = candidates.weights.flatten(0, -2)
+    if row_weights is not None:
+        row_weights = row_weights.reshape(-1)
+    arguments = (ids, row_mask, row_weights, weights, groups)
+    loss, terms = _RowLossOfShard.apply(shard, inplace_gradient, arguments, options, *parts)
+    loss, terms = loss.view(rows), terms.view(N_TERMS + len(groups), *rows)
+    return RowLoss(loss if reduction == "none" else loss.sum(), terms)
+
+
+def vocabulary_parallel_statistics(
+    owner: str,
+    logits: ShardedLogits,  # [..., n_columns]
+    ids: Tensor | None,  # [..., n_ids] int32
+    row_mask: Tensor | None,  # [...] bool
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
+    vocab_size: int,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Tensor]:  # [..., n_ids], [N_SUMMARIES, ...]
+    """log_probs and summaries of `softmax_statistics` of ShardedLogits; owner begins the messages."""
+    rows = logits.shape[:-1]
+    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes)
+    if ids is None:
+        ids = torch.empty((*rows, 0), dtype=torch.int32, device=logits.device)
+    lowest = -1  # absent
+    if row_mask is None:
+        row_mask = torch.ones(rows, dtype=torch.bool, device=logits.device)
+    _check_rows(owner, "row_mask", row_mask, rows)
+    ids = ids.masked_fill(~row_mask.unsqueeze(-1), -1)  # what masked rows hold is not looked at
+    if flags & RowFlags.IDS_ARE_PRESENT:
+        lowest, flags = 0, flags & ~RowFlags.IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent
+        shard = shard._replace(flags=int(flags))
+    _check_range(owner, "ids", ids.masked_fill(~row_mask.unsqueeze(-1), lowest), lowest, shard.vocab_size)
+    arguments = (ids.flatten(0, -2), row_mask.reshape(-1))
+    log_probs, summaries = _StatisticsOfShard.apply(shard, arguments, options, *parts)
+    return log_probs.view(ids.shape), summaries.view(N_SUMMARIES, *rows)
+
+
+def _shard_of(
+    logits: ShardedLogits,  # [..., n_columns]
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
+    vocab_size: int | None,
+    chunk_bytes: int | None,
+) -> tuple[tuple[Tensor | None, ...], Shard]:
+    """The local logits as a matrix, or the parts of LinearLogits, and what is to be known of their columns."""
+    first_column, n_columns = logits.place()
+    local, group = logits.logits, logits.process_group()
+    if vocab_size is not None and not 1 <= vocab_size <= n_columns:
+        raise ValueError(f"sharded_logits: expected vocab_size in [1, {n_columns}], got {vocab_size}")
+    vocab_size = n_columns if vocab_size is None else vocab_size
+    shard = Shard(group, first_column, local.shape[-1], vocab_size, options, flags, local.dtype, 0)
+    if isinstance(local, LinearLogits):
+        local.check("sharded_logits")
+        shard = shard._replace(chunk_rows=local.chunk_rows(chunk_bytes))
+        states = _SumOfGradients.apply(local.hidden_states, group)
+        return (states.flatten(0, -2), *local[1:]), shard
+    if local.shape[-1] > 1 and local.stride(-1) != 1:
+        local = local.contiguous()
+    return (local.flatten(0, -2),), shard
+
+
+def _check_rows(owner: str, name: str, values: Tensor, rows: torch.Size) -> None:
+    if values.shape != rows:
+        raise ValueError(f"{owner}: expected {name} of shape {list(rows)}, got {list(values.shape)}")
+
+
+def _check_range(
+    owner: str,
+    name: str,
+    ids: Tensor,  # [...]
+    lowest: int,  # -1 where ids may be absent
+    vocab_size: int,
+) -> None:
+    """IndexError on an id out of range; on a GPU the device asserts it. Another rank's columns are in range."""
+    if ids.numel() == 0:
+        return
+    least, greatest = torch.aminmax(ids)
+    fit = (least >= lowest) & (greatest < vocab_size)
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(fit, f"{owner}: {name} out of range")
+    elif not fit:
+        position = int(((ids < lowest) | (ids >= vocab_size)).flatten().nonzero()[0])
+        raise IndexError(
+            f"{owner}: expected {name} in [0, {vocab_size}), got {int(ids.flatten()[position])} at position {position}"
+        )
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """What every rank has; in backward, the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def _evaluated(
+    merged: MergedRows,
+    ids: Tensor,  # [n_rows, 1 + n_candidates]: the target, then the candidates; -1: absent
+    row_mask: Tensor,  # [n_rows]
+    row_weights: Tensor | None,  # [n_rows]
+    weights: Tensor | None,  # [n_rows, n_candidates]
+    groups: tuple[int, ...],
+    shard: Shard,
+) -> tuple[Tensor, Tensor, Tensor]:  # [n_rows], [N_TERMS + n_groups, n_rows], [n_rows, N_ROW_COEFFICIENTS + n_ids]
+    """Weighted loss, terms and coefficients of the rows: evaluate and unlikelihood of csrc/softmax_rows.h."""
+    row = _Row(*merged.statistics.unbind(-1))
+    is_argmax = ids == row.argmax.unsqueeze(-1)
+    terms, of_row, own = _evaluate(row, _Options(*shard.options.unbind()), shard.flags, is_argmax[:, 0], merged.u[:, 0])
+    terms = [torch.stack(terms)]
+    total = terms[0][0] + terms[0][1] + terms[0][2]
+    coefficients = torch.stack([*of_row, torch.zeros_like(own), own], -1)
+    if weights is not None:
+        losses, slopes = _penalties(row.rest, merged.u[:, 1:], is_argmax[:, 1:], ids, weights)
+        penalties = [group.sum(-1) for group in losses.split(list(groups), -1)]
+        for penalty in penalties:
+            total = total + penalty
+        terms += [penalty.unsqueeze(0) for penalty in penalties]
+        coefficients = torch.cat([coefficients, slopes], -1)
+    if row_weights is not None:
+        total, coefficients = total * row_weights, coefficients * row_weights.unsqueeze(-1)
+    ignored = ~row_mask
+    of_terms = torch.cat(terms).masked_fill_(ignored, 0)
+    return total.masked_fill(ignored, 0), of_terms, coefficients.masked_fill_(ignored.unsqueeze(-1), 0)
+
+
+def _penalties(
+    rest: Tensor,  # [n_rows]
+    u: Tensor,  # [n_rows, n_candidates]
+    is_argmax: Tensor,  # [n_rows, n_candidates] bool
+    ids: Tensor,  # [n_rows, 1 + n_candidates]
+    weights: Tensor,  # [n_rows, n_candidates]
+) -> tuple[Tensor, Tensor]:  # both [n_rows, n_candidates]
+    """-w log(1 - p) of each candidate, and its s."""
+    rest = rest.unsqueeze(-1)
+    p = (u.exp() / (1 + rest)).masked_fill_(is_argmax, 0)
+    target = ids[:, :1]
+    absent = (u == -torch.inf) | (ids[:, 1:] == target) | (weights == 0) | (target < 0)  # u of an absent id: -inf
+    smallest = _SMALLEST_REST[rest.dtype]
+    inverse_rest = 1 / torch.where(rest < smallest, smallest, rest)  # a nan passes
+    loss = torch.where(is_argmax, inverse_rest.log1p(), -torch.log1p(-p))
+    slope = torch.where(is_argmax, inverse_rest, p / (1 - p))
+    return (weights * loss).masked_fill_(absent, 0), (weights * slope).masked_fill_(absent, 0)
+
+
+def _save(ctx: Any, shard: Shard, parts: tuple[Tensor | None, ...], *tensors: Tensor) -> None:
+    ctx.shard, ctx.n_parts = shard._replace(options=None), len(parts)  # type: ignore[arg-type]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*parts, shard.options, *tensors)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Tensor | None, ...], Shard, list[Tensor]]:
+    parts, (options, *tensors) = ctx.saved_tensors[: ctx.n_parts], ctx.saved_tensors[ctx.n_parts :]
+    return parts, ctx.shard._replace(options=options), tensors
+
+
+def _gradients(
+    parts: tuple[Tensor | None, ...],
+    of_rows: tuple[Tensor, Tensor],  # [n_rows, N_STATISTICS], [n_rows, N_ROW_COEFFICIENTS + n_ids]
+    ids: Tensor,  # [n_rows, n_ids]
+    shard: Shard,
+    wanted: list[bool],
+    inplace: bool = False,
+) -> tuple[Tensor | None, ...]:
+    detached = tuple(None if part is None else part.detach() for part in parts)
+    gradients = local_gradients(detached, *of_rows, ids, shard, wanted, inplace)
+    if inplace and parts[0] is not None:
+        torch.autograd.graph.increment_version(parts[0])  # whoever saved the logits too is told so by autograd
+    origin = next(part for part, want in zip(parts, wanted, strict=True) if want)
+    return tuple(None if gradient is None else without_second_derivative(gradient, origin) for gradient in gradients)
+
+
+class _RowLossOfShard(torch.autograd.Function):
+    """(loss [n_rows], terms [n_terms, n_rows]) of the local logits, or of the parts of LinearLogits."""
+
+    @staticmethod
+    def forward(ctx, shard, inplace, arguments, options, *parts):
+        ids, row_mask, row_weights, weights, groups = arguments
+        logits = LinearLogits(*parts) if len(parts) > 1 else parts[0]
+        merged = measure(logits, ids, row_mask, shard)
+        loss, terms, coefficients = _evaluated(merged, ids, row_mask, row_weights, weights, groups, shard)
+        ctx.inplace = inplace
+        _save(ctx, shard, parts, ids, row_mask, *local_view(merged, coefficients, ids, shard))
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        wanted = list(ctx.needs_input_grad[4:])
+        if grad_loss is None or not any(wanted):
+            return (None,) * (4 + ctx.n_parts)
+        parts, shard, (ids, row_mask, statistics, coefficients) = _saved(ctx)
+        coefficients = coefficients * grad_loss.masked_fill(~row_mask, 0).unsqueeze(-1)
+        gradients = _gradients(parts, (statistics, coefficients), ids, shard, wanted, ctx.inplace)
+        return None, None, None, None, *gradients
+
+
+class _StatisticsOfShard(torch.autograd.Function):
+    """(log_probs [n_rows, n_ids], summaries [N_SUMMARIES, n_rows])."""
+
+    @staticmethod
+    def forward(ctx, shard, arguments, options, *parts):
+        ids, row_mask = arguments
+        logits = LinearLogits(*parts) if len(parts) > 1 else parts[0]
+        merged = measure(logits, ids, row_mask, shard)
+        maximum, _, rest, weighted, sum_u, count = merged.statistics.unbind(-1)
+        total = rest.log1p()
+        summaries = torch.stack(
+            [total - weighted / (1 + rest), maximum / options[0] + total, rest.log(), sum_u / count - total]
+        )
+        is_argmax = ids == merged.statistics[:, 1:2]
+        log_probs = torch.where(is_argmax, 0.0, merged.u) - total.unsqueeze(-1)
+        log_probs = torch.where((ids >= 0) & row_mask.unsqueeze(-1), log_probs, 0.0)
+        _save(ctx, shard, parts, ids, row_mask, *merged)
+        return log_probs, torch.where(row_mask, summaries, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, grad_summaries):
+        wanted = list(ctx.needs_input_grad[3:])
+        nothing = (None,) * 3
+        if not any(wanted):
+            return *nothing, *(None for _ in wanted)
+        parts, shard, (ids, row_mask, *fields) = _saved(ctx)
+        merged = MergedRows(*fields)
+        like = merged.statistics
+        if grad_log_probs is None:
+            grad_log_probs = like.new_zeros(ids.shape)
+        if grad_summaries is None:
+            grad_summaries = like.new_zeros(N_SUMMARIES, len(ids))
+        coefficients = statistics_coefficients(like, ids, row_mask, grad_log_probs, grad_summaries.unbind(0))
+        gradients = _gradients(parts, local_view(merged, coefficients, ids, shard), ids, shard, wanted)
+        return *nothing, *gradients

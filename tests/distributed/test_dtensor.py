@@ -1,0 +1,150 @@
+"""UnifiedLoss of DTensors gives what it gives of the whole tensors, in every placement."""
+
+import itertools
+
+import pytest
+import torch
+from processes import on_ranks
+
+from ava_ext import METRICS, UnifiedLoss
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.parallel import loss_parallel
+
+# odd sizes: no dimension is cut into equal parts
+BATCH_SIZE, N_TOKENS, VOCAB_SIZE, N_COLUMNS, HIDDEN_SIZE = 3, 7, 10, 11, 5
+EVERY_TERM = {
+    "primary_loss_type": "standard", "initial_temperature": 0.8, "label_smoothing": 0.1, "use_focal_loss": True,
+    "z_loss_weight": 0.1, "confidence_penalty_weight": 0.2, "logit_softcap": 5.0, "use_ngram_penalty": True,
+    "ngram_size": 2, "use_immediate_repetition_penalty": True, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+SHARED_HEADS = {"use_mtp": True, "num_future_tokens": 2, "mtp_share_head": True}
+OWN_HEADS = {"use_mtp": True, "num_future_tokens": 2}
+
+
+def inputs():
+    """Logits, hidden states, weight and bias of a head, and arguments of all rows."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    targets = torch.randint(4, (BATCH_SIZE, N_TOKENS), generator=generator)
+    targets[0, 2:] = -100  # another number of rows in each text
+    arguments = {
+        "targets": targets,
+        "token_weights": torch.rand(targets.shape, generator=generator, dtype=torch.float64),
+        "negative_ids": torch.randint(-1, VOCAB_SIZE, (*targets.shape, 2), generator=generator),
+    }
+    leaves = {
+        "logits": normal(BATCH_SIZE, N_TOKENS, N_COLUMNS),
+        "hidden_states": normal(BATCH_SIZE, N_TOKENS, HIDDEN_SIZE),
+        "lm_head_weight": normal(N_COLUMNS, HIDDEN_SIZE),
+        "lm_head_bias": normal(N_COLUMNS),
+    }
+    return leaves, arguments
+
+
+def make_loss(options):
+    torch.manual_seed(2)
+    loss_fn = UnifiedLoss(VOCAB_SIZE, HIDDEN_SIZE, **EVERY_TERM | options).double()
+    for parameter in loss_fn.parameters():  # a residual block begins as the identity
+        torch.nn.init.normal_(parameter, std=0.3)
+    return loss_fn
+
+
+def run(loss_fn, leaves, arguments):
+    """The detailed dict, gradients of the leaves and of the loss's own parameters."""
+    detailed = loss_fn(**leaves, **arguments, return_detailed=True)
+    detailed["total_loss"].backward()
+    gradients = {name: leaf.grad for name, leaf in leaves.items()}
+    gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+    own = {name: parameter.grad for name, parameter in loss_fn.named_parameters()}
+    return {name: value.detach() for name, value in detailed.items()}, gradients, own
+
+
+def run_whole(options, names):
+    leaves, arguments = inputs()
+    return run(make_loss(options), {name: leaves[name].requires_grad_() for name in names}, arguments)
+
+
+def worker(rank, mesh_shape, placements, options, in_loss_parallel=False, targets_placements=None):
+    mesh = init_device_mesh("cpu", mesh_shape)
+    leaves, arguments = inputs()
+    spread = {
+        name: distribute_tensor(leaves[name], mesh, placed).detach().requires_grad_()
+        for name, placed in placements.items()
+    }
+    if targets_placements is not None:
+        arguments = {name: distribute_tensor(given, mesh, targets_placements) for name, given in arguments.items()}
+    if not in_loss_parallel:
+        return run(make_loss(options), spread, arguments)
+    with loss_parallel():
+        return run(make_loss(options), spread, arguments)
+
+
+def check(found, expected, is_share):
+    """is_share: every rank has a part of the loss, and the parts add up; else every rank has all of it."""
+    for rank in found:
+        assert rank[0].keys() == expected[0].keys()
+        torch.testing.assert_close(rank[1], expected[1], rtol=1e-12, atol=1e-12)  # full_tensor() on every rank
+    keys = [key for key in expected[0] if key not in METRICS]
+    if not is_share:
+        for rank in found:
+            torch.testing.assert_close(rank[0], expected[0], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(rank[2], expected[2], rtol=1e-12, atol=1e-12)
+        return
+    for key in keys:
+        total = sum(rank[0][key] for rank in found)
+        torch.testing.assert_close(total, expected[0][key], rtol=1e-12, atol=1e-12)
+    assert sum(rank[0]["n_tokens"] for rank in found) == expected[0]["n_tokens"]
+    mean = sum(rank[0]["cross_entropy"] * rank[0]["n_tokens"] for rank in found) / expected[0]["n_tokens"]
+    torch.testing.assert_close(mean, expected[0]["cross_entropy"], rtol=1e-12, atol=1e-12)
+    for name, gradient in expected[2].items():
+        total = sum(rank[2][name] for rank in found)
+        torch.testing.assert_close(total, gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_loss_parallel", [False, True])
+@pytest.mark.parametrize("dimension", [None, 0, 1, 2, -1])
+def test_logits(dimension, in_loss_parallel):
+    placements = {"logits": [Replicate() if dimension is None else Shard(dimension)]}
+    found = on_ranks(2, worker, (2,), placements, {}, in_loss_parallel)
+    check(found, run_whole({}, ["logits"]), is_share=dimension in (0, 1))
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_targets_that_are_a_dtensor(dimension):
+    placements = {"logits": [Shard(dimension)]}
+    found = on_ranks(2, worker, (2,), placements, {}, False, [Shard(dimension)])
+    check(found, run_whole({}, ["logits"]), is_share=True)
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [(Shard(1), Shard(2)) if torch.distributed.is_available() else (), (Shard(2), Shard(0)), (Shard(0), Shard(1))],
+)
+def test_two_dimensions_of_a_mesh(placements):
+    found = on_ranks(4, worker, (2, 2), {"logits": placements}, {})
+    is_columns = [placement.dim == 2 for placement in placements]
+    if any(is_columns):  # two ranks with the columns of the same rows
+        along = is_columns.index(True)
+        for pair in ((0, 2), (1, 3)) if along == 0 else ((0, 1), (2, 3)):
+            torch.testing.assert_close(found[pair[0]][0], found[pair[1]][0], rtol=1e-14, atol=0)
+        found = [found[0], found[1 if along == 0 else 2]]
+    check(found, run_whole({}, ["logits"]), is_share=True)
+
+
+@pytest.mark.parametrize(("of_states", "of_weight"), list(itertools.product([None, 0, 1, 2], [None, 0, 1])), ids=str)
+def test_a_head(of_states, of_weight):
+    def placed(dimension):
+        return [Replicate() if dimension is None else Shard(dimension)]
+
+    bias = placed(0 if of_weight == 0 else None)
+    placements = {"hidden_states": placed(of_states), "lm_head_weight": placed(of_weight), "lm_head_bias": bias}
+    options = SHARED_HEADS if of_weight == 0 or of_states == 1 else OWN_HEADS
+    found = on_ranks(2, worker, (2,), placements, options)
+    check(found, run_whole(options, list(placements)), is_share=of_states in (0, 1) and of_weight != 0)

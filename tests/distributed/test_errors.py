@@ -1,0 +1,102 @@
+"""What does not fit says so on every rank: what was expected, what came, what to call instead. No rank waits."""
+
+import pytest
+import torch
+from processes import on_ranks
+
+from ava_ext import LinearLogits, UnifiedLoss
+from ava_ext.distributed import FusedHead, ShardedLogits
+from ava_ext.ops import softmax_statistics
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+
+V, H = 10, 4
+
+
+def placements_worker(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    loss_fn = UnifiedLoss(V, H, primary_loss_type="standard")
+    logits, states, weight, bias = (torch.randn(shape) for shape in ((2, 6, V), (2, 6, H), (V, H), (V,)))
+    targets = torch.ones(2, 6, dtype=torch.int64)
+
+    def spread(tensor, placement):
+        return distribute_tensor(tensor, mesh, [placement])
+
+    with pytest.raises(ValueError, match=r"logits in placements Replicate or Shard, got P.*: call logits.redistribute"):
+        loss_fn(DTensor.from_local(logits, mesh, [Partial()]), targets)
+    with pytest.raises(ValueError, match=r"expected targets as a torch.Tensor .* pass targets.to_local\(\)"):
+        loss_fn(logits, spread(targets, Shard(0)))
+    assert loss_fn(logits, spread(targets, Replicate())) == loss_fn(logits, targets)
+    with pytest.raises(ValueError, match=r"expected targets of shape \[2, 6\], got \[1, 6\]"):
+        loss_fn(spread(logits, Shard(0)), targets[:1])  # this rank's rows, where those of all are wanted
+    with pytest.raises(ValueError, match=r"expected the weight as a DTensor .* DTensor.from_local\(weight"):
+        loss_fn(targets=targets, hidden_states=spread(states, Shard(1)), lm_head_weight=weight)
+    with pytest.raises(ValueError, match=r"weight and bias to be DTensors or torch.Tensors both"):
+        loss_fn(
+            targets=targets, hidden_states=spread(states, Shard(1)), lm_head_weight=spread(weight, Replicate()),
+            lm_head_bias=bias,
+        )  # fmt: skip
+    of_states = {"hidden_states": spread(states, Replicate()), "lm_head_weight": weight}  # nothing is spread
+    plain = {"hidden_states": states, "lm_head_weight": weight}
+    torch.testing.assert_close(loss_fn(targets=targets, **of_states), loss_fn(targets=targets, **plain))
+
+    own_heads = UnifiedLoss(V, H, primary_loss_type="standard", use_mtp=True)
+    with pytest.raises(ValueError, match=r"hidden_states as a DTensor beside logits whose rows are spread"):
+        own_heads(spread(logits, Shard(1)), targets, hidden_states=states)
+    with pytest.raises(ValueError, match=r"hidden_states as a torch.Tensor beside logits that are one"):
+        own_heads(logits, targets, hidden_states=spread(states, Shard(1)))
+    adaptive = UnifiedLoss(V, H, primary_loss_type="adaptive_mtp", use_confidence_weighting=False)
+    with pytest.raises(ValueError, match=r"every rank has all rows beside adaptive heads"):
+        adaptive(spread(logits, Shard(0)), targets, additional_logits=[spread(logits, Shard(0))] * 3)
+    router = UnifiedLoss(V, use_auxiliary_loss=True, num_experts=3, num_experts_per_token=1)
+    gate_logits = torch.randn(12, 3)
+    with pytest.raises(ValueError, match=r"gate_logits of this rank's rows .* pass its to_local\(\)"):
+        router(logits, targets, gate_logits=[spread(gate_logits, Shard(0))])
+    with pytest.raises(ValueError, match=r"softmax_statistics: expected logits of all rows"):
+        softmax_statistics(spread(logits, Shard(0)), None)
+    with pytest.raises(ValueError, match=r"at least vocab_size = 10 columns, got shape \[2, 6, 8\]"):
+        loss_fn(ShardedLogits(logits[..., :4], "world"), targets)
+
+
+def test_placements_that_do_not_fit():
+    on_ranks(2, placements_worker)
+
+
+def meshes_worker(rank):
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard")
+    states = distribute_tensor(torch.randn(2, 6, H), init_device_mesh("cpu", (4,)), [Shard(1)])
+    other = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    weight = distribute_tensor(torch.randn(V, H), other, [Shard(0), Replicate()])
+    targets = torch.ones(2, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected the weight on the mesh of the hidden states"):
+        loss_fn(targets=targets, hidden_states=states, lm_head_weight=weight)
+    logits = distribute_tensor(torch.randn(2, 6, V), other, [Shard(2), Shard(2)])
+    with pytest.raises(ValueError, match="columns are spread over one dimension of the mesh"):
+        loss_fn(logits, targets)
+
+
+def test_meshes_that_do_not_fit():
+    on_ranks(4, meshes_worker)
+
+
+def test_a_weight_whose_values_are_elsewhere():
+    loss_fn, targets = UnifiedLoss(V, primary_loss_type="standard"), torch.ones(2, 6, dtype=torch.int64)
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_shape = torch.Size([V, H])  # what DeepSpeed ZeRO 3 leaves behind
+    message = r"got an empty tensor \(whole: \[10, 4\]\).*deepspeed.zero.GatheredParameters"
+    with pytest.raises(ValueError, match=message):
+        loss_fn(targets=targets, hidden_states=torch.randn(2, 6, H), lm_head_weight=weight)
+
+
+def test_fused_head_wants_a_linear_layer():
+    with pytest.raises(TypeError, match=r"lm_head to be a torch.nn.Linear, got Sequential"):
+        FusedHead(torch.nn.Sequential(torch.nn.Linear(H, V)), UnifiedLoss(V))
+    head = FusedHead(torch.nn.Linear(H, V), UnifiedLoss(V, primary_loss_type="standard"))
+    states = torch.randn(3, H)
+    torch.testing.assert_close(head(states), head.lm_head(states))
+    targets = torch.tensor([1, 2, 3])
+    expected = head.loss_fn(LinearLogits(states, head.lm_head.weight, head.lm_head.bias), targets)
+    torch.testing.assert_close(head(states, targets), expected)
