@@ -31,6 +31,11 @@ ROW_WISE = (
     "logits", "targets", "attention_mask", "hidden_states", "token_weights", "input_ids", "negative_ids",
     "negative_weights",
 )  # fmt: skip
+# tensors on the device of the logits; logits, hidden_states and lm_head_weight may come in other forms
+TENSORS = (
+    "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
+    "negative_ids", "negative_weights", "confidence_scores",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,7 +104,7 @@ class Call:
         self.logits = _logits_of(self)
         if DTENSOR in sys.modules:
             self._take_whole()
-        self.targets = _tensor("targets", self.targets)
+        _check_tensors(self)
         _check_shapes(self)
         self.is_flat = self.targets.dim() == 1
         is_packed = not (self.segment_ids is None and self.position_ids is None and self.cu_seqlens is None)
@@ -241,6 +246,7 @@ def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]
     else:
         if hidden_states is None or weight is None:
             raise ValueError("unified_loss: expected logits, or hidden_states and lm_head_weight, got neither")
+        bias = None if bias is None else _tensor("lm_head_bias", bias)
         check_is_whole("lm_head_weight", weight)
         chosen = LinearLogits(_tensor("hidden_states", hidden_states), _tensor("lm_head_weight", weight), bias)
     if isinstance(chosen, LinearLogits):
@@ -251,6 +257,18 @@ def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]
                 f"{list(chosen.weight.shape)}"
             )
     return chosen
+
+
+def _check_tensors(call: Call) -> None:
+    device = call.logits.device
+    for name in TENSORS:
+        value = getattr(call, name)
+        if value is None and name != "targets":
+            continue
+        if _tensor(name, value).device != device:
+            raise ValueError(f"unified_loss: expected {name} on {device} as the logits, got {value.device}")
+    if call.hidden_states is not None:
+        _tensor("hidden_states", call.hidden_states)
 
 
 def _check_shapes(call: Call) -> None:
@@ -268,8 +286,6 @@ def _check_shapes(call: Call) -> None:
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
-    if targets.device != logits.device:
-        raise ValueError(f"unified_loss: expected targets on {logits.device} as the logits, got {targets.device}")
     for name in ("targets", "input_ids", "negative_ids"):
         ids = getattr(call, name)
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):

@@ -284,14 +284,10 @@ class UnifiedLossConfig:
 
 
 def _plain(value: Any) -> Any:
-    """value as Python's own int, float and tuple: numpy gives others, and JSON knows lists only."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    if isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    return float(value) if isinstance(value, Real) else value
+    """value as Python's own bool, int, float and tuple: numpy gives others, and JSON knows lists only."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _bad(name: str, expected: str, got: object) -> ValueError:

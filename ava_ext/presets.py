@@ -250,6 +250,7 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
                 f"{warmup_steps}, initial_weight={initial_weight} and final_weight={final_weight}"
             )
         self.schedule = PenaltySchedule(initial_weight, final_weight, warmup_steps)
+        self.schedule.auto_step = self.config.auto_step
         self._state_names += ("schedule",)
         self._learns = True
 

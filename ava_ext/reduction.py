@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -58,8 +60,9 @@ def count_rows(
     up to the whole batch, and by 0 if no row counts.
 
     Raises:
-        ValueError: num_items_in_batch is negative or has several elements. The value of a tensor is not read, because
-            that would wait for the device.
+        TypeError: num_items_in_batch is no number.
+        ValueError: it is negative, not finite, or has several elements. The value of a tensor is not read, because that
+            would wait for the device.
     """
     counted = targets != config.ignore_index
     if keep is not None:
@@ -86,10 +89,15 @@ def count_rows(
 
 def _items(num_items_in_batch: float | Tensor, weights: Tensor) -> Tensor:  # []
     """num_items_in_batch of the device and type of weights, and 1 where it is 0."""
+    if not isinstance(num_items_in_batch, (Tensor, Real)):
+        if not hasattr(num_items_in_batch, "__array__"):
+            got = type(num_items_in_batch).__name__
+            raise TypeError(f"unified_loss: expected num_items_in_batch to be a number or a torch.Tensor, got {got}")
+        num_items_in_batch = torch.as_tensor(num_items_in_batch)
     if not isinstance(num_items_in_batch, Tensor):
         n = float(num_items_in_batch)
-        if n < 0:
-            raise ValueError(f"unified_loss: expected num_items_in_batch >= 0, got {num_items_in_batch}")
+        if not 0 <= n < math.inf:
+            raise ValueError(f"unified_loss: expected num_items_in_batch to be >= 0, got {num_items_in_batch}")
         return torch.full((), n or 1.0, dtype=weights.dtype, device=weights.device)
     if num_items_in_batch.numel() != 1:
         raise ValueError(

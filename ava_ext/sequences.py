@@ -30,6 +30,7 @@ def segment_numbers(
             raise ValueError(
                 f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
             )
+        given = given.long()  # unsigned integers have no order
         parts.append(given if given.dim() == 2 else given.unsqueeze(0))
     starts = []
     if segment_ids is not None:

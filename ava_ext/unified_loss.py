@@ -77,6 +77,8 @@ class UnifiedLoss(nn.Module):
         self._part_names = tuple(part.name for part in self.PARTS if getattr(self, part.name) is not None)
         states = [name for name, child in self.named_children() if isinstance(child, LearnedState)]
         self._state_names = tuple(states)
+        for name in states:
+            getattr(self, name).auto_step = config.auto_step
         self._learns = config.temperature_adapts or len(states) > 1
         parts = [getattr(self, name) for name in self._part_names]
         keys = [term.key for term in row_terms if term.key] + [source.key for source in sources]

@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from ava_ext import UnifiedLoss, UnifiedLossConfig, create_unified_loss
 
@@ -156,3 +158,27 @@ def test_repr_shows_what_differs_from_the_defaults():
     text = repr(UnifiedLoss(10, label_smoothing=0.1))
     assert "vocab_size=10, label_smoothing=0.1" in text
     assert "reduction" not in text
+
+
+def test_numbers_of_numpy_are_pythons_own():
+    options = {
+        "vocab_size": np.int64(10), "hidden_size": np.int32(4), "num_future_tokens": np.uint8(2),
+        "label_smoothing": np.float64(0.25), "z_loss_weight": np.float16(0.5), "use_ngram_penalty": np.True_,
+        "eos_token_id": np.array([1, 2]), "repetition_allow_list": [np.int64(3)], "pad_token_id": np.int16(0),
+        "temperature_bounds": np.array([0.5, 2.0]), "adaptive_temperature": np.bool_(False),
+    }  # fmt: skip
+    plain = {
+        "vocab_size": 10, "hidden_size": 4, "num_future_tokens": 2, "label_smoothing": 0.25, "z_loss_weight": 0.5,
+        "use_ngram_penalty": True, "eos_token_id": (1, 2), "repetition_allow_list": (3,), "pad_token_id": 0,
+        "temperature_bounds": (0.5, 2.0), "adaptive_temperature": False,
+    }  # fmt: skip
+    config = UnifiedLossConfig(**options)
+    assert config == UnifiedLossConfig(**plain)
+    for name, value in plain.items():
+        assert type(getattr(config, name)) is type(value), name
+    assert UnifiedLossConfig.from_json(config.to_json()) == config
+    loss_fn = create_unified_loss(options)
+    logits, targets = torch.zeros(2, 3, 10), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    torch.testing.assert_close(loss_fn(logits, targets), UnifiedLoss(**plain)(logits, targets), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="expected ngram_size to be an integer >= 1, got 2.5"):
+        UnifiedLossConfig(vocab_size=10, ngram_size=np.float64(2.5))

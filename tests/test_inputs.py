@@ -236,14 +236,156 @@ def test_a_counted_target_out_of_range_is_named(outside):
         UnifiedLoss(V)(logits(), targets)
 
 
+# -- what is no tensor, or on another device
+
+ARGUMENTS = {
+    "attention_mask": torch.ones(2, 4),
+    "token_weights": torch.ones(2, 4),
+    "input_ids": TARGETS,
+    "position_ids": TARGETS,
+    "segment_ids": TARGETS,
+    "cu_seqlens": torch.tensor([0, 8]),
+    "negative_ids": TARGETS[..., None],
+    "negative_weights": torch.ones(2, 4, 1),
+    "confidence_scores": torch.ones(2, 4),
+}
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy])
+@pytest.mark.parametrize("name", ["targets", *ARGUMENTS])
+def test_what_is_no_tensor_is_named(name, convert):
+    arguments = {"logits": logits(), "targets": TARGETS, **ARGUMENTS}
+    value = convert(arguments[name])
+    message = f"unified_loss: expected {name} to be a torch.Tensor, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=message):
+        UnifiedLoss(V)(**{**arguments, name: value})
+
+
+@pytest.mark.parametrize("name", ["targets", *ARGUMENTS])
+def test_another_device_is_named(name):
+    arguments = {"logits": logits(), "targets": TARGETS, **ARGUMENTS}
+    with pytest.raises(ValueError, match=f"unified_loss: expected {name} on cpu as the logits, got meta"):
+        UnifiedLoss(V)(**{**arguments, name: arguments[name].to("meta")})
+
+
+STATES, HEAD = torch.zeros(2, 4, 3), torch.nn.Linear(3, V)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"logits": logits().numpy()}, "expected logits to be a torch.Tensor, LinearLogits or a model's output"),
+        ({"logits": (logits(),)}, "expected logits to be a torch.Tensor, LinearLogits or .*, got tuple"),
+        ({"hidden_states": STATES.numpy(), "lm_head_weight": HEAD}, "expected hidden_states to be a torch.Tensor"),
+        ({"hidden_states": (), "lm_head_weight": HEAD}, "expected hidden_states to be a torch.Tensor, got tuple"),
+        ({"logits": logits(), "hidden_states": STATES.tolist()}, "expected hidden_states to be a torch.Tensor, got li"),
+        ({"hidden_states": STATES, "lm_head_weight": "head"}, "expected lm_head_weight to be a torch.Tensor, got str"),
+        (
+            {"hidden_states": STATES, "lm_head_weight": torch.nn.Sequential(HEAD)},
+            "expected lm_head_weight to be a torch.Tensor or a torch.nn.Linear, got Sequential, which may do more",
+        ),
+        (
+            {"hidden_states": STATES, "lm_head_weight": HEAD.weight, "lm_head_bias": [0.0] * V},
+            "expected lm_head_bias to be a torch.Tensor, got list",
+        ),
+    ],
+)
+def test_a_source_of_logits_that_is_none_is_named(arguments, message):
+    with pytest.raises(TypeError, match=f"unified_loss: {message}"):
+        UnifiedLoss(V)(targets=TARGETS, **arguments)
+
+
+@pytest.mark.parametrize("pair", [(STATES[0], None), (STATES[0],), STATES.tolist()])
+def test_a_contrastive_pair_that_is_none_is_named(pair):
+    with pytest.raises(TypeError, match="unified_loss: expected contrastive_pair to be two tensors, got"):
+        UnifiedLoss(V, use_contrastive_loss=True)(logits(), TARGETS, contrastive_pair=pair)
+
+
+class ModelOutput(dict):
+    """As transformers': a dict whose entries are attributes."""
+
+    __getattr__ = dict.get
+
+
+def test_a_models_output_stands_for_its_logits():
+    values = Numbers(3).leaf(2, 4, V)
+    loss = UnifiedLoss(V)(ModelOutput(logits=values, loss=None), TARGETS)
+    expected = UnifiedLoss(V)(values, TARGETS)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    got, want = (torch.autograd.grad(value, values)[0] for value in (loss, expected))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="or a model's output with .logits, got ModelOutput"):
+        UnifiedLoss(V)(ModelOutput(last_hidden_state=values), TARGETS)
+    heads = {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 1, "use_confidence_weighting": False}
+    loss = UnifiedLoss(V, **heads)(primary_logits=ModelOutput(logits=values), targets=TARGETS)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_hidden_states_of_every_layer_and_the_head_itself(bias):
+    numbers = Numbers(4)
+    layers = tuple(numbers.leaf(2, 4, HIDDEN_SIZE) for _ in range(3))
+    head = torch.nn.Linear(HIDDEN_SIZE, V, bias=bias).double()
+    loss = UnifiedLoss(V)(targets=TARGETS, hidden_states=layers, lm_head_weight=head)
+    expected = UnifiedLoss(V)(
+        targets=TARGETS, hidden_states=layers[-1], lm_head_weight=head.weight, lm_head_bias=head.bias
+    )
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(loss, UnifiedLoss(V)(head(layers[-1]), TARGETS), rtol=1e-12, atol=0)
+    trained = (layers[-1], *head.parameters())
+    got, want = (torch.autograd.grad(value, trained) for value in (loss, expected))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_the_head_of_shared_depths_may_be_a_layer():
+    numbers = Numbers(5)
+    states, head = numbers.leaf(2, 4, HIDDEN_SIZE), torch.nn.Linear(HIDDEN_SIZE, V).double()
+    loss_fn = UnifiedLoss(V, HIDDEN_SIZE, use_mtp=True, mtp_share_head=True, num_future_tokens=2).double()
+    given_arguments = {"logits": numbers.normal(2, 4, V), "targets": TARGETS, "hidden_states": states}
+    loss = loss_fn(**given_arguments, lm_head_weight=head)
+    expected = loss_fn(**given_arguments, lm_head_weight=head.weight, lm_head_bias=head.bias)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
 # -- integer types, empty batches
 
+INTEGERS = [
+    torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64
+]  # fmt: skip
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
-def test_targets_of_other_integer_types(dtype):
-    values = Numbers(2).normal(2, 4, V)
-    loss_fn = UnifiedLoss(V, use_ngram_penalty=True, ngram_size=1, pad_token_id=2, eos_token_id=1)
-    torch.testing.assert_close(loss_fn(values, TARGETS.to(dtype)), loss_fn(values, TARGETS), rtol=0, atol=0)
+
+@pytest.mark.parametrize("labels_are_shifted", [True, False])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_ids_of_every_integer_type(dtype, labels_are_shifted):
+    values, ids = Numbers(2).leaf(2, 8, V), torch.tensor([[0, 1, 2, 3, 3, 5, 2, 2], [4, 5, 0, 1, 0, 0, 0, 4]])
+    # ignore_index is in the type's range, or not
+    for ignore_index in (-100, 3):
+        loss_fn = UnifiedLoss(
+            V,
+            ignore_index=ignore_index,
+            labels_are_shifted=labels_are_shifted,
+            use_ngram_penalty=True,
+            ngram_size=1,
+            use_immediate_repetition_penalty=True,
+            pad_token_id=2,
+            eos_token_id=1,
+            hidden_size=HIDDEN_SIZE,
+            use_mtp=True,
+            num_future_tokens=2,
+        ).double()
+
+        def loss(integer_type, loss_fn=loss_fn):
+            position_ids = torch.arange(8).remainder(5)[None]
+            given_arguments = {
+                "targets": ids, "input_ids": ids.flip(1), "segment_ids": ids // 4, "position_ids": position_ids,
+                "negative_ids": ids.roll(1, 1)[..., None], "cu_seqlens": torch.tensor([0, 5, 16]),
+                "attention_mask": (ids != 5).long(),
+            }  # fmt: skip
+            given_arguments = {name: value.to(integer_type) for name, value in given_arguments.items()}
+            loss = loss_fn(values, hidden_states=Numbers(9).normal(2, 8, HIDDEN_SIZE), **given_arguments)
+            return loss, torch.autograd.grad(loss, values)[0]
+
+        torch.testing.assert_close(loss(dtype), loss(torch.int64), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("labels_are_shifted", [True, False])

@@ -1,5 +1,8 @@
 """Which rows count, and what their sum is divided by."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +106,38 @@ def test_zero_items_and_zero_weights_give_zero():
     loss_fn = UnifiedLoss(V, primary_loss_type="standard")
     assert loss_fn(logits, targets, token_weights=torch.zeros(2, 3)) == 0
     assert loss_fn(logits, torch.full((2, 3), -100), num_items_in_batch=0) == 0
+
+
+@pytest.mark.parametrize(
+    "n_items", [torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(8, dtype=torch.int16), np.int64(8), np.array([8])]
+)
+def test_num_items_in_batch_is_one_element_of_any_shape(n_items):
+    numbers = Numbers(4)
+    logits, targets = numbers.normal(2, 5, V), numbers.integers(0, V, 2, 5)
+    loss = UnifiedLoss(V, primary_loss_type="standard")(logits, targets, num_items_in_batch=n_items)
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, rows_of(logits, targets).sum() / 8, **EXACT)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    ("n_items", "error", "message"),
+    [
+        (torch.tensor([1, 1]), ValueError, r"of one element, got shape \[2\]"),
+        (torch.arange(5), ValueError, r"of one element, got shape \[5\]"),
+        (torch.zeros(0), ValueError, r"of one element, got shape \[0\]"),
+        (-5, ValueError, "to be >= 0, got -5"),
+        (-0.5, ValueError, "to be >= 0, got -0.5"),
+        (math.nan, ValueError, "to be >= 0, got nan"),
+        (math.inf, ValueError, "to be >= 0, got inf"),
+        ("5", TypeError, "to be a number or a torch.Tensor, got str"),
+        ([5], TypeError, "to be a number or a torch.Tensor, got list"),
+    ],
+)
+def test_another_num_items_in_batch_is_refused(n_items, error, message, reduction):
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", reduction=reduction)
+    with pytest.raises(error, match=f"^unified_loss: expected num_items_in_batch {message}"):
+        loss_fn(torch.zeros(2, 5, V), torch.zeros(2, 5, dtype=torch.int64), num_items_in_batch=n_items)
 
 
 @settings(max_examples=40)

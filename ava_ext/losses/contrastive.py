@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -232,7 +232,7 @@ class ContrastiveLoss(Part):
     def of_call(self, call: Call) -> Addends:
         """InfoNCE of the call's pair, or SimCTG of its hidden states."""
         if call.contrastive_pair is not None:
-            loss = self(*call.contrastive_pair)
+            loss = self(*_two_tensors(call.contrastive_pair))
         else:
             tokens, segments = call.hidden_states, call.segments
             if tokens is None:
@@ -285,3 +285,12 @@ class ContrastiveLoss(Part):
         if not return_detailed:
             return loss
         return {"total_loss": loss, "contrastive_loss": loss.detach()}
+
+
+def _two_tensors(pair: Any) -> tuple[Tensor, Tensor]:
+    """contrastive_pair, checked."""
+    if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
+        got = [type(part).__name__ for part in pair] if isinstance(pair, Sequence) else type(pair).__name__
+        raise TypeError(f"unified_loss: expected contrastive_pair to be two tensors, got {got}")
+    first, second = pair
+    return first, second

@@ -27,6 +27,8 @@ class LearnedState(Float32Buffers):
       read and records nothing. A call is recognised by the targets that it was given. If the checkpointed function
       makes the targets itself, and in a graph of torch.compile, only the last call is remembered. Under reentrant
       checkpointing, the first run has no grad and the second is a recomputation, so such calls are never recorded.
+      Checkpointing within a compiled function needs auto_step=False; with True autograd raises, because the graph
+      writes over what its own recomputation reads.
 
     A subclass registers its buffers, names in READ those that its forward reads, sets previous_<name> beside each of
     these, names its pending tensors in PENDING, and initialises all of them in `reset_parameters`.
@@ -35,6 +37,7 @@ class LearnedState(Float32Buffers):
     statistics_name: ClassVar[str]  # its entry in UnifiedLoss.get_loss_statistics()
     PENDING: ClassVar[tuple[str, ...]]  # what calls have learned since the last step()
     READ: ClassVar[tuple[str, ...]] = ()  # what a forward reads
+    auto_step = False  # whether a call itself is followed by step(), so that a traced graph writes over what it reads
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +80,7 @@ class LearnedState(Float32Buffers):
     ) -> None:
         """To be called with grad enabled before a forward reads: remembers what it will read, for recomputations."""
         if isinstance(first_run, Tensor):
-            for name in self.READ:
+            for name in self.READ if self.auto_step else ():
                 previous = getattr(self, _previous(name))
                 previous.copy_(torch.where(first_run, getattr(self, name), previous))
         elif self.READ and is_checkpointed():
@@ -90,7 +93,10 @@ class LearnedState(Float32Buffers):
 
     def read(self, name: str) -> Tensor:
         """The committed tensor of this name, as this call sees it. Copy it where a backward needs it."""
-        return committed(getattr(self, name), getattr(self, _previous(name)))
+        value = getattr(self, name)
+        if torch.compiler.is_compiling() and not self.auto_step:
+            return value
+        return committed(value, getattr(self, _previous(name)))
 
     def clear_pending(self) -> None:
         """Discards what is pending."""

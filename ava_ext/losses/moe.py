@@ -157,7 +157,7 @@ class MoEBalancer(LearnedState, Part):
             IndexError: an expert index is out of range.
         """
         recording: bool | Tensor = False
-        layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router(gate_logits)
+        layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router("gate_logits", gate_logits)
         if torch.is_grad_enabled() and layers:
             first_run = is_first_run(layers[0])
             self.begin(first_run, layers[0])

@@ -33,7 +33,7 @@ def layered_gate_logits(
         [torch.Size([1, 6, 8]), torch.Size([1, 6, 8])]
     """
     if not isinstance(gate_logits, Tensor):
-        layers = with_router(gate_logits)
+        layers = with_router("gate_logits", gate_logits)
         if not layers or num_layers not in (None, len(layers)):
             expected = "at least 1 layer" if num_layers is None else f"num_moe_layers = {num_layers} layers"
             raise ValueError(f"gate_logits: expected {expected}, got {len(layers)}")
@@ -56,9 +56,18 @@ def layered_gate_logits(
 
 
 def with_router(
+    name: str,
     layers: Sequence[Tensor | None],  # of [n_rows, any]
 ) -> list[Tensor]:
-    """The layers that have a router: mixed models give None for the others."""
+    """The layers that have a router: mixed models give None for the others.
+
+    Raises:
+        TypeError: a layer that is neither a tensor nor None.
+    """
+    for number, layer in enumerate(layers):
+        if not (layer is None or isinstance(layer, Tensor)):
+            got = type(layer).__name__
+            raise TypeError(f"{name}: expected a torch.Tensor or None in every layer, got {got} in layer {number}")
     return [layer for layer in layers if layer is not None]
 
 
@@ -86,7 +95,7 @@ def stack_expert_indices(
         torch.Size([4, 6, 2])
     """
     if not isinstance(expert_indices, Tensor):
-        layers = with_router(expert_indices)
+        layers = with_router("expert_indices", expert_indices)
         if len(layers) != n_layers:
             raise ValueError(f"expert_indices: expected {n_layers} layers, got {len(layers)}")
         return torch.cat([stack_expert_indices(layer, 1, n_rows, k) for layer in layers])
