@@ -1,6 +1,7 @@
 // What the operators do with one row after another: measure it, evaluate the terms, write the gradient. Included once
 // by each softmax_rows_<isa>.cpp, which defines AVA_ISA and brings VectorFloat. The formulas are in softmax_rows.h.
 #pragma once
+#include "softmax_rows_entries.h"
 #include "softmax_rows_measure.h"
 
 namespace ava {
@@ -15,6 +16,8 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
   using Capped = typename Reader::Capped;
   using Reader::arguments, Reader::options, Reader::inverse_temperature, Reader::exponential, Reader::capped;
   using Reader::load_part, Reader::store_part, Reader::measure, Reader::Reader;
+  using Entry = RowEntry<Real>;
+  using Entries = RowEntries<Real>;
   static constexpr int kLanes = Vector::kLanes;
 
   // The gradient of every column, as if none had an s_c of its own. kMasked: there are -inf among the logits. `next` is
@@ -68,59 +71,6 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
   static void zero(Element* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) narrow(Real(0), out + i);
   }
-
-  // One column that has an s_c.
-  struct Entry {
-    int64_t column;
-    Real u, probability, own, gradient;
-  };
-  static_assert(sizeof(Entry) <= kEntryBytes);
-
-  // The entries of a row, one for a column, in the order in which they came. Many of them are found by hashing: open
-  // addressing, at most half full.
-  struct Entries {
-    Entry* entries;
-    int32_t* slots;   // [n_slots]: numbers of entries, -1: free
-    int64_t n_slots;  // a power of 2; 0: few enough to look at each
-    int64_t n = 0;
-
-    Entries(void* scratch, int64_t n_ids)
-        : entries(static_cast<Entry*>(scratch)),
-          slots(reinterpret_cast<int32_t*>(entries + n_ids + 2)),
-          n_slots(slots_of_entries(n_ids)) {}
-
-    void clear() {
-      n = 0;
-      for (int64_t slot = 0; slot < n_slots; ++slot) slots[slot] = -1;
-    }
-    // adds s to the entry of this column, or makes one
-    void add(int64_t column, Real u, Real probability, Real s) {
-      Entry* entry = find(column);
-      if (entry) {
-        entry->own += s;
-        return;
-      }
-      entries[n++] = {column, u, probability, s, 0};
-    }
-
-   private:
-    // the entry of this column; where there is none, the next one is put into its slot
-    Entry* find(int64_t column) {
-      if (n_slots == 0) {
-        for (int64_t k = 0; k < n; ++k)
-          if (entries[k].column == column) return entries + k;
-        return nullptr;
-      }
-      const uint64_t hash = uint64_t(column) * 0x9e3779b97f4a7c15ull >> 32;
-      for (uint64_t slot = hash & uint64_t(n_slots - 1);; slot = (slot + 1) & uint64_t(n_slots - 1)) {
-        if (slots[slot] < 0) {
-          slots[slot] = int32_t(n);
-          return nullptr;
-        }
-        if (entries[slots[slot]].column == column) return entries + slots[slot];
-      }
-    }
-  };
 
   Real scalar_u(const Element* x, int64_t column, const RowStatistics<Real>& row) const {
     if (column == int64_t(row.argmax)) return 0;
