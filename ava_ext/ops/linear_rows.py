@@ -74,7 +74,7 @@ def _linear_row_loss(
     row_weights: Tensor | None,  # [n_rows]
     candidate_ids: Tensor | None,  # [n_rows, n_candidates]
     candidate_weights: Tensor | None,  # [n_rows, n_candidates]
-    candidate_groups: list[int],
+    candidate_groups: list[int] | None,  # None: AOTInductor has no empty list
     flags: int,
     vocab_size: int,
     ignore_index: int,
@@ -84,10 +84,10 @@ def _linear_row_loss(
     # total [], losses [n_rows], terms [n_terms, n_rows], three gradients of the sum, or [0]; and [0], which leads
     # autograd to the inputs and which nobody can have changed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
+    n_rows, real, groups = hidden_states.shape[0], accumulation_dtype(dtype), candidate_groups or []
     losses = hidden_states.new_empty(n_rows, dtype=real)
-    terms = hidden_states.new_empty((N_TERMS + len(candidate_groups), n_rows), dtype=real)
-    constants = (candidate_groups, flags, vocab_size, ignore_index)
+    terms = hidden_states.new_empty((N_TERMS + len(groups), n_rows), dtype=real)
+    constants = (groups, flags, vocab_size, ignore_index)
 
     def chunk_loss(logits: Tensor, rows: slice) -> None:
         of_rows = (None if given is None else given[rows] for given in (row_weights, candidate_ids, candidate_weights))
@@ -202,7 +202,7 @@ def _(
     return (
         hidden_states.new_empty((), dtype=real),
         hidden_states.new_empty(n_rows, dtype=real),
-        hidden_states.new_empty((N_TERMS + len(candidate_groups), n_rows), dtype=real),
+        hidden_states.new_empty((N_TERMS + len(candidate_groups or ()), n_rows), dtype=real),
         *empty_gradients(hidden_states, weight, bias, gradients),
         hidden_states.new_empty(0, dtype=real),
     )

@@ -192,10 +192,10 @@ def _(
     use_immediate_repetition_penalty: bool,
     ngram_size: int,
     ngram_slots: int,
-    eos_ids: Sequence[int],
+    eos_ids: Sequence[int] | None,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
-    n_slots = int(use_immediate_repetition_penalty) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
+    n_slots = int(use_immediate_repetition_penalty) + len(eos_ids or ()) + (ngram_slots if ngram_size > 0 else 0)
     shape = (*tokens.shape, n_slots)
     return tokens.new_empty(shape, dtype=torch.int32), weights.new_empty(shape)
 

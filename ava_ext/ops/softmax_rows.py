@@ -337,7 +337,7 @@ def _(
     n_ids = 0 if ids is None else ids.shape[-1]
     return (
         logits.new_empty(rows, dtype=real),
-        logits.new_empty((N_TERMS + len(groups), *rows), dtype=real),
+        logits.new_empty((N_TERMS + len(groups or ()), *rows), dtype=real),
         logits.new_empty(logits.shape if with_gradient else (0,)),
         logits.new_empty((*rows, N_STATISTICS) if with_statistics else (0,), dtype=real),
         logits.new_empty((*rows, N_ROW_COEFFICIENTS + 1 + n_ids) if with_statistics else (0,), dtype=real),
@@ -348,7 +348,7 @@ def _(
 def _(logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index):
     _check_devices(logits, targets, options, row_weights, ids, weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
-    return logits.new_empty(rows, dtype=real), logits.new_empty((N_TERMS + len(groups), *rows), dtype=real)
+    return logits.new_empty(rows, dtype=real), logits.new_empty((N_TERMS + len(groups or ()), *rows), dtype=real)
 
 
 @torch.library.register_fake("ava_ext::row_gradient")
