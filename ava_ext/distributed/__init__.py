@@ -1,4 +1,26 @@
-"""Losses of logits, hidden states and heads that are spread over processes."""
+"""Losses of logits, hidden states and heads that are spread over processes.
+
+UnifiedLoss, `row_loss`, `softmax_statistics` and `token_log_probs` take DTensors and ShardedLogits where logits go.
+Targets, masks, token ids and weights are those of all rows, the same on every rank (or a DTensor).
+
+    logits                          what a rank gets                     what is communicated
+    Replicate                       the whole loss                       nothing
+    Shard(-1), or ShardedLogits     the whole loss, and the gradient     forward: 7 numbers per row and one per
+                                    of its columns                       candidate, once
+    Shard of a dimension of rows    its share: the shares of all ranks   nothing
+                                    add up to the whole loss
+
+    hidden states, and the head's weight
+    a DTensor, Shard(0)             logits in Shard(-1): each rank computes its columns; backward adds up the gradient
+                                    of the hidden states, once
+    a DTensor, Replicate            logits in the rows of the hidden states; the weight's gradient is added up
+    a torch.Tensor, any DTensor     as under FSDP2: the weight is gathered once, and its gradient averaged
+
+N, what the loss is divided by, is that of all rows in every placement: num_items_in_batch where it is given, else the
+rows that count (or their weights) on all ranks. A rank with some of the rows is as a micro-batch of such a batch: its
+metrics are means over its rows, LossMeter(group) adds up over ranks, and the gradients are those of one process.
+Averaging over processes is not undone here: under DistributedDataParallel and FSDP2 multiply the loss by their number.
+"""
 
 from ava_ext.distributed.fused_head import FusedHead
 from ava_ext.distributed.pipeline import pipeline_loss

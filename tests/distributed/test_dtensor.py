@@ -148,3 +148,14 @@ def test_a_head(of_states, of_weight):
     options = SHARED_HEADS if of_weight == 0 or of_states == 1 else OWN_HEADS
     found = on_ranks(2, worker, (2,), placements, options)
     check(found, run_whole(options, list(placements)), is_share=of_states in (0, 1) and of_weight != 0)
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_a_term_of_all_hidden_states(dimension):
+    placements = {
+        "logits": [Shard(dimension)],
+        "hidden_states": [Shard(1) if dimension == 2 else Shard(dimension)],  # sequence beside tensor parallel
+    }
+    options = {"use_contrastive_loss": True} | OWN_HEADS
+    found = on_ranks(2, worker, (2,), placements, options)
+    check(found, run_whole(options, list(placements)), is_share=dimension < 2)

@@ -38,7 +38,7 @@ head_loss = head_loss_of()
 
 
 def dense_head_loss(logits, targets, row_weights):
-    losses = token_loss(linear(*logits).flatten(0, 1), targets.flatten()).view(targets.shape)
+    losses = token_loss(linear(*logits).flatten(0, -2), targets.flatten()).view(targets.shape)
     return RowLoss((losses * row_weights).sum(), losses.detach().unsqueeze(0))
 
 

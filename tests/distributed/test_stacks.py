@@ -1,0 +1,79 @@
+"""Vocabulary parallelism with what it is used beside: FSDP2 over another dimension of the mesh, torch.compile."""
+
+import pytest
+import torch
+from processes import on_ranks
+
+from ava_ext import UnifiedLoss
+from ava_ext.distributed import FusedHead, ShardedLogits
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+BATCH_SIZE, N_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 4, 6, 11, 4
+TERMS = {"primary_loss_type": "standard", "z_loss_weight": 0.1, "label_smoothing": 0.1, "use_ngram_penalty": True}
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(BATCH_SIZE, N_TOKENS, HIDDEN_SIZE, generator=generator, dtype=torch.float64)
+    targets = torch.randint(4, (BATCH_SIZE, N_TOKENS), generator=generator)
+    return states, targets
+
+
+def make_head():
+    torch.manual_seed(1)
+    return FusedHead(torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE), UnifiedLoss(VOCAB_SIZE, ngram_size=1, **TERMS)).double()
+
+
+def two_dimensional_worker(rank, head_is_a_unit):
+    """Two groups of two ranks: the groups have different texts, the ranks of a group different columns of them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    head, (states, targets) = make_head(), inputs()
+    parallelize_module(head.lm_head, mesh["tp"], ColwiseParallel())
+    fully_shard(head if head_is_a_unit else head.lm_head, mesh=mesh["dp"])
+    group = mesh.get_local_rank("dp")
+    local = states.chunk(2)[group].clone().requires_grad_()
+    spread = DTensor.from_local(local, mesh["tp"], [Replicate()])
+    loss = head(spread, targets.chunk(2)[group], num_items_in_batch=targets.numel())
+    (2 * loss).backward()  # FSDP2 averages over the groups
+    parameters = head.lm_head.weight, head.lm_head.bias
+    return loss.detach(), local.grad / 2, *(parameter.grad.full_tensor() for parameter in parameters)
+
+
+@pytest.mark.parametrize("head_is_a_unit", [True, False])
+def test_fully_sharded_and_tensor_parallel(head_is_a_unit):
+    head, (states, targets) = make_head(), inputs()
+    states.requires_grad_()
+    loss = head(states, targets)
+    expected = torch.autograd.grad(loss, (states, head.lm_head.weight, head.lm_head.bias))
+    found = on_ranks(4, two_dimensional_worker, head_is_a_unit)
+    torch.testing.assert_close(found[0][0] + found[2][0], loss.detach(), rtol=1e-12, atol=1e-12)
+    for rank, (rank_loss, of_states, *of_head) in enumerate(found):
+        torch.testing.assert_close(rank_loss, found[rank // 2 * 2][0], rtol=1e-14, atol=0)
+        torch.testing.assert_close(of_states, expected[0].chunk(2)[rank // 2], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(tuple(of_head), expected[1:], rtol=1e-12, atol=1e-12)
+
+
+def compiled_worker(rank):
+    generator = torch.Generator().manual_seed(rank)
+    leaf = torch.randn(BATCH_SIZE, N_TOKENS, VOCAB_SIZE, generator=generator, requires_grad=True)
+    loss_fn, targets = UnifiedLoss(2 * VOCAB_SIZE - 1, ngram_size=1, **TERMS), inputs()[1]
+
+    def loss_of(logits):
+        return loss_fn(ShardedLogits(logits * 1.5, "world"), targets)
+
+    found = []
+    for function in (loss_of, torch.compile(loss_of, backend="aot_eager")):
+        loss = function(leaf)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    return found
+
+
+def test_compiled():
+    for eager, compiled in on_ranks(2, compiled_worker):
+        torch.testing.assert_close(compiled, eager)
