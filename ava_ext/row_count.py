@@ -26,4 +26,4 @@ def rows_of_targets(
     shape = (*targets.shape, config.vocab_size) if isinstance(targets, Tensor) else (config.vocab_size,)
     absent = {name: None for name in list(inspect.signature(Call).parameters)[2:]}
     given = {"logits": number.expand(shape), "targets": targets, "num_items_in_batch": 1, **arguments}
-    return Call(config, (), **(absent | given)).rows  # type: ignore[arg-type]
+    return Call(config, (), **(absent | given)).rows

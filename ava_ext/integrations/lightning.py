@@ -56,8 +56,8 @@ class UnifiedLossCallback(Callback):
         losses = _losses_of(pl_module)
         if not losses:
             raise ValueError(
-                f"UnifiedLossCallback: expected a UnifiedLoss among the modules of {type(pl_module).__name__}, got none: "
-                "set it as an attribute, so that its state is in the checkpoint"
+                f"UnifiedLossCallback: expected a UnifiedLoss among the modules of {type(pl_module).__name__}, got "
+                "none: set it as an attribute, so that its state is in the checkpoint"
             )
         for loss_fn in losses:
             if loss_fn._learns and loss_fn.config.auto_step:
