@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ava_ext.integrations.loss_in_forward import causal_lm_of
+from ava_ext.integrations.attach import causal_lm_of
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.ops.committed import is_first_run
 from ava_ext.unified_loss import UnifiedLoss
@@ -26,8 +26,9 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
     pass `**binding.take()` to the loss.
 
     Args:
-        model: before it is wrapped. loss_fn: with use_moe_balancing=True, as UnifiedLoss.from_model(model) counts layers
-            and experts; gradient_balance_weight=0.0 for the bias alone.
+        model: before it is wrapped.
+        loss_fn: with use_moe_balancing=True and as many layers and experts as UnifiedLoss.from_model(model) counts;
+            gradient_balance_weight=0.0 for the bias alone.
 
     Returns:
         The binding; `remove()` takes the hooks away.
@@ -37,7 +38,8 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
             not return router logits and the experts it chose.
 
     Example:
-        >>> loss_fn = UnifiedLoss.from_model(model, use_moe_balancing=True, gradient_balance_weight=0.0, auto_step=False)
+        >>> options = {"use_moe_balancing": True, "gradient_balance_weight": 0.0, "auto_step": False}
+        >>> loss_fn = UnifiedLoss.from_model(model, **options)
         >>> bind_expert_bias(fuse_lm_head(model, loss_fn), loss_fn)
     """
     inner = causal_lm_of(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,8 +68,8 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     for option in ("use_auxiliary_loss", "use_moe_balancing"):
         if getattr(config, option):
             raise ValueError(
-                f"trainer_loss: {option}=True needs the attention_mask, which Trainer does not give to a loss function: "
-                "use UnifiedLossTrainerMixin"
+                f"trainer_loss: {option}=True needs the attention_mask, which Trainer does not give to a loss function"
+                ": use UnifiedLossTrainerMixin"
             )
 
     def loss(
@@ -106,3 +107,16 @@ def with_labels_shifted(loss_fn: UnifiedLoss, are_shifted: bool) -> UnifiedLoss:
     other = copy.copy(loss_fn)
     other.config = dataclasses.replace(loss_fn.config, labels_are_shifted=are_shifted)
     return other
+
+
+def check_same_logits(name: str, config: UnifiedLossConfig, softcap: float | None, scale: float) -> None:
+    """Raises ValueError where the loss would not do to the logits what the model does."""
+    for option, of_loss, of_model in (
+        ("logit_softcap", config.logit_softcap, softcap),
+        ("logit_scale", getattr(config, "logit_scale", None) or 1.0, scale),
+    ):
+        if of_loss != of_model and not (of_loss and of_model and math.isclose(of_loss, of_model, rel_tol=1e-9)):
+            raise ValueError(
+                f"fuse_lm_head: {name} applies {option}={of_model} to its logits; expected a loss that does the same, "
+                f"got {option}={of_loss}: UnifiedLoss.from_model(model) reads it, attach_loss leaves it to the model"
+            )

@@ -9,96 +9,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ava_ext.config import UnifiedLossConfig
 from ava_ext.integrations.deferred_logits import DeferredLogits
 from ava_ext.integrations.heads import weight_and_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, refuse_logit_options, with_labels_shifted
-from ava_ext.model_config import logit_options, text_config
+from ava_ext.integrations.loss_functions import causal_lm_loss, check_same_logits, with_labels_shifted
+from ava_ext.model_config import text_config
 from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.unified_loss import UnifiedLoss
 
 # arguments of forward that are the loss's alone; the model's own forward does not see them
 _OF_LOSS = ("num_items_in_batch", "shift_labels", "skip_logits", "loss_inputs")
-
-
-def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
-    """Lets model(..., labels=labels) compute loss_fn from the model's logits; returns the model.
-
-    As `fuse_lm_head`, but the logits exist, as the model computes them: for heads that fuse_lm_head refuses, and for
-    models that scale their logits.
-
-    Raises:
-        ValueError: the loss caps or scales logits that the model has capped or scaled already; a model that has a loss
-            attached, or a forward of its instance.
-    """
-    return _put_into(model, loss_fn, is_fused=False)
-
-
-def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
-    """Lets model(..., labels=labels) compute loss_fn from hidden states; returns the model.
-
-    The logits never exist as a whole in training: output.logits is then absent. Without labels the output is as
-    before. In evaluation (model.eval()) there are logits too, unless skip_logits=True is given.
-
-    The loss becomes a module of the model, `model.unified_loss`: its parameters are trained, moved and reduced over
-    ranks with the model's. save_pretrained leaves it out; UnifiedLossCallback saves it.
-
-    The model's forward takes, beside its own arguments: num_items_in_batch (N, see UnifiedLoss), shift_labels
-    (labels that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the loss, such as
-    token_weights). attention_mask and position_ids reach the loss where they are [batch_size, n_tokens]. A loss that
-    needs router logits gets them. What the model itself adds to its loss (the load balancing of a mixture of experts)
-    is added here too, times the share of num_items_in_batch that this call has.
-
-    Args:
-        model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).
-        loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap of the model has to be the loss's as well.
-
-    Raises:
-        TypeError: a head that is not one linear layer, or a model that does something unknown to its logits. Sharded
-            weights: what to do is in the message.
-        ValueError: a loss without the model's soft cap or scale; a model that has a loss attached.
-
-    Example:
-        >>> model = fuse_lm_head(LlamaForCausalLM(config), UnifiedLoss.from_model(config))
-        >>> model(input_ids=input_ids, labels=input_ids).loss.backward()
-    """
-    return _put_into(model, loss_fn, is_fused=True)
-
-
-def unfuse(model: nn.Module) -> UnifiedLoss:
-    """Takes the loss out of a model that `fuse_lm_head` or `attach_loss` put it into, and returns it."""
-    model = causal_lm_of(model)
-    if not isinstance(model, LossInForward):
-        raise ValueError(f"unfuse: expected a model with a loss in it, got {type(model).__name__}")
-    loss_fn = model.unified_loss
-    head = model.get_output_embeddings()
-    if isinstance(head, RecordsInput):
-        head.__class__ = head.class_before_loss
-    model._keys_to_ignore_on_save = model._keys_before_loss
-    for name in ("unified_loss", "_keys_before_loss", "_recorded", "_is_recording", "loss_parts", "report_parts"):
-        delattr(model, name)
-    model.__class__ = model.class_before_loss
-    return loss_fn
-
-
-def causal_lm_of(model: nn.Module) -> nn.Module:
-    """The model of transformers inside what wraps it: torch.compile, DistributedDataParallel, peft."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 class RecordsInput(nn.Module):
@@ -137,6 +62,9 @@ class LossInForward(nn.Module):
     unified_loss: UnifiedLoss
     loss_parts: dict[str, Tensor] | None
     report_parts: bool
+    config: Any  # of the model
+    _recorded: Any  # what the model gave to its loss function
+    _is_recording: bool
     expert_bias_binding: Any = None
 
     @property
@@ -198,7 +126,7 @@ class LossInForward(nn.Module):
         wanted = options.get("output_router_logits")
         of_text = text_config(self)
         wanted = bool(getattr(of_text, "output_router_logits", False) if wanted is None else wanted)
-        if wanted and self.unified_loss.config.use_auxiliary_loss and getattr(of_text, "router_aux_loss_coef", 0):
+        if wanted and self.unified_loss.config.use_auxiliary_loss and getattr(of_text, "router_aux_loss_coef", None):
             raise ValueError(
                 "unified_loss: expected the load balancing of the loss or that of the model, got both: set "
                 "use_auxiliary_loss=False, or model.config.output_router_logits=False"
@@ -206,11 +134,11 @@ class LossInForward(nn.Module):
         return wanted
 
     def _head(self) -> RecordsInput:
-        head = self.get_output_embeddings()
+        head = self.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(head, RecordsInput):
             raise TypeError(
-                f"fuse_lm_head: the head of {type(self).__name__} is now another {type(head).__name__} than when the loss "
-                "was put into the model: call unfuse(model) first, then change the head (get_peft_model, "
+                f"fuse_lm_head: the head of {type(self).__name__} is now another {type(head).__name__} than when the "
+                "loss was put into the model: call unfuse(model) first, then change the head (get_peft_model, "
                 "resize_token_embeddings), then fuse again"
             )
         return head
@@ -244,7 +172,7 @@ class LossInForward(nn.Module):
                     f"fuse_lm_head: expected {name} to give what its head makes to self.loss_function, got a "
                     f"{type(logits).__name__} from elsewhere: use attach_loss"
                 )
-            _check_agree(name, config, logits.softcap, logits.scale)
+            check_same_logits(name, config, logits.softcap, logits.scale)
             weight, bias = weight_and_bias(head)
             given |= {"hidden_states": hidden_states, "lm_head_weight": weight, "lm_head_bias": bias}
         else:
@@ -260,7 +188,7 @@ class LossInForward(nn.Module):
         if router_logits is None:
             raise ValueError(
                 f"unified_loss: use_auxiliary_loss and use_moe_balancing need router logits, and {type(self).__name__} "
-                "gives none: turn them off, or bind_expert_bias(model, loss_fn) where its routers have a correction bias"
+                "gives none: turn them off, or bind_expert_bias where its routers have a correction bias"
             )
         return {"gate_logits": router_logits}
 
@@ -294,8 +222,7 @@ class LossInForward(nn.Module):
         return _made_of, (LossInForward, self.class_before_loss, self.is_fused), self.__dict__
 
 
-@functools.cache
-def _class_with(mixin: type[nn.Module], cls: type[nn.Module], is_fused: bool) -> type[nn.Module]:
+def _make_class(mixin: Any, cls: Any, is_fused: bool) -> Any:
     """A class of the same name as cls, with mixin before it."""
     contents: dict[str, Any] = {
         "class_before_loss": cls,
@@ -307,7 +234,11 @@ def _class_with(mixin: type[nn.Module], cls: type[nn.Module], is_fused: bool) ->
     return type(cls.__name__, (mixin, cls), contents)
 
 
-def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
+# one for each, so that copies are of the same class
+class_with: Callable[[Any, Any, bool], Any] = functools.cache(_make_class)
+
+
+def _forward_of(cls: Any) -> Callable[..., Any]:
     """A forward with the signature of cls.forward, which others look at, that computes the loss."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
@@ -320,64 +251,7 @@ def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _made_of(mixin: type[nn.Module], cls: type[nn.Module], is_fused: bool = False) -> nn.Module:
+def _made_of(mixin: Any, cls: Any, is_fused: bool = False) -> Any:
     """An empty instance, for copy and pickle."""
-    made = _class_with(mixin, cls, is_fused)
+    made = class_with(mixin, cls, is_fused)
     return made.__new__(made)
-
-
-def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Module:
-    owner = "fuse_lm_head" if is_fused else "attach_loss"
-    inner = causal_lm_of(model)
-    name, config = type(inner).__name__, loss_fn.config
-    if isinstance(inner, LossInForward):
-        raise ValueError(
-            f"{owner}: expected a model without a loss in it, got {name} with one: call unfuse(model) first"
-        )
-    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
-        raise TypeError(f"{owner}: expected a causal language model of transformers, got {name}")
-    if "forward" in vars(inner):
-        raise ValueError(
-            f"{owner}: expected a model with the forward of its class, got {name} with one of its own, which another "
-            "library has put there: put the loss into the model before Accelerator.prepare, SFTTrainer and the like"
-        )
-    if config.labels_are_shifted:
-        raise ValueError(
-            f"{owner}: expected a loss with labels_are_shifted=False, got True: UnifiedLoss.from_model sets it"
-        )
-    if config.reduction == "none":
-        raise ValueError(f"{owner}: expected a loss with reduction 'mean' or 'sum', got 'none'")
-    head = inner.get_output_embeddings()
-    if head is None:
-        raise TypeError(f"{owner}: expected a model with a head, got {name}, whose get_output_embeddings() is None")
-    if is_fused:
-        weight_and_bias(head)
-        of_model = logit_options(text_config(inner))
-        _check_agree(name, config, of_model.get("logit_softcap"), of_model.get("logit_scale", 1.0))
-    else:
-        refuse_logit_options(config, owner)
-    head.__class__ = _class_with(RecordsInput, type(head), is_fused)
-    head.owner = name
-    parameter = next(inner.parameters())
-    inner.unified_loss = loss_fn.to(parameter.device)
-    inner._keys_before_loss = inner._keys_to_ignore_on_save
-    inner._keys_to_ignore_on_save = {
-        *(inner._keys_before_loss or ()),
-        *(f"unified_loss.{key}" for key in loss_fn.state_dict()),
-    }
-    inner._recorded, inner._is_recording, inner.report_parts, inner.loss_parts = None, False, False, None
-    inner.__class__ = _class_with(LossInForward, type(inner), is_fused)
-    return model
-
-
-def _check_agree(name: str, config: UnifiedLossConfig, softcap: float | None, scale: float) -> None:
-    """Raises ValueError where the loss would not do to the logits what the model does."""
-    for option, of_loss, of_model in (
-        ("logit_softcap", config.logit_softcap, softcap),
-        ("logit_scale", getattr(config, "logit_scale", None) or 1.0, scale),
-    ):
-        if of_loss != of_model and not (of_loss and of_model and math.isclose(of_loss, of_model, rel_tol=1e-9)):
-            raise ValueError(
-                f"fuse_lm_head: {name} applies {option}={of_model} to its logits; expected a loss that does the same, "
-                f"got {option}={of_loss}: UnifiedLoss.from_model(model) reads it, and attach_loss leaves it to the model"
-            )

@@ -25,7 +25,7 @@ micro-batch of the optimizer step, summed over the ranks. Never do what the stac
     DistributedDataParallel        you: the same                            number of ranks
     one process                    you: count_items summed over them        nothing
 
-Without num_items_in_batch each call divides by its own N, and micro-batches and ranks weigh the same whatever they hold.
+Without num_items_in_batch each call divides by its own N: micro-batches and ranks weigh the same whatever they hold.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ava_ext.integrations.attach import attach_loss, causal_lm_of, fuse_lm_head, unfuse
 from ava_ext.integrations.expert_bias import ExpertBiasBinding, bind_expert_bias
 from ava_ext.integrations.loss_functions import causal_lm_loss, trainer_loss
-from ava_ext.integrations.loss_in_forward import LossInForward, attach_loss, causal_lm_of, fuse_lm_head, unfuse
+from ava_ext.integrations.loss_in_forward import LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
 from ava_ext.row_count import rows_of_targets
@@ -105,8 +106,8 @@ class UnifiedLossCallback(TrainerCallback):
             lost = [name for name, p in self.loss_fn.named_parameters() if p.requires_grad and id(p) not in trained]
             if lost:
                 raise ValueError(
-                    f"UnifiedLossCallback: expected the optimizer to have the loss's parameters, got none of {lost}: put "
-                    "the loss into the model with fuse_lm_head or attach_loss before Trainer is made"
+                    f"UnifiedLossCallback: expected the optimizer to have the loss's parameters, got none of {lost}: "
+                    "put the loss into the model with fuse_lm_head or attach_loss before Trainer is made"
                 )
         if state.global_step > 0:
             self._load(args, state)
@@ -193,7 +194,7 @@ class UnifiedLossTrainerMixin:
         self._meters = {True: LossMeter("world"), False: LossMeter("world")}  # by whether the model trains
         self._meter_calls = {True: 0, False: 0}
         self._logged_step = 0
-        super().__init__(model, *arguments, **options)
+        super().__init__(model, *arguments, **options)  # type: ignore[call-arg]
         trainer: Any = self
         if trainer.args.label_smoothing_factor:
             raise ValueError(
@@ -219,7 +220,7 @@ class UnifiedLossTrainerMixin:
         **options: Any,
     ) -> Any:
         """The loss that the model's forward computes; its parts are kept for the log."""
-        found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)  # type: ignore[arg-type]
+        found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)
         parts = self._model_with_loss.loss_parts
         if parts is not None:
             self._meters[model.training].update(parts)

@@ -151,7 +151,7 @@ def test_evaluation_has_logits_where_they_are_asked_for(tmp_path):
 
 
 def test_the_log_has_the_parts_of_the_loss(tmp_path):
-    """Per optimizer step they add up to the loss; metrics are means over all rows. Also where one logs every 2 steps."""
+    """Per optimizer step they add up to the loss; metrics are means over all rows. One logs every 2 steps."""
     model = tiny("Mixtral", dtype=torch.float32, output_router_logits=True, router_aux_loss_coef=0.3)
     loss_fn = plain_loss(model, z_loss_weight=0.1, label_smoothing=0.1)
     options = {"gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 2, "eval_strategy": "steps"}
@@ -280,7 +280,7 @@ def test_what_would_be_left_out_is_refused(tmp_path):
     with pytest.raises(ValueError, match="use_auxiliary_loss=True needs the attention_mask"):
         trainer_loss(plain_loss(model, use_auxiliary_loss=True))
     for function in (trainer_loss, causal_lm_loss):
-        with pytest.raises(ValueError, match="expected a loss without logit_softcap, got 30.0"):
+        with pytest.raises(ValueError, match=r"expected a loss without logit_softcap, got 30\.0"):
             function(UnifiedLoss(V, logit_softcap=30.0))
     with pytest.raises(ValueError, match="label_smoothing is an option of the loss"):
         with_mixin(tiny("Llama"), arguments(tmp_path, label_smoothing_factor=0.1))

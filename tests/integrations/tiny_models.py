@@ -1,4 +1,4 @@
-"""Small models of transformers with random weights, batches for them, and the loss that they would compute themselves."""
+"""Small models of transformers with random weights, batches for them, and the loss that they compute themselves."""
 
 import copy
 

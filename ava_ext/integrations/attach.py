@@ -1,0 +1,132 @@
+"""Putting UnifiedLoss into a causal language model of transformers, and taking it out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ava_ext.integrations.heads import weight_and_bias
+from ava_ext.integrations.loss_functions import check_same_logits, refuse_logit_options
+from ava_ext.integrations.loss_in_forward import LossInForward, RecordsInput, class_with
+from ava_ext.model_config import logit_options, text_config
+from ava_ext.unified_loss import UnifiedLoss
+
+
+def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
+    """Lets model(..., labels=labels) compute loss_fn from the model's logits; returns the model.
+
+    As `fuse_lm_head`, but the logits exist, as the model computes them: for heads that fuse_lm_head refuses, and for
+    models that scale their logits.
+
+    Raises:
+        ValueError: the loss caps or scales logits that the model has capped or scaled already; a model that has a loss
+            attached, or a forward of its instance.
+    """
+    return _put_into(model, loss_fn, is_fused=False)
+
+
+def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
+    """Lets model(..., labels=labels) compute loss_fn from hidden states; returns the model.
+
+    The logits never exist as a whole in training: output.logits is then absent. Without labels the output is as
+    before. In evaluation (model.eval()) there are logits too, unless skip_logits=True is given.
+
+    The loss becomes a module of the model, `model.unified_loss`: its parameters are trained, moved and reduced over
+    ranks with the model's. save_pretrained leaves it out; UnifiedLossCallback saves it.
+
+    The model's forward takes, beside its own arguments: num_items_in_batch (N, see UnifiedLoss), shift_labels
+    (labels that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the loss, such as
+    token_weights). attention_mask and position_ids reach the loss where they are [batch_size, n_tokens]. A loss that
+    needs router logits gets them. What the model itself adds to its loss (the load balancing of a mixture of experts)
+    is added here too, times the share of num_items_in_batch that this call has.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).
+        loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap of the model has to be the loss's as well.
+
+    Raises:
+        TypeError: a head that is not one linear layer, or a model that does something unknown to its logits. Sharded
+            weights: what to do is in the message.
+        ValueError: a loss without the model's soft cap or scale; a model that has a loss attached.
+
+    Example:
+        >>> model = fuse_lm_head(LlamaForCausalLM(config), UnifiedLoss.from_model(config))
+        >>> model(input_ids=input_ids, labels=input_ids).loss.backward()
+    """
+    return _put_into(model, loss_fn, is_fused=True)
+
+
+def unfuse(model: nn.Module) -> UnifiedLoss:
+    """Takes the loss out of a model that `fuse_lm_head` or `attach_loss` put it into, and returns it."""
+    inner: Any = causal_lm_of(model)
+    if not isinstance(inner, LossInForward):
+        raise ValueError(f"unfuse: expected a model with a loss in it, got {type(inner).__name__}")
+    loss_fn = inner.unified_loss
+    for head in inner.modules():
+        if isinstance(head, RecordsInput):
+            for name in ("owner", "mode", "input_of_head"):
+                vars(head).pop(name, None)
+            head.__class__ = head.class_before_loss  # type: ignore[assignment]
+    inner._keys_to_ignore_on_save = inner._keys_before_loss
+    for name in ("unified_loss", "_keys_before_loss", "_recorded", "_is_recording", "loss_parts", "report_parts"):
+        delattr(inner, name)
+    inner.__class__ = inner.class_before_loss  # type: ignore[assignment]
+    return loss_fn
+
+
+def causal_lm_of(model: Any) -> Any:
+    """The model of transformers inside what wraps it: torch.compile, DistributedDataParallel, peft."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Module:
+    owner = "fuse_lm_head" if is_fused else "attach_loss"
+    inner = causal_lm_of(model)
+    name, config = type(inner).__name__, loss_fn.config
+    if isinstance(inner, LossInForward):
+        raise ValueError(
+            f"{owner}: expected a model without a loss in it, got {name} with one: call unfuse(model) first"
+        )
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
+        raise TypeError(f"{owner}: expected a causal language model of transformers, got {name}")
+    if "forward" in vars(inner):
+        raise ValueError(
+            f"{owner}: expected a model with the forward of its class, got {name} with one of its own, which another "
+            "library has put there: put the loss into the model before Accelerator.prepare, SFTTrainer and the like"
+        )
+    if config.labels_are_shifted:
+        raise ValueError(
+            f"{owner}: expected a loss with labels_are_shifted=False, got True: UnifiedLoss.from_model sets it"
+        )
+    if config.reduction == "none":
+        raise ValueError(f"{owner}: expected a loss with reduction 'mean' or 'sum', got 'none'")
+    head = inner.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{owner}: expected a model with a head, got {name}, whose get_output_embeddings() is None")
+    if is_fused:
+        weight_and_bias(head)
+        of_model = logit_options(text_config(inner))
+        check_same_logits(name, config, of_model.get("logit_softcap"), of_model.get("logit_scale", 1.0))
+    else:
+        refuse_logit_options(config, owner)
+    head.__class__ = class_with(RecordsInput, type(head), is_fused)
+    head.owner = name
+    parameter = next(inner.parameters())
+    inner.unified_loss = loss_fn.to(parameter.device)
+    inner._keys_before_loss = inner._keys_to_ignore_on_save
+    inner._keys_to_ignore_on_save = {
+        *(inner._keys_before_loss or ()),
+        *(f"unified_loss.{key}" for key in loss_fn.state_dict()),
+    }
+    inner._recorded, inner._is_recording, inner.report_parts, inner.loss_parts = None, False, False, None
+    inner.__class__ = class_with(LossInForward, type(inner), is_fused)
+    return model

@@ -1,0 +1,134 @@
+"""UnifiedLoss with Lightning: one step() per optimizer step, and the parts of the loss in the log.
+
+The loss is a module of the LightningModule, or of a model in it (`fuse_lm_head`): Lightning then optimizes its
+parameters and keeps its state in checkpoints. Who divides by what: `ava_ext.integrations.transformers` has the table.
+Lightning divides by accumulate_grad_batches what training_step returns, and DistributedDataParallel by the ranks.
+
+    class Model(lightning.LightningModule):
+        def training_step(self, batch, index):
+            parts = self.loss_fn(self(batch), batch["labels"], return_detailed=True)
+            return {"loss": parts["total_loss"], "loss_parts": parts}
+
+    Trainer(callbacks=[UnifiedLossCallback()])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from ava_ext.losses import METRICS
+from ava_ext.meter import LossMeter
+from ava_ext.unified_loss import UnifiedLoss
+
+__all__ = ["UnifiedLossCallback"]
+
+
+class UnifiedLossCallback(Callback):
+    """Steps every UnifiedLoss of a LightningModule once per optimizer step, and logs what it is made of.
+
+    The parts are those under "loss_parts" in what training_step or validation_step returns (the dict of
+    return_detailed=True), or `loss_parts` of a model with the loss in its forward. Each batch's go to log_dict as
+    they are, tensors on the device. At the end of an epoch, the metrics over all rows of all micro-batches and ranks
+    are logged as <prefix><name>_epoch, with one synchronisation (`ava_ext.LossMeter`).
+
+    Args:
+        prefix: of the names in the log; validation's have "val_" before it.
+
+    Raises:
+        ValueError: when training begins: no loss; one that steps by itself (auto_step=True), or that learns apart on
+            each rank.
+
+    Example:
+        >>> trainer = lightning.Trainer(max_epochs=1, callbacks=[UnifiedLossCallback()])
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self._step = 0
+        self._meters = {"": LossMeter("world"), "val_": LossMeter("world")}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that the losses can be stepped from here."""
+        losses = _losses_of(pl_module)
+        if not losses:
+            raise ValueError(
+                f"UnifiedLossCallback: expected a UnifiedLoss among the modules of {type(pl_module).__name__}, got "
+                "none: set it as an attribute, so that its state is in the checkpoint"
+            )
+        for loss_fn in losses:
+            if loss_fn._learns and loss_fn.config.auto_step:
+                raise ValueError(
+                    "UnifiedLossCallback: expected a loss with auto_step=False: with auto_step=True it steps for every "
+                    "micro-batch, and the callback once more for every optimizer step"
+                )
+            if loss_fn._learns and trainer.world_size > 1 and loss_fn.config.process_group is None:
+                raise ValueError(
+                    "UnifiedLossCallback: expected a loss with process_group='world', got None: its state would differ "
+                    f"between the {trainer.world_size} ranks"
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the count of optimizer steps begins, in a resumed run too."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Commits what was learned, where this batch ended an optimizer step."""
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            for loss_fn in _losses_of(pl_module):
+                loss_fn.step()
+        self._log(pl_module, outputs, "")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the parts of this batch."""
+        self._log(pl_module, outputs, "val_")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the epoch's metrics."""
+        self._log_epoch(pl_module, "")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the validation's metrics."""
+        self._log_epoch(pl_module, "val_")
+
+    def _log(self, pl_module: LightningModule, outputs: Any, stage: str) -> None:
+        parts = _parts_of(pl_module, outputs)
+        if parts is None:
+            return
+        self._meters[stage].update(parts)
+        if not stage:  # validation is logged by epoch; integers would be cast, with a warning
+            shown = {f"{self.prefix}{name}": part.detach() for name, part in parts.items() if part.is_floating_point()}
+            pl_module.log_dict(shown, on_step=True, on_epoch=False)
+
+    def _log_epoch(self, pl_module: LightningModule, stage: str) -> None:
+        values = self._meters[stage].compute()
+        self._meters[stage].reset()
+        shown = {f"{stage}{self.prefix}{name}_epoch": value for name, value in values.items() if name in METRICS}
+        if shown:
+            pl_module.log_dict(shown, on_step=False, on_epoch=True)
+
+
+def _losses_of(pl_module: LightningModule) -> list[UnifiedLoss]:
+    return [module for module in pl_module.modules() if isinstance(module, UnifiedLoss)]
+
+
+def _parts_of(pl_module: LightningModule, outputs: Any) -> Mapping[str, Tensor] | None:
+    """The parts of the last call: from what the step returned, or of the model with the loss in its forward."""
+    if isinstance(outputs, Mapping) and "loss_parts" in outputs:
+        return outputs["loss_parts"]
+    found = (getattr(module, "loss_parts", None) for module in pl_module.modules())
+    return next((parts for parts in found if isinstance(parts, dict)), None)

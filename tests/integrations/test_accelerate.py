@@ -1,0 +1,48 @@
+"""A loop with accelerate: the loss times accumulation steps (and ranks), since Accelerator.backward divides by them."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import batch, gradients, own_loss, tiny
+
+from ava_ext import UnifiedLoss
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+from ava_ext.integrations.transformers import attach_loss, fuse_lm_head
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_micro_batches_are_the_batch(put, precision):
+    """3 micro-batches of 1 = 1 batch of 3, with different numbers of labels."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    dtype = torch.float64 if precision == "no" else torch.float32
+    model = tiny("Llama", dtype=dtype)
+    inputs = batch()
+    expected_loss, expected = own_loss(model, **inputs)
+    fused = put is fuse_lm_head
+    loss_fn = UnifiedLoss.from_model(model, fused=fused, primary_loss_type="standard")
+    put(model, loss_fn)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3, mixed_precision=precision)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    n_items = loss_fn.count_items(inputs["labels"], inputs["attention_mask"], group="world")
+    total = 0.0
+    for row in range(3):
+        with accelerator.accumulate(prepared):
+            micro_batch = {name: value[row : row + 1] for name, value in inputs.items()}
+            loss = prepared(**micro_batch, num_items_in_batch=n_items).loss
+            accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
+            total = total + loss.detach()
+            found = gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
+    tolerance = {"rtol": 1e-9, "atol": 1e-13} if precision == "no" else {"rtol": 5e-2, "atol": 5e-3}
+    torch.testing.assert_close(total, expected_loss, **tolerance)
+    torch.testing.assert_close(found, expected, **tolerance)
+    stepped = {name: before[name] - 0.1 * g for name, g in expected.items()}
+    torch.testing.assert_close(dict(model.named_parameters()), stepped, **tolerance)
