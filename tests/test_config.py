@@ -180,5 +180,5 @@ def test_numbers_of_numpy_are_pythons_own():
     loss_fn = create_unified_loss(options)
     logits, targets = torch.zeros(2, 3, 10), torch.tensor([[1, 2, 3], [4, 5, 6]])
     torch.testing.assert_close(loss_fn(logits, targets), UnifiedLoss(**plain)(logits, targets), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="expected ngram_size to be an integer >= 1, got 2.5"):
+    with pytest.raises(ValueError, match=r"expected ngram_size to be an integer >= 1, got 2.5"):
         UnifiedLossConfig(vocab_size=10, ngram_size=np.float64(2.5))

@@ -314,7 +314,7 @@ def test_a_models_output_stands_for_its_logits():
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
     got, want = (torch.autograd.grad(value, values)[0] for value in (loss, expected))
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    with pytest.raises(TypeError, match="or a model's output with .logits, got ModelOutput"):
+    with pytest.raises(TypeError, match=r"or a model's output with .logits, got ModelOutput"):
         UnifiedLoss(V)(ModelOutput(last_hidden_state=values), TARGETS)
     heads = {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 1, "use_confidence_weighting": False}
     loss = UnifiedLoss(V, **heads)(primary_logits=ModelOutput(logits=values), targets=TARGETS)

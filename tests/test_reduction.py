@@ -109,7 +109,8 @@ def test_zero_items_and_zero_weights_give_zero():
 
 
 @pytest.mark.parametrize(
-    "n_items", [torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(8, dtype=torch.int16), np.int64(8), np.array([8])]
+    "n_items",
+    [torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(8, dtype=torch.int16), np.int64(8), np.array([8])],
 )
 def test_num_items_in_batch_is_one_element_of_any_shape(n_items):
     numbers = Numbers(4)

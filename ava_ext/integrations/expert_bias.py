@@ -67,7 +67,7 @@ class ExpertBiasBinding:
         with torch.no_grad():
             for layer, router in enumerate(routers):
                 balancer.expert_bias[layer].copy_(getattr(router, _BIAS))
-                balancer.previous_bias[layer].copy_(getattr(router, _BIAS))
+                balancer.previous_expert_bias[layer].copy_(getattr(router, _BIAS))
         self._hooks = [
             router.register_forward_hook(functools.partial(self._record, layer)) for layer, router in enumerate(routers)
         ]
