@@ -3,12 +3,13 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from strategies import HIDDEN_SIZE, Numbers
 
-from ava_ext import UnifiedLoss, reference
+from ava_ext import AuxiliaryLoss, LossMeter, UnifiedLoss, reference
 
 V, E = 6, 3
 OWN_HEADS = {"use_mtp": True, "num_future_tokens": 2}
@@ -134,6 +135,88 @@ def test_copies_are_equal_and_independent(name, duplicate):
     torch.testing.assert_close(train(other, 3), expected, rtol=0, atol=0)
     train(other, 2)
     torch.testing.assert_close(dict(loss_fn.state_dict()), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_buffers_keep_their_precision_in_a_checkpoint_that_lost_it(name, assign, dtype):
+    saved, loaded, expected = (build(name) for _ in range(3))
+    train(saved)
+    checkpoint = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in saved.state_dict().items()
+    }
+    buffers = [name for name, _ in saved.named_buffers(remove_duplicate=False) if name in checkpoint]
+    kept = {name: checkpoint[name].clone() for name in buffers}
+    loaded.load_state_dict(checkpoint, assign=assign)
+    assert {name: checkpoint[name].dtype for name in buffers} == {name: kept[name].dtype for name in buffers}
+    expected.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in
+                              checkpoint.items()})  # fmt: skip
+    for name, buffer in loaded.named_buffers():
+        assert buffer.dtype == expected.get_buffer(name).dtype, name
+        torch.testing.assert_close(buffer, expected.get_buffer(name), rtol=0, atol=0)
+    if assign:
+        assert all(parameter.dtype == dtype for parameter in loaded.parameters())  # as ever
+        loaded.float()
+    torch.testing.assert_close(train(loaded, 12, seed=5), train(expected, 12, seed=5), rtol=1e-5, atol=1e-6)
+
+
+def test_the_bias_moves_on_from_a_checkpoint_of_bfloat16():
+    loss_fn = UnifiedLoss(V, **MOE | {"num_moe_layers": 1})
+    state = {name: value.bfloat16() if value.is_floating_point() else value for name, value in
+             loss_fn.state_dict().items()}  # fmt: skip
+    loss_fn.load_state_dict(state, assign=True)
+    gates = torch.tensor([[3.0, 0.0, -3.0]]).expand(4, E)
+    for _ in range(400):
+        loss_fn(torch.zeros(1, 4, V), torch.zeros(1, 4).long(), gate_logits=gates, expert_indices=torch.zeros(4, 1).long())
+    # in bfloat16 a step of 1e-3 no longer moves 0.5
+    torch.testing.assert_close(loss_fn.moe_balancer.expert_bias, torch.tensor([[-0.4, 0.4, 0.4]]), rtol=1e-4, atol=0)
+
+
+# -- process groups
+
+
+@pytest.fixture
+def world(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_copy_refers_to_the_same_group(name, world):
+    loss_fn = build(name, process_group=world)
+    train(loss_fn, 3)
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Sequential(loss_fn))
+    for other in (copy.deepcopy(loss_fn), averaged.module[0], copy.deepcopy(averaged).module[0]):
+        assert other.process_group is world
+        train(other, 3, seed=1)
+        other.step()
+    assert copy.deepcopy(AuxiliaryLoss(1, process_group=world)).group.process_group is world
+    assert copy.deepcopy(LossMeter(world)).group.process_group is world
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_a_pickled_loss_leaves_its_group_out_and_says_so(world):
+    loss_fn = build("both", process_group=world)
+    train(loss_fn, 3)
+    with pytest.warns(UserWarning, match="unified_loss: process_group cannot be pickled and is left out"):
+        data = pickle.dumps(loss_fn)
+    other = pickle.loads(data)
+    assert other.process_group is None
+    assert loss_fn.process_group is world
+    torch.testing.assert_close(train(other, 3, seed=1), train(loss_fn, 3, seed=1), rtol=0, atol=0)
+    file = io.BytesIO()
+    with pytest.warns(UserWarning, match="is left out"):
+        torch.save(loss_fn, file)
+    with pytest.warns(UserWarning, match="ava_ext: a process group cannot be pickled and is left out"):
+        assert pickle.loads(pickle.dumps(AuxiliaryLoss(1, process_group=world))).group.process_group is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kept in (None, "world"):
+            assert pickle.loads(pickle.dumps(build("both", process_group=kept))).process_group == kept
+            assert pickle.loads(pickle.dumps(LossMeter(kept))).group.process_group == kept
 
 
 # -- experts

@@ -34,9 +34,15 @@ class AdaptiveLossScaling(nn.Module):
         super().__init__()
         if isinstance(names, str) or not names or len(set(names)) != len(names):
             raise ValueError(f"adaptive_loss_scaling: expected names to be a list of different names, got {names!r}")
-        self.log_variance = nn.ParameterDict(
-            {name: nn.Parameter(torch.tensor(float(initial_log_variance))) for name in names}
-        )
+        self.initial_log_variance = float(initial_log_variance)
+        self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.empty(())) for name in names})
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets every s_i to its initial value."""
+        for log_variance in self.log_variance.values():
+            log_variance.fill_(self.initial_log_variance)
 
     def forward(
         self,
