@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import counted_only, graph_is_kept, refuse_tangents, without_second_derivative
+from ava_ext.ops.derivatives import (
+    call_operator,
+    counted_only,
+    graph_is_kept,
+    refuse_tangents,
+    without_second_derivative,
+)
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_fields import N_TERMS, Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
@@ -44,7 +50,7 @@ def linear_row_loss(
     refuse_tangents("row_loss", (*logits, options, row_weights))
     ids, weights, groups = candidates if candidates else (None, None, ())
     in_forward = logits.requires_grad and reduction == "sum" and logits.dtype != torch.float16
-    total, losses, terms, *_ = _ops.linear_row_loss(
+    tensors = (
         logits.hidden_states.flatten(0, -2),
         logits.weight,
         logits.bias,
@@ -53,6 +59,8 @@ def linear_row_loss(
         None if row_weights is None else row_weights.reshape(-1),
         None if ids is None else ids.flatten(0, -2),
         None if weights is None else weights.flatten(0, -2),
+    )
+    constants = (
         groups,
         int(flags),
         n_columns if vocab_size is None else vocab_size,
@@ -61,6 +69,8 @@ def linear_row_loss(
         logits.dtype,
         [in_forward and part is not None and part.requires_grad for part in logits],
     )
+    operator, formula = _ops.linear_row_loss.default, (_save_linear_row_loss, _linear_row_loss_backward)
+    total, losses, terms, *_ = call_operator(operator, *formula, tensors, constants)
     return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(N_TERMS + len(groups), *rows))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import refuse_tangents, without_second_derivative
+from ava_ext.ops.derivatives import call_operator, refuse_tangents, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import by_chunks, empty_gradients
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, accumulation_dtype
@@ -36,18 +36,18 @@ def linear_row_statistics(
         raise ValueError(f"{owner}: expected ids of shape [{', '.join(map(str, rows))}, n_ids], got {list(ids.shape)}")
     if row_mask is not None and row_mask.shape != rows:
         raise ValueError(f"{owner}: expected row_mask of shape {list(rows)}, got {list(row_mask.shape)}")
-    _, log_probs, *summaries, _ = _ops.linear_row_statistics(
+    tensors = (
         logits.hidden_states.flatten(0, -2),
         logits.weight,
         logits.bias,
         None if ids is None else ids.flatten(0, -2),
         None if row_mask is None else row_mask.reshape(-1),
         options,
-        flags,
-        vocab_size,
-        chunk_bytes,
-        logits.dtype,
     )
+    constants = (flags, vocab_size, chunk_bytes, logits.dtype)
+    operator = _ops.linear_row_statistics.default
+    formula = (_save_linear_row_statistics, _linear_row_statistics_backward)
+    _, log_probs, *summaries, _ = call_operator(operator, *formula, tensors, constants)
     return [log_probs.view(*rows, log_probs.shape[-1]), *(summary.view(rows) for summary in summaries)]
 
 

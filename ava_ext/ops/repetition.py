@@ -113,14 +113,17 @@ def repetition_candidates(
     shape = tokens.shape
     if tokens.dim() != 2:
         raise _bad("tokens", "integers of shape [batch_size, n_tokens]", tokens)
-    tokens = _integers("tokens", "[batch_size, n_tokens]", tokens)
+    if tokens.dtype not in _TOKEN_DTYPES:
+        tokens = _integers("tokens", "[batch_size, n_tokens]", tokens)
     if targets.shape != shape:
         raise _bad("targets", f"integers of shape {list(shape)}", targets)
-    targets = _integers("targets", list(shape), targets)
+    if targets.dtype not in _TOKEN_DTYPES:
+        targets = _integers("targets", list(shape), targets)
     if segments is not None:
         if segments.shape != shape and segments.shape != (1, shape[1]):
             raise _bad("segments", f"integers of shape {list(shape)}", segments)
-        segments = _integers("segments", list(shape), segments)
+        if segments.dtype not in _TOKEN_DTYPES:
+            segments = _integers("segments", list(shape), segments)
     if weights.dtype not in _WEIGHT_DTYPES or weights.shape != (N_REPETITION_WEIGHTS,):
         raise _bad("weights", f"float32 or float64 of shape [{N_REPETITION_WEIGHTS}]", weights)
     if weights.requires_grad:
@@ -162,14 +165,14 @@ def repetition_candidates(
         eos_ids=eos_ids,
         min_sequence_length=min_sequence_length,
     )
-    sizes = (int(use_immediate_repetition_penalty), len(eos_ids), ngram_slots if use_ngram_penalty else 0)
-    return Candidates(ids, candidate_weights, tuple(size for size in sizes if size))
+    groups: tuple[int, ...] = (1,) if use_immediate_repetition_penalty else ()
+    groups += (len(eos_ids),) if eos_ids else ()
+    groups += (ngram_slots,) if use_ngram_penalty else ()
+    return Candidates(ids, candidate_weights, groups)
 
 
 def _integers(name: str, shape: object, given: Tensor) -> Tensor:
     """given in a type that the operator takes."""
-    if given.dtype in _TOKEN_DTYPES:
-        return given
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise _bad(name, f"integers of shape {shape}", given)
     return given.to(torch.int64)
