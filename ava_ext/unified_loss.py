@@ -18,6 +18,7 @@ from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
 from ava_ext.ops.committed import is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.row_pass import CROSS_ENTROPY, RowPass, RowPassOutput
 
 
@@ -87,7 +88,10 @@ class UnifiedLoss(nn.Module):
 
     def forward(
         self,
-        logits: Tensor | LinearLogits | None = None,  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
+        logits: Tensor
+        | LinearLogits
+        | ShardedLogits
+        | None = None,  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
         targets: Tensor | None = None,  # [batch_size, n_tokens] or [n_rows]
         attention_mask: Tensor | None = None,  # as targets
         hidden_states: Tensor | None = None,  # [batch_size, n_tokens, hidden_size] or [n_rows, hidden_size]
@@ -116,7 +120,8 @@ class UnifiedLoss(nn.Module):
 
         Args:
             logits: at row t they predict targets[t]. primary_logits, or hidden_states and lm_head_weight, may stand in
-                their place; so may a model's output that has .logits.
+                their place; so may a model's output that has .logits. Any of them may be a DTensor, and logits also
+                ShardedLogits: see `ava_ext.distributed` for what a rank gets.
             targets: the token each row predicts; with labels_are_shifted=False, the token read at that row.
             attention_mask: rows where it is 0 do not count (with labels_are_shifted=False: labels).
             hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, computed a few rows
