@@ -52,7 +52,9 @@ def test_training(name, dtype):
 @pytest.mark.parametrize(("step", "warmup_steps"), [(333, 1000), (70000, 100000), (1, 3)])
 def test_a_schedule_is_as_fine_as_float32(step, warmup_steps, dtype):
     with default_dtype(dtype):
-        loss_fn = ava_ext.AdaptiveAntiRepetitionLoss(V, initial_weight=0.25, final_weight=2.0, warmup_steps=warmup_steps)
+        loss_fn = ava_ext.AdaptiveAntiRepetitionLoss(
+            V, initial_weight=0.25, final_weight=2.0, warmup_steps=warmup_steps
+        )
         loss_fn.steps.fill_(step)
         factor = loss_fn.penalty_factor()
     assert factor.dtype == torch.float32

@@ -81,7 +81,9 @@ def test_state_is_that_of_a_new_module(name):
     # what needs no random numbers is the state of a module that nobody has reset
     untouched = everything(build())
     fixed = [key for key in untouched if key not in dict(new.named_parameters()) or "log_variance" in key]
-    torch.testing.assert_close({key: found[key] for key in fixed}, {key: untouched[key] for key in fixed}, rtol=0, atol=0)
+    torch.testing.assert_close(
+        {key: found[key] for key in fixed}, {key: untouched[key] for key in fixed}, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if isinstance(MODULES[name](), UnifiedLoss)])

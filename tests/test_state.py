@@ -168,7 +168,9 @@ def test_the_bias_moves_on_from_a_checkpoint_of_bfloat16():
     loss_fn.load_state_dict(state, assign=True)
     gates = torch.tensor([[3.0, 0.0, -3.0]]).expand(4, E)
     for _ in range(400):
-        loss_fn(torch.zeros(1, 4, V), torch.zeros(1, 4).long(), gate_logits=gates, expert_indices=torch.zeros(4, 1).long())
+        loss_fn(
+            torch.zeros(1, 4, V), torch.zeros(1, 4).long(), gate_logits=gates, expert_indices=torch.zeros(4, 1).long()
+        )
     # in bfloat16 a step of 1e-3 no longer moves 0.5
     torch.testing.assert_close(loss_fn.moe_balancer.expert_bias, torch.tensor([[-0.4, 0.4, 0.4]]), rtol=1e-4, atol=0)
 

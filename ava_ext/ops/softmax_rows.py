@@ -82,7 +82,8 @@ def row_loss(
 
     Args:
         logits: [..., n_columns], float32, bfloat16, float16 or float64; any leading strides (a slice is not copied). Or
-            LinearLogits(hidden_states [..., hidden_size], weight [n_columns, hidden_size], bias [n_columns]).
+            LinearLogits(hidden_states [..., hidden_size], weight [n_columns, hidden_size], bias [n_columns]); or
+            ShardedLogits, or a DTensor: see `ava_ext.distributed` for what a rank gets.
         targets: [...], integers in [0, vocab_size) or ignore_index, whose rows give 0 and get a zero gradient.
         options: [N_OPTIONS], see `row_options`; must not require grad.
         flags: which terms are on, a sum of `RowFlags`.

@@ -96,9 +96,7 @@ def test_expert_outputs_that_are_missing_are_named(outputs, error, message):
     ],
 )
 def test_heads_that_are_missing_are_named(heads, error, message):
-    loss_fn = UnifiedLoss(
-        V, primary_loss_type="adaptive_mtp", num_future_tokens=2, use_confidence_weighting=False
-    )
+    loss_fn = UnifiedLoss(V, primary_loss_type="adaptive_mtp", num_future_tokens=2, use_confidence_weighting=False)
     with pytest.raises(error, match=message):
         call(loss_fn, additional_logits=heads)
 
