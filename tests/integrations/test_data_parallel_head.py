@@ -1,0 +1,73 @@
+"""DistributedDataParallel around a model with the loss in its forward: the heads that the loss owns are reduced too."""
+
+import contextlib
+import gc
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from tiny_models import batch, tiny
+
+from ava_ext import UnifiedLoss
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from ava_ext.integrations.transformers import attach_loss, fuse_lm_head
+
+WORLD_SIZE, N_STEPS = 2, 3
+
+
+def model_with_loss(put, process_group):
+    model = tiny("Llama")
+    torch.manual_seed(2)
+    options = {"use_mtp": True, "num_future_tokens": 1, "auto_step": False, "process_group": process_group}
+    put(model, UnifiedLoss.from_model(model, fused=put is fuse_lm_head, **options))
+    return model.double()
+
+
+def run(model, rows, factor):
+    """Trains; returns parameters and buffers. Every row is a micro-batch."""
+    inner = getattr(model, "module", model)
+    loss_fn = inner.unified_loss
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(N_STEPS):
+        inputs = batch(step, batch_size=4)
+        inputs["labels"][3] = -100
+        n_items = loss_fn.count_items(inputs["labels"], inputs["attention_mask"])
+        optimizer.zero_grad()
+        for row in rows:
+            micro_batch = {name: value[row : row + 1] for name, value in inputs.items()}
+            is_last = row == rows[-1]
+            with contextlib.nullcontext() if is_last else getattr(model, "no_sync", contextlib.nullcontext)():
+                (factor * model(**micro_batch, num_items_in_batch=n_items).loss).backward()
+        optimizer.step()
+        loss_fn.step()
+    return {name: value.detach().clone() for name, value in inner.state_dict().items()}
+
+
+def worker(rank, folder, put):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
+    model = torch.nn.parallel.DistributedDataParallel(model_with_loss(put, "world"))
+    torch.save(run(model, [2 * rank, 2 * rank + 1], WORLD_SIZE), Path(folder) / f"{rank}.pt")
+    del model  # before its process group: see test_data_parallel.py
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_two_processes_train_as_one(put):
+    """Uneven numbers of labels, and a micro-batch without any on the last rank."""
+    expected = run(model_with_loss(put, None), [0, 1, 2, 3], 1)
+    begin = model_with_loss(put, None).state_dict()
+    assert all(not torch.equal(expected[name], begin[name]) for name in expected if "mtp.heads" in name)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(worker, (folder, put), WORLD_SIZE, start_method="fork")
+        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    for found in ranks:
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)  # buffers are float32

@@ -1,0 +1,42 @@
+"""The examples run, and print what they promise."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from ninja_library import ROOT
+
+
+def run(name, *arguments):
+    result = subprocess.run(
+        [sys.executable, ROOT / "examples" / name, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # small models: more threads wait for each other
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def needs(*names):
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+@needs("transformers", "accelerate")
+def test_trainer():
+    small = ["--vocab-size", "300", "--hidden-size", "32", "--tokens", "16", "--batch-size", "2", "--steps", "3"]
+    printed = run("trainer_fused_head.py", *small, "--loss", "fused")
+    assert re.search(r"^fused: \d+ ms per step, peak memory \d+ MB$", printed, re.MULTILINE)
+    assert "'cross_entropy'" in printed
+
+
+@needs("transformers", "lightning")
+def test_lightning():
+    values = dict(line.split() for line in run("lightning_fused_head.py").splitlines() if len(line.split()) == 2)
+    assert float(values["cross_entropy"]) < float(values["cross_entropy_epoch"]) < 6.0  # log 512 = 6.2 at first
+    assert float(values["n_tokens_epoch"]) == 20 * 8 * 31

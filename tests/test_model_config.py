@@ -1,0 +1,101 @@
+"""What a configuration says about the loss, by attribute names; and N told without logits."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ava_ext import UnifiedLoss
+from ava_ext.model_config import has_logit_scale, options_of
+
+LLAMA = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 4}
+
+
+def config(**attributes):
+    return SimpleNamespace(**(LLAMA | attributes))
+
+
+def test_vocabulary_width_and_labels():
+    loss_fn = UnifiedLoss.from_model(config(), primary_loss_type="standard")
+    assert (loss_fn.vocab_size, loss_fn.hidden_size, loss_fn.labels_are_shifted) == (32, 8, False)
+    assert loss_fn.num_experts is None and loss_fn.logit_softcap is None
+    assert UnifiedLoss.from_model(config(), vocab_size=30, labels_are_shifted=True).vocab_size == 30
+    assert UnifiedLoss.from_model(SimpleNamespace(config=config())).vocab_size == 32
+    of_images = SimpleNamespace(get_text_config=lambda: config(vocab_size=31))
+    assert UnifiedLoss.from_model(of_images).vocab_size == 31
+    with pytest.raises(ValueError, match="expected a configuration with vocab_size, got SimpleNamespace"):
+        UnifiedLoss.from_model(SimpleNamespace())
+
+
+# names in use: Mixtral, Qwen, DeepSeek, Ernie
+@pytest.mark.parametrize("n_experts", ["num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"])
+@pytest.mark.parametrize("k", ["num_experts_per_tok", "moe_topk", "moe_k"])
+def test_experts(n_experts, k):
+    options = options_of(config(**{n_experts: 6, k: 2}, first_k_dense_replace=1))
+    assert [options[name] for name in ("num_experts", "num_experts_per_token", "num_moe_layers")] == [6, 2, 3]
+    listed = options_of(config(**{n_experts: 6, k: 2}, mlp_layer_types=["dense", "sparse", "dense", "sparse"]))
+    assert listed["num_moe_layers"] == 2
+    assert "num_experts" not in options_of(config(**{n_experts: 1}))
+
+
+def test_layers_and_score_of_a_model():
+    """A model knows better than its configuration which of its layers have experts."""
+    router = nn.Linear(8, 6)
+    router.e_score_correction_bias = nn.Parameter(torch.zeros(6))
+    block = nn.ModuleDict({"experts": nn.Linear(8, 8), "gate": router})
+    model = nn.Sequential(nn.Linear(8, 8), block)
+    model.config = config(n_routed_experts=6, num_experts_per_tok=2)
+    options = options_of(model)
+    assert options["num_moe_layers"] == 1 and options["router_score"] == "sigmoid"
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap"])
+def test_soft_cap(name):
+    assert options_of(config(**{name: 30.0}))["logit_softcap"] == 30.0
+    assert "logit_softcap" not in options_of(config(**{name: 30.0}), fused=False)  # the logits are capped already
+    assert "logit_softcap" not in options_of(config(**{name: None}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("logit_scale", 0.25), ("logits_scaling", 4.0), ("lm_head_multiplier", 0.25)]
+)
+def test_scale_of_the_logits(name, value):
+    """Granite, Cohere, Falcon-H1: never left out silently."""
+    scaled = config(**{name: value})
+    assert "logit_scale" not in options_of(scaled, fused=False) and "logit_scale" not in options_of(
+        config(**{name: 1.0})
+    )
+    if has_logit_scale():
+        assert options_of(scaled)["logit_scale"] == 0.25
+    else:
+        with pytest.raises(ValueError, match=f"scales its logits \\({name}={value}\\)"):
+            options_of(scaled)
+
+
+TARGETS = torch.tensor([[3, 5, -100, 7, 0], [-100, 1, 2, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0], [0, 1, 0, 1, 2]])
+
+
+@pytest.mark.parametrize("labels_are_shifted", [False, True])
+@pytest.mark.parametrize("pad_token_id", [None, 0])
+@pytest.mark.parametrize("given", [{}, {"attention_mask": MASK}, {"position_ids": POSITIONS}])
+def test_items_are_those_that_the_loss_counts(labels_are_shifted, pad_token_id, given):
+    options = {"labels_are_shifted": labels_are_shifted, "pad_token_id": pad_token_id}
+    loss_fn = UnifiedLoss(8, primary_loss_type="standard", **options)
+    logits = torch.randn(2, 5, 8)
+    n_items = loss_fn.count_items(TARGETS, **given)
+    assert n_items.dtype == torch.int64 and n_items.dim() == 0
+    assert n_items == loss_fn(logits, TARGETS, return_detailed=True, **given)["n_tokens"]
+    with_items = loss_fn(logits, TARGETS, num_items_in_batch=n_items, **given)
+    torch.testing.assert_close(with_items, loss_fn(logits, TARGETS, **given))
+
+
+def test_items_of_unshifted_labels():
+    """The first label of each text is predicted by nothing: (labels != -100).sum() is one too many for each."""
+    labels = torch.randint(0, 8, (3, 5))
+    assert UnifiedLoss(8, labels_are_shifted=False).count_items(labels) == 3 * 4
+    assert UnifiedLoss(8).count_items(labels) == 3 * 5
+    assert UnifiedLoss(8).count_items(labels.flatten()) == 15
+    assert UnifiedLoss(8).count_items(torch.full((2, 3), -100)) == 0
