@@ -114,9 +114,6 @@ class RowPass(Float32Buffers):
             options = self._make_options(torch.float64).to(like.device)
         if is_temperature.device != like.device:
             options, is_temperature = options.to(like.device), is_temperature.to(like.device)
-        if not hasattr(self, "_cached"):
-            self._cached = options * 1
-        options = self._cached
         if temperature is not None:
             options = torch.where(is_temperature, temperature, options)
         call.head_loss = functools.partial(self._head_loss, options)
