@@ -130,8 +130,7 @@ def _row_loss(
         raise ValueError(f"{owner}: expected reduction to be one of {REDUCTIONS}, got {reduction!r}")
     if target.shape != logits.shape[:-1]:
         raise ValueError(f"{owner}: expected target of shape {list(logits.shape[:-1])}, got {list(target.shape)}")
-    n_columns = logits.shape[-1]
-    terms = _row_terms(owner, n_columns, label_smoothing, tuple(sorted(options.items())))
+    terms = _row_terms(owner, label_smoothing, tuple(sorted(options.items())))
     dtype = accumulation_dtype(logits.dtype)
     target = target.long()
     row_weights = None
@@ -157,34 +156,33 @@ class _RowTerms(NamedTuple):
 
     flags: int
     options: tuple[tuple[str, float], ...]  # of row_options
-    vocab_size: int
+    vocab_size: int | None  # None: every column
     inplace_gradient: bool
     linear_chunk_bytes: int | None
 
 
 @functools.lru_cache(maxsize=1024)
-def _make_row_terms(
-    owner: str, n_columns: int, label_smoothing: float, options: tuple[tuple[str, Any], ...]
-) -> _RowTerms:
+def _make_row_terms(owner: str, label_smoothing: float, options: tuple[tuple[str, Any], ...]) -> _RowTerms:
     given = dict(options)
     UnifiedLossConfig.check_names(given, owner)
     for name in given:
         if name not in ROW_OPTIONS:
             raise ValueError(f"{owner}: {name} needs a module: expected UnifiedLoss, got the function")
-    given = {"vocab_size": n_columns, **given}
-    config = UnifiedLossConfig(primary_loss_type="standard", label_smoothing=label_smoothing, **given)
+    # of the row terms none depends on the vocabulary, whose size may be unknown while a graph is traced
+    any_size = {"vocab_size": 1, **given}
+    config = UnifiedLossConfig(primary_loss_type="standard", label_smoothing=label_smoothing, **any_size)
     terms = [term for module in ROW_TERMS if (term := module.from_config(config)) is not None]
     return _RowTerms(
         int(functools.reduce(operator.or_, (term.flags for term in terms))),
         tuple((name, value) for term in terms for name, value in term.options.items()),
-        config.vocab_size,
+        config.vocab_size if "vocab_size" in given else None,
         config.inplace_gradient,
         config.linear_chunk_bytes,
     )
 
 
-def _row_terms(owner: str, n_columns: int, label_smoothing: float, options: tuple[tuple[str, Any], ...]) -> _RowTerms:
-    return _make_row_terms(owner, n_columns, label_smoothing, options)
+def _row_terms(owner: str, label_smoothing: float, options: tuple[tuple[str, Any], ...]) -> _RowTerms:
+    return _make_row_terms(owner, label_smoothing, options)
 
 
 # while a graph is traced the options are checked, not traced. This is what torch.compiler.assume_constant_result sets;

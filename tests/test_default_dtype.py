@@ -82,7 +82,7 @@ def others():
         "pairs": ava_ext.ContrastiveLoss()(float32(5, 4), float32(5, 4)),
         "tokens": ava_ext.ContrastiveLoss()(float32(2, 6, 4), attention_mask=mask),
         "consistency": ava_ext.ConsistencyLoss("js")(float32(2, 6, V), float32(2, 6, V), mask),
-        "perplexity": ava_ext.PerplexityLoss(V)(logits, targets),
+        "perplexity": ava_ext.PerplexityLoss()(logits, targets),
         "scaling": scaling({"a": logits.sum(), "b": logits.abs().sum()}, return_detailed=True),
         "cross_entropy": ava_ext.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), z_loss_weight=0.1),
         "candidates": ava_ext.NGramRepetitionPenalty(1, vocab_size=V)(logits, targets, num_items_in_batch=3),

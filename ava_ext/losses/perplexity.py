@@ -53,6 +53,7 @@ class PerplexityLoss(nn.Module):
                 raise ValueError(
                     f"perplexity_loss: expected {name} of shape {list(logits.shape[:-1])}, got {list(value.shape)}"
                 )
+        targets = targets.long()  # uint8 has no -100
         if attention_mask is not None:
             targets = torch.where(attention_mask != 0, targets, self.ignore_index)
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -44,3 +44,10 @@ def test_compiles_without_a_graph_break():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"targets of shape \[3\], got \[4\]"):
         PerplexityLoss()(torch.zeros(3, 5), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_targets_of_other_integer_types(dtype):
+    logits, targets, mask = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5)), torch.tensor([[1, 1, 0, 1, 1]] * 2)
+    loss_fn = PerplexityLoss()
+    torch.testing.assert_close(loss_fn(logits, targets.to(dtype), mask), loss_fn(logits, targets, mask), rtol=0, atol=0)

@@ -1,0 +1,111 @@
+"""A first call on fake tensors, or under a tracer, leaves nothing behind: later calls are as if it had not been."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from strategies import HIDDEN_SIZE
+from test_compile import CONFIGURATIONS, V, arguments
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+
+from ava_ext import UnifiedLoss, functional
+from ava_ext.functional import cross_entropy, linear_cross_entropy
+
+
+def copy_given(given):
+    return tree_map_only(torch.Tensor, lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad), given)
+
+
+def faked(function, given):
+    """Forward and backward on fake tensors; what the module holds is made fake by torch itself."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = tree_map_only(torch.Tensor, mode.from_tensor, given)
+        result = function(**fakes)
+        assert all(isinstance(value, FakeTensor) for value in result.values())
+        result["total_loss"].sum().backward()
+
+
+def traced(function, given):
+    """make_fx runs the function on real tensors, and records."""
+    make_fx(lambda values: function(**values)["total_loss"])(copy_given(given))
+
+
+def traced_on_fakes(function, given):
+    make_fx(lambda values: function(**values)["total_loss"], tracing_mode="fake", _allow_non_fake_inputs=True)(
+        copy_given(given)
+    )
+
+
+def traced_on_symbols(function, given):
+    make_fx(lambda values: function(**values)["total_loss"], tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+        copy_given(given)
+    )
+
+
+def in_inference_mode(function, given):
+    with torch.inference_mode():
+        function(**given)
+
+
+FIRST_CALLS = [faked, traced, traced_on_fakes, traced_on_symbols, in_inference_mode]
+
+
+def results(loss_fn, seeds):
+    found = []
+    for seed in seeds:
+        given = arguments(loss_fn.config, seed)
+        result = loss_fn(**given, return_detailed=True)
+        leaves = [value for value in given.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+        gradients = torch.autograd.grad(result["total_loss"].sum(), leaves, allow_unused=True)
+        found.append(({name: value.detach() for name, value in result.items()}, gradients))
+    return found
+
+
+@pytest.mark.parametrize("first_call", FIRST_CALLS)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_module(name, first_call):
+    loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name])
+    other = copy.deepcopy(loss_fn)
+    loss_fn.eval()  # a recorded training call is another matter: it counts
+    first_call(lambda **values: loss_fn(**values, return_detailed=True), arguments(loss_fn.config, 50))
+    loss_fn.train()
+    for owner in loss_fn.modules():
+        for key, value in vars(owner).items():
+            assert not isinstance(value, FakeTensor), key
+    torch.testing.assert_close(results(loss_fn, range(12)), results(other, range(12)), rtol=0, atol=0)
+    torch.testing.assert_close(dict(loss_fn.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+    pickle.dumps(loss_fn)
+
+
+@pytest.mark.parametrize("first_call", FIRST_CALLS)
+def test_functions(first_call):
+    functional._make_row_terms.cache_clear()
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "logits": torch.randn(5, V, generator=generator).requires_grad_(),
+        "states": torch.randn(5, HIDDEN_SIZE, generator=generator).requires_grad_(),
+        "weight": torch.randn(V, HIDDEN_SIZE, generator=generator).requires_grad_(),
+        "targets": torch.tensor([1, 2, -100, 0, 3]),
+    }
+    options = {"z_loss_weight": 0.125, "label_smoothing": 0.1, "initial_temperature": 0.75}
+
+    def losses(logits, states, weight, targets):
+        total = cross_entropy(logits, targets, **options) + linear_cross_entropy(states, weight, targets, **options)
+        return {"total_loss": total}
+
+    def values():
+        leaves = (given["logits"], given["states"], given["weight"])
+        total = losses(**given)["total_loss"]
+        return total.detach(), torch.autograd.grad(total, leaves)
+
+    expected = values()
+    functional._make_row_terms.cache_clear()
+    first_call(losses, given)
+    torch.testing.assert_close(values(), expected, rtol=0, atol=0)
+    eager = torch.nn.functional.cross_entropy(given["logits"] / 0.75, given["targets"], label_smoothing=0.1)
+    lse = (given["logits"] / 0.75).logsumexp(-1)[given["targets"] != -100]
+    both = eager + 0.125 * lse.square().mean()
+    torch.testing.assert_close(cross_entropy(given["logits"], given["targets"], **options), both)
