@@ -365,7 +365,7 @@ def test_ids_of_every_integer_type(dtype, labels_are_shifted):
             ignore_index=ignore_index,
             labels_are_shifted=labels_are_shifted,
             use_ngram_penalty=True,
-            ngram_size=1,
+            ngram_size=2,  # padding matches no padding
             use_immediate_repetition_penalty=True,
             pad_token_id=2,
             eos_token_id=1,
@@ -375,10 +375,10 @@ def test_ids_of_every_integer_type(dtype, labels_are_shifted):
         ).double()
 
         def loss(integer_type, loss_fn=loss_fn):
-            position_ids = torch.arange(8).remainder(5)[None]
+            position_ids = torch.arange(8).remainder(7)[None]
             given_arguments = {
-                "targets": ids, "input_ids": ids.flip(1), "segment_ids": ids // 4, "position_ids": position_ids,
-                "negative_ids": ids.roll(1, 1)[..., None], "cu_seqlens": torch.tensor([0, 5, 16]),
+                "targets": ids, "input_ids": ids.roll(1), "segment_ids": ids // 6, "position_ids": position_ids,
+                "negative_ids": ids.roll(1, 1)[..., None], "cu_seqlens": torch.tensor([0, 8, 16]),
                 "attention_mask": (ids != 5).long(),
             }  # fmt: skip
             given_arguments = {name: value.to(integer_type) for name, value in given_arguments.items()}
