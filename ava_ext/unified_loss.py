@@ -165,7 +165,6 @@ class UnifiedLoss(nn.Module):
         """The loss, or with return_detailed a dict of the loss and its parts.
 
         Args:
-<<<<<<< HEAD
             logits: row t predicts targets[t]. You may pass a model's output that has .logits, or primary_logits, or
                 hidden_states and lm_head_weight instead.
             targets: the token that each row predicts; with labels_are_shifted=False, the token read at that row.
@@ -175,18 +174,6 @@ class UnifiedLoss(nn.Module):
                 without contrastive_pair. Of a tuple of all layers, the last is taken. lm_head_weight may be nn.Linear.
             primary_logits: for adaptive heads. The main term reads them with primary_loss_type="adaptive_mtp", and with
                 mtp_type="adaptive" if there are no logits.
-=======
-            logits: at row t they predict targets[t]. primary_logits, or hidden_states and lm_head_weight, may stand in
-                their place; so may a model's output that has .logits. Any of them may be a DTensor, and logits also
-                ShardedLogits: see `ava_ext.distributed` for what a rank gets.
-            targets: the token each row predicts; with labels_are_shifted=False, the token read at that row.
-            attention_mask: rows where it is 0 do not count (with labels_are_shifted=False: labels).
-            hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, computed a few rows
-                at a time: they never exist as a whole. hidden_states are also read by multi-token prediction and,
-                without contrastive_pair, by the contrastive term. Of a tuple of all layers the last is taken.
-            primary_logits: with adaptive heads; the main term reads them with primary_loss_type="adaptive_mtp", and
-                with mtp_type="adaptive" where there are no logits.
->>>>>>> refs/heads/dist
             additional_logits, confidence_scores, mtp_active: adaptive multi-token prediction, see
                 `losses.adaptive_mtp`. mtp_active=False switches heads of either kind off for this call; None takes the
                 heads that are given. Each head, logits and primary_logits may be LinearLogits(hidden_states, weight,
