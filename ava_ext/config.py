@@ -270,7 +270,7 @@ class UnifiedLossConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UnifiedLossConfig:
-        return super().__deepcopy__(memo)  # nothing in it changes, and a process group cannot be copied
+        return self  # nothing in it changes, and a process group cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

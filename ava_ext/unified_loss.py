@@ -166,7 +166,8 @@ class UnifiedLoss(nn.Module):
 
         Args:
             logits: row t predicts targets[t]. You may pass a model's output that has .logits, or primary_logits, or
-                hidden_states and lm_head_weight instead.
+                hidden_states and lm_head_weight instead. They may be DTensors, and logits also ShardedLogits: see
+                `ava_ext.distributed` for what a rank gets.
             targets: the token that each row predicts; with labels_are_shifted=False, the token read at that row.
             attention_mask: rows where it is 0 do not count (with labels_are_shifted=False, labels).
             hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, a chunk of rows at a
