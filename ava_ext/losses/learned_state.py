@@ -95,7 +95,7 @@ class LearnedState(Float32Buffers):
         """The committed tensor of this name, as this call sees it. Copy it where a backward needs it."""
         value = getattr(self, name)
         if torch.compiler.is_compiling() and not self.auto_step:
-            return value
+            return committed(value, value)  # nothing moves it before the backward, in which a graph may read it again
         return committed(value, getattr(self, _previous(name)))
 
     def clear_pending(self) -> None:

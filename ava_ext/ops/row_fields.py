@@ -23,8 +23,10 @@ class RowFlags(IntFlag):
     CONFIDENCE_PENALTY = 32
     SOFTCAP = 64
     ENTROPY = 128
-    IDS_ARE_PRESENT = 256  # no term: an id of -1 is out of range, not absent
 
+
+# beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
+IDS_ARE_PRESENT = 256
 
 # the first rows of RowLoss.terms; the groups of candidates follow
 TERM_NAMES = ("main_loss", "z_loss", "confidence_penalty", "cross_entropy", "entropy", "correct")

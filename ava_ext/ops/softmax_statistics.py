@@ -15,7 +15,7 @@ from ava_ext.ops.arguments import as_ids, check_is_tensor
 from ava_ext.ops.dtensor_logits import local_logits
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
-from ava_ext.ops.row_fields import RowFlags, row_options
+from ava_ext.ops.row_fields import IDS_ARE_PRESENT, RowFlags, row_options
 from ava_ext.ops.row_statistics import row_statistics
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
 from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_statistics
@@ -165,5 +165,5 @@ def token_log_probs(
     counted = targets != ignore_index
     size = logits.shape[-1] if vocab_size is None else vocab_size
     arguments = (logits, targets.unsqueeze(-1), temperature, logit_softcap, size, counted, chunk_bytes)
-    statistics = _statistics("token_log_probs", *arguments, flags=int(RowFlags.IDS_ARE_PRESENT))
+    statistics = _statistics("token_log_probs", *arguments, flags=IDS_ARE_PRESENT)
     return statistics.log_probs.squeeze(-1), statistics.entropy

@@ -15,10 +15,10 @@ from torch import Tensor
 from ava_ext.ops.derivatives import without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import (
+    IDS_ARE_PRESENT,
     N_SUMMARIES,
     N_TERMS,
     Candidates,
-    RowFlags,
     RowLoss,
 )
 from ava_ext.ops.row_statistics import statistics_coefficients
@@ -87,9 +87,9 @@ def vocabulary_parallel_statistics(
         row_mask = torch.ones(rows, dtype=torch.bool, device=logits.device)
     _check_rows(owner, "row_mask", row_mask, rows)
     ids = ids.masked_fill(~row_mask.unsqueeze(-1), -1)  # what masked rows hold is not looked at
-    if flags & RowFlags.IDS_ARE_PRESENT:
-        lowest, flags = 0, flags & ~RowFlags.IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent
-        shard = shard._replace(flags=int(flags))
+    if flags & IDS_ARE_PRESENT:
+        lowest, flags = 0, flags & ~IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent
+        shard = shard._replace(flags=flags)
     _check_range(owner, "ids", ids.masked_fill(~row_mask.unsqueeze(-1), lowest), lowest, shard.vocab_size)
     arguments = (ids.flatten(0, -2), row_mask.reshape(-1))
     log_probs, summaries = _StatisticsOfShard.apply(shard, arguments, options, *parts)
