@@ -26,4 +26,4 @@ def given_negatives(call: Call) -> Candidates | None:
     if ids is None:
         return None
     weights = torch.ones_like(ids, dtype=dtype) if weights is None else weights.to(dtype)
-    return Candidates(ids, weights, (ids.shape[-1],))
+    return Candidates(ids.long(), weights, (ids.shape[-1],))

@@ -46,10 +46,11 @@ def repetition() -> None:
             text.roll(-1, 1),
             weights=torch.tensor([0.5, 1.5, 0.05, 0.1]),
             vocab_size=5,
-            immediate=True,
+            use_immediate_repetition_penalty=True,
+            use_ngram_penalty=True,
             ngram_size=ngram_size,
             ngram_slots=3,
-            eos_ids=[0],
+            eos_token_id=[0],
             min_sequence_length=40,
         )
 

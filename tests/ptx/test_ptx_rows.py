@@ -130,13 +130,13 @@ def test_statistics(path, dtype, terms):
     problem = problem_of(DTYPES[dtype], n_columns, int(terms), padding=2, shift=3, gap=1)
     logits, ids, mask = problem.logits, problem.candidates.ids, problem.targets >= 0
     with on_device(path.device) as device:
-        arguments = (problem.coefficients, problem.terms, problem.vocab_size)
+        arguments = (problem.options, problem.flags, problem.vocab_size)
         _, log_probs, summaries = ops.row_statistics(logits, ids, mask, *arguments)
     device.require_no_findings()
     expected = reference.softmax_statistics(
         logits[mask, : problem.vocab_size].double(),
         ids[mask],
-        temperature=problem.coefficients[0].item(),
+        temperature=problem.options[0].item(),
         logit_softcap=12.0 if terms & RowFlags.SOFTCAP else None,
     )
     assert_within(log_probs[mask], expected.log_probs, 4e-6 * (1 + expected.log_probs.abs()), "log_probs")
