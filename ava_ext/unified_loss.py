@@ -103,7 +103,10 @@ class UnifiedLoss(nn.Module):
             ValueError: the configuration has no vocab_size, or needs an option that does not exist.
 
         Example:
-            >>> loss_fn = UnifiedLoss.from_model(model, primary_loss_type="standard", auto_step=False)
+            >>> from types import SimpleNamespace
+            >>> configuration = SimpleNamespace(vocab_size=50, hidden_size=16)  # or the model
+            >>> UnifiedLoss.from_model(configuration, primary_loss_type="standard").vocab_size
+            50
         """
         return cls(**options_of(model_or_config, fused, **options))
 
@@ -123,7 +126,9 @@ class UnifiedLoss(nn.Module):
             group: process group over which to add up; "world": the default one; None: this process alone.
 
         Example:
-            >>> n_items = sum(loss_fn.count_items(batch["labels"]) for batch in micro_batches)
+            >>> loss_fn = UnifiedLoss(50, primary_loss_type="standard", labels_are_shifted=False)
+            >>> loss_fn.count_items(torch.tensor([[7, 8, -100, 9]]))
+            tensor(2)
         """
         n_items = rows_of_targets(
             self.config, targets, attention_mask=attention_mask, position_ids=position_ids
