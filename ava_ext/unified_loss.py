@@ -139,10 +139,8 @@ class UnifiedLoss(nn.Module):
 
     def forward(
         self,
-        logits: Tensor
-        | LinearLogits
-        | ShardedLogits
-        | None = None,  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
+        # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
+        logits: Tensor | LinearLogits | ShardedLogits | None = None,
         targets: Tensor | None = None,  # [batch_size, n_tokens] or [n_rows]
         attention_mask: Tensor | None = None,  # as targets
         hidden_states: Tensor | None = None,  # [batch_size, n_tokens, hidden_size] or [n_rows, hidden_size]

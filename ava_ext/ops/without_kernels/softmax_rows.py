@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.row_fields import N_STATISTICS, TERM_NAMES, RowFlags, accumulation_dtype
+from ava_ext.ops.row_fields import IDS_ARE_PRESENT, N_STATISTICS, TERM_NAMES, RowFlags, accumulation_dtype
 
-IDS_ARE_PRESENT = 256  # kIdsArePresent in csrc/softmax_rows.h
 LOWEST_U = -1000.0  # e^u is 0, and u e^u too: what stands for a lower u beside its e^u
 
 
