@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from strategies import HIDDEN_SIZE, Numbers
+from support.strategies import HIDDEN_SIZE, Numbers
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ava_ext import AdaptiveAntiRepetitionLoss, UnifiedLoss

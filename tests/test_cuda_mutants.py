@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ninja_library import ROOT, build_library
+from support.ninja_library import ROOT, build_library
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator needs x86-64")
 

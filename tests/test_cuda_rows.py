@@ -6,14 +6,14 @@ tests/cuda_emulator/test_softmax_rows.cpp holds the plans of these devices, and 
 
 import math
 
-import emulated_cuda
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import row_problems
+from support import emulated_cuda
 from support.assertions import assert_bitwise_equal, assert_within
 from support.row_oracle import expected_row_loss
 from support.row_ways import assert_right, fused, in_place, split
+from support.strategies import row_problems
 
 from ava_ext import reference
 from ava_ext.ops.softmax_rows import RowFlags, row_options

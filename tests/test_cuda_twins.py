@@ -2,10 +2,11 @@
 
 import re
 
-import emulated_cuda
 import pytest
 import torch
-from conftest import FILES_OF_KERNELS, ROOT
+from support import emulated_cuda
+from support.kernel_tests import FILES_OF_KERNELS
+from support.ninja_library import ROOT
 
 from ava_ext._library import CUDA_VERSION
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from strategies import HIDDEN_SIZE, Numbers
+from support.strategies import HIDDEN_SIZE, Numbers
 
 from ava_ext import UnifiedLoss
 

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from strategies import HIDDEN_SIZE, Numbers
+from support.strategies import HIDDEN_SIZE, Numbers
 from test_compile import CONFIGURATIONS, arguments
 
 import ava_ext

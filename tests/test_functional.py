@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import HIDDEN_SIZE, Numbers
+from support.strategies import HIDDEN_SIZE, Numbers
 
 from ava_ext import LinearLogits, UnifiedLoss
 from ava_ext.functional import cross_entropy, linear_cross_entropy

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import HIDDEN_SIZE, Numbers, seeds
+from support.strategies import HIDDEN_SIZE, Numbers, seeds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_ext import UnifiedLoss

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from strategies import HIDDEN_SIZE, Numbers
+from support.strategies import HIDDEN_SIZE, Numbers
 
 import ava_ext
 from ava_ext import UnifiedLoss

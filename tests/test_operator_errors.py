@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from support.ninja_library import ROOT
 
 _ops = torch.ops.ava_ext
 OPTIONS = torch.ones(7)

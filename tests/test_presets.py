@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import HIDDEN_SIZE, Numbers
+from support.strategies import HIDDEN_SIZE, Numbers
 
 import ava_ext
 from ava_ext import UnifiedLoss

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import HIDDEN_SIZE, Numbers, cases, seeds
 from support.assertions import gradients, with_dense_logits
+from support.strategies import HIDDEN_SIZE, Numbers, cases, seeds
 
 from ava_ext import UnifiedLoss
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from strategies import HIDDEN_SIZE, Numbers
+from support.strategies import HIDDEN_SIZE, Numbers
 
 from ava_ext import AuxiliaryLoss, LossMeter, UnifiedLoss, reference
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Numbers, seeds
 from support.assertions import assert_equals_reference
+from support.strategies import Numbers, seeds
 
 from ava_ext import UnifiedLoss, reference
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from strategies import HIDDEN_SIZE
+from support.strategies import HIDDEN_SIZE
 from test_compile import CONFIGURATIONS, V, arguments
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

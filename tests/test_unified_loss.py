@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import HIDDEN_SIZE, Numbers, cases, seeds
 from support.assertions import assert_equals_reference
+from support.strategies import HIDDEN_SIZE, Numbers, cases, seeds
 
 from ava_ext import METRICS, UnifiedLoss
 

@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT
-from emulated_cuda import has_kernel
+from support.emulated_cuda import has_kernel
+from support.ninja_library import ROOT
 from test_cuda_twins import defined_operators
 
 from ava_ext._library import CUDA_VERSION
@@ -47,7 +47,7 @@ def test_fakes_come_first():
 @pytest.mark.skipif(not hasattr(torch._C, "_acc"), reason="this torch knows no devices made in Python")
 def test_the_values_on_another_device():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    program = [sys.executable, "-W", "always", str(ROOT / "tests/on_another_device.py")]
+    program = [sys.executable, "-W", "always", str(ROOT / "tests/support/on_another_device.py")]
     result = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert set(result.stdout.split()) == defined_operators() | {"cross_entropy"}

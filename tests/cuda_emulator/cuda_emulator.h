@@ -34,7 +34,7 @@
 //   device.h, device.cpp      the device: launches, scheduler, barriers, warps, copies; threads.h: what it keeps of each
 //   shared_memory.h           the shared memory of a block, its red zones
 //   fiber.h                   one flow of control: stacks, switching, what the sanitizers are told
-//   python_interface.cpp      for tests/emulated_cuda.py, which makes the kernels operators
+//   python_interface.cpp      for tests/support/emulated_cuda.py, which makes the kernels operators
 //   test_*.cpp                C++ tests of the device and of the kernels (schedules.h); kernels/row_sum.cuh: one that
 //                             uses the whole dialect, for the tests and for tests/test_cuda_mutants.py to break
 //

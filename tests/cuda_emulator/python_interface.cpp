@@ -1,4 +1,4 @@
-// How the Python tests set up the emulated device: tests/emulated_cuda.py calls these by ctypes.
+// How the Python tests set up the emulated device: tests/support/emulated_cuda.py calls these by ctypes.
 #include "../../csrc/cuda/dialect.cuh"
 
 using cuda_emulator::options;

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from ninja_library import ROOT
+from support.ninja_library import ROOT
 
 
 def run(name, *arguments):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strategies import Numbers
+from support.strategies import Numbers
 
 from ava_ext import AuxiliaryLoss, UnifiedLoss
 from ava_ext.losses.moe import MoEBalancer

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import Numbers
 from support.assertions import assert_bitwise_equal
+from support.strategies import Numbers
 from torch.autograd import forward_ad
 
 from ava_ext.ops.linear_rows import LinearLogits

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import Numbers
 from support.assertions import relative_error
+from support.strategies import Numbers
 from torch._subclasses import FakeTensorMode
 
 from ava_ext.ops.linear_rows import LinearLogits

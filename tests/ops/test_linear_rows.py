@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Numbers, seeds
 from support.assertions import relative_error
+from support.strategies import Numbers, seeds
 
 from ava_ext import LinearLogits, UnifiedLoss, softmax_statistics, token_log_probs
 from ava_ext.ops import Candidates, RowFlags, row_loss, row_options

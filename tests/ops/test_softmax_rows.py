@@ -5,10 +5,10 @@ test_build.py runs this file once more for every instruction set, so it stays qu
 
 import torch
 from hypothesis import given
-from strategies import row_problems
 from support.assertions import relative_error
 from support.row_oracle import expected_row_loss
 from support.row_ways import assert_right, fused, in_place, split
+from support.strategies import row_problems
 
 from ava_ext.ops.softmax_rows import Candidates, row_loss, row_options
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import row_problems
 from support.assertions import assert_bitwise_equal
+from support.strategies import row_problems
 
 from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics

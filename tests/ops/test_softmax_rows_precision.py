@@ -3,8 +3,8 @@
 import pytest
 import torch
 from hypothesis import given
-from strategies import row_problems
 from support.assertions import assert_bitwise_equal, assert_within, relative_error
+from support.strategies import row_problems
 
 from ava_ext.ops.softmax_rows import row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics

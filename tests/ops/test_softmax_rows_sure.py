@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import VOCABULARIES
 from support.assertions import assert_within
+from support.strategies import VOCABULARIES
 
 from ava_ext import reference
 from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_options

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import row_problems
 from support.assertions import assert_within, relative_error
+from support.strategies import row_problems
 
 from ava_ext import reference
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs

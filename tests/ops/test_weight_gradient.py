@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Numbers, seeds
 from support.assertions import assert_bitwise_equal, assert_within, relative_error
+from support.strategies import Numbers, seeds
 
 from ava_ext.ops import linear_rows
 from ava_ext.ops.linear_rows import LinearLogits

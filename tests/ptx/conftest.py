@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from cuda_operators import find_nvcc
-from ninja_library import ROOT
+from support.ninja_library import ROOT
 
 sys.path.insert(0, str(ROOT / "tests/ops"))  # the router's tests, of which some run here too
 

@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from emulated_cuda import DeviceLimits, cpu_kernels_replaced, has_kernel
-from ninja_library import ROOT, build_library
 from simt import Launch, Memory, Module
 from simt.memory import UNINITIALISED
 from simt.module import Kernel
+from support.emulated_cuda import DeviceLimits, cpu_kernels_replaced, has_kernel
+from support.ninja_library import ROOT, build_library
 from torch.utils._pytree import tree_map
 
 NAMESPACE = "ava_ext_ptx"  # of the operators, as in host/emulated_launch.h

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from cuda_operators import H100, Device, DeviceLimits, on_device, uninitialised
-from strategies import RowProblem
 from support.row_oracle import expected_row_loss
+from support.strategies import RowProblem
 from test_softmax_rows import assert_right, fused, in_place, split
 
 from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from strategies import RowProblem
+from support.strategies import RowProblem
 from torch import Tensor
 
 from ava_ext import reference

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from ninja_library import ROOT, build_library
+from support.ninja_library import ROOT, build_library
 
 import ava_ext  # noqa: F401  defines the operators
 

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../csrc/softmax_rows.h"
+#include "../../csrc/softmax_rows.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 test_without_kernels.py runs it in a process of its own."""
 
 import torch
-from python_device import to_cpu, to_toy
+from support.python_device import to_cpu, to_toy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ava_ext.ops.softmax_rows import row_loss

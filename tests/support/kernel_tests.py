@@ -1,0 +1,30 @@
+"""Which test files run on every device, by the file stem of the kernels that they test.
+
+Each runs on "cpu", over the emulated CUDA kernels, and on a GPU where there is one. "pytorch" is what a device without
+kernels gets.
+"""
+
+FILES_OF_KERNELS = {
+    "repetition": {"test_repetition.py"},
+    "temperature": {"test_temperature.py"},
+    "softmax_rows": {
+        "test_softmax_rows.py",
+        "test_softmax_rows_autograd.py",
+        "test_softmax_rows_edges.py",
+        "test_softmax_rows_limits.py",
+        "test_softmax_rows_precision.py",
+        "test_softmax_statistics.py",
+        "test_softmax_rows_sure.py",
+    },
+    "router_rows": {"test_router_rows.py", "test_router_rows_autograd.py", "test_router_rows_properties.py"},
+}
+WITHOUT_KERNELS = {
+    "test_repetition.py",
+    "test_router_rows.py",
+    "test_router_rows_properties.py",
+    "test_softmax_rows.py",
+    "test_softmax_statistics.py",
+    "test_softmax_rows_limits.py",
+    "test_temperature.py",
+}
+TOO_LONG_TO_EMULATE = {"test_more_than_two_billion_logits"}  # minutes; a GPU does them in a second
