@@ -179,7 +179,7 @@ def _pairs(
 
 
 def _blocks(n_rows: int, block_rows: int) -> list[tuple[int, int]]:
-    """(start, stop) of each block. A loop over their number, so that a compiled graph fits every n_rows with as many."""
+    """(start, stop) of each block. A loop over their number: a compiled graph fits every n_rows with as many blocks."""
     n_blocks = (n_rows + block_rows - 1) // block_rows
     return [(block * block_rows, min((block + 1) * block_rows, n_rows)) for block in range(n_blocks)]
 
