@@ -14,9 +14,11 @@ from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_i
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
+    is_batched,
     is_forward_mode,
     raise_double_backward,
     refuse_tangents,
+    refuse_vmap_within_derivatives,
     without_second_derivative,
 )
 from ava_ext.ops.dtensor_logits import local_logits
@@ -203,7 +205,10 @@ def _dense_row_loss(
         # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
         # as the gradient
         return _row_loss(*arguments, False, differentiable)[:2]
-    if is_forward_mode() or (differentiable and torch._C._are_functorch_transforms_active()):
+    is_transformed = torch._C._are_functorch_transforms_active()
+    if is_transformed:
+        refuse_vmap_within_derivatives("row_loss")
+    if is_forward_mode() or (differentiable and is_transformed):
         return transformed_row_loss(*arguments)
     if not differentiable:
         with torch._C._AutoDispatchBelowAutograd():
@@ -265,6 +270,9 @@ def _row_loss_backward(ctx, grad_loss, *_):
     refuse_tangents("row_loss", (grad_loss,))
     if ctx.fused:
         grad_logits, targets, origin = ctx.saved_tensors
+        if is_batched(grad_loss):
+            factors = counted_only(grad_loss, torch.eq(targets, ctx.ignore_index)).unsqueeze(-1)
+            return without_second_derivative((grad_logits * factors).to(grad_logits.dtype), origin), *nothing
         if not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
         _scale_rows_(grad_logits, counted_only(grad_loss, torch.eq(targets, ctx.ignore_index)))
@@ -281,7 +289,7 @@ def _row_loss_backward(ctx, grad_loss, *_):
         ctx.flags,
         ctx.vocab_size,
     )
-    if not ctx.inplace:
+    if not ctx.inplace or is_batched(grad_loss):
         return without_second_derivative(_ops.row_gradient(*arguments), logits), *nothing
     _ops.row_gradient_(*arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told so by autograd
