@@ -184,14 +184,19 @@ class RowPass(Float32Buffers):
                 weights = self._make_penalty_weights(torch.float64).to(like.device)
             elif weights.device != like.device:
                 weights = weights.to(like.device)
+            tokens, targets, segments = _with_prefix(call)
             candidates = repetition_candidates(
-                rows.targets if call.context is None else call.context,
-                rows.targets,
+                tokens,
+                targets,
                 weights=weights,
-                segments=call.segments,
+                segments=segments,
                 tokens_include_row=call.context is not None,
                 **self._repetition_options,
             )
+            if call.prefix is not None:
+                n_prefix = call.prefix.shape[1]
+                ids, weights, groups = candidates
+                candidates = Candidates(ids[:, n_prefix:], weights[:, n_prefix:], groups)
             if penalty_factor is not None:
                 candidates = candidates._replace(weights=candidates.weights * penalty_factor.to(weights))
             found.append(candidates)
@@ -204,3 +209,18 @@ class RowPass(Float32Buffers):
             return (found[0] if found else None), names
         ids, weights = (torch.cat([getattr(part, name) for part in found], -1) for name in ("ids", "weights"))
         return Candidates(ids, weights, tuple(size for part in found for size in part.groups)), names
+
+
+def _with_prefix(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:  # each [batch_size, n_prefix + n_tokens]
+    """Tokens, targets and segments in which repetition is looked for: the prefix belongs to the first row's segment."""
+    targets, prefix, segments = call.rows.targets, call.prefix, call.segments
+    tokens = targets if call.context is None else call.context
+    if prefix is None:
+        return tokens, targets, segments
+    prefix_targets = prefix
+    if call.context is not None:  # a row's target is the token read next
+        read_next = torch.cat([prefix[:, 1:], tokens[:, :1]], 1)
+        prefix_targets = prefix.where(prefix == call.config.ignore_index, read_next)
+    if segments is not None:
+        segments = torch.cat([segments[:, :1].expand(prefix.shape), segments], 1)
+    return torch.cat([prefix, tokens], 1), torch.cat([prefix_targets, targets], 1), segments
