@@ -89,7 +89,7 @@ class LossMeter:
         if not totals:
             return {}
         n_tokens = totals["n_tokens"]
-        temperatures = {"temperature": of_rank["temperature"] for of_rank in (*ranks, own) if "temperature" in of_rank}
+        temperatures = [of_rank["temperature"] for of_rank in (own, *ranks) if "temperature" in of_rank]
         result = {
             name: value / max(n_tokens, 1) if name in METRICS and name != "n_tokens" else value
             for name, value in totals.items()
@@ -97,4 +97,6 @@ class LossMeter:
         if "cross_entropy" in result:
             cross_entropy = result["cross_entropy"]
             result["perplexity"] = math.inf if cross_entropy > 700 else math.exp(cross_entropy)
-        return result | temperatures
+        if temperatures:
+            result["temperature"] = temperatures[0]
+        return result
