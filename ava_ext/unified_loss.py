@@ -235,7 +235,7 @@ class UnifiedLoss(nn.Module):
             negative_weights=negative_weights,
             contrastive_pair=contrastive_pair,
         )
-        if self._learns and torch.is_grad_enabled():
+        if self._learns and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             first_run = is_first_run(call.rows.weights)
             for name in self._state_names:
                 getattr(self, name).begin(first_run, targets)

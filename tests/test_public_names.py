@@ -27,6 +27,7 @@ OTHERS = [
     "token_log_probs",
     "repetition_candidates",
     "build_info",
+    "empty_cache",
 ]
 
 # modules of ava_ext/losses that are no component: losses by themselves, or what components are built with
