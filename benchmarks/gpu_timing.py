@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from row_loss import Variant
-from timing import Times, interleave, wall_clock
+from ava_ext.bench.timing import Times, interleave, wall_clock
 from torch import Tensor
 
 from ava_ext.ops.softmax_rows import accumulation_dtype

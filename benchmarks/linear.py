@@ -17,7 +17,7 @@ import peak_memory
 import torch
 import torch.nn.functional as F
 from row_loss import DTYPES, EVERY_TERM, N_NEGATIVES
-from timing import Times, interleave
+from ava_ext.bench.timing import Times, interleave
 from torch import Tensor, nn
 
 from ava_ext import LinearLogits, UnifiedLoss

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from row_loss import EVERY_TERM, N_NEGATIVES
-from timing import Times, interleave
+from ava_ext.bench.timing import Times, interleave
 from torch import Tensor
 
 from ava_ext import UnifiedLoss, repetition_candidates

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import Times, interleave
+from ava_ext.bench.timing import Times, interleave
 from torch import Tensor
 
 from ava_ext import DiversityLoss

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from composed import composed_loss
-from timing import Times, interleave
+from ava_ext.bench.timing import Times, interleave
 from torch import Tensor
 
 from ava_ext import UnifiedLoss, repetition_candidates

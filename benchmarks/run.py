@@ -17,7 +17,7 @@ import router
 import row_loss
 import targets
 import torch
-from timing import Times
+from ava_ext.bench.timing import Times
 
 from ava_ext import build_info
 
