@@ -13,6 +13,7 @@ import linear
 import router
 import row_loss
 import targets
+
 from ava_ext.bench import timing
 
 

@@ -105,8 +105,9 @@ def fat_binary(*codes):
 def test_cuda_codes_reads_every_fat_binary(tmp_path):
     library = tmp_path / "library.so"
     by_chance = struct.pack("<I", 0xBA55ED50) + b"\1\0\20\0" + b"\xff" * 8
+    second = fat_binary((2, 80, b"y"), (2, 100, b"y"))
     first = fat_binary((2, 80, b"x" * 8), (2, 90, b"x" * 24), (1, 120, b"ptx"))
-    library.write_bytes(b"ELF" + by_chance + first + b"padding" + fat_binary((2, 80, b"y"), (2, 100, b"y")) + by_chance[:6])
+    library.write_bytes(b"ELF" + by_chance + first + b"padding" + second + by_chance[:6])
     assert cuda_codes(library) == ["sm_80", "sm_90", "sm_100", "compute_120"]
     library.write_bytes(b"no code")
     assert cuda_codes(library) == []
@@ -118,5 +119,3 @@ def test_version_is_in_one_place():
     if Path(str(installed.locate_file("ava_ext"))).resolve() == ROOT / "ava_ext":
         assert installed.version == ava_ext.__version__
     assert f"version: {ava_ext.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-
-
