@@ -3,15 +3,16 @@
     python benchmarks/accuracy.py            measures, prints the table, writes results/accuracy.json
     python benchmarks/accuracy.py --print    prints the table of results/accuracy.json
 
-For each dtype, gap and way to compute: the relative error of the gradient at the target, and the relative L2 error of
-all its other entries, against the closed form in float64 on the same logits. With L2 over the whole gradient, the target
-would hide the others. A gap of 16 means that the target's logit is 16 above the others, which lie within 1 of each other;
-then 1 - p of the target is V e^-16.
+For each dtype, gap and way to compute: the relative L2 error of the gradient at the targets, and that of all its other
+entries, against the closed form in float64 on the same logits. In a norm of the whole gradient, the target would hide
+the others. A gap of 16 means that the target's logit is 16 above the others, which lie within 1 of each other; then
+1 - p of the target is about V e^-16.
 
 Losses of hidden states and a weight take part with hidden states that are the unit matrix and the logits as the
 weight: its products are exact, and the gradient of the weight is that of the logits.
 
-The last columns say whether a row's gradient has the same bits whether it is alone, or anywhere in a batch.
+The last column says whether a row's gradient has the same bits alone and anywhere in a batch; for hidden states that is
+the gradient of the states, with random states and weight, so that the matrix products take part.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,47 +39,53 @@ N_ROWS, VOCAB_SIZE = 8, 4096
 # of the loss, before the gradient is rounded to float16: keeps it from becoming subnormal, as a GradScaler does
 UPSTREAM = 1024.0
 
-Gradient = Callable[[Tensor, Tensor], Tensor]  # (logits [n_rows, vocab_size], targets [n_rows]) -> as logits
+HIDDEN_SIZE = 64  # of the test of bits
 
 
-def from_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Gradient:
-    def gradient(logits: Tensor, targets: Tensor) -> Tensor:
-        leaf = logits.clone().requires_grad_()
-        return torch.autograd.grad(UPSTREAM * loss(leaf * 1, targets), leaf)[0]
+class Way(NamedTuple):
+    """A sum of losses over rows: of (logits, targets) or, if linear, of (hidden states, weight, targets)."""
 
-    return gradient
+    loss: Callable[..., Tensor]
+    is_linear: bool = False
 
-
-def from_hidden_states(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Gradient:
-    def gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """UPSTREAM times that of logits [n_rows, vocab_size]."""
+        if not self.is_linear:
+            leaf = logits.clone().requires_grad_()
+            return torch.autograd.grad(UPSTREAM * self.loss(leaf * 1, targets), leaf)[0]
         states = torch.eye(len(logits), dtype=logits.dtype)
         weight = logits.T.contiguous().requires_grad_()  # states @ weight.T = logits
-        return torch.autograd.grad(UPSTREAM * loss(states, weight, targets), weight)[0].T
+        return torch.autograd.grad(UPSTREAM * self.loss(states, weight, targets), weight)[0].T
 
-    return gradient
+    def gradient_of_rows(self, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """That of random hidden states, or of their logits, as rows [n_rows, ...]."""
+        if not self.is_linear:
+            return self.gradient(rows, targets)
+        leaf = rows.clone().requires_grad_()
+        return torch.autograd.grad(UPSTREAM * self.loss(leaf, weight, targets), leaf)[0]
 
 
-def ways() -> dict[str, Gradient]:
+def ways() -> dict[str, Way]:
     """What is compared: everything that runs on a CPU here."""
     loss_fn = UnifiedLoss(VOCAB_SIZE, primary_loss_type="standard", reduction="sum")
     found = {
-        "ava_ext": from_logits(loss_fn),
-        "PyTorch eager": from_logits(partial(F.cross_entropy, reduction="sum")),
-        "PyTorch compiled": from_logits(torch.compile(partial(F.cross_entropy, reduction="sum"), dynamic=False)),
-        "ava_ext, linear": from_hidden_states(partial(functional.linear_cross_entropy, reduction="sum")),
+        "ava_ext": Way(loss_fn),
+        "PyTorch eager": Way(partial(F.cross_entropy, reduction="sum")),
+        "PyTorch compiled": Way(torch.compile(partial(F.cross_entropy, reduction="sum"), dynamic=False)),
+        "ava_ext, linear": Way(partial(functional.linear_cross_entropy, reduction="sum"), is_linear=True),
     }
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         for name, options in {"": {}, ", accurate": {"acc_policy": "accurate"}}.items():
             options = torch.nn.LinearCrossEntropyOptions(**options)
             loss = partial(F.linear_cross_entropy, reduction="sum", options=options)
-            found["F.linear_cross_entropy" + name] = from_hidden_states(loss)
+            found["F.linear_cross_entropy" + name] = Way(loss, is_linear=True)
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError:
         pass
     else:
         loss = partial(linear_cross_entropy, reduction="sum", impl="torch_compile")
-        found["cut-cross-entropy, torch_compile"] = from_hidden_states(loss)
+        found["cut-cross-entropy, torch_compile"] = Way(loss, is_linear=True)
     return found
 
 
@@ -92,40 +99,46 @@ def rows(gap: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def exact_gradient(logits: Tensor, targets: Tensor) -> Tensor:  # as logits, float64
-    """UPSTREAM times: -rest / (1 + rest) at the target, p elsewhere; rest = sum over the others of exp(z - z_target)."""
+    """UPSTREAM times: -rest / (1 + rest) at the target, p elsewhere; rest = sum over the others of e^(z - z_target)."""
     z, targets = logits.double(), targets.unsqueeze(-1)
     others = z.scatter(-1, targets, -math.inf)
     log_rest = others.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
     return UPSTREAM * (others - z.logsumexp(-1, keepdim=True)).exp().scatter(-1, targets, -torch.sigmoid(log_rest))
 
 
-def errors(gradient: Gradient, logits: Tensor, targets: Tensor) -> dict[str, float]:
-    actual, expected = gradient(logits, targets).double(), exact_gradient(logits, targets)
+def errors(way: Way, logits: Tensor, targets: Tensor) -> dict[str, float]:
+    actual, expected = way.gradient(logits, targets).double(), exact_gradient(logits, targets)
     at_target = torch.zeros_like(expected, dtype=torch.bool).scatter_(-1, targets.unsqueeze(-1), True)
     names = {"target": at_target, "others": ~at_target}
     return {name: relative_error(actual[part], expected[part]) for name, part in names.items()}
 
 
-def has_the_same_bits_everywhere(gradient: Gradient, dtype: torch.dtype) -> bool:
+def has_the_same_bits_everywhere(way: Way, dtype: torch.dtype) -> bool:
     """Of random rows: whether one alone, and the batch turned around, give each row the same gradient."""
     generator = torch.Generator().manual_seed(1)
-    logits = (2 * torch.randn(33, VOCAB_SIZE, generator=generator)).to(dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return (2 * torch.randn(shape, generator=generator)).to(dtype)
+
+    weight = normal(VOCAB_SIZE, HIDDEN_SIZE) / 8
+    rows = normal(33, HIDDEN_SIZE if way.is_linear else VOCAB_SIZE)
     targets = torch.randint(VOCAB_SIZE, (33,), generator=generator)
-    together = gradient(logits, targets)
-    alone = torch.cat([gradient(logits[i : i + 1], targets[i : i + 1]) for i in (0, 7, 32)])
-    turned = gradient(logits.flip(0), targets.flip(0)).flip(0)
-    return torch.equal(alone, together[[0, 7, 32]]) and torch.equal(turned, together)
+    together = way.gradient_of_rows(rows, weight, targets)
+    turned = way.gradient_of_rows(rows.flip(0), weight, targets.flip(0)).flip(0)
+    some = (0, 7, 32)
+    alone = torch.cat([way.gradient_of_rows(rows[i : i + 1], weight, targets[i : i + 1]) for i in some])
+    return torch.equal(alone, together[list(some)]) and torch.equal(turned, together)
 
 
 def measure(dtypes: Iterable[str]) -> dict[str, Any]:
     result: dict[str, Any] = {"torch": torch.__version__, "n_rows": N_ROWS, "vocab_size": VOCAB_SIZE, "errors": []}
     for dtype in dtypes:
-        for name, gradient in ways().items():
+        for name, way in ways().items():
             torch.compiler.reset()
             row: dict[str, Any] = {"dtype": dtype, "way": name}
             try:
-                row["gaps"] = {gap: errors(gradient, *rows(gap, DTYPES[dtype])) for gap in GAPS}
-                row["same_bits"] = has_the_same_bits_everywhere(gradient, DTYPES[dtype])
+                row["gaps"] = {gap: errors(way, *rows(gap, DTYPES[dtype])) for gap in GAPS}
+                row["same_bits"] = has_the_same_bits_everywhere(way, DTYPES[dtype])
             except Exception as error:  # a peer that does not run here: said, not hidden
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             result["errors"].append(row)

@@ -1,6 +1,6 @@
 """`make wheel`: what a wheel has to be before it is given to anyone. Prints what it found; exits with 1 on a fault.
 
-    python tests/wheel_gates.py dist
+python tests/wheel_gates.py dist
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ SOURCES = ("csrc/sources.txt", "csrc/library.cpp", "setup.py", "build_backend/to
 def faults_of_wheel(path: Path) -> list[str]:
     faults = []
     if not re.fullmatch(r"ava_ext-[\d.]+-cp310-abi3-manylinux_\w+\.whl", path.name):
-        faults.append(f"expected a name as ava_ext-<version>-cp310-abi3-manylinux_<glibc>_<machine>.whl, got {path.name}")
+        faults.append(
+            f"expected a name as ava_ext-<version>-cp310-abi3-manylinux_<glibc>_<machine>.whl, got {path.name}"
+        )
     if path.stat().st_size > MOST_BYTES:
         faults.append(f"expected at most {MOST_BYTES / 1e6:.0f} MB, got {path.stat().st_size / 1e6:.1f}")
     with zipfile.ZipFile(path) as wheel:
@@ -53,7 +55,9 @@ def faults_of_sdist(path: Path) -> list[str]:
 
 def main(folder: Path) -> int:
     wheels, sdists = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
-    faults = [f"expected one wheel and one sdist, got {wheels} and {sdists}"] if len(wheels) != 1 or len(sdists) != 1 else []
+    faults = (
+        [f"expected one wheel and one sdist, got {wheels} and {sdists}"] if len(wheels) != 1 or len(sdists) != 1 else []
+    )
     for wheel in wheels:
         faults += faults_of_wheel(wheel)
     for sdist in sdists:
