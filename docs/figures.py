@@ -133,16 +133,41 @@ def moe_balance() -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
+def repetition() -> Figure | None:
+    """Perplexity against greedy seq-rep-4 of held-out text, one point for each seed and a cross for their spread."""
+    path = STUDIES / "repetition.json"
+    if not path.exists():
+        return None
+    result = load(path)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    titles = {"same_kind": "held-out text of the same kind", "other_kind": "text of another kind"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        before = result["before"][kind]
+        axis.scatter(before["perplexity"], before["greedy"]["seq_rep_4"], marker="*", color="black", label="before")
+        for (name, seeds), colour in zip(result["arms"].items(), LINES, strict=False):
+            runs = [run["after"][kind] for run in seeds.values()]
+            x, y = [run["perplexity"] for run in runs], [run["greedy"]["seq_rep_4"] for run in runs]
+            axis.scatter(x, y, color=colour, label=name, s=18)
+            if len(runs) > 1:
+                axis.errorbar(mean(x), mean(y), xerr=stdev(x), yerr=stdev(y), color=colour, alpha=0.5)
+        axis.set(title=title, xlabel="perplexity", ylabel="seq-rep-4, greedy", ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure | None]] = {
     "rows": rows, "memory": memory, "router": router, "accuracy": accuracy, "moe_balance": moe_balance,
+    "repetition": repetition,
 }  # fmt: skip
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
-        draw().savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
-    print(f"{len(FIGURES)} figures in {FOLDER.relative_to(ROOT)}")
+        if (figure := draw()) is not None:
+            figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+    print(f"figures are in {FOLDER.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

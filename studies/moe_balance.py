@@ -173,7 +173,10 @@ def main() -> None:
         options.steps, options.seeds = 12, 1
         arms = {name: ARMS[name] for name in ("none", "Switch", "steering + bias")}
     torch.set_num_threads(1)  # the tensors are small: a second thread would wait more than it works
-    corpus = Corpus.from_texts(standard_library_documentation(), CONTEXT, vocab_size=2048)
+    documentation = standard_library_documentation()
+    if options.quick:
+        documentation = documentation[::20]
+    corpus = Corpus.from_texts(documentation, CONTEXT, vocab_size=2048)
     setting = {"steps": options.steps, "seeds": options.seeds, "n_experts": N_EXPERTS, "k": EXPERTS_PER_TOKEN}
     results: dict[str, Any] = {"setting": setting, "options": arms, "arms": {name: {} for name in arms}}
     if options.output.exists():
