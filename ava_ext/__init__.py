@@ -2,6 +2,7 @@
 
 from ava_ext import functional
 from ava_ext._library import build_info, empty_cache
+from ava_ext._version import __version__ as __version__
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import METRICS
 from ava_ext.losses.auxiliary import AuxiliaryLoss

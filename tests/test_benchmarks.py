@@ -13,7 +13,8 @@ import linear
 import router
 import row_loss
 import targets
-import timing
+
+from ava_ext.bench import timing
 
 
 @pytest.fixture(scope="module")
