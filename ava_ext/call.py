@@ -85,6 +85,7 @@ class Call:
     negative_ids: Tensor | None  # as targets, and [n_negatives]
     negative_weights: Tensor | None  # as negative_ids
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
+    max_counted_rows: int | None
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
     head_loss: HeadLoss = dataclasses.field(init=False)

@@ -164,6 +164,7 @@ class UnifiedLoss(nn.Module):
         negative_ids: Tensor | None = None,  # as targets, and [n_negatives]
         negative_weights: Tensor | None = None,  # as negative_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
+        max_counted_rows: int | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with return_detailed a dict of the loss and its parts.
 
@@ -193,6 +194,8 @@ class UnifiedLoss(nn.Module):
                 whose value is not read.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             contrastive_pair: two views of the same things, for InfoNCE.
+            max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
+                not count are left out of the matrix products; a GPU leaves them out only with this number.
 
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
@@ -229,6 +232,7 @@ class UnifiedLoss(nn.Module):
             negative_ids=negative_ids,
             negative_weights=negative_weights,
             contrastive_pair=contrastive_pair,
+            max_counted_rows=max_counted_rows,
         )
         if self._learns and torch.is_grad_enabled():
             first_run = is_first_run(call.rows.weights)

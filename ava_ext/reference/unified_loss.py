@@ -41,6 +41,7 @@ def unified_loss(
     negative_ids: Tensor | None = None,  # [B, T, M]
     negative_weights: Tensor | None = None,  # [B, T, M]
     contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n, H]
+    max_counted_rows: int | None = None,  # changes no value
     temperature: float | Tensor | None = None,  # [] the adaptive one; default initial_temperature
     expert_load: Tensor | None = None,  # [layers, E], default 1/E
     expert_bias: Tensor | None = None,  # [layers, E], for the own top-k
