@@ -162,6 +162,8 @@ class UnifiedLoss(nn.Module):
         segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         cu_seqlens: Tensor | None = None,  # [n_segments + 1]
         num_items_in_batch: float | Tensor | None = None,
+        mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
+        mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
         negative_ids: Tensor | None = None,  # as targets, and [n_negatives]
         negative_weights: Tensor | None = None,  # as negative_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
@@ -184,6 +186,10 @@ class UnifiedLoss(nn.Module):
                 `losses.adaptive_mtp`. mtp_active=False switches heads of either kind off for this call; None takes the
                 heads that are given. Each head, logits and primary_logits may be LinearLogits(hidden_states, weight,
                 bias).
+            mtp_hidden_states: what the depth modules of the model give (mtp_type="hidden_states"), read by
+                lm_head_weight; or additional_logits for heads of their own. See `losses.mtp_hidden_states`.
+            mtp_depth_weights: factor of each depth of multi-token prediction of any kind. No gradient; the values are
+                not read by the host, so that a schedule may change them.
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
                 `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
                 layers is a layer without a router.
@@ -220,6 +226,8 @@ class UnifiedLoss(nn.Module):
             hidden_states=hidden_states,
             primary_logits=primary_logits,
             additional_logits=additional_logits,
+            mtp_hidden_states=mtp_hidden_states,
+            mtp_depth_weights=mtp_depth_weights,
             confidence_scores=confidence_scores,
             mtp_active=mtp_active,
             gate_logits=gate_logits,
