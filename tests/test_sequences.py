@@ -251,7 +251,7 @@ def test_prefixes_that_do_not_fit_raise():
     ):
         with pytest.raises(ValueError, match=message):
             loss_fn(logits, targets, prefix_ids=prefix)
-    with pytest.raises(TypeError, match="expected prefix_ids to be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"expected prefix_ids to be a torch.Tensor, got list"):
         loss_fn(logits, targets, prefix_ids=[[1], [2]])
     unshifted = UnifiedLoss(V, primary_loss_type="standard", labels_are_shifted=False)
     with pytest.raises(ValueError, match=r"prefix_ids with labels_are_shifted=False need input_ids"):
