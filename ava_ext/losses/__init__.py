@@ -20,9 +20,11 @@ from ava_ext.losses import (
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
+from ava_ext.losses.depths import DEPTH_METRICS
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.losses.mtp_hidden_states import HiddenStatesMTP
 
 if TYPE_CHECKING:
     from ava_ext.losses.component import Part
@@ -35,6 +37,7 @@ CANDIDATES = (immediate_repetition, eos, ngram, negatives)
 PARTS: tuple[type[Part], ...] = (
     MultiTokenPrediction,
     AdaptiveMTP,
+    HiddenStatesMTP,
     MoEBalancer,
     AuxiliaryLoss,
     DiversityLoss,
@@ -46,7 +49,7 @@ class _MetricNames(frozenset[str]):
     """Names of metrics. Those of the depths of multi-token prediction are open-ended."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith("mtp_loss_depth_")
+        return super().__contains__(name) or str(name).startswith(DEPTH_METRICS)
 
 
 METRICS = _MetricNames(
