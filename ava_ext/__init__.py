@@ -11,9 +11,11 @@ from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.perplexity import PerplexityLoss
 from ava_ext.losses.scaling import AdaptiveLossScaling
+from ava_ext.losses.sequence_unlikelihood import SequenceUnlikelihoodLoss
 from ava_ext.meter import LossMeter
 from ava_ext.ops import (
     LinearLogits,
+    repeated_ngram_mask,
     repetition_candidates,
     router_statistics,
     softmax_statistics,
@@ -63,9 +65,11 @@ __all__ = [  # noqa: RUF022  in groups
     "CompositeLoss",
     "ConsistencyLoss",
     "PerplexityLoss",
+    "SequenceUnlikelihoodLoss",
     # functions: functional has cross_entropy and linear_cross_entropy, ops the pass over the rows itself
     "LinearLogits",
     "functional",
+    "repeated_ngram_mask",
     "repetition_candidates",
     "router_statistics",
     "softmax_statistics",
