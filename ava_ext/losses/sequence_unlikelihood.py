@@ -16,8 +16,8 @@ from ava_ext.sequences import segment_numbers
 class SequenceUnlikelihoodLoss(nn.Module):
     """-log(1 - p(tokens[t])), the mean over the tokens t that belong to an n-gram which occurred before.
 
-    The tokens are those that the model itself generated, greedily or by sampling; the logits are those of a forward over
-    them. 0 where nothing repeats. See `repeated_ngram_mask` for what repeats.
+    The tokens are those that the model itself generated, greedily or by sampling; the logits are those of a forward
+    over them. 0 where nothing repeats. See `repeated_ngram_mask` for what repeats.
 
     Args:
         vocab_size: real columns of the logits; columns beyond it are padding. At least 2.
