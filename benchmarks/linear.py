@@ -17,10 +17,10 @@ import peak_memory
 import torch
 import torch.nn.functional as F
 from row_loss import DTYPES, EVERY_TERM, N_NEGATIVES
-from timing import Times, interleave
 from torch import Tensor, nn
 
 from ava_ext import LinearLogits, UnifiedLoss
+from ava_ext.bench.timing import Times, interleave
 
 SIZES = ((2048, 768, 50257), (4096, 2048, 32000))  # n_rows, hidden_size, vocab_size
 N_DEPTHS = 3  # of multi-token prediction

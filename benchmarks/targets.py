@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from timing import Times
+from ava_ext.bench.timing import Times
 
 N_ROWS, VOCAB_SIZE = 1024, 50257
 # (ours, dtype) -> at least so many times faster than F.cross_entropy eager, compiled; time over copy_ at most

@@ -14,7 +14,8 @@ import recipes
 import router
 import row_loss
 import targets
-import timing
+
+from ava_ext.bench import timing
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ OTHERS = [
     "repeated_ngram_mask",
     "repetition_candidates",
     "build_info",
+    "empty_cache",
 ]
 
 # modules of ava_ext/losses that are no component: losses by themselves, or what components are built with

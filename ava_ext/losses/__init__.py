@@ -60,6 +60,9 @@ METRICS = _MetricNames(
 )
 """Entries of the detailed dict that are not part of the sum total_loss, mtp_loss_depth_k for every k among them."""
 
+METRICS_THAT_ADD_UP = frozenset({"n_tokens", "focal_loss"})
+"""Those of METRICS that add up over micro-batches, as components do; the others are means over the rows of a call."""
+
 __all__ = [
     "AdaptiveAntiRepetitionLoss",
     "AdaptiveLossScaling",

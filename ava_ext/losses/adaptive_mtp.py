@@ -346,7 +346,8 @@ class AdaptiveMTP(LearnedState, Part):
             per_row=per_row,
         )
         if recording is None:
-            recording = self.training and torch.is_grad_enabled() and is_first_run(row_weights)
+            learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            recording = learns and is_first_run(row_weights)
         if recording is not False and mtp_active is not False:
             values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])
             is_seen = (row_weights != 0).any() & values.isfinite().all()  # one nan would stay in the sums for ever
