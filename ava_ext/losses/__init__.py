@@ -25,6 +25,7 @@ from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
 from ava_ext.losses.mtp_hidden_states import HiddenStatesMTP
+from ava_ext.losses.negatives import NegativesWithoutTarget
 
 if TYPE_CHECKING:
     from ava_ext.losses.component import Part
@@ -35,6 +36,7 @@ ROW_TERMS = (primary, focal, z_loss, confidence_penalty)
 CANDIDATES = (immediate_repetition, eos, ngram, negatives)
 # what is computed beside the rows, in the order in which it is added; the balancer measures the router for both
 PARTS: tuple[type[Part], ...] = (
+    NegativesWithoutTarget,
     MultiTokenPrediction,
     AdaptiveMTP,
     HiddenStatesMTP,
@@ -79,6 +81,7 @@ __all__ = [
     "NGramRepetitionPenalty",
     "PerplexityLoss",
     "SequenceRepetitionDetector",
+    "SequenceUnlikelihoodLoss",
     "TemperatureScaledCrossEntropy",
     "UnifiedLoss",
     "create_unified_loss",

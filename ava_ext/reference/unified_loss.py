@@ -127,7 +127,8 @@ def unified_loss(
     read = {"attention_mask": attention_mask}
     if input_ids is not None:
         read = {"input_ids": of_rows(input_ids), "attention_mask": token_mask}
-    terms = [row_terms(rows, logits, read, of_rows(negative_ids), of_rows(negative_weights))]
+    negatives = (of_rows(negative_ids), of_rows(negative_weights))
+    terms = [row_terms(rows, logits, read, *negatives, row_keep, num_items_in_batch is not None)]
     if deepseek_heads or adaptive_heads or model_heads:
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting
