@@ -25,7 +25,6 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.softmax_rows import row_loss
-from ava_ext.placements import CallPlacement
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 # of the main term, what further heads have too: all but focal
@@ -121,7 +120,7 @@ class RowPass(Float32Buffers):
             options = options.to(like.device)
         if temperature is not None:
             options = torch.where(self.is_temperature.to(like.device), temperature, options)
-        call.head_loss = functools.partial(self._head_loss, options, call.placement)
+        call.head_loss = functools.partial(self._head_loss, options, call)
         candidates, names = self._candidates(call, penalty_factor)
         output = self._row_loss(
             call.logits,
@@ -129,6 +128,7 @@ class RowPass(Float32Buffers):
             options,
             self.flags_with_entropy if with_entropy else self.flags,
             like,
+            call.max_counted_rows,
             candidates,
             self.config.inplace_gradient,
         )
@@ -141,6 +141,7 @@ class RowPass(Float32Buffers):
         options: Tensor,  # [N_OPTIONS]
         flags: int,
         row_weights: Tensor,  # [...]
+        max_counted_rows: int | None,
         candidates: Candidates | None = None,
         inplace_gradient: bool = False,
     ) -> RowLoss:
@@ -156,20 +157,24 @@ class RowPass(Float32Buffers):
             reduction="none" if self.config.reduction == "none" else "sum",
             inplace_gradient=inplace_gradient,
             chunk_bytes=self.config.linear_chunk_bytes,
+            max_counted_rows=max_counted_rows,
         )
 
     def _head_loss(
         self,
         options: Tensor,  # [N_OPTIONS]
-        placement: CallPlacement | None,
+        call: Call,
         logits: Logits,  # [..., n_columns]
         targets: Tensor,  # [...]
         row_weights: Tensor,  # [...]
     ) -> RowLoss:
         """HeadLoss, once the first two are bound."""
-        placed = logits if placement is None else placement.head(logits)
+        placed = logits if call.placement is None else call.placement.head(logits)
         real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
-        return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real))
+        most = call.max_counted_rows
+        if most is not None and targets.dim() > 2:  # several depths, each of which counts a part of the rows
+            most *= len(targets)
+        return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real), most)
 
     def _candidates(
         self,

@@ -221,7 +221,7 @@ def row_loss(
     row_weights: Tensor | None,  # [...]
     candidate_ids: Tensor | None,  # [..., n_candidates]
     candidate_weights: Tensor | None,  # [..., n_candidates]
-    candidate_groups: Sequence[int],
+    candidate_groups: Sequence[int] | None,
     flags: int,
     vocab_size: int,
     ignore_index: int,
@@ -246,7 +246,7 @@ def row_loss(
     if candidate_ids is not None and candidate_weights is not None:
         _check("row_loss", "candidate_weights", candidate_weights, tuple(candidate_ids.shape))
         losses, slopes = _penalties(row, columns, candidate_ids, candidate_weights, counted_targets, flags)
-        terms += [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
+        terms += [group.sum(-1) for group in losses.split(list(candidate_groups or ()), -1)]
         counted_ids = torch.where(counts.unsqueeze(-1), candidate_ids.long(), -1)
         ids, all_own = torch.cat([ids, counted_ids], -1), torch.cat([all_own, slopes], -1)
     total = sum(terms[len(TERM_NAMES) :], terms[0] + terms[1] + terms[2])
