@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).resolve().parent
-_LIBRARY = _FOLDER / "_C.abi3.so"
+LIBRARY = _FOLDER / "_C.abi3.so"
 
-if not _LIBRARY.exists():
+if not LIBRARY.exists():
     message = f"ava_ext: no compiled library in {_FOLDER}."
     if (_FOLDER.parent / "setup.py").exists():
         message += (
@@ -15,7 +15,7 @@ if not _LIBRARY.exists():
             " Build in place with `pip install --no-build-isolation -e .`, or start Python in another folder."
         )
     raise ImportError(message)
-torch.ops.load_library(_LIBRARY)
+torch.ops.load_library(LIBRARY)
 
 CUDA_VERSION: str = torch.ops.ava_ext.cuda_version()  # "" in a library without CUDA kernels
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.dtensor_logits import DTENSOR, gathered_weight, is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import RowLoss, accumulation_dtype
+from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
 from ava_ext.reduction import count_rows, keep_rows
@@ -24,6 +24,9 @@ Heads = Tensor | Sequence[Logits] | None
 # The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose loss is the
 # weighted sum [], or with reduction="none" that of each row [...]; 0 where the target is ignored.
 HeadLoss = Callable[[Logits, Tensor, Tensor], RowLoss]
+# The penalty of candidates alone, on rows of the main logits: targets [...] (-1: the row does not count), row_weights
+# [...], candidates -> RowLoss.
+CandidateLoss = Callable[[Tensor, Tensor, Candidates], RowLoss]
 
 
 # one value, or several, for each row of the logits
@@ -34,7 +37,7 @@ ROW_WISE = (
 # tensors on the device of the logits; logits, hidden_states and lm_head_weight may come in other forms
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
-    "negative_ids", "negative_weights", "confidence_scores",
+    "negative_ids", "negative_weights", "confidence_scores", "prefix_ids", "mtp_depth_weights",
 )  # fmt: skip
 
 
@@ -48,10 +51,15 @@ class Call:
         rows: which rows count, their targets and weights.
         segments: [batch_size, n_tokens], a number that changes where a text begins; None: a batch row is one text.
         context: [batch_size, n_tokens], the tokens read, ignore_index where masked; None: the targets are the context.
+        prefix: [batch_size, n_prefix], what comes before the context in the first row's text, ignore_index where
+            masked; None: nothing.
         keep_targets: [batch_size, n_tokens] bool, rows whose target is no padding, without the row behind the last
             label; None: all.
         keep_tokens: [batch_size, n_tokens] bool, tokens that are no padding; None: all.
         placement: how the rows are spread over ranks; None: this process has all of them.
+        kept_rows: [batch_size, n_tokens] bool, rows that are no padding, whether they have a target or not; None: all.
+        kept_weights: [batch_size, n_tokens], the token weights of rows, whether they have a target or not; None: 1.
+        candidate_loss: the penalty of candidates on rows of the main logits; the pass over the rows sets it.
         head_loss: main's cross-entropy for the logits of a further head; the pass over the rows sets it.
         recording: whether this call counts for what components learn; a tensor where a traced graph finds out.
         made: what parts share, each made by the first that asks.
@@ -69,6 +77,8 @@ class Call:
     hidden_states: Any  # as logits, [..., hidden_size]
     primary_logits: Any  # as logits
     additional_logits: Heads  # of logits' shape, one per head
+    mtp_hidden_states: Any  # num_future_tokens of hidden_states' shape
+    mtp_depth_weights: Tensor | None  # [num_future_tokens]
     confidence_scores: Tensor | None  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
     mtp_active: bool | Tensor | None
     gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
@@ -78,6 +88,7 @@ class Call:
     lm_head_bias: Tensor | None  # [n_columns]
     token_weights: Tensor | None  # as targets
     input_ids: Tensor | None  # as targets
+    prefix_ids: Tensor | None  # [batch_size, n_prefix]; [n_prefix] beside flat targets
     position_ids: Tensor | None  # as targets, or [1, n_tokens]
     segment_ids: Tensor | None  # as targets, or [1, n_tokens]
     cu_seqlens: Tensor | None  # [n_segments + 1]
@@ -85,9 +96,11 @@ class Call:
     negative_ids: Tensor | None  # as targets, and [n_negatives]
     negative_weights: Tensor | None  # as negative_ids
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
+    max_counted_rows: int | None
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
     head_loss: HeadLoss = dataclasses.field(init=False)
+    candidate_loss: CandidateLoss = dataclasses.field(init=False)
     recording: bool | Tensor = dataclasses.field(init=False, default=False)
     made: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
 
@@ -106,12 +119,13 @@ class Call:
             self._take_whole()
         _check_tensors(self)
         _check_shapes(self)
+        self.targets_shape = self.targets.shape  # as given
         self.is_flat = self.targets.dim() == 1
         is_packed = not (self.segment_ids is None and self.position_ids is None and self.cu_seqlens is None)
         if self.is_flat:
             if not is_packed:
                 _check_order(self)
-            for name in ROW_WISE:
+            for name in (*ROW_WISE, "prefix_ids"):
                 value = getattr(self, name)
                 if value is not None:
                     setattr(self, name, value.unsqueeze(0))
@@ -130,6 +144,11 @@ class Call:
             context = self.input_ids.long()
             keep = keep_rows(config, context, self.attention_mask)
             self.context = context if keep is None else torch.where(keep, context, config.ignore_index)
+        self.prefix = None
+        if self.prefix_ids is not None:
+            prefix = self.prefix_ids.long()
+            keep = keep_rows(config, prefix, None)
+            self.prefix = prefix if keep is None else torch.where(keep, prefix, config.ignore_index)
         attention_mask, token_weights = self.attention_mask, self.token_weights
         keep = keep_rows(config, targets, attention_mask)
         self.keep_tokens = self.keep_targets = keep
@@ -141,6 +160,7 @@ class Call:
             self.keep_targets = None if keep is None else keep[:, :-1]
             if self.segments is not None:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
+        self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
         self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
         if self.placement is not None:
@@ -162,7 +182,16 @@ class Call:
             self.hidden_states = whole("hidden_states", self.hidden_states, False)
         elif config.mtp_heads == "own" or config.use_contrastive_loss:
             self.hidden_states = self.placement.hidden_states(self.hidden_states)
-        for name in ("gate_logits", "expert_indices", "expert_outputs", "confidence_scores", "contrastive_pair"):
+        elif config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
+            self.mtp_hidden_states = [self.placement.hidden_states(depth) for depth in self.mtp_hidden_states]
+        for name in (
+            "gate_logits",
+            "expert_indices",
+            "expert_outputs",
+            "confidence_scores",
+            "contrastive_pair",
+            "prefix_ids",
+        ):
             check_is_local(name, getattr(self, name))
 
     def required(self, argument: str, option: str) -> Any:
@@ -237,9 +266,10 @@ def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]
         by_preference.reverse()
     for name, given in by_preference:
         if given is not None:
-            if weight is not None and not config.mtp_share_head:
+            if weight is not None and not (config.mtp_share_head or config.mtp_heads == "hidden_states"):
                 raise ValueError(
-                    f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True uses both)"
+                    f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True and "
+                    "mtp_type='hidden_states' use both)"
                 )
             chosen = _as_logits(name, given)
             break
@@ -286,7 +316,7 @@ def _check_shapes(call: Call) -> None:
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
-    for name in ("targets", "input_ids", "negative_ids"):
+    for name in ("targets", "input_ids", "prefix_ids", "negative_ids"):
         ids = getattr(call, name)
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
@@ -298,6 +328,11 @@ def _check_shapes(call: Call) -> None:
         raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
     if call.hidden_states is not None and call.hidden_states.shape[:-1] != shape:
         raise _bad_shape("hidden_states", (*shape, "hidden_size"), call.hidden_states)
+    if call.prefix_ids is not None:
+        if call.prefix_ids.shape[:-1] != shape[:-1] or call.prefix_ids.dim() != len(shape):
+            raise _bad_shape("prefix_ids", (*shape[:-1], "n_prefix"), call.prefix_ids)
+        if call.input_ids is None and not call.config.labels_are_shifted:
+            raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
     ids, weights = call.negative_ids, call.negative_weights
     if ids is None:
         if weights is not None:

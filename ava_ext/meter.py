@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,22 +69,33 @@ class LossMeter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def compute(self) -> dict[str, float]:
-        """Every entry as a number, over all calls since the last reset and all ranks. Waits for the device, once."""
-        if not self._sums:
-            return {}
-        names = list(self._sums)
-        sums = torch.stack([self._sums[name] for name in names])
+        """Every entry as a number, over all calls since the last reset and all ranks. Waits for the device, once.
+
+        Ranks need not have the same entries, nor any: one of them may have had no batch. Without any, {}.
+        """
+        kept = dict(self._sums)
+        if self._temperature is not None:
+            kept["temperature"] = self._temperature.to(next(iter(kept.values())).dtype)
+        own = dict(zip(kept, torch.stack(list(kept.values())).tolist(), strict=True)) if kept else {}
+        ranks = [own]
         group = resolve(self.group.process_group)
         if group is not None:
-            torch.distributed.all_reduce(sums, group=group)
-        if self._temperature is not None:
-            names, sums = [*names, "temperature"], torch.cat([sums, self._temperature.to(sums).reshape(1)])
-        result = dict(zip(names, sums.tolist(), strict=True))
-        for name in result:
-            if _is_mean(name) and name != "temperature":
-                result[name] /= max(result["n_tokens"], 1)
+            ranks = ranks * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(ranks, own, group=group)
+        totals: dict[str, float] = {}
+        for of_rank in ranks:
+            for name, value in of_rank.items():
+                totals[name] = totals.get(name, 0.0) + value
+        if not totals:
+            return {}
+        n_tokens = max(totals["n_tokens"], 1)
+        result = {name: value / n_tokens if _is_mean(name) else value for name, value in totals.items()}
         if "cross_entropy" in result:
-            result["perplexity"] = float(torch.tensor(result["cross_entropy"], dtype=torch.float64).exp())
+            cross_entropy = result["cross_entropy"]
+            result["perplexity"] = math.inf if cross_entropy > 700 else math.exp(cross_entropy)
+        temperatures = [of_rank["temperature"] for of_rank in (own, *ranks) if "temperature" in of_rank]
+        if temperatures:
+            result["temperature"] = temperatures[0]
         return result
 
 

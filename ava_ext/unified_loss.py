@@ -157,13 +157,17 @@ class UnifiedLoss(nn.Module):
         lm_head_bias: Tensor | None = None,  # [n_columns]
         token_weights: Tensor | None = None,  # as targets
         input_ids: Tensor | None = None,  # as targets
+        prefix_ids: Tensor | None = None,  # [batch_size, n_prefix], or [n_prefix]
         position_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         cu_seqlens: Tensor | None = None,  # [n_segments + 1]
         num_items_in_batch: float | Tensor | None = None,
+        mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
+        mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
         negative_ids: Tensor | None = None,  # as targets, and [n_negatives]
         negative_weights: Tensor | None = None,  # as negative_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
+        max_counted_rows: int | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with return_detailed a dict of the loss and its parts.
 
@@ -182,17 +186,26 @@ class UnifiedLoss(nn.Module):
                 `losses.adaptive_mtp`. mtp_active=False switches heads of either kind off for this call; None takes the
                 heads that are given. Each head, logits and primary_logits may be LinearLogits(hidden_states, weight,
                 bias).
+            mtp_hidden_states: what the depth modules of the model give (mtp_type="hidden_states"), read by
+                lm_head_weight; or additional_logits for heads of their own. See `losses.mtp_hidden_states`.
+            mtp_depth_weights: factor of each depth of multi-token prediction of any kind. No gradient; the values are
+                not read by the host, so that a schedule may change them.
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
                 `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
                 layers is a layer without a router.
             token_weights: multiply every token term of their row; must not require grad.
             input_ids: the tokens that the model read. The context of row t is then input_ids[:, : t + 1], not
                 targets[:, :t].
+            prefix_ids: what comes before, where the rows continue a text that other calls have begun (a sequence spread
+                over ranks): the targets of the rows before, or with input_ids the tokens read before. ignore_index
+                where a row did not count or there is none; every other entry counts for min_sequence_length.
             segment_ids, position_ids, cu_seqlens: the texts that are packed into one row. Nothing leaks across them.
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
                 whose value is not read.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             contrastive_pair: two views of the same things, for InfoNCE.
+            max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
+                not count are left out of the matrix products; a GPU leaves them out only with this number.
 
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
@@ -213,6 +226,8 @@ class UnifiedLoss(nn.Module):
             hidden_states=hidden_states,
             primary_logits=primary_logits,
             additional_logits=additional_logits,
+            mtp_hidden_states=mtp_hidden_states,
+            mtp_depth_weights=mtp_depth_weights,
             confidence_scores=confidence_scores,
             mtp_active=mtp_active,
             gate_logits=gate_logits,
@@ -222,6 +237,7 @@ class UnifiedLoss(nn.Module):
             lm_head_bias=lm_head_bias,
             token_weights=token_weights,
             input_ids=input_ids,
+            prefix_ids=prefix_ids,
             position_ids=position_ids,
             segment_ids=segment_ids,
             cu_seqlens=cu_seqlens,
@@ -229,6 +245,7 @@ class UnifiedLoss(nn.Module):
             negative_ids=negative_ids,
             negative_weights=negative_weights,
             contrastive_pair=contrastive_pair,
+            max_counted_rows=max_counted_rows,
         )
         if self._learns:
             for name in self._state_names:

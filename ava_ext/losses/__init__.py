@@ -20,9 +20,12 @@ from ava_ext.losses import (
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
+from ava_ext.losses.depths import DEPTH_METRICS
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.losses.mtp_hidden_states import HiddenStatesMTP
+from ava_ext.losses.negatives import NegativesWithoutTarget
 
 if TYPE_CHECKING:
     from ava_ext.losses.component import Part
@@ -33,8 +36,10 @@ ROW_TERMS = (primary, focal, z_loss, confidence_penalty)
 CANDIDATES = (immediate_repetition, eos, ngram, negatives)
 # what is computed beside the rows, in the order in which it is added; the balancer measures the router for both
 PARTS: tuple[type[Part], ...] = (
+    NegativesWithoutTarget,
     MultiTokenPrediction,
     AdaptiveMTP,
+    HiddenStatesMTP,
     MoEBalancer,
     AuxiliaryLoss,
     DiversityLoss,
@@ -46,7 +51,7 @@ class _MetricNames(frozenset[str]):
     """Names of metrics. Those of the depths of multi-token prediction are open-ended."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith("mtp_loss_depth_")
+        return super().__contains__(name) or str(name).startswith(DEPTH_METRICS)
 
 
 METRICS = _MetricNames(
@@ -76,6 +81,7 @@ __all__ = [
     "NGramRepetitionPenalty",
     "PerplexityLoss",
     "SequenceRepetitionDetector",
+    "SequenceUnlikelihoodLoss",
     "TemperatureScaledCrossEntropy",
     "UnifiedLoss",
     "create_unified_loss",
