@@ -108,6 +108,7 @@ class UnifiedLossConfig:
         _one_of("uniform", "exclude_target"),
         '"uniform" (PyTorch\'s e/V) or "exclude_target" (e/(V-1) on the others)',
     )
+    logit_scale: float = _option(1.0, _POSITIVE, "factor of the logits, before the soft cap (Cohere, Granite)")
     logit_softcap: float | None = _option(None, _POSITIVE, "c: logits become c tanh(logits / c)")
     z_loss_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of lse^2")
     confidence_penalty_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of 1 - entropy / log V")

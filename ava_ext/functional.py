@@ -19,7 +19,7 @@ REDUCTIONS = ("mean", "sum", "none")
 # options of UnifiedLossConfig that say something of a row of logits; label_smoothing has a keyword of its own
 ROW_OPTIONS = frozenset(
     {
-        "vocab_size", "initial_temperature", "smoothing_mode", "logit_softcap", "z_loss_weight",
+        "vocab_size", "initial_temperature", "smoothing_mode", "logit_scale", "logit_softcap", "z_loss_weight",
         "confidence_penalty_weight", "use_focal_loss", "focal_alpha", "focal_gamma", "inplace_gradient",
         "linear_chunk_bytes",
     }
@@ -50,9 +50,9 @@ def cross_entropy(
         ignore_index: target of a row that does not count.
         reduction: "mean" over the rows that count, "sum" or "none".
         label_smoothing: probability mass spread over the classes.
-        options: initial_temperature, smoothing_mode, logit_softcap, z_loss_weight, confidence_penalty_weight,
-            use_focal_loss, focal_alpha, focal_gamma, vocab_size (columns beyond it are padding), inplace_gradient and
-            linear_chunk_bytes, as in `UnifiedLossConfig`.
+        options: initial_temperature, smoothing_mode, logit_scale, logit_softcap, z_loss_weight,
+            confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, vocab_size (columns beyond it are
+            padding), inplace_gradient and linear_chunk_bytes, as in `UnifiedLossConfig`.
 
     Returns:
         [], or with reduction="none" the shape of target; float32, or float64 for float64 input.

@@ -38,7 +38,7 @@ class RowPassOutput(NamedTuple):
     loss: Tensor  # []: the sum; with reduction="none" [batch_size, n_tokens]
     terms: Tensor  # [len(names), batch_size, n_tokens]: each unweighted, without graph
     names: tuple[str, ...]  # of the terms: TERM_NAMES, then the keys of the sources that found candidates
-    options: Tensor  # [N_OPTIONS]; the first is the temperature
+    options: Tensor  # [N_OPTIONS]; the first is temperature / logit_scale
 
 
 class RowPass(Float32Buffers):
@@ -117,6 +117,8 @@ class RowPass(Float32Buffers):
         if is_temperature.device != like.device:
             options, is_temperature = options.to(like.device), is_temperature.to(like.device)
         if temperature is not None:
+            if self.config.logit_scale != 1:
+                temperature = temperature.to(options.dtype) / self.config.logit_scale
             options = torch.where(is_temperature, temperature, options)
         call.head_loss = functools.partial(self._head_loss, options, call.placement)
         candidates, names = self._candidates(call, penalty_factor)

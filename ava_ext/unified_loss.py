@@ -296,7 +296,7 @@ class UnifiedLoss(nn.Module):
                 "n_tokens": n_counted.long(),
                 "accuracy": accuracy,
                 "entropy": entropy,
-                "temperature": rows.options[0].clone(),
+                "temperature": rows.options[0] * self.config.logit_scale,
             }
             | {name: metric.detach() for name, metric in metrics.items()}
         )

@@ -13,7 +13,7 @@ from ava_ext.functional import cross_entropy, linear_cross_entropy
 V = 13
 ROW_TERMS = {
     "z_loss_weight": 0.1, "confidence_penalty_weight": 0.2, "use_focal_loss": True, "focal_gamma": 1.5,
-    "logit_softcap": 5.0, "initial_temperature": 0.7, "smoothing_mode": "exclude_target",
+    "logit_softcap": 5.0, "logit_scale": 1.6, "initial_temperature": 0.7, "smoothing_mode": "exclude_target",
 }  # fmt: skip
 
 

@@ -132,6 +132,7 @@ ALONE = {
     "label smoothing": ({"label_smoothing": 0.2}, ()),
     "exclude_target": ({"label_smoothing": 0.2, "smoothing_mode": "exclude_target"}, ()),
     "soft cap": ({"logit_softcap": 2.0}, ()),
+    "scale": ({"logit_scale": 1.4}, ()),
     "temperature": ({"initial_temperature": 1.7}, ()),
     "focal": ({"use_focal_loss": True, "focal_gamma": 1.5}, ()),
     "z": ({"z_loss_weight": 0.4}, ()),

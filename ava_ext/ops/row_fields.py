@@ -79,23 +79,26 @@ def row_options(
     z_loss_weight: float = 0.0,
     confidence_penalty_weight: float = 0.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> Tensor:  # [N_OPTIONS]
     """The small tensor of options that the row kernels read, on the device of `like` and in its accumulation type.
 
-    A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises.
+    A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises. The scale of the
+    logits is no value of its own: c tanh(s x / c) / T = c' tanh(x / c') / T' with c' = c / s and T' = T / s. So the
+    first value is temperature / logit_scale.
 
     Example:
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
         tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000])
     """
     values = (
-        temperature,
+        temperature / logit_scale,
         label_smoothing,
         focal_alpha,
         focal_gamma,
         z_loss_weight,
         confidence_penalty_weight,
-        logit_softcap or 0.0,
+        (logit_softcap or 0.0) / logit_scale,
     )
     return numbers_like(like, values)
 

@@ -49,6 +49,7 @@ class Rows(NamedTuple):
             torch.where(counted.unsqueeze(-1), logits, 0.0),
             temperature=self.temperature,
             logit_softcap=self.config.logit_softcap,
+            logit_scale=self.config.logit_scale,
             vocab_size=self.config.vocab_size,
         )
 

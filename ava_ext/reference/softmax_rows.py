@@ -22,9 +22,10 @@ def effective_logits(
     *,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """z = softcap(x) / T with softcap(x) = c tanh(x/c), [..., vocab].
+    """z = softcap(s x) / T with softcap(x) = c tanh(x/c), [..., vocab].
 
     Columns whose raw logit is -inf and columns at or beyond vocab_size are -inf: p = 0, and their gradient is exactly
     0 whatever they hold (nan included, beyond vocab_size).
@@ -32,7 +33,9 @@ def effective_logits(
     masked = logits == -math.inf
     if vocab_size is not None:
         masked = masked | (torch.arange(logits.shape[-1], device=logits.device) >= vocab_size)
-    z = torch.where(masked, 0.0, logits)  # before any arithmetic, so that no masked value reaches a derivative
+    z = logit_scale * torch.where(
+        masked, 0.0, logits
+    )  # before any arithmetic, so that no masked value reaches a derivative
     if logit_softcap is not None:
         z = logit_softcap * torch.tanh(z / logit_softcap)
     return torch.where(masked, -math.inf, z / temperature)
@@ -109,6 +112,7 @@ def softmax_statistics(
     *,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
 ) -> SoftmaxStatistics:
     """Statistics of the softmax of the effective logits z.
@@ -116,7 +120,13 @@ def softmax_statistics(
     log_probs = log p of the ids (0 for -1); entropy; lse; log_rest = log R = log sum_{j != argmax} exp(z_j - max);
     mean_log_prob over the unmasked columns.
     """
-    z = effective_logits(logits, temperature=temperature, logit_softcap=logit_softcap, vocab_size=vocab_size)
+    z = effective_logits(
+        logits,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+    )
     columns = [
         torch.where(ids[..., k] < 0, 0.0, -softplus(-log_odds(z, ids[..., k].clamp(min=0).long())))
         for k in range(ids.shape[-1])

@@ -38,6 +38,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "initial_temperature": draw(st.sampled_from([1.0, 0.7, 1.9])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
         "smoothing_mode": draw(st.sampled_from(["uniform", "exclude_target"])),
+        "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.6])),
         "logit_softcap": draw(st.sampled_from([None, 3.0])),
         "z_loss_weight": draw(st.sampled_from([0.0, 0.3])),
         "confidence_penalty_weight": draw(st.sampled_from([0.0, 0.2])),
