@@ -116,6 +116,13 @@ class UnifiedLossConfig:
     focal_alpha: float = _option(1.0, _NOT_NEGATIVE, "factor of the focal term")
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
+    token_reweighting: str | None = _option(
+        None,
+        _one_of("dft", "eaft"),
+        "weigh the target's term by p_target (dft) or by entropy / log V (eaft), detached",
+    )
+    reweighting_exponent: float = _option(1.0, _NOT_NEGATIVE, "exponent of the weight of token_reweighting")
+
     # multi-token prediction
     use_mtp: bool = _option(False, _FLAG, "also predict the tokens after the next one")
     num_future_tokens: int = _option(3, _at_least(1), "how many further tokens are predicted")

@@ -20,8 +20,8 @@ REDUCTIONS = ("mean", "sum", "none")
 ROW_OPTIONS = frozenset(
     {
         "vocab_size", "initial_temperature", "smoothing_mode", "logit_scale", "logit_softcap", "z_loss_weight",
-        "confidence_penalty_weight", "use_focal_loss", "focal_alpha", "focal_gamma", "inplace_gradient",
-        "linear_chunk_bytes",
+        "confidence_penalty_weight", "use_focal_loss", "focal_alpha", "focal_gamma", "token_reweighting",
+        "reweighting_exponent", "inplace_gradient", "linear_chunk_bytes",
     }
 )  # fmt: skip
 
@@ -51,8 +51,9 @@ def cross_entropy(
         reduction: "mean" over the rows that count, "sum" or "none".
         label_smoothing: probability mass spread over the classes.
         options: initial_temperature, smoothing_mode, logit_scale, logit_softcap, z_loss_weight,
-            confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, vocab_size (columns beyond it are
-            padding), inplace_gradient and linear_chunk_bytes, as in `UnifiedLossConfig`.
+            confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, token_reweighting,
+            reweighting_exponent, vocab_size (columns beyond it are padding), inplace_gradient and linear_chunk_bytes,
+            as in `UnifiedLossConfig`.
 
     Returns:
         [], or with reduction="none" the shape of target; float32, or float64 for float64 input.

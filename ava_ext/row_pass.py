@@ -28,7 +28,7 @@ from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.placements import CallPlacement
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
-# of the main term, what further heads have too: all but focal
+# of the main term, what further heads have too: all but focal and token reweighting
 OF_HEADS = RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP
 
 

@@ -99,8 +99,9 @@ struct RowOptions {
   Real z_loss_weight;              // beta
   Real confidence_penalty_weight;  // eta
   Real softcap;                    // c
+  Real reweighting_exponent;
 };
-constexpr int kRowOptions = 7;
+constexpr int kRowOptions = 8;
 
 // Bits of `flags`.
 enum RowFlags : int64_t {
@@ -113,7 +114,12 @@ enum RowFlags : int64_t {
   kSoftcap = 64,
   kEntropy = 128,        // measure the entropy although no term needs it
   kIdsArePresent = 256,  // an id of -1 in a row that counts is out of range; else it is absent
+  // the target's term is weighted, by a constant: by p_t, or by H / log V, to the power of reweighting_exponent
+  kDft = 512,
+  kEaft = 1024,
 };
+// Terms that need more of a row than its maximum and R.
+constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft;
 
 // The first rows of row_terms; one more follows for each group of candidates.
 enum RowTerm {
@@ -199,6 +205,13 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       const Real ratio = nll < Real(1e-6) ? Real(1) : nll / other;
       hard = modulation * nll;
       slope = modulation * (1 + (p == 0 ? Real(0) : options.focal_gamma * p * ratio));  // p = 0: nll may be inf
+    }
+    if (flags & (kDft | kEaft)) {
+      Real base = exp_of(-nll);
+      if (flags & kEaft) base = row.count > 1 ? (total - mean_u) / log_of(row.count) : Real(0);
+      const Real weight = power_of(base, options.reweighting_exponent);
+      hard = weight == 0 ? Real(0) : weight * hard;  // a masked target's nll is inf
+      slope *= weight;
     }
     Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
     if (flags & kExcludeTarget) smoothing *= row.count > 1 ? row.count / (row.count - 1) : Real(0);  // V = 1: no others

@@ -15,6 +15,7 @@ from ava_ext.losses import (
     negatives,
     ngram,
     primary,
+    reweighting,
     z_loss,
 )
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ava_ext.losses.component import Part
 
 # modules whose from_config gives a RowTerm: flags and options of the row kernel
-ROW_TERMS = (primary, focal, z_loss, confidence_penalty)
+ROW_TERMS = (primary, focal, reweighting, z_loss, confidence_penalty)
 # modules whose from_config gives a CandidateSource; the first three in the order of repetition_candidates' groups
 CANDIDATES = (immediate_repetition, eos, ngram, negatives)
 # what is computed beside the rows, in the order in which it is added; the balancer measures the router for both

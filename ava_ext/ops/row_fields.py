@@ -23,6 +23,9 @@ class RowFlags(IntFlag):
     CONFIDENCE_PENALTY = 32
     SOFTCAP = 64
     ENTROPY = 128
+    # beside IDS_ARE_PRESENT = 256
+    DFT = 512
+    EAFT = 1024
 
 
 # beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
@@ -40,6 +43,7 @@ OPTION_NAMES = (  # of the tensor options: RowOptions
     "z_loss_weight",
     "confidence_penalty_weight",
     "logit_softcap",
+    "reweighting_exponent",
 )
 N_TERMS, N_STATISTICS, N_SUMMARIES, N_OPTIONS = map(len, (TERM_NAMES, STATISTIC_NAMES, SUMMARY_NAMES, OPTION_NAMES))
 # of p, p log p, 1 and the one-hot of the maximum; those of the one-hots of the ids follow
@@ -52,7 +56,7 @@ class RowLoss(NamedTuple):
     # row_weights times the sum of the terms and penalties: the differentiable output
     loss: Tensor  # [...], or [] with reduction="sum"
     # each by itself, unweighted, without graph. The entropy is measured only with RowFlags.ENTROPY, LABEL_SMOOTHING,
-    # CONFIDENCE_PENALTY or SOFTCAP.
+    # CONFIDENCE_PENALTY, EAFT or SOFTCAP.
     terms: Tensor  # [N_TERMS + n_groups, ...]
 
 
@@ -80,6 +84,7 @@ def row_options(
     confidence_penalty_weight: float = 0.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
+    reweighting_exponent: float = 1.0,
 ) -> Tensor:  # [N_OPTIONS]
     """The small tensor of options that the row kernels read, on the device of `like` and in its accumulation type.
 
@@ -89,7 +94,7 @@ def row_options(
 
     Example:
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
-        tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000])
+        tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000,  1.0000])
     """
     values = (
         temperature / logit_scale,
@@ -99,6 +104,7 @@ def row_options(
         z_loss_weight,
         confidence_penalty_weight,
         (logit_softcap or 0.0) / logit_scale,
+        reweighting_exponent,
     )
     return numbers_like(like, values)
 

@@ -39,10 +39,12 @@ from ava_ext.reference.softmax_rows import (
     logsumexp,
     mean_log_prob,
     negative_log_likelihood,
+    reweighted,
     smoothed,
     softmax_statistics,
     softplus,
     token_entropy,
+    token_weight,
     unlikelihood,
     z_loss,
 )

@@ -21,8 +21,10 @@ from ava_ext.reference.softmax_rows import (
     effective_logits,
     focal,
     negative_log_likelihood,
+    reweighted,
     smoothed,
     token_entropy,
+    token_weight,
     unlikelihood,
     z_loss,
 )
@@ -91,6 +93,10 @@ def row_terms(
     targets = torch.where(rows.counted, rows.targets, 0)
     nll = negative_log_likelihood(z, targets)
     hard = focal(z, targets, config.focal_alpha, config.focal_gamma) if config.use_focal_loss else nll
+
+    if config.token_reweighting is not None:
+        weight = token_weight(z, targets, config.token_reweighting, config.reweighting_exponent)
+        hard = reweighted(hard, weight)
 
     def penalty(candidate_weights: Tensor) -> Tensor:  # [B, T, vocab_size]
         values = unlikelihood(z.flatten(0, 1), candidate_weights.flatten(0, 1))

@@ -160,6 +160,28 @@ def focal(
     return alpha * torch.where(nll == math.inf, 1.0, modulation) * nll
 
 
+def token_weight(
+    z: Tensor,  # [..., vocab]
+    targets: Tensor,  # [...]
+    token_reweighting: str,
+    exponent: float,
+) -> Tensor:
+    """p_t^exponent ("dft") or (H / log V)^exponent ("eaft"; 0 where V = 1), without graph; [...]."""
+    if token_reweighting == "dft":
+        return negative_log_likelihood(z, targets).neg().exp().pow(exponent).detach()
+    n_columns = (z != -math.inf).sum(-1)
+    share = torch.where(n_columns == 1, 0.0, token_entropy(z) / torch.log(n_columns.clamp(min=2).to(z.dtype)))
+    return share.pow(exponent).detach()
+
+
+def reweighted(
+    hard: Tensor,  # [...] cross-entropy or focal term
+    weight: Tensor,  # [...]
+) -> Tensor:
+    """weight * hard, [...]; 0 where the weight is 0, also where the term is infinite."""
+    return weight * torch.where(weight == 0, 0.0, hard)
+
+
 def smoothed(
     hard: Tensor,  # [...] cross-entropy or focal term
     z: Tensor,  # [..., vocab]

@@ -262,7 +262,7 @@ static void run_kernel(const SoftmaxRowsArguments& arguments, int64_t row_begin,
 template <RowTask task, class Vector, class Element>
 static void run_rows(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end, void* scratch) {
   if constexpr (task == RowTask::scale) return scale_rows<Vector, Element>(arguments, row_begin, row_end);
-  const bool dense = arguments.flags & (kLabelSmoothing | kConfidencePenalty | kEntropy);
+  const bool dense = arguments.flags & kDenseFlags;
   if (arguments.flags & kSoftcap)
     run_kernel<task, RowKernel<Vector, Element, true, true>>(arguments, row_begin, row_end, scratch);
   else if (dense)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.assertions import assert_bitwise_equal
 
-from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops.softmax_rows import N_OPTIONS, Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import token_log_probs
 
 ops = torch.ops.ava_ext
@@ -130,8 +130,8 @@ def test_candidate_out_of_range():
 
 WRONG = {
     "row_loss: expected targets of shape [4, 3], got [4, 2]": dict(targets=torch.zeros(4, 2).long()),
-    "row_loss: expected options of shape [7], got [6]": dict(options=torch.ones(6)),
-    "row_loss: expected options of type float32, got float64": dict(options=torch.ones(7).double()),
+    "row_loss: expected options of shape [8], got [6]": dict(options=torch.ones(6)),
+    "row_loss: expected options of type float32, got float64": dict(options=torch.ones(N_OPTIONS).double()),
     "row_loss: expected row_weights of shape [4, 3], got [12]": dict(row_weights=torch.ones(12)),
     "row_loss: expected row_weights of type float32, got float64": dict(row_weights=torch.ones(4, 3).double()),
     "row_loss: expected vocab_size in [1, 10] for logits of shape [4, 3, 10], got 11": dict(vocab_size=11),
@@ -151,7 +151,7 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_are_named(message):
-    arguments = dict(logits=torch.zeros(4, 3, 10), targets=torch.zeros(4, 3).long(), options=torch.ones(7))
+    arguments = dict(logits=torch.zeros(4, 3, 10), targets=torch.zeros(4, 3).long(), options=torch.ones(N_OPTIONS))
     with pytest.raises(RuntimeError, match=re.escape(message)):
         row_loss(**(arguments | WRONG[message]))
 
@@ -159,7 +159,7 @@ def test_wrong_arguments_are_named(message):
 def test_candidates_that_are_no_integers():
     candidates = Candidates(torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), (2,))
     with pytest.raises(ValueError, match=r"row_loss: expected candidate_ids to be integers of shape .*, got float32"):
-        row_loss(torch.zeros(4, 3, 10), torch.zeros(4, 3).long(), torch.ones(7), candidates=candidates)
+        row_loss(torch.zeros(4, 3, 10), torch.zeros(4, 3).long(), torch.ones(N_OPTIONS), candidates=candidates)
 
 
 def test_wrong_arguments_of_the_other_operators():

@@ -127,6 +127,7 @@ def problem_of(
         z_loss_weight=0.01,
         confidence_penalty_weight=0.2,
         logit_softcap=12.0,
+        reweighting_exponent=0.7,
     )
     return RowProblem(
         base,

@@ -45,6 +45,8 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "use_focal_loss": draw(st.booleans()),
         "focal_alpha": draw(st.sampled_from([1.0, 0.25])),
         "focal_gamma": draw(st.sampled_from([0.0, 0.5, 2.0])),
+        "token_reweighting": draw(st.sampled_from([None, "dft", "eaft"])),
+        "reweighting_exponent": draw(st.sampled_from([1.0, 0.4])),
         "repetition_allow_list": draw(st.lists(token, max_size=1).map(tuple)),
         "min_sequence_length": draw(st.integers(0, 5)),
         "eos_penalty_weight": draw(st.sampled_from([0.0, 0.7])),
@@ -409,6 +411,7 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
         z_loss_weight=draw(st.sampled_from([1e-3, 0.5])),
         confidence_penalty_weight=draw(st.sampled_from([0.1, 1.0])),
         logit_softcap=draw(st.sampled_from([5.0, 30.0])),
+        reweighting_exponent=draw(st.sampled_from([1.0, 0.0, 0.5])),
     )
 
     base = torch.full(base_shape, math.nan, dtype=dtype)

@@ -22,6 +22,7 @@ class _Options(NamedTuple):
     z_loss_weight: Tensor
     confidence_penalty_weight: Tensor
     softcap: Tensor
+    reweighting_exponent: Tensor
 
 
 class _Row(NamedTuple):
@@ -129,6 +130,12 @@ def _evaluate(
             ratio = torch.where(nll < 1e-6, 1, nll / other)
             hard = modulation * nll
             slope = modulation * (1 + torch.where(p == 0, 0, options.focal_gamma * p * ratio))
+        if flags & (RowFlags.DFT | RowFlags.EAFT):
+            base = (-nll).exp()
+            if flags & RowFlags.EAFT:
+                base = torch.where(row.n_present > 1, (total - mean_u) / row.n_present.log(), 0)
+            weight = base.pow(options.reweighting_exponent)
+            hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
         smoothing = options.label_smoothing if flags & RowFlags.LABEL_SMOOTHING else zero
         if flags & RowFlags.EXCLUDE_TARGET:
             smoothing = smoothing * torch.where(row.n_present > 1, row.n_present / (row.n_present - 1), 0)
@@ -217,7 +224,7 @@ def _gradient(
 def row_loss(
     logits: Tensor,  # [..., n_columns]
     targets: Tensor,  # [...]
-    options: Tensor,  # [7]
+    options: Tensor,  # [8]
     row_weights: Tensor | None,  # [...]
     candidate_ids: Tensor | None,  # [..., n_candidates]
     candidate_weights: Tensor | None,  # [..., n_candidates]
@@ -277,7 +284,7 @@ def row_statistics(
     logits: Tensor,  # [..., n_columns]
     ids: Tensor | None,  # [..., n_ids]
     row_mask: Tensor | None,  # [...]
-    options: Tensor,  # [7]
+    options: Tensor,  # [8]
     flags: int,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,7 +317,7 @@ def row_gradient(
     statistics: Tensor,  # [..., N_STATISTICS]
     row_coefficients: Tensor,  # [..., 4 + n_ids]
     ids: Tensor | None,  # [..., n_ids]
-    options: Tensor,  # [7]
+    options: Tensor,  # [8]
     flags: int,
     vocab_size: int,
 ) -> Tensor:  # [..., n_columns]
