@@ -34,7 +34,7 @@ ROW_WISE = (
 # tensors on the device of the logits; logits, hidden_states and lm_head_weight may come in other forms
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
-    "negative_ids", "negative_weights", "confidence_scores",
+    "negative_ids", "negative_weights", "confidence_scores", "prefix_ids",
 )  # fmt: skip
 
 
@@ -48,6 +48,8 @@ class Call:
         rows: which rows count, their targets and weights.
         segments: [batch_size, n_tokens], a number that changes where a text begins; None: a batch row is one text.
         context: [batch_size, n_tokens], the tokens read, ignore_index where masked; None: the targets are the context.
+        prefix: [batch_size, n_prefix], what comes before the context in the first row's text, ignore_index where
+            masked; None: nothing.
         keep_targets: [batch_size, n_tokens] bool, rows whose target is no padding, without the row behind the last
             label; None: all.
         keep_tokens: [batch_size, n_tokens] bool, tokens that are no padding; None: all.
@@ -78,6 +80,7 @@ class Call:
     lm_head_bias: Tensor | None  # [n_columns]
     token_weights: Tensor | None  # as targets
     input_ids: Tensor | None  # as targets
+    prefix_ids: Tensor | None  # [batch_size, n_prefix]; [n_prefix] beside flat targets
     position_ids: Tensor | None  # as targets, or [1, n_tokens]
     segment_ids: Tensor | None  # as targets, or [1, n_tokens]
     cu_seqlens: Tensor | None  # [n_segments + 1]
@@ -111,7 +114,7 @@ class Call:
         if self.is_flat:
             if not is_packed:
                 _check_order(self)
-            for name in ROW_WISE:
+            for name in (*ROW_WISE, "prefix_ids"):
                 value = getattr(self, name)
                 if value is not None:
                     setattr(self, name, value.unsqueeze(0))
@@ -130,6 +133,11 @@ class Call:
             context = self.input_ids.long()
             keep = keep_rows(config, context, self.attention_mask)
             self.context = context if keep is None else torch.where(keep, context, config.ignore_index)
+        self.prefix = None
+        if self.prefix_ids is not None:
+            prefix = self.prefix_ids.long()
+            keep = keep_rows(config, prefix, None)
+            self.prefix = prefix if keep is None else torch.where(keep, prefix, config.ignore_index)
         attention_mask, token_weights = self.attention_mask, self.token_weights
         keep = keep_rows(config, targets, attention_mask)
         self.keep_tokens = self.keep_targets = keep
@@ -162,7 +170,14 @@ class Call:
             self.hidden_states = whole("hidden_states", self.hidden_states, False)
         elif config.mtp_heads == "own" or config.use_contrastive_loss:
             self.hidden_states = self.placement.hidden_states(self.hidden_states)
-        for name in ("gate_logits", "expert_indices", "expert_outputs", "confidence_scores", "contrastive_pair"):
+        for name in (
+            "gate_logits",
+            "expert_indices",
+            "expert_outputs",
+            "confidence_scores",
+            "contrastive_pair",
+            "prefix_ids",
+        ):
             check_is_local(name, getattr(self, name))
 
     def required(self, argument: str, option: str) -> Any:
@@ -286,7 +301,7 @@ def _check_shapes(call: Call) -> None:
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
-    for name in ("targets", "input_ids", "negative_ids"):
+    for name in ("targets", "input_ids", "prefix_ids", "negative_ids"):
         ids = getattr(call, name)
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
@@ -298,6 +313,11 @@ def _check_shapes(call: Call) -> None:
         raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
     if call.hidden_states is not None and call.hidden_states.shape[:-1] != shape:
         raise _bad_shape("hidden_states", (*shape, "hidden_size"), call.hidden_states)
+    if call.prefix_ids is not None:
+        if call.prefix_ids.shape[:-1] != shape[:-1] or call.prefix_ids.dim() != len(shape):
+            raise _bad_shape("prefix_ids", (*shape[:-1], "n_prefix"), call.prefix_ids)
+        if call.input_ids is None and not call.config.labels_are_shifted:
+            raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
     ids, weights = call.negative_ids, call.negative_weights
     if ids is None:
         if weights is not None:

@@ -59,7 +59,7 @@ class RowPass(Float32Buffers):
     ) -> None:
         super().__init__()
         self.config = config
-        self.sources = tuple(sources)
+        self.given = tuple((source.key, source.given) for source in sources if source.given is not None)
         self.repetition_keys = tuple(source.key for source in sources if source.given is None)
         flags = RowFlags(0)
         for term in row_terms:
@@ -68,11 +68,14 @@ class RowPass(Float32Buffers):
         self.flags_with_entropy = int(flags | RowFlags.ENTROPY)
         self._row_options = {name: value for term in row_terms for name, value in term.options.items()}
         self._penalty_weights = {name: value for source in sources for name, value in source.weights.items()}
-        self._repetition_options: dict[str, Any] = {}
+        padding = () if config.padding_id is None else (config.padding_id,)
+        self._repetition_options: dict[str, Any] = {
+            "vocab_size": config.vocab_size,
+            "ignore_index": config.ignore_index,
+            "repetition_allow_list": (*config.repetition_allow_list, *padding),
+        }
         for source in sources:
             self._repetition_options |= source.options
-        padding = () if config.padding_id is None else (config.padding_id,)
-        self._may_repeat = (*config.repetition_allow_list, *padding)
         # constants of the device: nothing is copied to it in a call, and nothing is made while a graph is traced
         self.register_buffer("options", self._make_options(torch.float32), persistent=False)
         self.register_buffer("is_temperature", self._make_is_temperature(), persistent=False)
@@ -111,15 +114,15 @@ class RowPass(Float32Buffers):
             with_entropy: measure the entropy of each row, which some terms need anyway.
         """
         like = call.rows.weights
-        options, is_temperature = self.options, self.is_temperature
+        options = self.options
         if like.dtype == torch.float64:  # buffers have fewer digits
-            options = self._make_options(torch.float64).to(like.device)
-        if is_temperature.device != like.device:
-            options, is_temperature = options.to(like.device), is_temperature.to(like.device)
+            options = self._make_options(torch.float64)
+        if options.device != like.device:
+            options = options.to(like.device)
         if temperature is not None:
             if self.config.logit_scale != 1:
                 temperature = temperature.to(options.dtype) / self.config.logit_scale
-            options = torch.where(is_temperature, temperature, options)
+            options = torch.where(self.is_temperature.to(like.device), temperature, options)
         call.head_loss = functools.partial(self._head_loss, options, call.placement)
         candidates, names = self._candidates(call, penalty_factor)
         output = self._row_loss(
@@ -176,34 +179,50 @@ class RowPass(Float32Buffers):
         penalty_factor: Tensor | None,  # []
     ) -> tuple[Candidates | None, tuple[str, ...]]:
         """Every token that the rows push down, in one list of slots, and the names of its groups."""
-        config, rows = self.config, call.rows
-        found, names = [], self.repetition_keys
+        rows, found, names = call.rows, [], self.repetition_keys
         if self.repetition_keys:
             like, weights = rows.weights, self.penalty_weights
             if like.dtype == torch.float64:
                 weights = self._make_penalty_weights(torch.float64).to(like.device)
             elif weights.device != like.device:
                 weights = weights.to(like.device)
+            tokens, targets, segments = _with_prefix(call)
             candidates = repetition_candidates(
-                rows.targets if call.context is None else call.context,
-                rows.targets,
+                tokens,
+                targets,
                 weights=weights,
-                vocab_size=config.vocab_size,
-                segments=call.segments,
+                segments=segments,
                 tokens_include_row=call.context is not None,
-                ignore_index=config.ignore_index,
-                repetition_allow_list=self._may_repeat,
                 **self._repetition_options,
             )
+            if call.prefix is not None:
+                n_prefix = call.prefix.shape[1]
+                ids, weights, groups = candidates
+                candidates = Candidates(ids[:, n_prefix:], weights[:, n_prefix:], groups)
             if penalty_factor is not None:
                 candidates = candidates._replace(weights=candidates.weights * penalty_factor.to(weights))
             found.append(candidates)
-        for source in self.sources:
-            given = None if source.given is None else source.given(call)
+        for key, named_by in self.given:
+            given = named_by(call)
             if given is not None:
                 found.append(given)
-                names = (*names, source.key)
+                names = (*names, key)
         if len(found) < 2:
             return (found[0] if found else None), names
         ids, weights = (torch.cat([getattr(part, name) for part in found], -1) for name in ("ids", "weights"))
         return Candidates(ids, weights, tuple(size for part in found for size in part.groups)), names
+
+
+def _with_prefix(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:  # each [batch_size, n_prefix + n_tokens]
+    """Tokens, targets and segments in which repetition is looked for: the prefix belongs to the first row's segment."""
+    targets, prefix, segments = call.rows.targets, call.prefix, call.segments
+    tokens = targets if call.context is None else call.context
+    if prefix is None:
+        return tokens, targets, segments
+    prefix_targets = prefix
+    if call.context is not None:  # a row's target is the token read next
+        read_next = torch.cat([prefix[:, 1:], tokens[:, :1]], 1)
+        prefix_targets = prefix.where(prefix == call.config.ignore_index, read_next)
+    if segments is not None:
+        segments = torch.cat([segments[:, :1].expand(prefix.shape), segments], 1)
+    return torch.cat([prefix, tokens], 1), torch.cat([prefix_targets, targets], 1), segments

@@ -157,6 +157,7 @@ class UnifiedLoss(nn.Module):
         lm_head_bias: Tensor | None = None,  # [n_columns]
         token_weights: Tensor | None = None,  # as targets
         input_ids: Tensor | None = None,  # as targets
+        prefix_ids: Tensor | None = None,  # [batch_size, n_prefix], or [n_prefix]
         position_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         cu_seqlens: Tensor | None = None,  # [n_segments + 1]
@@ -188,6 +189,9 @@ class UnifiedLoss(nn.Module):
             token_weights: multiply every token term of their row; must not require grad.
             input_ids: the tokens that the model read. The context of row t is then input_ids[:, : t + 1], not
                 targets[:, :t].
+            prefix_ids: what comes before, where the rows continue a text that other calls have begun (a sequence spread
+                over ranks): the targets of the rows before, or with input_ids the tokens read before. ignore_index
+                where a row did not count or there is none; every other entry counts for min_sequence_length.
             segment_ids, position_ids, cu_seqlens: the texts that are packed into one row. Nothing leaks across them.
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
                 whose value is not read.
@@ -222,6 +226,7 @@ class UnifiedLoss(nn.Module):
             lm_head_bias=lm_head_bias,
             token_weights=token_weights,
             input_ids=input_ids,
+            prefix_ids=prefix_ids,
             position_ids=position_ids,
             segment_ids=segment_ids,
             cu_seqlens=cu_seqlens,
