@@ -123,6 +123,12 @@ class UnifiedLossConfig:
     )
     reweighting_exponent: float = _option(1.0, _NOT_NEGATIVE, "exponent of the weight of token_reweighting")
 
+    # soft targets
+    distillation_weight: float = _option(1.0, _NOT_NEGATIVE, "weight of the term of soft_target_ids")
+    distillation_temperature: float = _option(
+        1.0, _POSITIVE, "Td: soft targets are compared with softmax(z / Td), and their term is multiplied by Td^2"
+    )
+
     # multi-token prediction
     use_mtp: bool = _option(False, _FLAG, "also predict the tokens after the next one")
     num_future_tokens: int = _option(3, _at_least(1), "how many further tokens are predicted")
@@ -202,6 +208,11 @@ class UnifiedLossConfig:
             raise _bad("num_experts_per_token", f"at most num_experts = {n_experts}", k)
         if self.mtp_detach_head and not self.mtp_share_head:
             raise ValueError("unified_loss: mtp_detach_head=True needs mtp_share_head=True, got False")
+        if self.inplace_gradient and self.distillation_temperature != 1:
+            raise ValueError(
+                "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "
+                f"inplace_gradient=False with it, got True and {self.distillation_temperature}"
+            )
         low, high = self.temperature_bounds
         if self.temperature_adapts and not low <= self.initial_temperature <= high:
             raise _bad("initial_temperature", f"within temperature_bounds {(low, high)}", self.initial_temperature)

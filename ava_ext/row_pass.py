@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,10 @@ class RowPassOutput(NamedTuple):
     options: Tensor  # [N_OPTIONS]; the first is temperature / logit_scale
 
 
+def _no_soft_targets(call: Call) -> None:
+    return None
+
+
 class RowPass(Float32Buffers):
     """Row terms and sources of candidates of a configuration, merged into one call of `row_loss`.
 
@@ -59,7 +63,17 @@ class RowPass(Float32Buffers):
     ) -> None:
         super().__init__()
         self.config = config
-        self.given = tuple((source.key, source.given) for source in sources if source.given is not None)
+        self.given = tuple(
+            (source.key, source.given) for source in sources if source.given is not None and not source.is_soft
+        )
+        self.soft_key: tuple[str, ...] = ()
+        self.soft_targets: Callable[[Call], Candidates | None] = _no_soft_targets
+        self.soft_temperature = 1.0
+        for source in sources:
+            if source.is_soft and source.given is not None:
+                self.soft_key, self.soft_targets = (source.key,), source.given
+                self.soft_temperature = source.temperature
+        self.metrics = tuple((source.key, source.metric) for source in sources if source.metric is not None)
         self.repetition_keys = tuple(source.key for source in sources if source.given is None)
         flags = RowFlags(0)
         for term in row_terms:
@@ -124,17 +138,36 @@ class RowPass(Float32Buffers):
                 temperature = temperature.to(options.dtype) / self.config.logit_scale
             options = torch.where(self.is_temperature.to(like.device), temperature, options)
         call.head_loss = functools.partial(self._head_loss, options, call.placement)
-        candidates, names = self._candidates(call, penalty_factor)
-        output = self._row_loss(
+        soft = self.soft_targets(call)
+        in_this_pass = soft is not None and self.soft_temperature == 1
+        candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
+        flags = self.flags_with_entropy if with_entropy else self.flags
+        loss, terms = self._row_loss(
             call.logits,
             call.rows.targets,
             options,
-            self.flags_with_entropy if with_entropy else self.flags,
+            flags | RowFlags.SOFT_TARGETS if in_this_pass else flags,
             like,
             candidates,
             self.config.inplace_gradient,
         )
-        return RowPassOutput(output.loss, output.terms, (*TERM_NAMES, *names), options)
+        if soft is not None and not in_this_pass:
+            of_soft = self._soft_loss(call, soft, options)
+            loss, terms = loss + of_soft.loss, torch.cat([terms, of_soft.terms[len(TERM_NAMES) :]])
+        if soft is not None:
+            names = (*names, *self.soft_key)
+        return RowPassOutput(loss, terms, (*TERM_NAMES, *names), options)
+
+    def _soft_loss(
+        self,
+        call: Call,
+        soft: Candidates,
+        options: Tensor,  # [N_OPTIONS]
+    ) -> RowLoss:
+        """Soft targets at a temperature of their own."""
+        options = torch.where(self.is_temperature.to(options.device), options * self.soft_temperature, options)
+        flags = self.flags & RowFlags.SOFTCAP | RowFlags.SOFT_TARGETS
+        return self._row_loss(call.logits, call.rows.targets, options, int(flags), call.rows.weights, soft)
 
     def _row_loss(
         self,
@@ -177,8 +210,9 @@ class RowPass(Float32Buffers):
         self,
         call: Call,
         penalty_factor: Tensor | None,  # []
+        soft: Candidates | None,
     ) -> tuple[Candidates | None, tuple[str, ...]]:
-        """Every token that the rows push down, in one list of slots, and the names of its groups."""
+        """Every token that the rows push down, in one list of slots, and the names of its groups; then soft targets."""
         rows, found, names = call.rows, [], self.repetition_keys
         if self.repetition_keys:
             like, weights = rows.weights, self.penalty_weights
@@ -207,6 +241,8 @@ class RowPass(Float32Buffers):
             if given is not None:
                 found.append(given)
                 names = (*names, key)
+        if soft is not None:
+            found.append(soft)
         if len(found) < 2:
             return (found[0] if found else None), names
         ids, weights = (torch.cat([getattr(part, name) for part in found], -1) for name in ("ids", "weights"))

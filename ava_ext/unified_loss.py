@@ -29,7 +29,7 @@ class UnifiedLoss(nn.Module):
     """The weighted sum of all loss components that the configuration turns on.
 
         total = main (focal-modulated where focal is on) + z + confidence + immediate + eos + ngram + negative
-              + mtp + moe + diversity + auxiliary + contrastive
+              + distillation + mtp + moe + diversity + auxiliary + contrastive
 
     One pass over a row of logits computes all terms of it, gradient included. Each component is a module of
     `ava_ext.losses`, and `ava_ext/losses/__init__.py` lists them. `UnifiedLoss(V, primary_loss_type="standard")` equals
@@ -164,6 +164,8 @@ class UnifiedLoss(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
         negative_ids: Tensor | None = None,  # as targets, and [n_negatives]
         negative_weights: Tensor | None = None,  # as negative_ids
+        soft_target_ids: Tensor | None = None,  # as targets, and [n_soft_targets]
+        soft_target_weights: Tensor | None = None,  # as soft_target_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with return_detailed a dict of the loss and its parts.
@@ -196,6 +198,8 @@ class UnifiedLoss(nn.Module):
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
                 whose value is not read.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
+            soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
+                ones of a teacher; see `losses.distillation`.
             contrastive_pair: two views of the same things, for InfoNCE.
 
         Returns:
@@ -233,6 +237,8 @@ class UnifiedLoss(nn.Module):
             num_items_in_batch=num_items_in_batch,
             negative_ids=negative_ids,
             negative_weights=negative_weights,
+            soft_target_ids=soft_target_ids,
+            soft_target_weights=soft_target_weights,
             contrastive_pair=contrastive_pair,
         )
         if self._learns and torch.is_grad_enabled():
@@ -303,8 +309,17 @@ class UnifiedLoss(nn.Module):
                 "entropy": entropy,
                 "temperature": rows.options[0] * self.config.logit_scale,
             }
+            | self._of_candidates(call, rows)
             | {name: metric.detach() for name, metric in metrics.items()}
         )
+
+    def _of_candidates(self, call: Call, rows: RowPassOutput) -> dict[str, Tensor]:
+        """The metrics of sources of candidates; 0 where a source has found none."""
+        terms = dict(zip(rows.names, rows.terms.unbind(), strict=True))
+        return {
+            metric.name: metric.of_term(call, terms[key]) if key in terms else torch.zeros_like(call.rows.n_counted)
+            for key, metric in self.row_pass.metrics
+        }
 
     def _learned(self) -> list[Any]:
         """The components that learn."""

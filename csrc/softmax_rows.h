@@ -19,7 +19,7 @@
 //
 // `a` comes from lse, `b` from the entropy, `k` (and a) from the mean log-probability, and s_c is the derivative by
 // log p_c of the target, of a candidate, or of the maximum. A candidate's penalty -w log(1 - p_c) has s_c = w p_c / (1
-// - p_c), at the maximum w / R. Collected per column:
+// - p_c), at the maximum w / R; a soft target's term -q log p_c has s_c = -q. Collected per column:
 //
 //   elsewhere          dz_j = p_j [ A + b (u_j - E) ] + k,                          A = a - sum_c s_c
 //   at c != i*         dz_c = p_c [ A + s_c + b (u_c - E) ] + k + s_c (1 - p_c)
@@ -117,6 +117,7 @@ enum RowFlags : int64_t {
   // the target's term is weighted, by a constant: by p_t, or by H / log V, to the power of reweighting_exponent
   kDft = 512,
   kEaft = 1024,
+  kSoftTargets = 2048,  // the last group of candidates are soft targets: -q log p_c in place of -w log(1 - p_c)
 };
 // Terms that need more of a row than its maximum and R.
 constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft;
@@ -176,6 +177,12 @@ AVA_HOST_DEVICE CandidateShare<Real> unlikelihood(const RowStatistics<Real>& row
     return {weight * log1p_of(1 / rest), weight / rest};  // -log(R / S); log1p(R) - log(R) cancels for a large R
   }
   return {-weight * log_complement(probability), weight * probability / (1 - probability)};
+}
+
+// A soft target's term -q log p_c, and its s_c. A masked column's is inf, as a target's is.
+template <class Real>
+AVA_HOST_DEVICE CandidateShare<Real> soft_target(Real total, Real u, Real weight) {  // total: log_total of the row
+  return {weight * (total - u), -weight};
 }
 
 // Every term of one counted row but the candidates', and the coefficients of its gradient.

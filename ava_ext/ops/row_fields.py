@@ -26,6 +26,8 @@ class RowFlags(IntFlag):
     # beside IDS_ARE_PRESENT = 256
     DFT = 512
     EAFT = 1024
+    # the last group of candidates are soft targets
+    SOFT_TARGETS = 2048
 
 
 # beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
@@ -61,7 +63,11 @@ class RowLoss(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c)."""
+    """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c).
+
+    With RowFlags.SOFT_TARGETS those of the last group are pulled up: -sum_c weight_c log p_c. The row's own target may
+    be among those, and is left out of all others.
+    """
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent
     weights: Tensor  # [..., n_candidates] float32 (float64 beside float64 logits)

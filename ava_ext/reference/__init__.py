@@ -41,6 +41,7 @@ from ava_ext.reference.softmax_rows import (
     negative_log_likelihood,
     reweighted,
     smoothed,
+    soft_targets,
     softmax_statistics,
     softplus,
     token_entropy,
@@ -52,6 +53,6 @@ from ava_ext.reference.unified_loss import unified_loss
 
 # entries of unified_loss() that are not weighted contributions; "mtp_loss_depth_<k>" belong to them too
 METRICS = (
-    "cross_entropy", "perplexity", "focal_loss", "n_tokens", "accuracy", "entropy", "temperature",
+    "cross_entropy", "perplexity", "focal_loss", "n_tokens", "accuracy", "entropy", "temperature", "teacher_kl",
     "moe_cv", "moe_max_violation",
 )  # fmt: skip

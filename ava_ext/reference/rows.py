@@ -23,6 +23,7 @@ from ava_ext.reference.softmax_rows import (
     negative_log_likelihood,
     reweighted,
     smoothed,
+    soft_targets,
     token_entropy,
     token_weight,
     unlikelihood,
@@ -86,6 +87,8 @@ def row_terms(
     read: dict[str, Tensor],  # [B, T] input_ids and their attention_mask
     negative_ids: Tensor | None,  # [B, T, M]
     negative_weights: Tensor | None,  # [B, T, M]
+    soft_target_ids: Tensor | None,  # [B, T, K]
+    soft_target_weights: Tensor | None,  # [B, T, K]
 ) -> Terms:
     """Every term of the logits rows."""
     config = rows.config
@@ -119,6 +122,16 @@ def row_terms(
     given = negative_weights_dense(config, rows.targets, rows.counted, negative_ids, negative_weights)
     addends["negative_penalty"] = penalty(given)
 
+    teacher_kl = torch.zeros_like(nll)
+    if config.distillation_weight > 0:
+        distillation = torch.zeros_like(nll)
+        if soft_target_ids is not None and soft_target_weights is not None:
+            q = torch.where(soft_target_ids < 0, 0.0, soft_target_weights)
+            distillation = soft_targets(z / config.distillation_temperature, soft_target_ids, q)
+            teacher_kl = torch.xlogy(q, q).sum(-1) + distillation
+        factor = config.distillation_weight * config.distillation_temperature**2
+        addends["distillation_loss"] = factor * rows.reduce(distillation)
+
     metrics = {
         "cross_entropy": rows.mean(nll),
         "perplexity": rows.mean(nll).exp(),
@@ -127,6 +140,8 @@ def row_terms(
         "entropy": rows.mean(token_entropy(z)),
         "temperature": torch.as_tensor(rows.temperature),
     }
+    if config.distillation_weight > 0:
+        metrics["teacher_kl"] = rows.mean(teacher_kl)
     if config.use_focal_loss:
         metrics["focal_loss"] = addends["main_loss"]
     return addends, metrics

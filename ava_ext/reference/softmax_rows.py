@@ -225,6 +225,19 @@ def confidence_penalty(z: Tensor) -> Tensor:  # [..., vocab] -> [...]
     return torch.where(n_columns == 1, 0.0, 1 - token_entropy(z) / log_columns)
 
 
+def soft_targets(
+    z: Tensor,  # [..., vocab]
+    ids: Tensor,  # [..., K] int, -1 absent
+    weights: Tensor,  # [..., K]
+) -> Tensor:
+    """-sum_c q_c log p_c over the ids, [...]; a term with weight 0 is left out, also where it is infinite."""
+    total = z.new_zeros(z.shape[:-1])
+    for columns, q in zip(ids.unbind(-1), weights.to(z.dtype).unbind(-1), strict=True):
+        q = torch.where(columns < 0, 0.0, q)
+        total = total + reweighted(negative_log_likelihood(z, columns.clamp(min=0).long()), q)
+    return total
+
+
 def unlikelihood(
     z: Tensor,  # [n_rows, vocab]
     weights: Tensor,  # [n_rows, at most vocab], 0 where a column is no candidate

@@ -40,6 +40,8 @@ def unified_loss(
     num_items_in_batch: float | Tensor | None = None,
     negative_ids: Tensor | None = None,  # [B, T, M]
     negative_weights: Tensor | None = None,  # [B, T, M]
+    soft_target_ids: Tensor | None = None,  # [B, T, K]
+    soft_target_weights: Tensor | None = None,  # [B, T, K]
     contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n, H]
     temperature: float | Tensor | None = None,  # [] the adaptive one; default initial_temperature
     expert_load: Tensor | None = None,  # [layers, E], default 1/E
@@ -48,7 +50,7 @@ def unified_loss(
 ) -> dict[str, Tensor]:
     """What UnifiedLoss(...).forward(..., return_detailed=True) returns: total_loss, its addends (detached), METRICS.
 
-    The keys depend on the configuration only: `negative_penalty` is always there (0 where nothing is given),
+    The keys depend on the configuration only: `negative_penalty`, `distillation_loss` are there (0) if none are given,
     `confidence_regularization` where the adaptive heads use confidence weighting and its strength is > 0, the `moe_`
     metrics with use_moe_balancing or use_auxiliary_loss. Choices where the specification is silent:
 
@@ -122,7 +124,8 @@ def unified_loss(
     read = {"attention_mask": attention_mask}
     if input_ids is not None:
         read = {"input_ids": of_rows(input_ids), "attention_mask": token_mask}
-    terms = [row_terms(rows, logits, read, of_rows(negative_ids), of_rows(negative_weights))]
+    beside = (negative_ids, negative_weights, soft_target_ids, soft_target_weights)
+    terms = [row_terms(rows, logits, read, *map(of_rows, beside))]
     if deepseek_heads or adaptive_heads:
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting

@@ -101,9 +101,11 @@ Expected expected_row(const Problem& problem, int row_index) {
   own[target] = evaluation.target_coefficient;
   for (int k = 0; k < kCandidates; ++k) {
     const int32_t id = problem.ids[row_index * kCandidates + k];
-    if (id < 0 || id == target || logits[id] == -INFINITY) continue;
-    const CandidateShare<double> share =
-        unlikelihood(row, id == argmax, p_of(id), double(problem.weights[row_index * kCandidates + k]));
+    const bool is_soft = problem.flags & kSoftTargets && k > 0;  // the second group
+    if (id < 0 || (id == target && !is_soft) || logits[id] == -INFINITY) continue;
+    const double weight = problem.weights[row_index * kCandidates + k];
+    const CandidateShare<double> share = is_soft ? soft_target(std::log1p(row.rest), u_of(id), weight)
+                                                 : unlikelihood(row, id == argmax, p_of(id), weight);
     expected.loss += share.loss;
     own[id] += share.log_prob_coefficient;
   }
@@ -247,7 +249,7 @@ void test_every_residence(const SoftmaxRowsLaunchers& kernels) {
                       {small_device(10240, 8), 7101 * kScale, Residence::clusters, 8},
                       {small_device(4096, 1), 1100 * kScale, Residence::streamed, 1}};
   const int flags[] = {kCrossEntropy, kCrossEntropy | kFocal | kLabelSmoothing | kZLoss | kConfidencePenalty,
-                       kCrossEntropy | kLabelSmoothing | kSoftcap | kEaft, kCrossEntropy | kDft};
+                       kCrossEntropy | kLabelSmoothing | kSoftcap | kEaft, kCrossEntropy | kDft | kSoftTargets};
   int variant = 0;
   for (const Way& way : ways) {
     const RowPlan plan = plan_rows(way.n_columns, int(sizeof(Element)), kCandidates, way.device);

@@ -25,6 +25,7 @@ SINGLE_TERMS = {
     "confidence_penalty": RowFlags.CONFIDENCE_PENALTY,
     "softcap": RowFlags.CROSS_ENTROPY | RowFlags.SOFTCAP,
     "candidates": 0,
+    "soft targets": RowFlags.SOFT_TARGETS,
     "all": EVERY_TERM,
 }
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ava_ext.ops.softmax_rows import row_loss
 
 OPTIONS = torch.tensor([0.8, 0.1, 0.75, 2.0, 0.1, 0.2, 9.0, 0.7])
-ALL_FLAGS = 255 + 512 + 1024  # with an id of -1 absent
+ALL_FLAGS = 255 + 512 + 1024 + 2048  # with an id of -1 absent
 
 
 def copied(value, copy):

@@ -111,8 +111,17 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         entropy_size = confidence_weight / torch.log(n_present.clamp(min=2).double())
 
     smallest_rest = 1e-300 if is_float64 else 1e-37
-    for ids, weights in _groups(problem, counted):
+    groups = _groups(problem, counted)
+    for number, (ids, weights) in enumerate(groups):
         penalty, penalty_size = zero, zero
+        if on[RowFlags.SOFT_TARGETS] and number == len(groups) - 1:
+            penalty = reference.soft_targets(z, ids, weights)
+            columns, weights = ids.clamp(min=0).long(), torch.where(ids < 0, 0.0, weights)
+            log_prob_size.scatter_add_(-1, columns, weights)
+            odds = [reference.log_odds(z.detach(), c) for c in columns.unbind(-1)]
+            own.scatter_add_(-1, columns, weights * torch.sigmoid(-torch.stack(odds, -1)))
+            terms[f"group {len(terms)}"] = penalty, penalty.detach()
+            continue
         for columns, column_weights in zip(ids.unbind(-1), weights.unbind(-1), strict=True):
             candidate = columns.clamp(min=0).long().unsqueeze(-1)
             is_pushed = (columns >= 0) & (columns != targets) & present.gather(-1, candidate).squeeze(-1)

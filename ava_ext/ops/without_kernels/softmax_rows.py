@@ -176,18 +176,26 @@ def _penalties(
     weights: Tensor,  # [..., n_candidates]
     targets: Tensor,  # [...], -1 where the row does not count
     flags: int,
+    n_soft: int,
 ) -> tuple[Tensor, Tensor]:
-    """-w log(1 - p) of each candidate, and its s; both [..., n_candidates]."""
+    """-w log(1 - p) of each candidate, -w log p of the last n_soft, and its s; both [..., n_candidates]."""
     target = targets.unsqueeze(-1)
     at = _places(ids, target >= 0, flags)
     u, p = columns.u.gather(-1, at), columns.probability.gather(-1, at)
-    valid = (ids >= 0) & (ids != target) & (target >= 0) & (weights != 0) & (u != -math.inf)
+    present = (ids >= 0) & (target >= 0) & (weights != 0)
+    valid = present & (ids != target) & (u != -math.inf)
     smallest = 1e-37 if weights.dtype == torch.float32 else 1e-300
     rest = torch.where(row.rest < smallest, smallest, row.rest).unsqueeze(-1)
     is_argmax = columns.is_argmax.gather(-1, at)
     loss = torch.where(is_argmax, (1 / rest).log1p(), -torch.log1p(-p))
     slope = torch.where(is_argmax, 1 / rest, p / (1 - p))
-    return torch.where(valid, weights * loss, 0), torch.where(valid, weights * slope, 0)
+    losses, slopes = torch.where(valid, weights * loss, 0), torch.where(valid, weights * slope, 0)
+    if n_soft:
+        n_others, nll = ids.shape[-1] - n_soft, row.rest.log1p().unsqueeze(-1) - u
+        soft = torch.where(present, weights * nll, 0)
+        losses = torch.cat([losses[..., :n_others], soft[..., n_others:]], -1)
+        slopes = torch.cat([slopes[..., :n_others], torch.where(present, -weights, 0)[..., n_others:]], -1)
+    return losses, slopes
 
 
 def _gradient(
@@ -252,7 +260,9 @@ def row_loss(
     ids, all_own = counted_targets.unsqueeze(-1), own.unsqueeze(-1)
     if candidate_ids is not None and candidate_weights is not None:
         _check("row_loss", "candidate_weights", candidate_weights, tuple(candidate_ids.shape))
-        losses, slopes = _penalties(row, columns, candidate_ids, candidate_weights, counted_targets, flags)
+        n_soft = candidate_groups[-1] if flags & RowFlags.SOFT_TARGETS and candidate_groups else 0
+        given = (candidate_ids, candidate_weights, counted_targets)
+        losses, slopes = _penalties(row, columns, *given, flags, n_soft)
         terms += [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
         counted_ids = torch.where(counts.unsqueeze(-1), candidate_ids.long(), -1)
         ids, all_own = torch.cat([ids, counted_ids], -1), torch.cat([all_own, slopes], -1)
