@@ -49,6 +49,7 @@ _TOKEN = _Range("a token id (an integer)", _is_integer)
 _TOKENS = _Range("a sequence of token ids (integers)", lambda v: isinstance(v, tuple) and all(map(_is_integer, v)))
 _TOKEN_OR_TOKENS = _Range("token ids (integers)", lambda v: _TOKEN.holds(v) or _TOKENS.holds(v))
 _BOUNDS = _Range("two numbers, 0 < low <= high", lambda v: _is_pair(v) and 0 < v[0] <= v[1])
+_NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v)))
 _GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
 
 
@@ -116,6 +117,9 @@ class UnifiedLossConfig:
     focal_alpha: float = _option(1.0, _NOT_NEGATIVE, "factor of the focal term")
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
+    class_weights: tuple[float, ...] | None = _option(
+        None, _NUMBERS, "weight of each target's term by its class; N is then their sum, as in PyTorch"
+    )
     token_reweighting: str | None = _option(
         None,
         _one_of("dft", "eaft"),
@@ -208,6 +212,11 @@ class UnifiedLossConfig:
             raise _bad("num_experts_per_token", f"at most num_experts = {n_experts}", k)
         if self.mtp_detach_head and not self.mtp_share_head:
             raise ValueError("unified_loss: mtp_detach_head=True needs mtp_share_head=True, got False")
+        if self.class_weights is not None:
+            if len(self.class_weights) != self.vocab_size:
+                raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
+            if self.label_smoothing > 0:
+                raise NotImplementedError("unified_loss: class_weights with label_smoothing are not supported yet")
         if self.inplace_gradient and self.distillation_temperature != 1:
             raise ValueError(
                 "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "
@@ -255,7 +264,7 @@ class UnifiedLossConfig:
     def changed_options(self) -> str:
         """The options that differ from their defaults, as name=value."""
         options = [(option, getattr(self, option.name)) for option in dataclasses.fields(self)]
-        return ", ".join(f"{option.name}={value!r}" for option, value in options if value != option.default)
+        return ", ".join(f"{option.name}={_short(value)}" for option, value in options if value != option.default)
 
     @classmethod
     def check_names(cls, options: dict[str, Any], owner: str = "unified_loss") -> None:
@@ -300,6 +309,12 @@ class UnifiedLossConfig:
             )
             state["process_group"] = None
         return state
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) > 16:
+        return f"({value[0]!r}, ..., {value[-1]!r})"
+    return repr(value)
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ from ava_ext.ops.row_fields import (
 )
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.placements import CallPlacement
+from ava_ext.reduction import classes_of
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 # of the main term, what further heads have too: all but focal and token reweighting
@@ -57,6 +58,7 @@ class RowPass(Float32Buffers):
     options: Tensor
     is_temperature: Tensor
     penalty_weights: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self, config: UnifiedLossConfig, row_terms: Sequence[RowTerm], sources: Sequence[CandidateSource]
@@ -93,6 +95,7 @@ class RowPass(Float32Buffers):
         # constants of the device: nothing is copied to it in a call, and nothing is made while a graph is traced
         self.register_buffer("options", self._make_options(torch.float32), persistent=False)
         self.register_buffer("is_temperature", self._make_is_temperature(), persistent=False)
+        self.register_buffer("class_weights", self._make_class_weights(torch.float32), persistent=False)
         self.register_buffer("penalty_weights", self._make_penalty_weights(torch.float32), persistent=False)
 
     def _make_options(self, dtype: torch.dtype) -> Tensor:  # [N_OPTIONS]
@@ -100,6 +103,10 @@ class RowPass(Float32Buffers):
 
     def _make_is_temperature(self) -> Tensor:  # [N_OPTIONS] bool
         return torch.tensor([name == "temperature" for name in OPTION_NAMES])
+
+    def _make_class_weights(self, dtype: torch.dtype) -> Tensor | None:  # [vocab_size]
+        weights = self.config.class_weights
+        return None if weights is None else torch.tensor(weights, dtype=dtype)
 
     def _make_penalty_weights(self, dtype: torch.dtype) -> Tensor:  # [N_REPETITION_WEIGHTS]
         return repetition_weights(torch.empty(0, dtype=dtype), **self._penalty_weights)
@@ -110,6 +117,8 @@ class RowPass(Float32Buffers):
         with torch.device("cpu"):
             self.options.copy_(self._make_options(torch.float32))
             self.is_temperature.copy_(self._make_is_temperature())
+            if self.class_weights is not None and self.config.class_weights is not None:
+                self.class_weights.copy_(torch.tensor(self.config.class_weights))
             self.penalty_weights.copy_(self._make_penalty_weights(torch.float32))
 
     def run(
@@ -214,6 +223,10 @@ class RowPass(Float32Buffers):
     ) -> tuple[Candidates | None, tuple[str, ...]]:
         """Every token that the rows push down, in one list of slots, and the names of its groups; then soft targets."""
         rows, found, names = call.rows, [], self.repetition_keys
+        if call.class_weights is not None:
+            weights = classes_of(rows, call.class_weights).unsqueeze(-1)
+            found.append(Candidates(torch.full_like(rows.targets, -1).unsqueeze(-1), weights, (1,)))
+            names = ("class_weights", *names)
         if self.repetition_keys:
             like, weights = rows.weights, self.penalty_weights
             if like.dtype == torch.float64:

@@ -21,6 +21,7 @@ from ava_ext.ops.committed import is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.process_group import resolve
+from ava_ext.reduction import classes_of
 from ava_ext.row_count import rows_of_targets
 from ava_ext.row_pass import CROSS_ENTROPY, RowPass, RowPassOutput
 
@@ -118,8 +119,10 @@ class UnifiedLoss(nn.Module):
         group: Any = None,
         *,
         position_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
-    ) -> Tensor:  # [] int64
-        """N of exactly this loss: how many rows of these targets count. Nothing waits for the device.
+    ) -> Tensor:  # [] int64; with class_weights float32
+        """N of exactly this loss: how many rows of these targets count, or the sum of their classes' weights.
+
+        Nothing waits for the device.
 
         Args:
             targets, attention_mask, position_ids: as forward gets them.
@@ -130,9 +133,10 @@ class UnifiedLoss(nn.Module):
             >>> loss_fn.count_items(torch.tensor([[7, 8, -100, 9]]))
             tensor(2)
         """
-        n_items = rows_of_targets(
-            self.config, targets, attention_mask=attention_mask, position_ids=position_ids
-        ).weights.count_nonzero()
+        rows = rows_of_targets(self.config, targets, attention_mask=attention_mask, position_ids=position_ids)
+        n_items = rows.weights.count_nonzero()
+        if self.row_pass.class_weights is not None:
+            n_items = (rows.weights * classes_of(rows, self.row_pass.class_weights)).sum()
         if resolve(group) is not None:
             torch.distributed.all_reduce(n_items, group=resolve(group))
         return n_items
@@ -240,6 +244,7 @@ class UnifiedLoss(nn.Module):
             soft_target_ids=soft_target_ids,
             soft_target_weights=soft_target_weights,
             contrastive_pair=contrastive_pair,
+            class_weights=self.row_pass.class_weights,
         )
         if self._learns and torch.is_grad_enabled():
             first_run = is_first_run(call.rows.weights)

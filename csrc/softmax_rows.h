@@ -118,6 +118,7 @@ enum RowFlags : int64_t {
   kDft = 512,
   kEaft = 1024,
   kSoftTargets = 2048,  // the last group of candidates are soft targets: -q log p_c in place of -w log(1 - p_c)
+  kTargetWeights = 4096,  // the first group of candidates is one absent id, whose weight is that of the target's term
 };
 // Terms that need more of a row than its maximum and R.
 constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft;
@@ -195,7 +196,8 @@ struct RowEvaluation {
 template <class Real>
 AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, const RowOptions<Real>& options,
                                              int64_t flags, bool target_is_argmax,
-                                             Real target_u) {  // u of the target; -inf where its column is masked
+                                             Real target_u,  // u of the target; -inf where its column is masked
+                                             Real target_weight = 1) {
   RowEvaluation<Real> out{};
   const Real total = log_total(row), mean_u = row.weighted / (1 + row.rest);
   const Real nll = target_is_argmax ? total : total - target_u;
@@ -219,6 +221,10 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       const Real weight = power_of(base, options.reweighting_exponent);
       hard = weight == 0 ? Real(0) : weight * hard;  // a masked target's nll is inf
       slope *= weight;
+    }
+    if (flags & kTargetWeights) {
+      hard = target_weight == 0 ? Real(0) : target_weight * hard;
+      slope *= target_weight;
     }
     Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
     if (flags & kExcludeTarget) smoothing *= row.count > 1 ? row.count / (row.count - 1) : Real(0);  // V = 1: no others

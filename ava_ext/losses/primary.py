@@ -2,6 +2,7 @@
 
     uniform:         (1 - e) n - e mean_j log softmax(z)_j                (as torch.nn.functional.cross_entropy)
     exclude_target:  (1 - e) n - e mean_{j != target} log softmax(z)_j    (computed as uniform with e V / (V - 1))
+    class_weights:   w_target n
 
 z = softcap(logit_scale logits) / T are the effective logits of the V columns that are not masked, n is -log
 softmax(z)_target, and e is label_smoothing.
@@ -26,6 +27,8 @@ def from_config(config: UnifiedLossConfig) -> RowTerm:
             flags |= RowFlags.EXCLUDE_TARGET
     if config.logit_softcap is not None:
         flags |= RowFlags.SOFTCAP
+    if config.class_weights is not None:
+        flags |= RowFlags.TARGET_WEIGHTS
     options = {
         "temperature": config.initial_temperature,
         "label_smoothing": config.label_smoothing,

@@ -28,6 +28,8 @@ class RowFlags(IntFlag):
     EAFT = 1024
     # the last group of candidates are soft targets
     SOFT_TARGETS = 2048
+    # the first group of candidates is one absent id, whose weight is that of the target's term
+    TARGET_WEIGHTS = 4096
 
 
 # beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
@@ -66,7 +68,8 @@ class Candidates(NamedTuple):
     """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c).
 
     With RowFlags.SOFT_TARGETS those of the last group are pulled up: -sum_c weight_c log p_c. The row's own target may
-    be among those, and is left out of all others.
+    be among those, and is left out of all others. With RowFlags.TARGET_WEIGHTS the first group is one absent id (-1):
+    its weight multiplies the target's term.
     """
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent

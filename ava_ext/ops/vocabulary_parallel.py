@@ -174,7 +174,8 @@ def _evaluated(
     """Weighted loss, terms and coefficients of the rows: evaluate and unlikelihood of csrc/softmax_rows.h."""
     row = _Row(*merged.statistics.unbind(-1))
     is_argmax = ids == row.argmax.unsqueeze(-1)
-    terms, of_row, own = _evaluate(row, _Options(*shard.options.unbind()), shard.flags, is_argmax[:, 0], merged.u[:, 0])
+    options = _Options(*shard.options.unbind())
+    terms, of_row, own = _evaluate(row, options, shard.flags, is_argmax[:, 0], merged.u[:, 0], weights)
     terms = [torch.stack(terms)]
     total = terms[0][0] + terms[0][1] + terms[0][2]
     coefficients = torch.stack([*of_row, torch.zeros_like(own), own], -1)

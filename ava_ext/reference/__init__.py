@@ -27,7 +27,7 @@ from ava_ext.reference.router_rows import (
     updated_expert_load,
 )
 from ava_ext.reference.rows import Depth, Rows, Terms, confidence_calibration, mtp_depth, mtp_terms, row_terms
-from ava_ext.reference.sequences import counted_rows, denominator, is_padding, segment_numbers
+from ava_ext.reference.sequences import class_weights_of, counted_rows, denominator, is_padding, segment_numbers
 from ava_ext.reference.softmax_rows import (
     SoftmaxStatistics,
     confidence_penalty,

@@ -16,6 +16,7 @@ from ava_ext.reference.repetition import (
     negative_weights_dense,
     ngram_weights,
 )
+from ava_ext.reference.sequences import class_weights_of
 from ava_ext.reference.softmax_rows import (
     confidence_penalty,
     effective_logits,
@@ -100,6 +101,8 @@ def row_terms(
     if config.token_reweighting is not None:
         weight = token_weight(z, targets, config.token_reweighting, config.reweighting_exponent)
         hard = reweighted(hard, weight)
+
+    hard = reweighted(hard, class_weights_of(config, targets, rows.counted))
 
     def penalty(candidate_weights: Tensor) -> Tensor:  # [B, T, vocab_size]
         values = unlikelihood(z.flatten(0, 1), candidate_weights.flatten(0, 1))

@@ -13,7 +13,7 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.reference.batch_terms import diversity, info_nce, simctg
 from ava_ext.reference.router_rows import router_terms
 from ava_ext.reference.rows import Rows, mtp_terms, row_terms
-from ava_ext.reference.sequences import counted_rows, denominator, is_padding, segment_numbers
+from ava_ext.reference.sequences import class_weights_of, counted_rows, denominator, is_padding, segment_numbers
 
 
 def unified_loss(
@@ -116,7 +116,8 @@ def unified_loss(
         )
     dtype = logits.dtype
     weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else of_labels(token_weights).to(dtype)
-    n = denominator(config, counted, weights, num_items_in_batch).to(dtype)
+    of_class = class_weights_of(config, targets, counted).to(dtype)
+    n = denominator(config, counted, weights * of_class, num_items_in_batch).to(dtype)
     temperature = config.initial_temperature if temperature is None else temperature
     rows = Rows(config, targets, counted, segments, weights, n, temperature)
 

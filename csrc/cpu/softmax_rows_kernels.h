@@ -146,7 +146,8 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
         row = measure(x);
         const int64_t argmax = int64_t(row.argmax);
         const Real target_u = scalar_u(x, target, row);
-        evaluation = evaluate(row, options, arguments.flags, target == argmax, target_u);
+        const Real target_weight = arguments.flags & kTargetWeights ? weights[0] : Real(1);
+        evaluation = evaluate(row, options, arguments.flags, target == argmax, target_u, target_weight);
         evaluation.target_coefficient *= row_weight;
         const Real probability = exp_of(target_u) / (1 + row.rest);
         entries.add(target, target_u, probability, evaluation.target_coefficient);

@@ -90,12 +90,13 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_
   const Real row_weight = a.row_weights ? static_cast<const Real*>(a.row_weights)[row_index] : Real(1);
   const int32_t target = entries[0].column, argmax = int32_t(row.argmax);
   const Real target_u = scalar_u(a, options, row, target, entries[0].logit);
-  RowEvaluation<Real> evaluation = evaluate(row, options, a.flags, target == argmax, target_u);
+  const Real target_weight = a.flags & kTargetWeights ? entries[1].own : Real(1);
+  RowEvaluation<Real> evaluation = evaluate(row, options, a.flags, target == argmax, target_u, target_weight);
   evaluation.target_coefficient *= row_weight;
   evaluation.coefficients.probability *= row_weight;
   evaluation.coefficients.entropy *= row_weight;
   evaluation.coefficients.constant *= row_weight;
-  __syncwarp();  // entries[0] has been read
+  __syncwarp();  // the first entries have been read
   const Real total = log_total(row);
   const int first_soft = a.flags & kSoftTargets && a.n_groups ? 1 + a.n_ids - a.group_sizes[a.n_groups - 1] : INT32_MAX;
   Real others = 0, maximum = 0;

@@ -84,7 +84,10 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         for flag, name in ((RowFlags.DFT, "dft"), (RowFlags.EAFT, "eaft")):  # with both, eaft
             if on[flag]:
                 weight = reference.token_weight(z, targets, name, exponent)
-                weight_size = weight * (1 + exponent * (nll.detach() if name == "dft" else 1))
+                weight_size = weight * (1 + exponent * (nll.detach().clamp(max=1e3) if name == "dft" else 1))
+        if on[RowFlags.TARGET_WEIGHTS] and problem.candidates:
+            of_target = problem.candidates.weights[counted][:, 0].double()
+            weight, weight_size = weight * of_target, weight_size * of_target
         hard = reference.reweighted(unweighted, weight)
         e = zero
         if on[RowFlags.LABEL_SMOOTHING]:
@@ -118,8 +121,10 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
             penalty = reference.soft_targets(z, ids, weights)
             columns, weights = ids.clamp(min=0).long(), torch.where(ids < 0, 0.0, weights)
             log_prob_size.scatter_add_(-1, columns, weights)
-            odds = [reference.log_odds(z.detach(), c) for c in columns.unbind(-1)]
-            own.scatter_add_(-1, columns, weights * torch.sigmoid(-torch.stack(odds, -1)))
+            for c, q in zip(columns.unbind(-1), weights.unbind(-1), strict=True):
+                own.scatter_add_(
+                    -1, c.unsqueeze(-1), (q * torch.sigmoid(-reference.log_odds(z.detach(), c))).unsqueeze(-1)
+                )
             terms[f"group {len(terms)}"] = penalty, penalty.detach()
             continue
         for columns, column_weights in zip(ids.unbind(-1), weights.unbind(-1), strict=True):

@@ -96,6 +96,8 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "diversity_weight": 0.3,
             "use_contrastive_loss": draw(st.booleans()),
         }
+    if options["label_smoothing"] == 0 and draw(st.sampled_from([False, False, True])):
+        options["class_weights"] = tuple(draw(st.sampled_from([1.0, 0.5, 2.5, 0.0])) for _ in range(vocab_size))
     return UnifiedLossConfig(**options | fixed)
 
 
@@ -449,6 +451,12 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
         )
         groups = (1, n_candidates - 1) if draw(st.booleans()) else (n_candidates,)
         candidates = Candidates(ids, weights, groups)
+    if flags & RowFlags.TARGET_WEIGHTS:
+        if candidates is None:
+            flags -= RowFlags.TARGET_WEIGHTS
+        else:
+            ids[..., 0] = -1
+            candidates = candidates._replace(groups=(1, n_candidates - 1))
     row_weights = torch.rand(rows, generator=generator, dtype=real) * 3 - 1 if draw(st.booleans()) else None
     ignore_index = draw(st.sampled_from([IGNORED, -1, vocab_size - 1]))
     if ignore_index >= 0:

@@ -115,6 +115,7 @@ def _evaluate(
     flags: int,
     target_is_argmax: Tensor,  # [...]
     target_u: Tensor,  # [...]
+    candidate_weights: Tensor | None,  # [..., n_candidates]: with TARGET_WEIGHTS the first is the target's
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The six terms, the coefficients a, b, k, and s of the target; all [...]."""
     zero = torch.zeros_like(row.rest)
@@ -135,6 +136,9 @@ def _evaluate(
             if flags & RowFlags.EAFT:
                 base = torch.where(row.n_present > 1, (total - mean_u) / row.n_present.log(), 0)
             weight = base.pow(options.reweighting_exponent)
+            hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
+        if flags & RowFlags.TARGET_WEIGHTS and candidate_weights is not None:
+            weight = candidate_weights[..., 0]
             hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
         smoothing = options.label_smoothing if flags & RowFlags.LABEL_SMOOTHING else zero
         if flags & RowFlags.EXCLUDE_TARGET:
@@ -253,7 +257,7 @@ def row_loss(
     at = torch.where(counts, targets, 0).unsqueeze(-1)
     target_u = columns.u.gather(-1, at).squeeze(-1)
     target_is_argmax = columns.is_argmax.gather(-1, at).squeeze(-1)
-    terms, row_coefficients, own = _evaluate(row, values, flags, target_is_argmax, target_u)
+    terms, row_coefficients, own = _evaluate(row, values, flags, target_is_argmax, target_u, candidate_weights)
     weight = torch.ones_like(row.rest) if row_weights is None else row_weights
     counted_targets = torch.where(counts, targets, -1)
     terms = [torch.where(counts, term, 0) for term in terms]
