@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import emulated_cuda
 from support.assertions import assert_bitwise_equal, assert_within
 from support.row_oracle import expected_row_loss
@@ -16,6 +17,7 @@ from support.row_ways import assert_right, fused, in_place, split
 from support.strategies import row_problems
 
 from ava_ext import reference
+from ava_ext.ops.row_fields import IDS_ARE_PRESENT
 from ava_ext.ops.softmax_rows import RowFlags, row_options
 
 pytestmark = pytest.mark.skipif(not emulated_cuda.AVAILABLE, reason="the emulator needs x86-64")
@@ -214,6 +216,28 @@ def test_target_out_of_range_is_a_device_assert(target):
             loss_and_gradient(logits, targets, vocab_size=9)
         with pytest.raises(RuntimeError, match=r"expected ids in \[0, vocab_size\) or -1"):
             loss_and_gradient(logits, torch.zeros(3).long(), 1, torch.full((3, 1), 10).int(), torch.ones(3, 1))
+
+
+IDS = st.one_of(
+    st.integers(-1, 9), st.sampled_from([10, -2, 2**31, 2**32, 2**32 + 1, 2**33 - 1, -(2**32), 5 * (2**32 + 1)])
+)
+
+
+@pytest.mark.parametrize("all_are_present", [False, True])
+@settings(max_examples=60)
+@given(ids=st.lists(IDS, min_size=1, max_size=3))
+def test_ids_of_64_bits_are_checked_as_a_whole(all_are_present, ids):
+    """Both of an id's words, on both sides of every limit."""
+    logits, wide = torch.linspace(-1, 1, 10).expand(1, 10), torch.tensor([ids])
+    options, flags = row_options(torch.zeros(1)), int(RowFlags.ENTROPY)
+    flags |= IDS_ARE_PRESENT * all_are_present
+    with emulated_cuda.kernels_in_place():
+        if any(not all_are_present - 1 <= one < 10 for one in ids):
+            with pytest.raises(RuntimeError, match=r"expected ids in \[0, vocab_size\) or -1"):
+                ops.row_statistics(logits, wide, None, options, flags, 10)
+        else:
+            got = ops.row_statistics(logits, wide, None, options, flags, 10)[1]
+            assert_bitwise_equal(got, ops.row_statistics(logits, wide.int(), None, options, flags, 10)[1])
 
 
 def test_more_groups_and_ids_than_there_is_room_for():

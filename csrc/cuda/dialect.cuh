@@ -43,8 +43,10 @@ extern "C" __host__ __device__ void __assert_fail(const char* condition, const c
 
 #define AVA_SHARED(Type, name, count) __shared__ Type name[count]
 #define AVA_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+// __assert_fail ends the kernel, but the compiler is not told so: the trap behind it, which is never reached, says that
+// nothing lives on, so that no register is kept over the call
 #define AVA_DEVICE_CHECK(condition) \
-  ((condition) ? void() : __assert_fail(#condition, __FILE__, static_cast<unsigned>(__LINE__), __func__))
+  ((condition) ? void() : (__assert_fail(#condition, __FILE__, static_cast<unsigned>(__LINE__), __func__), __trap()))
 
 namespace ava {
 

@@ -45,10 +45,8 @@ struct CudaRows {
   }
   static void check_targets(const RowCall<CudaRows>&) {}  // the kernels do
   static void set_ids(RowCall<CudaRows>& call, const char*, const Tensor& ids) {
-    if (ids.scalar_type() == ScalarType::Int)
-      call.arguments.ids = static_cast<const int32_t*>(ids.const_data_ptr());
-    else
-      call.arguments.wide_ids = static_cast<const int64_t*>(ids.const_data_ptr());
+    call.arguments.ids = static_cast<const int32_t*>(ids.const_data_ptr());
+    call.arguments.ids_are_wide = ids.scalar_type() == ScalarType::Long;
   }
   static Tensor new_tensor(const Tensor& logits, const std::vector<int64_t>& sizes, ScalarType type) {
     return ava::new_tensor(logits, sizes, type);

@@ -21,9 +21,9 @@ struct RowArguments {
   int64_t ignore_index;
   const bool* row_mask;     // [n_rows]: rows to measure; null: all
   const void* row_weights;  // Real [n_rows]
-  // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent. One of the two where there are any.
+  // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent. Of 32 bits, or of 64 in two words
   const int32_t* ids;
-  const int64_t* wide_ids;
+  int32_t ids_are_wide;   // 0 or 1
   const void* id_values;  // Real [n_rows, n_ids]: weights of the candidates
 
   void* row_loss;    // Real [n_rows]

@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
   if (thread < 32) {
     const auto logit = [&](int column) { return row.has_column(column) ? row.logit(column) : 0.f; };  // else another's
     const int32_t argmax = statistics.argmax < float(a.vocab_size) ? int32_t(statistics.argmax) : -1;
+#pragma unroll 1
     for (int k = lane; k <= a.n_ids; k += 32) entries[k] = gathered<float>(a, row_index, argmax, k, logit);
     take_coefficients(a, row_index, statistics, entries, scratch, lane);
   }

@@ -114,6 +114,10 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
   return merge_lanes(partial, scale.inverse_temperature);
 }
 
+// In place of a target: behind the last row. Told from a row that is left out, -1, so that the loop over rows keeps no
+// comparison of indices in a register.
+constexpr int32_t kNoRow = -2;
+
 template <class Element, Residence kResidence, Features kFeatures>
 // 64 registers, or 80 where the row lives in registers: no spills
 __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 1024,
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
 
   const unsigned n_rows = unsigned(a.n_rows);
   unsigned row_index = blockIdx.x / cluster_size;
-  int32_t target = row_index < n_rows ? counted_target(a, row_index) : -1;
+  int32_t target = row_index < n_rows ? counted_target(a, row_index) : kNoRow;
   if (target >= 0) fetch_row(row_index);
   if (thread == 0) *shared_scale = logit_scale(*static_cast<const RowOptions<float>*>(a.options));
   if constexpr (kClustered)
@@ -160,9 +164,9 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
     __syncthreads();
 
   int parity = 0;  // partials alternate, so that one barrier for a row is enough
-  for (unsigned next_index; row_index < n_rows; row_index = next_index) {
+  for (unsigned next_index; target != kNoRow; row_index = next_index) {
     next_index = row_index + a.row_step;
-    const int32_t next_target = next_index < n_rows ? counted_target(a, next_index) : -1;
+    const int32_t next_target = next_index < n_rows ? counted_target(a, next_index) : kNoRow;
     const auto write_row = [&](const RowSlice<Element>& row, auto gradient_of) {
       const RowSlice<Element> next(a, next_target >= 0 ? next_index : row_index, rank);
       const GradientSlice<Element> gradient(a, row, row_index);

@@ -1,6 +1,7 @@
 // What one warp does for a row besides its vectors: the entries of the target and of the candidates, the terms, the
 // coefficients, the outputs. Everything here is called by all 32 lanes of one warp; entries and scratch are in shared
-// memory that only this warp writes. Lane i looks after the entries i, i + 32, ...
+// memory that only this warp writes. Lane i looks after the entries i, i + 32, ... in loops that are not unrolled: few
+// lanes have a second entry, and every copy of a device assert costs registers.
 #pragma once
 #include "primitives.cuh"
 #include "softmax_rows_arguments.h"
@@ -18,12 +19,16 @@ __device__ __forceinline__ int32_t counted_target(const RowArguments& a, int64_t
   return int32_t(target);
 }
 
-// The column of entry 1 + k, checked.
+// The column of entry 1 + k, checked. An id of 64 bits is two words, low and high: to look at them one by one takes fewer
+// registers than an int64_t, which is converted, chosen and compared in pairs.
 __device__ __forceinline__ int32_t id_of(const RowArguments& a, int64_t row, int k) {
-  const int64_t at = row * a.n_ids + k, id = a.wide_ids ? a.wide_ids[at] : a.ids[at];
-  const int lowest = a.flags & kIdsArePresent ? 0 : -1;
-  AVA_DEVICE_CHECK((id >= lowest && id < a.vocab_size) && "row operators: expected ids in [0, vocab_size) or -1");
-  return int32_t(id);
+  const int32_t* const words = a.ids + ((row * a.n_ids + k) << a.ids_are_wide);
+  const int32_t id = words[0], high = words[a.ids_are_wide];  // of 32 bits: the same word twice
+  const bool is_int32 = high == id >> (31 * a.ids_are_wide);
+  const int32_t lowest = a.flags & kIdsArePresent ? 0 : -1;
+  AVA_DEVICE_CHECK((is_int32 && id >= lowest && id < a.vocab_size) &&
+                   "row operators: expected ids in [0, vocab_size) or -1");
+  return id;
 }
 
 __device__ __forceinline__ float warp_total(float value) { return warp_sum(value); }
@@ -100,6 +105,7 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_
   const Real total = log_total(row);
   const int first_soft = a.flags & kSoftTargets && a.n_groups ? 1 + a.n_ids - a.group_sizes[a.n_groups - 1] : INT32_MAX;
   Real others = 0, maximum = 0;
+#pragma unroll 1
   for (int k = lane; k <= a.n_ids; k += 32) {
     SparseEntry<Real> entry = entries[k];
     const Real weight = entry.own;
@@ -138,6 +144,7 @@ __device__ __forceinline__ void take_coefficients(const RowArguments& a, int64_t
   RowEvaluation<Real> evaluation{};
   evaluation.coefficients = {own_coefficients[0], own_coefficients[1], own_coefficients[2], own_coefficients[3]};
   Real others = 0, maximum = 0;
+#pragma unroll 1
   for (int k = lane; k <= a.n_ids; k += 32) {
     SparseEntry<Real> entry = entries[k];
     entry.own = own_coefficients[kRowCoefficients - 1 + k];  // of i*, then of the ids
@@ -157,6 +164,7 @@ __device__ __forceinline__ void write_entries(const RowArguments& a, const Spars
   const RowStatistics<Real> row = scratch->statistics;
   if (row.count == 0) return;
   const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
+#pragma unroll 1
   for (int k = lane; k <= a.n_ids; k += 32) {
     const int32_t column = entries[k].column;
     bool writes = column >= 0 && is_mine(column);
@@ -206,6 +214,7 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, c
     own_coefficients[2] = evaluation.coefficients.constant;
     own_coefficients[3] = evaluation.coefficients.maximum;
   }
+#pragma unroll 1
   for (int k = lane; k <= a.n_ids; k += 32) own_coefficients[kRowCoefficients + k] = entries[k].own;
 }
 

@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 from ava_ext.ops.repetition import repetition_candidates
 
 IGNORED = -100
-WEIGHTS = torch.tensor([0.5, 1.5, 0.05, 0.1], dtype=torch.float64)
+
+
+def four_weights():
+    """On the device of the test."""
+    return torch.tensor([0.5, 1.5, 0.05, 0.1], dtype=torch.float64)
 
 
 def oracle(
@@ -135,7 +139,7 @@ def test_long_text(ngram_size, tokens_include_row):
     text = torch.randint(12, (2, 150), generator=generator).repeat(1, 3)
     segments = (torch.arange(450) // 150).expand(2, -1)
     options = dict(
-        weights=WEIGHTS, vocab_size=12, tokens_include_row=tokens_include_row, repetition_allow_list=[3],
+        weights=four_weights(), vocab_size=12, tokens_include_row=tokens_include_row, repetition_allow_list=[3],
         use_immediate_repetition_penalty=True, use_ngram_penalty=True, ngram_size=ngram_size, ngram_slots=3,
         eos_token_id=[0], min_sequence_length=20,
     )  # fmt: skip
@@ -146,7 +150,9 @@ def test_long_text(ngram_size, tokens_include_row):
 def ngram_ids(text, targets=None, **options):
     text = torch.tensor([text])
     targets = text if targets is None else torch.tensor([targets])
-    ids = repetition_candidates(text, targets, weights=WEIGHTS, vocab_size=10, use_ngram_penalty=True, **options).ids
+    ids = repetition_candidates(
+        text, targets, weights=four_weights(), vocab_size=10, use_ngram_penalty=True, **options
+    ).ids
     return ids[0].tolist()
 
 
@@ -214,17 +220,23 @@ def test_early_eos_counts_targets_of_the_segment():
     targets = torch.tensor([[IGNORED, IGNORED, 4, 5, 6, 7, 4, 5, 1, 6]])
     segments = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]])
     ids, weights, _ = repetition_candidates(
-        targets, targets, weights=WEIGHTS, vocab_size=9, segments=segments, eos_token_id=[1, 0], min_sequence_length=3
+        targets,
+        targets,
+        weights=four_weights(),
+        vocab_size=9,
+        segments=segments,
+        eos_token_id=[1, 0],
+        min_sequence_length=3,
     )
     here, absent = [1, 0], [-1, -1]
     assert ids[0].tolist() == [absent, absent, here, here, here, absent, here, here, absent, absent]
-    torch.testing.assert_close(weights, (ids >= 0) * WEIGHTS[2], rtol=0, atol=0)
+    torch.testing.assert_close(weights, (ids >= 0) * four_weights()[2], rtol=0, atol=0)
 
 
 def test_nothing_leaks_between_rows_or_segments():
     text = torch.tensor([[1, 2, 3, 1, 2, 9], [1, 2, 4, 1, 2, 9]])
     options = dict(
-        weights=WEIGHTS,
+        weights=four_weights(),
         vocab_size=10,
         use_ngram_penalty=True,
         ngram_size=3,
@@ -243,7 +255,7 @@ def test_nothing_leaks_between_rows_or_segments():
 
 def full_options(**changes):
     options = dict(
-        weights=WEIGHTS,
+        weights=four_weights(),
         vocab_size=6,
         use_immediate_repetition_penalty=True,
         use_ngram_penalty=True,
@@ -262,7 +274,7 @@ def test_strides_and_integer_types_do_not_matter():
     dense = wide[:, ::2].contiguous()
     expected = repetition_candidates(dense, dense, segments=segments.expand(4, -1).contiguous(), **full_options())
     assert not wide[:, ::2].is_contiguous() and not dense.t().contiguous().t().is_contiguous()
-    weights = torch.stack([WEIGHTS, WEIGHTS + 1], 1)[:, 0]
+    weights = torch.stack([four_weights(), four_weights() + 1], 1)[:, 0]
     for tokens in (wide[:, ::2], dense.t().contiguous().t(), dense.int(), wide.int()[:, ::2], dense.to(torch.uint8)):
         for marks in (segments, segments.expand(4, -1), segments.int(), segments.expand(4, -1).int()):
             got = repetition_candidates(tokens, tokens, segments=marks, **full_options(weights=weights))
@@ -294,7 +306,7 @@ def test_empty_batches(shape):
 
 def test_no_slots():
     text = torch.tensor([[1, 1, 1]])
-    ids, weights, groups = repetition_candidates(text, text, weights=WEIGHTS, vocab_size=5)
+    ids, weights, groups = repetition_candidates(text, text, weights=four_weights(), vocab_size=5)
     assert ids.shape == weights.shape == (1, 3, 0) and groups == ()
 
 
@@ -307,13 +319,14 @@ def op_arguments(**changes):
     return options | changes
 
 
-@pytest.mark.parametrize("segments", [None, torch.zeros(1, 9, dtype=torch.int64).expand(3, -1)])
+@pytest.mark.parametrize("with_segments", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(segments, dtype):
+def test_opcheck(with_segments, dtype):
+    segments = torch.zeros(1, 9, dtype=torch.int64).expand(3, -1) if with_segments else None
     text = torch.randint(6, (9, 3), generator=torch.Generator().manual_seed(2)).t()
     op = torch.ops.ava_ext.repetition_candidates.default
     for changes in ({}, {"ngram_size": 0}, {"use_immediate_repetition_penalty": False, "eos_ids": [], "ngram_size": 1}):
-        torch.library.opcheck(op, (text, text.int(), segments, WEIGHTS.to(dtype)), op_arguments(**changes))
+        torch.library.opcheck(op, (text, text.int(), segments, four_weights().to(dtype)), op_arguments(**changes))
 
 
 def test_not_differentiable():
@@ -339,7 +352,7 @@ def test_compile_in_one_graph(backend, dynamic):
         text = torch.randint(6, shape, generator=generator)
         results = []
         for function in (penalised, compiled):
-            value, ids = function(logits, text, WEIGHTS)
+            value, ids = function(logits, text, four_weights())
             results.append((value, ids, *torch.autograd.grad(value, logits)))
         torch.testing.assert_close(results[0], results[1])
 
@@ -358,23 +371,26 @@ def test_a_schedule_of_weights_does_not_recompile():
         fullgraph=True,
         backend=counting_backend,
     )
-    values = {compiled(WEIGHTS * step).item() for step in (1, 2, 3)}
+    values = {compiled(four_weights() * step).item() for step in (1, 2, 3)}
     assert n_compiled == 1 and len(values) == 3
-
-
-TEXT = torch.zeros(2, 5, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": TEXT.float()}, r"expected tokens to be integers .*, got float32 of shape \[2, 5\]"),
-        ({"tokens": TEXT[0]}, r"expected tokens .* of shape \[batch_size, n_tokens\], got int64 of shape \[5\]"),
-        ({"targets": TEXT[:, :4]}, r"expected targets .* of shape \[2, 5\], got int64 of shape \[2, 4\]"),
-        ({"segments": TEXT[:, :4]}, r"expected segments .* of shape \[2, 5\], got int64 of shape \[2, 4\]"),
-        ({"segments": TEXT.bool()}, "expected segments .*, got bool"),
-        ({"weights": WEIGHTS[:3]}, r"expected weights .* of shape \[4\], got float64 of shape \[3\]"),
-        ({"weights": WEIGHTS.half()}, "expected weights .*, got float16"),
+        ({"tokens": lambda text: text.float()}, r"expected tokens to be integers .*, got float32 of shape \[2, 5\]"),
+        (
+            {"tokens": lambda text: text[0]},
+            r"expected tokens .* of shape \[batch_size, n_tokens\], got int64 of shape \[5\]",
+        ),
+        ({"targets": lambda text: text[:, :4]}, r"expected targets .* of shape \[2, 5\], got int64 of shape \[2, 4\]"),
+        (
+            {"segments": lambda text: text[:, :4]},
+            r"expected segments .* of shape \[2, 5\], got int64 of shape \[2, 4\]",
+        ),
+        ({"segments": lambda text: text.bool()}, "expected segments .*, got bool"),
+        ({"weights": lambda _: four_weights()[:3]}, r"expected weights .* of shape \[4\], got float64 of shape \[3\]"),
+        ({"weights": lambda _: four_weights().half()}, "expected weights .*, got float16"),
         ({"vocab_size": 0}, "expected vocab_size in .*, got 0, 1, 4, 8 and None"),
         ({"vocab_size": 2**31}, "expected vocab_size in"),
         ({"immediate_repetition_threshold": 0}, "immediate_repetition_threshold >= 1"),
@@ -385,14 +401,16 @@ TEXT = torch.zeros(2, 5, dtype=torch.int64)
     ],
 )
 def test_messages(changes, message):
-    arguments = dict(tokens=TEXT, targets=TEXT, weights=WEIGHTS, vocab_size=6) | changes
+    text = torch.zeros(2, 5, dtype=torch.int64)
+    changes = {name: value(text) if callable(value) else value for name, value in changes.items()}
+    arguments = dict(tokens=text, targets=text, weights=four_weights(), vocab_size=6) | changes
     with pytest.raises(ValueError, match=message):
         repetition_candidates(**arguments)
 
 
 def test_the_operator_checks_too():
-    op = torch.ops.ava_ext.repetition_candidates
+    op, text = torch.ops.ava_ext.repetition_candidates, torch.zeros(2, 5, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"expected targets of shape \[2, 5\], got \[2, 4\]"):
-        op(TEXT, TEXT[:, :4], None, WEIGHTS, **op_arguments())
+        op(text, text[:, :4], None, four_weights(), **op_arguments())
     with pytest.raises(RuntimeError, match=r"expected eos_ids in \[0, vocab_size = 6\), got 9"):
-        op(TEXT, TEXT, None, WEIGHTS, **op_arguments(eos_ids=[9]))
+        op(text, text, None, four_weights(), **op_arguments(eos_ids=[9]))

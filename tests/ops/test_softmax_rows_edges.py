@@ -128,32 +128,35 @@ def test_candidate_out_of_range():
         row_loss(logits, torch.zeros(2).long(), row_options(logits), candidates=Candidates(ids, torch.ones(2, 2), (2,)))
 
 
+def some_candidates(ids_shape, weights_shape, groups):
+    return Candidates(torch.zeros(ids_shape).int(), torch.zeros(weights_shape), groups)
+
+
+# what is wrong of the arguments below, made by the test, on its device
 WRONG = {
-    "row_loss: expected targets of shape [4, 3], got [4, 2]": dict(targets=torch.zeros(4, 2).long()),
-    "row_loss: expected options of shape [8], got [6]": dict(options=torch.ones(6)),
-    "row_loss: expected options of type float32, got float64": dict(options=torch.ones(N_OPTIONS).double()),
-    "row_loss: expected row_weights of shape [4, 3], got [12]": dict(row_weights=torch.ones(12)),
-    "row_loss: expected row_weights of type float32, got float64": dict(row_weights=torch.ones(4, 3).double()),
-    "row_loss: expected vocab_size in [1, 10] for logits of shape [4, 3, 10], got 11": dict(vocab_size=11),
-    "row_loss: expected vocab_size in [1, 10] for logits of shape [4, 3, 10], got 0": dict(vocab_size=0),
-    "row_loss: expected logits of type float32, bfloat16, float16 or float64": dict(logits=torch.zeros(4, 3, 10).int()),
-    "row_loss: expected candidate_ids of shape [4, 3, 2], got [4, 1, 2]": dict(
-        candidates=Candidates(torch.zeros(4, 1, 2).int(), torch.zeros(4, 1, 2), (2,))
+    "targets of shape [4, 3], got [4, 2]": lambda: dict(targets=torch.zeros(4, 2).long()),
+    "options of shape [8], got [6]": lambda: dict(options=torch.ones(6)),
+    "options of type float32, got float64": lambda: dict(options=torch.ones(N_OPTIONS).double()),
+    "row_weights of shape [4, 3], got [12]": lambda: dict(row_weights=torch.ones(12)),
+    "row_weights of type float32, got float64": lambda: dict(row_weights=torch.ones(4, 3).double()),
+    "vocab_size in [1, 10] for logits of shape [4, 3, 10], got 11": lambda: dict(vocab_size=11),
+    "vocab_size in [1, 10] for logits of shape [4, 3, 10], got 0": lambda: dict(vocab_size=0),
+    "logits of type float32, bfloat16, float16 or float64": lambda: dict(logits=torch.zeros(4, 3, 10).int()),
+    "candidate_ids of shape [4, 3, 2], got [4, 1, 2]": lambda: dict(
+        candidates=some_candidates((4, 1, 2), (4, 1, 2), (2,))
     ),
-    "row_loss: expected candidate_weights of shape [4, 3, 2], got [4, 3, 1]": dict(
-        candidates=Candidates(torch.zeros(4, 3, 2).int(), torch.zeros(4, 3, 1), (2,))
+    "candidate_weights of shape [4, 3, 2], got [4, 3, 1]": lambda: dict(
+        candidates=some_candidates((4, 3, 2), (4, 3, 1), (2,))
     ),
-    "row_loss: expected candidate_groups to add up to 2, got 3": dict(
-        candidates=Candidates(torch.zeros(4, 3, 2).int(), torch.zeros(4, 3, 2), (2, 1))
-    ),
+    "candidate_groups to add up to 2, got 3": lambda: dict(candidates=some_candidates((4, 3, 2), (4, 3, 2), (2, 1))),
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_are_named(message):
     arguments = dict(logits=torch.zeros(4, 3, 10), targets=torch.zeros(4, 3).long(), options=torch.ones(N_OPTIONS))
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        row_loss(**(arguments | WRONG[message]))
+    with pytest.raises(RuntimeError, match=re.escape("row_loss: expected " + message)):
+        row_loss(**(arguments | WRONG[message]()))
 
 
 def test_candidates_that_are_no_integers():
