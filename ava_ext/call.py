@@ -16,7 +16,7 @@ from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
-from ava_ext.reduction import count_rows, keep_rows
+from ava_ext.reduction import count_rows, divided_by_classes, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
 Logits = Tensor | LinearLogits
@@ -32,12 +32,13 @@ CandidateLoss = Callable[[Tensor, Tensor, Candidates], RowLoss]
 # one value, or several, for each row of the logits
 ROW_WISE = (
     "logits", "targets", "attention_mask", "hidden_states", "token_weights", "input_ids", "negative_ids",
-    "negative_weights",
+    "negative_weights", "soft_target_ids", "soft_target_weights",
 )  # fmt: skip
 # tensors on the device of the logits; logits, hidden_states and lm_head_weight may come in other forms
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
-    "negative_ids", "negative_weights", "confidence_scores", "prefix_ids", "mtp_depth_weights",
+    "negative_ids", "negative_weights", "soft_target_ids", "soft_target_weights", "confidence_scores", "prefix_ids",
+    "mtp_depth_weights",
 )  # fmt: skip
 
 
@@ -95,8 +96,12 @@ class Call:
     num_items_in_batch: float | Tensor | None
     negative_ids: Tensor | None  # as targets, and [n_negatives]
     negative_weights: Tensor | None  # as negative_ids
+    soft_target_ids: Tensor | None  # as targets, and [n_soft_targets]
+    soft_target_weights: Tensor | None  # as soft_target_ids
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
     max_counted_rows: int | None
+
+    class_weights: Tensor | None  # [vocab_size], of the loss
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
     head_loss: HeadLoss = dataclasses.field(init=False)
@@ -163,6 +168,12 @@ class Call:
         self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
         self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
+        if self.class_weights is not None:
+            if dtype == torch.float64 and config.class_weights is not None:  # the loss's buffer has fewer digits
+                self.class_weights = torch.tensor(config.class_weights, dtype=dtype)
+            self.class_weights = self.class_weights.to(self.logits.device)
+        if self.class_weights is not None and config.reduction == "mean" and self.num_items_in_batch is None:
+            self.rows = divided_by_classes(self.rows, self.class_weights)
         if self.placement is not None:
             self.rows = self.placement.share(self.rows, config.ignore_index)
 
@@ -316,7 +327,7 @@ def _check_shapes(call: Call) -> None:
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
-    for name in ("targets", "input_ids", "prefix_ids", "negative_ids"):
+    for name in ("targets", "input_ids", "prefix_ids", "negative_ids", "soft_target_ids"):
         ids = getattr(call, name)
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
@@ -333,6 +344,7 @@ def _check_shapes(call: Call) -> None:
             raise _bad_shape("prefix_ids", (*shape[:-1], "n_prefix"), call.prefix_ids)
         if call.input_ids is None and not call.config.labels_are_shifted:
             raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
+    _check_soft_targets(call, shape)
     ids, weights = call.negative_ids, call.negative_weights
     if ids is None:
         if weights is not None:
@@ -341,6 +353,21 @@ def _check_shapes(call: Call) -> None:
         raise _bad_shape("negative_ids", (*shape, "n_negatives"), ids)
     elif weights is not None and weights.shape != ids.shape:
         raise _bad_shape("negative_weights", ids.shape, weights)
+
+
+def _check_soft_targets(call: Call, shape: torch.Size) -> None:
+    ids, weights = call.soft_target_ids, call.soft_target_weights
+    if ids is None and weights is None:
+        return
+    if ids is None or weights is None:
+        given, missing = ("weights", "ids") if ids is None else ("ids", "weights")
+        raise ValueError(f"unified_loss: soft_target_{given} need soft_target_{missing}, got None")
+    if call.config.distillation_weight == 0:
+        raise ValueError("unified_loss: soft_target_ids need distillation_weight above 0, got 0")
+    if ids.shape[:-1] != shape or ids.dim() != len(shape) + 1:
+        raise _bad_shape("soft_target_ids", (*shape, "n_soft_targets"), ids)
+    if weights.shape != ids.shape:
+        raise _bad_shape("soft_target_weights", ids.shape, weights)
 
 
 def _check_order(call: Call) -> None:

@@ -87,6 +87,23 @@ def count_rows(
     return Rows(targets, n_counted, weights / n, n_items)
 
 
+def classes_of(
+    rows: Rows,
+    class_weights: Tensor,  # [vocab_size]
+) -> Tensor:  # [...]
+    """The weight of each row's target; of a row that does not count, that of any class."""
+    return class_weights.to(rows.weights)[rows.targets.clamp(0, len(class_weights) - 1)]
+
+
+def divided_by_classes(
+    rows: Rows,
+    class_weights: Tensor,  # [vocab_size]
+) -> Rows:
+    """The rows with N as torch.nn.functional.cross_entropy has it: the sum of weights times those of the classes."""
+    n = (rows.weights * classes_of(rows, class_weights)).sum()
+    return rows._replace(weights=rows.weights / torch.where(n == 0, 1.0, n))
+
+
 def _items(num_items_in_batch: float | Tensor, weights: Tensor) -> Tensor:  # []
     """num_items_in_batch of the device and type of weights, and 1 where it is 0."""
     if not isinstance(num_items_in_batch, (Tensor, Real)):
