@@ -16,7 +16,7 @@ from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
-from ava_ext.reduction import count_rows, divided_by_classes, keep_rows
+from ava_ext.reduction import count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
 Logits = Tensor | LinearLogits
@@ -167,13 +167,12 @@ class Call:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
         self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
-        self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
         if self.class_weights is not None:
             if dtype == torch.float64 and config.class_weights is not None:  # the loss's buffer has fewer digits
                 self.class_weights = torch.tensor(config.class_weights, dtype=dtype)
-            self.class_weights = self.class_weights.to(self.logits.device)
-        if self.class_weights is not None and config.reduction == "mean" and self.num_items_in_batch is None:
-            self.rows = divided_by_classes(self.rows, self.class_weights)
+            self.class_weights = self.class_weights.to(self.logits.device, dtype)
+        n_items = self.num_items_in_batch
+        self.rows = count_rows(config, targets, keep, token_weights, n_items, dtype, self.class_weights)
         if self.placement is not None:
             self.rows = self.placement.share(self.rows, config.ignore_index)
 

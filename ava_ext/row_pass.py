@@ -245,7 +245,7 @@ class RowPass(Float32Buffers):
         """Every token that the rows push down, in one list of slots, and the names of its groups; then soft targets."""
         rows, found, names = call.rows, [], self.repetition_keys
         if call.class_weights is not None:
-            weights = classes_of(rows, call.class_weights).unsqueeze(-1)
+            weights = classes_of(rows.targets, call.class_weights).unsqueeze(-1)
             found.append(Candidates(torch.full_like(rows.targets, -1).unsqueeze(-1), weights, (1,)))
             names = ("class_weights", *names)
         if self.repetition_keys:

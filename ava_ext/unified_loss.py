@@ -136,7 +136,7 @@ class UnifiedLoss(nn.Module):
         rows = rows_of_targets(self.config, targets, attention_mask=attention_mask, position_ids=position_ids)
         n_items = rows.weights.count_nonzero()
         if self.row_pass.class_weights is not None:
-            n_items = (rows.weights * classes_of(rows, self.row_pass.class_weights)).sum()
+            n_items = (rows.weights * classes_of(rows.targets, self.row_pass.class_weights)).sum()
         if resolve(group) is not None:
             torch.distributed.all_reduce(n_items, group=resolve(group))
         return n_items
