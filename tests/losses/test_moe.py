@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import distributed
 
+from ava_ext import UnifiedLoss
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.moe import MoEBalancer
@@ -255,6 +256,21 @@ def test_choices_that_are_not_given_see_the_bias_or_are_refused(score):
         assert got.moe_max_violation == expected.moe_max_violation
         balancer.step()
     assert first > 0.5 and got.moe_max_violation < 0.15
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_choices_that_a_loss_is_not_given_see_the_bias_or_are_refused(score):
+    logits, targets, gate_logits = torch.zeros(2, 3, 5), torch.ones(2, 3).long(), torch.zeros(6, EXPERTS)
+    options = {"num_experts": EXPERTS, "num_experts_per_token": 1, "use_moe_balancing": True, "auto_step": False}
+    loss_fn = UnifiedLoss(5, router_score=score, **options)
+    loss_fn.moe_balancer.expert_bias[0, 2] = 0.25
+    if score == "softmax":
+        with pytest.raises(ValueError, match="expected expert_indices: expert_bias follows what the router chose"):
+            loss_fn(logits, targets, gate_logits=gate_logits)
+        return
+    loss_fn(logits, targets, gate_logits=gate_logits)
+    loss_fn.step()
+    assert loss_fn.moe_balancer.expert_counts.tolist() == [[6.0 * (expert == 2) for expert in range(EXPERTS)]]
 
 
 def test_k_comes_from_the_choices():
