@@ -132,12 +132,12 @@ class Call:
         if DTENSOR in sys.modules:
             self._place()
         targets = self.targets
+        self.rows_shape = (targets.shape[0], targets.shape[1])
         if targets.dtype != torch.int64:
             targets = targets.long()  # before ignore_index is shifted in: uint8 has no -100
         self.segments = None
         if is_packed:
-            shape = (targets.shape[0], targets.shape[1])
-            segments = segment_numbers(shape, self.segment_ids, self.position_ids, self.cu_seqlens)
+            segments = segment_numbers(self.rows_shape, self.segment_ids, self.position_ids, self.cu_seqlens)
             self.segments = None if segments is None else segments.expand(targets.shape)
         self.context = None
         if self.input_ids is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
-from ava_ext.losses.router import load_variation, measure_router, router_of_call
+from ava_ext.losses.router import load_variation, measure_router, router_of_call, texts_of_router
 from ava_ext.ops.router_layers import layered_gate_logits, stack_expert_indices
 from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 from ava_ext.process_group import GroupReference, resolve
@@ -216,13 +216,20 @@ class AuxiliaryLoss(Part):
             router_z_weight=config.router_z_weight,
             load_balancing_convention=config.load_balancing_convention,
             router_score=config.router_score,
+            per_sequence=config.load_balancing_per_sequence,
         )
+
+    @property
+    def needs_sequences(self) -> bool:  # type: ignore[override]
+        """Whether rows must be in the order of the text."""
+        return self.per_sequence
 
     def of_call(self, call: Call) -> Addends:
         """Both terms of the call's router, and metrics of how uneven its choices are."""
         statistics = router_of_call(call, "use_auxiliary_loss")
+        groups = texts_of_router(call) if self.per_sequence else statistics
         share = call.rows.batch_share
-        terms = {key: share * term for key, term in zip(self.keys, self.terms(statistics), strict=True)}
+        terms = {key: share * term for key, term in zip(self.keys, self.terms(groups), strict=True)}
         return Addends(terms, dict(zip(self.METRICS, load_variation(statistics.counts), strict=True)))
 
     def forward(

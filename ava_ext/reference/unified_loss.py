@@ -164,7 +164,12 @@ def unified_loss(
         gates = _layers(config, _required(gate_logits, "gate_logits", option))
         chosen = [None] * len(gates) if expert_indices is None else _layers(config, expert_indices)
         keeps = [kept(len(gate)) for gate in gates]
-        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias)
+        texts = None
+        if config.load_balancing_per_sequence:
+            if any(len(gate) != token_segments.numel() for gate in gates):
+                raise ValueError("unified_loss: load_balancing_per_sequence needs a row of gate_logits for each target")
+            texts = (token_segments + token_segments.numel() * torch.arange(n_batch).unsqueeze(1)).flatten()
+        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias, texts)
         of_batch |= addends
         terms.append(({}, metrics))
     if config.use_diversity_loss:

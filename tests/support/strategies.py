@@ -88,7 +88,9 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "use_auxiliary_loss": draw(st.booleans()),
             "load_balancing_weight": 0.2,
             "router_z_weight": 0.3,
-            "load_balancing_convention": draw(st.sampled_from(["switch", "huggingface"])),
+            "load_balancing_convention": (convention := draw(st.sampled_from(["switch", "huggingface"]))),
+            "load_balancing_per_sequence": convention == "switch" and draw(st.booleans()),
+            "expert_bias_centered": draw(st.booleans()),
             "router_score": draw(st.sampled_from(["softmax", "sigmoid"])),
             "use_diversity_loss": draw(st.booleans()),
             "diversity_weight": 0.3,
@@ -270,6 +272,8 @@ def experts(draw, config, shape, numbers) -> dict[str, Any]:
     given: dict[str, Any] = {}
     n_tokens = math.prod(shape)
     n_rows = draw(st.sampled_from([n_tokens, n_tokens, n_tokens - 1, n_tokens - math.prod(shape[:-1]), 11]))
+    if config.use_auxiliary_loss and config.load_balancing_per_sequence:
+        n_rows = n_tokens
     if config.use_moe_balancing or config.use_auxiliary_loss:
         n_layers, n_experts, k = config.num_moe_layers, config.num_experts, config.num_experts_per_token
         layers = [numbers.leaf(n_rows, n_experts) for _ in range(n_layers)]
