@@ -38,6 +38,7 @@ ROW_WISE = (
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
     "negative_ids", "negative_weights", "confidence_scores", "prefix_ids", "mtp_depth_weights",
+    "global_expert_counts",
 )  # fmt: skip
 
 
@@ -83,6 +84,7 @@ class Call:
     mtp_active: bool | Tensor | None
     gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
     expert_indices: Tensor | Sequence[Tensor | None] | None  # [n, k] per layer
+    global_expert_counts: Tensor | None  # [n_layers, n_experts]
     expert_outputs: Tensor | Sequence[Tensor] | None  # [n_experts, n, hidden_size]
     lm_head_weight: Any  # [n_columns, hidden_size]
     lm_head_bias: Tensor | None  # [n_columns]

@@ -99,6 +99,30 @@ def load_balancing(statistics: RouterStatistics, convention: str) -> Tensor:
     return statistics.counts.numel() * (fractions * statistics.probability / n).sum()
 
 
+def global_load_balancing(
+    config: UnifiedLossConfig,
+    gates: Sequence[Tensor],  # one [N, E] per layer
+    keeps: Sequence[Tensor],  # one [N] bool per layer
+    chosen: Sequence[Tensor | None],  # one [N, k] per layer
+    counts: Tensor,  # [layers, E] of the global batch
+) -> Tensor:
+    """weight E sum_e (C_e / sum C) sum_i p_ie / n, n = sum C / k: the mean over layers, or with "huggingface" k times
+    that of the layers added up. []
+    """
+    k = config.num_experts_per_token
+    layers = [router_statistics(config, *layer) for layer in zip(gates, keeps, chosen, strict=True)]
+    probability = torch.stack([layer.probability for layer in layers])
+    if config.load_balancing_convention == "huggingface":
+        probability, counts = probability.sum(0, keepdim=True), counts.sum(0, keepdim=True)
+    values = [
+        c.numel() * (c / c.sum() * p / (c.sum() / k)).sum()
+        for p, c in zip(probability, counts, strict=True)
+        if c.sum() > 0
+    ]
+    mean = torch.stack(values).mean() if values else 0 * probability.sum()
+    return config.load_balancing_weight * mean * (k if config.load_balancing_convention == "huggingface" else 1)
+
+
 def load_variation(counts: Tensor) -> tuple[Tensor, Tensor]:  # [E] -> [], []
     """Population std / mean of the counts, and max / mean - 1 (MaxVio); 0, 0 without a choice."""
     mean = counts.mean()

@@ -279,6 +279,8 @@ def experts(draw, config, shape, numbers) -> dict[str, Any]:
         layers = [numbers.leaf(n_rows, n_experts) for _ in range(n_layers)]
         as_tensor = numbers.leaf(*([n_layers] if n_layers > 1 else []), n_rows, n_experts)
         given["gate_logits"] = draw(st.sampled_from([layers, as_tensor]))
+        if config.use_auxiliary_loss and not config.load_balancing_per_sequence and draw(st.booleans()):
+            given["global_expert_counts"] = numbers.integers(0, 9, n_layers, n_experts)
         # of a softmax router's choices, the top-k of its logits is only a guess
         guesses = config.use_moe_balancing and config.router_score == "softmax" and config.expert_bias_rate > 0
         if guesses or draw(st.booleans()):
