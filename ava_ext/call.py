@@ -38,7 +38,7 @@ ROW_WISE = (
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
     "negative_ids", "negative_weights", "soft_target_ids", "soft_target_weights", "confidence_scores", "prefix_ids",
-    "mtp_depth_weights",
+    "mtp_depth_weights", "global_expert_counts",
 )  # fmt: skip
 
 
@@ -84,6 +84,7 @@ class Call:
     mtp_active: bool | Tensor | None
     gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
     expert_indices: Tensor | Sequence[Tensor | None] | None  # [n, k] per layer
+    global_expert_counts: Tensor | None  # [n_layers, n_experts]
     expert_outputs: Tensor | Sequence[Tensor] | None  # [n_experts, n, hidden_size]
     lm_head_weight: Any  # [n_columns, hidden_size]
     lm_head_bias: Tensor | None  # [n_columns]
@@ -137,12 +138,12 @@ class Call:
         if DTENSOR in sys.modules:
             self._place()
         targets = self.targets
+        self.rows_shape = (targets.shape[0], targets.shape[1])
         if targets.dtype != torch.int64:
             targets = targets.long()  # before ignore_index is shifted in: uint8 has no -100
         self.segments = None
         if is_packed:
-            shape = (targets.shape[0], targets.shape[1])
-            segments = segment_numbers(shape, self.segment_ids, self.position_ids, self.cu_seqlens)
+            segments = segment_numbers(self.rows_shape, self.segment_ids, self.position_ids, self.cu_seqlens)
             self.segments = None if segments is None else segments.expand(targets.shape)
         self.context = None
         if self.input_ids is not None:

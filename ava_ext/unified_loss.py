@@ -166,6 +166,7 @@ class UnifiedLoss(nn.Module):
         segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         cu_seqlens: Tensor | None = None,  # [n_segments + 1]
         num_items_in_batch: float | Tensor | None = None,
+        global_expert_counts: Tensor | None = None,  # [n_layers, n_experts]
         mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
         mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
         negative_ids: Tensor | None = None,  # as targets, and [n_negatives]
@@ -199,6 +200,9 @@ class UnifiedLoss(nn.Module):
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
                 `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
                 layers is a layer without a router.
+            global_expert_counts: how often each expert was chosen in all micro-batches and ranks of a global batch.
+                Load balancing is then this call's addend of the global batch's; see
+                `losses.auxiliary.global_load_balancing_loss`.
             token_weights: multiply every token term of their row; must not require grad.
             input_ids: the tokens that the model read. The context of row t is then input_ids[:, : t + 1], not
                 targets[:, :t].
@@ -241,6 +245,7 @@ class UnifiedLoss(nn.Module):
             gate_logits=gate_logits,
             expert_indices=expert_indices,
             expert_outputs=expert_outputs,
+            global_expert_counts=global_expert_counts,
             lm_head_weight=lm_head_weight,
             lm_head_bias=lm_head_bias,
             token_weights=token_weights,
