@@ -1,7 +1,8 @@
 """Fused losses for training language models: forward and backward in one pass over the logits."""
 
 from ava_ext import functional
-from ava_ext._library import build_info
+from ava_ext._library import build_info, empty_cache
+from ava_ext._version import __version__ as __version__
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import METRICS
 from ava_ext.losses.auxiliary import AuxiliaryLoss
@@ -70,6 +71,7 @@ __all__ = [  # noqa: RUF022  in groups
     "router_statistics",
     "softmax_statistics",
     "token_log_probs",
-    # what this build is
+    # what this build is, and the memory it keeps
     "build_info",
+    "empty_cache",
 ]

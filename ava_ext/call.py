@@ -35,6 +35,7 @@ ROW_WISE = (
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
     "negative_ids", "negative_weights", "soft_target_ids", "soft_target_weights", "confidence_scores", "prefix_ids",
+    "mtp_depth_weights",
 )  # fmt: skip
 
 
@@ -71,6 +72,8 @@ class Call:
     hidden_states: Any  # as logits, [..., hidden_size]
     primary_logits: Any  # as logits
     additional_logits: Heads  # of logits' shape, one per head
+    mtp_hidden_states: Any  # num_future_tokens of hidden_states' shape
+    mtp_depth_weights: Tensor | None  # [num_future_tokens]
     confidence_scores: Tensor | None  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
     mtp_active: bool | Tensor | None
     gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
@@ -90,6 +93,7 @@ class Call:
     soft_target_ids: Tensor | None  # as targets, and [n_soft_targets]
     soft_target_weights: Tensor | None  # as soft_target_ids
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
+    max_counted_rows: int | None
 
     class_weights: Tensor | None  # [vocab_size], of the loss
 
@@ -113,6 +117,7 @@ class Call:
             self._take_whole()
         _check_tensors(self)
         _check_shapes(self)
+        self.targets_shape = self.targets.shape  # as given
         self.is_flat = self.targets.dim() == 1
         is_packed = not (self.segment_ids is None and self.position_ids is None and self.cu_seqlens is None)
         if self.is_flat:
@@ -180,6 +185,8 @@ class Call:
             self.hidden_states = whole("hidden_states", self.hidden_states, False)
         elif config.mtp_heads == "own" or config.use_contrastive_loss:
             self.hidden_states = self.placement.hidden_states(self.hidden_states)
+        elif config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
+            self.mtp_hidden_states = [self.placement.hidden_states(depth) for depth in self.mtp_hidden_states]
         for name in (
             "gate_logits",
             "expert_indices",
@@ -262,9 +269,10 @@ def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]
         by_preference.reverse()
     for name, given in by_preference:
         if given is not None:
-            if weight is not None and not config.mtp_share_head:
+            if weight is not None and not (config.mtp_share_head or config.mtp_heads == "hidden_states"):
                 raise ValueError(
-                    f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True uses both)"
+                    f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True and "
+                    "mtp_type='hidden_states' use both)"
                 )
             chosen = _as_logits(name, given)
             break

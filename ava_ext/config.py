@@ -139,11 +139,13 @@ class UnifiedLossConfig:
     mtp_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the multi-token term")
     mtp_type: str = _option(
         "deepseek",
-        _one_of("deepseek", "adaptive"),
-        '"deepseek" (heads of the loss) or "adaptive" (additional_logits with a confidence)',
+        _one_of("deepseek", "adaptive", "hidden_states"),
+        '"deepseek" (heads of the loss), "adaptive" (additional_logits with a confidence) or "hidden_states" (depth '
+        "modules of the model)",
     )
     mtp_share_head: bool = _option(False, _FLAG, "each depth is a residual block in front of the given lm_head_weight")
     mtp_detach_head: bool = _option(False, _FLAG, "the shared head gets no gradient from the depths")
+    mtp_own_denominator: bool = _option(False, _FLAG, "divide each depth by the number of its own rows")
     use_confidence_weighting: bool = _option(True, _FLAG, "adaptive: weight each row by the given confidence")
     confidence_reg_strength: float = _option(
         0.01, _NOT_NEGATIVE, "adaptive: weight of the term that calibrates the confidence"
@@ -210,7 +212,11 @@ class UnifiedLossConfig:
         n_experts, k = self.num_experts, self.num_experts_per_token
         if n_experts is not None and k is not None and k > n_experts:
             raise _bad("num_experts_per_token", f"at most num_experts = {n_experts}", k)
-        if self.mtp_detach_head and not self.mtp_share_head:
+        if self.mtp_share_head and self.mtp_heads == "hidden_states":
+            raise ValueError(
+                "unified_loss: mtp_type='hidden_states' shares the head anyway: expected no mtp_share_head"
+            )
+        if self.mtp_detach_head and not self.mtp_share_head and self.mtp_heads != "hidden_states":
             raise ValueError("unified_loss: mtp_detach_head=True needs mtp_share_head=True, got False")
         if self.class_weights is not None:
             if len(self.class_weights) != self.vocab_size:
@@ -254,12 +260,14 @@ class UnifiedLossConfig:
 
     @property
     def mtp_heads(self) -> str | None:
-        """Which heads predict further tokens: "adaptive" (additional_logits), "own" (of the loss), or None."""
+        """Which heads predict further tokens: "adaptive" (additional_logits), "own" (of the loss), "hidden_states" (the
+        main head behind modules of the model), or None.
+        """
         if self.primary_loss_type == "adaptive_mtp":
             return "adaptive"
         if not self.use_mtp:
             return None
-        return "adaptive" if self.mtp_type == "adaptive" else "own"
+        return "own" if self.mtp_type == "deepseek" else self.mtp_type
 
     def changed_options(self) -> str:
         """The options that differ from their defaults, as name=value."""

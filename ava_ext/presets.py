@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import immediate_repetition, ngram
+from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
@@ -365,7 +366,7 @@ class MultiTokenPredictionLoss(nn.Module):
         attention_mask: Tensor | None = None,  # [batch_size, n_tokens]
         return_detailed: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The term; with return_detailed a dict of "total_loss" and, detached, "mtp_loss" and "mtp_loss_depth_k".
+        """The term; with return_detailed a dict of "total_loss" and, detached, "mtp_loss" and metrics of each depth.
 
         Raises:
             ValueError: shapes do not fit.
@@ -382,8 +383,7 @@ class MultiTokenPredictionLoss(nn.Module):
         output = self.mtp(hidden_states, rows.targets, rows.weights, None, head_loss)
         if not return_detailed:
             return output.loss
-        depths = {f"mtp_loss_depth_{depth}": loss for depth, loss in enumerate(output.depth_losses.unbind(), start=1)}
-        return {"total_loss": output.loss, "mtp_loss": output.loss.detach(), **depths}
+        return {"total_loss": output.loss, "mtp_loss": output.loss.detach(), **depth_metrics(output.depths)}
 
 
 class AuxiliaryFreeMoEBalancer(MoEBalancer):

@@ -25,7 +25,6 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.softmax_rows import row_loss
-from ava_ext.placements import CallPlacement
 from ava_ext.reduction import classes_of
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
@@ -146,7 +145,7 @@ class RowPass(Float32Buffers):
             if self.config.logit_scale != 1:
                 temperature = temperature.to(options.dtype) / self.config.logit_scale
             options = torch.where(self.is_temperature.to(like.device), temperature, options)
-        call.head_loss = functools.partial(self._head_loss, options, call.placement)
+        call.head_loss = functools.partial(self._head_loss, options, call)
         soft = self.soft_targets(call)
         in_this_pass = soft is not None and self.soft_temperature == 1
         candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
@@ -157,6 +156,7 @@ class RowPass(Float32Buffers):
             options,
             flags | RowFlags.SOFT_TARGETS if in_this_pass else flags,
             like,
+            call.max_counted_rows,
             candidates,
             self.config.inplace_gradient,
         )
@@ -176,7 +176,8 @@ class RowPass(Float32Buffers):
         """Soft targets at a temperature of their own."""
         options = torch.where(self.is_temperature.to(options.device), options * self.soft_temperature, options)
         flags = self.flags & RowFlags.SOFTCAP | RowFlags.SOFT_TARGETS
-        return self._row_loss(call.logits, call.rows.targets, options, int(flags), call.rows.weights, soft)
+        rows, most = call.rows, call.max_counted_rows
+        return self._row_loss(call.logits, rows.targets, options, int(flags), rows.weights, most, soft)
 
     def _row_loss(
         self,
@@ -185,6 +186,7 @@ class RowPass(Float32Buffers):
         options: Tensor,  # [N_OPTIONS]
         flags: int,
         row_weights: Tensor,  # [...]
+        max_counted_rows: int | None,
         candidates: Candidates | None = None,
         inplace_gradient: bool = False,
     ) -> RowLoss:
@@ -200,20 +202,24 @@ class RowPass(Float32Buffers):
             reduction="none" if self.config.reduction == "none" else "sum",
             inplace_gradient=inplace_gradient,
             chunk_bytes=self.config.linear_chunk_bytes,
+            max_counted_rows=max_counted_rows,
         )
 
     def _head_loss(
         self,
         options: Tensor,  # [N_OPTIONS]
-        placement: CallPlacement | None,
+        call: Call,
         logits: Logits,  # [..., n_columns]
         targets: Tensor,  # [...]
         row_weights: Tensor,  # [...]
     ) -> RowLoss:
         """HeadLoss, once the first two are bound."""
-        placed = logits if placement is None else placement.head(logits)
+        placed = logits if call.placement is None else call.placement.head(logits)
         real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
-        return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real))
+        most = call.max_counted_rows
+        if most is not None and targets.dim() > 2:  # several depths, each of which counts a part of the rows
+            most *= len(targets)
+        return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real), most)
 
     def _candidates(
         self,

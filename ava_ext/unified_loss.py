@@ -166,11 +166,14 @@ class UnifiedLoss(nn.Module):
         segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         cu_seqlens: Tensor | None = None,  # [n_segments + 1]
         num_items_in_batch: float | Tensor | None = None,
+        mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
+        mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
         negative_ids: Tensor | None = None,  # as targets, and [n_negatives]
         negative_weights: Tensor | None = None,  # as negative_ids
         soft_target_ids: Tensor | None = None,  # as targets, and [n_soft_targets]
         soft_target_weights: Tensor | None = None,  # as soft_target_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
+        max_counted_rows: int | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with return_detailed a dict of the loss and its parts.
 
@@ -189,6 +192,10 @@ class UnifiedLoss(nn.Module):
                 `losses.adaptive_mtp`. mtp_active=False switches heads of either kind off for this call; None takes the
                 heads that are given. Each head, logits and primary_logits may be LinearLogits(hidden_states, weight,
                 bias).
+            mtp_hidden_states: what the depth modules of the model give (mtp_type="hidden_states"), read by
+                lm_head_weight; or additional_logits for heads of their own. See `losses.mtp_hidden_states`.
+            mtp_depth_weights: factor of each depth of multi-token prediction of any kind. No gradient; the values are
+                not read by the host, so that a schedule may change them.
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
                 `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
                 layers is a layer without a router.
@@ -205,6 +212,8 @@ class UnifiedLoss(nn.Module):
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
                 ones of a teacher; see `losses.distillation`.
             contrastive_pair: two views of the same things, for InfoNCE.
+            max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
+                not count are left out of the matrix products; a GPU leaves them out only with this number.
 
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
@@ -225,6 +234,8 @@ class UnifiedLoss(nn.Module):
             hidden_states=hidden_states,
             primary_logits=primary_logits,
             additional_logits=additional_logits,
+            mtp_hidden_states=mtp_hidden_states,
+            mtp_depth_weights=mtp_depth_weights,
             confidence_scores=confidence_scores,
             mtp_active=mtp_active,
             gate_logits=gate_logits,
@@ -244,9 +255,10 @@ class UnifiedLoss(nn.Module):
             soft_target_ids=soft_target_ids,
             soft_target_weights=soft_target_weights,
             contrastive_pair=contrastive_pair,
+            max_counted_rows=max_counted_rows,
             class_weights=self.row_pass.class_weights,
         )
-        if self._learns and torch.is_grad_enabled():
+        if self._learns and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             first_run = is_first_run(call.rows.weights)
             for name in self._state_names:
                 getattr(self, name).begin(first_run, targets)

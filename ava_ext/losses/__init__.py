@@ -22,9 +22,11 @@ from ava_ext.losses import (
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
+from ava_ext.losses.depths import DEPTH_METRICS
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.losses.mtp_hidden_states import HiddenStatesMTP
 
 if TYPE_CHECKING:
     from ava_ext.losses.component import Part
@@ -38,6 +40,7 @@ CANDIDATES = (immediate_repetition, eos, ngram, negatives, distillation)
 PARTS: tuple[type[Part], ...] = (
     MultiTokenPrediction,
     AdaptiveMTP,
+    HiddenStatesMTP,
     MoEBalancer,
     AuxiliaryLoss,
     DiversityLoss,
@@ -49,7 +52,7 @@ class _MetricNames(frozenset[str]):
     """Names of metrics. Those of the depths of multi-token prediction are open-ended."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith("mtp_loss_depth_")
+        return super().__contains__(name) or str(name).startswith(DEPTH_METRICS)
 
 
 METRICS = _MetricNames(
@@ -57,6 +60,9 @@ METRICS = _MetricNames(
     + [name for part in PARTS for name in part.METRICS]
 )
 """Entries of the detailed dict that are not part of the sum total_loss, mtp_loss_depth_k for every k among them."""
+
+METRICS_THAT_ADD_UP = frozenset({"n_tokens", "focal_loss"})
+"""Those of METRICS that add up over micro-batches, as components do; the others are means over the rows of a call."""
 
 __all__ = [
     "AdaptiveAntiRepetitionLoss",

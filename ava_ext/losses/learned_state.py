@@ -17,7 +17,7 @@ def _previous(name: str) -> str:
 
 
 class LearnedState(Float32Buffers):
-    """A module whose state changes during training. Three rules make its losses repeatable:
+    """A module whose state changes during training. Four rules make its losses repeatable:
 
     - A forward reads what was committed before it.
     - What a forward learns is pending until `step()` commits it, once per optimizer step. Pending tensors are not
@@ -29,6 +29,7 @@ class LearnedState(Float32Buffers):
       checkpointing, the first run has no grad and the second is a recomputation, so such calls are never recorded.
       Checkpointing within a compiled function needs auto_step=False; with True autograd raises, because the graph
       writes over what its own recomputation reads.
+    - A program of torch.export reads what was committed and learns nothing, in training mode too.
 
     A subclass registers its buffers, names in READ those that its forward reads, sets previous_<name> beside each of
     these, names its pending tensors in PENDING, and initialises all of them in `reset_parameters`.
@@ -94,6 +95,8 @@ class LearnedState(Float32Buffers):
     def read(self, name: str) -> Tensor:
         """The committed tensor of this name, as this call sees it. Copy it where a backward needs it."""
         value = getattr(self, name)
+        if torch.compiler.is_exporting():
+            return value
         if torch.compiler.is_compiling() and not self.auto_step:
             return committed(value, value)  # nothing moves it before the backward, in which a graph may read it again
         return committed(value, getattr(self, _previous(name)))

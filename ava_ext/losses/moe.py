@@ -158,7 +158,7 @@ class MoEBalancer(LearnedState, Part):
         """
         recording: bool | Tensor = False
         layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router("gate_logits", gate_logits)
-        if torch.is_grad_enabled() and layers:
+        if torch.is_grad_enabled() and layers and not torch.compiler.is_exporting():
             first_run = is_first_run(layers[0])
             self.begin(first_run, layers[0])
             recording = first_run if self.training else False

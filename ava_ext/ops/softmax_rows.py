@@ -72,6 +72,7 @@ def row_loss(
     reduction: str = "none",
     inplace_gradient: bool = False,
     chunk_bytes: int | None = None,
+    max_counted_rows: int | None = None,
 ) -> RowLoss:
     """Every row-wise loss term, and its gradient, in one pass over the logits.
 
@@ -96,6 +97,8 @@ def row_loss(
             until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, and
             for LinearLogits, which do so anyway.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
+        max_counted_rows: at most so many targets are not ignore_index. Of LinearLogits, rows that are ignored are left
+            out of the matrix products on the CPU; a GPU leaves them out with this number, which it need not wait for.
 
     Returns:
         RowLoss(loss [...] or [], terms [N_TERMS + n_groups, ...]).
@@ -154,6 +157,7 @@ def row_loss(
             reduction=reduction,
             inplace_gradient=inplace_gradient,
             chunk_bytes=chunk_bytes,
+            max_counted_rows=max_counted_rows,
         )
         return RowLoss(local.loss if reduction == "sum" else block.among_all(local.loss), block.among_all(local.terms))
     if isinstance(logits, ShardedLogits):
@@ -173,9 +177,20 @@ def row_loss(
             reduction,
             inplace,
             chunk_bytes,
+            max_counted_rows,
         )
     return linear_row_loss(
-        logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, reduction, chunk_bytes
+        logits,
+        targets,
+        options,
+        flags,
+        row_weights,
+        candidates,
+        vocab_size,
+        ignore_index,
+        reduction,
+        chunk_bytes,
+        max_counted_rows,
     )
 
 

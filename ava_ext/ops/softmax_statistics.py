@@ -41,6 +41,7 @@ def softmax_statistics(
     vocab_size: int | None = None,
     row_mask: Tensor | None = None,  # [...]
     chunk_bytes: int | None = None,
+    max_counted_rows: int | None = None,
 ) -> SoftmaxStatistics:
     """Softmax statistics of each row, differentiable at kernel speed: a new loss is a few lines of PyTorch on [n_rows]
     vectors.
@@ -61,6 +62,7 @@ def softmax_statistics(
         vocab_size: columns beyond it are padding. Default: n_columns.
         row_mask: [...] bool; rows where it is False give zeros and get a zero gradient, whatever they hold.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
+        max_counted_rows: see `row_loss`; of LinearLogits, the rows of row_mask.
 
     Returns:
         SoftmaxStatistics, float32 (float64 for float64 logits).
@@ -82,9 +84,8 @@ def softmax_statistics(
         check_is_tensor("softmax_statistics", "ids", ids)
         ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    return _statistics(
-        "softmax_statistics", logits, ids, temperature, logit_softcap, logit_scale, size, row_mask, chunk_bytes
-    )
+    constants = (size, row_mask, chunk_bytes, max_counted_rows)
+    return _statistics("softmax_statistics", logits, ids, temperature, logit_softcap, logit_scale, *constants)
 
 
 def _statistics(
@@ -97,6 +98,7 @@ def _statistics(
     vocab_size: int,
     row_mask: Tensor | None,  # [...]
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
     flags: int = 0,
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
@@ -107,10 +109,10 @@ def _statistics(
     options, own_flags = _options(owner, logits, temperature, logit_softcap, logit_scale)
     arguments = (ids, row_mask, options, flags | own_flags, vocab_size)
     if isinstance(logits, ShardedLogits):
-        log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes)
+        log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows)
         return SoftmaxStatistics(log_probs, *summaries.unbind(0))
     if isinstance(logits, LinearLogits):
-        return SoftmaxStatistics(*linear_row_statistics(owner, logits, *arguments, chunk_bytes))
+        return SoftmaxStatistics(*linear_row_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows))
     return SoftmaxStatistics(*row_statistics(owner, logits, *arguments))
 
 
@@ -146,11 +148,13 @@ def token_log_probs(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
+    max_counted_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p of each target, and each row's entropy: what policy gradients need, in one pass over the logits.
 
     Args:
-        logits, temperature, logit_softcap, logit_scale, vocab_size, chunk_bytes: as in `softmax_statistics`.
+        logits, temperature, logit_softcap, logit_scale, vocab_size, chunk_bytes, max_counted_rows: as in
+            `softmax_statistics`.
         targets: [...], integers in [0, vocab_size), or ignore_index: such rows give (0, 0) and get a zero gradient.
 
     Returns:
@@ -174,6 +178,7 @@ def token_log_probs(
         )
     counted = targets != ignore_index
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    arguments = (logits, targets.unsqueeze(-1), temperature, logit_softcap, logit_scale, size, counted, chunk_bytes)
+    ids, constants = targets.unsqueeze(-1), (chunk_bytes, max_counted_rows)
+    arguments = (logits, ids, temperature, logit_softcap, logit_scale, size, counted, *constants)
     statistics = _statistics("token_log_probs", *arguments, flags=IDS_ARE_PRESENT)
     return statistics.log_probs.squeeze(-1), statistics.entropy

@@ -42,11 +42,12 @@ def vocabulary_parallel_row_loss(
     reduction: str,
     inplace_gradient: bool,
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
 ) -> RowLoss:
     """`row_loss` of ShardedLogits: see there."""
     rows = logits.shape[:-1]
     _check_rows("row_loss", "targets", targets, rows)
-    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes)
+    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
     targets = targets.reshape(-1)
     row_mask = targets != ignore_index
     counted = targets.masked_fill(~row_mask, 0)
@@ -77,10 +78,11 @@ def vocabulary_parallel_statistics(
     flags: int,
     vocab_size: int,
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
 ) -> tuple[Tensor, Tensor]:  # [..., n_ids], [N_SUMMARIES, ...]
     """log_probs and summaries of `softmax_statistics` of ShardedLogits; owner begins the messages."""
     rows = logits.shape[:-1]
-    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes)
+    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
     if ids is None:
         ids = torch.empty((*rows, 0), dtype=torch.int32, device=logits.device)
     lowest = -1  # absent
@@ -103,6 +105,7 @@ def _shard_of(
     flags: int,
     vocab_size: int | None,
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
 ) -> tuple[tuple[Tensor | None, ...], Shard]:
     """The local logits as a matrix, or the parts of LinearLogits, and what is to be known of their columns."""
     first_column, n_columns = logits.place()
@@ -110,7 +113,7 @@ def _shard_of(
     if vocab_size is not None and not 1 <= vocab_size <= n_columns:
         raise ValueError(f"sharded_logits: expected vocab_size in [1, {n_columns}], got {vocab_size}")
     vocab_size = n_columns if vocab_size is None else vocab_size
-    shard = Shard(group, first_column, local.shape[-1], vocab_size, options, flags, local.dtype, 0)
+    shard = Shard(group, first_column, local.shape[-1], vocab_size, options, flags, local.dtype, 0, max_counted_rows)
     if isinstance(local, LinearLogits):
         local.check("sharded_logits")
         shard = shard._replace(chunk_rows=local.chunk_rows(chunk_bytes))
@@ -235,12 +238,13 @@ def _gradients(
     parts: tuple[Tensor | None, ...],
     of_rows: tuple[Tensor, Tensor],  # [n_rows, N_STATISTICS], [n_rows, N_ROW_COEFFICIENTS + n_ids]
     ids: Tensor,  # [n_rows, n_ids]
+    row_mask: Tensor,  # [n_rows]
     shard: Shard,
     wanted: list[bool],
     inplace: bool = False,
 ) -> tuple[Tensor | None, ...]:
     detached = tuple(None if part is None else part.detach() for part in parts)
-    gradients = local_gradients(detached, *of_rows, ids, shard, wanted, inplace)
+    gradients = local_gradients(detached, *of_rows, ids, row_mask, shard, wanted, inplace)
     if inplace and parts[0] is not None:
         torch.autograd.graph.increment_version(parts[0])  # whoever saved the logits too is told so by autograd
     origin = next(part for part, want in zip(parts, wanted, strict=True) if want)
@@ -268,7 +272,7 @@ class _RowLossOfShard(torch.autograd.Function):
             return (None,) * (4 + ctx.n_parts)
         parts, shard, (ids, row_mask, statistics, coefficients) = _saved(ctx)
         coefficients = coefficients * grad_loss.masked_fill(~row_mask, 0).unsqueeze(-1)
-        gradients = _gradients(parts, (statistics, coefficients), ids, shard, wanted, ctx.inplace)
+        gradients = _gradients(parts, (statistics, coefficients), ids, row_mask, shard, wanted, ctx.inplace)
         return None, None, None, None, *gradients
 
 
@@ -305,5 +309,5 @@ class _StatisticsOfShard(torch.autograd.Function):
         if grad_summaries is None:
             grad_summaries = like.new_zeros(N_SUMMARIES, len(ids))
         coefficients = statistics_coefficients(like, ids, row_mask, grad_log_probs, grad_summaries.unbind(0))
-        gradients = _gradients(parts, local_view(merged, coefficients, ids, shard), ids, shard, wanted)
+        gradients = _gradients(parts, local_view(merged, coefficients, ids, shard), ids, row_mask, shard, wanted)
         return *nothing, *gradients

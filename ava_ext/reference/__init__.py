@@ -51,7 +51,7 @@ from ava_ext.reference.softmax_rows import (
 )
 from ava_ext.reference.unified_loss import unified_loss
 
-# entries of unified_loss() that are not weighted contributions; "mtp_loss_depth_<k>" belong to them too
+# entries of unified_loss() that are not weighted contributions; those of the depths of mtp_terms() belong to them too
 METRICS = (
     "cross_entropy", "perplexity", "focal_loss", "n_tokens", "accuracy", "entropy", "temperature", "teacher_kl",
     "moe_cv", "moe_max_violation",

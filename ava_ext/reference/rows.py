@@ -155,6 +155,7 @@ class Depth(NamedTuple):
     nll: Tensor  # [B, T]
     counted: Tensor  # [B, T] bool
     token_weights: Tensor  # [B, T]
+    correct: Tensor  # [B, T]
 
 
 def mtp_depth(
@@ -175,7 +176,8 @@ def mtp_depth(
     z = rows.effective(logits, counted)
     nll = negative_log_likelihood(z, torch.where(counted, ahead(rows.targets), 0))
     loss = smoothed(nll, z, rows.config.label_smoothing, rows.config.smoothing_mode)
-    return Depth(loss, nll, counted, ahead(rows.token_weights))
+    correct = (z.argmax(-1) == ahead(rows.targets)).to(z.dtype)
+    return Depth(loss, nll, counted, ahead(rows.token_weights), correct)
 
 
 def confidence_calibration(
@@ -192,8 +194,14 @@ def mtp_terms(
     head_logits: Sequence[Tensor],  # K of [B, T, vocab], or none: switched off
     confidence: Tensor | None,  # [B, T], adaptive heads with confidence weighting
     is_calibrated: bool,
+    depth_weights: Tensor | None = None,  # [K]
 ) -> Terms:
-    """mtp_weight mean_k sum_t conf_t w_{t+k} CE_{k,t} / N, conf detached; and the calibration of the confidence."""
+    """mtp_weight mean_k c_k sum_t conf_t w_{t+k} CE_{k,t} / N_k, conf detached; and the calibration of the confidence.
+
+    N_k = N, and with mtp_own_denominator N * sum_t w_{t+k} / sum_t w_t over the rows that count. Metrics of a depth:
+    loss and accuracy over its rows; acceptance: how often depths 1..k are all right, over rows that count at all of
+    them.
+    """
     config, n_depths = rows.config, rows.config.num_future_tokens
     if len(head_logits) not in (0, n_depths):
         raise ValueError(f"unified_loss: expected num_future_tokens = {n_depths} heads, got {len(head_logits)}")
@@ -201,11 +209,30 @@ def mtp_terms(
     factor = 1.0 if confidence is None else confidence.detach()
     zero = rows.reduce(torch.zeros_like(rows.token_weights))
     losses = [rows.reduce(factor * d.loss, d.counted, d.token_weights) for d in depths]
+    for k, d in enumerate(depths):
+        if config.mtp_own_denominator:
+            own = torch.where(d.counted, d.token_weights, 0.0).sum()
+            losses[k] = losses[k] * (torch.where(rows.counted, rows.token_weights, 0.0).sum() / own if own else 0.0)
+        if depth_weights is not None:
+            losses[k] = losses[k] * depth_weights[k]
     addends = {"mtp_loss": config.mtp_weight * sum(losses, zero) / n_depths}
     if is_calibrated:
         bce = zero
         if depths:
             bce = rows.reduce(confidence_calibration(confidence, depths[0]), depths[0].counted, depths[0].token_weights)
         addends["confidence_regularization"] = config.confidence_reg_strength * bce
-    means = [rows.mean(d.loss, d.counted) for d in depths] or [torch.zeros_like(rows.n)] * n_depths
-    return addends, {f"mtp_loss_depth_{depth}": value for depth, value in enumerate(means, start=1)}
+    metrics = {}
+    for k in range(1, n_depths + 1):
+        values = [torch.zeros_like(rows.n)] * 3
+        if depths:
+            d, chain = depths[k - 1], depths[:k]
+            all_counted = torch.stack([x.counted for x in chain]).all(0)
+            all_correct = torch.stack([x.correct for x in chain]).prod(0)
+            values = [
+                rows.mean(d.loss, d.counted),
+                rows.mean(d.correct, d.counted),
+                rows.mean(all_correct, all_counted),
+            ]
+        names = (f"mtp_loss_depth_{k}", f"mtp_accuracy_depth_{k}", f"mtp_acceptance_depth_{k}")
+        metrics |= dict(zip(names, values, strict=True))
+    return addends, metrics

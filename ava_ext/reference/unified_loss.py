@@ -38,11 +38,14 @@ def unified_loss(
     segment_ids: Tensor | None = None,  # as targets or [1, T]
     cu_seqlens: Tensor | None = None,  # [n_segments + 1]
     num_items_in_batch: float | Tensor | None = None,
+    mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
+    mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
     negative_ids: Tensor | None = None,  # [B, T, M]
     negative_weights: Tensor | None = None,  # [B, T, M]
     soft_target_ids: Tensor | None = None,  # [B, T, K]
     soft_target_weights: Tensor | None = None,  # [B, T, K]
     contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n, H]
+    max_counted_rows: int | None = None,  # changes no value
     temperature: float | Tensor | None = None,  # [] the adaptive one; default initial_temperature
     expert_load: Tensor | None = None,  # [layers, E], default 1/E
     expert_bias: Tensor | None = None,  # [layers, E], for the own top-k
@@ -65,7 +68,8 @@ def unified_loss(
     * labels_are_shifted=False on flat rows needs segments; reduction "none" then has the shape [B, T-1].
     """
     adaptive_heads = config.primary_loss_type == "adaptive_mtp" or (config.use_mtp and config.mtp_type == "adaptive")
-    deepseek_heads = config.use_mtp and not adaptive_heads
+    model_heads = config.use_mtp and not adaptive_heads and config.mtp_type == "hidden_states"
+    deepseek_heads = config.use_mtp and not adaptive_heads and not model_heads
     if primary_logits is not None and (config.primary_loss_type == "adaptive_mtp" or logits is None):
         logits = primary_logits
     if logits is None and hidden_states is not None and lm_head_weight is not None:
@@ -73,13 +77,14 @@ def unified_loss(
     logits = _required(logits, "logits (or hidden_states and lm_head_weight)", "unified_loss")
     targets = _required(targets, "targets", "unified_loss")
 
+    given_head = (lm_head_weight, lm_head_bias)
     flat = targets.dim() == 1
     has_sequences = not flat or any(given is not None for given in (segment_ids, position_ids, cu_seqlens))
     needs_sequences = {
         "use_ngram_penalty": config.use_ngram_penalty,
         "use_immediate_repetition_penalty": config.use_immediate_repetition_penalty,
         "eos_token_id": bool(config.eos_ids) and config.eos_penalty_weight > 0,
-        "use_mtp": deepseek_heads or adaptive_heads,
+        "use_mtp": deepseek_heads or adaptive_heads or model_heads,
         "use_contrastive_loss": config.use_contrastive_loss and contrastive_pair is None,
         "labels_are_shifted=False": not config.labels_are_shifted,
     }
@@ -127,12 +132,17 @@ def unified_loss(
         read = {"input_ids": of_rows(input_ids), "attention_mask": token_mask}
     beside = (negative_ids, negative_weights, soft_target_ids, soft_target_weights)
     terms = [row_terms(rows, logits, read, *map(of_rows, beside))]
-    if deepseek_heads or adaptive_heads:
+    if deepseek_heads or adaptive_heads or model_heads:
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting
         if mtp_active is None or bool(mtp_active):
-            if adaptive_heads and additional_logits is None and mtp_active is None:
+            if model_heads and mtp_hidden_states is not None:
+                head = [x if x is None or not config.mtp_detach_head else x.detach() for x in given_head]
+                heads = [F.linear(states, *head) for states in mtp_hidden_states]
+            elif (adaptive_heads or model_heads) and additional_logits is None and mtp_active is None:
                 heads = []  # as many as are given
+            elif model_heads:
+                heads = list(_required(additional_logits, "mtp_hidden_states or additional_logits", "mtp_active"))
             elif adaptive_heads:
                 heads = list(_required(additional_logits, "additional_logits", "mtp_active"))
             elif callable(mtp_logits):
@@ -144,7 +154,7 @@ def unified_loss(
                 per_batch_row = scores.reshape(n_batch, n_time if scores.numel() == n_batch * n_time else 1)
                 confidence = per_batch_row.expand(n_batch, n_time)[:, :rows_end]
         is_calibrated = is_weighted and config.confidence_reg_strength > 0
-        terms.append(mtp_terms(rows, [of_rows(x) for x in heads], confidence, is_calibrated))
+        terms.append(mtp_terms(rows, [of_rows(x) for x in heads], confidence, is_calibrated, mtp_depth_weights))
 
     def kept(n_rows: int) -> Tensor:
         """The rows that are no padding, where the mask has their number; else all. [n_rows] bool"""

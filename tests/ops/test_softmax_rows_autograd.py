@@ -13,14 +13,9 @@ from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext
-<<<<<<< HEAD
-TARGETS = torch.tensor([[3, 0, 10], [-100, 7, 7]])
+TARGETS = [[3, 0, 10], [-100, 7, 7]]
 # without token reweighting, whose weight is a constant to autograd
 EVERY_TERM = sum(RowFlags) - RowFlags.TARGET_WEIGHTS - RowFlags.DFT - RowFlags.EAFT
-=======
-TARGETS = [[3, 0, 10], [-100, 7, 7]]
-EVERY_TERM = sum(RowFlags)
->>>>>>> cuda
 SINGLE_TERMS = {
     "cross_entropy": RowFlags.CROSS_ENTROPY,
     "focal": RowFlags.CROSS_ENTROPY | RowFlags.FOCAL,

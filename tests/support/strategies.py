@@ -67,12 +67,14 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "immediate_repetition_threshold": draw(st.integers(1, 2)),
             "immediate_repetition_growth": draw(st.sampled_from([1.0, 1.5, 3.0])),
         }
+    mtp_type = draw(st.sampled_from(["deepseek", "adaptive", "hidden_states"]))
     options |= {
         "use_mtp": draw(st.booleans()),
         "num_future_tokens": draw(st.integers(1, 3)),
         "mtp_weight": 0.4,
-        "mtp_type": draw(st.sampled_from(["deepseek", "adaptive"])),
-        "mtp_share_head": (share := draw(st.booleans())),
+        "mtp_type": mtp_type,
+        "mtp_own_denominator": draw(st.booleans()),
+        "mtp_share_head": (share := mtp_type != "hidden_states" and draw(st.booleans())),
         "mtp_detach_head": share and draw(st.booleans()),
         "use_confidence_weighting": draw(st.booleans()),
         "confidence_reg_strength": draw(st.sampled_from([0.0, 0.6])),
@@ -238,11 +240,18 @@ def further_heads(draw, config, shape, numbers, given) -> dict[str, Any]:
     further["mtp_active"] = draw(st.sampled_from([None, None, True, False, "on", "off"]))
     if isinstance(further["mtp_active"], str):
         further["mtp_active"] = torch.tensor(further["mtp_active"] == "on")
+    further["mtp_depth_weights"] = draw(st.sampled_from([None, numbers.uniform(config.num_future_tokens)]))
     if config.mtp_heads == "own":
         if "hidden_states" not in given:
             further["hidden_states"] = numbers.leaf(*shape, HIDDEN_SIZE)
         if config.mtp_share_head and "lm_head_weight" not in given:
             further["lm_head_weight"] = numbers.leaf(config.vocab_size + 1, HIDDEN_SIZE)
+        return further
+    if config.mtp_heads == "hidden_states" and draw(st.sampled_from([False, True, True])):
+        if "lm_head_weight" not in given:
+            further["lm_head_weight"] = numbers.leaf(config.vocab_size + 1, HIDDEN_SIZE)
+        depths = [numbers.leaf(*shape, HIDDEN_SIZE) for _ in range(config.num_future_tokens)]
+        further["mtp_hidden_states"] = draw(st.sampled_from([depths, numbers.leaf(len(depths), *shape, HIDDEN_SIZE)]))
         return further
     n_columns = config.vocab_size + draw(st.integers(0, 1))
     if draw(st.booleans()):
@@ -250,15 +259,14 @@ def further_heads(draw, config, shape, numbers, given) -> dict[str, Any]:
             numbers.leaf(*shape, n_columns, scale=2.0) for _ in range(config.num_future_tokens)
         ]
     else:
-        further["additional_logits"] = [
-            LinearLogits(
-                numbers.leaf(*shape, 3),
-                numbers.leaf(n_columns, 3),
-                draw(st.sampled_from([None, numbers.leaf(n_columns)])),
-            )
+        heads = [
+            (numbers.leaf(n_columns, 3), draw(st.sampled_from([None, numbers.leaf(n_columns)])))
             for _ in range(config.num_future_tokens)
         ]
-    if config.use_confidence_weighting:
+        if draw(st.booleans()):  # the last shares the weight of the first
+            heads[-1] = heads[0]
+        further["additional_logits"] = [LinearLogits(numbers.leaf(*shape, 3), *head) for head in heads]
+    if config.mtp_heads == "adaptive" and config.use_confidence_weighting:
         per_row = [shape, (*shape, 1)]
         per_sequence = [(1,), (1, 1)] if len(shape) == 1 else [shape[:1], (shape[0], 1)]
         scores = numbers.uniform(*draw(st.sampled_from(per_row + per_sequence)), low=0.02, high=0.98)

@@ -240,7 +240,7 @@ def row_loss(
     row_weights: Tensor | None,  # [...]
     candidate_ids: Tensor | None,  # [..., n_candidates]
     candidate_weights: Tensor | None,  # [..., n_candidates]
-    candidate_groups: Sequence[int],
+    candidate_groups: Sequence[int] | None,
     flags: int,
     vocab_size: int,
     ignore_index: int,
@@ -267,7 +267,7 @@ def row_loss(
         n_soft = candidate_groups[-1] if flags & RowFlags.SOFT_TARGETS and candidate_groups else 0
         given = (candidate_ids, candidate_weights, counted_targets)
         losses, slopes = _penalties(row, columns, *given, flags, n_soft)
-        terms += [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
+        terms += [group.sum(-1) for group in losses.split(list(candidate_groups or ()), -1)]
         counted_ids = torch.where(counts.unsqueeze(-1), candidate_ids.long(), -1)
         ids, all_own = torch.cat([ids, counted_ids], -1), torch.cat([all_own, slopes], -1)
     total = sum(terms[len(TERM_NAMES) :], terms[0] + terms[1] + terms[2])
