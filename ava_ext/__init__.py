@@ -12,9 +12,11 @@ from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.perplexity import PerplexityLoss
 from ava_ext.losses.scaling import AdaptiveLossScaling
+from ava_ext.losses.sequence_unlikelihood import SequenceUnlikelihoodLoss
 from ava_ext.meter import LossMeter
 from ava_ext.ops import (
     LinearLogits,
+    repeated_ngram_mask,
     repetition_candidates,
     router_statistics,
     softmax_statistics,
@@ -64,9 +66,11 @@ __all__ = [  # noqa: RUF022  in groups
     "CompositeLoss",
     "ConsistencyLoss",
     "PerplexityLoss",
+    "SequenceUnlikelihoodLoss",
     # functions: functional has cross_entropy and linear_cross_entropy, ops the pass over the rows itself
     "LinearLogits",
     "functional",
+    "repeated_ngram_mask",
     "repetition_candidates",
     "router_statistics",
     "softmax_statistics",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.dtensor_logits import DTENSOR, gathered_weight, is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import RowLoss, accumulation_dtype
+from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
 from ava_ext.reduction import count_rows, divided_by_classes, keep_rows
@@ -24,6 +24,9 @@ Heads = Tensor | Sequence[Logits] | None
 # The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose loss is the
 # weighted sum [], or with reduction="none" that of each row [...]; 0 where the target is ignored.
 HeadLoss = Callable[[Logits, Tensor, Tensor], RowLoss]
+# The penalty of candidates alone, on rows of the main logits: targets [...] (-1: the row does not count), row_weights
+# [...], candidates -> RowLoss.
+CandidateLoss = Callable[[Tensor, Tensor, Candidates], RowLoss]
 
 
 # one value, or several, for each row of the logits
@@ -55,6 +58,9 @@ class Call:
             label; None: all.
         keep_tokens: [batch_size, n_tokens] bool, tokens that are no padding; None: all.
         placement: how the rows are spread over ranks; None: this process has all of them.
+        kept_rows: [batch_size, n_tokens] bool, rows that are no padding, whether they have a target or not; None: all.
+        kept_weights: [batch_size, n_tokens], the token weights of rows, whether they have a target or not; None: 1.
+        candidate_loss: the penalty of candidates on rows of the main logits; the pass over the rows sets it.
         head_loss: main's cross-entropy for the logits of a further head; the pass over the rows sets it.
         recording: whether this call counts for what components learn; a tensor where a traced graph finds out.
         made: what parts share, each made by the first that asks.
@@ -99,6 +105,7 @@ class Call:
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
     head_loss: HeadLoss = dataclasses.field(init=False)
+    candidate_loss: CandidateLoss = dataclasses.field(init=False)
     recording: bool | Tensor = dataclasses.field(init=False, default=False)
     made: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
 
@@ -158,6 +165,7 @@ class Call:
             self.keep_targets = None if keep is None else keep[:, :-1]
             if self.segments is not None:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
+        self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
         self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
         if self.class_weights is not None:

@@ -164,6 +164,9 @@ class UnifiedLossConfig:
         1.0, _NOT_BELOW_ONE, "factor per further token of the run, at most 4 in all"
     )
     repetition_allow_list: tuple[int, ...] = _option((), _TOKENS, "ids that may repeat")
+    negatives_need_target: bool = _option(
+        True, _FLAG, "False: a row counts for its negative_ids without a target too; N is the number of rows with any"
+    )
     min_sequence_length: int = _option(
         20, _at_least(0), "EOS is early while fewer counted targets of the segment precede it"
     )
@@ -227,6 +230,11 @@ class UnifiedLossConfig:
             raise ValueError(
                 "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "
                 f"inplace_gradient=False with it, got True and {self.distillation_temperature}"
+            )
+        if self.inplace_gradient and not self.negatives_need_target:
+            raise ValueError(
+                "unified_loss: negatives_need_target=False reads the logits a second time: "
+                "expected inplace_gradient=False"
             )
         low, high = self.temperature_bounds
         if self.temperature_adapts and not low <= self.initial_temperature <= high:

@@ -264,6 +264,11 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         """[]: the present factor of the penalties."""
         return self.schedule.factor()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if f"{prefix}steps" in state_dict:  # its name in older checkpoints
+            state_dict[f"{prefix}schedule.steps"] = state_dict.pop(f"{prefix}steps")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
 
 class NGramRepetitionPenalty(UnifiedLoss):
     """The n-gram penalty alone, to add to your own loss; see losses.ngram.

@@ -146,6 +146,7 @@ class RowPass(Float32Buffers):
                 temperature = temperature.to(options.dtype) / self.config.logit_scale
             options = torch.where(self.is_temperature.to(like.device), temperature, options)
         call.head_loss = functools.partial(self._head_loss, options, call)
+        call.candidate_loss = functools.partial(self._candidate_loss, options, call)
         soft = self.soft_targets(call)
         in_this_pass = soft is not None and self.soft_temperature == 1
         candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
@@ -189,6 +190,7 @@ class RowPass(Float32Buffers):
         max_counted_rows: int | None,
         candidates: Candidates | None = None,
         inplace_gradient: bool = False,
+        ignore_index: int | None = None,
     ) -> RowLoss:
         return row_loss(
             logits,
@@ -198,7 +200,7 @@ class RowPass(Float32Buffers):
             row_weights=row_weights,
             candidates=candidates,
             vocab_size=self.config.vocab_size,
-            ignore_index=self.config.ignore_index,
+            ignore_index=self.config.ignore_index if ignore_index is None else ignore_index,
             reduction="none" if self.config.reduction == "none" else "sum",
             inplace_gradient=inplace_gradient,
             chunk_bytes=self.config.linear_chunk_bytes,
@@ -220,6 +222,18 @@ class RowPass(Float32Buffers):
         if most is not None and targets.dim() > 2:  # several depths, each of which counts a part of the rows
             most *= len(targets)
         return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real), most)
+
+    def _candidate_loss(
+        self,
+        options: Tensor,  # [N_OPTIONS]
+        call: Call,
+        targets: Tensor,  # [...]
+        row_weights: Tensor,  # [...]
+        candidates: Candidates,
+    ) -> RowLoss:
+        """CandidateLoss, once the first two are bound."""
+        flags = self.flags & RowFlags.SOFTCAP
+        return self._row_loss(call.logits, targets, options, flags, row_weights, None, candidates, ignore_index=-1)
 
     def _candidates(
         self,

@@ -258,6 +258,9 @@ class UnifiedLoss(nn.Module):
             max_counted_rows=max_counted_rows,
             class_weights=self.row_pass.class_weights,
         )
+        if self._learns:
+            for name in self._state_names:
+                getattr(self, name).check_device(call.rows.weights.device)
         if self._learns and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             first_run = is_first_run(call.rows.weights)
             for name in self._state_names:

@@ -146,7 +146,7 @@ def train(model: nn.Module, arm: Arm, data: Texts, setting: Setting, seed: int, 
         if every and update % every == every - 1:
             prefixes = windows(data.train, setting.prefix_length, setting.batch_size, step_seed)
             loss, share = sequence_loss(model, prefixes, setting)
-            line = {"sequence_loss": float(loss), "repeated": share}
+            line = {"sequence_loss": float(loss.detach()), "repeated": share}
             (arm.sequence_weight * loss).backward()
         else:
             batch = windows(data.train, setting.n_tokens + 1, setting.batch_size, step_seed)
@@ -154,7 +154,7 @@ def train(model: nn.Module, arm: Arm, data: Texts, setting: Setting, seed: int, 
             head = model.lm_head.weight
             parts = loss_fn(targets=batch[:, 1:], hidden_states=states, lm_head_weight=head, return_detailed=True)
             parts["total_loss"].backward()
-            line = {name: float(value) for name, value in parts.items()}
+            line = {name: float(value.detach()) for name, value in parts.items()}
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

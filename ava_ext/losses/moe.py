@@ -158,6 +158,8 @@ class MoEBalancer(LearnedState, Part):
         """
         recording: bool | Tensor = False
         layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router("gate_logits", gate_logits)
+        if layers:
+            self.check_device(layers[0].device, "moe_balancer")
         if torch.is_grad_enabled() and layers and not torch.compiler.is_exporting():
             first_run = is_first_run(layers[0])
             self.begin(first_run, layers[0])

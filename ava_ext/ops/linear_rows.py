@@ -20,7 +20,9 @@ from ava_ext.ops.derivatives import (
     call_operator,
     counted_only,
     graph_is_kept,
+    is_batched,
     refuse_tangents,
+    refuse_transforms,
     without_second_derivative,
 )
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
@@ -50,7 +52,7 @@ def linear_row_loss(
     rows, n_columns = logits.shape[:-1], logits.shape[-1]
     if targets.shape != rows:
         raise ValueError(f"row_loss: expected targets of shape {list(rows)}, got {list(targets.shape)}")
-    refuse_tangents("row_loss", (*logits, options, row_weights))
+    refuse_transforms("row_loss", (*logits, options, row_weights), vmap_works=True)
     ids, weights, groups = candidates if candidates else (None, None, ())
     in_forward = logits.requires_grad and reduction == "sum" and logits.dtype != torch.float16
     tensors = (
@@ -291,7 +293,7 @@ def _scaled(
     factor: Tensor,  # [] or [n]
 ) -> Tensor:  # as gradient
     """gradient * factor; over the gradient where nobody can ask for it again, and at no cost where the factor is 1."""
-    if torch.compiler.is_compiling() or graph_is_kept():
+    if torch.compiler.is_compiling() or graph_is_kept() or is_batched(factor):
         return gradient * (factor.unsqueeze(-1) if factor.dim() else factor).to(gradient.dtype)
     rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
     if rows.numel():

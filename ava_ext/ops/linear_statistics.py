@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import call_operator, refuse_tangents, without_second_derivative
+from ava_ext.ops.derivatives import call_operator, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import by_chunks, empty_gradients
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, accumulation_dtype
@@ -31,7 +31,7 @@ def linear_row_statistics(
     A chunk of rows is computed at a time; backward computes it again. owner begins the messages.
     """
     logits.check(owner)
-    refuse_tangents(owner, (*logits, options))
+    refuse_transforms(owner, (*logits, options))
     rows = logits.shape[:-1]
     if ids is not None and ids.shape[:-1] != rows:
         raise ValueError(f"{owner}: expected ids of shape [{', '.join(map(str, rows))}, n_ids], got {list(ids.shape)}")

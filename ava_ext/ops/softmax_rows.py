@@ -14,9 +14,11 @@ from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_i
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
+    is_batched,
     is_forward_mode,
     raise_double_backward,
     refuse_tangents,
+    refuse_vmap_within_derivatives,
     without_second_derivative,
 )
 from ava_ext.ops.dtensor_logits import local_logits
@@ -228,7 +230,11 @@ def _dense_row_loss(
         # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
         # as the gradient
         loss, terms = _row_loss(*arguments, False, differentiable)[:2]
-    elif is_forward_mode() or (differentiable and torch._C._are_functorch_transforms_active()):
+        return RowLoss(loss.sum() if is_sum else loss, terms)
+    is_transformed = torch._C._are_functorch_transforms_active()
+    if is_transformed:
+        refuse_vmap_within_derivatives("row_loss")
+    if is_forward_mode() or (differentiable and is_transformed):
         loss, terms = transformed_row_loss(*arguments)
     elif not differentiable:
         with torch._C._AutoDispatchBelowAutograd():
@@ -294,6 +300,10 @@ def _row_loss_backward(ctx, grad_loss, *_):
     refuse_tangents("row_loss", (grad_loss,))
     if ctx.fused:
         grad_logits, targets, origin = ctx.saved_tensors
+        if is_batched(grad_loss):
+            ignored = torch.eq(targets, ctx.ignore_index)
+            factors = counted_only(grad_loss.expand(targets.shape), ignored).unsqueeze(-1)
+            return without_second_derivative((grad_logits * factors).to(grad_logits.dtype), origin), *nothing
         if not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
         _scale_rows_(grad_logits, grad_loss.expand(targets.shape), targets, ctx.ignore_index)
@@ -310,7 +320,7 @@ def _row_loss_backward(ctx, grad_loss, *_):
         ctx.flags,
         ctx.vocab_size,
     )
-    if not ctx.inplace:
+    if not ctx.inplace or is_batched(grad_loss):
         return without_second_derivative(_ops.row_gradient(*arguments), logits), *nothing
     _ops.row_gradient_(*arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told so by autograd

@@ -90,6 +90,8 @@ def row_terms(
     negative_weights: Tensor | None,  # [B, T, M]
     soft_target_ids: Tensor | None,  # [B, T, K]
     soft_target_weights: Tensor | None,  # [B, T, K]
+    kept: Tensor,  # [B, T] bool: no padding
+    has_num_items: bool,
 ) -> Terms:
     """Every term of the logits rows."""
     config = rows.config
@@ -122,8 +124,19 @@ def row_terms(
         addends["eos_penalty"] = penalty(early_eos_weights(*place))
     if negative_ids is None:
         negative_ids = torch.full((*targets.shape, 1), -1)
-    given = negative_weights_dense(config, rows.targets, rows.counted, negative_ids, negative_weights)
-    addends["negative_penalty"] = penalty(given)
+    if config.negatives_need_target:
+        given = negative_weights_dense(config, rows.targets, rows.counted, negative_ids, negative_weights)
+        addends["negative_penalty"] = penalty(given)
+    else:
+        own_targets = torch.where(rows.counted, rows.targets, -1)
+        given = negative_weights_dense(config, own_targets, kept, negative_ids, negative_weights)
+        has_any = (given > 0).any(-1)
+        of_pass = rows
+        if config.reduction == "mean" and not has_num_items:
+            n = torch.where(has_any, rows.token_weights, 0.0).sum()
+            of_pass = rows._replace(n=torch.where(n == 0, 1.0, n))
+        values = unlikelihood(rows.effective(logits, has_any).flatten(0, 1), given.flatten(0, 1))
+        addends["negative_penalty"] = of_pass.reduce(values.reshape(targets.shape), has_any)
 
     teacher_kl = torch.zeros_like(nll)
     if config.distillation_weight > 0:

@@ -52,6 +52,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "repetition_allow_list": draw(st.lists(token, max_size=1).map(tuple)),
         "min_sequence_length": draw(st.integers(0, 5)),
         "eos_penalty_weight": draw(st.sampled_from([0.0, 0.7])),
+        "negatives_need_target": draw(st.booleans()),
     }
     if draw(st.booleans()):
         options |= {
@@ -156,6 +157,7 @@ def arguments(draw, config: UnifiedLossConfig) -> dict[str, Any]:
         given["input_ids"][..., 0] = draw(st.sampled_from([-200, 0, vocab_size + 3]))  # a placeholder of an image
     if draw(st.booleans()):
         given["negative_ids"] = numbers.integers(-1, vocab_size, *shape, 2)
+        given["negative_ids"][numbers.true(0.3, *shape)] = -1
         given["negative_weights"] = draw(st.sampled_from([None, numbers.uniform(*shape, 2)]))
     if config.distillation_weight > 0 and draw(st.booleans()):
         given["soft_target_ids"] = numbers.integers(-1, vocab_size, *shape, 3)
@@ -223,7 +225,7 @@ def logits(draw, config, shape, numbers, given) -> dict[str, Any]:
     if draw(st.booleans()):  # a masked column that is never a target
         values[..., config.vocab_size - 1] = -math.inf
         given["targets"].masked_fill_(given["targets"] == config.vocab_size - 1, 1)
-    if config.labels_are_shifted:
+    if config.labels_are_shifted and config.negatives_need_target:
         values[given["targets"] == config.ignore_index] = draw(st.sampled_from([0.0, math.nan, math.inf]))
     name = "logits"
     if config.primary_loss_type == "adaptive_mtp":
