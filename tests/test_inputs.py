@@ -122,6 +122,13 @@ MISSING = [
     ({"use_diversity_loss": True}, {}, "use_diversity_loss needs expert_outputs, got None"),
     ({"use_contrastive_loss": True}, {}, "use_contrastive_loss needs contrastive_pair or hidden_states, got None"),
     ({}, {"negative_weights": torch.ones(2, 4, 1)}, "negative_weights need negative_ids, got None"),
+    ({}, {"soft_target_weights": torch.ones(2, 4, 1)}, "soft_target_weights need soft_target_ids, got None"),
+    ({}, {"soft_target_ids": TARGETS[..., None]}, "soft_target_ids need soft_target_weights, got None"),
+    (
+        {"distillation_weight": 0.0},
+        {"soft_target_ids": TARGETS[..., None], "soft_target_weights": torch.ones(2, 4, 1)},
+        "soft_target_ids need distillation_weight above 0, got 0",
+    ),
 ]
 
 
@@ -181,6 +188,14 @@ MISFITS = [
     (
         {"negative_ids": TARGETS[..., None], "negative_weights": torch.ones(2, 4, 1, requires_grad=True)},
         "weights without requires_grad",
+    ),
+    (
+        {"soft_target_ids": TARGETS, "soft_target_weights": torch.ones(2, 4)},
+        r"expected soft_target_ids of shape \[2, 4, n_soft_targets\], got \[2, 4\]",
+    ),
+    (
+        {"soft_target_ids": TARGETS[..., None], "soft_target_weights": torch.ones(2, 4)},
+        r"expected soft_target_weights of shape \[2, 4, 1\], got \[2, 4\]",
     ),
     (
         {"hidden_states": torch.zeros(2, 3, 5)},
@@ -247,6 +262,8 @@ ARGUMENTS = {
     "cu_seqlens": torch.tensor([0, 8]),
     "negative_ids": TARGETS[..., None],
     "negative_weights": torch.ones(2, 4, 1),
+    "soft_target_ids": TARGETS[..., None],
+    "soft_target_weights": torch.ones(2, 4, 1),
     "confidence_scores": torch.ones(2, 4),
 }
 

@@ -352,3 +352,19 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"expert_indices: expected shape \[1, 11, 2\], got \[11, 1\]"):
         balancer(gate_logits, list(indices[..., :1]), mask)
     assert (balancer.pending_counts == 0).all()
+
+
+def test_a_centred_bias_has_the_differences_of_the_other():
+    options = {"num_moe_layers": 2, "num_experts_per_token": 1, "expert_bias_rate": 0.01}
+    plain, centred = make_balancer(**options), make_balancer(**options, expert_bias_centered=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        gate_logits = torch.randn(2, 12, plain.n_experts, generator=generator) + torch.arange(plain.n_experts)
+        indices = gate_logits.topk(1).indices
+        for balancer in (plain, centred):
+            balancer(gate_logits.requires_grad_(), indices)
+            balancer.step()
+        torch.testing.assert_close(centred.expert_bias.mean(-1), torch.zeros(2), rtol=0, atol=1e-8)
+        assert plain.expert_bias.mean(-1).abs().max() > 1e-3  # or nothing would be tested
+        difference = plain.expert_bias - plain.expert_bias.mean(-1, keepdim=True)
+        torch.testing.assert_close(centred.expert_bias, difference, rtol=0, atol=1e-8)
