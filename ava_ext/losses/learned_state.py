@@ -63,7 +63,7 @@ class LearnedState(Float32Buffers):
                 f"{owner}: expected the state of {self.statistics_name} on {device} as the logits, got {home}: move "
                 f"the loss with .to({str(device)!r})"
             )
-        if getattr(self, self.PENDING[0]).device != home:  # they move together
+        if any(getattr(self, name).device != home for name in self.PENDING[:1]):  # they move together
             self._follow(home)
 
     def _follow(self, home: torch.device) -> None:
