@@ -93,10 +93,10 @@ def test_pages_show_the_results(name):
         assert name not in shown, "a page shows numbers, and there are no results"
 
 
-def run(script, *arguments, timeout=500):
+def run(script, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(ROOT / "studies" / script), *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result
 
