@@ -32,12 +32,13 @@ CandidateLoss = Callable[[Tensor, Tensor, Candidates], RowLoss]
 # one value, or several, for each row of the logits
 ROW_WISE = (
     "logits", "targets", "attention_mask", "hidden_states", "token_weights", "input_ids", "negative_ids",
-    "negative_weights",
+    "negative_weights", "soft_target_ids", "soft_target_weights",
 )  # fmt: skip
 # tensors on the device of the logits; logits, hidden_states and lm_head_weight may come in other forms
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
-    "negative_ids", "negative_weights", "confidence_scores", "prefix_ids", "mtp_depth_weights",
+    "negative_ids", "negative_weights", "soft_target_ids", "soft_target_weights", "confidence_scores", "prefix_ids",
+    "mtp_depth_weights", "global_expert_counts",
 )  # fmt: skip
 
 
@@ -83,6 +84,7 @@ class Call:
     mtp_active: bool | Tensor | None
     gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
     expert_indices: Tensor | Sequence[Tensor | None] | None  # [n, k] per layer
+    global_expert_counts: Tensor | None  # [n_layers, n_experts]
     expert_outputs: Tensor | Sequence[Tensor] | None  # [n_experts, n, hidden_size]
     lm_head_weight: Any  # [n_columns, hidden_size]
     lm_head_bias: Tensor | None  # [n_columns]
@@ -95,8 +97,12 @@ class Call:
     num_items_in_batch: float | Tensor | None
     negative_ids: Tensor | None  # as targets, and [n_negatives]
     negative_weights: Tensor | None  # as negative_ids
+    soft_target_ids: Tensor | None  # as targets, and [n_soft_targets]
+    soft_target_weights: Tensor | None  # as soft_target_ids
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
     max_counted_rows: int | None
+
+    class_weights: Tensor | None  # [vocab_size], of the loss
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
     head_loss: HeadLoss = dataclasses.field(init=False)
@@ -132,12 +138,12 @@ class Call:
         if DTENSOR in sys.modules:
             self._place()
         targets = self.targets
+        self.rows_shape = (targets.shape[0], targets.shape[1])
         if targets.dtype != torch.int64:
             targets = targets.long()  # before ignore_index is shifted in: uint8 has no -100
         self.segments = None
         if is_packed:
-            shape = (targets.shape[0], targets.shape[1])
-            segments = segment_numbers(shape, self.segment_ids, self.position_ids, self.cu_seqlens)
+            segments = segment_numbers(self.rows_shape, self.segment_ids, self.position_ids, self.cu_seqlens)
             self.segments = None if segments is None else segments.expand(targets.shape)
         self.context = None
         if self.input_ids is not None:
@@ -162,7 +168,12 @@ class Call:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
         self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
-        self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
+        if self.class_weights is not None:
+            if dtype == torch.float64 and config.class_weights is not None:  # the loss's buffer has fewer digits
+                self.class_weights = torch.tensor(config.class_weights, dtype=dtype)
+            self.class_weights = self.class_weights.to(self.logits.device, dtype)
+        n_items = self.num_items_in_batch
+        self.rows = count_rows(config, targets, keep, token_weights, n_items, dtype, self.class_weights)
         if self.placement is not None:
             self.rows = self.placement.share(self.rows, config.ignore_index)
 
@@ -316,7 +327,7 @@ def _check_shapes(call: Call) -> None:
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
-    for name in ("targets", "input_ids", "prefix_ids", "negative_ids"):
+    for name in ("targets", "input_ids", "prefix_ids", "negative_ids", "soft_target_ids"):
         ids = getattr(call, name)
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
@@ -333,6 +344,7 @@ def _check_shapes(call: Call) -> None:
             raise _bad_shape("prefix_ids", (*shape[:-1], "n_prefix"), call.prefix_ids)
         if call.input_ids is None and not call.config.labels_are_shifted:
             raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
+    _check_soft_targets(call, shape)
     ids, weights = call.negative_ids, call.negative_weights
     if ids is None:
         if weights is not None:
@@ -341,6 +353,21 @@ def _check_shapes(call: Call) -> None:
         raise _bad_shape("negative_ids", (*shape, "n_negatives"), ids)
     elif weights is not None and weights.shape != ids.shape:
         raise _bad_shape("negative_weights", ids.shape, weights)
+
+
+def _check_soft_targets(call: Call, shape: torch.Size) -> None:
+    ids, weights = call.soft_target_ids, call.soft_target_weights
+    if ids is None and weights is None:
+        return
+    if ids is None or weights is None:
+        given, missing = ("weights", "ids") if ids is None else ("ids", "weights")
+        raise ValueError(f"unified_loss: soft_target_{given} need soft_target_{missing}, got None")
+    if call.config.distillation_weight == 0:
+        raise ValueError("unified_loss: soft_target_ids need distillation_weight above 0, got 0")
+    if ids.shape[:-1] != shape or ids.dim() != len(shape) + 1:
+        raise _bad_shape("soft_target_ids", (*shape, "n_soft_targets"), ids)
+    if weights.shape != ids.shape:
+        raise _bad_shape("soft_target_weights", ids.shape, weights)
 
 
 def _check_order(call: Call) -> None:

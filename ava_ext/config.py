@@ -49,6 +49,7 @@ _TOKEN = _Range("a token id (an integer)", _is_integer)
 _TOKENS = _Range("a sequence of token ids (integers)", lambda v: isinstance(v, tuple) and all(map(_is_integer, v)))
 _TOKEN_OR_TOKENS = _Range("token ids (integers)", lambda v: _TOKEN.holds(v) or _TOKENS.holds(v))
 _BOUNDS = _Range("two numbers, 0 < low <= high", lambda v: _is_pair(v) and 0 < v[0] <= v[1])
+_NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v)))
 _GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
 
 
@@ -108,12 +109,29 @@ class UnifiedLossConfig:
         _one_of("uniform", "exclude_target"),
         '"uniform" (PyTorch\'s e/V) or "exclude_target" (e/(V-1) on the others)',
     )
+    logit_scale: float = _option(1.0, _POSITIVE, "factor of the logits, before the soft cap (Cohere, Granite)")
     logit_softcap: float | None = _option(None, _POSITIVE, "c: logits become c tanh(logits / c)")
     z_loss_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of lse^2")
     confidence_penalty_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of 1 - entropy / log V")
     use_focal_loss: bool = _option(False, _FLAG, "modulate the cross-entropy by (1 - p_target)^gamma")
     focal_alpha: float = _option(1.0, _NOT_NEGATIVE, "factor of the focal term")
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
+
+    class_weights: tuple[float, ...] | None = _option(
+        None, _NUMBERS, "weight of each target's term by its class; N is then their sum, as in PyTorch"
+    )
+    token_reweighting: str | None = _option(
+        None,
+        _one_of("dft", "eaft"),
+        "weigh the target's term by p_target (dft) or by entropy / log V (eaft), detached",
+    )
+    reweighting_exponent: float = _option(1.0, _NOT_NEGATIVE, "exponent of the weight of token_reweighting")
+
+    # soft targets
+    distillation_weight: float = _option(1.0, _NOT_NEGATIVE, "weight of the term of soft_target_ids")
+    distillation_temperature: float = _option(
+        1.0, _POSITIVE, "Td: soft targets are compared with softmax(z / Td), and their term is multiplied by Td^2"
+    )
 
     # multi-token prediction
     use_mtp: bool = _option(False, _FLAG, "also predict the tokens after the next one")
@@ -164,6 +182,7 @@ class UnifiedLossConfig:
     gradient_balance_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the steering term")
     moe_momentum: float = _option(0.9, _BELOW_ONE, "momentum of the running load")
     expert_bias_rate: float = _option(1e-3, _NOT_NEGATIVE, "step size of the loss-free bias; it moves once per step()")
+    expert_bias_centered: bool = _option(False, _FLAG, "step() moves the mean of each layer's expert_bias to 0")
     use_diversity_loss: bool = _option(False, _FLAG, "mean pairwise cosine similarity of expert_outputs")
     diversity_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the diversity term")
     use_auxiliary_loss: bool = _option(False, _FLAG, "load balancing and router z-loss on gate_logits")
@@ -171,6 +190,9 @@ class UnifiedLossConfig:
     router_z_weight: float = _option(1e-3, _NOT_NEGATIVE, "weight of the router's mean lse^2")
     load_balancing_convention: str = _option(
         "switch", _one_of("switch", "huggingface"), '"switch" or "huggingface" (k times larger, layers concatenated)'
+    )
+    load_balancing_per_sequence: bool = _option(
+        False, _FLAG, "balance each text by itself, then average; gate_logits then have a row for each target"
     )
     router_score: str = _option("softmax", _one_of("softmax", "sigmoid"), '"softmax" or "sigmoid" (normalised)')
 
@@ -203,10 +225,25 @@ class UnifiedLossConfig:
             )
         if self.mtp_detach_head and not self.mtp_share_head and self.mtp_heads != "hidden_states":
             raise ValueError("unified_loss: mtp_detach_head=True needs mtp_share_head=True, got False")
+        if self.load_balancing_per_sequence and self.load_balancing_convention != "switch":
+            raise ValueError(
+                "unified_loss: load_balancing_per_sequence=True needs load_balancing_convention='switch', got "
+                f"{self.load_balancing_convention!r}"
+            )
         if self.inplace_gradient and not self.negatives_need_target:
             raise ValueError(
                 "unified_loss: negatives_need_target=False reads the logits a second time: "
                 "expected inplace_gradient=False"
+            )
+        if self.class_weights is not None:
+            if len(self.class_weights) != self.vocab_size:
+                raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
+            if self.label_smoothing > 0:
+                raise NotImplementedError("unified_loss: class_weights with label_smoothing are not supported yet")
+        if self.inplace_gradient and self.distillation_temperature != 1:
+            raise ValueError(
+                "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "
+                f"inplace_gradient=False with it, got True and {self.distillation_temperature}"
             )
         low, high = self.temperature_bounds
         if self.temperature_adapts and not low <= self.initial_temperature <= high:
@@ -252,7 +289,7 @@ class UnifiedLossConfig:
     def changed_options(self) -> str:
         """The options that differ from their defaults, as name=value."""
         options = [(option, getattr(self, option.name)) for option in dataclasses.fields(self)]
-        return ", ".join(f"{option.name}={value!r}" for option, value in options if value != option.default)
+        return ", ".join(f"{option.name}={_short(value)}" for option, value in options if value != option.default)
 
     @classmethod
     def check_names(cls, options: dict[str, Any], owner: str = "unified_loss") -> None:
@@ -297,6 +334,12 @@ class UnifiedLossConfig:
             )
             state["process_group"] = None
         return state
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) > 16:
+        return f"({value[0]!r}, ..., {value[-1]!r})"
+    return repr(value)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,10 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.reduction import classes_of
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
-# of the main term, what further heads have too: all but focal
+# of the main term, what further heads have too: all but focal and token reweighting
 OF_HEADS = RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP
 
 
@@ -37,7 +38,11 @@ class RowPassOutput(NamedTuple):
     loss: Tensor  # []: the sum; with reduction="none" [batch_size, n_tokens]
     terms: Tensor  # [len(names), batch_size, n_tokens]: each unweighted, without graph
     names: tuple[str, ...]  # of the terms: TERM_NAMES, then the keys of the sources that found candidates
-    options: Tensor  # [N_OPTIONS]; the first is the temperature
+    options: Tensor  # [N_OPTIONS]; the first is temperature / logit_scale
+
+
+def _no_soft_targets(call: Call) -> None:
+    return None
 
 
 class RowPass(Float32Buffers):
@@ -52,13 +57,24 @@ class RowPass(Float32Buffers):
     options: Tensor
     is_temperature: Tensor
     penalty_weights: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self, config: UnifiedLossConfig, row_terms: Sequence[RowTerm], sources: Sequence[CandidateSource]
     ) -> None:
         super().__init__()
         self.config = config
-        self.given = tuple((source.key, source.given) for source in sources if source.given is not None)
+        self.given = tuple(
+            (source.key, source.given) for source in sources if source.given is not None and not source.is_soft
+        )
+        self.soft_key: tuple[str, ...] = ()
+        self.soft_targets: Callable[[Call], Candidates | None] = _no_soft_targets
+        self.soft_temperature = 1.0
+        for source in sources:
+            if source.is_soft and source.given is not None:
+                self.soft_key, self.soft_targets = (source.key,), source.given
+                self.soft_temperature = source.temperature
+        self.metrics = tuple((source.key, source.metric) for source in sources if source.metric is not None)
         self.repetition_keys = tuple(source.key for source in sources if source.given is None)
         flags = RowFlags(0)
         for term in row_terms:
@@ -78,6 +94,7 @@ class RowPass(Float32Buffers):
         # constants of the device: nothing is copied to it in a call, and nothing is made while a graph is traced
         self.register_buffer("options", self._make_options(torch.float32), persistent=False)
         self.register_buffer("is_temperature", self._make_is_temperature(), persistent=False)
+        self.register_buffer("class_weights", self._make_class_weights(torch.float32), persistent=False)
         self.register_buffer("penalty_weights", self._make_penalty_weights(torch.float32), persistent=False)
 
     def _make_options(self, dtype: torch.dtype) -> Tensor:  # [N_OPTIONS]
@@ -85,6 +102,10 @@ class RowPass(Float32Buffers):
 
     def _make_is_temperature(self) -> Tensor:  # [N_OPTIONS] bool
         return torch.tensor([name == "temperature" for name in OPTION_NAMES])
+
+    def _make_class_weights(self, dtype: torch.dtype) -> Tensor | None:  # [vocab_size]
+        weights = self.config.class_weights
+        return None if weights is None else torch.tensor(weights, dtype=dtype)
 
     def _make_penalty_weights(self, dtype: torch.dtype) -> Tensor:  # [N_REPETITION_WEIGHTS]
         return repetition_weights(torch.empty(0, dtype=dtype), **self._penalty_weights)
@@ -95,6 +116,8 @@ class RowPass(Float32Buffers):
         with torch.device("cpu"):
             self.options.copy_(self._make_options(torch.float32))
             self.is_temperature.copy_(self._make_is_temperature())
+            if self.class_weights is not None and self.config.class_weights is not None:
+                self.class_weights.copy_(torch.tensor(self.config.class_weights))
             self.penalty_weights.copy_(self._make_penalty_weights(torch.float32))
 
     def run(
@@ -119,21 +142,44 @@ class RowPass(Float32Buffers):
         if options.device != like.device:
             options = options.to(like.device)
         if temperature is not None:
+            if self.config.logit_scale != 1:
+                temperature = temperature.to(options.dtype) / self.config.logit_scale
             options = torch.where(self.is_temperature.to(like.device), temperature, options)
         call.head_loss = functools.partial(self._head_loss, options, call)
         call.candidate_loss = functools.partial(self._candidate_loss, options, call)
-        candidates, names = self._candidates(call, penalty_factor)
-        output = self._row_loss(
+        soft = self.soft_targets(call)
+        in_this_pass = soft is not None and self.soft_temperature == 1
+        candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
+        flags = self.flags_with_entropy if with_entropy else self.flags
+        loss, terms = self._row_loss(
             call.logits,
             call.rows.targets,
             options,
-            self.flags_with_entropy if with_entropy else self.flags,
+            flags | RowFlags.SOFT_TARGETS if in_this_pass else flags,
             like,
             call.max_counted_rows,
             candidates,
             self.config.inplace_gradient,
         )
-        return RowPassOutput(output.loss, output.terms, (*TERM_NAMES, *names), options)
+        if soft is not None and not in_this_pass:
+            of_soft = self._soft_loss(call, soft, options)
+            loss, terms = loss + of_soft.loss, torch.cat([terms, of_soft.terms[len(TERM_NAMES) :]])
+        if soft is not None:
+            names = (*names, *self.soft_key)
+        return RowPassOutput(loss, terms, (*TERM_NAMES, *names), options)
+
+    def _soft_loss(
+        self,
+        call: Call,
+        soft: Candidates,
+        options: Tensor,  # [N_OPTIONS]
+    ) -> RowLoss:
+        """Soft targets at a temperature of their own."""
+        options = torch.where(self.is_temperature.to(options.device), options * self.soft_temperature, options)
+        flags = self.flags & RowFlags.SOFTCAP | RowFlags.SOFT_TARGETS
+        return self._row_loss(
+            call.logits, call.rows.targets, options, int(flags), call.rows.weights, call.max_counted_rows, soft
+        )
 
     def _row_loss(
         self,
@@ -194,9 +240,14 @@ class RowPass(Float32Buffers):
         self,
         call: Call,
         penalty_factor: Tensor | None,  # []
+        soft: Candidates | None,
     ) -> tuple[Candidates | None, tuple[str, ...]]:
-        """Every token that the rows push down, in one list of slots, and the names of its groups."""
+        """Every token that the rows push down, in one list of slots, and the names of its groups; then soft targets."""
         rows, found, names = call.rows, [], self.repetition_keys
+        if call.class_weights is not None:
+            weights = classes_of(rows.targets, call.class_weights).unsqueeze(-1)
+            found.append(Candidates(torch.full_like(rows.targets, -1).unsqueeze(-1), weights, (1,)))
+            names = ("class_weights", *names)
         if self.repetition_keys:
             like, weights = rows.weights, self.penalty_weights
             if like.dtype == torch.float64:
@@ -224,6 +275,8 @@ class RowPass(Float32Buffers):
             if given is not None:
                 found.append(given)
                 names = (*names, key)
+        if soft is not None:
+            found.append(soft)
         if len(found) < 2:
             return (found[0] if found else None), names
         ids, weights = (torch.cat([getattr(part, name) for part in found], -1) for name in ("ids", "weights"))

@@ -15,7 +15,7 @@ static std::string cuda_version() { return AVA_CUDA_VERSION; }
 STABLE_TORCH_LIBRARY(ava_ext, m) {
   // int[]?: None is the empty list, which is how AOTInductor hands one over
   //
-  // rows of logits: softmax_rows.h. options: RowOptions [7]; flags: RowFlags
+  // rows of logits: softmax_rows.h. options: RowOptions [8]; flags: RowFlags
   //
   // ids (also candidate_ids) are int32 or int64; those of rows that do not count (ignored, masked, or with a count of 0
   // in their statistics) are not looked at. -1 is absent, unless flags have kIdsArePresent. What else is outside [0, vocab_size) is

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ava_ext.losses import (
     confidence_penalty,
+    distillation,
     eos,
     focal,
     immediate_repetition,
     negatives,
     ngram,
     primary,
+    reweighting,
     z_loss,
 )
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
     from ava_ext.losses.component import Part
 
 # modules whose from_config gives a RowTerm: flags and options of the row kernel
-ROW_TERMS = (primary, focal, z_loss, confidence_penalty)
-# modules whose from_config gives a CandidateSource; the first three in the order of repetition_candidates' groups
-CANDIDATES = (immediate_repetition, eos, ngram, negatives)
+ROW_TERMS = (primary, focal, reweighting, z_loss, confidence_penalty)
+# modules whose from_config gives a CandidateSource; the first three in the order of repetition_candidates' groups, soft
+# targets last
+CANDIDATES = (immediate_repetition, eos, ngram, negatives, distillation)
 # what is computed beside the rows, in the order in which it is added; the balancer measures the router for both
 PARTS: tuple[type[Part], ...] = (
     NegativesWithoutTarget,
@@ -55,7 +58,7 @@ class _MetricNames(frozenset[str]):
 
 
 METRICS = _MetricNames(
-    ["cross_entropy", "perplexity", "n_tokens", "accuracy", "entropy", "temperature", "focal_loss"]
+    ["cross_entropy", "perplexity", "n_tokens", "accuracy", "entropy", "temperature", "focal_loss", "teacher_kl"]
     + [name for part in PARTS for name in part.METRICS]
 )
 """Entries of the detailed dict that are not part of the sum total_loss, mtp_loss_depth_k for every k among them."""

@@ -19,6 +19,7 @@ from ava_ext.ops.row_fields import (
     N_SUMMARIES,
     N_TERMS,
     Candidates,
+    RowFlags,
     RowLoss,
 )
 from ava_ext.ops.row_statistics import statistics_coefficients
@@ -176,12 +177,14 @@ def _evaluated(
     """Weighted loss, terms and coefficients of the rows: evaluate and unlikelihood of csrc/softmax_rows.h."""
     row = _Row(*merged.statistics.unbind(-1))
     is_argmax = ids == row.argmax.unsqueeze(-1)
-    terms, of_row, own = _evaluate(row, _Options(*shard.options.unbind()), shard.flags, is_argmax[:, 0], merged.u[:, 0])
+    options = _Options(*shard.options.unbind())
+    terms, of_row, own = _evaluate(row, options, shard.flags, is_argmax[:, 0], merged.u[:, 0], weights)
     terms = [torch.stack(terms)]
     total = terms[0][0] + terms[0][1] + terms[0][2]
     coefficients = torch.stack([*of_row, torch.zeros_like(own), own], -1)
     if weights is not None:
-        losses, slopes = _penalties(row.rest, merged.u[:, 1:], is_argmax[:, 1:], ids, weights)
+        n_soft = groups[-1] if shard.flags & RowFlags.SOFT_TARGETS and groups else 0
+        losses, slopes = _penalties(row.rest, merged.u[:, 1:], is_argmax[:, 1:], ids, weights, n_soft)
         penalties = [group.sum(-1) for group in losses.split(list(groups), -1)]
         for penalty in penalties:
             total = total + penalty
@@ -200,8 +203,9 @@ def _penalties(
     is_argmax: Tensor,  # [n_rows, n_candidates] bool
     ids: Tensor,  # [n_rows, 1 + n_candidates]
     weights: Tensor,  # [n_rows, n_candidates]
+    n_soft: int,
 ) -> tuple[Tensor, Tensor]:  # both [n_rows, n_candidates]
-    """-w log(1 - p) of each candidate, and its s."""
+    """-w log(1 - p) of each candidate, -w log p of the last n_soft, and its s."""
     rest = rest.unsqueeze(-1)
     p = (u.exp() / (1 + rest)).masked_fill_(is_argmax, 0)
     target = ids[:, :1]
@@ -210,7 +214,13 @@ def _penalties(
     inverse_rest = 1 / torch.where(rest < smallest, smallest, rest)  # a nan passes
     loss = torch.where(is_argmax, inverse_rest.log1p(), -torch.log1p(-p))
     slope = torch.where(is_argmax, inverse_rest, p / (1 - p))
-    return (weights * loss).masked_fill_(absent, 0), (weights * slope).masked_fill_(absent, 0)
+    losses, slopes = (weights * loss).masked_fill_(absent, 0), (weights * slope).masked_fill_(absent, 0)
+    if n_soft:
+        given, u, ids = weights[:, -n_soft:], u[:, -n_soft:].masked_fill(is_argmax[:, -n_soft:], 0), ids[:, -n_soft:]
+        absent = (ids < 0) | (given == 0) | (target < 0)
+        losses[:, -n_soft:] = (given * (rest.log1p() - u)).masked_fill_(absent, 0)
+        slopes[:, -n_soft:] = (-given).masked_fill(absent, 0)
+    return losses, slopes
 
 
 def _save(ctx: Any, shard: Shard, parts: tuple[Tensor | None, ...], *tensors: Tensor) -> None:

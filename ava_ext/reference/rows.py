@@ -16,13 +16,17 @@ from ava_ext.reference.repetition import (
     negative_weights_dense,
     ngram_weights,
 )
+from ava_ext.reference.sequences import class_weights_of
 from ava_ext.reference.softmax_rows import (
     confidence_penalty,
     effective_logits,
     focal,
     negative_log_likelihood,
+    reweighted,
     smoothed,
+    soft_targets,
     token_entropy,
+    token_weight,
     unlikelihood,
     z_loss,
 )
@@ -49,6 +53,7 @@ class Rows(NamedTuple):
             torch.where(counted.unsqueeze(-1), logits, 0.0),
             temperature=self.temperature,
             logit_softcap=self.config.logit_softcap,
+            logit_scale=self.config.logit_scale,
             vocab_size=self.config.vocab_size,
         )
 
@@ -83,6 +88,8 @@ def row_terms(
     read: dict[str, Tensor],  # [B, T] input_ids and their attention_mask
     negative_ids: Tensor | None,  # [B, T, M]
     negative_weights: Tensor | None,  # [B, T, M]
+    soft_target_ids: Tensor | None,  # [B, T, K]
+    soft_target_weights: Tensor | None,  # [B, T, K]
     kept: Tensor,  # [B, T] bool: no padding
     has_num_items: bool,
 ) -> Terms:
@@ -92,6 +99,12 @@ def row_terms(
     targets = torch.where(rows.counted, rows.targets, 0)
     nll = negative_log_likelihood(z, targets)
     hard = focal(z, targets, config.focal_alpha, config.focal_gamma) if config.use_focal_loss else nll
+
+    if config.token_reweighting is not None:
+        weight = token_weight(z, targets, config.token_reweighting, config.reweighting_exponent)
+        hard = reweighted(hard, weight)
+
+    hard = reweighted(hard, class_weights_of(config, targets, rows.counted))
 
     def penalty(candidate_weights: Tensor) -> Tensor:  # [B, T, vocab_size]
         values = unlikelihood(z.flatten(0, 1), candidate_weights.flatten(0, 1))
@@ -125,6 +138,16 @@ def row_terms(
         values = unlikelihood(rows.effective(logits, has_any).flatten(0, 1), given.flatten(0, 1))
         addends["negative_penalty"] = of_pass.reduce(values.reshape(targets.shape), has_any)
 
+    teacher_kl = torch.zeros_like(nll)
+    if config.distillation_weight > 0:
+        distillation = torch.zeros_like(nll)
+        if soft_target_ids is not None and soft_target_weights is not None:
+            q = torch.where(soft_target_ids < 0, 0.0, soft_target_weights)
+            distillation = soft_targets(z / config.distillation_temperature, soft_target_ids, q)
+            teacher_kl = torch.xlogy(q, q).sum(-1) + distillation
+        factor = config.distillation_weight * config.distillation_temperature**2
+        addends["distillation_loss"] = factor * rows.reduce(distillation)
+
     metrics = {
         "cross_entropy": rows.mean(nll),
         "perplexity": rows.mean(nll).exp(),
@@ -133,6 +156,8 @@ def row_terms(
         "entropy": rows.mean(token_entropy(z)),
         "temperature": torch.as_tensor(rows.temperature),
     }
+    if config.distillation_weight > 0:
+        metrics["teacher_kl"] = rows.mean(teacher_kl)
     if config.use_focal_loss:
         metrics["focal_loss"] = addends["main_loss"]
     return addends, metrics

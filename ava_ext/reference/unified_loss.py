@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.reference.batch_terms import diversity, info_nce, simctg
-from ava_ext.reference.router_rows import router_terms
+from ava_ext.reference.router_rows import global_load_balancing, router_terms
 from ava_ext.reference.rows import Rows, mtp_terms, row_terms
-from ava_ext.reference.sequences import counted_rows, denominator, is_padding, segment_numbers
+from ava_ext.reference.sequences import class_weights_of, counted_rows, denominator, is_padding, segment_numbers
 
 
 def unified_loss(
@@ -38,10 +38,13 @@ def unified_loss(
     segment_ids: Tensor | None = None,  # as targets or [1, T]
     cu_seqlens: Tensor | None = None,  # [n_segments + 1]
     num_items_in_batch: float | Tensor | None = None,
+    global_expert_counts: Tensor | None = None,  # [layers, E]: load balancing is this call's addend of theirs
     mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
     mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
     negative_ids: Tensor | None = None,  # [B, T, M]
     negative_weights: Tensor | None = None,  # [B, T, M]
+    soft_target_ids: Tensor | None = None,  # [B, T, K]
+    soft_target_weights: Tensor | None = None,  # [B, T, K]
     contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n, H]
     max_counted_rows: int | None = None,  # changes no value
     temperature: float | Tensor | None = None,  # [] the adaptive one; default initial_temperature
@@ -51,7 +54,7 @@ def unified_loss(
 ) -> dict[str, Tensor]:
     """What UnifiedLoss(...).forward(..., return_detailed=True) returns: total_loss, its addends (detached), METRICS.
 
-    The keys depend on the configuration only: `negative_penalty` is always there (0 where nothing is given),
+    The keys depend on the configuration only: `negative_penalty`, `distillation_loss` are there (0) if none are given,
     `confidence_regularization` where the adaptive heads use confidence weighting and its strength is > 0, the `moe_`
     metrics with use_moe_balancing or use_auxiliary_loss. Choices where the specification is silent:
 
@@ -119,7 +122,8 @@ def unified_loss(
         )
     dtype = logits.dtype
     weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else of_labels(token_weights).to(dtype)
-    n = denominator(config, counted, weights, num_items_in_batch).to(dtype)
+    of_class = class_weights_of(config, targets, counted).to(dtype)
+    n = denominator(config, counted, weights * of_class, num_items_in_batch).to(dtype)
     temperature = config.initial_temperature if temperature is None else temperature
     rows = Rows(config, targets, counted, segments, weights, n, temperature)
 
@@ -127,8 +131,8 @@ def unified_loss(
     read = {"attention_mask": attention_mask}
     if input_ids is not None:
         read = {"input_ids": of_rows(input_ids), "attention_mask": token_mask}
-    negatives = (of_rows(negative_ids), of_rows(negative_weights))
-    terms = [row_terms(rows, logits, read, *negatives, row_keep, num_items_in_batch is not None)]
+    beside = (negative_ids, negative_weights, soft_target_ids, soft_target_weights)
+    terms = [row_terms(rows, logits, read, *map(of_rows, beside), row_keep, num_items_in_batch is not None)]
     if deepseek_heads or adaptive_heads or model_heads:
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting
@@ -164,7 +168,16 @@ def unified_loss(
         gates = _layers(config, _required(gate_logits, "gate_logits", option))
         chosen = [None] * len(gates) if expert_indices is None else _layers(config, expert_indices)
         keeps = [kept(len(gate)) for gate in gates]
-        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias)
+        texts = None
+        if config.load_balancing_per_sequence:
+            if any(len(gate) != token_segments.numel() for gate in gates):
+                raise ValueError("unified_loss: load_balancing_per_sequence needs a row of gate_logits for each target")
+            texts = (token_segments + token_segments.numel() * torch.arange(n_batch).unsqueeze(1)).flatten()
+        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias, texts)
+        if global_expert_counts is not None and config.use_auxiliary_loss:
+            addend = global_load_balancing(config, gates, keeps, chosen, global_expert_counts.to(dtype))
+            addends.pop("aux_load_balancing")  # an addend of the global batch is no mean of this one
+            terms.append(({"aux_load_balancing": addend}, {}))
         of_batch |= addends
         terms.append(({}, metrics))
     if config.use_diversity_loss:
