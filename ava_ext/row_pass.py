@@ -146,7 +146,7 @@ class RowPass(Float32Buffers):
             if self.config.logit_scale != 1:
                 temperature = temperature.to(options.dtype) / self.config.logit_scale
             options = torch.where(self.is_temperature.to(like.device), temperature, options)
-        # not the call itself, which would then keep itself alive until the garbage collector comes
+        # neither holds the call: in a cycle, its logits would outlive it until Python's collector comes by
         call.head_loss = functools.partial(self._head_loss, options, call.placement, call.max_counted_rows)
         call.candidate_loss = functools.partial(self._candidate_loss, options, call.logits)
         soft = self.soft_targets(call)
@@ -214,7 +214,7 @@ class RowPass(Float32Buffers):
         self,
         options: Tensor,  # [N_OPTIONS]
         placement: CallPlacement | None,
-        most: int | None,
+        most: int | None,  # rows of the call that count
         logits: Logits,  # [..., n_columns]
         targets: Tensor,  # [...]
         row_weights: Tensor,  # [...]
