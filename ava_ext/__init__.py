@@ -1,7 +1,8 @@
 """Fused losses for training language models: forward and backward in one pass over the logits."""
 
 from ava_ext import functional
-from ava_ext._library import build_info
+from ava_ext._library import build_info, empty_cache
+from ava_ext._version import __version__ as __version__
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import METRICS
 from ava_ext.losses.auxiliary import AuxiliaryLoss
@@ -11,9 +12,11 @@ from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.perplexity import PerplexityLoss
 from ava_ext.losses.scaling import AdaptiveLossScaling
+from ava_ext.losses.sequence_unlikelihood import SequenceUnlikelihoodLoss
 from ava_ext.meter import LossMeter
 from ava_ext.ops import (
     LinearLogits,
+    repeated_ngram_mask,
     repetition_candidates,
     router_statistics,
     softmax_statistics,
@@ -63,13 +66,16 @@ __all__ = [  # noqa: RUF022  in groups
     "CompositeLoss",
     "ConsistencyLoss",
     "PerplexityLoss",
+    "SequenceUnlikelihoodLoss",
     # functions: functional has cross_entropy and linear_cross_entropy, ops the pass over the rows itself
     "LinearLogits",
     "functional",
+    "repeated_ngram_mask",
     "repetition_candidates",
     "router_statistics",
     "softmax_statistics",
     "token_log_probs",
-    # what this build is
+    # what this build is, and the memory it keeps
     "build_info",
+    "empty_cache",
 ]

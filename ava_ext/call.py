@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.dtensor_logits import DTENSOR, gathered_weight, is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import RowLoss, accumulation_dtype
+from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
 from ava_ext.reduction import count_rows, keep_rows
@@ -24,17 +24,21 @@ Heads = Tensor | Sequence[Logits] | None
 # The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose loss is the
 # weighted sum [], or with reduction="none" that of each row [...]; 0 where the target is ignored.
 HeadLoss = Callable[[Logits, Tensor, Tensor], RowLoss]
+# The penalty of candidates alone, on rows of the main logits: targets [...] (-1: the row does not count), row_weights
+# [...], candidates -> RowLoss.
+CandidateLoss = Callable[[Tensor, Tensor, Candidates], RowLoss]
 
 
 # one value, or several, for each row of the logits
 ROW_WISE = (
     "logits", "targets", "attention_mask", "hidden_states", "token_weights", "input_ids", "negative_ids",
-    "negative_weights",
+    "negative_weights", "soft_target_ids", "soft_target_weights",
 )  # fmt: skip
 # tensors on the device of the logits; logits, hidden_states and lm_head_weight may come in other forms
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
-    "negative_ids", "negative_weights", "confidence_scores",
+    "negative_ids", "negative_weights", "soft_target_ids", "soft_target_weights", "confidence_scores", "prefix_ids",
+    "mtp_depth_weights", "global_expert_counts",
 )  # fmt: skip
 
 
@@ -48,10 +52,15 @@ class Call:
         rows: which rows count, their targets and weights.
         segments: [batch_size, n_tokens], a number that changes where a text begins; None: a batch row is one text.
         context: [batch_size, n_tokens], the tokens read, ignore_index where masked; None: the targets are the context.
+        prefix: [batch_size, n_prefix], what comes before the context in the first row's text, ignore_index where
+            masked; None: nothing.
         keep_targets: [batch_size, n_tokens] bool, rows whose target is no padding, without the row behind the last
             label; None: all.
         keep_tokens: [batch_size, n_tokens] bool, tokens that are no padding; None: all.
         placement: how the rows are spread over ranks; None: this process has all of them.
+        kept_rows: [batch_size, n_tokens] bool, rows that are no padding, whether they have a target or not; None: all.
+        kept_weights: [batch_size, n_tokens], the token weights of rows, whether they have a target or not; None: 1.
+        candidate_loss: the penalty of candidates on rows of the main logits; the pass over the rows sets it.
         head_loss: main's cross-entropy for the logits of a further head; the pass over the rows sets it.
         recording: whether this call counts for what components learn; a tensor where a traced graph finds out.
         made: what parts share, each made by the first that asks.
@@ -69,25 +78,35 @@ class Call:
     hidden_states: Any  # as logits, [..., hidden_size]
     primary_logits: Any  # as logits
     additional_logits: Heads  # of logits' shape, one per head
+    mtp_hidden_states: Any  # num_future_tokens of hidden_states' shape
+    mtp_depth_weights: Tensor | None  # [num_future_tokens]
     confidence_scores: Tensor | None  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
     mtp_active: bool | Tensor | None
     gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
     expert_indices: Tensor | Sequence[Tensor | None] | None  # [n, k] per layer
+    global_expert_counts: Tensor | None  # [n_layers, n_experts]
     expert_outputs: Tensor | Sequence[Tensor] | None  # [n_experts, n, hidden_size]
     lm_head_weight: Any  # [n_columns, hidden_size]
     lm_head_bias: Tensor | None  # [n_columns]
     token_weights: Tensor | None  # as targets
     input_ids: Tensor | None  # as targets
+    prefix_ids: Tensor | None  # [batch_size, n_prefix]; [n_prefix] beside flat targets
     position_ids: Tensor | None  # as targets, or [1, n_tokens]
     segment_ids: Tensor | None  # as targets, or [1, n_tokens]
     cu_seqlens: Tensor | None  # [n_segments + 1]
     num_items_in_batch: float | Tensor | None
     negative_ids: Tensor | None  # as targets, and [n_negatives]
     negative_weights: Tensor | None  # as negative_ids
+    soft_target_ids: Tensor | None  # as targets, and [n_soft_targets]
+    soft_target_weights: Tensor | None  # as soft_target_ids
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
+    max_counted_rows: int | None
+
+    class_weights: Tensor | None  # [vocab_size], of the loss
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
     head_loss: HeadLoss = dataclasses.field(init=False)
+    candidate_loss: CandidateLoss = dataclasses.field(init=False)
     recording: bool | Tensor = dataclasses.field(init=False, default=False)
     made: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
 
@@ -106,30 +125,36 @@ class Call:
             self._take_whole()
         _check_tensors(self)
         _check_shapes(self)
+        self.targets_shape = self.targets.shape  # as given
         self.is_flat = self.targets.dim() == 1
         is_packed = not (self.segment_ids is None and self.position_ids is None and self.cu_seqlens is None)
         if self.is_flat:
             if not is_packed:
                 _check_order(self)
-            for name in ROW_WISE:
+            for name in (*ROW_WISE, "prefix_ids"):
                 value = getattr(self, name)
                 if value is not None:
                     setattr(self, name, value.unsqueeze(0))
         if DTENSOR in sys.modules:
             self._place()
         targets = self.targets
+        self.rows_shape = (targets.shape[0], targets.shape[1])
         if targets.dtype != torch.int64:
             targets = targets.long()  # before ignore_index is shifted in: uint8 has no -100
         self.segments = None
         if is_packed:
-            shape = (targets.shape[0], targets.shape[1])
-            segments = segment_numbers(shape, self.segment_ids, self.position_ids, self.cu_seqlens)
+            segments = segment_numbers(self.rows_shape, self.segment_ids, self.position_ids, self.cu_seqlens)
             self.segments = None if segments is None else segments.expand(targets.shape)
         self.context = None
         if self.input_ids is not None:
             context = self.input_ids.long()
             keep = keep_rows(config, context, self.attention_mask)
             self.context = context if keep is None else torch.where(keep, context, config.ignore_index)
+        self.prefix = None
+        if self.prefix_ids is not None:
+            prefix = self.prefix_ids.long()
+            keep = keep_rows(config, prefix, None)
+            self.prefix = prefix if keep is None else torch.where(keep, prefix, config.ignore_index)
         attention_mask, token_weights = self.attention_mask, self.token_weights
         keep = keep_rows(config, targets, attention_mask)
         self.keep_tokens = self.keep_targets = keep
@@ -141,8 +166,14 @@ class Call:
             self.keep_targets = None if keep is None else keep[:, :-1]
             if self.segments is not None:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
+        self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
-        self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
+        if self.class_weights is not None:
+            if dtype == torch.float64 and config.class_weights is not None:  # the loss's buffer has fewer digits
+                self.class_weights = torch.tensor(config.class_weights, dtype=dtype)
+            self.class_weights = self.class_weights.to(self.logits.device, dtype)
+        n_items = self.num_items_in_batch
+        self.rows = count_rows(config, targets, keep, token_weights, n_items, dtype, self.class_weights)
         if self.placement is not None:
             self.rows = self.placement.share(self.rows, config.ignore_index)
 
@@ -162,7 +193,16 @@ class Call:
             self.hidden_states = whole("hidden_states", self.hidden_states, False)
         elif config.mtp_heads == "own" or config.use_contrastive_loss:
             self.hidden_states = self.placement.hidden_states(self.hidden_states)
-        for name in ("gate_logits", "expert_indices", "expert_outputs", "confidence_scores", "contrastive_pair"):
+        elif config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
+            self.mtp_hidden_states = [self.placement.hidden_states(depth) for depth in self.mtp_hidden_states]
+        for name in (
+            "gate_logits",
+            "expert_indices",
+            "expert_outputs",
+            "confidence_scores",
+            "contrastive_pair",
+            "prefix_ids",
+        ):
             check_is_local(name, getattr(self, name))
 
     def required(self, argument: str, option: str) -> Any:
@@ -237,9 +277,10 @@ def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]
         by_preference.reverse()
     for name, given in by_preference:
         if given is not None:
-            if weight is not None and not config.mtp_share_head:
+            if weight is not None and not (config.mtp_share_head or config.mtp_heads == "hidden_states"):
                 raise ValueError(
-                    f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True uses both)"
+                    f"unified_loss: expected {name} or lm_head_weight, got both (only mtp_share_head=True and "
+                    "mtp_type='hidden_states' use both)"
                 )
             chosen = _as_logits(name, given)
             break
@@ -286,7 +327,7 @@ def _check_shapes(call: Call) -> None:
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"
         )
-    for name in ("targets", "input_ids", "negative_ids"):
+    for name in ("targets", "input_ids", "prefix_ids", "negative_ids", "soft_target_ids"):
         ids = getattr(call, name)
         if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
@@ -298,6 +339,12 @@ def _check_shapes(call: Call) -> None:
         raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
     if call.hidden_states is not None and call.hidden_states.shape[:-1] != shape:
         raise _bad_shape("hidden_states", (*shape, "hidden_size"), call.hidden_states)
+    if call.prefix_ids is not None:
+        if call.prefix_ids.shape[:-1] != shape[:-1] or call.prefix_ids.dim() != len(shape):
+            raise _bad_shape("prefix_ids", (*shape[:-1], "n_prefix"), call.prefix_ids)
+        if call.input_ids is None and not call.config.labels_are_shifted:
+            raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
+    _check_soft_targets(call, shape)
     ids, weights = call.negative_ids, call.negative_weights
     if ids is None:
         if weights is not None:
@@ -306,6 +353,21 @@ def _check_shapes(call: Call) -> None:
         raise _bad_shape("negative_ids", (*shape, "n_negatives"), ids)
     elif weights is not None and weights.shape != ids.shape:
         raise _bad_shape("negative_weights", ids.shape, weights)
+
+
+def _check_soft_targets(call: Call, shape: torch.Size) -> None:
+    ids, weights = call.soft_target_ids, call.soft_target_weights
+    if ids is None and weights is None:
+        return
+    if ids is None or weights is None:
+        given, missing = ("weights", "ids") if ids is None else ("ids", "weights")
+        raise ValueError(f"unified_loss: soft_target_{given} need soft_target_{missing}, got None")
+    if call.config.distillation_weight == 0:
+        raise ValueError("unified_loss: soft_target_ids need distillation_weight above 0, got 0")
+    if ids.shape[:-1] != shape or ids.dim() != len(shape) + 1:
+        raise _bad_shape("soft_target_ids", (*shape, "n_soft_targets"), ids)
+    if weights.shape != ids.shape:
+        raise _bad_shape("soft_target_weights", ids.shape, weights)
 
 
 def _check_order(call: Call) -> None:

@@ -49,6 +49,7 @@ _TOKEN = _Range("a token id (an integer)", _is_integer)
 _TOKENS = _Range("a sequence of token ids (integers)", lambda v: isinstance(v, tuple) and all(map(_is_integer, v)))
 _TOKEN_OR_TOKENS = _Range("token ids (integers)", lambda v: _TOKEN.holds(v) or _TOKENS.holds(v))
 _BOUNDS = _Range("two numbers, 0 < low <= high", lambda v: _is_pair(v) and 0 < v[0] <= v[1])
+_NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v)))
 _GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
 
 
@@ -108,6 +109,7 @@ class UnifiedLossConfig:
         _one_of("uniform", "exclude_target"),
         '"uniform" (PyTorch\'s e/V) or "exclude_target" (e/(V-1) on the others)',
     )
+    logit_scale: float = _option(1.0, _POSITIVE, "factor of the logits, before the soft cap (Cohere, Granite)")
     logit_softcap: float | None = _option(None, _POSITIVE, "c: logits become c tanh(logits / c)")
     z_loss_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of lse^2")
     confidence_penalty_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of 1 - entropy / log V")
@@ -115,17 +117,35 @@ class UnifiedLossConfig:
     focal_alpha: float = _option(1.0, _NOT_NEGATIVE, "factor of the focal term")
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
+    class_weights: tuple[float, ...] | None = _option(
+        None, _NUMBERS, "weight of each target's term by its class; N is then their sum, as in PyTorch"
+    )
+    token_reweighting: str | None = _option(
+        None,
+        _one_of("dft", "eaft"),
+        "weigh the target's term by p_target (dft) or by entropy / log V (eaft), detached",
+    )
+    reweighting_exponent: float = _option(1.0, _NOT_NEGATIVE, "exponent of the weight of token_reweighting")
+
+    # soft targets
+    distillation_weight: float = _option(1.0, _NOT_NEGATIVE, "weight of the term of soft_target_ids")
+    distillation_temperature: float = _option(
+        1.0, _POSITIVE, "Td: soft targets are compared with softmax(z / Td), and their term is multiplied by Td^2"
+    )
+
     # multi-token prediction
     use_mtp: bool = _option(False, _FLAG, "also predict the tokens after the next one")
     num_future_tokens: int = _option(3, _at_least(1), "how many further tokens are predicted")
     mtp_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the multi-token term")
     mtp_type: str = _option(
         "deepseek",
-        _one_of("deepseek", "adaptive"),
-        '"deepseek" (heads of the loss) or "adaptive" (additional_logits with a confidence)',
+        _one_of("deepseek", "adaptive", "hidden_states"),
+        '"deepseek" (heads of the loss), "adaptive" (additional_logits with a confidence) or "hidden_states" (depth '
+        "modules of the model)",
     )
     mtp_share_head: bool = _option(False, _FLAG, "each depth is a residual block in front of the given lm_head_weight")
     mtp_detach_head: bool = _option(False, _FLAG, "the shared head gets no gradient from the depths")
+    mtp_own_denominator: bool = _option(False, _FLAG, "divide each depth by the number of its own rows")
     use_confidence_weighting: bool = _option(True, _FLAG, "adaptive: weight each row by the given confidence")
     confidence_reg_strength: float = _option(
         0.01, _NOT_NEGATIVE, "adaptive: weight of the term that calibrates the confidence"
@@ -144,6 +164,9 @@ class UnifiedLossConfig:
         1.0, _NOT_BELOW_ONE, "factor per further token of the run, at most 4 in all"
     )
     repetition_allow_list: tuple[int, ...] = _option((), _TOKENS, "ids that may repeat")
+    negatives_need_target: bool = _option(
+        True, _FLAG, "False: a row counts for its negative_ids without a target too; N is the number of rows with any"
+    )
     min_sequence_length: int = _option(
         20, _at_least(0), "EOS is early while fewer counted targets of the segment precede it"
     )
@@ -159,6 +182,7 @@ class UnifiedLossConfig:
     gradient_balance_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the steering term")
     moe_momentum: float = _option(0.9, _BELOW_ONE, "momentum of the running load")
     expert_bias_rate: float = _option(1e-3, _NOT_NEGATIVE, "step size of the loss-free bias; it moves once per step()")
+    expert_bias_centered: bool = _option(False, _FLAG, "step() moves the mean of each layer's expert_bias to 0")
     use_diversity_loss: bool = _option(False, _FLAG, "mean pairwise cosine similarity of expert_outputs")
     diversity_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the diversity term")
     use_auxiliary_loss: bool = _option(False, _FLAG, "load balancing and router z-loss on gate_logits")
@@ -166,6 +190,9 @@ class UnifiedLossConfig:
     router_z_weight: float = _option(1e-3, _NOT_NEGATIVE, "weight of the router's mean lse^2")
     load_balancing_convention: str = _option(
         "switch", _one_of("switch", "huggingface"), '"switch" or "huggingface" (k times larger, layers concatenated)'
+    )
+    load_balancing_per_sequence: bool = _option(
+        False, _FLAG, "balance each text by itself, then average; gate_logits then have a row for each target"
     )
     router_score: str = _option("softmax", _one_of("softmax", "sigmoid"), '"softmax" or "sigmoid" (normalised)')
 
@@ -192,8 +219,32 @@ class UnifiedLossConfig:
         n_experts, k = self.num_experts, self.num_experts_per_token
         if n_experts is not None and k is not None and k > n_experts:
             raise _bad("num_experts_per_token", f"at most num_experts = {n_experts}", k)
-        if self.mtp_detach_head and not self.mtp_share_head:
+        if self.mtp_share_head and self.mtp_heads == "hidden_states":
+            raise ValueError(
+                "unified_loss: mtp_type='hidden_states' shares the head anyway: expected no mtp_share_head"
+            )
+        if self.mtp_detach_head and not self.mtp_share_head and self.mtp_heads != "hidden_states":
             raise ValueError("unified_loss: mtp_detach_head=True needs mtp_share_head=True, got False")
+        if self.load_balancing_per_sequence and self.load_balancing_convention != "switch":
+            raise ValueError(
+                "unified_loss: load_balancing_per_sequence=True needs load_balancing_convention='switch', got "
+                f"{self.load_balancing_convention!r}"
+            )
+        if self.inplace_gradient and not self.negatives_need_target:
+            raise ValueError(
+                "unified_loss: negatives_need_target=False reads the logits a second time: "
+                "expected inplace_gradient=False"
+            )
+        if self.class_weights is not None:
+            if len(self.class_weights) != self.vocab_size:
+                raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
+            if self.label_smoothing > 0:
+                raise NotImplementedError("unified_loss: class_weights with label_smoothing are not supported yet")
+        if self.inplace_gradient and self.distillation_temperature != 1:
+            raise ValueError(
+                "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "
+                f"inplace_gradient=False with it, got True and {self.distillation_temperature}"
+            )
         low, high = self.temperature_bounds
         if self.temperature_adapts and not low <= self.initial_temperature <= high:
             raise _bad("initial_temperature", f"within temperature_bounds {(low, high)}", self.initial_temperature)
@@ -226,17 +277,19 @@ class UnifiedLossConfig:
 
     @property
     def mtp_heads(self) -> str | None:
-        """Which heads predict further tokens: "adaptive" (additional_logits), "own" (of the loss), or None."""
+        """Which heads predict further tokens: "adaptive" (additional_logits), "own" (of the loss), "hidden_states" (the
+        main head behind modules of the model), or None.
+        """
         if self.primary_loss_type == "adaptive_mtp":
             return "adaptive"
         if not self.use_mtp:
             return None
-        return "adaptive" if self.mtp_type == "adaptive" else "own"
+        return "own" if self.mtp_type == "deepseek" else self.mtp_type
 
     def changed_options(self) -> str:
         """The options that differ from their defaults, as name=value."""
         options = [(option, getattr(self, option.name)) for option in dataclasses.fields(self)]
-        return ", ".join(f"{option.name}={value!r}" for option, value in options if value != option.default)
+        return ", ".join(f"{option.name}={_short(value)}" for option, value in options if value != option.default)
 
     @classmethod
     def check_names(cls, options: dict[str, Any], owner: str = "unified_loss") -> None:
@@ -281,6 +334,12 @@ class UnifiedLossConfig:
             )
             state["process_group"] = None
         return state
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) > 16:
+        return f"({value[0]!r}, ..., {value[-1]!r})"
+    return repr(value)
 
 
 def _plain(value: Any) -> Any:

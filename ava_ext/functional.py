@@ -6,22 +6,23 @@ import functools
 import operator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself reads the deprecated flags with
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import ROW_TERMS
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import accumulation_dtype, row_options
+from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 
 REDUCTIONS = ("mean", "sum", "none")
 # options of UnifiedLossConfig that say something of a row of logits; label_smoothing has a keyword of its own
 ROW_OPTIONS = frozenset(
     {
-        "vocab_size", "initial_temperature", "smoothing_mode", "logit_softcap", "z_loss_weight",
-        "confidence_penalty_weight", "use_focal_loss", "focal_alpha", "focal_gamma", "inplace_gradient",
-        "linear_chunk_bytes",
+        "vocab_size", "initial_temperature", "smoothing_mode", "logit_scale", "logit_softcap", "z_loss_weight",
+        "confidence_penalty_weight", "use_focal_loss", "focal_alpha", "focal_gamma", "token_reweighting",
+        "reweighting_exponent", "inplace_gradient", "linear_chunk_bytes",
     }
 )  # fmt: skip
 
@@ -45,14 +46,15 @@ def cross_entropy(
     Args:
         input: logits; or LinearLogits [..., n_columns], whose classes are the last dimension.
         target: class indices in [0, vocab_size), or ignore_index.
-        weight: not supported yet.
+        weight: [n_columns], the weight of each class. "mean" divides by the sum of the targets' weights, as torch does.
         size_average, reduce: deprecated in torch; use reduction.
         ignore_index: target of a row that does not count.
         reduction: "mean" over the rows that count, "sum" or "none".
         label_smoothing: probability mass spread over the classes.
-        options: initial_temperature, smoothing_mode, logit_softcap, z_loss_weight, confidence_penalty_weight,
-            use_focal_loss, focal_alpha, focal_gamma, vocab_size (columns beyond it are padding), inplace_gradient and
-            linear_chunk_bytes, as in `UnifiedLossConfig`.
+        options: initial_temperature, smoothing_mode, logit_scale, logit_softcap, z_loss_weight,
+            confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, token_reweighting,
+            reweighting_exponent, vocab_size (columns beyond it are padding), inplace_gradient and linear_chunk_bytes,
+            as in `UnifiedLossConfig`.
 
     Returns:
         [], or with reduction="none" the shape of target; float32, or float64 for float64 input.
@@ -60,7 +62,7 @@ def cross_entropy(
     Raises:
         ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`.
         TypeError: there is no such option. IndexError: a target is out of range.
-        NotImplementedError: class weights, or probabilities as targets.
+        NotImplementedError: class weights with label smoothing, or probabilities as targets.
 
     Example:
         >>> rows = logits.flatten(0, 1)  # [n_rows, n_columns]
@@ -123,7 +125,7 @@ def _row_loss(
     options: dict[str, Any],
 ) -> Tensor:  # [] or [...]
     if weight is not None:
-        raise NotImplementedError(f"{owner}: class weights are not supported, got weight of shape {list(weight.shape)}")
+        _check_weight(owner, weight, logits, label_smoothing)
     if target.is_floating_point():
         raise NotImplementedError(f"{owner}: expected class indices as target, got probabilities ({target.dtype})")
     if reduction not in REDUCTIONS:
@@ -133,22 +135,45 @@ def _row_loss(
     terms = _row_terms(owner, label_smoothing, tuple(sorted(options.items())))
     dtype = accumulation_dtype(logits.dtype)
     target = target.long()
-    row_weights = None
+    row_weights = candidates = None
+    flags = terms.flags
     if reduction == "mean":
         counted = (target != ignore_index).to(dtype)
         row_weights = counted / counted.sum().clamp_min(1)
+    if weight is not None:
+        of_class = weight.detach().to(dtype)[target.clamp(0, len(weight) - 1)]
+        flags |= RowFlags.TARGET_WEIGHTS
+        candidates = Candidates(torch.full_like(target, -1).unsqueeze(-1), of_class.unsqueeze(-1), (1,))
+        if reduction == "mean":
+            total = (counted * of_class).sum()
+            row_weights = counted / torch.where(total == 0, 1, total)
     return row_loss(
         logits,
         target,
         row_options(target.new_empty(0, dtype=dtype), **dict(terms.options)),
-        flags=terms.flags,
+        flags=flags,
         row_weights=row_weights,
+        candidates=candidates,
         vocab_size=terms.vocab_size,
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
         inplace_gradient=terms.inplace_gradient,
         chunk_bytes=terms.linear_chunk_bytes,
     ).loss
+
+
+def _check_weight(
+    owner: str,
+    weight: Tensor,  # [n_columns]
+    logits: Tensor | LinearLogits,  # [..., n_columns]
+    label_smoothing: float,
+) -> None:
+    if weight.shape != logits.shape[-1:]:
+        raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError(f"{owner}: expected weight without requires_grad: no gradient is computed for it")
+    if label_smoothing > 0:
+        raise NotImplementedError(f"{owner}: weight with label_smoothing is not supported, got {label_smoothing}")
 
 
 class _RowTerms(NamedTuple):

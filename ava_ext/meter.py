@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ava_ext.losses import METRICS
+from ava_ext.losses import METRICS, METRICS_THAT_ADD_UP
 from ava_ext.process_group import GroupReference, resolve
 
 
@@ -17,8 +18,9 @@ class LossMeter:
 
     It adds total_loss and the components: with num_items_in_batch they are shares of the whole batch, and their sum
     over micro-batches and ranks is the loss of the batch. Metrics are means over the rows of a call, so it averages
-    them with n_tokens as weights. It adds n_tokens. perplexity is exp of the mean cross_entropy, temperature that of
-    the last call.
+    them with n_tokens as weights, which gives those of the whole batch. The balance of experts and the loss of a depth
+    are no means over these rows, so theirs is an average over calls. It adds n_tokens and focal_loss. perplexity is
+    exp of the mean cross_entropy, temperature that of the last call.
 
     Args:
         group: the process group that compute() adds up over; "world": the default group; None: this process alone.
@@ -62,28 +64,40 @@ class LossMeter:
             if name == "temperature":
                 self._temperature = value
                 continue
-            is_mean = name in METRICS and name != "n_tokens"
             value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
-            value = value * n_tokens if is_mean else value
+            value = value * n_tokens if _is_mean(name) else value
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def compute(self) -> dict[str, float]:
-        """Every entry as a number, over all calls since the last reset and all ranks. Waits for the device, once."""
-        if not self._sums:
-            return {}
-        names = list(self._sums)
-        sums = torch.stack([self._sums[name] for name in names])
+        """Every entry as a number, over all calls since the last reset and all ranks. Waits for the device, once.
+
+        Ranks need not have the same entries, nor any: one of them may have had no batch. Without any, {}.
+        """
+        kept = dict(self._sums)
+        if self._temperature is not None:
+            kept["temperature"] = self._temperature.to(next(iter(kept.values())).dtype)
+        own = dict(zip(kept, torch.stack(list(kept.values())).tolist(), strict=True)) if kept else {}
+        ranks = [own]
         group = resolve(self.group.process_group)
         if group is not None:
-            torch.distributed.all_reduce(sums, group=group)
-        totals = dict(zip(names, sums.tolist(), strict=True))
-        n_tokens = totals["n_tokens"]
-        result = {
-            name: value / max(n_tokens, 1) if name in METRICS and name != "n_tokens" else value
-            for name, value in totals.items()
-        }
+            ranks = ranks * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(ranks, own, group=group)
+        totals: dict[str, float] = {}
+        for of_rank in ranks:
+            for name, value in of_rank.items():
+                totals[name] = totals.get(name, 0.0) + value
+        if not totals:
+            return {}
+        n_tokens = max(totals["n_tokens"], 1)
+        result = {name: value / n_tokens if _is_mean(name) else value for name, value in totals.items()}
         if "cross_entropy" in result:
-            result["perplexity"] = float(torch.tensor(result["cross_entropy"], dtype=torch.float64).exp())
-        if self._temperature is not None:
-            result["temperature"] = self._temperature.item()
+            cross_entropy = result["cross_entropy"]
+            result["perplexity"] = math.inf if cross_entropy > 700 else math.exp(cross_entropy)
+        temperatures = [of_rank["temperature"] for of_rank in (own, *ranks) if "temperature" in of_rank]
+        if temperatures:
+            result["temperature"] = temperatures[0]
         return result
+
+
+def _is_mean(name: str) -> bool:
+    return name in METRICS and name not in METRICS_THAT_ADD_UP

@@ -5,13 +5,10 @@ Reads attributes by name and imports no library: any object with these attribute
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-
-from ava_ext.config import UnifiedLossConfig
 
 # names under which configurations keep the same thing; the first that is there counts
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -38,7 +35,7 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         num_moe_layers, router_score; with fused, logit_softcap and logit_scale where the model has them.
 
     Raises:
-        ValueError: no vocab_size; with fused, a scale of the logits that no option can express.
+        ValueError: no vocab_size.
     """
     config = text_config(model_or_config)
     vocab_size = getattr(config, "vocab_size", None)
@@ -55,7 +52,7 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         if _scores_are_sigmoid(model, config):
             options["router_score"] = "sigmoid"
     if fused:
-        options |= logit_options(config, given)
+        options |= logit_options(config)
     return options | given
 
 
@@ -66,15 +63,11 @@ def text_config(model_or_config: Any) -> Any:
     return config if get_text_config is None else get_text_config()
 
 
-def logit_options(config: Any, given: Collection[str] = ()) -> dict[str, float]:
+def logit_options(config: Any) -> dict[str, float]:
     """logit_softcap and logit_scale, where the model applies them to the logits of its head.
 
     Args:
         config: of a text model.
-        given: options that are set already.
-
-    Raises:
-        ValueError: the model scales its logits, and UnifiedLoss has no option for that.
     """
     options: dict[str, float] = {}
     softcap = _first(config, _SOFTCAPS)
@@ -83,19 +76,8 @@ def logit_options(config: Any, given: Collection[str] = ()) -> dict[str, float]:
     for name, as_factor in _SCALES.items():
         value = getattr(config, name, None)
         if isinstance(value, (int, float)) and value and as_factor(value) != 1:
-            if not has_logit_scale() and "logit_scale" not in given:
-                raise ValueError(
-                    f"unified_loss: {type(config).__name__} scales its logits ({name}={value}), which a loss of hidden "
-                    "states cannot do yet: use the model's own logits, attach_loss instead of fuse_lm_head, with "
-                    "UnifiedLoss.from_model(model, fused=False)"
-                )
             options["logit_scale"] = as_factor(value)
     return options
-
-
-def has_logit_scale() -> bool:
-    """Whether UnifiedLoss has the option logit_scale."""
-    return any(option.name == "logit_scale" for option in dataclasses.fields(UnifiedLossConfig))
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import immediate_repetition, ngram
+from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
@@ -263,6 +264,11 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         """[]: the present factor of the penalties."""
         return self.schedule.factor()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if f"{prefix}steps" in state_dict:  # its name in older checkpoints
+            state_dict[f"{prefix}schedule.steps"] = state_dict.pop(f"{prefix}steps")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
 
 class NGramRepetitionPenalty(UnifiedLoss):
     """The n-gram penalty alone, to add to your own loss; see losses.ngram.
@@ -365,7 +371,7 @@ class MultiTokenPredictionLoss(nn.Module):
         attention_mask: Tensor | None = None,  # [batch_size, n_tokens]
         return_detailed: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The term; with return_detailed a dict of "total_loss" and, detached, "mtp_loss" and "mtp_loss_depth_k".
+        """The term; with return_detailed a dict of "total_loss" and, detached, "mtp_loss" and metrics of each depth.
 
         Raises:
             ValueError: shapes do not fit.
@@ -382,8 +388,7 @@ class MultiTokenPredictionLoss(nn.Module):
         output = self.mtp(hidden_states, rows.targets, rows.weights, None, head_loss)
         if not return_detailed:
             return output.loss
-        depths = {f"mtp_loss_depth_{depth}": loss for depth, loss in enumerate(output.depth_losses.unbind(), start=1)}
-        return {"total_loss": output.loss, "mtp_loss": output.loss.detach(), **depths}
+        return {"total_loss": output.loss, "mtp_loss": output.loss.detach(), **depth_metrics(output.depths)}
 
 
 class AuxiliaryFreeMoEBalancer(MoEBalancer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,10 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.softmax_rows import row_loss
-from ava_ext.placements import CallPlacement
+from ava_ext.reduction import classes_of
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
-# of the main term, what further heads have too: all but focal
+# of the main term, what further heads have too: all but focal and token reweighting
 OF_HEADS = RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP
 
 
@@ -38,7 +38,11 @@ class RowPassOutput(NamedTuple):
     loss: Tensor  # []: the sum; with reduction="none" [batch_size, n_tokens]
     terms: Tensor  # [len(names), batch_size, n_tokens]: each unweighted, without graph
     names: tuple[str, ...]  # of the terms: TERM_NAMES, then the keys of the sources that found candidates
-    options: Tensor  # [N_OPTIONS]; the first is the temperature
+    options: Tensor  # [N_OPTIONS]; the first is temperature / logit_scale
+
+
+def _no_soft_targets(call: Call) -> None:
+    return None
 
 
 class RowPass(Float32Buffers):
@@ -53,13 +57,24 @@ class RowPass(Float32Buffers):
     options: Tensor
     is_temperature: Tensor
     penalty_weights: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self, config: UnifiedLossConfig, row_terms: Sequence[RowTerm], sources: Sequence[CandidateSource]
     ) -> None:
         super().__init__()
         self.config = config
-        self.sources = tuple(sources)
+        self.given = tuple(
+            (source.key, source.given) for source in sources if source.given is not None and not source.is_soft
+        )
+        self.soft_key: tuple[str, ...] = ()
+        self.soft_targets: Callable[[Call], Candidates | None] = _no_soft_targets
+        self.soft_temperature = 1.0
+        for source in sources:
+            if source.is_soft and source.given is not None:
+                self.soft_key, self.soft_targets = (source.key,), source.given
+                self.soft_temperature = source.temperature
+        self.metrics = tuple((source.key, source.metric) for source in sources if source.metric is not None)
         self.repetition_keys = tuple(source.key for source in sources if source.given is None)
         flags = RowFlags(0)
         for term in row_terms:
@@ -68,14 +83,18 @@ class RowPass(Float32Buffers):
         self.flags_with_entropy = int(flags | RowFlags.ENTROPY)
         self._row_options = {name: value for term in row_terms for name, value in term.options.items()}
         self._penalty_weights = {name: value for source in sources for name, value in source.weights.items()}
-        self._repetition_options: dict[str, Any] = {}
+        padding = () if config.padding_id is None else (config.padding_id,)
+        self._repetition_options: dict[str, Any] = {
+            "vocab_size": config.vocab_size,
+            "ignore_index": config.ignore_index,
+            "repetition_allow_list": (*config.repetition_allow_list, *padding),
+        }
         for source in sources:
             self._repetition_options |= source.options
-        padding = () if config.padding_id is None else (config.padding_id,)
-        self._may_repeat = (*config.repetition_allow_list, *padding)
         # constants of the device: nothing is copied to it in a call, and nothing is made while a graph is traced
         self.register_buffer("options", self._make_options(torch.float32), persistent=False)
         self.register_buffer("is_temperature", self._make_is_temperature(), persistent=False)
+        self.register_buffer("class_weights", self._make_class_weights(torch.float32), persistent=False)
         self.register_buffer("penalty_weights", self._make_penalty_weights(torch.float32), persistent=False)
 
     def _make_options(self, dtype: torch.dtype) -> Tensor:  # [N_OPTIONS]
@@ -83,6 +102,10 @@ class RowPass(Float32Buffers):
 
     def _make_is_temperature(self) -> Tensor:  # [N_OPTIONS] bool
         return torch.tensor([name == "temperature" for name in OPTION_NAMES])
+
+    def _make_class_weights(self, dtype: torch.dtype) -> Tensor | None:  # [vocab_size]
+        weights = self.config.class_weights
+        return None if weights is None else torch.tensor(weights, dtype=dtype)
 
     def _make_penalty_weights(self, dtype: torch.dtype) -> Tensor:  # [N_REPETITION_WEIGHTS]
         return repetition_weights(torch.empty(0, dtype=dtype), **self._penalty_weights)
@@ -93,6 +116,8 @@ class RowPass(Float32Buffers):
         with torch.device("cpu"):
             self.options.copy_(self._make_options(torch.float32))
             self.is_temperature.copy_(self._make_is_temperature())
+            if self.class_weights is not None and self.config.class_weights is not None:
+                self.class_weights.copy_(torch.tensor(self.config.class_weights))
             self.penalty_weights.copy_(self._make_penalty_weights(torch.float32))
 
     def run(
@@ -111,25 +136,50 @@ class RowPass(Float32Buffers):
             with_entropy: measure the entropy of each row, which some terms need anyway.
         """
         like = call.rows.weights
-        options, is_temperature = self.options, self.is_temperature
+        options = self.options
         if like.dtype == torch.float64:  # buffers have fewer digits
-            options = self._make_options(torch.float64).to(like.device)
-        if is_temperature.device != like.device:
-            options, is_temperature = options.to(like.device), is_temperature.to(like.device)
+            options = self._make_options(torch.float64)
+        if options.device != like.device:
+            options = options.to(like.device)
         if temperature is not None:
-            options = torch.where(is_temperature, temperature, options)
-        call.head_loss = functools.partial(self._head_loss, options, call.placement)
-        candidates, names = self._candidates(call, penalty_factor)
-        output = self._row_loss(
+            if self.config.logit_scale != 1:
+                temperature = temperature.to(options.dtype) / self.config.logit_scale
+            options = torch.where(self.is_temperature.to(like.device), temperature, options)
+        call.head_loss = functools.partial(self._head_loss, options, call)
+        call.candidate_loss = functools.partial(self._candidate_loss, options, call)
+        soft = self.soft_targets(call)
+        in_this_pass = soft is not None and self.soft_temperature == 1
+        candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
+        flags = self.flags_with_entropy if with_entropy else self.flags
+        loss, terms = self._row_loss(
             call.logits,
             call.rows.targets,
             options,
-            self.flags_with_entropy if with_entropy else self.flags,
+            flags | RowFlags.SOFT_TARGETS if in_this_pass else flags,
             like,
+            call.max_counted_rows,
             candidates,
             self.config.inplace_gradient,
         )
-        return RowPassOutput(output.loss, output.terms, (*TERM_NAMES, *names), options)
+        if soft is not None and not in_this_pass:
+            of_soft = self._soft_loss(call, soft, options)
+            loss, terms = loss + of_soft.loss, torch.cat([terms, of_soft.terms[len(TERM_NAMES) :]])
+        if soft is not None:
+            names = (*names, *self.soft_key)
+        return RowPassOutput(loss, terms, (*TERM_NAMES, *names), options)
+
+    def _soft_loss(
+        self,
+        call: Call,
+        soft: Candidates,
+        options: Tensor,  # [N_OPTIONS]
+    ) -> RowLoss:
+        """Soft targets at a temperature of their own."""
+        options = torch.where(self.is_temperature.to(options.device), options * self.soft_temperature, options)
+        flags = self.flags & RowFlags.SOFTCAP | RowFlags.SOFT_TARGETS
+        return self._row_loss(
+            call.logits, call.rows.targets, options, int(flags), call.rows.weights, call.max_counted_rows, soft
+        )
 
     def _row_loss(
         self,
@@ -138,8 +188,10 @@ class RowPass(Float32Buffers):
         options: Tensor,  # [N_OPTIONS]
         flags: int,
         row_weights: Tensor,  # [...]
+        max_counted_rows: int | None,
         candidates: Candidates | None = None,
         inplace_gradient: bool = False,
+        ignore_index: int | None = None,
     ) -> RowLoss:
         return row_loss(
             logits,
@@ -149,59 +201,98 @@ class RowPass(Float32Buffers):
             row_weights=row_weights,
             candidates=candidates,
             vocab_size=self.config.vocab_size,
-            ignore_index=self.config.ignore_index,
+            ignore_index=self.config.ignore_index if ignore_index is None else ignore_index,
             reduction="none" if self.config.reduction == "none" else "sum",
             inplace_gradient=inplace_gradient,
             chunk_bytes=self.config.linear_chunk_bytes,
+            max_counted_rows=max_counted_rows,
         )
 
     def _head_loss(
         self,
         options: Tensor,  # [N_OPTIONS]
-        placement: CallPlacement | None,
+        call: Call,
         logits: Logits,  # [..., n_columns]
         targets: Tensor,  # [...]
         row_weights: Tensor,  # [...]
     ) -> RowLoss:
         """HeadLoss, once the first two are bound."""
-        placed = logits if placement is None else placement.head(logits)
+        placed = logits if call.placement is None else call.placement.head(logits)
         real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
-        return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real))
+        most = call.max_counted_rows
+        if most is not None and targets.dim() > 2:  # several depths, each of which counts a part of the rows
+            most *= len(targets)
+        return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real), most)
+
+    def _candidate_loss(
+        self,
+        options: Tensor,  # [N_OPTIONS]
+        call: Call,
+        targets: Tensor,  # [...]
+        row_weights: Tensor,  # [...]
+        candidates: Candidates,
+    ) -> RowLoss:
+        """CandidateLoss, once the first two are bound."""
+        flags = self.flags & RowFlags.SOFTCAP
+        return self._row_loss(call.logits, targets, options, flags, row_weights, None, candidates, ignore_index=-1)
 
     def _candidates(
         self,
         call: Call,
         penalty_factor: Tensor | None,  # []
+        soft: Candidates | None,
     ) -> tuple[Candidates | None, tuple[str, ...]]:
-        """Every token that the rows push down, in one list of slots, and the names of its groups."""
-        config, rows = self.config, call.rows
-        found, names = [], self.repetition_keys
+        """Every token that the rows push down, in one list of slots, and the names of its groups; then soft targets."""
+        rows, found, names = call.rows, [], self.repetition_keys
+        if call.class_weights is not None:
+            weights = classes_of(rows.targets, call.class_weights).unsqueeze(-1)
+            found.append(Candidates(torch.full_like(rows.targets, -1).unsqueeze(-1), weights, (1,)))
+            names = ("class_weights", *names)
         if self.repetition_keys:
             like, weights = rows.weights, self.penalty_weights
             if like.dtype == torch.float64:
                 weights = self._make_penalty_weights(torch.float64).to(like.device)
             elif weights.device != like.device:
                 weights = weights.to(like.device)
+            tokens, targets, segments = _with_prefix(call)
             candidates = repetition_candidates(
-                rows.targets if call.context is None else call.context,
-                rows.targets,
+                tokens,
+                targets,
                 weights=weights,
-                vocab_size=config.vocab_size,
-                segments=call.segments,
+                segments=segments,
                 tokens_include_row=call.context is not None,
-                ignore_index=config.ignore_index,
-                repetition_allow_list=self._may_repeat,
                 **self._repetition_options,
             )
+            if call.prefix is not None:
+                n_prefix = call.prefix.shape[1]
+                ids, weights, groups = candidates
+                candidates = Candidates(ids[:, n_prefix:], weights[:, n_prefix:], groups)
             if penalty_factor is not None:
                 candidates = candidates._replace(weights=candidates.weights * penalty_factor.to(weights))
             found.append(candidates)
-        for source in self.sources:
-            given = None if source.given is None else source.given(call)
+        for key, named_by in self.given:
+            given = named_by(call)
             if given is not None:
                 found.append(given)
-                names = (*names, source.key)
+                names = (*names, key)
+        if soft is not None:
+            found.append(soft)
         if len(found) < 2:
             return (found[0] if found else None), names
         ids, weights = (torch.cat([getattr(part, name) for part in found], -1) for name in ("ids", "weights"))
         return Candidates(ids, weights, tuple(size for part in found for size in part.groups)), names
+
+
+def _with_prefix(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:  # each [batch_size, n_prefix + n_tokens]
+    """Tokens, targets and segments in which repetition is looked for: the prefix belongs to the first row's segment."""
+    targets, prefix, segments = call.rows.targets, call.prefix, call.segments
+    tokens = targets if call.context is None else call.context
+    if prefix is None:
+        return tokens, targets, segments
+    prefix_targets = prefix
+    if call.context is not None:  # a row's target is the token read next
+        read_next = torch.cat([prefix[:, 1:], tokens[:, :1]], 1)
+        prefix_targets = prefix.where(prefix == call.config.ignore_index, read_next)
+    if segments is not None:
+        segments = torch.cat([segments[:, :1].expand(prefix.shape), segments], 1)
+    return torch.cat([prefix, tokens], 1), torch.cat([prefix_targets, targets], 1), segments

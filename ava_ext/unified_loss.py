@@ -21,6 +21,7 @@ from ava_ext.ops.committed import is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.process_group import resolve
+from ava_ext.reduction import classes_of
 from ava_ext.row_count import rows_of_targets
 from ava_ext.row_pass import CROSS_ENTROPY, RowPass, RowPassOutput
 
@@ -29,7 +30,7 @@ class UnifiedLoss(nn.Module):
     """The weighted sum of all loss components that the configuration turns on.
 
         total = main (focal-modulated where focal is on) + z + confidence + immediate + eos + ngram + negative
-              + mtp + moe + diversity + auxiliary + contrastive
+              + distillation + mtp + moe + diversity + auxiliary + contrastive
 
     One pass over a row of logits computes all terms of it, gradient included. Each component is a module of
     `ava_ext.losses`, and `ava_ext/losses/__init__.py` lists them. `UnifiedLoss(V, primary_loss_type="standard")` equals
@@ -118,8 +119,10 @@ class UnifiedLoss(nn.Module):
         group: Any = None,
         *,
         position_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
-    ) -> Tensor:  # [] int64
-        """N of exactly this loss: how many rows of these targets count. Nothing waits for the device.
+    ) -> Tensor:  # [] int64; with class_weights float32
+        """N of exactly this loss: how many rows of these targets count, or the sum of their classes' weights.
+
+        Nothing waits for the device.
 
         Args:
             targets, attention_mask, position_ids: as forward gets them.
@@ -130,9 +133,10 @@ class UnifiedLoss(nn.Module):
             >>> loss_fn.count_items(torch.tensor([[7, 8, -100, 9]]))
             tensor(2)
         """
-        n_items = rows_of_targets(
-            self.config, targets, attention_mask=attention_mask, position_ids=position_ids
-        ).weights.count_nonzero()
+        rows = rows_of_targets(self.config, targets, attention_mask=attention_mask, position_ids=position_ids)
+        n_items = rows.weights.count_nonzero()
+        if self.row_pass.class_weights is not None:
+            n_items = (rows.weights * classes_of(rows.targets, self.row_pass.class_weights)).sum()
         if resolve(group) is not None:
             torch.distributed.all_reduce(n_items, group=resolve(group))
         return n_items
@@ -157,13 +161,20 @@ class UnifiedLoss(nn.Module):
         lm_head_bias: Tensor | None = None,  # [n_columns]
         token_weights: Tensor | None = None,  # as targets
         input_ids: Tensor | None = None,  # as targets
+        prefix_ids: Tensor | None = None,  # [batch_size, n_prefix], or [n_prefix]
         position_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         cu_seqlens: Tensor | None = None,  # [n_segments + 1]
         num_items_in_batch: float | Tensor | None = None,
+        global_expert_counts: Tensor | None = None,  # [n_layers, n_experts]
+        mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
+        mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
         negative_ids: Tensor | None = None,  # as targets, and [n_negatives]
         negative_weights: Tensor | None = None,  # as negative_ids
+        soft_target_ids: Tensor | None = None,  # as targets, and [n_soft_targets]
+        soft_target_weights: Tensor | None = None,  # as soft_target_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
+        max_counted_rows: int | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with return_detailed a dict of the loss and its parts.
 
@@ -182,17 +193,31 @@ class UnifiedLoss(nn.Module):
                 `losses.adaptive_mtp`. mtp_active=False switches heads of either kind off for this call; None takes the
                 heads that are given. Each head, logits and primary_logits may be LinearLogits(hidden_states, weight,
                 bias).
+            mtp_hidden_states: what the depth modules of the model give (mtp_type="hidden_states"), read by
+                lm_head_weight; or additional_logits for heads of their own. See `losses.mtp_hidden_states`.
+            mtp_depth_weights: factor of each depth of multi-token prediction of any kind. No gradient; the values are
+                not read by the host, so that a schedule may change them.
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
                 `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
                 layers is a layer without a router.
+            global_expert_counts: how often each expert was chosen in all micro-batches and ranks of a global batch.
+                Load balancing is then this call's addend of the global batch's; see
+                `losses.auxiliary.global_load_balancing_loss`.
             token_weights: multiply every token term of their row; must not require grad.
             input_ids: the tokens that the model read. The context of row t is then input_ids[:, : t + 1], not
                 targets[:, :t].
+            prefix_ids: what comes before, where the rows continue a text that other calls have begun (a sequence spread
+                over ranks): the targets of the rows before, or with input_ids the tokens read before. ignore_index
+                where a row did not count or there is none; every other entry counts for min_sequence_length.
             segment_ids, position_ids, cu_seqlens: the texts that are packed into one row. Nothing leaks across them.
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
                 whose value is not read.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
+            soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
+                ones of a teacher; see `losses.distillation`.
             contrastive_pair: two views of the same things, for InfoNCE.
+            max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
+                not count are left out of the matrix products; a GPU leaves them out only with this number.
 
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
@@ -213,24 +238,35 @@ class UnifiedLoss(nn.Module):
             hidden_states=hidden_states,
             primary_logits=primary_logits,
             additional_logits=additional_logits,
+            mtp_hidden_states=mtp_hidden_states,
+            mtp_depth_weights=mtp_depth_weights,
             confidence_scores=confidence_scores,
             mtp_active=mtp_active,
             gate_logits=gate_logits,
             expert_indices=expert_indices,
             expert_outputs=expert_outputs,
+            global_expert_counts=global_expert_counts,
             lm_head_weight=lm_head_weight,
             lm_head_bias=lm_head_bias,
             token_weights=token_weights,
             input_ids=input_ids,
+            prefix_ids=prefix_ids,
             position_ids=position_ids,
             segment_ids=segment_ids,
             cu_seqlens=cu_seqlens,
             num_items_in_batch=num_items_in_batch,
             negative_ids=negative_ids,
             negative_weights=negative_weights,
+            soft_target_ids=soft_target_ids,
+            soft_target_weights=soft_target_weights,
             contrastive_pair=contrastive_pair,
+            max_counted_rows=max_counted_rows,
+            class_weights=self.row_pass.class_weights,
         )
-        if self._learns and torch.is_grad_enabled():
+        if self._learns:
+            for name in self._state_names:
+                getattr(self, name).check_device(call.rows.weights.device)
+        if self._learns and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             first_run = is_first_run(call.rows.weights)
             for name in self._state_names:
                 getattr(self, name).begin(first_run, targets)
@@ -296,10 +332,19 @@ class UnifiedLoss(nn.Module):
                 "n_tokens": n_counted.long(),
                 "accuracy": accuracy,
                 "entropy": entropy,
-                "temperature": rows.options[0].clone(),
+                "temperature": rows.options[0] * self.config.logit_scale,
             }
+            | self._of_candidates(call, rows)
             | {name: metric.detach() for name, metric in metrics.items()}
         )
+
+    def _of_candidates(self, call: Call, rows: RowPassOutput) -> dict[str, Tensor]:
+        """The metrics of sources of candidates; 0 where a source has found none."""
+        terms = dict(zip(rows.names, rows.terms.unbind(), strict=True))
+        return {
+            metric.name: metric.of_term(call, terms[key]) if key in terms else torch.zeros_like(call.rows.n_counted)
+            for key, metric in self.row_pass.metrics
+        }
 
     def _learned(self) -> list[Any]:
         """The components that learn."""

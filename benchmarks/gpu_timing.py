@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from row_loss import Variant
-from timing import Times, interleave, wall_clock
 from torch import Tensor
 
+from ava_ext.bench.timing import Times, interleave, wall_clock
 from ava_ext.ops.softmax_rows import accumulation_dtype
 
 # Written before each measurement, outside the time: several times the L2 of any GPU so far, and for long enough (about

@@ -17,10 +17,10 @@ import peak_memory
 import torch
 import torch.nn.functional as F
 from row_loss import DTYPES, EVERY_TERM, N_NEGATIVES
-from timing import Times, interleave
 from torch import Tensor, nn
 
 from ava_ext import LinearLogits, UnifiedLoss
+from ava_ext.bench.timing import Times, interleave
 
 SIZES = ((2048, 768, 50257), (4096, 2048, 32000))  # n_rows, hidden_size, vocab_size
 N_DEPTHS = 3  # of multi-token prediction
@@ -95,6 +95,20 @@ def _ours(case: Case, **options: Any) -> Callable[[], object]:
     )
 
 
+def _ours_with_half(case: Case) -> Callable[[], object]:
+    """Every second row is a prompt's: ignored."""
+    loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard").to(case.weight.device)
+    targets = case.targets.clone()
+    targets[::2] = -100
+    most = len(targets) // 2
+    return with_gradients(
+        case,
+        lambda states, weight: loss_fn(
+            targets=targets, hidden_states=states, lm_head_weight=weight, max_counted_rows=most
+        ),
+    )
+
+
 def _ours_with_every_term(case: Case) -> Callable[[], object]:
     loss_fn = UnifiedLoss(case.vocab_size, primary_loss_type="standard", **EVERY_TERM).to(case.weight.device)
     targets, negative_ids = case.targets.unsqueeze(0), case.negative_ids.unsqueeze(0)
@@ -154,6 +168,7 @@ def make_variants(case: Case) -> dict[str, Variant]:
         **_torch_options(case),
         **_cut_cross_entropy(case),
         "ours": Variant("UnifiedLoss", _ours(case)),
+        "ours_half": Variant("UnifiedLoss, half of the rows ignored", _ours_with_half(case)),
         "ours_terms": Variant("UnifiedLoss, every term", _ours_with_every_term(case)),
     }
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from row_loss import EVERY_TERM, N_NEGATIVES
-from timing import Times, interleave
 from torch import Tensor
 
 from ava_ext import UnifiedLoss, repetition_candidates
+from ava_ext.bench.timing import Times, interleave
 
 
 def python_side(rounds: int) -> Times:

@@ -3,26 +3,22 @@
 A process of its own makes the logits, warms up on two rows (code is loaded, but no pool holds a gradient yet), and
 then calls once. Extra = the greatest resident memory during the call - the resident memory before it. The gradient
 counts: an extra of 1 is a gradient and nothing else. A compiled variant warms up at full size, or its compilation would
-be measured; PyTorch keeps none of that memory. Linux only: VmRSS and VmHWM of /proc/self/status, after writing 5 to
-/proc/self/clear_refs, which resets VmHWM.
+be measured; PyTorch keeps none of that memory. Linux only.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+
+from ava_ext.bench.memory import extra_bytes, is_available
+
+__all__ = ["VARIANTS", "extra_bytes", "is_available", "peak_extra_memory"]
 
 VARIANTS = (
     "eager", "compiled", "ours", "ours_inplace",
     "terms_eager", "terms_compiled", "terms_ours", "terms_ours_inplace",
 )  # fmt: skip
-
-
-def is_available() -> bool:
-    """Whether this system lets a process reset its peak."""
-    return Path("/proc/self/clear_refs").exists()
 
 
 def peak_extra_memory(variant: str, n_rows: int, vocab_size: int, dtype: str) -> float:
@@ -36,23 +32,6 @@ def peak_extra_memory(variant: str, n_rows: int, vocab_size: int, dtype: str) ->
     if result.returncode != 0:
         raise RuntimeError(f"peak_extra_memory of {variant}: {result.stderr}")
     return float(result.stdout.split()[-1])
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    """Greatest resident memory during the call - resident memory before it, in this process."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    result = call()
-    extra = _status_bytes("VmHWM") - before
-    del result  # what the call returns counts
-    return extra
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"peak_memory: expected {field} in /proc/self/status, got none")
 
 
 def _measure(name: str, n_rows: int, vocab_size: int, dtype: str) -> float:

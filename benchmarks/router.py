@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import Times, interleave
 from torch import Tensor
 
 from ava_ext import DiversityLoss
+from ava_ext.bench.timing import Times, interleave
 from ava_ext.losses.auxiliary import AuxiliaryLoss, load_balancing_loss, router_z_loss
 from ava_ext.ops.router_rows import router_statistics
 

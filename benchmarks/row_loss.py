@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from composed import composed_loss
-from timing import Times, interleave
 from torch import Tensor
 
 from ava_ext import UnifiedLoss, repetition_candidates
+from ava_ext.bench.timing import Times, interleave
+from ava_ext.bench.variants import Rewritten
 from ava_ext.ops import RowFlags, row_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -41,18 +42,6 @@ EVERY_TERM: dict[str, Any] = {
 }
 
 
-class _Written(torch.autograd.Function):
-    """The buffer as the output of an operation, like a GEMM's, but in the same memory every time."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, case: Case) -> Tensor:  # [] -> [n_rows, vocab_size]
-        return case.buffer.copy_(case.source).detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad_logits: Tensor) -> tuple[None, None]:
-        return None, None
-
-
 class Case:
     """Logits and targets of one size and dtype. `refill` writes the logits anew, as the last GEMM of a model does."""
 
@@ -77,7 +66,7 @@ class Case:
 
     def refill(self) -> None:
         """Fresh logits [n_rows, vocab_size] that require grad and are no leaf; always in the same memory."""
-        self.logits = _Written.apply(torch.zeros((), device=self.source.device, requires_grad=True), self)
+        self.logits = Rewritten.apply(torch.zeros((), device=self.source.device, requires_grad=True), self)
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Ids and weights [n_rows, 32] for composed_loss. UnifiedLoss finds them itself, within its time."""

@@ -17,9 +17,9 @@ import router
 import row_loss
 import targets
 import torch
-from timing import Times
 
 from ava_ext import build_info
+from ava_ext.bench.timing import Times
 
 PARTS = ("row_loss", "peak_memory", "linear", "overhead", "router")
 

@@ -13,7 +13,9 @@ static std::string cpu_capability() { return ava::name(ava::cpu_capability()); }
 static std::string cuda_version() { return AVA_CUDA_VERSION; }
 
 STABLE_TORCH_LIBRARY(ava_ext, m) {
-  // rows of logits: softmax_rows.h. options: RowOptions [7]; flags: RowFlags
+  // int[]?: None is the empty list, which is how AOTInductor hands one over
+  //
+  // rows of logits: softmax_rows.h. options: RowOptions [8]; flags: RowFlags
   //
   // ids (also candidate_ids) are int32 or int64; those of rows that do not count (ignored, masked, or with a count of 0
   // in their statistics) are not looked at. -1 is absent, unless flags have kIdsArePresent. What else is outside [0, vocab_size) is
@@ -21,12 +23,12 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   // ignore_index.
   m.def(
       "row_loss(Tensor logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
-      "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index, "
+      "Tensor? candidate_weights, int[]? candidate_groups, int flags, int vocab_size, int ignore_index, "
       "bool with_gradient, bool with_statistics) "
       "-> (Tensor row_loss, Tensor row_terms, Tensor grad_logits, Tensor statistics, Tensor row_coefficients)");
   m.def(
       "row_loss_(Tensor(a!) logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
-      "Tensor? candidate_weights, int[] candidate_groups, int flags, int vocab_size, int ignore_index) "
+      "Tensor? candidate_weights, int[]? candidate_groups, int flags, int vocab_size, int ignore_index) "
       "-> (Tensor row_loss, Tensor row_terms)");
   m.def(
       "row_statistics(Tensor logits, Tensor? ids, Tensor? row_mask, Tensor options, int flags, int vocab_size) "
@@ -43,9 +45,9 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   // token sequences: repetition.h
   m.def(
       "repetition_candidates(Tensor tokens, Tensor targets, Tensor? segments, Tensor weights, *, "
-      "bool tokens_include_row, int vocab_size, int ignore_index, int[] repetition_allow_list, "
+      "bool tokens_include_row, int vocab_size, int ignore_index, int[]? repetition_allow_list, "
       "bool use_immediate_repetition_penalty, int immediate_repetition_threshold, int ngram_size, "
-      "int ngram_window_size, int ngram_slots, int[] eos_ids, int min_sequence_length) "
+      "int ngram_window_size, int ngram_slots, int[]? eos_ids, int min_sequence_length) "
       "-> (Tensor ids, Tensor candidate_weights)");
 
   // rows of a mixture of experts' router: router_rows.h

@@ -63,21 +63,22 @@ std::tuple<Tensor, Tensor> repetition_candidates(const Tensor& tokens,          
                                                  const std::optional<Tensor>& segments,  // [batch_size or 1, n_tokens]
                                                  const Tensor& weights,                  // [kRepetitionWeights]
                                                  bool tokens_include_row, int64_t vocab_size, int64_t ignore_index,
-                                                 std::vector<int64_t> repetition_allow_list,
+                                                 std::optional<std::vector<int64_t>> repetition_allow_list,
                                                  bool use_immediate_repetition_penalty,
                                                  int64_t immediate_repetition_threshold, int64_t ngram_size,
                                                  int64_t ngram_window_size, int64_t ngram_slots,
-                                                 std::vector<int64_t> eos_ids, int64_t min_sequence_length) {
+                                                 std::optional<std::vector<int64_t>> eos_ids,
+                                                 int64_t min_sequence_length) {
   RepetitionOptions options{tokens_include_row,
                             vocab_size,
                             ignore_index,
-                            std::move(repetition_allow_list),
+                            std::move(repetition_allow_list).value_or(std::vector<int64_t>{}),
                             use_immediate_repetition_penalty,
                             immediate_repetition_threshold,
                             ngram_size,
                             ngram_window_size,
                             ngram_slots,
-                            std::move(eos_ids),
+                            std::move(eos_ids).value_or(std::vector<int64_t>{}),
                             min_sequence_length};
   check_repetition_candidates(tokens, targets, segments, weights, options);
   // sorted, and without those that no token in the vocabulary equals

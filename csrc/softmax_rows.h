@@ -19,7 +19,7 @@
 //
 // `a` comes from lse, `b` from the entropy, `k` (and a) from the mean log-probability, and s_c is the derivative by
 // log p_c of the target, of a candidate, or of the maximum. A candidate's penalty -w log(1 - p_c) has s_c = w p_c / (1
-// - p_c), at the maximum w / R. Collected per column:
+// - p_c), at the maximum w / R; a soft target's term -q log p_c has s_c = -q. Collected per column:
 //
 //   elsewhere          dz_j = p_j [ A + b (u_j - E) ] + k,                          A = a - sum_c s_c
 //   at c != i*         dz_c = p_c [ A + s_c + b (u_c - E) ] + k + s_c (1 - p_c)
@@ -99,8 +99,9 @@ struct RowOptions {
   Real z_loss_weight;              // beta
   Real confidence_penalty_weight;  // eta
   Real softcap;                    // c
+  Real reweighting_exponent;
 };
-constexpr int kRowOptions = 7;
+constexpr int kRowOptions = 8;
 
 // Bits of `flags`.
 enum RowFlags : int64_t {
@@ -113,7 +114,14 @@ enum RowFlags : int64_t {
   kSoftcap = 64,
   kEntropy = 128,        // measure the entropy although no term needs it
   kIdsArePresent = 256,  // an id of -1 in a row that counts is out of range; else it is absent
+  // the target's term is weighted, by a constant: by p_t, or by H / log V, to the power of reweighting_exponent
+  kDft = 512,
+  kEaft = 1024,
+  kSoftTargets = 2048,  // the last group of candidates are soft targets: -q log p_c in place of -w log(1 - p_c)
+  kTargetWeights = 4096,  // the first group of candidates is one absent id, whose weight is that of the target's term
 };
+// Terms that need more of a row than its maximum and R.
+constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft;
 
 // The first rows of row_terms; one more follows for each group of candidates.
 enum RowTerm {
@@ -172,6 +180,12 @@ AVA_HOST_DEVICE CandidateShare<Real> unlikelihood(const RowStatistics<Real>& row
   return {-weight * log_complement(probability), weight * probability / (1 - probability)};
 }
 
+// A soft target's term -q log p_c, and its s_c. A masked column's is inf, as a target's is.
+template <class Real>
+AVA_HOST_DEVICE CandidateShare<Real> soft_target(Real total, Real u, Real weight) {  // total: log_total of the row
+  return {weight * (total - u), -weight};
+}
+
 // Every term of one counted row but the candidates', and the coefficients of its gradient.
 template <class Real>
 struct RowEvaluation {
@@ -182,7 +196,8 @@ struct RowEvaluation {
 template <class Real>
 AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, const RowOptions<Real>& options,
                                              int64_t flags, bool target_is_argmax,
-                                             Real target_u) {  // u of the target; -inf where its column is masked
+                                             Real target_u,  // u of the target; -inf where its column is masked
+                                             Real target_weight = 1) {
   RowEvaluation<Real> out{};
   const Real total = log_total(row), mean_u = row.weighted / (1 + row.rest);
   const Real nll = target_is_argmax ? total : total - target_u;
@@ -199,6 +214,17 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       const Real ratio = nll < Real(1e-6) ? Real(1) : nll / other;
       hard = modulation * nll;
       slope = modulation * (1 + (p == 0 ? Real(0) : options.focal_gamma * p * ratio));  // p = 0: nll may be inf
+    }
+    if (flags & (kDft | kEaft)) {
+      Real base = exp_of(-nll);
+      if (flags & kEaft) base = row.count > 1 ? (total - mean_u) / log_of(row.count) : Real(0);
+      const Real weight = power_of(base, options.reweighting_exponent);
+      hard = weight == 0 ? Real(0) : weight * hard;  // a masked target's nll is inf
+      slope *= weight;
+    }
+    if (flags & kTargetWeights) {
+      hard = target_weight == 0 ? Real(0) : target_weight * hard;
+      slope *= target_weight;
     }
     Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
     if (flags & kExcludeTarget) smoothing *= row.count > 1 ? row.count / (row.count - 1) : Real(0);  // V = 1: no others

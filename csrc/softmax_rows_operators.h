@@ -146,6 +146,8 @@ struct RowOperators {
     for (const int64_t size : candidate_groups) in_groups += size;
     AVA_CHECK(in_groups == arguments.n_ids, op, ": expected candidate_groups to add up to ", arguments.n_ids, ", got ",
               in_groups);
+    AVA_CHECK(!(flags & kTargetWeights) || (!candidate_groups.empty() && candidate_groups[0] == 1), op,
+              ": expected a first group of 1 candidate, the weight of the target's term");
     Device::set_groups(op, arguments, candidate_groups);
 
     const bool is_split = gradient == Gradient::split;
@@ -171,24 +173,24 @@ struct RowOperators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_loss(
       const Tensor& logits, const Tensor& targets, const Tensor& options, std::optional<Tensor> row_weights,
       std::optional<Tensor> candidate_ids, std::optional<Tensor> candidate_weights,
-      std::vector<int64_t> candidate_groups, int64_t flags, int64_t vocab_size, int64_t ignore_index,
+      std::optional<std::vector<int64_t>> candidate_groups, int64_t flags, int64_t vocab_size, int64_t ignore_index,
       bool with_gradient, bool with_statistics) {
     AVA_CHECK(!(with_gradient && with_statistics), "row_loss: expected with_gradient or with_statistics, got both");
     const Gradient gradient = with_gradient ? Gradient::fused : with_statistics ? Gradient::split : Gradient::none;
     const RowLossOutputs out =
         run_row_loss("row_loss", logits, targets, options, row_weights, candidate_ids, candidate_weights,
-                     candidate_groups, flags, vocab_size, ignore_index, gradient);
+                     candidate_groups.value_or(std::vector<int64_t>{}), flags, vocab_size, ignore_index, gradient);
     return {out.row_loss, out.row_terms, out.grad_logits, out.statistics, out.row_coefficients};
   }
 
   static std::tuple<Tensor, Tensor> row_loss_(const Tensor& logits, const Tensor& targets, const Tensor& options,
                                               std::optional<Tensor> row_weights, std::optional<Tensor> candidate_ids,
                                               std::optional<Tensor> candidate_weights,
-                                              std::vector<int64_t> candidate_groups, int64_t flags, int64_t vocab_size,
-                                              int64_t ignore_index) {
-    const RowLossOutputs out =
-        run_row_loss("row_loss_", logits, targets, options, row_weights, candidate_ids, candidate_weights,
-                     candidate_groups, flags, vocab_size, ignore_index, Gradient::in_place);
+                                              std::optional<std::vector<int64_t>> candidate_groups, int64_t flags,
+                                              int64_t vocab_size, int64_t ignore_index) {
+    const RowLossOutputs out = run_row_loss("row_loss_", logits, targets, options, row_weights, candidate_ids,
+                                            candidate_weights, candidate_groups.value_or(std::vector<int64_t>{}), flags,
+                                            vocab_size, ignore_index, Gradient::in_place);
     return {out.row_loss, out.row_terms};
   }
 

@@ -82,16 +82,20 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:  # two of [BATCH_SIZE, CONTEXT
 
 
 def train(
-    step: Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]],
+    step: Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor] | None],
     optimizer: torch.optim.Optimizer,
     meter: LossMeter,
 ) -> None:
-    """Calls step(inputs, targets, N of the whole batch), which computes gradients and gives the parts of the loss."""
+    """Calls step(inputs, targets, N of the whole batch), which computes gradients and gives the parts of the loss.
+
+    None: the meter has been given them.
+    """
     for number, (inputs, targets) in enumerate(batches(), start=1):
         optimizer.zero_grad()
         parts = step(inputs, targets, (targets != END_OF_TEXT).sum())
         optimizer.step()
-        meter.update(parts)
+        if parts is not None:
+            meter.update(parts)
         if number % 10 == 0:
             means = meter.compute()  # over 10 steps; with a group, of all processes
             meter.reset()

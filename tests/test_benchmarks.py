@@ -10,10 +10,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import linear
+import recipes
 import router
 import row_loss
 import targets
-import timing
+
+from ava_ext.bench import timing
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,14 @@ def test_linear_variants_give_the_same_loss_and_gradients(make):
     variants = make(linear.Case(40, 8, 70, torch.float64))
     ours = variants.pop("mtp_ours" if "mtp_ours" in variants else "ours").call()
     for name, variant in variants.items():
-        if name not in ("products", "ours", "ours_terms"):  # which are another computation
+        if name not in ("products", "ours", "ours_half", "ours_terms"):  # which are another computation
             torch.testing.assert_close(variant.call(), ours, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
     if "products" in variants:
         assert [tuple(gradient.shape) for gradient in variants["products"].call()] == [(40, 8), (70, 8)]
+
+
+def test_variants_of_the_recipes_give_the_same_loss_and_gradients():
+    case = recipes.Case(4, 6, 8, 40)
+    ours = recipes.step(case, "ours")
+    for name in recipes.VARIANTS:
+        torch.testing.assert_close(recipes.step(case, name), ours, rtol=1e-4, atol=1e-6)

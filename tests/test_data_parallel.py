@@ -78,7 +78,7 @@ def worker(rank, folder, is_fused):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     model = Model(is_fused, torch.distributed.group.WORLD)
-    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    model = torch.nn.parallel.DistributedDataParallel(model)
     half = slice(2 * rank, 2 * rank + 2)
     # as documented: N over all ranks, and the averaging of DistributedDataParallel undone by the world size
     torch.save(run(model, half, WORLD_SIZE), Path(folder) / f"{rank}.pt")

@@ -13,7 +13,7 @@ from ava_ext.functional import cross_entropy, linear_cross_entropy
 V = 13
 ROW_TERMS = {
     "z_loss_weight": 0.1, "confidence_penalty_weight": 0.2, "use_focal_loss": True, "focal_gamma": 1.5,
-    "logit_softcap": 5.0, "initial_temperature": 0.7, "smoothing_mode": "exclude_target",
+    "logit_softcap": 5.0, "logit_scale": 1.6, "initial_temperature": 0.7, "smoothing_mode": "exclude_target",
 }  # fmt: skip
 
 
@@ -139,7 +139,9 @@ def test_bad_input_is_named():
             r"expected reduction to be one of \('mean', 'sum', 'none'\), got 'average'",
             {"reduction": "average"},
         ),
-        (NotImplementedError, "class weights are not supported", {"weight": torch.ones(V)}),
+        (ValueError, r"expected weight of shape \[13\], got \[12\]", {"weight": torch.ones(V - 1)}),
+        (ValueError, "expected weight without requires_grad", {"weight": torch.ones(V, requires_grad=True)}),
+        (NotImplementedError, "weight with label_smoothing", {"weight": torch.ones(V), "label_smoothing": 0.1}),
     ):
         with pytest.raises(error, match=message):
             linear_cross_entropy(states, weight, targets, **keywords)

@@ -122,6 +122,13 @@ MISSING = [
     ({"use_diversity_loss": True}, {}, "use_diversity_loss needs expert_outputs, got None"),
     ({"use_contrastive_loss": True}, {}, "use_contrastive_loss needs contrastive_pair or hidden_states, got None"),
     ({}, {"negative_weights": torch.ones(2, 4, 1)}, "negative_weights need negative_ids, got None"),
+    ({}, {"soft_target_weights": torch.ones(2, 4, 1)}, "soft_target_weights need soft_target_ids, got None"),
+    ({}, {"soft_target_ids": TARGETS[..., None]}, "soft_target_ids need soft_target_weights, got None"),
+    (
+        {"distillation_weight": 0.0},
+        {"soft_target_ids": TARGETS[..., None], "soft_target_weights": torch.ones(2, 4, 1)},
+        "soft_target_ids need distillation_weight above 0, got 0",
+    ),
 ]
 
 
@@ -181,6 +188,14 @@ MISFITS = [
     (
         {"negative_ids": TARGETS[..., None], "negative_weights": torch.ones(2, 4, 1, requires_grad=True)},
         "weights without requires_grad",
+    ),
+    (
+        {"soft_target_ids": TARGETS, "soft_target_weights": torch.ones(2, 4)},
+        r"expected soft_target_ids of shape \[2, 4, n_soft_targets\], got \[2, 4\]",
+    ),
+    (
+        {"soft_target_ids": TARGETS[..., None], "soft_target_weights": torch.ones(2, 4)},
+        r"expected soft_target_weights of shape \[2, 4, 1\], got \[2, 4\]",
     ),
     (
         {"hidden_states": torch.zeros(2, 3, 5)},
@@ -247,6 +262,8 @@ ARGUMENTS = {
     "cu_seqlens": torch.tensor([0, 8]),
     "negative_ids": TARGETS[..., None],
     "negative_weights": torch.ones(2, 4, 1),
+    "soft_target_ids": TARGETS[..., None],
+    "soft_target_weights": torch.ones(2, 4, 1),
     "confidence_scores": torch.ones(2, 4),
 }
 
@@ -386,6 +403,19 @@ def test_ids_of_every_integer_type(dtype, labels_are_shifted):
             return loss, torch.autograd.grad(loss, values)[0]
 
         torch.testing.assert_close(loss(dtype), loss(torch.int64), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_what_is_masked_is_no_token_in_any_integer_type(dtype):
+    """-100 in uint8 would be 156, a token of a vocabulary like this."""
+    text = torch.tensor([[1, 2, 3, 4, 2, 3, 2, 3]])
+    mask = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1]])
+    loss_fn = UnifiedLoss(200, use_ngram_penalty=True, ngram_size=1, ngram_slots=8, ngram_penalty_weight=1.0)
+    logits = Numbers(3).normal(1, 8, 200)
+    loss = loss_fn(logits, text, input_ids=text.to(dtype), attention_mask=mask, return_detailed=True)
+    expected = loss_fn(logits, text, input_ids=text, attention_mask=mask, return_detailed=True)
+    assert expected["ngram_penalty"] > 0
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("labels_are_shifted", [True, False])

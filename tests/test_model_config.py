@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ava_ext import UnifiedLoss
-from ava_ext.model_config import has_logit_scale, options_of
+from ava_ext.model_config import options_of
 
 LLAMA = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 4}
 
@@ -66,11 +66,8 @@ def test_scale_of_the_logits(name, value):
     assert "logit_scale" not in options_of(scaled, fused=False) and "logit_scale" not in options_of(
         config(**{name: 1.0})
     )
-    if has_logit_scale():
-        assert options_of(scaled)["logit_scale"] == 0.25
-    else:
-        with pytest.raises(ValueError, match=f"scales its logits \\({name}={value}\\)"):
-            options_of(scaled)
+    assert options_of(scaled)["logit_scale"] == 0.25
+    assert UnifiedLoss.from_model(scaled).logit_scale == 0.25
 
 
 TARGETS = torch.tensor([[3, 5, -100, 7, 0], [-100, 1, 2, 0, 0]])

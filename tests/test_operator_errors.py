@@ -7,8 +7,10 @@ import pytest
 import torch
 from support.ninja_library import ROOT
 
+from ava_ext.ops.row_fields import N_OPTIONS
+
 _ops = torch.ops.ava_ext
-OPTIONS = torch.ones(7)
+OPTIONS = torch.ones(N_OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ import resource
 import torch, ava_ext
 
 torch.set_num_threads(2)
-logits, ids, options = torch.zeros(2, 2**18), torch.zeros(2, 2**22, dtype=torch.int32), torch.ones(7)
+logits, ids, options = torch.zeros(2, 2**18), torch.zeros(2, 2**22, dtype=torch.int32), torch.ones(8)
 statistics_of = torch.ops.ava_ext.row_statistics
 statistics_of(logits, None, None, options, 0, 9)  # the threads are there
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -117,6 +117,17 @@ def test_the_schedule_is_part_of_a_checkpoint():
     assert loss_fn.bfloat16().steps.dtype == torch.int64
 
 
+@pytest.mark.parametrize("prefix", ["", "0."])
+def test_an_older_checkpoint_of_the_schedule_loads(prefix):
+    loss_fn, other = (AdaptiveAntiRepetitionLoss(V, warmup_steps=10) for _ in range(2))
+    for _ in range(3):
+        loss_fn.step()
+    names = {"schedule.steps": "steps"}
+    checkpoint = {prefix + names.get(name, name): value for name, value in loss_fn.state_dict().items()}
+    (torch.nn.Sequential(other) if prefix else other).load_state_dict(checkpoint)
+    assert other.steps == 3
+
+
 def test_auto_step_may_be_turned_on():
     loss_fn = AdaptiveAntiRepetitionLoss(V, eos_token_id=5, warmup_steps=10, auto_step=True)
     penalties(loss_fn)

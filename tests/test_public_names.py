@@ -11,6 +11,7 @@ import torch
 import ava_ext
 from ava_ext import METRICS, UnifiedLoss, losses, ops, reference
 from ava_ext.losses import CANDIDATES, PARTS, ROW_TERMS
+from ava_ext.losses.depths import DEPTH_METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = [
@@ -18,21 +19,23 @@ LOSSES = [
     "AdaptiveAntiRepetitionLoss", "FocalLoss", "LabelSmoothingLoss", "ContrastiveLoss", "DiversityLoss",
     "AuxiliaryLoss", "ConsistencyLoss", "PerplexityLoss", "AdaptiveLossScaling", "CompositeLoss",
     "TemperatureScaledCrossEntropy", "MultiTokenPredictionLoss", "AuxiliaryFreeMoEBalancer", "NGramRepetitionPenalty",
-    "SequenceRepetitionDetector",
+    "SequenceRepetitionDetector", "SequenceUnlikelihoodLoss",
 ]  # fmt: skip
 OTHERS = [
     "METRICS",
     "UnifiedLossConfig",
     "softmax_statistics",
     "token_log_probs",
+    "repeated_ngram_mask",
     "repetition_candidates",
     "build_info",
+    "empty_cache",
 ]
 
 # modules of ava_ext/losses that are no component: losses by themselves, or what components are built with
 STAND_ALONE = {
-    "component", "composite", "consistency", "float32_buffers", "learned_state", "perplexity", "router", "scaling",
-    "temperature",
+    "component", "composite", "consistency", "depths", "float32_buffers", "learned_state", "perplexity", "router",
+    "scaling", "sequence_unlikelihood", "temperature",
 }  # fmt: skip
 
 
@@ -128,12 +131,14 @@ def test_the_lists_are_what_the_reference_computes(heads):
         mtp_logits=[logits, logits],
     )
     assert {name for name in result if name not in METRICS} - {"total_loss"} == keys_of(config)
-    assert {name for name in result if name in METRICS} == {*reference.METRICS, "mtp_loss_depth_1", "mtp_loss_depth_2"}
+    assert {name for name in result if name in METRICS} == {*reference.METRICS} | {
+        f"{name}{depth}" for name in DEPTH_METRICS for depth in (1, 2)
+    }
 
 
 def test_metrics_are_those_of_the_reference():
-    assert set(METRICS) == {*reference.METRICS, "mtp_loss_depth_1"}
-    assert "mtp_loss_depth_17" in METRICS
+    assert set(METRICS) == {*reference.METRICS} | {f"{name}1" for name in DEPTH_METRICS}
+    assert "mtp_loss_depth_17" in METRICS and "mtp_acceptance_depth_17" in METRICS
     assert "total_loss" not in METRICS
     for heads in ({"primary_loss_type": "adaptive_mtp"}, {"use_mtp": True}):
         assert not keys_of(UnifiedLoss(**FULL, **heads).config) & set(METRICS)

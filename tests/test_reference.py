@@ -604,7 +604,7 @@ def test_addends_add_up_and_keys_follow_the_configuration():
     addends = [name for name in result if name != "total_loss" and name not in reference.METRICS]
     assert addends == [
         "main_loss", "z_loss", "confidence_penalty", "ngram_penalty", "immediate_repetition_penalty", "eos_penalty",
-        "negative_penalty", "contrastive_loss",
+        "negative_penalty", "distillation_loss", "contrastive_loss",
     ]  # fmt: skip
     torch.testing.assert_close(sum(result[name] for name in addends), result["total_loss"].detach(), **EXACT)
     assert [name for name in result if result[name].requires_grad] == ["total_loss"]

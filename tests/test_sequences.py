@@ -1,5 +1,7 @@
 """Texts packed into rows, labels that are not shifted yet, and what a row's context is."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -197,3 +199,60 @@ def test_unshifted_the_mask_of_the_tokens_is_that_of_the_context():
     mask, tokens = torch.tensor([[0, 1, 1, 1]]), torch.tensor([[4, 4, 4, 4]])
     found = immediate_penalties([-100, 1, 1, 1], mask, input_ids=tokens, options=options)
     assert found == [False, True, True]
+
+
+@pytest.mark.parametrize("with_input_ids", [False, True])
+@pytest.mark.parametrize("position_ids", [None, [0, 1, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1, 2, 3]])
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_the_context_crosses_the_shards_of_a_text(with_input_ids, position_ids, seed):
+    """A text in two shards, of which the second is told what comes before: the loss of the whole text."""
+    options = {key: value for key, value in SEQUENTIAL.items() if "mtp" not in key and "contrastive" not in key}
+    loss_fn = UnifiedLoss(
+        V, primary_loss_type="standard", reduction="none", pad_token_id=4, **options | {"num_future_tokens": 3}
+    ).double()
+    numbers = Numbers(seed)
+    logits, tokens = numbers.leaf(2, 8, V), numbers.integers(0, 4, 2, 9)
+    targets, arguments = tokens[:, 1:].clone(), {}
+    if with_input_ids:
+        arguments["input_ids"] = tokens[:, :-1]
+        targets = targets.masked_fill(targets == 4, 2)  # a row that does not count, but whose token was read
+    else:
+        targets[0, 1] = -100
+    if position_ids is not None:
+        arguments["position_ids"] = torch.tensor([position_ids])
+    whole = loss_fn(logits, targets, **arguments)
+    shards = [{name: values[:, part] for name, values in arguments.items()} for part in (slice(0, 4), slice(4, 8))]
+    prefix = (tokens if with_input_ids else targets)[:, :4]
+    if position_ids is not None:  # what belongs to another text comes before nothing
+        begin = len(position_ids[:4]) - position_ids[3] - 1 if position_ids[4] else 4
+        prefix = torch.cat([torch.full((2, begin), -100), prefix[:, begin:]], 1)
+    first = loss_fn(logits[:, :4], targets[:, :4], **shards[0])
+    second = loss_fn(logits[:, 4:], targets[:, 4:], prefix_ids=prefix, **shards[1])
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, **EXACT)
+
+
+def test_a_prefix_changes_what_repeats():
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", use_ngram_penalty=True, ngram_size=2, reduction="none")
+    logits, targets = torch.zeros(1, 2, V), torch.tensor([[1, 3]])
+    alone = loss_fn(logits, targets)
+    # behind "1 2", 1 comes again: 2 would repeat
+    more = loss_fn(logits, targets, prefix_ids=torch.tensor([[1, 2]])) - alone
+    torch.testing.assert_close(more, torch.tensor([[0.0, -0.1 * math.log(1 - 1 / V)]]))
+
+
+def test_prefixes_that_do_not_fit_raise():
+    logits, targets = torch.zeros(2, 3, V), torch.ones(2, 3, dtype=torch.int64)
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", use_immediate_repetition_penalty=True)
+    for prefix, message in (
+        (torch.ones(3, 3, dtype=torch.int64), r"expected prefix_ids of shape \[2, n_prefix\], got \[3, 3\]"),
+        (torch.ones(3, dtype=torch.int64), r"expected prefix_ids of shape \[2, n_prefix\], got \[3\]"),
+        (torch.ones(2, 3), "expected prefix_ids of integers, got torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss_fn(logits, targets, prefix_ids=prefix)
+    with pytest.raises(TypeError, match=r"expected prefix_ids to be a torch.Tensor, got list"):
+        loss_fn(logits, targets, prefix_ids=[[1], [2]])
+    unshifted = UnifiedLoss(V, primary_loss_type="standard", labels_are_shifted=False)
+    with pytest.raises(ValueError, match=r"prefix_ids with labels_are_shifted=False need input_ids"):
+        unshifted(logits, targets, prefix_ids=targets)

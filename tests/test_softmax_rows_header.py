@@ -74,18 +74,19 @@ def test_nan_travels_through_every_merge(header_maths, real):
 @pytest.mark.parametrize("real", REALS)
 @given(
     values=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=9),
-    flags=st.integers(0, 255).map(lambda flags: flags & ~int(RowFlags.SOFTCAP)),
+    flags=st.integers(0, 2047).map(lambda flags: flags & ~int(RowFlags.SOFTCAP)),
     target=st.integers(0, 8),
     columns=st.lists(st.tuples(st.integers(0, 8), st.sampled_from([0.5, 2.0])), max_size=4),
     smoothing=st.sampled_from([0.1, 1.0]),
     gamma=st.sampled_from([0.0, 0.5, 2.0]),
+    exponent=st.sampled_from([1.0, 0.0, 0.5]),
 )
-def test_terms_and_gradient(header_maths, real, values, flags, target, columns, smoothing, gamma):
+def test_terms_and_gradient(header_maths, real, values, flags, target, columns, smoothing, gamma, exponent):
     target %= len(values)
     candidates = [(column % len(values), w) for column, w in columns if column % len(values) != target]
     dtype = getattr(torch, real)
     values = torch.tensor(values, dtype=dtype).tolist()
-    options = torch.tensor([1.0, smoothing, 0.5, gamma, 0.25, 0.75, 0.0], dtype=dtype).tolist()
+    options = torch.tensor([1.0, smoothing, 0.5, gamma, 0.25, 0.75, 0.0, exponent], dtype=dtype).tolist()
     statistics = getattr(header_maths, f"measure_{real}")(values, 0, 1.0)
     terms, gradient = getattr(header_maths, f"evaluate_{real}")(statistics, values, options, flags, target, candidates)
 
@@ -94,6 +95,9 @@ def test_terms_and_gradient(header_maths, real, values, flags, target, columns, 
     nll = reference.negative_log_likelihood(z, t)
     zero = 0 * nll
     main = reference.focal(z, t, options[2], gamma) if flags & RowFlags.FOCAL else nll
+    if flags & (RowFlags.DFT | RowFlags.EAFT):
+        weight = reference.token_weight(z, t, "eaft" if flags & RowFlags.EAFT else "dft", exponent)
+        main = reference.reweighted(main, weight)
     if flags & RowFlags.LABEL_SMOOTHING:
         mode = "exclude_target" if flags & RowFlags.EXCLUDE_TARGET else "uniform"
         main = reference.smoothed(main, z, options[1], mode)
@@ -124,7 +128,7 @@ def test_a_sure_candidate_stays_exact(header_maths, real, gap):
     """-w log(1 - p) = w (gap - log sum of the others) and dz, where 1 - p is far below the resolution of the type."""
     values = [0.0, float(gap), -1.0, -2.0]
     statistics = getattr(header_maths, f"measure_{real}")(values, 0, 1.0)
-    terms, gradient = getattr(header_maths, f"evaluate_{real}")(statistics, values, [1.0] + [0.0] * 6, 0, 0, [(1, 3.0)])
+    terms, gradient = getattr(header_maths, f"evaluate_{real}")(statistics, values, [1.0] + [0.0] * 7, 0, 0, [(1, 3.0)])
     others = np.array([1.0, np.exp(-1), np.exp(-2)])
     tolerance = TOLERANCE[real] if gap < 100 else 1e-12
     assert terms[-1] == pytest.approx(3 * (gap - math.log(others.sum())), rel=tolerance)
@@ -137,7 +141,7 @@ def test_a_flat_row_s_maximum_as_candidate_stays_exact(header_maths, real):
     """R = 2999: -log(1 - p) = log1p(1 / R), not the difference of two logarithms."""
     values = [0.0] * 3000
     statistics = getattr(header_maths, f"measure_{real}")(values, 0, 1.0)
-    terms, _ = getattr(header_maths, f"evaluate_{real}")(statistics, values, [1.0] + [0.0] * 6, 0, 5, [(0, 1.0)])
+    terms, _ = getattr(header_maths, f"evaluate_{real}")(statistics, values, [1.0] + [0.0] * 7, 0, 5, [(0, 1.0)])
     assert terms[-1] == pytest.approx(math.log1p(1 / 2999), rel=TOLERANCE[real])
 
 

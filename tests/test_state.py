@@ -10,6 +10,7 @@ import torch
 from support.strategies import HIDDEN_SIZE, Numbers
 
 from ava_ext import AuxiliaryLoss, LossMeter, UnifiedLoss, reference
+from ava_ext.losses.moe import MoEBalancer
 
 V, E = 6, 3
 OWN_HEADS = {"use_mtp": True, "num_future_tokens": 2}
@@ -296,3 +297,44 @@ def test_reset_clears_statistics_but_not_the_bias():
     fresh["moe_balancer.expert_bias"] = bias
     assert bias.abs().sum() > 0
     torch.testing.assert_close(dict(loss_fn.named_buffers()), fresh, rtol=0, atol=0)
+
+
+# -- devices
+
+
+@pytest.mark.parametrize("options", [{}, {"use_moe_balancing": True, "num_experts": 3, "router_score": "sigmoid"}])
+@pytest.mark.parametrize("training", [True, False])
+def test_state_on_another_device_than_the_logits_is_named(options, training):
+    """meta stands for an accelerator: the loss was left on the CPU."""
+    loss_fn = UnifiedLoss(5, **options).train(training)
+    given = {"logits": torch.randn(2, 3, 5, device="meta"), "targets": torch.ones(2, 3, device="meta").long()}
+    with pytest.raises(
+        ValueError, match=r"^unified_loss: expected the state of temperature on meta as the logits, got cpu"
+    ):
+        loss_fn(**given, gate_logits=torch.randn(6, 3, device="meta"))
+    assert loss_fn.temperature.pending_rows.device.type == "cpu"
+    plain = UnifiedLoss(5, primary_loss_type="standard")  # reads no state
+    assert plain(**given).is_meta
+
+
+def test_a_balancer_on_another_device_than_the_router_is_named():
+    with pytest.raises(
+        ValueError, match=r"^moe_balancer: expected the state of moe_balancing on meta as the logits, got"
+    ):
+        MoEBalancer(3, 1, router_score="sigmoid")(torch.randn(6, 3, device="meta"))
+
+
+def test_what_is_pending_follows_buffers_that_are_moved_one_by_one():
+    with torch.device("meta"):
+        loss_fn = UnifiedLoss(5, temperature_gain=3.0, auto_step=False)
+    other = UnifiedLoss(5, temperature_gain=3.0, auto_step=False)
+    for name, buffer in other.named_buffers():
+        owner, _, key = name.rpartition(".")
+        loss_fn.get_submodule(owner)._buffers[key] = buffer.clone()
+    assert loss_fn.temperature.pending_rows.is_meta
+    for seed in range(12):
+        logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed)) * (1 + seed)
+        losses = [each(logits.requires_grad_(), torch.ones(2, 3).long()) for each in (loss_fn, other)]
+        assert losses[0] == losses[1]
+        loss_fn.step(), other.step()
+    assert loss_fn.temperature.value == other.temperature.value != 1

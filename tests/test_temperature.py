@@ -31,7 +31,7 @@ def call(loss_fn, numbers, scale=1.0, **further):
 def test_a_run_of_training_steps(seed, bounds, gain, initial, volatility):
     numbers = Numbers(seed)
     options = {"temperature_bounds": bounds, "temperature_gain": gain, "initial_temperature": initial}
-    loss_fn = UnifiedLoss(V, use_focal_loss=True, label_smoothing=0.1, **options).double()
+    loss_fn = UnifiedLoss(V, use_focal_loss=True, label_smoothing=0.1, logit_scale=0.7, **options).double()
     history = []
     for step in range(14):
         assert loss_fn.temperature.value.item() == pytest.approx(

@@ -132,6 +132,7 @@ ALONE = {
     "label smoothing": ({"label_smoothing": 0.2}, ()),
     "exclude_target": ({"label_smoothing": 0.2, "smoothing_mode": "exclude_target"}, ()),
     "soft cap": ({"logit_softcap": 2.0}, ()),
+    "scale": ({"logit_scale": 1.4}, ()),
     "temperature": ({"initial_temperature": 1.7}, ()),
     "focal": ({"use_focal_loss": True, "focal_gamma": 1.5}, ()),
     "z": ({"z_loss_weight": 0.4}, ()),
@@ -139,6 +140,7 @@ ALONE = {
     "n-gram": ({"use_ngram_penalty": True, "ngram_size": 1, "ngram_penalty_weight": 2.0}, ()),
     "immediate repetition": ({"use_immediate_repetition_penalty": True}, ()),
     "early end": ({"eos_token_id": 2, "eos_penalty_weight": 0.8}, ()),
+    "soft targets at a temperature": ({"distillation_temperature": 2.0, "distillation_weight": 0.7}, ()),
     "own heads": ({"use_mtp": True}, ("hidden_states",)),
     "shared head": ({"use_mtp": True, "mtp_share_head": True}, ("hidden_states", "lm_head_weight")),
     # a target probability is a constant to the calibration: its gradient is compared with the reference's
@@ -170,6 +172,7 @@ def test_gradcheck(name):
         "expert_outputs": numbers.leaf(3, 8, 3),
     }
     fixed = {"confidence_scores": numbers.uniform(2, 4), "negative_ids": torch.tensor([[[3, -1]] * 4] * 2)}
+    fixed |= {"soft_target_ids": torch.tensor([[[3, 1, -1]] * 4] * 2), "soft_target_weights": numbers.uniform(2, 4, 3)}
 
     def loss(logits, *given):
         return loss_fn(logits, targets, **dict(zip(names, given, strict=True)), **fixed)

@@ -25,7 +25,7 @@ from ava_ext.ops.repetition import repetition_candidates
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = ROOT / "USAGE_GUIDE.md"
-PAGES = [ROOT / "README.md", GUIDE, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", GUIDE, *sorted((ROOT / "docs").rglob("*.md"))]
 SHARED = "What the snippets share"  # the section of the guide that runs before each of its others
 CONTENTS = re.compile(r"<!-- contents -->\n(.*?)<!-- /contents -->", re.DOTALL)
 TABLE = re.compile(r"<!-- options -->\n(.*?)<!-- /options -->", re.DOTALL)
@@ -47,7 +47,7 @@ def sections(page):
     headings = [(match.start(), match[1]) for match in re.finditer(r"^##? (.+)$", FENCE.sub(_blank, text), re.M)]
     fences = list(FENCE.finditer(text))
     found = {heading: [] for _, heading in headings}
-    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+    for fence, following in zip(fences, [*fences, None][1:], strict=True):
         language, *marks = fence[1].split() or [""]
         if language != "python":
             continue

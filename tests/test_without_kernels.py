@@ -14,6 +14,7 @@ from test_cuda_twins import defined_operators
 
 from ava_ext._library import CUDA_VERSION
 from ava_ext.ops import without_kernels
+from ava_ext.ops.row_fields import N_OPTIONS
 from ava_ext.ops.without_kernels.dtypes import widest_dtype
 
 OTHER_DEVICES = ["MPS", "XPU", "HPU", "MTIA", "PrivateUse1"]
@@ -79,6 +80,6 @@ def test_devices_without_float64():
 )
 def test_wrong_shapes(name, arguments, message):
     if name == "row_loss":
-        arguments = (*arguments, torch.zeros(7), None, None, None, [], 1, 4, -100, False, False)
+        arguments = (*arguments, torch.zeros(N_OPTIONS), None, None, None, [], 1, 4, -100, False, False)
     with pytest.raises(RuntimeError, match=message):
         without_kernels.OPERATORS[name](torch.zeros(2, 4), *arguments)

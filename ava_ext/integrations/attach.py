@@ -16,8 +16,7 @@ from ava_ext.unified_loss import UnifiedLoss
 def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     """Lets model(..., labels=labels) compute loss_fn from the model's logits; returns the model.
 
-    As `fuse_lm_head`, but the logits exist, as the model computes them: for heads that fuse_lm_head refuses, and for
-    models that scale their logits.
+    As `fuse_lm_head`, but the logits exist, as the model computes them: for heads that fuse_lm_head refuses.
 
     Raises:
         ValueError: the loss caps or scales logits that the model has capped or scaled already; a model that has a loss
@@ -43,7 +42,7 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).
-        loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap of the model has to be the loss's as well.
+        loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap and the scale of the model have to be the loss's too.
 
     Raises:
         TypeError: a head that is not one linear layer, or a model that does something unknown to its logits. Sharded

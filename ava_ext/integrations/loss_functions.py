@@ -92,8 +92,8 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
 def refuse_logit_options(config: UnifiedLossConfig, owner: str) -> None:
     """Raises ValueError where the loss would do to a model's logits what the model has done to them already."""
     for option, without in (("logit_softcap", None), ("logit_scale", 1.0)):
-        value = getattr(config, option, without)
-        if value not in (None, without):
+        value = getattr(config, option)
+        if value != without:
             raise ValueError(
                 f"{owner}: expected a loss without {option}, got {value}: the logits of a model are capped and scaled "
                 "already. UnifiedLoss.from_model(model, fused=False) leaves both out; fuse_lm_head wants them"
@@ -113,7 +113,7 @@ def check_same_logits(name: str, config: UnifiedLossConfig, softcap: float | Non
     """Raises ValueError where the loss would not do to the logits what the model does."""
     for option, of_loss, of_model in (
         ("logit_softcap", config.logit_softcap, softcap),
-        ("logit_scale", getattr(config, "logit_scale", None) or 1.0, scale),
+        ("logit_scale", config.logit_scale, scale),
     ):
         if of_loss != of_model and not (of_loss and of_model and math.isclose(of_loss, of_model, rel_tol=1e-9)):
             raise ValueError(

@@ -177,7 +177,7 @@ class LossInForward(nn.Module):
             given |= {"hidden_states": hidden_states, "lm_head_weight": weight, "lm_head_bias": bias}
         else:
             given |= {"logits": logits, "hidden_states": hidden_states}
-            if config.mtp_share_head:
+            if config.mtp_share_head or config.mtp_heads == "hidden_states":
                 given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
         return given | (of_loss["loss_inputs"] or {})
 

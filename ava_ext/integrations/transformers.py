@@ -22,6 +22,8 @@ micro-batch of the optimizer step, summed over the ranks. Never do what the stac
       accumulate(), backward()       batches, group="world"                   Accelerator.backward divides by the steps
     Lightning, manual N            you: the same                            number of ranks * accumulate_grad_batches:
                                                                               Lightning divides by them
+    DeepSpeed, ZeRO 1 to 3         you: the same                            number of ranks * gradient_accumulation_
+                                                                              steps: engine.backward divides by both
     DistributedDataParallel        you: the same                            number of ranks
     one process                    you: count_items summed over them        nothing
 

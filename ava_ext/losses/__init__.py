@@ -9,32 +9,40 @@ from typing import TYPE_CHECKING, Any
 
 from ava_ext.losses import (
     confidence_penalty,
+    distillation,
     eos,
     focal,
     immediate_repetition,
     negatives,
     ngram,
     primary,
+    reweighting,
     z_loss,
 )
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
+from ava_ext.losses.depths import DEPTH_METRICS
 from ava_ext.losses.diversity import DiversityLoss
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.losses.mtp_hidden_states import HiddenStatesMTP
+from ava_ext.losses.negatives import NegativesWithoutTarget
 
 if TYPE_CHECKING:
     from ava_ext.losses.component import Part
 
 # modules whose from_config gives a RowTerm: flags and options of the row kernel
-ROW_TERMS = (primary, focal, z_loss, confidence_penalty)
-# modules whose from_config gives a CandidateSource; the first three in the order of repetition_candidates' groups
-CANDIDATES = (immediate_repetition, eos, ngram, negatives)
+ROW_TERMS = (primary, focal, reweighting, z_loss, confidence_penalty)
+# modules whose from_config gives a CandidateSource; the first three in the order of repetition_candidates' groups, soft
+# targets last
+CANDIDATES = (immediate_repetition, eos, ngram, negatives, distillation)
 # what is computed beside the rows, in the order in which it is added; the balancer measures the router for both
 PARTS: tuple[type[Part], ...] = (
+    NegativesWithoutTarget,
     MultiTokenPrediction,
     AdaptiveMTP,
+    HiddenStatesMTP,
     MoEBalancer,
     AuxiliaryLoss,
     DiversityLoss,
@@ -46,14 +54,17 @@ class _MetricNames(frozenset[str]):
     """Names of metrics. Those of the depths of multi-token prediction are open-ended."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith("mtp_loss_depth_")
+        return super().__contains__(name) or str(name).startswith(DEPTH_METRICS)
 
 
 METRICS = _MetricNames(
-    ["cross_entropy", "perplexity", "n_tokens", "accuracy", "entropy", "temperature", "focal_loss"]
+    ["cross_entropy", "perplexity", "n_tokens", "accuracy", "entropy", "temperature", "focal_loss", "teacher_kl"]
     + [name for part in PARTS for name in part.METRICS]
 )
 """Entries of the detailed dict that are not part of the sum total_loss, mtp_loss_depth_k for every k among them."""
+
+METRICS_THAT_ADD_UP = frozenset({"n_tokens", "focal_loss"})
+"""Those of METRICS that add up over micro-batches, as components do; the others are means over the rows of a call."""
 
 __all__ = [
     "AdaptiveAntiRepetitionLoss",
@@ -73,6 +84,7 @@ __all__ = [
     "NGramRepetitionPenalty",
     "PerplexityLoss",
     "SequenceRepetitionDetector",
+    "SequenceUnlikelihoodLoss",
     "TemperatureScaledCrossEntropy",
     "UnifiedLoss",
     "create_unified_loss",

@@ -10,8 +10,16 @@ from torch import Tensor
 from ava_ext.call import Call, HeadLoss, Heads, Logits
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
+from ava_ext.losses.depths import (
+    DepthMeans,
+    counted_ahead,
+    depth_means,
+    depth_metrics,
+    depth_rows,
+    losses_of_heads,
+    no_means,
+)
 from ava_ext.losses.learned_state import LearnedState
-from ava_ext.losses.mtp import MAIN_LOSS, counted_ahead, depth_metrics, shift_targets
 from ava_ext.ops.committed import is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
@@ -27,7 +35,7 @@ class AdaptiveMTPTerms(NamedTuple):
 
     mtp_loss: Tensor  # []  with graph; [batch_size, n_tokens] with per_row
     confidence_regularization: Tensor  # []  with graph; [batch_size, n_tokens] with per_row
-    depth_losses: Tensor  # [n_heads]  mean loss of each head over its own rows, unweighted; detached
+    depths: DepthMeans  # of [n_heads]: loss, accuracy and acceptance of each head; detached
     mean_confidence: Tensor  # []  over rows whose head 1 has a target; detached
     mean_target_probability: Tensor  # []  over the same rows, what head 1 gives its target; detached
 
@@ -46,6 +54,8 @@ def adaptive_mtp_terms(
     confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
     use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
     ignore_index: int = UnifiedLossConfig.ignore_index,
+    depth_weights: Tensor | None = None,  # [n_heads]
+    own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
     per_row: bool = False,
 ) -> AdaptiveMTPTerms:
     """Losses of the heads, weighted by the confidence, and the term that calibrates the confidence.
@@ -69,6 +79,7 @@ def adaptive_mtp_terms(
         mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence.
             None: on.
         mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
+        depth_weights, own_denominator: of the heads' loss; see `depths.depth_rows`.
         per_row: return both terms per row, [batch_size, n_tokens].
 
     Returns:
@@ -98,15 +109,18 @@ def adaptive_mtp_terms(
     head_weights: float | Tensor = mtp_weight / len(heads)
     if confidence is not None and use_confidence_weighting:
         head_weights = head_weights * confidence.detach()
-    losses, main_losses, probability = [], [], torch.zeros_like(weights)
-    all_targets = [shift_targets(targets, segments, weights != 0, k, ignore_index) for k in range(1, len(heads) + 1)]
-    for k, (logits, depth_targets) in enumerate(zip(heads, all_targets, strict=True), start=1):
-        output = head_loss(logits, depth_targets, head_weights * counted_ahead(weights, segments, k))
-        losses.append(output.loss)
-        main_losses.append(_mean_of(output.terms[MAIN_LOSS], depth_targets != ignore_index))
-        if k == 1:
-            probability = output.terms[CROSS_ENTROPY].neg().exp().to(dtype)
-    is_target = all_targets[0] != ignore_index
+    rows = depth_rows(
+        targets,
+        weights,
+        segments,
+        len(heads),
+        ignore_index,
+        depth_weights=depth_weights,
+        own_denominator=own_denominator,
+    )
+    loss, of_heads = losses_of_heads(heads, rows._replace(weights=rows.weights * head_weights), head_loss)
+    probability = of_heads[CROSS_ENTROPY, 0].neg().exp().to(dtype)
+    is_target = rows.targets[0] != ignore_index
     regularization = torch.zeros_like(weights)
     if confidence is not None:
         certainty = confidence.clamp(CONFIDENCE_MARGIN, 1 - CONFIDENCE_MARGIN)
@@ -115,9 +129,9 @@ def adaptive_mtp_terms(
         regularization = torch.where(is_target, cross_entropy, 0.0) * row_weight
     seen = torch.ones_like(weights) if confidence is None else confidence.detach()
     return AdaptiveMTPTerms(
-        mtp_loss=torch.stack(losses).sum(0),
+        mtp_loss=loss,
         confidence_regularization=regularization if per_row else regularization.sum(),
-        depth_losses=torch.stack(main_losses),
+        depths=depth_means(of_heads, rows.targets, ignore_index),
         mean_confidence=_mean_of(seen, is_target),
         mean_target_probability=_mean_of(probability, is_target),
     )
@@ -182,7 +196,7 @@ def _switched_off(
     if confidence_scores is not None:
         regularization = regularization + confidence_scores.reshape(-1)[:0].sum()
     nothing = torch.zeros((), dtype=dtype, device=targets.device)
-    return AdaptiveMTPTerms(mtp_loss, regularization, nothing.expand(len(heads)), nothing, nothing)
+    return AdaptiveMTPTerms(mtp_loss, regularization, no_means(nothing, len(heads)), nothing, nothing)
 
 
 class AdaptiveMTP(LearnedState, Part):
@@ -193,7 +207,8 @@ class AdaptiveMTP(LearnedState, Part):
 
     Args:
         num_future_tokens: how many heads are expected.
-        mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
+        mtp_weight, confidence_reg_strength, use_confidence_weighting, mtp_own_denominator, ignore_index: see
+            UnifiedLossConfig.
 
     Example:
         >>> adaptive = AdaptiveMTP()
@@ -221,9 +236,11 @@ class AdaptiveMTP(LearnedState, Part):
         mtp_weight: float = UnifiedLossConfig.mtp_weight,
         confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
         use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
+        mtp_own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
         ignore_index: int = UnifiedLossConfig.ignore_index,
     ) -> None:
         super().__init__()
+        self.own_denominator = mtp_own_denominator
         self.n_heads = num_future_tokens
         self.mtp_weight = mtp_weight
         self.confidence_reg_strength = confidence_reg_strength
@@ -247,6 +264,7 @@ class AdaptiveMTP(LearnedState, Part):
             mtp_weight=config.mtp_weight,
             confidence_reg_strength=config.confidence_reg_strength,
             use_confidence_weighting=config.use_confidence_weighting,
+            mtp_own_denominator=config.mtp_own_denominator,
             ignore_index=config.ignore_index,
         )
 
@@ -268,13 +286,14 @@ class AdaptiveMTP(LearnedState, Part):
             call.head_loss,
             confidence_scores=confidence if self.use_confidence_weighting else None,
             mtp_active=active if heads else False,
+            depth_weights=call.mtp_depth_weights,
             per_row=call.config.reduction == "none",
             recording=call.recording,
         )
         addends = {"mtp_loss": terms.mtp_loss}
         if self.calibrates:
             addends["confidence_regularization"] = terms.confidence_regularization
-        return Addends(addends, depth_metrics(terms.depth_losses if heads else rows.weights.new_zeros(self.n_heads)))
+        return Addends(addends, depth_metrics(terms.depths if heads else no_means(rows.weights, self.n_heads)))
 
     def _heads_of(self, call: Call) -> list[Logits]:
         given = call.additional_logits
@@ -305,6 +324,7 @@ class AdaptiveMTP(LearnedState, Part):
         *,
         confidence_scores: Tensor | None = None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
         mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool
+        depth_weights: Tensor | None = None,  # [n_heads]
         per_row: bool = False,
         recording: bool | Tensor | None = None,  # [] bool
     ) -> AdaptiveMTPTerms:
@@ -321,10 +341,13 @@ class AdaptiveMTP(LearnedState, Part):
             confidence_reg_strength=self.confidence_reg_strength,
             use_confidence_weighting=self.use_confidence_weighting,
             ignore_index=self.ignore_index,
+            depth_weights=depth_weights,
+            own_denominator=self.own_denominator,
             per_row=per_row,
         )
         if recording is None:
-            recording = self.training and torch.is_grad_enabled() and is_first_run(row_weights)
+            learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            recording = learns and is_first_run(row_weights)
         if recording is not False and mtp_active is not False:
             values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])
             is_seen = (row_weights != 0).any() & values.isfinite().all()  # one nan would stay in the sums for ever

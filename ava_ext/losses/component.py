@@ -26,6 +26,13 @@ class RowTerm(NamedTuple):
     metric: str | None = None  # a further entry that repeats main_loss
 
 
+class CandidateMetric(NamedTuple):
+    """A further entry of the detailed dict, made of what the candidates of a source cost each row."""
+
+    name: str
+    of_term: Callable[[Call, Tensor], Tensor]  # the call, and its term [batch_size, n_tokens] -> []
+
+
 class CandidateSource(NamedTuple):
     """A rule that names tokens for each row to push down, by -sum_c w_c log(1 - p_c)."""
 
@@ -34,6 +41,9 @@ class CandidateSource(NamedTuple):
     weights: Mapping[str, float] = {}  # arguments of repetition_weights
     given: Callable[[Call], Candidates | None] | None = None  # where the call itself names them
     needs_sequences: bool = True  # rows in the order of the text
+    is_soft: bool = False  # pull up instead, by -sum_c w_c log p_c; at most one source, which comes last
+    temperature: float = 1.0  # of a soft source, beside that of the rows; other than 1: a pass of its own
+    metric: CandidateMetric | None = None
 
 
 class Addends(NamedTuple):

@@ -65,9 +65,9 @@ def info_nce(
     block_rows = max(1, block_elements // max(n_pairs, 1))
     total = (a[:0].sum() + b[:0].sum()) * 0.5  # 0, connected to the graph also without any pair
     for queries, keys in ((a, b), (b, a)):
-        for start in range(0, n_pairs, block_rows):
+        for start, stop in _blocks(n_pairs, block_rows):
             total = total + 0.5 * _without_activations(
-                _info_nce_block, queries[start : start + block_rows], keys, mask, document_ids, start, temperature
+                _info_nce_block, queries[start:stop], keys, mask, document_ids, start, temperature
             )
     return total / mask.sum().clamp_min(1)
 
@@ -148,11 +148,10 @@ def simctg(
     block_rows = max(1, block_elements // max(batch_size * n_tokens, 1))
     total = directions[..., :0].sum()
     n_pairs = mask.sum() * 0
-    for start in range(0, n_tokens, block_rows):
-        is_pair = _pairs(mask, segments, start, min(start + block_rows, n_tokens))
-        n_pairs = n_pairs + is_pair.sum()
+    for start, stop in _blocks(n_tokens, block_rows):
+        n_pairs = n_pairs + _pairs(mask, segments, start, stop).sum()
         total = total + _without_activations(
-            _simctg_block, directions[:, start : start + block_rows], directions, mask, segments, start, margin
+            _simctg_block, directions[:, start:stop], directions, mask, segments, start, margin
         )
     return total / n_pairs.clamp_min(1)
 
@@ -177,6 +176,12 @@ def _pairs(
     if segments is not None:
         pairs = pairs & (segments[:, start:stop, None] == segments[:, None, :])
     return pairs
+
+
+def _blocks(n_rows: int, block_rows: int) -> list[tuple[int, int]]:
+    """(start, stop) of each block. A loop over their number: a compiled graph fits every n_rows with as many blocks."""
+    n_blocks = (n_rows + block_rows - 1) // block_rows
+    return [(block * block_rows, min((block + 1) * block_rows, n_rows)) for block in range(n_blocks)]
 
 
 def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size], [...] -> [..., hidden_size]

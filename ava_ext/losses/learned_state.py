@@ -17,7 +17,7 @@ def _previous(name: str) -> str:
 
 
 class LearnedState(Float32Buffers):
-    """A module whose state changes during training. Three rules make its losses repeatable:
+    """A module whose state changes during training. Four rules make its losses repeatable:
 
     - A forward reads what was committed before it.
     - What a forward learns is pending until `step()` commits it, once per optimizer step. Pending tensors are not
@@ -29,6 +29,7 @@ class LearnedState(Float32Buffers):
       checkpointing, the first run has no grad and the second is a recomputation, so such calls are never recorded.
       Checkpointing within a compiled function needs auto_step=False; with True autograd raises, because the graph
       writes over what its own recomputation reads.
+    - A program of torch.export reads what was committed and learns nothing, in training mode too.
 
     A subclass registers its buffers, names in READ those that its forward reads, sets previous_<name> beside each of
     these, names its pending tensors in PENDING, and initialises all of them in `reset_parameters`.
@@ -51,6 +52,30 @@ class LearnedState(Float32Buffers):
             setattr(self, name, after if after.dtype == before.dtype else before.to(after.device))
         return self
 
+    def check_device(self, device: torch.device, owner: str = "unified_loss") -> None:
+        """Raises ValueError where the state is not on the device of the logits, as for every module with buffers.
+
+        A call does not move it: a checkpoint, an optimizer step and the other ranks would not know where it went.
+        """
+        home = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
+        if home != device:
+            raise ValueError(
+                f"{owner}: expected the state of {self.statistics_name} on {device} as the logits, got {home}: move "
+                f"the loss with .to({str(device)!r})"
+            )
+        self._follow(home)
+
+    def _follow(self, home: torch.device) -> None:
+        """Moves what is not a buffer to the buffers: wrappers that move parameters and buffers one by one leave it."""
+        for name in self.PENDING + tuple(map(_previous, self.READ)):
+            tensor = getattr(self, name)
+            if tensor.device == home:
+                continue
+            if tensor.is_meta:  # never filled
+                read = getattr(self, name.removeprefix("previous_"))
+                tensor = torch.zeros_like(tensor, device=home) if name in self.PENDING else read.clone()
+            setattr(self, name, tensor.to(home))
+
     def record(
         self,
         recording: bool | Tensor,  # [] bool, where a traced graph finds out when it runs
@@ -60,16 +85,13 @@ class LearnedState(Float32Buffers):
         if recording is False:
             return
         for name, value in learned.items():
-            pending = getattr(self, name)
-            if pending.device != value.device:  # wrappers that move parameters and buffers one by one leave it behind
-                pending = pending.to(value.device)
-                setattr(self, name, pending)
-            pending.add_(torch.where(recording, value, 0) if isinstance(recording, Tensor) else value)
+            getattr(self, name).add_(torch.where(recording, value, 0) if isinstance(recording, Tensor) else value)
 
     def reduce_pending(self, process_group: Any) -> None:
         """Sums the pending tensors over the ranks."""
         group = resolve(process_group)
         if group is not None:
+            self._follow(next(self.buffers()).device)  # this rank may not have had a call
             for name in self.PENDING:
                 torch.distributed.all_reduce(getattr(self, name), group=group)
 
@@ -94,6 +116,8 @@ class LearnedState(Float32Buffers):
     def read(self, name: str) -> Tensor:
         """The committed tensor of this name, as this call sees it. Copy it where a backward needs it."""
         value = getattr(self, name)
+        if torch.compiler.is_exporting():
+            return value
         if torch.compiler.is_compiling() and not self.auto_step:
             return committed(value, value)  # nothing moves it before the backward, in which a graph may read it again
         return committed(value, getattr(self, _previous(name)))

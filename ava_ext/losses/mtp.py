@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from ava_ext.call import Call, HeadLoss
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
+from ava_ext.losses.depths import (
+    DEPTH_METRICS,
+    DepthMeans,
+    depth_means,
+    depth_metrics,
+    depth_rows,
+    losses_of_heads,
+    no_means,
+)
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import TERM_NAMES
-
-MAIN_LOSS = TERM_NAMES.index("main_loss")
-
-
-def counted_ahead(
-    row_weights: Tensor,  # [batch_size, n_tokens]
-    segments: Tensor | None,  # [batch_size, n_tokens]
-    k: int,
-) -> Tensor:
-    """Weight of the row k positions ahead; 0 if that is beyond the end or in another segment.
-
-    Returns:
-        [batch_size, n_tokens]: row_weights[:, t + k] where segments agree.
-
-    Example:
-        >>> counted_ahead(torch.tensor([[0.5, 0.0, 0.25, 1.0]]), None, k=2)
-        tensor([[0.2500, 1.0000, 0.0000, 0.0000]])
-    """
-    n_tokens = row_weights.shape[1]
-    k = min(k, n_tokens)
-    weights = row_weights[:, k:]
-    if segments is not None:
-        weights = torch.where(segments[:, k:] == segments[:, : n_tokens - k], weights, 0)
-    return pad(weights, (0, k))
-
-
-def shift_targets(
-    targets: Tensor,  # [batch_size, n_tokens]
-    segments: Tensor | None,  # [batch_size, n_tokens]
-    counted: Tensor,  # [batch_size, n_tokens] bool
-    k: int,
-    ignore_index: int,
-) -> Tensor:
-    """Targets of depth k: row t predicts targets[:, t + k] if that row counts and is in the same segment.
-
-    Args:
-        targets: targets of depth 0.
-        segments: contiguous documents of packed rows; None: each batch row is one segment.
-        counted: True where a row counts at depth 0.
-        k: depth, >= 1.
-        ignore_index: target of rows that do not count at this depth.
-
-    Returns:
-        [batch_size, n_tokens], the dtype of targets.
-
-    Example:
-        >>> shift_targets(torch.tensor([[5, 6, 7, 8]]), None, torch.tensor([[True, True, False, True]]), 2, -100)
-        tensor([[-100,    8, -100, -100]])
-    """
-    k = min(k, targets.shape[1])
-    # 0 or 1 in the dtype of targets, so that the rule of segments and ends stands in one place
-    is_target = counted_ahead(counted.to(targets.dtype), segments, k) != 0
-    return torch.where(is_target, pad(targets[:, k:], (0, k)), ignore_index)
 
 
 class MTPOutput(NamedTuple):
@@ -74,14 +29,7 @@ class MTPOutput(NamedTuple):
 
     # []  mtp_weight * mean over depths, with graph; [batch_size, n_tokens] where head_loss gives that of the rows
     loss: Tensor
-    depth_losses: Tensor  # [num_future_tokens]  mean loss of each depth over its own rows, unweighted; detached
-
-
-def depth_metrics(
-    depth_losses: Tensor,  # [num_future_tokens]
-) -> dict[str, Tensor]:
-    """The metric of each depth: mtp_loss_depth_1 and so on."""
-    return {f"mtp_loss_depth_{depth}": loss for depth, loss in enumerate(depth_losses.unbind(), start=1)}
+    depths: DepthMeans  # of [num_future_tokens]: loss, accuracy and acceptance of each depth; detached
 
 
 class ZeroLinear(nn.Linear):
@@ -113,9 +61,11 @@ class ResidualHead(nn.Module):
 
 
 class MultiTokenPrediction(Part):
-    """mtp_weight * mean over depths k = 1..K of sum_t w_{t+k} CE(depth k's logits at t, targets[t + k]).
+    """mtp_weight * mean over depths k = 1..K of c_k sum_t w_{t+k} CE(depth k's logits at t, targets[t + k]).
 
     w is the weight of the row that is predicted: token weight / N, or 0 if it does not count or is in another segment.
+    c_k is the depth's weight (1). All heads read one hidden state, that of the main head; for modules of the model that
+    hand a state of their own on from depth to depth, as in DeepSeek-V3, see losses.mtp_hidden_states.
     Each depth has its own head, Linear_k(LayerNorm(h)), behind one norm. With mtp_share_head, each depth has a residual
     block in front of the given lm_head instead: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). head_loss gets the logits of
     a depth as LinearLogits, that is, what they are computed from.
@@ -126,6 +76,7 @@ class MultiTokenPrediction(Part):
         mtp_weight: weight of the term.
         mtp_share_head: depths use the given lm_head_weight behind a residual block.
         mtp_detach_head: the shared head gets no gradient from the depths.
+        mtp_own_denominator: each depth is divided by the number of its own rows; see `depths.depth_rows`.
         ignore_index: target of a row that does not count.
 
     Attributes:
@@ -142,7 +93,7 @@ class MultiTokenPrediction(Part):
 
     name = "mtp"
     keys = ("mtp_loss",)
-    METRICS = ("mtp_loss_depth_1",)
+    METRICS = tuple(f"{name}1" for name in DEPTH_METRICS)
     needs_sequences = True
 
     def __init__(
@@ -154,6 +105,7 @@ class MultiTokenPrediction(Part):
         mtp_weight: float = UnifiedLossConfig.mtp_weight,
         mtp_share_head: bool = UnifiedLossConfig.mtp_share_head,
         mtp_detach_head: bool = UnifiedLossConfig.mtp_detach_head,
+        mtp_own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
         ignore_index: int = UnifiedLossConfig.ignore_index,
     ) -> None:
         super().__init__()
@@ -163,6 +115,7 @@ class MultiTokenPrediction(Part):
         self.weight = mtp_weight
         self.share_head = mtp_share_head
         self.detach_head = mtp_detach_head
+        self.own_denominator = mtp_own_denominator
         self.ignore_index = ignore_index
         if self.share_head:
             self.norm: nn.Module = nn.Identity()  # a parameter that nothing uses would stop DDP
@@ -183,6 +136,7 @@ class MultiTokenPrediction(Part):
             mtp_weight=config.mtp_weight,
             mtp_share_head=config.mtp_share_head,
             mtp_detach_head=config.mtp_detach_head,
+            mtp_own_denominator=config.mtp_own_denominator,
             ignore_index=config.ignore_index,
         )
 
@@ -192,13 +146,15 @@ class MultiTokenPrediction(Part):
         if active is False:
             zeros = torch.zeros_like(rows.weights)
             loss = zeros if call.config.reduction == "none" else zeros.new_zeros(())
-            return Addends({"mtp_loss": loss}, depth_metrics(zeros.new_zeros(self.n_depths)))
+            return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         head = (call.lm_head_weight, call.lm_head_bias) if self.share_head else (None, None)
         hidden_states = call.required("hidden_states", "use_mtp")
-        loss, depth_losses = self(hidden_states, rows.targets, rows.weights, call.segments, call.head_loss, *head)
+        of_rows = (rows.targets, rows.weights, call.segments)
+        loss, means = self(hidden_states, *of_rows, call.head_loss, *head, depth_weights=call.mtp_depth_weights)
         if isinstance(active, Tensor):
-            loss, depth_losses = torch.where(active, loss, 0.0), torch.where(active, depth_losses, 0.0)
-        return Addends({"mtp_loss": loss}, depth_metrics(depth_losses))
+            loss = torch.where(active, loss, 0.0)
+            means = DepthMeans(*(torch.where(active, values, 0.0) for values in means))
+        return Addends({"mtp_loss": loss}, depth_metrics(means))
 
     def forward(
         self,
@@ -209,6 +165,7 @@ class MultiTokenPrediction(Part):
         head_loss: HeadLoss,
         lm_head_weight: Tensor | None = None,  # [n_columns, hidden_size]
         lm_head_bias: Tensor | None = None,  # [n_columns]
+        depth_weights: Tensor | None = None,  # [num_future_tokens]
     ) -> MTPOutput:
         """The weighted term and the loss of each depth.
 
@@ -220,6 +177,7 @@ class MultiTokenPrediction(Part):
             head_loss: the main term's cross-entropy, (logits, targets, row_weights) -> RowLoss: the sum, or each row.
             lm_head_weight: the shared head; unused without mtp_share_head.
             lm_head_bias: its bias, or None.
+            depth_weights: c_k. No gradient; a schedule may change the values.
 
         Returns:
             MTPOutput.
@@ -229,28 +187,28 @@ class MultiTokenPrediction(Part):
         """
         self._check(hidden_states, targets, row_weights, segments, lm_head_weight)
         weights = row_weights.detach()
-        depths = range(1, self.n_depths + 1)
-        depth_targets = [shift_targets(targets, segments, weights != 0, k, self.ignore_index) for k in depths]
-        depth_weights = [counted_ahead(weights, segments, k) * (self.weight / self.n_depths) for k in depths]
+        rows = depth_rows(
+            targets,
+            weights,
+            segments,
+            self.n_depths,
+            self.ignore_index,
+            depth_weights=depth_weights,
+            own_denominator=self.own_denominator,
+        )
+        rows = rows._replace(weights=rows.weights * (self.weight / self.n_depths))
         normed = self.norm(hidden_states.to(next(self.heads.parameters()).dtype))
+        heads: LinearLogits | list[LinearLogits]
         if lm_head_weight is not None and self.share_head:
             if self.detach_head:
                 lm_head_weight = lm_head_weight.detach()
                 lm_head_bias = None if lm_head_bias is None else lm_head_bias.detach()
             states = [checkpoint(head, normed, use_reentrant=False, preserve_rng_state=False) for head in self.heads]
-            # one weight, so one pass over all depths: one gradient of it, not one per depth
-            logits = LinearLogits(torch.stack(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
-            output = head_loss(logits, torch.stack(depth_targets), torch.stack(depth_weights))
-            loss, main_loss = output.loss, output.terms[MAIN_LOSS]
-            loss = loss.sum(0) if loss.dim() else loss
+            heads = LinearLogits(torch.stack(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
         else:
-            parameters: Any = self.heads
-            logits_of_depths = [LinearLogits(normed, head.weight, head.bias) for head in parameters]
-            outputs = list(map(head_loss, logits_of_depths, depth_targets, depth_weights))
-            loss = torch.stack([output.loss for output in outputs]).sum(0)
-            main_loss = torch.stack([output.terms[MAIN_LOSS] for output in outputs])
-        n_counted = (torch.stack(depth_targets) != self.ignore_index).sum((1, 2)).clamp_min(1)
-        return MTPOutput(loss, main_loss.sum((1, 2)) / n_counted)
+            heads = [LinearLogits(normed, head.weight, head.bias) for head in self.heads]  # type: ignore[arg-type]
+        loss, terms = losses_of_heads(heads, rows, head_loss)
+        return MTPOutput(loss, depth_means(terms, rows.targets, self.ignore_index))
 
     def _check(
         self,

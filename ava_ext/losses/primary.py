@@ -2,11 +2,13 @@
 
     uniform:         (1 - e) n - e mean_j log softmax(z)_j                (as torch.nn.functional.cross_entropy)
     exclude_target:  (1 - e) n - e mean_{j != target} log softmax(z)_j    (computed as uniform with e V / (V - 1))
+    class_weights:   w_target n
 
-z = softcap(logits) / T are the effective logits of the V columns that are not masked, n = -log softmax(z)_target, and e
-is label_smoothing.
+z = softcap(logit_scale logits) / T are the effective logits of the V columns that are not masked, n is -log
+softmax(z)_target, and e is label_smoothing.
 
-Sources: Szegedy et al. 2016, "Rethinking the Inception architecture" (smoothing); Gemma 2, 2024 (soft cap).
+Sources: Szegedy et al. 2016, "Rethinking the Inception architecture" (smoothing); Gemma 2, 2024 (soft cap); Cohere and
+Granite (scale).
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ def from_config(config: UnifiedLossConfig) -> RowTerm:
             flags |= RowFlags.EXCLUDE_TARGET
     if config.logit_softcap is not None:
         flags |= RowFlags.SOFTCAP
-    options = {"temperature": config.initial_temperature, "label_smoothing": config.label_smoothing}
+    if config.class_weights is not None:
+        flags |= RowFlags.TARGET_WEIGHTS
+    options = {
+        "temperature": config.initial_temperature,
+        "label_smoothing": config.label_smoothing,
+        "logit_scale": config.logit_scale,
+    }
     if config.logit_softcap is not None:
         options["logit_softcap"] = config.logit_softcap
     return RowTerm("main_loss", flags, options)

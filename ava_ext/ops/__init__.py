@@ -1,6 +1,7 @@
 """The operators as typed functions: what the losses are made of, and what a loss of one's own can be made of."""
 
 from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.repeated_ngrams import repeated_ngram_mask
 from ava_ext.ops.repetition import repetition_candidates, repetition_weights
 from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 from ava_ext.ops.row_fields import TERM_NAMES, Candidates, RowFlags, RowLoss, row_options
@@ -15,6 +16,7 @@ __all__ = [
     "RowFlags",
     "RowLoss",
     "SoftmaxStatistics",
+    "repeated_ngram_mask",
     "repetition_candidates",
     "repetition_weights",
     "router_statistics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ def without_second_derivative(
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient  # compiled: row_gradient's own autograd raises
+    if is_batched(gradient):  # which DelayedError cannot take
+        raise RuntimeError("ava_ext: double backward is not supported")
     raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
     return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
 
@@ -95,10 +98,57 @@ def refuse_tangents(owner: str, tensors: Iterable[Tensor | None]) -> None:
         raise NotImplementedError(f"{owner}: forward-mode derivatives are not supported here; expected reverse mode")
 
 
+_functorch = torch._C._functorch
+_is_batched = getattr(_functorch, "is_legacy_batchedtensor", _functorch.is_batchedtensor)  # what autograd.grad makes
+
+
+def _transforms() -> list[Any]:
+    """Kinds of the torch.func transforms at work, the outermost first."""
+    return [level.key() for level in _functorch.get_interpreter_stack() or ()]
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether one of these holds a batch: in a backward, that of autograd.grad(is_grads_batched=True)."""
+    return any(tensor is not None and _is_batched(tensor) for tensor in tensors)
+
+
+def refuse_batches(owner: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raises NotImplementedError in a backward that is asked for several gradients at once."""
+    if is_batched(*tensors):
+        raise NotImplementedError(
+            f"{owner}: is_grads_batched=True, a batch of gradients from above, is not supported here; "
+            "expected a backward for each"
+        )
+
+
+def refuse_transforms(owner: str, tensors: Iterable[Tensor | None], vmap_works: bool = False) -> None:
+    """Raises NotImplementedError where a derivative is asked for in a way that is not reverse mode of torch.autograd,
+    and within torch.func.vmap; vmap_works: only where that is within, or around, another transform.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        kinds, tensors = set(_transforms()), list(tensors)
+        if _functorch.TransformType.Vmap in kinds and (len(kinds) > 1 or not vmap_works):
+            raise NotImplementedError(
+                f"{owner}: torch.func.vmap is not supported here; expected a call for each sample"
+            )
+        differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        if _functorch.TransformType.Grad in kinds and differentiable:
+            raise NotImplementedError(f"{owner}: torch.func.grad is not supported here; expected torch.autograd.grad")
+    refuse_tangents(owner, tensors)
+
+
+def refuse_vmap_within_derivatives(owner: str) -> None:
+    """Raises NotImplementedError where torch.func.vmap is within torch.func.grad or jvp, not around it."""
+    kinds = _transforms()
+    if kinds[-1] == _functorch.TransformType.Vmap and len(set(kinds)) > 1:
+        raise NotImplementedError(
+            f"{owner}: torch.func.vmap within torch.func.grad or jvp is not supported; expected it around them"
+        )
+
+
 def refuse_nested_forward_mode(owner: str) -> None:
     """Raises NotImplementedError within torch.func.jvp and another transform that differentiates."""
-    functorch = torch._C._functorch
-    levels = [level.key() for level in functorch.get_interpreter_stack() or ()]
-    differentiating = [key for key in levels if key in (functorch.TransformType.Grad, functorch.TransformType.Jvp)]
-    if len(differentiating) > 1 and functorch.TransformType.Jvp in differentiating:
+    kinds = _functorch.TransformType
+    differentiating = [kind for kind in _transforms() if kind in (kinds.Grad, kinds.Jvp)]
+    if len(differentiating) > 1 and kinds.Jvp in differentiating:
         raise NotImplementedError(f"{owner}: second derivatives are not supported")

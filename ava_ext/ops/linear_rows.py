@@ -2,7 +2,8 @@
 
 A few rows at a time: hidden_states @ weight.T into one buffer, the row kernel over it, and from what it leaves there,
 the gradient, the matrix products that give those of hidden_states and weight. Extra memory: the buffer, and a float32
-accumulator of the weight's gradient where the weight has fewer bits.
+accumulator of the weight's gradient where the weight has fewer bits. Rows that do not count are left out of the
+products (ops/counted_rows.py).
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.counted_rows import choose_rows
 from ava_ext.ops.derivatives import (
     call_operator,
     counted_only,
     graph_is_kept,
+    is_batched,
     refuse_tangents,
+    refuse_transforms,
     without_second_derivative,
 )
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
@@ -41,13 +45,14 @@ def linear_row_loss(
     ignore_index: int,
     reduction: str,
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
 ) -> RowLoss:
     """`row_loss` of LinearLogits: see there."""
     logits.check("row_loss")
     rows, n_columns = logits.shape[:-1], logits.shape[-1]
     if targets.shape != rows:
         raise ValueError(f"row_loss: expected targets of shape {list(rows)}, got {list(targets.shape)}")
-    refuse_tangents("row_loss", (*logits, options, row_weights))
+    refuse_transforms("row_loss", (*logits, options, row_weights), vmap_works=True)
     ids, weights, groups = candidates if candidates else (None, None, ())
     in_forward = logits.requires_grad and reduction == "sum" and logits.dtype != torch.float16
     tensors = (
@@ -67,6 +72,7 @@ def linear_row_loss(
         ignore_index,
         chunk_bytes,
         logits.dtype,
+        max_counted_rows,
         [in_forward and part is not None and part.requires_grad for part in logits],
     )
     operator, formula = _ops.linear_row_loss.default, (_save_linear_row_loss, _linear_row_loss_backward)
@@ -90,16 +96,17 @@ def _linear_row_loss(
     ignore_index: int,
     chunk_bytes: int | None,
     dtype: torch.dtype,
+    max_counted_rows: int | None,
     gradients: list[bool],  # [3]: which of hidden_states, weight and bias get theirs now
     # total [], losses [n_rows], terms [n_terms, n_rows], three gradients of the sum, or [0]; and [0], which leads
     # autograd to the inputs and which nobody can have changed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, real, groups = hidden_states.shape[0], accumulation_dtype(dtype), candidate_groups or []
-    losses = hidden_states.new_empty(n_rows, dtype=real)
-    terms = hidden_states.new_empty((N_TERMS + len(groups), n_rows), dtype=real)
+    losses = hidden_states.new_zeros(n_rows, dtype=real)
+    terms = hidden_states.new_zeros((N_TERMS + len(groups), n_rows), dtype=real)
     constants = (groups, flags, vocab_size, ignore_index)
 
-    def chunk_loss(logits: Tensor, rows: slice) -> None:
+    def chunk_loss(logits: Tensor, rows: slice | Tensor) -> None:
         of_rows = (None if given is None else given[rows] for given in (row_weights, candidate_ids, candidate_weights))
         arguments = (logits, targets[rows], options, *of_rows, *constants)
         if any(gradients):
@@ -107,7 +114,9 @@ def _linear_row_loss(
         else:
             losses[rows], terms[:, rows] = _ops.row_loss(*arguments, False, False)[:2]
 
-    grads = by_chunks(hidden_states, weight, bias, chunk_bytes, dtype, gradients, chunk_loss)
+    counted = targets != ignore_index
+    head = (hidden_states, weight, bias)
+    grads = by_chunks(*head, chunk_bytes, dtype, gradients, chunk_loss, counted, max_counted_rows)
     return losses.sum(), losses, terms, *grads, losses.new_empty(0)
 
 
@@ -118,40 +127,53 @@ def by_chunks(
     chunk_bytes: int | None,
     dtype: torch.dtype,
     gradients: list[bool],
-    kernel: Callable[[Tensor, slice], None],
+    kernel: Callable[[Tensor, slice | Tensor], None],
+    counted: Tensor | None,  # [n_rows] bool
+    max_counted_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n_rows, hidden_size], [n_columns, hidden_size], [n_columns]; [0] if not wanted
-    """Calls kernel(logits of a chunk, its rows) on every chunk. Where gradients are wanted, it leaves their gradient
-    in the logits.
+    """Calls kernel(logits of a chunk, its rows) on every chunk of the rows that count. Where gradients are wanted, it
+    leaves their gradient in the logits. The rows are a slice, or the numbers of rows. counted None: all count.
     """
     n_rows, (n_columns, hidden_size), real = hidden_states.shape[0], weight.shape, accumulation_dtype(dtype)
     with_hidden_states, with_weight, with_bias = gradients
-    chunk_rows = rows_of_a_chunk(n_rows, n_columns, dtype, hidden_states.device, chunk_bytes)
-    grad_hidden_states = hidden_states.new_empty((n_rows, hidden_size) if with_hidden_states else (0,))
+    chosen, is_exact = choose_rows(counted, max_counted_rows)
+    n_chosen = n_rows if chosen is None else len(chosen)
+    chunk_rows = rows_of_a_chunk(n_chosen, n_columns, dtype, hidden_states.device, chunk_bytes)
+    of_hidden_states = (n_rows, hidden_size) if with_hidden_states else (0,)
+    grad_hidden_states = (
+        hidden_states.new_empty(of_hidden_states) if chosen is None else hidden_states.new_zeros(of_hidden_states)
+    )
     grad_weight = weight.new_zeros((n_columns, hidden_size) if with_weight else (0,), dtype=real)
     grad_bias = weight.new_zeros((n_columns,) if with_bias else (0,), dtype=real)
     # rows that begin at multiples of 64 bytes: a matrix product writes them a quarter faster than rows at odd places
     padded_columns = -(-n_columns * dtype.itemsize // 64) * 64 // dtype.itemsize
-    buffer = hidden_states.new_empty((min(chunk_rows, n_rows), padded_columns), dtype=dtype)[:, :n_columns]
+    buffer = hidden_states.new_empty((min(chunk_rows, n_chosen), padded_columns), dtype=dtype)[:, :n_columns]
     # this may run inside an autocast region: a float32 product here is meant
     with without_autocast(hidden_states.device):
         logits = buffer
         columns, offsets = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for begin in range(0, n_rows, chunk_rows):
-            rows = slice(begin, min(begin + chunk_rows, n_rows))
-            states, logits = hidden_states[rows].to(dtype), buffer[: rows.stop - begin]
+        for begin in range(0, n_chosen, chunk_rows):
+            end = min(begin + chunk_rows, n_chosen)
+            rows = slice(begin, end) if chosen is None else chosen[begin:end]
+            states, logits = hidden_states[rows].to(dtype), buffer[: end - begin]
+            if with_weight and counted is not None and not is_exact:
+                # a row that is left out may hold nan, and 0 * nan in the product with its gradient is nan
+                states = states.masked_fill(~counted[rows].unsqueeze(1), 0)
             if offsets is None:
                 torch.mm(states, columns.t(), out=logits)
             else:
                 torch.addmm(offsets, states, columns.t(), out=logits)
             try:
                 kernel(logits, rows)
-            except IndexError as error:  # the kernel counts from the chunk's first row
-                raise IndexError(f"{error} of the rows from {begin} on") if begin else error from None
+            except IndexError:
+                # the kernel counts from the first row of the chunk; it looks at ids before it looks at logits
+                kernel(logits.new_zeros(1, n_columns).expand(n_rows, n_columns), slice(None))
+                raise
             if with_hidden_states:
-                if dtype == hidden_states.dtype:
-                    torch.mm(logits, columns, out=grad_hidden_states[rows])
+                if chosen is not None or dtype != hidden_states.dtype:
+                    grad_hidden_states[rows] = (logits @ columns).to(hidden_states.dtype)
                 else:
-                    grad_hidden_states[rows] = logits @ columns
+                    torch.mm(logits, columns, out=grad_hidden_states[rows])
             if with_weight:
                 _add_product(grad_weight, logits, states)
             if with_bias:
@@ -195,6 +217,7 @@ def _(
     ignore_index,
     chunk_bytes,
     dtype,
+    max_counted_rows,
     gradients,
 ):
     check_devices(
@@ -228,7 +251,7 @@ def empty_gradients(hidden_states, weight, bias, gradients):
 
 
 def _save_linear_row_loss(ctx, inputs, output):
-    ctx.constants, ctx.ignore_index, ctx.gradients = inputs[8:14], inputs[11], inputs[14]
+    ctx.constants, ctx.ignore_index, ctx.gradients = inputs[8:15], inputs[11], inputs[15]
     ctx.mark_non_differentiable(*output[2:6])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[6], inputs[3], *(output[3:6] if any(ctx.gradients) else (*inputs[:3], *inputs[4:8])))
@@ -238,7 +261,7 @@ def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
     """grad_total: [], grad_losses: [n_rows]. Returns the gradients of hidden_states, weight and bias, and None for
     every other input.
     """
-    nothing = (None,) * 15
+    nothing = (None,) * 16
     if grad_total is None and grad_losses is None:
         return nothing
     refuse_tangents("row_loss", (grad_total, grad_losses))
@@ -270,7 +293,7 @@ def _scaled(
     factor: Tensor,  # [] or [n]
 ) -> Tensor:  # as gradient
     """gradient * factor; over the gradient where nobody can ask for it again, and at no cost where the factor is 1."""
-    if torch.compiler.is_compiling() or graph_is_kept():
+    if torch.compiler.is_compiling() or graph_is_kept() or is_batched(factor):
         return gradient * (factor.unsqueeze(-1) if factor.dim() else factor).to(gradient.dtype)
     rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
     if rows.numel():

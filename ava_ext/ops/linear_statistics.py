@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import call_operator, refuse_tangents, without_second_derivative
+from ava_ext.ops.derivatives import call_operator, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import by_chunks, empty_gradients
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, accumulation_dtype
@@ -24,13 +24,14 @@ def linear_row_statistics(
     flags: int,
     vocab_size: int,
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
 ) -> list[Tensor]:  # [..., n_ids], and N_SUMMARIES of [...]
     """log_probs and the summaries of `softmax_statistics` of LinearLogits.
 
     A chunk of rows is computed at a time; backward computes it again. owner begins the messages.
     """
     logits.check(owner)
-    refuse_tangents(owner, (*logits, options))
+    refuse_transforms(owner, (*logits, options))
     rows = logits.shape[:-1]
     if ids is not None and ids.shape[:-1] != rows:
         raise ValueError(f"{owner}: expected ids of shape [{', '.join(map(str, rows))}, n_ids], got {list(ids.shape)}")
@@ -44,7 +45,7 @@ def linear_row_statistics(
         None if row_mask is None else row_mask.reshape(-1),
         options,
     )
-    constants = (flags, vocab_size, chunk_bytes, logits.dtype)
+    constants = (flags, vocab_size, chunk_bytes, logits.dtype, max_counted_rows)
     operator = _ops.linear_row_statistics.default
     formula = (_save_linear_row_statistics, _linear_row_statistics_backward)
     _, log_probs, *summaries, _ = call_operator(operator, *formula, tensors, constants)
@@ -63,12 +64,13 @@ def _linear_row_statistics(
     vocab_size: int,
     chunk_bytes: int | None,
     dtype: torch.dtype,
+    max_counted_rows: int | None,
     # statistics [n_rows, N_STATISTICS], log_probs [n_rows, n_ids], N_SUMMARIES of [n_rows]; and [0], which leads
     # autograd to the inputs and which nobody can have changed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = statistics, log_probs, *summaries, _ = _empty_statistics(hidden_states, ids, dtype)
+    outputs = statistics, log_probs, *summaries, _ = _zero_statistics(hidden_states, ids, dtype)
 
-    def measure(logits: Tensor, rows: slice) -> None:
+    def measure(logits: Tensor, rows: slice | Tensor) -> None:
         statistics[rows], log_probs[rows], of_rows = _ops.row_statistics(
             logits,
             None if ids is None else ids[rows],
@@ -80,18 +82,19 @@ def _linear_row_statistics(
         for summary, values in zip(summaries, of_rows, strict=True):
             summary[rows] = values
 
-    by_chunks(hidden_states, weight, bias, chunk_bytes, dtype, [False, False, False], measure)
+    head = (hidden_states, weight, bias)
+    by_chunks(*head, chunk_bytes, dtype, [False, False, False], measure, row_mask, max_counted_rows)
     return outputs
 
 
-def _empty_statistics(hidden_states, ids, dtype):
-    """What _linear_row_statistics returns, without values."""
+def _zero_statistics(hidden_states, ids, dtype):
+    """What _linear_row_statistics returns where no row counts."""
     n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
     return (
-        hidden_states.new_empty((n_rows, N_STATISTICS), dtype=real),
-        hidden_states.new_empty((n_rows, 0 if ids is None else ids.shape[-1]), dtype=real),
-        *(hidden_states.new_empty(n_rows, dtype=real) for _ in range(N_SUMMARIES)),
-        hidden_states.new_empty(0, dtype=real),
+        hidden_states.new_zeros((n_rows, N_STATISTICS), dtype=real),
+        hidden_states.new_zeros((n_rows, 0 if ids is None else ids.shape[-1]), dtype=real),
+        *(hidden_states.new_zeros(n_rows, dtype=real) for _ in range(N_SUMMARIES)),
+        hidden_states.new_zeros(0, dtype=real),
     )
 
 
@@ -103,25 +106,28 @@ def _linear_row_gradient(
     statistics: Tensor,  # [n_rows, N_STATISTICS]
     row_coefficients: Tensor,  # [n_rows, N_ROW_COEFFICIENTS + n_ids]
     ids: Tensor | None,  # [n_rows, n_ids]
+    row_mask: Tensor | None,  # [n_rows]
     options: Tensor,  # [N_OPTIONS]
     flags: int,
     vocab_size: int,
     chunk_bytes: int | None,
     dtype: torch.dtype,
+    max_counted_rows: int | None,
     gradients: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n_rows, hidden_size], [n_columns, hidden_size], [n_columns]; [0] if not wanted
-    def differentiate(logits: Tensor, rows: slice) -> None:
+    def differentiate(logits: Tensor, rows: slice | Tensor) -> None:
         of_rows = (statistics[rows], row_coefficients[rows], None if ids is None else ids[rows])
         _ops.row_gradient_(logits, *of_rows, options, flags, vocab_size)
 
-    return by_chunks(hidden_states, weight, bias, chunk_bytes, dtype, gradients, differentiate)
+    head = (hidden_states, weight, bias)
+    return by_chunks(*head, chunk_bytes, dtype, gradients, differentiate, row_mask, max_counted_rows)
 
 
 @_linear_row_statistics.register_fake
-def _(hidden_states, weight, bias, ids, row_mask, options, flags, vocab_size, chunk_bytes, dtype):
+def _(hidden_states, weight, bias, ids, row_mask, options, flags, vocab_size, chunk_bytes, dtype, max_counted_rows):
     others = {"weight": weight, "bias": bias, "ids": ids, "row_mask": row_mask, "options": options}
     check_devices("softmax_statistics", hidden_states, **others)
-    return _empty_statistics(hidden_states, ids, dtype)
+    return _zero_statistics(hidden_states, ids, dtype)
 
 
 @_linear_row_gradient.register_fake
@@ -132,11 +138,13 @@ def _(
     statistics,
     row_coefficients,
     ids,
+    row_mask,
     options,
     flags,
     vocab_size,
     chunk_bytes,
     dtype,
+    max_counted_rows,
     wanted,
 ):
     return empty_gradients(hidden_states, weight, bias, wanted)
@@ -161,6 +169,7 @@ def _linear_row_statistics_backward(ctx, _, grad_log_probs, *grads_and_none):
         statistics,
         statistics_coefficients(statistics, ids, row_mask, grad_log_probs, grad_summaries),
         ids,
+        row_mask,
         options,
         *ctx.constants,
         wanted,
@@ -169,7 +178,7 @@ def _linear_row_statistics_backward(ctx, _, grad_log_probs, *grads_and_none):
         without_second_derivative(grad, origin) if is_wanted else None
         for grad, is_wanted in zip(grads, wanted, strict=True)
     ]
-    return *grads, *(None,) * 7
+    return *grads, *(None,) * 8
 
 
 _linear_row_statistics.register_autograd(_linear_row_statistics_backward, setup_context=_save_linear_row_statistics)

@@ -140,8 +140,10 @@ def repetition_candidates(
             "ngram_size >= 1, ngram_slots >= 1 and ngram_window_size >= 1 or None, got "
             f"{vocab_size}, {immediate_repetition_threshold}, {ngram_size}, {ngram_slots} and {ngram_window_size}"
         )
-    if eos_token_id is None:
-        eos_ids: tuple[int, ...] = ()
+    if isinstance(eos_token_id, tuple):  # asking a tuple is fast, asking a Sequence is not
+        eos_ids: tuple[int, ...] = eos_token_id
+    elif eos_token_id is None:
+        eos_ids = ()
     else:
         eos_ids = tuple(eos_token_id) if isinstance(eos_token_id, Sequence) else (eos_token_id,)
     for eos in eos_ids:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import raise_double_backward, refuse_tangents, without_second_derivative
+from ava_ext.ops.derivatives import (
+    raise_double_backward,
+    refuse_batches,
+    refuse_tangents,
+    refuse_transforms,
+    without_second_derivative,
+)
 from ava_ext.ops.router_layers import layers_shape
 from ava_ext.ops.row_fields import accumulation_dtype
 
@@ -88,7 +94,7 @@ def router_statistics(
             raise ValueError("router_statistics: expected expert_indices or k, got neither")
         k = expert_indices.shape[-1]
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
-    refuse_tangents("router_statistics", (*layers, expert_bias))
+    refuse_transforms("router_statistics", (*layers, expert_bias))
     layers = [layer if layer.stride(-1) == 1 else layer.contiguous() for layer in layers]
     dtype = accumulation_dtype(layers[0].dtype)
     tensors = (
@@ -203,6 +209,7 @@ def _router_statistics_backward(
     if all(gradient is None for gradient in gradients):
         return [None] * len(gate_logits), *nothing
     refuse_tangents("router_statistics", gradients)
+    refuse_batches("router_statistics", gradients)
     grad_logits = _ops.router_gradient(
         [layers.detach() for layers in gate_logits],
         None if grad_importance_sum is None else chosen,

@@ -23,6 +23,13 @@ class RowFlags(IntFlag):
     CONFIDENCE_PENALTY = 32
     SOFTCAP = 64
     ENTROPY = 128
+    # beside IDS_ARE_PRESENT = 256
+    DFT = 512
+    EAFT = 1024
+    # the last group of candidates are soft targets
+    SOFT_TARGETS = 2048
+    # the first group of candidates is one absent id, whose weight is that of the target's term
+    TARGET_WEIGHTS = 4096
 
 
 # beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
@@ -40,6 +47,7 @@ OPTION_NAMES = (  # of the tensor options: RowOptions
     "z_loss_weight",
     "confidence_penalty_weight",
     "logit_softcap",
+    "reweighting_exponent",
 )
 N_TERMS, N_STATISTICS, N_SUMMARIES, N_OPTIONS = map(len, (TERM_NAMES, STATISTIC_NAMES, SUMMARY_NAMES, OPTION_NAMES))
 # of p, p log p, 1 and the one-hot of the maximum; those of the one-hots of the ids follow
@@ -52,12 +60,17 @@ class RowLoss(NamedTuple):
     # row_weights times the sum of the terms and penalties: the differentiable output
     loss: Tensor  # [...], or [] with reduction="sum"
     # each by itself, unweighted, without graph. The entropy is measured only with RowFlags.ENTROPY, LABEL_SMOOTHING,
-    # CONFIDENCE_PENALTY or SOFTCAP.
+    # CONFIDENCE_PENALTY, EAFT or SOFTCAP.
     terms: Tensor  # [N_TERMS + n_groups, ...]
 
 
 class Candidates(NamedTuple):
-    """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c)."""
+    """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c).
+
+    With RowFlags.SOFT_TARGETS those of the last group are pulled up: -sum_c weight_c log p_c. The row's own target may
+    be among those, and is left out of all others. With RowFlags.TARGET_WEIGHTS the first group is one absent id (-1):
+    its weight multiplies the target's term.
+    """
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent
     weights: Tensor  # [..., n_candidates] float32 (float64 beside float64 logits)
@@ -79,23 +92,28 @@ def row_options(
     z_loss_weight: float = 0.0,
     confidence_penalty_weight: float = 0.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reweighting_exponent: float = 1.0,
 ) -> Tensor:  # [N_OPTIONS]
     """The small tensor of options that the row kernels read, on the device of `like` and in its accumulation type.
 
-    A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises.
+    A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises. The scale of the
+    logits is no value of its own: c tanh(s x / c) / T = c' tanh(x / c') / T' with c' = c / s and T' = T / s. So the
+    first value is temperature / logit_scale.
 
     Example:
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
-        tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000])
+        tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000,  1.0000])
     """
     values = (
-        temperature,
+        temperature / logit_scale,
         label_smoothing,
         focal_alpha,
         focal_gamma,
         z_loss_weight,
         confidence_penalty_weight,
-        logit_softcap or 0.0,
+        (logit_softcap or 0.0) / logit_scale,
+        reweighting_exponent,
     )
     return numbers_like(like, values)
 

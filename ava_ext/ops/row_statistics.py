@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import counted_only, refuse_tangents, without_second_derivative
+from ava_ext.ops.derivatives import counted_only, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, STATISTIC_NAMES, accumulation_dtype
 
 _ops = torch.ops.ava_ext
@@ -30,7 +30,7 @@ def row_statistics(
     vocab_size: int,
 ) -> Sequence[Tensor]:  # [..., n_ids], and N_SUMMARIES of [...]
     """log_probs and the summaries of `softmax_statistics`, of logits that exist. owner begins the messages."""
-    refuse_tangents(owner, (logits, options))
+    refuse_transforms(owner, (logits, options))
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     arguments = (logits, ids, row_mask, options, flags, vocab_size)

@@ -30,6 +30,7 @@ class Shard(NamedTuple):
     flags: int
     dtype: torch.dtype  # of the logits
     chunk_rows: int  # of LinearLogits
+    max_counted_rows: int | None = None
 
     @property
     def local_vocab_size(self) -> int:
@@ -82,7 +83,9 @@ def _measure_locally(
         return nothing, shard.options.new_zeros(ids.shape)
     arguments = (ids, row_mask, shard.options, shard.flags, vocab_size)
     if isinstance(logits, LinearLogits):
-        return _ops.linear_row_statistics(*logits, *arguments, shard.chunk_rows, shard.dtype)[:2]
+        return _ops.linear_row_statistics(*logits, *arguments, shard.chunk_rows, shard.dtype, shard.max_counted_rows)[
+            :2
+        ]
     return _ops.row_statistics(logits, *arguments)[:2]
 
 
@@ -177,6 +180,7 @@ def local_gradients(
     statistics: Tensor,  # [n_rows, N_STATISTICS], of local_view
     row_coefficients: Tensor,  # [n_rows, N_ROW_COEFFICIENTS + n_ids]
     ids: Tensor,  # [n_rows, n_ids] int32, columns of all ranks
+    row_mask: Tensor,  # [n_rows] bool
     shard: Shard,
     wanted: list[bool],
     inplace: bool,
@@ -188,12 +192,13 @@ def local_gradients(
             torch.zeros_like(part) if want and part is not None else None
             for part, want in zip(parts, wanted, strict=True)
         )
-    arguments = (statistics, row_coefficients, shard.local_ids(ids), shard.options, shard.flags, vocab_size)
+    of_rows, options = (statistics, row_coefficients, shard.local_ids(ids)), (shard.options, shard.flags, vocab_size)
     if len(parts) > 1:
-        gradients = _ops.linear_row_gradient(*parts, *arguments, shard.chunk_rows, shard.dtype, wanted)
+        constants = (*options, shard.chunk_rows, shard.dtype, shard.max_counted_rows)
+        gradients = _ops.linear_row_gradient(*parts, *of_rows, row_mask, *constants, wanted)
         return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     (logits,) = parts
     if not inplace:
-        return (_ops.row_gradient(logits, *arguments),)
-    _ops.row_gradient_(logits, *arguments)
+        return (_ops.row_gradient(logits, *of_rows, *options),)
+    _ops.row_gradient_(logits, *of_rows, *options)
     return (logits,)

@@ -14,9 +14,11 @@ from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_i
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
+    is_batched,
     is_forward_mode,
     raise_double_backward,
     refuse_tangents,
+    refuse_vmap_within_derivatives,
     without_second_derivative,
 )
 from ava_ext.ops.dtensor_logits import local_logits
@@ -72,6 +74,7 @@ def row_loss(
     reduction: str = "none",
     inplace_gradient: bool = False,
     chunk_bytes: int | None = None,
+    max_counted_rows: int | None = None,
 ) -> RowLoss:
     """Every row-wise loss term, and its gradient, in one pass over the logits.
 
@@ -96,6 +99,8 @@ def row_loss(
             until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, and
             for LinearLogits, which do so anyway.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
+        max_counted_rows: at most so many targets are not ignore_index. Of LinearLogits, rows that are ignored are left
+            out of the matrix products on the CPU; a GPU leaves them out with this number, which it need not wait for.
 
     Returns:
         RowLoss(loss [...] or [], terms [N_TERMS + n_groups, ...]).
@@ -113,9 +118,10 @@ def row_loss(
         >>> loss = row_loss(logits, targets, row_options(logits), reduction="sum").loss
         >>> loss.backward()
     """
-    logits = local_logits("row_loss", logits)
-    if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
-        check_is_tensor("row_loss", "logits", logits, or_linear=True)
+    if type(logits) is not Tensor:  # a DTensor is a Tensor too
+        logits = local_logits("row_loss", logits)
+        if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
+            check_is_tensor("row_loss", "logits", logits, or_linear=True)
     check_is_tensor("row_loss", "targets", targets)
     _check_constants(options, row_weights, candidates)
     if targets.dtype != torch.int64:
@@ -126,6 +132,19 @@ def row_loss(
         candidates = candidates._replace(ids=ids)
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
+    if isinstance(logits, Tensor):
+        return _dense_row_loss(
+            logits,
+            targets,
+            options,
+            flags,
+            row_weights,
+            candidates,
+            vocab_size,
+            ignore_index,
+            reduction == "sum",
+            inplace_gradient,
+        )
     if isinstance(logits, LocalRows):
         block = logits.rows
         local = row_loss(
@@ -140,6 +159,7 @@ def row_loss(
             reduction=reduction,
             inplace_gradient=inplace_gradient,
             chunk_bytes=chunk_bytes,
+            max_counted_rows=max_counted_rows,
         )
         return RowLoss(local.loss if reduction == "sum" else block.among_all(local.loss), block.among_all(local.terms))
     if isinstance(logits, ShardedLogits):
@@ -159,15 +179,21 @@ def row_loss(
             reduction,
             inplace,
             chunk_bytes,
+            max_counted_rows,
         )
-    if isinstance(logits, LinearLogits):
-        return linear_row_loss(
-            logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, reduction, chunk_bytes
-        )
-    loss, terms = _dense_row_loss(
-        logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index, inplace_gradient
+    return linear_row_loss(
+        logits,
+        targets,
+        options,
+        flags,
+        row_weights,
+        candidates,
+        vocab_size,
+        ignore_index,
+        reduction,
+        chunk_bytes,
+        max_counted_rows,
     )
-    return RowLoss(loss if reduction == "none" else loss.sum(), terms)
 
 
 def _dense_row_loss(
@@ -179,8 +205,9 @@ def _dense_row_loss(
     candidates: Candidates | None,
     vocab_size: int | None,
     ignore_index: int,
+    is_sum: bool,
     inplace_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # [...], [N_TERMS + n_groups, ...]
+) -> RowLoss:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     ids, weights, groups = candidates if candidates else (None, None, ())
@@ -202,18 +229,25 @@ def _dense_row_loss(
         refuse_tangents("row_loss", arguments[:6])
         # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
         # as the gradient
-        return _row_loss(*arguments, False, differentiable)[:2]
-    if is_forward_mode() or (differentiable and torch._C._are_functorch_transforms_active()):
-        return transformed_row_loss(*arguments)
-    if not differentiable:
+        loss, terms = _row_loss(*arguments, False, differentiable)[:2]
+        return RowLoss(loss.sum() if is_sum else loss, terms)
+    is_transformed = torch._C._are_functorch_transforms_active()
+    if is_transformed:
+        refuse_vmap_within_derivatives("row_loss")
+    if is_forward_mode() or (differentiable and is_transformed):
+        loss, terms = transformed_row_loss(*arguments)
+    elif not differentiable:
         with torch._C._AutoDispatchBelowAutograd():
-            return _row_loss(*arguments, False, False)[:2]
-    if inplace_gradient:
-        _check_inplace(logits)
-    # a float16 gradient rounded before the scaler's factor would be zeros
-    split = inplace_gradient or logits.dtype == torch.float16
-    tensors, constants = arguments[:6], (*arguments[6:], not split, split)
-    return _apply_row_loss(*tensors, constants, inplace_gradient)[:2]
+            loss, terms = _row_loss(*arguments, False, False)[:2]
+    else:
+        if inplace_gradient:
+            _check_inplace(logits)
+        # a float16 gradient rounded before the scaler's factor would be zeros
+        split = inplace_gradient or logits.dtype == torch.float16
+        tensors, constants = arguments[:6], (*arguments[6:], not split, split)
+        loss, terms, _ = _apply_row_loss(*tensors, constants, is_sum, inplace_gradient)
+        return RowLoss(loss, terms)
+    return RowLoss(loss.sum() if is_sum else loss, terms)
 
 
 def _check_constants(
@@ -258,16 +292,21 @@ def _save_row_loss(ctx, inputs, output, origin=None):
 
 
 def _row_loss_backward(ctx, grad_loss, *_):
-    """grad_loss: [...]. Returns the gradient of the logits [..., n_columns], and None for every other input."""
+    """grad_loss: [...], or [] of the sum. Returns the gradient of the logits [..., n_columns], and None for the other
+    inputs."""
     nothing = (None,) * 11
     if grad_loss is None:
         return None, *nothing
     refuse_tangents("row_loss", (grad_loss,))
     if ctx.fused:
         grad_logits, targets, origin = ctx.saved_tensors
+        if is_batched(grad_loss):
+            ignored = torch.eq(targets, ctx.ignore_index)
+            factors = counted_only(grad_loss.expand(targets.shape), ignored).unsqueeze(-1)
+            return without_second_derivative((grad_logits * factors).to(grad_logits.dtype), origin), *nothing
         if not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
-        _scale_rows_(grad_logits, counted_only(grad_loss, torch.eq(targets, ctx.ignore_index)))
+        _scale_rows_(grad_logits, grad_loss.expand(targets.shape), targets, ctx.ignore_index)
         return without_second_derivative(grad_logits, origin), *nothing
     logits, targets, statistics, row_coefficients, ids, options = ctx.saved_tensors
     ignored = torch.eq(targets, ctx.ignore_index)
@@ -275,13 +314,13 @@ def _row_loss_backward(ctx, grad_loss, *_):
     arguments = (
         logits.detach(),
         statistics,
-        row_coefficients * counted_only(grad_loss, ignored).unsqueeze(-1),
+        row_coefficients * counted_only(grad_loss.expand(ignored.shape), ignored).unsqueeze(-1),
         targets if ids is None else torch.cat([targets, ids], -1),
         options,
         ctx.flags,
         ctx.vocab_size,
     )
-    if not ctx.inplace:
+    if not ctx.inplace or is_batched(grad_loss):
         return without_second_derivative(_ops.row_gradient(*arguments), logits), *nothing
     _ops.row_gradient_(*arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told so by autograd
@@ -295,18 +334,19 @@ class _RowLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, options, row_weights, ids, weights, constants, inplace_gradient):
+    def forward(ctx, logits, targets, options, row_weights, ids, weights, constants, is_sum, inplace_gradient):
         inputs = (logits, targets, options, row_weights, ids, weights, *constants)
         with torch._C._AutoDispatchBelowAutograd():
             output = _row_loss(*inputs)
         origin = logits.new_empty(0)  # an output that nobody can have changed, and that keeps no logits alive
         _save_row_loss(ctx, inputs, output, origin)
         ctx.owns_gradient, ctx.inplace = True, inplace_gradient
-        return *output[:2], origin
+        loss, terms = output[:2]
+        return loss.sum() if is_sum else loss, terms, origin
 
     @staticmethod
     def backward(ctx, *grads):
-        return _row_loss_backward(ctx, *grads)[0], None, None, None, None, None, None, None
+        return _row_loss_backward(ctx, *grads)[0], None, None, None, None, None, None, None, None
 
 
 # Function.apply asks first whether torch.func is at work, which row_loss has done
@@ -363,7 +403,7 @@ def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size):
 
 
 @torch.library.register_fake("ava_ext::scale_rows_")
-def _(rows, factors):
+def _(rows, factors, targets=None, ignore_index=-100):
     return None
 
 

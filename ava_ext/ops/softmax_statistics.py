@@ -37,17 +37,19 @@ def softmax_statistics(
     *,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
     row_mask: Tensor | None = None,  # [...]
     chunk_bytes: int | None = None,
+    max_counted_rows: int | None = None,
 ) -> SoftmaxStatistics:
     """Softmax statistics of each row, differentiable at kernel speed: a new loss is a few lines of PyTorch on [n_rows]
     vectors.
 
-    With z = softcap(logits) / temperature over the columns that are not masked (raw logit -inf, or beyond vocab_size):
-    log_probs = z_id - lse, entropy = -sum p log p, lse = log sum exp z, log_rest = log sum_{j != argmax} exp(z_j - max
-    z) (so that log(1 - max p) = log_rest - log1p(exp(log_rest)), exact however sure the row is), mean_log_prob = mean
-    of log p.
+    With z = softcap(logit_scale logits) / temperature over the columns that are not masked (raw logit -inf, or beyond
+    vocab_size): log_probs = z_id - lse, entropy = -sum p log p, lse = log sum exp z, log_rest = log sum_{j != argmax}
+    exp(z_j - max z) (so that log(1 - max p) = log_rest - log1p(exp(log_rest)), exact however sure the row is),
+    mean_log_prob = mean of log p.
 
     Args:
         logits: [..., n_columns], float32, bfloat16, float16 or float64. Or LinearLogits(hidden_states, weight, bias),
@@ -56,9 +58,11 @@ def softmax_statistics(
         temperature: a number in (0, inf), or a 0-dim tensor on the logits' device that does not require grad. The
             value of a tensor is not checked: that would wait for a GPU.
         logit_softcap: c of c tanh(logits / c).
+        logit_scale: factor of the logits, before the soft cap.
         vocab_size: columns beyond it are padding. Default: n_columns.
         row_mask: [...] bool; rows where it is False give zeros and get a zero gradient, whatever they hold.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
+        max_counted_rows: see `row_loss`; of LinearLogits, the rows of row_mask.
 
     Returns:
         SoftmaxStatistics, float32 (float64 for float64 logits).
@@ -80,7 +84,8 @@ def softmax_statistics(
         check_is_tensor("softmax_statistics", "ids", ids)
         ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    return _statistics("softmax_statistics", logits, ids, temperature, logit_softcap, size, row_mask, chunk_bytes)
+    scale = (temperature, logit_softcap, logit_scale)
+    return _statistics("softmax_statistics", logits, ids, *scale, size, row_mask, chunk_bytes, max_counted_rows)
 
 
 def _statistics(
@@ -89,9 +94,11 @@ def _statistics(
     ids: Tensor | None,  # [..., n_ids]
     temperature: float | Tensor,
     logit_softcap: float | None,
+    logit_scale: float,
     vocab_size: int,
     row_mask: Tensor | None,  # [...]
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
     flags: int = 0,
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
@@ -99,13 +106,13 @@ def _statistics(
     if isinstance(placed, LocalRows):
         raise ValueError(f"{owner}: expected logits of all rows, got some of them: pass logits.to_local()")
     logits = placed
-    options, own_flags = _options(owner, logits, temperature, logit_softcap)
+    options, own_flags = _options(owner, logits, temperature, logit_softcap, logit_scale)
     arguments = (ids, row_mask, options, flags | own_flags, vocab_size)
     if isinstance(logits, ShardedLogits):
-        log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes)
+        log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows)
         return SoftmaxStatistics(log_probs, *summaries.unbind(0))
     if isinstance(logits, LinearLogits):
-        return SoftmaxStatistics(*linear_row_statistics(owner, logits, *arguments, chunk_bytes))
+        return SoftmaxStatistics(*linear_row_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows))
     return SoftmaxStatistics(*row_statistics(owner, logits, *arguments))
 
 
@@ -114,17 +121,21 @@ def _options(
     logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     temperature: float | Tensor,
     logit_softcap: float | None,
+    logit_scale: float,
 ) -> tuple[Tensor, int]:  # [N_OPTIONS], flags
     flags = int(RowFlags.ENTROPY | RowFlags.SOFTCAP) if logit_softcap else int(RowFlags.ENTROPY)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"{owner}: expected a logit_scale above 0 and below infinity, got {logit_scale}")
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < math.inf:
             raise ValueError(f"{owner}: expected a temperature above 0 and below infinity, got {temperature}")
-        return row_options(like, temperature=temperature, logit_softcap=logit_softcap), flags
+        options = row_options(like, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
+        return options, flags
     if temperature.requires_grad:
         raise ValueError(f"{owner}: expected a temperature without requires_grad")
-    options = row_options(like, logit_softcap=logit_softcap)
-    return torch.cat([temperature.reshape(1).to(options), options[1:]]), flags
+    options = row_options(like, logit_softcap=logit_softcap, logit_scale=logit_scale)
+    return torch.cat([temperature.reshape(1).to(options) / logit_scale, options[1:]]), flags
 
 
 def token_log_probs(
@@ -133,14 +144,17 @@ def token_log_probs(
     *,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
+    max_counted_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p of each target, and each row's entropy: what policy gradients need, in one pass over the logits.
 
     Args:
-        logits, temperature, logit_softcap, vocab_size, chunk_bytes: as in `softmax_statistics`.
+        logits, temperature, logit_softcap, logit_scale, vocab_size, chunk_bytes, max_counted_rows: as in
+            `softmax_statistics`.
         targets: [...], integers in [0, vocab_size), or ignore_index: such rows give (0, 0) and get a zero gradient.
 
     Returns:
@@ -164,6 +178,7 @@ def token_log_probs(
         )
     counted = targets != ignore_index
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    arguments = (logits, targets.unsqueeze(-1), temperature, logit_softcap, size, counted, chunk_bytes)
+    ids, scale = targets.unsqueeze(-1), (temperature, logit_softcap, logit_scale)
+    arguments = (logits, ids, *scale, size, counted, chunk_bytes, max_counted_rows)
     statistics = _statistics("token_log_probs", *arguments, flags=IDS_ARE_PRESENT)
     return statistics.log_probs.squeeze(-1), statistics.entropy

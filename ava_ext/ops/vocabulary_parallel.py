@@ -19,6 +19,7 @@ from ava_ext.ops.row_fields import (
     N_SUMMARIES,
     N_TERMS,
     Candidates,
+    RowFlags,
     RowLoss,
 )
 from ava_ext.ops.row_statistics import statistics_coefficients
@@ -41,11 +42,12 @@ def vocabulary_parallel_row_loss(
     reduction: str,
     inplace_gradient: bool,
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
 ) -> RowLoss:
     """`row_loss` of ShardedLogits: see there."""
     rows = logits.shape[:-1]
     _check_rows("row_loss", "targets", targets, rows)
-    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes)
+    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
     targets = targets.reshape(-1)
     row_mask = targets != ignore_index
     counted = targets.masked_fill(~row_mask, 0)
@@ -76,10 +78,11 @@ def vocabulary_parallel_statistics(
     flags: int,
     vocab_size: int,
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
 ) -> tuple[Tensor, Tensor]:  # [..., n_ids], [N_SUMMARIES, ...]
     """log_probs and summaries of `softmax_statistics` of ShardedLogits; owner begins the messages."""
     rows = logits.shape[:-1]
-    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes)
+    parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
     if ids is None:
         ids = torch.empty((*rows, 0), dtype=torch.int32, device=logits.device)
     lowest = -1  # absent
@@ -102,6 +105,7 @@ def _shard_of(
     flags: int,
     vocab_size: int | None,
     chunk_bytes: int | None,
+    max_counted_rows: int | None,
 ) -> tuple[tuple[Tensor | None, ...], Shard]:
     """The local logits as a matrix, or the parts of LinearLogits, and what is to be known of their columns."""
     first_column, n_columns = logits.place()
@@ -109,7 +113,7 @@ def _shard_of(
     if vocab_size is not None and not 1 <= vocab_size <= n_columns:
         raise ValueError(f"sharded_logits: expected vocab_size in [1, {n_columns}], got {vocab_size}")
     vocab_size = n_columns if vocab_size is None else vocab_size
-    shard = Shard(group, first_column, local.shape[-1], vocab_size, options, flags, local.dtype, 0)
+    shard = Shard(group, first_column, local.shape[-1], vocab_size, options, flags, local.dtype, 0, max_counted_rows)
     if isinstance(local, LinearLogits):
         local.check("sharded_logits")
         shard = shard._replace(chunk_rows=local.chunk_rows(chunk_bytes))
@@ -173,12 +177,14 @@ def _evaluated(
     """Weighted loss, terms and coefficients of the rows: evaluate and unlikelihood of csrc/softmax_rows.h."""
     row = _Row(*merged.statistics.unbind(-1))
     is_argmax = ids == row.argmax.unsqueeze(-1)
-    terms, of_row, own = _evaluate(row, _Options(*shard.options.unbind()), shard.flags, is_argmax[:, 0], merged.u[:, 0])
+    options = _Options(*shard.options.unbind())
+    terms, of_row, own = _evaluate(row, options, shard.flags, is_argmax[:, 0], merged.u[:, 0], weights)
     terms = [torch.stack(terms)]
     total = terms[0][0] + terms[0][1] + terms[0][2]
     coefficients = torch.stack([*of_row, torch.zeros_like(own), own], -1)
     if weights is not None:
-        losses, slopes = _penalties(row.rest, merged.u[:, 1:], is_argmax[:, 1:], ids, weights)
+        n_soft = groups[-1] if shard.flags & RowFlags.SOFT_TARGETS and groups else 0
+        losses, slopes = _penalties(row.rest, merged.u[:, 1:], is_argmax[:, 1:], ids, weights, n_soft)
         penalties = [group.sum(-1) for group in losses.split(list(groups), -1)]
         for penalty in penalties:
             total = total + penalty
@@ -197,8 +203,9 @@ def _penalties(
     is_argmax: Tensor,  # [n_rows, n_candidates] bool
     ids: Tensor,  # [n_rows, 1 + n_candidates]
     weights: Tensor,  # [n_rows, n_candidates]
+    n_soft: int,
 ) -> tuple[Tensor, Tensor]:  # both [n_rows, n_candidates]
-    """-w log(1 - p) of each candidate, and its s."""
+    """-w log(1 - p) of each candidate, -w log p of the last n_soft, and its s."""
     rest = rest.unsqueeze(-1)
     p = (u.exp() / (1 + rest)).masked_fill_(is_argmax, 0)
     target = ids[:, :1]
@@ -207,7 +214,13 @@ def _penalties(
     inverse_rest = 1 / torch.where(rest < smallest, smallest, rest)  # a nan passes
     loss = torch.where(is_argmax, inverse_rest.log1p(), -torch.log1p(-p))
     slope = torch.where(is_argmax, inverse_rest, p / (1 - p))
-    return (weights * loss).masked_fill_(absent, 0), (weights * slope).masked_fill_(absent, 0)
+    losses, slopes = (weights * loss).masked_fill_(absent, 0), (weights * slope).masked_fill_(absent, 0)
+    if n_soft:
+        given, u, ids = weights[:, -n_soft:], u[:, -n_soft:].masked_fill(is_argmax[:, -n_soft:], 0), ids[:, -n_soft:]
+        absent = (ids < 0) | (given == 0) | (target < 0)
+        losses[:, -n_soft:] = (given * (rest.log1p() - u)).masked_fill_(absent, 0)
+        slopes[:, -n_soft:] = (-given).masked_fill(absent, 0)
+    return losses, slopes
 
 
 def _save(ctx: Any, shard: Shard, parts: tuple[Tensor | None, ...], *tensors: Tensor) -> None:
@@ -225,12 +238,13 @@ def _gradients(
     parts: tuple[Tensor | None, ...],
     of_rows: tuple[Tensor, Tensor],  # [n_rows, N_STATISTICS], [n_rows, N_ROW_COEFFICIENTS + n_ids]
     ids: Tensor,  # [n_rows, n_ids]
+    row_mask: Tensor,  # [n_rows]
     shard: Shard,
     wanted: list[bool],
     inplace: bool = False,
 ) -> tuple[Tensor | None, ...]:
     detached = tuple(None if part is None else part.detach() for part in parts)
-    gradients = local_gradients(detached, *of_rows, ids, shard, wanted, inplace)
+    gradients = local_gradients(detached, *of_rows, ids, row_mask, shard, wanted, inplace)
     if inplace and parts[0] is not None:
         torch.autograd.graph.increment_version(parts[0])  # whoever saved the logits too is told so by autograd
     origin = next(part for part, want in zip(parts, wanted, strict=True) if want)
@@ -258,7 +272,7 @@ class _RowLossOfShard(torch.autograd.Function):
             return (None,) * (4 + ctx.n_parts)
         parts, shard, (ids, row_mask, statistics, coefficients) = _saved(ctx)
         coefficients = coefficients * grad_loss.masked_fill(~row_mask, 0).unsqueeze(-1)
-        gradients = _gradients(parts, (statistics, coefficients), ids, shard, wanted, ctx.inplace)
+        gradients = _gradients(parts, (statistics, coefficients), ids, row_mask, shard, wanted, ctx.inplace)
         return None, None, None, None, *gradients
 
 
@@ -295,5 +309,5 @@ class _StatisticsOfShard(torch.autograd.Function):
         if grad_summaries is None:
             grad_summaries = like.new_zeros(N_SUMMARIES, len(ids))
         coefficients = statistics_coefficients(like, ids, row_mask, grad_log_probs, grad_summaries.unbind(0))
-        gradients = _gradients(parts, local_view(merged, coefficients, ids, shard), ids, shard, wanted)
+        gradients = _gradients(parts, local_view(merged, coefficients, ids, shard), ids, row_mask, shard, wanted)
         return *nothing, *gradients

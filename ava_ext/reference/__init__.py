@@ -27,7 +27,7 @@ from ava_ext.reference.router_rows import (
     updated_expert_load,
 )
 from ava_ext.reference.rows import Depth, Rows, Terms, confidence_calibration, mtp_depth, mtp_terms, row_terms
-from ava_ext.reference.sequences import counted_rows, denominator, is_padding, segment_numbers
+from ava_ext.reference.sequences import class_weights_of, counted_rows, denominator, is_padding, segment_numbers
 from ava_ext.reference.softmax_rows import (
     SoftmaxStatistics,
     confidence_penalty,
@@ -39,17 +39,20 @@ from ava_ext.reference.softmax_rows import (
     logsumexp,
     mean_log_prob,
     negative_log_likelihood,
+    reweighted,
     smoothed,
+    soft_targets,
     softmax_statistics,
     softplus,
     token_entropy,
+    token_weight,
     unlikelihood,
     z_loss,
 )
 from ava_ext.reference.unified_loss import unified_loss
 
-# entries of unified_loss() that are not weighted contributions; "mtp_loss_depth_<k>" belong to them too
+# entries of unified_loss() that are not weighted contributions; those of the depths of mtp_terms() belong to them too
 METRICS = (
-    "cross_entropy", "perplexity", "focal_loss", "n_tokens", "accuracy", "entropy", "temperature",
+    "cross_entropy", "perplexity", "focal_loss", "n_tokens", "accuracy", "entropy", "temperature", "teacher_kl",
     "moe_cv", "moe_max_violation",
 )  # fmt: skip

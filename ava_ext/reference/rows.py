@@ -16,13 +16,17 @@ from ava_ext.reference.repetition import (
     negative_weights_dense,
     ngram_weights,
 )
+from ava_ext.reference.sequences import class_weights_of
 from ava_ext.reference.softmax_rows import (
     confidence_penalty,
     effective_logits,
     focal,
     negative_log_likelihood,
+    reweighted,
     smoothed,
+    soft_targets,
     token_entropy,
+    token_weight,
     unlikelihood,
     z_loss,
 )
@@ -49,6 +53,7 @@ class Rows(NamedTuple):
             torch.where(counted.unsqueeze(-1), logits, 0.0),
             temperature=self.temperature,
             logit_softcap=self.config.logit_softcap,
+            logit_scale=self.config.logit_scale,
             vocab_size=self.config.vocab_size,
         )
 
@@ -83,6 +88,10 @@ def row_terms(
     read: dict[str, Tensor],  # [B, T] input_ids and their attention_mask
     negative_ids: Tensor | None,  # [B, T, M]
     negative_weights: Tensor | None,  # [B, T, M]
+    soft_target_ids: Tensor | None,  # [B, T, K]
+    soft_target_weights: Tensor | None,  # [B, T, K]
+    kept: Tensor,  # [B, T] bool: no padding
+    has_num_items: bool,
 ) -> Terms:
     """Every term of the logits rows."""
     config = rows.config
@@ -90,6 +99,12 @@ def row_terms(
     targets = torch.where(rows.counted, rows.targets, 0)
     nll = negative_log_likelihood(z, targets)
     hard = focal(z, targets, config.focal_alpha, config.focal_gamma) if config.use_focal_loss else nll
+
+    if config.token_reweighting is not None:
+        weight = token_weight(z, targets, config.token_reweighting, config.reweighting_exponent)
+        hard = reweighted(hard, weight)
+
+    hard = reweighted(hard, class_weights_of(config, targets, rows.counted))
 
     def penalty(candidate_weights: Tensor) -> Tensor:  # [B, T, vocab_size]
         values = unlikelihood(z.flatten(0, 1), candidate_weights.flatten(0, 1))
@@ -109,8 +124,29 @@ def row_terms(
         addends["eos_penalty"] = penalty(early_eos_weights(*place))
     if negative_ids is None:
         negative_ids = torch.full((*targets.shape, 1), -1)
-    given = negative_weights_dense(config, rows.targets, rows.counted, negative_ids, negative_weights)
-    addends["negative_penalty"] = penalty(given)
+    if config.negatives_need_target:
+        given = negative_weights_dense(config, rows.targets, rows.counted, negative_ids, negative_weights)
+        addends["negative_penalty"] = penalty(given)
+    else:
+        own_targets = torch.where(rows.counted, rows.targets, -1)
+        given = negative_weights_dense(config, own_targets, kept, negative_ids, negative_weights)
+        has_any = (given > 0).any(-1)
+        of_pass = rows
+        if config.reduction == "mean" and not has_num_items:
+            n = torch.where(has_any, rows.token_weights, 0.0).sum()
+            of_pass = rows._replace(n=torch.where(n == 0, 1.0, n))
+        values = unlikelihood(rows.effective(logits, has_any).flatten(0, 1), given.flatten(0, 1))
+        addends["negative_penalty"] = of_pass.reduce(values.reshape(targets.shape), has_any)
+
+    teacher_kl = torch.zeros_like(nll)
+    if config.distillation_weight > 0:
+        distillation = torch.zeros_like(nll)
+        if soft_target_ids is not None and soft_target_weights is not None:
+            q = torch.where(soft_target_ids < 0, 0.0, soft_target_weights)
+            distillation = soft_targets(z / config.distillation_temperature, soft_target_ids, q)
+            teacher_kl = torch.xlogy(q, q).sum(-1) + distillation
+        factor = config.distillation_weight * config.distillation_temperature**2
+        addends["distillation_loss"] = factor * rows.reduce(distillation)
 
     metrics = {
         "cross_entropy": rows.mean(nll),
@@ -120,6 +156,8 @@ def row_terms(
         "entropy": rows.mean(token_entropy(z)),
         "temperature": torch.as_tensor(rows.temperature),
     }
+    if config.distillation_weight > 0:
+        metrics["teacher_kl"] = rows.mean(teacher_kl)
     if config.use_focal_loss:
         metrics["focal_loss"] = addends["main_loss"]
     return addends, metrics
@@ -130,6 +168,7 @@ class Depth(NamedTuple):
     nll: Tensor  # [B, T]
     counted: Tensor  # [B, T] bool
     token_weights: Tensor  # [B, T]
+    correct: Tensor  # [B, T]
 
 
 def mtp_depth(
@@ -150,7 +189,8 @@ def mtp_depth(
     z = rows.effective(logits, counted)
     nll = negative_log_likelihood(z, torch.where(counted, ahead(rows.targets), 0))
     loss = smoothed(nll, z, rows.config.label_smoothing, rows.config.smoothing_mode)
-    return Depth(loss, nll, counted, ahead(rows.token_weights))
+    correct = (z.argmax(-1) == ahead(rows.targets)).to(z.dtype)
+    return Depth(loss, nll, counted, ahead(rows.token_weights), correct)
 
 
 def confidence_calibration(
@@ -167,8 +207,14 @@ def mtp_terms(
     head_logits: Sequence[Tensor],  # K of [B, T, vocab], or none: switched off
     confidence: Tensor | None,  # [B, T], adaptive heads with confidence weighting
     is_calibrated: bool,
+    depth_weights: Tensor | None = None,  # [K]
 ) -> Terms:
-    """mtp_weight mean_k sum_t conf_t w_{t+k} CE_{k,t} / N, conf detached; and the calibration of the confidence."""
+    """mtp_weight mean_k c_k sum_t conf_t w_{t+k} CE_{k,t} / N_k, conf detached; and the calibration of the confidence.
+
+    N_k = N, and with mtp_own_denominator N * sum_t w_{t+k} / sum_t w_t over the rows that count. Metrics of a depth:
+    loss and accuracy over its rows; acceptance: how often depths 1..k are all right, over rows that count at all of
+    them.
+    """
     config, n_depths = rows.config, rows.config.num_future_tokens
     if len(head_logits) not in (0, n_depths):
         raise ValueError(f"unified_loss: expected num_future_tokens = {n_depths} heads, got {len(head_logits)}")
@@ -176,11 +222,30 @@ def mtp_terms(
     factor = 1.0 if confidence is None else confidence.detach()
     zero = rows.reduce(torch.zeros_like(rows.token_weights))
     losses = [rows.reduce(factor * d.loss, d.counted, d.token_weights) for d in depths]
+    for k, d in enumerate(depths):
+        if config.mtp_own_denominator:
+            own = torch.where(d.counted, d.token_weights, 0.0).sum()
+            losses[k] = losses[k] * (torch.where(rows.counted, rows.token_weights, 0.0).sum() / own if own else 0.0)
+        if depth_weights is not None:
+            losses[k] = losses[k] * depth_weights[k]
     addends = {"mtp_loss": config.mtp_weight * sum(losses, zero) / n_depths}
     if is_calibrated:
         bce = zero
         if depths:
             bce = rows.reduce(confidence_calibration(confidence, depths[0]), depths[0].counted, depths[0].token_weights)
         addends["confidence_regularization"] = config.confidence_reg_strength * bce
-    means = [rows.mean(d.loss, d.counted) for d in depths] or [torch.zeros_like(rows.n)] * n_depths
-    return addends, {f"mtp_loss_depth_{depth}": value for depth, value in enumerate(means, start=1)}
+    metrics = {}
+    for k in range(1, n_depths + 1):
+        values = [torch.zeros_like(rows.n)] * 3
+        if depths:
+            d, chain = depths[k - 1], depths[:k]
+            all_counted = torch.stack([x.counted for x in chain]).all(0)
+            all_correct = torch.stack([x.correct for x in chain]).prod(0)
+            values = [
+                rows.mean(d.loss, d.counted),
+                rows.mean(d.correct, d.counted),
+                rows.mean(all_correct, all_counted),
+            ]
+        names = (f"mtp_loss_depth_{k}", f"mtp_accuracy_depth_{k}", f"mtp_acceptance_depth_{k}")
+        metrics |= dict(zip(names, values, strict=True))
+    return addends, metrics

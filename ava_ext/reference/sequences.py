@@ -59,6 +59,18 @@ def counted_rows(
     return (targets != config.ignore_index) & ~is_padding(config, targets, attention_mask)
 
 
+def class_weights_of(
+    config: UnifiedLossConfig,
+    targets: Tensor,  # [B, T]
+    counted: Tensor,  # [B, T] bool
+) -> Tensor:
+    """The weight of each target's class, [B, T] float64; 1 without class_weights and where a row does not count."""
+    if config.class_weights is None:
+        return torch.ones(targets.shape, dtype=torch.float64)
+    weights = torch.tensor(config.class_weights, dtype=torch.float64)
+    return torch.where(counted, weights[torch.where(counted, targets, 0)], 1.0)
+
+
 def denominator(
     config: UnifiedLossConfig,
     counted: Tensor,  # [B, T] bool

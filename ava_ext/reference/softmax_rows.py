@@ -22,9 +22,10 @@ def effective_logits(
     *,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """z = softcap(x) / T with softcap(x) = c tanh(x/c), [..., vocab].
+    """z = softcap(s x) / T with softcap(x) = c tanh(x/c), [..., vocab].
 
     Columns whose raw logit is -inf and columns at or beyond vocab_size are -inf: p = 0, and their gradient is exactly
     0 whatever they hold (nan included, beyond vocab_size).
@@ -32,7 +33,9 @@ def effective_logits(
     masked = logits == -math.inf
     if vocab_size is not None:
         masked = masked | (torch.arange(logits.shape[-1], device=logits.device) >= vocab_size)
-    z = torch.where(masked, 0.0, logits)  # before any arithmetic, so that no masked value reaches a derivative
+    z = logit_scale * torch.where(
+        masked, 0.0, logits
+    )  # before any arithmetic, so that no masked value reaches a derivative
     if logit_softcap is not None:
         z = logit_softcap * torch.tanh(z / logit_softcap)
     return torch.where(masked, -math.inf, z / temperature)
@@ -109,6 +112,7 @@ def softmax_statistics(
     *,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
 ) -> SoftmaxStatistics:
     """Statistics of the softmax of the effective logits z.
@@ -116,7 +120,13 @@ def softmax_statistics(
     log_probs = log p of the ids (0 for -1); entropy; lse; log_rest = log R = log sum_{j != argmax} exp(z_j - max);
     mean_log_prob over the unmasked columns.
     """
-    z = effective_logits(logits, temperature=temperature, logit_softcap=logit_softcap, vocab_size=vocab_size)
+    z = effective_logits(
+        logits,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+    )
     columns = [
         torch.where(ids[..., k] < 0, 0.0, -softplus(-log_odds(z, ids[..., k].clamp(min=0).long())))
         for k in range(ids.shape[-1])
@@ -148,6 +158,28 @@ def focal(
     modulation = torch.exp(-gamma * softplus(log_odds(z, targets)))
     # a masked target: the modulation is 1, and its derivative 0 must not meet the infinite loss
     return alpha * torch.where(nll == math.inf, 1.0, modulation) * nll
+
+
+def token_weight(
+    z: Tensor,  # [..., vocab]
+    targets: Tensor,  # [...]
+    token_reweighting: str,
+    exponent: float,
+) -> Tensor:
+    """p_t^exponent ("dft") or (H / log V)^exponent ("eaft"; 0 where V = 1), without graph; [...]."""
+    if token_reweighting == "dft":
+        return negative_log_likelihood(z, targets).neg().exp().pow(exponent).detach()
+    n_columns = (z != -math.inf).sum(-1)
+    share = torch.where(n_columns == 1, 0.0, token_entropy(z) / torch.log(n_columns.clamp(min=2).to(z.dtype)))
+    return share.pow(exponent).detach()
+
+
+def reweighted(
+    hard: Tensor,  # [...] cross-entropy or focal term
+    weight: Tensor,  # [...]
+) -> Tensor:
+    """weight * hard, [...]; 0 where the weight is 0, also where the term is infinite."""
+    return weight * torch.where(weight == 0, 0.0, hard)
 
 
 def smoothed(
@@ -191,6 +223,19 @@ def confidence_penalty(z: Tensor) -> Tensor:  # [..., vocab] -> [...]
     n_columns = (z != -math.inf).sum(-1)
     log_columns = torch.log(n_columns.clamp(min=2).to(z.dtype))
     return torch.where(n_columns == 1, 0.0, 1 - token_entropy(z) / log_columns)
+
+
+def soft_targets(
+    z: Tensor,  # [..., vocab]
+    ids: Tensor,  # [..., K] int, -1 absent
+    weights: Tensor,  # [..., K]
+) -> Tensor:
+    """-sum_c q_c log p_c over the ids, [...]; a term with weight 0 is left out, also where it is infinite."""
+    total = z.new_zeros(z.shape[:-1])
+    for columns, q in zip(ids.unbind(-1), weights.to(z.dtype).unbind(-1), strict=True):
+        q = torch.where(columns < 0, 0.0, q)
+        total = total + reweighted(negative_log_likelihood(z, columns.clamp(min=0).long()), q)
+    return total
 
 
 def unlikelihood(

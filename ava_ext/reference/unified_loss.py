@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.reference.batch_terms import diversity, info_nce, simctg
-from ava_ext.reference.router_rows import router_terms
+from ava_ext.reference.router_rows import global_load_balancing, router_terms
 from ava_ext.reference.rows import Rows, mtp_terms, row_terms
-from ava_ext.reference.sequences import counted_rows, denominator, is_padding, segment_numbers
+from ava_ext.reference.sequences import class_weights_of, counted_rows, denominator, is_padding, segment_numbers
 
 
 def unified_loss(
@@ -38,9 +38,15 @@ def unified_loss(
     segment_ids: Tensor | None = None,  # as targets or [1, T]
     cu_seqlens: Tensor | None = None,  # [n_segments + 1]
     num_items_in_batch: float | Tensor | None = None,
+    global_expert_counts: Tensor | None = None,  # [layers, E]: load balancing is this call's addend of theirs
+    mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
+    mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
     negative_ids: Tensor | None = None,  # [B, T, M]
     negative_weights: Tensor | None = None,  # [B, T, M]
+    soft_target_ids: Tensor | None = None,  # [B, T, K]
+    soft_target_weights: Tensor | None = None,  # [B, T, K]
     contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n, H]
+    max_counted_rows: int | None = None,  # changes no value
     temperature: float | Tensor | None = None,  # [] the adaptive one; default initial_temperature
     expert_load: Tensor | None = None,  # [layers, E], default 1/E
     expert_bias: Tensor | None = None,  # [layers, E], for the own top-k
@@ -48,7 +54,7 @@ def unified_loss(
 ) -> dict[str, Tensor]:
     """What UnifiedLoss(...).forward(..., return_detailed=True) returns: total_loss, its addends (detached), METRICS.
 
-    The keys depend on the configuration only: `negative_penalty` is always there (0 where nothing is given),
+    The keys depend on the configuration only: `negative_penalty`, `distillation_loss` are there (0) if none are given,
     `confidence_regularization` where the adaptive heads use confidence weighting and its strength is > 0, the `moe_`
     metrics with use_moe_balancing or use_auxiliary_loss. Choices where the specification is silent:
 
@@ -63,7 +69,8 @@ def unified_loss(
     * labels_are_shifted=False on flat rows needs segments; reduction "none" then has the shape [B, T-1].
     """
     adaptive_heads = config.primary_loss_type == "adaptive_mtp" or (config.use_mtp and config.mtp_type == "adaptive")
-    deepseek_heads = config.use_mtp and not adaptive_heads
+    model_heads = config.use_mtp and not adaptive_heads and config.mtp_type == "hidden_states"
+    deepseek_heads = config.use_mtp and not adaptive_heads and not model_heads
     if primary_logits is not None and (config.primary_loss_type == "adaptive_mtp" or logits is None):
         logits = primary_logits
     if logits is None and hidden_states is not None and lm_head_weight is not None:
@@ -71,13 +78,14 @@ def unified_loss(
     logits = _required(logits, "logits (or hidden_states and lm_head_weight)", "unified_loss")
     targets = _required(targets, "targets", "unified_loss")
 
+    given_head = (lm_head_weight, lm_head_bias)
     flat = targets.dim() == 1
     has_sequences = not flat or any(given is not None for given in (segment_ids, position_ids, cu_seqlens))
     needs_sequences = {
         "use_ngram_penalty": config.use_ngram_penalty,
         "use_immediate_repetition_penalty": config.use_immediate_repetition_penalty,
         "eos_token_id": bool(config.eos_ids) and config.eos_penalty_weight > 0,
-        "use_mtp": deepseek_heads or adaptive_heads,
+        "use_mtp": deepseek_heads or adaptive_heads or model_heads,
         "use_contrastive_loss": config.use_contrastive_loss and contrastive_pair is None,
         "labels_are_shifted=False": not config.labels_are_shifted,
     }
@@ -114,7 +122,8 @@ def unified_loss(
         )
     dtype = logits.dtype
     weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else of_labels(token_weights).to(dtype)
-    n = denominator(config, counted, weights, num_items_in_batch).to(dtype)
+    of_class = class_weights_of(config, targets, counted).to(dtype)
+    n = denominator(config, counted, weights * of_class, num_items_in_batch).to(dtype)
     temperature = config.initial_temperature if temperature is None else temperature
     rows = Rows(config, targets, counted, segments, weights, n, temperature)
 
@@ -122,13 +131,19 @@ def unified_loss(
     read = {"attention_mask": attention_mask}
     if input_ids is not None:
         read = {"input_ids": of_rows(input_ids), "attention_mask": token_mask}
-    terms = [row_terms(rows, logits, read, of_rows(negative_ids), of_rows(negative_weights))]
-    if deepseek_heads or adaptive_heads:
+    beside = (negative_ids, negative_weights, soft_target_ids, soft_target_weights)
+    terms = [row_terms(rows, logits, read, *map(of_rows, beside), row_keep, num_items_in_batch is not None)]
+    if deepseek_heads or adaptive_heads or model_heads:
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting
         if mtp_active is None or bool(mtp_active):
-            if adaptive_heads and additional_logits is None and mtp_active is None:
+            if model_heads and mtp_hidden_states is not None:
+                head = [x if x is None or not config.mtp_detach_head else x.detach() for x in given_head]
+                heads = [F.linear(states, *head) for states in mtp_hidden_states]
+            elif (adaptive_heads or model_heads) and additional_logits is None and mtp_active is None:
                 heads = []  # as many as are given
+            elif model_heads:
+                heads = list(_required(additional_logits, "mtp_hidden_states or additional_logits", "mtp_active"))
             elif adaptive_heads:
                 heads = list(_required(additional_logits, "additional_logits", "mtp_active"))
             elif callable(mtp_logits):
@@ -140,7 +155,7 @@ def unified_loss(
                 per_batch_row = scores.reshape(n_batch, n_time if scores.numel() == n_batch * n_time else 1)
                 confidence = per_batch_row.expand(n_batch, n_time)[:, :rows_end]
         is_calibrated = is_weighted and config.confidence_reg_strength > 0
-        terms.append(mtp_terms(rows, [of_rows(x) for x in heads], confidence, is_calibrated))
+        terms.append(mtp_terms(rows, [of_rows(x) for x in heads], confidence, is_calibrated, mtp_depth_weights))
 
     def kept(n_rows: int) -> Tensor:
         """The rows that are no padding, where the mask has their number; else all. [n_rows] bool"""
@@ -153,7 +168,16 @@ def unified_loss(
         gates = _layers(config, _required(gate_logits, "gate_logits", option))
         chosen = [None] * len(gates) if expert_indices is None else _layers(config, expert_indices)
         keeps = [kept(len(gate)) for gate in gates]
-        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias)
+        texts = None
+        if config.load_balancing_per_sequence:
+            if any(len(gate) != token_segments.numel() for gate in gates):
+                raise ValueError("unified_loss: load_balancing_per_sequence needs a row of gate_logits for each target")
+            texts = (token_segments + token_segments.numel() * torch.arange(n_batch).unsqueeze(1)).flatten()
+        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias, texts)
+        if global_expert_counts is not None and config.use_auxiliary_loss:
+            addend = global_load_balancing(config, gates, keeps, chosen, global_expert_counts.to(dtype))
+            addends.pop("aux_load_balancing")  # an addend of the global batch is no mean of this one
+            terms.append(({"aux_load_balancing": addend}, {}))
         of_batch |= addends
         terms.append(({}, metrics))
     if config.use_diversity_loss:

@@ -22,7 +22,8 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
 
   // The gradient of every column, as if none had an s_c of its own. kMasked: there are -inf among the logits. `next` is
   // the row after this one, fetched meanwhile.
-  template <bool kMasked>
+  // kSloped: b or k is not 0.
+  template <bool kMasked, bool kSloped>
   void differentiate(const Element* x, Element* out, const RowStatistics<Real>& row, const DenseGradient<Real>& dense,
                      const Element* next) const {
     const Register max = V::set(row.max), scale = V::set(dense.factor), slope = V::set(dense.slope),
@@ -34,7 +35,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
         value = both.value, cap_slope = both.slope;
       }
       const Register d = V::sub(value, max), e = exponential(d);
-      if constexpr (!kDense) return V::mul(e, scale);
+      if constexpr (!kSloped) return V::mul(e, scale);
       Register g = V::fma(e, V::fma(slope, V::max(lowest, d), scale), constant);  // a nan passes
       if constexpr (kMasked) g = V::keep(V::not_equal(d, V::set(-Real(INFINITY))), g);
       if constexpr (kCapped) g = V::mul(g, cap_slope);
@@ -104,10 +105,15 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       entry.gradient = masked ? Real(0) : gradient * inverse_temperature * scalar_cap_slope(x, entry.column);
     }
     const DenseGradient<Real> dense = dense_gradient(row, coefficients, others + maximum, inverse_temperature);
-    if (!kDense || row.count == Real(arguments.vocab_size))  // without b and k, e = 0 is all that a masked column needs
-      differentiate<false>(x, out, row, dense, next);
+    // without b and k, e = 0 is all that a masked column needs
+    if constexpr (!kDense)
+      differentiate<false, false>(x, out, row, dense, next);
+    else if (!kCapped && dense.slope == 0 && dense.constant == 0)
+      differentiate<false, kCapped>(x, out, row, dense, next);
+    else if (row.count == Real(arguments.vocab_size))
+      differentiate<false, true>(x, out, row, dense, next);
     else
-      differentiate<true>(x, out, row, dense, next);
+      differentiate<true, true>(x, out, row, dense, next);
     for (int64_t k = 0; k < n_entries; ++k) narrow(entries[k].gradient, out + entries[k].column);
   }
 
@@ -140,7 +146,8 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
         row = measure(x);
         const int64_t argmax = int64_t(row.argmax);
         const Real target_u = scalar_u(x, target, row);
-        evaluation = evaluate(row, options, arguments.flags, target == argmax, target_u);
+        const Real target_weight = arguments.flags & kTargetWeights ? weights[0] : Real(1);
+        evaluation = evaluate(row, options, arguments.flags, target == argmax, target_u, target_weight);
         evaluation.target_coefficient *= row_weight;
         const Real probability = exp_of(target_u) / (1 + row.rest);
         entries.add(target, target_u, probability, evaluation.target_coefficient);
@@ -149,17 +156,20 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       } else if (own_coefficients) {
         own_coefficients[kRowCoefficients] = 0;
       }
+      const Real total_log = log_total(row);
       for (int64_t group = 0, k = 0; group < arguments.n_groups; ++group) {
+        const bool is_soft = arguments.flags & kSoftTargets && group == arguments.n_groups - 1;
         Real penalty = 0;
         for (const int64_t last = k + arguments.group_sizes[group]; k < last; ++k) {
           CandidateShare<Real> share{0, 0};
           const int64_t column = ids[k];
-          if (counts && column >= 0 && column != target && weights[k] != 0) {
+          if (counts && column >= 0 && (is_soft || column != target) && weights[k] != 0) {
             const bool is_argmax = column == int64_t(row.argmax);
             const Real u = scalar_u(x, column, row);
-            if (u > -Real(INFINITY) || u != u) {  // a masked column has p = 0: nothing to push down
+            if (is_soft || u > -Real(INFINITY) || u != u) {  // a masked column has p = 0: nothing to push down
               const Real probability = exp_of(u) / (1 + row.rest);
-              share = unlikelihood(row, is_argmax, probability, weights[k]);
+              share = is_soft ? soft_target(total_log, u, weights[k])
+                              : unlikelihood(row, is_argmax, probability, weights[k]);
               penalty += share.loss;
               entries.add(column, u, probability, share.log_prob_coefficient * row_weight);
             }
@@ -262,7 +272,7 @@ static void run_kernel(const SoftmaxRowsArguments& arguments, int64_t row_begin,
 template <RowTask task, class Vector, class Element>
 static void run_rows(const SoftmaxRowsArguments& arguments, int64_t row_begin, int64_t row_end, void* scratch) {
   if constexpr (task == RowTask::scale) return scale_rows<Vector, Element>(arguments, row_begin, row_end);
-  const bool dense = arguments.flags & (kLabelSmoothing | kConfidencePenalty | kEntropy);
+  const bool dense = arguments.flags & kDenseFlags;
   if (arguments.flags & kSoftcap)
     run_kernel<task, RowKernel<Vector, Element, true, true>>(arguments, row_begin, row_end, scratch);
   else if (dense)

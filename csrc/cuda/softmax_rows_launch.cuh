@@ -79,7 +79,7 @@ void launch_row_gradient_with(const char* op, RowArguments arguments, const Devi
 
 inline Features features_of(int32_t flags) {
   if (flags & kSoftcap) return Features::capped;
-  return flags & (kLabelSmoothing | kConfidencePenalty | kEntropy) ? Features::dense : Features::plain;
+  return flags & kDenseFlags ? Features::dense : Features::plain;
 }
 
 template <class Element>

@@ -95,12 +95,15 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_
   const Real row_weight = a.row_weights ? static_cast<const Real*>(a.row_weights)[row_index] : Real(1);
   const int32_t target = entries[0].column, argmax = int32_t(row.argmax);
   const Real target_u = scalar_u(a, options, row, target, entries[0].logit);
-  RowEvaluation<Real> evaluation = evaluate(row, options, a.flags, target == argmax, target_u);
+  const Real target_weight = a.flags & kTargetWeights ? entries[1].own : Real(1);
+  RowEvaluation<Real> evaluation = evaluate(row, options, a.flags, target == argmax, target_u, target_weight);
   evaluation.target_coefficient *= row_weight;
   evaluation.coefficients.probability *= row_weight;
   evaluation.coefficients.entropy *= row_weight;
   evaluation.coefficients.constant *= row_weight;
-  __syncwarp();  // entries[0] has been read
+  __syncwarp();  // the first entries have been read
+  const Real total = log_total(row);
+  const int first_soft = a.flags & kSoftTargets && a.n_groups ? 1 + a.n_ids - a.group_sizes[a.n_groups - 1] : INT32_MAX;
   Real others = 0, maximum = 0;
 #pragma unroll 1
   for (int k = lane; k <= a.n_ids; k += 32) {
@@ -109,12 +112,15 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_
     entry.u = k == 0 ? target_u : Real(0);
     entry.own = k == 0 ? evaluation.target_coefficient : Real(0);
     if (k > 0) {
-      bool counts = entry.column >= 0 && entry.column != target && weight != 0;
+      const bool is_soft = k >= first_soft;
+      bool counts = entry.column >= 0 && (is_soft || entry.column != target) && weight != 0;
       if (counts) entry.u = scalar_u(a, options, row, entry.column, entry.logit);
-      counts = counts && (entry.u > Real(-INFINITY) || entry.u != entry.u);  // masked: nothing to push down
+      // masked: nothing to push down
+      counts = counts && (is_soft || entry.u > Real(-INFINITY) || entry.u != entry.u);
       if (counts) {
         const Real probability = exp_of(entry.u) / (1 + row.rest);
-        const CandidateShare<Real> share = unlikelihood(row, entry.column == argmax, probability, weight);
+        const CandidateShare<Real> share = is_soft ? soft_target(total, entry.u, weight)
+                                                   : unlikelihood(row, entry.column == argmax, probability, weight);
         entry.loss = share.loss;
         entry.own = share.log_prob_coefficient * row_weight;
       } else {

@@ -147,7 +147,7 @@ static void test_sure_candidate(double largest_gap) {
 template <class Real>
 static void test_rows_of_one_column() {
   const auto row = measure(std::vector<Real>{5}, 0, 1, Real(1));
-  const auto evaluation = ava::evaluate(row, ava::RowOptions<Real>{1, Real(0.1), 1, 2, 1, 1, 0}, 63, true, Real(0));
+  const auto evaluation = ava::evaluate(row, ava::RowOptions<Real>{1, Real(0.1), 1, 2, 1, 1, 0, 1}, 63, true, Real(0));
   EXPECT(evaluation.terms[ava::kMainLoss] == 0 && evaluation.terms[ava::kConfidencePenaltyTerm] == 0);
   EXPECT(evaluation.terms[ava::kZLossTerm] == 25);
   const auto share = ava::unlikelihood(row, true, Real(1), Real(30));

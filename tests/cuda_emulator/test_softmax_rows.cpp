@@ -40,7 +40,7 @@ constexpr int kRows = 5, kCandidates = 4, kIgnored = 3;  // row 3 does not count
 struct Problem {
   Shape shape{};
   int flags = 0;
-  RowOptions<float> options{0.8f, 0.1f, 0.75f, 1.5f, 0.01f, 0.2f, 12.f};
+  RowOptions<float> options{0.8f, 0.1f, 0.75f, 1.5f, 0.01f, 0.2f, 12.f, 0.7f};
   std::vector<std::vector<float>> logits;
   std::vector<int64_t> targets;
   std::vector<int32_t> ids;
@@ -85,7 +85,7 @@ Expected expected_row(const Problem& problem, int row_index) {
   if (target < 0) return expected;
   const RowOptions<float>& o = problem.options;
   const RowOptions<double> options{o.temperature,   o.label_smoothing,           o.focal_alpha, o.focal_gamma,
-                                   o.z_loss_weight, o.confidence_penalty_weight, o.softcap};
+                                   o.z_loss_weight, o.confidence_penalty_weight, o.softcap,     o.reweighting_exponent};
   const bool is_capped = problem.flags & kSoftcap;
   const auto capped = [&](double x) {
     return is_capped && x > -INFINITY ? options.softcap * std::tanh(x / options.softcap) : x;
@@ -95,15 +95,18 @@ Expected expected_row(const Problem& problem, int row_index) {
   const auto u_of = [&](int j) { return (capped(logits[j]) - row.max) / options.temperature; };
   const auto p_of = [&](int j) { return std::exp(u_of(j)) / (1 + row.rest); };
   const int argmax = int(row.argmax);
-  const RowEvaluation<double> evaluation = evaluate(row, options, problem.flags, target == argmax, u_of(int(target)));
+  const RowEvaluation<double> evaluation = evaluate(
+      row, options, problem.flags, target == argmax, u_of(int(target)), double(problem.weights[row_index * kCandidates]));
   expected.loss = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
   std::vector<double> own(vocab_size, 0);  // s_c
   own[target] = evaluation.target_coefficient;
   for (int k = 0; k < kCandidates; ++k) {
     const int32_t id = problem.ids[row_index * kCandidates + k];
-    if (id < 0 || id == target || logits[id] == -INFINITY) continue;
-    const CandidateShare<double> share =
-        unlikelihood(row, id == argmax, p_of(id), double(problem.weights[row_index * kCandidates + k]));
+    const bool is_soft = problem.flags & kSoftTargets && k > 0;  // the second group
+    if (id < 0 || (id == target && !is_soft) || logits[id] == -INFINITY) continue;
+    const double weight = problem.weights[row_index * kCandidates + k];
+    const CandidateShare<double> share = is_soft ? soft_target(std::log1p(row.rest), u_of(id), weight)
+                                                 : unlikelihood(row, id == argmax, p_of(id), weight);
     expected.loss += share.loss;
     own[id] += share.log_prob_coefficient;
   }
@@ -247,7 +250,7 @@ void test_every_residence(const SoftmaxRowsLaunchers& kernels) {
                       {small_device(10240, 8), 7101 * kScale, Residence::clusters, 8},
                       {small_device(4096, 1), 1100 * kScale, Residence::streamed, 1}};
   const int flags[] = {kCrossEntropy, kCrossEntropy | kFocal | kLabelSmoothing | kZLoss | kConfidencePenalty,
-                       kCrossEntropy | kLabelSmoothing | kSoftcap};
+                       kCrossEntropy | kLabelSmoothing | kSoftcap | kEaft, kCrossEntropy | kDft | kSoftTargets | kTargetWeights};
   int variant = 0;
   for (const Way& way : ways) {
     const RowPlan plan = plan_rows(way.n_columns, int(sizeof(Element)), kCandidates, way.device);

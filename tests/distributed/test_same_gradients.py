@@ -5,7 +5,7 @@ import pytest
 import torch
 from processes import on_ranks
 
-from ava_ext import UnifiedLoss
+from ava_ext import LossMeter, UnifiedLoss
 from ava_ext.distributed import FusedHead, pipeline_loss
 
 pytestmark = [
@@ -243,7 +243,8 @@ def pipeline_worker(rank, n_micro_batches):
     model = Model(use_mtp=False, use_moe_balancing=False, use_auxiliary_loss=False)
     stage = PipelineStage(Stage(model, rank == 1), rank, 2, torch.device("cpu"))
     held = torch.zeros((), dtype=torch.int64)
-    loss_fn = pipeline_loss(model.head.loss_fn, (lambda: held) if n_micro_batches == 4 else held)
+    meter = LossMeter("world")
+    loss_fn = pipeline_loss(model.head.loss_fn, (lambda: held) if n_micro_batches == 4 else held, meter)
     schedule = ScheduleGPipe(stage, n_micro_batches, loss_fn=loss_fn, scale_grads=False)
     held.copy_(n_items)
     losses = []
@@ -252,7 +253,7 @@ def pipeline_worker(rank, n_micro_batches):
     else:
         schedule.step(target=targets, losses=losses)
     found = {name: g for name, g in gradients(model).items() if g is not None}
-    return sum(loss.detach() for loss in losses) if losses else None, found
+    return sum(loss.detach() for loss in losses) if losses else None, found, meter.compute()
 
 
 @pytest.mark.parametrize("n_micro_batches", [2, 4])
@@ -261,6 +262,9 @@ def test_pipeline(n_micro_batches):
     options = {"use_mtp": False, "use_moe_balancing": False, "use_auxiliary_loss": False}
     loss, whole = expected(options)
     torch.testing.assert_close(last[0], loss, rtol=1e-12, atol=1e-12)
+    assert first[2] == last[2]  # read on a rank that has computed no loss too
+    assert first[2]["n_tokens"] == batch()[2]  # the schedule's call for shapes is none
+    assert first[2]["total_loss"] == pytest.approx(loss.item(), rel=1e-12)
     found = first[1] | last[1]
     for name, gradient in whole.items():
         if gradient is not None:

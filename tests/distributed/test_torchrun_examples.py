@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NAMES = ["data_parallel", "fully_sharded", "tensor_parallel"]
+NAMES = ["data_parallel", "fully_sharded", "tensor_parallel", "pipeline"]
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
+from torch.utils._pytree import tree_leaves
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP, adaptive_mtp_terms
@@ -112,7 +113,7 @@ def test_metrics():
         logits, target = inputs["additional_logits"][0, b, t], inputs["targets"][b, t + 1]
         losses.append(token_loss(logits[None], target[None])[0])
         probabilities.append((logits / 0.7).softmax(-1)[target])
-    torch.testing.assert_close(terms.depth_losses[0], torch.stack(losses).mean())
+    torch.testing.assert_close(terms.depths.losses[0], torch.stack(losses).mean())
     torch.testing.assert_close(terms.mean_target_probability, torch.stack(probabilities).mean())
     confidence = torch.stack([inputs["confidence_scores"][row] for row in rows]).mean()
     torch.testing.assert_close(terms.mean_confidence, confidence)
@@ -170,7 +171,7 @@ def test_switched_off():
         total = terms.mtp_loss.sum() + terms.confidence_regularization.sum()
         gradients = torch.autograd.grad(total, leaves)
         assert total == 0 and all((gradient == 0).all() for gradient in gradients)
-        assert terms.depth_losses.shape == (HEADS,)
+        assert terms.depths.losses.shape == (HEADS,)
     off = adaptive_mtp_terms(None, inputs["targets"], inputs["row_weights"], None, head_loss, mtp_active=False)
     assert off.mtp_loss == 0
 
@@ -189,7 +190,7 @@ def test_no_counted_row():
     inputs["row_weights"] = torch.zeros(BATCH, LENGTH)
     leaves = [inputs[name].requires_grad_() for name in ("additional_logits", "confidence_scores")]
     terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
-    assert all((value == 0).all() for value in terms)
+    assert all((value == 0).all() for value in tree_leaves(terms))
     gradients = torch.autograd.grad(terms.mtp_loss + terms.confidence_regularization, leaves)
     assert all((gradient == 0).all() for gradient in gradients)
 

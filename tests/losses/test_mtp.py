@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy, layer_norm, linear, rms_norm, silu
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.losses.mtp import MultiTokenPrediction, counted_ahead, shift_targets
-from ava_ext.ops.softmax_rows import RowFlags, RowLoss, accumulation_dtype, row_loss, row_options
+from ava_ext.losses.depths import counted_ahead, shift_targets
+from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.ops.softmax_rows import N_TERMS, TERM_NAMES, RowFlags, RowLoss, accumulation_dtype, row_loss, row_options
 
 BATCH, LENGTH, HIDDEN, VOCAB, DEPTHS = 2, 7, 5, 11, 3
 
@@ -39,7 +40,10 @@ head_loss = head_loss_of()
 
 def dense_head_loss(logits, targets, row_weights):
     losses = token_loss(linear(*logits).flatten(0, -2), targets.flatten()).view(targets.shape)
-    return RowLoss((losses * row_weights).sum(), losses.detach().unsqueeze(0))
+    correct = (linear(*logits).argmax(-1) == targets).to(losses.dtype)
+    terms = torch.zeros(N_TERMS, *losses.shape, dtype=losses.dtype)
+    terms[TERM_NAMES.index("main_loss")], terms[TERM_NAMES.index("correct")] = losses.detach(), correct
+    return RowLoss((losses * row_weights).sum(), terms)
 
 
 def make_mtp(dtype=torch.float64, seed=3, **options):
@@ -109,8 +113,8 @@ def test_against_one_row_at_a_time(share, packed, chunk_rows):
     got = mtp(**inputs, head_loss=head_loss_of(chunk_rows=chunk_rows))
     torch.testing.assert_close(got.loss, expected.sum(), rtol=1e-12, atol=0)
     torch.testing.assert_close(got, mtp(**inputs, head_loss=dense_head_loss), rtol=1e-12, atol=0)
-    torch.testing.assert_close(got.depth_losses, depth_losses, rtol=1e-12, atol=0)
-    assert not got.depth_losses.requires_grad
+    torch.testing.assert_close(got.depths.losses, depth_losses, rtol=1e-12, atol=0)
+    assert not got.depths.losses.requires_grad
     per_row = mtp(**inputs, head_loss=head_loss_of(per_row=True, chunk_rows=chunk_rows)).loss
     torch.testing.assert_close(per_row, expected, rtol=1e-12, atol=0)
     parameters = list(mtp.parameters())
@@ -189,7 +193,7 @@ def test_no_counted_row():
     inputs["row_weights"] = torch.zeros(BATCH, LENGTH)
     got = mtp(**inputs, head_loss=head_loss)
     got.loss.backward()
-    assert got.loss == 0 and (got.depth_losses == 0).all()
+    assert got.loss == 0 and (got.depths.losses == 0).all()
     assert all((p.grad == 0).all() for p in [inputs["hidden_states"], *mtp.parameters()])
 
 

@@ -53,9 +53,9 @@ def test_a_candidate_out_of_range(logits, value):
 def test_an_id_out_of_range_in_a_later_chunk():
     logits, targets = LOGITS["linear"], torch.tensor([3, 99])
     one_row = V * logits.dtype.itemsize
-    with pytest.raises(IndexError, match=r"got 99 at position 0 \(row 0\) of the rows from 1 on"):
+    with pytest.raises(IndexError, match=r"got 99 at position 1 \(row 1\)$"):
         token_log_probs(logits, targets, chunk_bytes=one_row)
-    with pytest.raises(IndexError, match=r"got 99 at position 0.* of the rows from 1 on"):
+    with pytest.raises(IndexError, match=r"got 99 at position 1$"):
         row_loss(logits, targets, row_options(torch.zeros(0)), reduction="sum", chunk_bytes=one_row)
 
 

@@ -16,7 +16,8 @@ from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 V, HIDDEN = 11, 5
 TARGETS = [3, -100, 7, 10]
-EVERY_TERM = int(sum(RowFlags))
+# without token reweighting, whose weight is a constant to autograd
+EVERY_TERM = int(sum(RowFlags) - RowFlags.TARGET_WEIGHTS - RowFlags.DFT - RowFlags.EAFT)
 second_derivative = pytest.raises(
     (RuntimeError, NotImplementedError), match=r"double backward is|second derivatives are"
 )
@@ -227,6 +228,92 @@ def test_an_upstream_gradient_with_a_tangent_raises(name):
         for value in (before, FUNCTIONS[name](logits)):
             with pytest.raises((NotImplementedError, RuntimeError), match=r"not supported"):
                 torch.autograd.grad(value, logits, upstream)
+
+
+# -- several gradients at once, and vmap
+
+
+def gradients_at_once(function, leaves, **options):
+    """autograd.grad with a batch of gradients from above, and what one by one gives."""
+    upstream = torch.linspace(-1, 1, 3 * function().numel(), dtype=function().dtype).view(3, *function().shape)
+    upstream[1] = 1
+    one_by_one = [torch.autograd.grad(function(), leaves, rows) for rows in upstream]
+    expected = [torch.stack(parts) for parts in zip(*one_by_one, strict=True)]
+    return list(torch.autograd.grad(function(), leaves, upstream, is_grads_batched=True, **options)), expected
+
+
+@pytest.mark.parametrize("name", LOSSES | STATISTICS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("kept", [False, True])
+def test_several_gradients_at_once(name, dtype, kept):
+    leaf = make_logits(18, dtype).requires_grad_()
+    found, expected = gradients_at_once(lambda: FUNCTIONS[name](leaf), [leaf], retain_graph=kept)
+    torch.testing.assert_close(found, expected)
+    head = make_head(18, dtype)
+    found, expected = gradients_at_once(lambda: OF_LINEAR_LOGITS[name](head), list(head), retain_graph=kept)
+    torch.testing.assert_close(found, expected)
+
+
+def test_several_gradients_at_once_of_logits_that_are_written_over():
+    leaf = make_logits(18).requires_grad_()
+    options = row_options(leaf)
+    found, expected = gradients_at_once(
+        lambda: row_loss(leaf * 1, torch.tensor(TARGETS), options, inplace_gradient=True).loss, [leaf]
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_several_gradients_at_once_of_a_router_raise():
+    leaf = make_logits().requires_grad_()
+    with pytest.raises(NotImplementedError, match="router_statistics: is_grads_batched=True"):
+        gradients_at_once(lambda: FUNCTIONS["router"](leaf), [leaf])
+
+
+@pytest.mark.parametrize("name", OF_LINEAR_LOGITS)
+def test_second_derivatives_of_several_gradients_at_once_raise(name):
+    leaf, head = make_logits().requires_grad_(), make_head(0)
+    for function, leaves in ((lambda: FUNCTIONS[name](leaf), [leaf]), (lambda: FUNCTIONS[name](head), list(head))):
+        with second_derivative:
+            gradients_at_once(function, leaves, create_graph=True)
+
+
+SAMPLES = torch.linspace(-2, 2, 2 * 4 * V, dtype=torch.float64).sin().view(2, 4, V)
+TRANSFORMS = {
+    "vmap": lambda function: torch.func.vmap(function)(SAMPLES),
+    "vmap of a leaf": lambda function: torch.func.vmap(function)(SAMPLES.clone().requires_grad_()),
+    "grad": lambda function: torch.func.grad(lambda x: function(x).sum())(SAMPLES[0]),
+    "vmap of grad": lambda function: torch.func.vmap(torch.func.grad(lambda x: function(x).sum()))(SAMPLES),
+    "vmap of jvp": lambda function: torch.func.vmap(lambda x: torch.func.jvp(function, (x,), (x,))[1])(SAMPLES),
+    "grad of vmap": lambda function: torch.func.grad(lambda x: torch.func.vmap(function)(x).sum())(SAMPLES),
+    "jvp of vmap": lambda function: torch.func.jvp(torch.func.vmap(function), (SAMPLES,), (SAMPLES,)),
+    "jacrev": lambda function: torch.func.jacrev(function)(SAMPLES[0]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_transforms_raise_where_they_are_not_supported(name, transform):
+    if name in LOSSES and not transform.endswith("of vmap"):
+        expected = TRANSFORMS[transform](lambda x: F.cross_entropy(x, torch.tensor(TARGETS), reduction="none"))
+        found = TRANSFORMS[transform](cross_entropy)
+        return torch.testing.assert_close(found, expected)
+    with pytest.raises(NotImplementedError, match=r"^\w+: (torch.func|forward-mode).* expected"):
+        TRANSFORMS[transform](FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", OF_LINEAR_LOGITS)
+def test_transforms_of_linear_logits_raise(name, transform):
+    weight = make_head(19).weight.detach()[:, :1].expand(-1, V)
+
+    def function(x):
+        return OF_LINEAR_LOGITS[name](LinearLogits(x, weight, None))
+
+    if name in LOSSES and transform in ("vmap", "vmap of a leaf"):
+        expected = torch.stack([function(sample) for sample in SAMPLES])
+        return torch.testing.assert_close(TRANSFORMS[transform](function), expected)
+    with pytest.raises(NotImplementedError, match=r"^\w+: (torch.func|forward-mode).* expected"):
+        TRANSFORMS[transform](function)
 
 
 # -- what users write to

@@ -204,7 +204,7 @@ def test_no_groups_may_be_none():
     results = []
     for groups in ([], None):
         total, losses, terms, *_ = torch.ops.ava_ext.linear_row_loss(
-            *given, groups, 1, V, -100, None, DOUBLE, [False, False, False]
+            *given, groups, 1, V, -100, None, DOUBLE, None, [False, False, False]
         )
         results.append((total, losses, terms))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

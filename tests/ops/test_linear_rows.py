@@ -256,9 +256,10 @@ def test_opcheck(wanted):
     ids, weights, groups = keywords["candidates"]
     options, row_weights = row_options(head.weight, **OPTIONS), keywords["row_weights"]
     arguments = (*head, targets, options, row_weights, ids, weights, list(groups), EVERY_TERM, V, -100, 4)
+    arguments = (*arguments, torch.float64, None, wanted)
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.ava_ext.linear_row_loss, (*arguments, torch.float64, wanted), test_utils=utilities)
-    statistics = (*head, ids, None, options, int(RowFlags.ENTROPY), V, 4, torch.float64)
+    torch.library.opcheck(torch.ops.ava_ext.linear_row_loss, arguments, test_utils=utilities)
+    statistics = (*head, ids, None, options, int(RowFlags.ENTROPY), V, 4, torch.float64, None)
     torch.library.opcheck(torch.ops.ava_ext.linear_row_statistics, statistics, test_utils=utilities)
 
 

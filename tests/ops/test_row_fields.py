@@ -37,7 +37,9 @@ def test_values_and_types(dtype):
     like = torch.zeros(2, dtype=dtype)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     options = row_options(like, temperature=0.7, focal_alpha=0.25, z_loss_weight=1e-4, logit_softcap=30.0)
-    expected = torch.tensor([0.7, 0.0, 0.25, 2.0, 1e-4, 0.0, 30.0], dtype=real)
+    expected = torch.tensor([0.7, 0.0, 0.25, 2.0, 1e-4, 0.0, 30.0, 1.0], dtype=real)
     torch.testing.assert_close(options, expected, rtol=0, atol=0)
+    scaled = row_options(like, temperature=0.7, logit_softcap=30.0, logit_scale=0.25)
+    torch.testing.assert_close(scaled[[0, 6]], torch.tensor([2.8, 120.0], dtype=real), rtol=0, atol=0)
     weights = repetition_weights(like, eos_penalty_weight=0.3)
     torch.testing.assert_close(weights, torch.tensor([0.5, 1.0, 0.3, 0.1], dtype=real), rtol=0, atol=0)

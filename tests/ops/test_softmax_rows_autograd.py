@@ -14,7 +14,8 @@ from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext
 TARGETS = [[3, 0, 10], [-100, 7, 7]]
-EVERY_TERM = sum(RowFlags)
+# without token reweighting, whose weight is a constant to autograd
+EVERY_TERM = sum(RowFlags) - RowFlags.TARGET_WEIGHTS - RowFlags.DFT - RowFlags.EAFT
 SINGLE_TERMS = {
     "cross_entropy": RowFlags.CROSS_ENTROPY,
     "focal": RowFlags.CROSS_ENTROPY | RowFlags.FOCAL,
@@ -24,6 +25,7 @@ SINGLE_TERMS = {
     "confidence_penalty": RowFlags.CONFIDENCE_PENALTY,
     "softcap": RowFlags.CROSS_ENTROPY | RowFlags.SOFTCAP,
     "candidates": 0,
+    "soft targets": RowFlags.SOFT_TARGETS,
     "all": EVERY_TERM,
 }
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from support.assertions import assert_bitwise_equal
 
-from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops.softmax_rows import N_OPTIONS, Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import token_log_probs
 
 ops = torch.ops.ava_ext
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-EVERY_TERM = sum(RowFlags) - RowFlags.SOFTCAP
+EVERY_TERM = sum(RowFlags) - RowFlags.TARGET_WEIGHTS - RowFlags.SOFTCAP
 
 
 def loss_and_gradient(logits, targets, flags=RowFlags.CROSS_ENTROPY, **keywords):
@@ -135,8 +135,8 @@ def some_candidates(ids_shape, weights_shape, groups):
 # what is wrong of the arguments below, made by the test, on its device
 WRONG = {
     "targets of shape [4, 3], got [4, 2]": lambda: dict(targets=torch.zeros(4, 2).long()),
-    "options of shape [7], got [6]": lambda: dict(options=torch.ones(6)),
-    "options of type float32, got float64": lambda: dict(options=torch.ones(7).double()),
+    "options of shape [8], got [6]": lambda: dict(options=torch.ones(6)),
+    "options of type float32, got float64": lambda: dict(options=torch.ones(N_OPTIONS).double()),
     "row_weights of shape [4, 3], got [12]": lambda: dict(row_weights=torch.ones(12)),
     "row_weights of type float32, got float64": lambda: dict(row_weights=torch.ones(4, 3).double()),
     "vocab_size in [1, 10] for logits of shape [4, 3, 10], got 11": lambda: dict(vocab_size=11),
@@ -154,7 +154,7 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_are_named(message):
-    arguments = dict(logits=torch.zeros(4, 3, 10), targets=torch.zeros(4, 3).long(), options=torch.ones(7))
+    arguments = dict(logits=torch.zeros(4, 3, 10), targets=torch.zeros(4, 3).long(), options=torch.ones(N_OPTIONS))
     with pytest.raises(RuntimeError, match=re.escape("row_loss: expected " + message)):
         row_loss(**(arguments | WRONG[message]()))
 
@@ -162,7 +162,7 @@ def test_wrong_arguments_are_named(message):
 def test_candidates_that_are_no_integers():
     candidates = Candidates(torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), (2,))
     with pytest.raises(ValueError, match=r"row_loss: expected candidate_ids to be integers of shape .*, got float32"):
-        row_loss(torch.zeros(4, 3, 10), torch.zeros(4, 3).long(), torch.ones(7), candidates=candidates)
+        row_loss(torch.zeros(4, 3, 10), torch.zeros(4, 3).long(), torch.ones(N_OPTIONS), candidates=candidates)
 
 
 def test_wrong_arguments_of_the_other_operators():

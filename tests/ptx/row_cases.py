@@ -13,7 +13,8 @@ from test_softmax_rows import assert_right, fused, in_place, split
 from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
 
 PLAIN = int(RowFlags.CROSS_ENTROPY)
-EVERY_TERM = int(sum(RowFlags) - RowFlags.SOFTCAP - RowFlags.EXCLUDE_TARGET - RowFlags.ENTROPY)
+LEFT_OUT = RowFlags.TARGET_WEIGHTS | RowFlags.SOFTCAP | RowFlags.EXCLUDE_TARGET | RowFlags.ENTROPY
+EVERY_TERM = int(sum(RowFlags) - LEFT_OUT)
 CAPPED = int(RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP)
 TERMS = {"plain": PLAIN, "every term": EVERY_TERM, "capped": CAPPED}
 RESIDENCES = ("registers", "shared", "clusters", "streamed")  # Residence in csrc/cuda, in its order
@@ -127,6 +128,7 @@ def problem_of(
         z_loss_weight=0.01,
         confidence_penalty_weight=0.2,
         logit_softcap=12.0,
+        reweighting_exponent=0.7,
     )
     return RowProblem(
         base,

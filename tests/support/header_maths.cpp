@@ -37,7 +37,7 @@ std::pair<std::vector<Real>, std::vector<Real>> evaluate_and_differentiate(
     int64_t target, const std::vector<std::pair<int64_t, Real>>& candidates) {
   const ava::RowStatistics<Real> row = from_tuple<Real>(statistics);
   const ava::RowOptions<Real> row_options{options[0], options[1], options[2], options[3],
-                                          options[4], options[5], options[6]};
+                                          options[4], options[5], options[6], options[7]};
   const auto u_of = [&](int64_t column) { return z[column] - row.max; };  // temperature 1
   const auto is_argmax = [&](int64_t column) { return column == int64_t(row.argmax); };
   const auto evaluation = ava::evaluate(row, row_options, flags, is_argmax(target), u_of(target));

@@ -8,6 +8,7 @@ FILES_OF_KERNELS = {
     "repetition": {"test_repetition.py"},
     "temperature": {"test_temperature.py"},
     "softmax_rows": {
+        "test_derivatives.py",
         "test_softmax_rows.py",
         "test_softmax_rows_autograd.py",
         "test_softmax_rows_edges.py",
@@ -19,6 +20,7 @@ FILES_OF_KERNELS = {
     "router_rows": {"test_router_rows.py", "test_router_rows_autograd.py", "test_router_rows_properties.py"},
 }
 WITHOUT_KERNELS = {
+    "test_derivatives.py",
     "test_repetition.py",
     "test_router_rows.py",
     "test_router_rows_properties.py",

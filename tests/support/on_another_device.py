@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ava_ext.ops.softmax_rows import row_loss
 
-OPTIONS = torch.tensor([0.8, 0.1, 0.75, 2.0, 0.1, 0.2, 9.0])
-ALL_FLAGS = 255
+OPTIONS = torch.tensor([0.8, 0.1, 0.75, 2.0, 0.1, 0.2, 9.0, 0.7])
+ALL_FLAGS = 255 + 512 + 1024 + 2048  # with an id of -1 absent
 
 
 def copied(value, copy):
@@ -31,7 +31,7 @@ def check(name, *arguments, **options):
 def check_front_end():
     """Forward and backward as a user calls them."""
     x, targets = torch.randn(4, 7), torch.tensor([1, 2, -100, 0])
-    options = to_toy(torch.tensor([1.0, 0, 1, 2, 0, 0, 0]))
+    options = to_toy(torch.tensor([1.0, 0, 1, 2, 0, 0, 0, 1]))
     logits = to_toy(x).requires_grad_()
     loss = row_loss(logits, to_toy(targets), options).loss.sum()
     loss.backward()

@@ -39,7 +39,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     u_j = z_j - max is rounded, so e^u_j is off by |u_j| units, and R and all that is made of it by the distance of the
     largest column but one. What adds up in a term or in dz_j is bounded by the sum of the sizes of its parts.
     """
-    temperature, smoothing, alpha, gamma, z_weight, confidence_weight, cap = problem.options.double().tolist()
+    temperature, smoothing, alpha, gamma, z_weight, confidence_weight, cap, exponent = problem.options.double().tolist()
     on = {flag: bool(problem.flags & flag) for flag in RowFlags}
     is_float64 = problem.base.dtype == torch.float64
     unit = 2.0**-45 if is_float64 else 2.0**-24  # the reference, too, rounds in float64
@@ -79,7 +79,16 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     log_prob_size, own = torch.zeros_like(z), torch.zeros_like(z)
     constant_size = zero
     if on[RowFlags.CROSS_ENTROPY]:
-        hard = reference.focal(z, targets, alpha, gamma) if on[RowFlags.FOCAL] else nll
+        unweighted = reference.focal(z, targets, alpha, gamma) if on[RowFlags.FOCAL] else nll
+        weight, weight_size = zero + 1, zero + 1
+        for flag, name in ((RowFlags.DFT, "dft"), (RowFlags.EAFT, "eaft")):  # with both, eaft
+            if on[flag]:
+                weight = reference.token_weight(z, targets, name, exponent)
+                weight_size = weight * (1 + exponent * (nll.detach().clamp(max=1e3) if name == "dft" else 1))
+        if on[RowFlags.TARGET_WEIGHTS] and problem.candidates:
+            of_target = problem.candidates.weights[counted][:, 0].double()
+            weight, weight_size = weight * of_target, weight_size * of_target
+        hard = reference.reweighted(unweighted, weight)
         e = zero
         if on[RowFlags.LABEL_SMOOTHING]:
             e = zero + smoothing
@@ -87,10 +96,11 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
                 e = torch.where(n_present > 1, e * n_present / (n_present - 1).clamp(min=1), 0.0)
             mode = "exclude_target" if on[RowFlags.EXCLUDE_TARGET] else "uniform"
             main = reference.smoothed(hard, z, smoothing, mode)
-            terms["main_loss"] = main, main.abs() + 2 * torch.where(e > 1, (e - 1) * hard, 0.0)
+            hard_size = torch.where(e == 1, 0.0, (1 - e).abs() * reference.reweighted(unweighted, weight_size))
+            terms["main_loss"] = main, main.abs() + 2 * hard_size
         else:
-            terms["main_loss"] = hard, hard
-        size = (1 - e).abs() * (alpha * (1 + gamma) if on[RowFlags.FOCAL] else 1)
+            terms["main_loss"] = hard, reference.reweighted(unweighted, weight_size)
+        size = (1 - e).abs() * weight_size * (alpha * (1 + gamma) if on[RowFlags.FOCAL] else 1)
         probability_size, constant_size = probability_size + e, e / n_present
         log_prob_size.scatter_(-1, targets.unsqueeze(-1), size.unsqueeze(-1))
         other_probability = torch.sigmoid(-reference.log_odds(z, targets)).detach()
@@ -104,8 +114,19 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         entropy_size = confidence_weight / torch.log(n_present.clamp(min=2).double())
 
     smallest_rest = 1e-300 if is_float64 else 1e-37
-    for ids, weights in _groups(problem, counted):
+    groups = _groups(problem, counted)
+    for number, (ids, weights) in enumerate(groups):
         penalty, penalty_size = zero, zero
+        if on[RowFlags.SOFT_TARGETS] and number == len(groups) - 1:
+            penalty = reference.soft_targets(z, ids, weights)
+            columns, weights = ids.clamp(min=0).long(), torch.where(ids < 0, 0.0, weights)
+            log_prob_size.scatter_add_(-1, columns, weights)
+            for c, q in zip(columns.unbind(-1), weights.unbind(-1), strict=True):
+                own.scatter_add_(
+                    -1, c.unsqueeze(-1), (q * torch.sigmoid(-reference.log_odds(z.detach(), c))).unsqueeze(-1)
+                )
+            terms[f"group {len(terms)}"] = penalty, penalty.detach()
+            continue
         for columns, column_weights in zip(ids.unbind(-1), weights.unbind(-1), strict=True):
             candidate = columns.clamp(min=0).long().unsqueeze(-1)
             is_pushed = (columns >= 0) & (columns != targets) & present.gather(-1, candidate).squeeze(-1)

@@ -41,7 +41,7 @@ def in_place(problem, op):
 def is_measured(name, terms):
     """The entropy is right only where it is asked for."""
     return name != "entropy" or bool(
-        terms & (RowFlags.ENTROPY | RowFlags.CONFIDENCE_PENALTY | RowFlags.LABEL_SMOOTHING)
+        terms & (RowFlags.ENTROPY | RowFlags.CONFIDENCE_PENALTY | RowFlags.LABEL_SMOOTHING | RowFlags.EAFT)
     )
 
 

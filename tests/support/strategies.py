@@ -38,15 +38,21 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "initial_temperature": draw(st.sampled_from([1.0, 0.7, 1.9])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
         "smoothing_mode": draw(st.sampled_from(["uniform", "exclude_target"])),
+        "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.6])),
         "logit_softcap": draw(st.sampled_from([None, 3.0])),
         "z_loss_weight": draw(st.sampled_from([0.0, 0.3])),
         "confidence_penalty_weight": draw(st.sampled_from([0.0, 0.2])),
         "use_focal_loss": draw(st.booleans()),
         "focal_alpha": draw(st.sampled_from([1.0, 0.25])),
         "focal_gamma": draw(st.sampled_from([0.0, 0.5, 2.0])),
+        "token_reweighting": draw(st.sampled_from([None, "dft", "eaft"])),
+        "reweighting_exponent": draw(st.sampled_from([1.0, 0.4])),
+        "distillation_weight": draw(st.sampled_from([1.0, 1.0, 0.6, 0.0])),
+        "distillation_temperature": draw(st.sampled_from([1.0, 2.0])),
         "repetition_allow_list": draw(st.lists(token, max_size=1).map(tuple)),
         "min_sequence_length": draw(st.integers(0, 5)),
         "eos_penalty_weight": draw(st.sampled_from([0.0, 0.7])),
+        "negatives_need_target": draw(st.booleans()),
     }
     if draw(st.booleans()):
         options |= {
@@ -62,12 +68,14 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "immediate_repetition_threshold": draw(st.integers(1, 2)),
             "immediate_repetition_growth": draw(st.sampled_from([1.0, 1.5, 3.0])),
         }
+    mtp_type = draw(st.sampled_from(["deepseek", "adaptive", "hidden_states"]))
     options |= {
         "use_mtp": draw(st.booleans()),
         "num_future_tokens": draw(st.integers(1, 3)),
         "mtp_weight": 0.4,
-        "mtp_type": draw(st.sampled_from(["deepseek", "adaptive"])),
-        "mtp_share_head": (share := draw(st.booleans())),
+        "mtp_type": mtp_type,
+        "mtp_own_denominator": draw(st.booleans()),
+        "mtp_share_head": (share := mtp_type != "hidden_states" and draw(st.booleans())),
         "mtp_detach_head": share and draw(st.booleans()),
         "use_confidence_weighting": draw(st.booleans()),
         "confidence_reg_strength": draw(st.sampled_from([0.0, 0.6])),
@@ -85,12 +93,16 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "use_auxiliary_loss": draw(st.booleans()),
             "load_balancing_weight": 0.2,
             "router_z_weight": 0.3,
-            "load_balancing_convention": draw(st.sampled_from(["switch", "huggingface"])),
+            "load_balancing_convention": (convention := draw(st.sampled_from(["switch", "huggingface"]))),
+            "load_balancing_per_sequence": convention == "switch" and draw(st.booleans()),
+            "expert_bias_centered": draw(st.booleans()),
             "router_score": draw(st.sampled_from(["softmax", "sigmoid"])),
             "use_diversity_loss": draw(st.booleans()),
             "diversity_weight": 0.3,
             "use_contrastive_loss": draw(st.booleans()),
         }
+    if options["label_smoothing"] == 0 and draw(st.sampled_from([False, False, True])):
+        options["class_weights"] = tuple(draw(st.sampled_from([1.0, 0.5, 2.5, 0.0])) for _ in range(vocab_size))
     return UnifiedLossConfig(**options | fixed)
 
 
@@ -147,7 +159,13 @@ def arguments(draw, config: UnifiedLossConfig) -> dict[str, Any]:
         given["input_ids"][..., 0] = draw(st.sampled_from([-200, 0, vocab_size + 3]))  # a placeholder of an image
     if draw(st.booleans()):
         given["negative_ids"] = numbers.integers(-1, vocab_size, *shape, 2)
+        given["negative_ids"][numbers.true(0.3, *shape)] = -1
         given["negative_weights"] = draw(st.sampled_from([None, numbers.uniform(*shape, 2)]))
+    if config.distillation_weight > 0 and draw(st.booleans()):
+        given["soft_target_ids"] = numbers.integers(-1, vocab_size, *shape, 3)
+        given["soft_target_weights"] = numbers.uniform(*shape, 3).where(numbers.true(0.8, *shape, 3), 0)
+        if "logits" in given or "primary_logits" in given:  # of a masked column the term is infinite
+            given["soft_target_ids"].masked_fill_(given["soft_target_ids"] == vocab_size - 1, 0)
     given |= draw(further_heads(config, shape, numbers, given))
     given |= draw(experts(config, shape, numbers))
     if config.use_contrastive_loss:
@@ -209,7 +227,7 @@ def logits(draw, config, shape, numbers, given) -> dict[str, Any]:
     if draw(st.booleans()):  # a masked column that is never a target
         values[..., config.vocab_size - 1] = -math.inf
         given["targets"].masked_fill_(given["targets"] == config.vocab_size - 1, 1)
-    if config.labels_are_shifted:
+    if config.labels_are_shifted and config.negatives_need_target:
         values[given["targets"] == config.ignore_index] = draw(st.sampled_from([0.0, math.nan, math.inf]))
     name = "logits"
     if config.primary_loss_type == "adaptive_mtp":
@@ -226,11 +244,18 @@ def further_heads(draw, config, shape, numbers, given) -> dict[str, Any]:
     further["mtp_active"] = draw(st.sampled_from([None, None, True, False, "on", "off"]))
     if isinstance(further["mtp_active"], str):
         further["mtp_active"] = torch.tensor(further["mtp_active"] == "on")
+    further["mtp_depth_weights"] = draw(st.sampled_from([None, numbers.uniform(config.num_future_tokens)]))
     if config.mtp_heads == "own":
         if "hidden_states" not in given:
             further["hidden_states"] = numbers.leaf(*shape, HIDDEN_SIZE)
         if config.mtp_share_head and "lm_head_weight" not in given:
             further["lm_head_weight"] = numbers.leaf(config.vocab_size + 1, HIDDEN_SIZE)
+        return further
+    if config.mtp_heads == "hidden_states" and draw(st.sampled_from([False, True, True])):
+        if "lm_head_weight" not in given:
+            further["lm_head_weight"] = numbers.leaf(config.vocab_size + 1, HIDDEN_SIZE)
+        depths = [numbers.leaf(*shape, HIDDEN_SIZE) for _ in range(config.num_future_tokens)]
+        further["mtp_hidden_states"] = draw(st.sampled_from([depths, numbers.leaf(len(depths), *shape, HIDDEN_SIZE)]))
         return further
     n_columns = config.vocab_size + draw(st.integers(0, 1))
     if draw(st.booleans()):
@@ -238,15 +263,14 @@ def further_heads(draw, config, shape, numbers, given) -> dict[str, Any]:
             numbers.leaf(*shape, n_columns, scale=2.0) for _ in range(config.num_future_tokens)
         ]
     else:
-        further["additional_logits"] = [
-            LinearLogits(
-                numbers.leaf(*shape, 3),
-                numbers.leaf(n_columns, 3),
-                draw(st.sampled_from([None, numbers.leaf(n_columns)])),
-            )
+        heads = [
+            (numbers.leaf(n_columns, 3), draw(st.sampled_from([None, numbers.leaf(n_columns)])))
             for _ in range(config.num_future_tokens)
         ]
-    if config.use_confidence_weighting:
+        if draw(st.booleans()):  # the last shares the weight of the first
+            heads[-1] = heads[0]
+        further["additional_logits"] = [LinearLogits(numbers.leaf(*shape, 3), *head) for head in heads]
+    if config.mtp_heads == "adaptive" and config.use_confidence_weighting:
         per_row = [shape, (*shape, 1)]
         per_sequence = [(1,), (1, 1)] if len(shape) == 1 else [shape[:1], (shape[0], 1)]
         scores = numbers.uniform(*draw(st.sampled_from(per_row + per_sequence)), low=0.02, high=0.98)
@@ -260,11 +284,15 @@ def experts(draw, config, shape, numbers) -> dict[str, Any]:
     given: dict[str, Any] = {}
     n_tokens = math.prod(shape)
     n_rows = draw(st.sampled_from([n_tokens, n_tokens, n_tokens - 1, n_tokens - math.prod(shape[:-1]), 11]))
+    if config.use_auxiliary_loss and config.load_balancing_per_sequence:
+        n_rows = n_tokens
     if config.use_moe_balancing or config.use_auxiliary_loss:
         n_layers, n_experts, k = config.num_moe_layers, config.num_experts, config.num_experts_per_token
         layers = [numbers.leaf(n_rows, n_experts) for _ in range(n_layers)]
         as_tensor = numbers.leaf(*([n_layers] if n_layers > 1 else []), n_rows, n_experts)
         given["gate_logits"] = draw(st.sampled_from([layers, as_tensor]))
+        if config.use_auxiliary_loss and not config.load_balancing_per_sequence and draw(st.booleans()):
+            given["global_expert_counts"] = numbers.integers(0, 9, n_layers, n_experts)
         # of a softmax router's choices, the top-k of its logits is only a guess
         guesses = config.use_moe_balancing and config.router_score == "softmax" and config.expert_bias_rate > 0
         if guesses or draw(st.booleans()):
@@ -408,6 +436,7 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
         z_loss_weight=draw(st.sampled_from([1e-3, 0.5])),
         confidence_penalty_weight=draw(st.sampled_from([0.1, 1.0])),
         logit_softcap=draw(st.sampled_from([5.0, 30.0])),
+        reweighting_exponent=draw(st.sampled_from([1.0, 0.0, 0.5])),
     )
 
     base = torch.full(base_shape, math.nan, dtype=dtype)
@@ -438,6 +467,12 @@ def row_problems(draw, dtypes=DTYPES, layouts=tuple(LAYOUTS), vocabularies=VOCAB
         )
         groups = (1, n_candidates - 1) if draw(st.booleans()) else (n_candidates,)
         candidates = Candidates(ids, weights, groups)
+    if flags & RowFlags.TARGET_WEIGHTS:
+        if candidates is None:
+            flags -= RowFlags.TARGET_WEIGHTS
+        else:
+            ids[..., 0] = -1
+            candidates = candidates._replace(groups=(1, n_candidates - 1))
     row_weights = torch.rand(rows, generator=generator, dtype=real) * 3 - 1 if draw(st.booleans()) else None
     ignore_index = draw(st.sampled_from([IGNORED, -1, vocab_size - 1]))
     if ignore_index >= 0:

@@ -34,26 +34,27 @@ def repetition_candidates(
     tokens_include_row: bool,
     vocab_size: int,
     ignore_index: int,
-    repetition_allow_list: Sequence[int],
+    repetition_allow_list: Sequence[int] | None,
     use_immediate_repetition_penalty: bool,
     immediate_repetition_threshold: int,
     ngram_size: int,
     ngram_window_size: int,
     ngram_slots: int,
-    eos_ids: Sequence[int],
+    eos_ids: Sequence[int] | None,
     min_sequence_length: int,
 ) -> tuple[Tensor, Tensor]:
     """(ids, candidate_weights), both [batch_size, n_tokens, n_slots]; see ops/repetition.py."""
     shape = list(tokens.shape)
     if list(targets.shape) != shape:
         raise RuntimeError(f"repetition_candidates: expected targets of shape {shape}, got {list(targets.shape)}")
+    eos_ids = eos_ids or ()
     for eos in eos_ids:
         if not 0 <= eos < vocab_size:
             raise RuntimeError(f"repetition_candidates: expected eos_ids in [0, vocab_size = {vocab_size}), got {eos}")
     n_slots = int(use_immediate_repetition_penalty) + len(eos_ids) + (ngram_slots if ngram_size > 0 else 0)
     if tokens.numel() == 0 or n_slots == 0:
         return tokens.new_empty((*shape, n_slots), dtype=torch.int32), weights.new_empty((*shape, n_slots))
-    text = _read(tokens.long(), targets.long(), segments, vocab_size, ignore_index, repetition_allow_list)
+    text = _read(tokens.long(), targets.long(), segments, vocab_size, ignore_index, repetition_allow_list or ())
     rows = torch.arange(tokens.shape[1], device=tokens.device)
     ends = rows + tokens_include_row
     immediate_weight, growth, eos_weight, ngram_weight = weights.to(widest_dtype(weights.device)).unbind()

@@ -55,10 +55,14 @@ def router_statistics(
     sums = sums.flatten(0, 1)  # [n_groups, ...]
     probability, importance, counts, scalars = sums.split([z.shape[-1]] * 3 + [3], -1)
     lse_squared, entropy_sum, n_rows = scalars.unbind(-1)
+    # clones: views of one tensor would keep users from writing to them
     return (
-        *(values.to(real).contiguous() for values in (probability, importance, lse_squared, entropy_sum)),
-        counts.long().contiguous(),
-        n_rows.long().contiguous(),
+        *(
+            values.to(real).clone(memory_format=torch.contiguous_format)
+            for values in (probability, importance, lse_squared, entropy_sum)
+        ),
+        counts.long().clone(memory_format=torch.contiguous_format),
+        n_rows.long().clone(memory_format=torch.contiguous_format),
         choice.contiguous(),
     )
 

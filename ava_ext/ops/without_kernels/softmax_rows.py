@@ -22,6 +22,7 @@ class _Options(NamedTuple):
     z_loss_weight: Tensor
     confidence_penalty_weight: Tensor
     softcap: Tensor
+    reweighting_exponent: Tensor
 
 
 class _Row(NamedTuple):
@@ -114,6 +115,7 @@ def _evaluate(
     flags: int,
     target_is_argmax: Tensor,  # [...]
     target_u: Tensor,  # [...]
+    candidate_weights: Tensor | None,  # [..., n_candidates]: with TARGET_WEIGHTS the first is the target's
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The six terms, the coefficients a, b, k, and s of the target; all [...]."""
     zero = torch.zeros_like(row.rest)
@@ -129,6 +131,15 @@ def _evaluate(
             ratio = torch.where(nll < 1e-6, 1, nll / other)
             hard = modulation * nll
             slope = modulation * (1 + torch.where(p == 0, 0, options.focal_gamma * p * ratio))
+        if flags & (RowFlags.DFT | RowFlags.EAFT):
+            base = (-nll).exp()
+            if flags & RowFlags.EAFT:
+                base = torch.where(row.n_present > 1, (total - mean_u) / row.n_present.log(), 0)
+            weight = base.pow(options.reweighting_exponent)
+            hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
+        if flags & RowFlags.TARGET_WEIGHTS and candidate_weights is not None:
+            weight = candidate_weights[..., 0]
+            hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
         smoothing = options.label_smoothing if flags & RowFlags.LABEL_SMOOTHING else zero
         if flags & RowFlags.EXCLUDE_TARGET:
             smoothing = smoothing * torch.where(row.n_present > 1, row.n_present / (row.n_present - 1), 0)
@@ -169,18 +180,26 @@ def _penalties(
     weights: Tensor,  # [..., n_candidates]
     targets: Tensor,  # [...], -1 where the row does not count
     flags: int,
+    n_soft: int,
 ) -> tuple[Tensor, Tensor]:
-    """-w log(1 - p) of each candidate, and its s; both [..., n_candidates]."""
+    """-w log(1 - p) of each candidate, -w log p of the last n_soft, and its s; both [..., n_candidates]."""
     target = targets.unsqueeze(-1)
     at = _places(ids, target >= 0, flags)
     u, p = columns.u.gather(-1, at), columns.probability.gather(-1, at)
-    valid = (ids >= 0) & (ids != target) & (target >= 0) & (weights != 0) & (u != -math.inf)
+    present = (ids >= 0) & (target >= 0) & (weights != 0)
+    valid = present & (ids != target) & (u != -math.inf)
     smallest = 1e-37 if weights.dtype == torch.float32 else 1e-300
     rest = torch.where(row.rest < smallest, smallest, row.rest).unsqueeze(-1)
     is_argmax = columns.is_argmax.gather(-1, at)
     loss = torch.where(is_argmax, (1 / rest).log1p(), -torch.log1p(-p))
     slope = torch.where(is_argmax, 1 / rest, p / (1 - p))
-    return torch.where(valid, weights * loss, 0), torch.where(valid, weights * slope, 0)
+    losses, slopes = torch.where(valid, weights * loss, 0), torch.where(valid, weights * slope, 0)
+    if n_soft:
+        n_others, nll = ids.shape[-1] - n_soft, row.rest.log1p().unsqueeze(-1) - u
+        soft = torch.where(present, weights * nll, 0)
+        losses = torch.cat([losses[..., :n_others], soft[..., n_others:]], -1)
+        slopes = torch.cat([slopes[..., :n_others], torch.where(present, -weights, 0)[..., n_others:]], -1)
+    return losses, slopes
 
 
 def _gradient(
@@ -217,11 +236,11 @@ def _gradient(
 def row_loss(
     logits: Tensor,  # [..., n_columns]
     targets: Tensor,  # [...]
-    options: Tensor,  # [7]
+    options: Tensor,  # [8]
     row_weights: Tensor | None,  # [...]
     candidate_ids: Tensor | None,  # [..., n_candidates]
     candidate_weights: Tensor | None,  # [..., n_candidates]
-    candidate_groups: Sequence[int],
+    candidate_groups: Sequence[int] | None,
     flags: int,
     vocab_size: int,
     ignore_index: int,
@@ -238,15 +257,18 @@ def row_loss(
     at = torch.where(counts, targets, 0).unsqueeze(-1)
     target_u = columns.u.gather(-1, at).squeeze(-1)
     target_is_argmax = columns.is_argmax.gather(-1, at).squeeze(-1)
-    terms, row_coefficients, own = _evaluate(row, values, flags, target_is_argmax, target_u)
+    terms, row_coefficients, own = _evaluate(row, values, flags, target_is_argmax, target_u, candidate_weights)
     weight = torch.ones_like(row.rest) if row_weights is None else row_weights
     counted_targets = torch.where(counts, targets, -1)
     terms = [torch.where(counts, term, 0) for term in terms]
     ids, all_own = counted_targets.unsqueeze(-1), own.unsqueeze(-1)
     if candidate_ids is not None and candidate_weights is not None:
         _check("row_loss", "candidate_weights", candidate_weights, tuple(candidate_ids.shape))
-        losses, slopes = _penalties(row, columns, candidate_ids, candidate_weights, counted_targets, flags)
-        terms += [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
+        groups = list(candidate_groups or ())
+        n_soft = groups[-1] if flags & RowFlags.SOFT_TARGETS and groups else 0
+        given = (candidate_ids, candidate_weights, counted_targets)
+        losses, slopes = _penalties(row, columns, *given, flags, n_soft)
+        terms += [group.sum(-1) for group in losses.split(groups, -1)]
         counted_ids = torch.where(counts.unsqueeze(-1), candidate_ids.long(), -1)
         ids, all_own = torch.cat([ids, counted_ids], -1), torch.cat([all_own, slopes], -1)
     total = sum(terms[len(TERM_NAMES) :], terms[0] + terms[1] + terms[2])
@@ -277,7 +299,7 @@ def row_statistics(
     logits: Tensor,  # [..., n_columns]
     ids: Tensor | None,  # [..., n_ids]
     row_mask: Tensor | None,  # [...]
-    options: Tensor,  # [7]
+    options: Tensor,  # [8]
     flags: int,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,7 +332,7 @@ def row_gradient(
     statistics: Tensor,  # [..., N_STATISTICS]
     row_coefficients: Tensor,  # [..., 4 + n_ids]
     ids: Tensor | None,  # [..., n_ids]
-    options: Tensor,  # [7]
+    options: Tensor,  # [8]
     flags: int,
     vocab_size: int,
 ) -> Tensor:  # [..., n_columns]

@@ -1,0 +1,207 @@
+"""Depths of multi-token prediction: which row predicts what, their losses and metrics.
+
+Their heads take as few passes as there are weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ava_ext.call import HeadLoss, Logits
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import TERM_NAMES
+
+MAIN_LOSS, CORRECT = TERM_NAMES.index("main_loss"), TERM_NAMES.index("correct")
+# each is followed by the number of a depth, from 1 on
+DEPTH_METRICS = ("mtp_loss_depth_", "mtp_accuracy_depth_", "mtp_acceptance_depth_")
+
+
+def counted_ahead(
+    row_weights: Tensor,  # [batch_size, n_tokens]
+    segments: Tensor | None,  # [batch_size, n_tokens]
+    k: int,
+) -> Tensor:
+    """Weight of the row k positions ahead; 0 if that is beyond the end or in another segment.
+
+    Returns:
+        [batch_size, n_tokens]: row_weights[:, t + k] where segments agree.
+
+    Example:
+        >>> counted_ahead(torch.tensor([[0.5, 0.0, 0.25, 1.0]]), None, k=2)
+        tensor([[0.2500, 1.0000, 0.0000, 0.0000]])
+    """
+    n_tokens = row_weights.shape[1]
+    k = min(k, n_tokens)
+    weights = row_weights[:, k:]
+    if segments is not None:
+        weights = torch.where(segments[:, k:] == segments[:, : n_tokens - k], weights, 0)
+    return pad(weights, (0, k))
+
+
+def shift_targets(
+    targets: Tensor,  # [batch_size, n_tokens]
+    segments: Tensor | None,  # [batch_size, n_tokens]
+    counted: Tensor,  # [batch_size, n_tokens] bool
+    k: int,
+    ignore_index: int,
+) -> Tensor:
+    """Targets of depth k: row t predicts targets[:, t + k] if that row counts and is in the same segment.
+
+    Args:
+        targets: targets of depth 0.
+        segments: contiguous documents of packed rows; None: each batch row is one segment.
+        counted: True where a row counts at depth 0.
+        k: depth, >= 1.
+        ignore_index: target of rows that do not count at this depth.
+
+    Returns:
+        [batch_size, n_tokens], the dtype of targets.
+
+    Example:
+        >>> shift_targets(torch.tensor([[5, 6, 7, 8]]), None, torch.tensor([[True, True, False, True]]), 2, -100)
+        tensor([[-100,    8, -100, -100]])
+    """
+    k = min(k, targets.shape[1])
+    # 0 or 1 in the dtype of targets, so that the rule of segments and ends stands in one place
+    is_target = counted_ahead(counted.to(targets.dtype), segments, k) != 0
+    return torch.where(is_target, pad(targets[:, k:], (0, k)), ignore_index)
+
+
+class DepthRows(NamedTuple):
+    """What the depths k = 1..n_depths predict at each row."""
+
+    targets: Tensor  # [n_depths, batch_size, n_tokens]; ignore_index where a depth has none
+    weights: Tensor  # [n_depths, batch_size, n_tokens]; of the rows that are predicted, 0 where there is none
+
+
+def depth_rows(
+    targets: Tensor,  # [batch_size, n_tokens]
+    row_weights: Tensor,  # [batch_size, n_tokens]
+    segments: Tensor | None,  # [batch_size, n_tokens]
+    n_depths: int,
+    ignore_index: int,
+    *,
+    depth_weights: Tensor | None = None,  # [n_depths]
+    own_denominator: bool = False,
+) -> DepthRows:
+    """Targets and weights of every depth; row t of depth k predicts targets[:, t + k].
+
+    Args:
+        targets, row_weights, segments, ignore_index: of depth 0, as `shift_targets` and `counted_ahead` take them.
+        n_depths: how many depths there are.
+        depth_weights: factor of each depth.
+        own_denominator: multiply the weights of depth k by sum_t w_t / sum_t w_{t+k}: what was divided by the number of
+            all rows is then divided by that of the rows which have a target at depth k.
+
+    Raises:
+        ValueError: depth_weights of another shape, or that require grad.
+    """
+    counted = row_weights != 0
+    depths = range(1, n_depths + 1)
+    shifted = torch.stack([shift_targets(targets, segments, counted, k, ignore_index) for k in depths])
+    weights = torch.stack([counted_ahead(row_weights, segments, k) for k in depths])
+    if own_denominator:
+        sums = weights.sum((1, 2))
+        weights = weights * torch.where(sums == 0, 0.0, row_weights.sum() / sums).view(-1, 1, 1)
+    if depth_weights is not None:
+        if depth_weights.shape != (n_depths,) or depth_weights.requires_grad:
+            raise ValueError(
+                f"multi_token_prediction: expected mtp_depth_weights of shape [{n_depths}] without requires_grad, got "
+                f"{list(depth_weights.shape)}" + (" with it" if depth_weights.requires_grad else "")
+            )
+        weights = weights * depth_weights.to(weights).view(-1, 1, 1)
+    return DepthRows(shifted, weights)
+
+
+class DepthLosses(NamedTuple):
+    """What the heads of all depths give."""
+
+    loss: Tensor  # []: the weighted sum over depths; [batch_size, n_tokens] where head_loss gives that of the rows
+    terms: Tensor  # [n_terms, n_depths, batch_size, n_tokens]: TERM_NAMES, unweighted, without graph
+
+
+def losses_of_heads(
+    heads: LinearLogits | Sequence[Logits],  # n_depths of [batch_size, n_tokens, n_columns], or one with n_depths ahead
+    rows: DepthRows,
+    head_loss: HeadLoss,
+) -> DepthLosses:
+    """The losses of every depth. Heads that share a weight go as one batch of rows: one gradient of it, not several."""
+    if isinstance(heads, LinearLogits):
+        output = head_loss(heads, *rows)
+        return DepthLosses(output.loss.sum(0) if output.loss.dim() else output.loss, output.terms)
+    groups: list[list[int]] = []
+    for number, head in enumerate(heads):
+        for group in groups:
+            if _share_a_weight(heads[group[0]], head):
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    losses: list[Tensor] = []
+    terms: dict[int, Tensor] = {}
+    for group in groups:
+        head = heads[group[0]]
+        if len(group) == 1:
+            output = head_loss(head, rows.targets[group[0]], rows.weights[group[0]])
+            losses.append(output.loss)
+            terms[group[0]] = output.terms
+            continue
+        states = torch.stack([heads[number].hidden_states for number in group])  # type: ignore[union-attr]
+        of_group = (torch.stack([values[number] for number in group]) for values in rows)
+        output = head_loss(head._replace(hidden_states=states), *of_group)  # type: ignore[union-attr]
+        losses.append(output.loss.sum(0) if output.loss.dim() else output.loss)
+        terms |= dict(zip(group, output.terms.unbind(1), strict=True))
+    return DepthLosses(torch.stack(losses).sum(0), torch.stack([terms[number] for number in range(len(heads))], 1))
+
+
+def _share_a_weight(one: Logits, other: Logits) -> bool:
+    if not (isinstance(one, LinearLogits) and isinstance(other, LinearLogits)):
+        return False
+    return (
+        one.weight is other.weight and one.bias is other.bias and one.hidden_states.dtype == other.hidden_states.dtype
+    )
+
+
+class DepthMeans(NamedTuple):
+    """Means of each depth over the rows that have a target at it; [n_depths], without graph."""
+
+    losses: Tensor  # unweighted
+    accuracies: Tensor  # how often the head's likeliest token is the target
+    # how often the heads 1..k are all right, over the rows that have a target at each: how many drafted tokens a greedy
+    # speculative decoder accepts is 1 + the sum over k
+    acceptances: Tensor
+
+
+def depth_means(
+    terms: Tensor,  # [n_terms, n_depths, batch_size, n_tokens]
+    targets: Tensor,  # [n_depths, batch_size, n_tokens]
+    ignore_index: int,
+) -> DepthMeans:
+    """Loss, accuracy and acceptance of each depth; 0 where no row has a target."""
+    is_target = (targets != ignore_index).to(terms.dtype)
+    n_counted, n_chains = (count.sum((1, 2)).clamp_min(1) for count in (is_target, is_target.cumprod(0)))
+    correct = terms[CORRECT]  # 0 where there is no target
+    return DepthMeans(
+        terms[MAIN_LOSS].sum((1, 2)) / n_counted,
+        correct.sum((1, 2)) / n_counted,
+        correct.cumprod(0).sum((1, 2)) / n_chains,
+    )
+
+
+def depth_metrics(means: DepthMeans) -> dict[str, Tensor]:
+    """The metrics of each depth: mtp_loss_depth_1, mtp_accuracy_depth_1, mtp_acceptance_depth_1 and so on."""
+    return {
+        f"{name}{depth}": value
+        for name, values in zip(DEPTH_METRICS, means, strict=True)
+        for depth, value in enumerate(values.unbind(), start=1)
+    }
+
+
+def no_means(like: Tensor, n_depths: int) -> DepthMeans:
+    """Zeros, where no head was asked."""
+    return DepthMeans(*(like.new_zeros(n_depths) for _ in DepthMeans._fields))

@@ -1,0 +1,63 @@
+"""Soft targets: weight Td^2 sum_c -q_c log p_c over a few tokens c of each row, with p = softmax(z / Td).
+
+For the most likely tokens of a teacher, tokens sampled from it, or several right targets of a row. z are the effective
+logits of the main term, Td is distillation_temperature, and q are the given probabilities, which need not add up to 1:
+what the other tokens have is dropped. Td^2 keeps the size of the gradient, which softmax(z / Td) divides by Td^2.
+With Td = 1 the tokens are one more group of candidates in the pass over the row; another Td costs a pass of its own.
+
+The metric teacher_kl is sum_c q_c (log q_c - log p_c), the mean over the rows that count, without weight and Td^2.
+
+Source: Hinton et al. 2015, "Distilling the knowledge in a neural network".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ava_ext.call import Call
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.component import CandidateMetric, CandidateSource
+from ava_ext.ops.row_fields import Candidates
+
+
+def from_config(config: UnifiedLossConfig) -> CandidateSource | None:
+    """The term of every call that passes soft_target_ids, where its weight is above 0."""
+    if config.distillation_weight == 0:
+        return None
+    return CandidateSource(
+        "distillation_loss",
+        given=soft_targets,
+        needs_sequences=False,
+        is_soft=True,
+        temperature=config.distillation_temperature,
+        metric=CandidateMetric("teacher_kl", teacher_kl),
+    )
+
+
+def _factor(config: UnifiedLossConfig) -> float:
+    return config.distillation_weight * config.distillation_temperature**2
+
+
+def soft_targets(call: Call) -> Candidates | None:
+    """The call's soft_target_ids with their weights, or None if it has none."""
+    ids, weights = call.soft_target_ids, call.soft_target_weights
+    if ids is None or weights is None:
+        return None
+    return Candidates(ids.long(), weights.to(call.rows.weights.dtype) * _factor(call.config), (ids.shape[-1],))
+
+
+def teacher_kl(
+    call: Call,
+    term: Tensor,  # [batch_size, n_tokens]: sum_c -q_c log p_c of each row, times weight and Td^2
+) -> Tensor:  # []
+    """Mean of sum_c q_c (log q_c - log p_c) over the rows of this call that count."""
+    ids, weights = call.soft_target_ids, call.soft_target_weights
+    assert ids is not None and weights is not None  # else there is no term
+    given = weights.to(term.dtype).masked_fill(ids < 0, 0)
+    negative_entropy = given.xlogy(given).sum(-1)
+    counted = call.rows.targets != call.config.ignore_index
+    negative_entropy = torch.where(counted, negative_entropy, 0)
+    of_rows = negative_entropy if call.placement is None else call.placement.local(negative_entropy)
+    total = term.sum() / _factor(call.config) + (0 if of_rows is None else of_rows.sum())
+    return total / call.rows.n_counted.clamp_min(1)

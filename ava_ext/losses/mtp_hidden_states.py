@@ -1,0 +1,159 @@
+"""Multi-token prediction by depth modules of the model, which give hidden states of their own, as in DeepSeek-V3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ava_ext.call import Call, Logits
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.losses.component import Addends, Part
+from ava_ext.losses.depths import depth_means, depth_metrics, depth_rows, losses_of_heads, no_means
+from ava_ext.ops.linear_logits import LinearLogits
+
+
+class HiddenStatesMTP(Part):
+    """mtp_weight * mean over depths k = 1..K of c_k sum_t w_{t+k} CE(lm_head(h_k)_t, targets[t + k]).
+
+    h_k are the call's mtp_hidden_states, what the depth modules of the model give; the head is that of the main logits.
+    Row t of depth k has read the tokens up to k positions ahead of row t, and predicts the token after them. So the
+    last k rows of a text predict nothing, and may hold anything. w is the weight of the row that is predicted: token
+    weight / N, or 0 if it does not count or is in another segment. c_k is mtp_depth_weights[k].
+
+    The depths share the head's weight, so they go as one batch of rows, and the weight gets one gradient of them.
+    Depths with heads of their own come as additional_logits, logits or LinearLogits; those that share a weight go
+    together.
+
+    Args:
+        num_future_tokens: K.
+        mtp_weight: weight of the term.
+        mtp_detach_head: the shared head gets no gradient from the depths.
+        mtp_own_denominator: each depth is divided by the number of its own rows; see `depths.depth_rows`.
+        ignore_index: target of a row that does not count.
+
+    Source: DeepSeek-V3 technical report, section 2.2, equations 21 to 25.
+    """
+
+    name = "mtp_hidden_states"
+    keys = ("mtp_loss",)
+    needs_sequences = True
+
+    def __init__(
+        self,
+        num_future_tokens: int = UnifiedLossConfig.num_future_tokens,
+        *,
+        mtp_weight: float = UnifiedLossConfig.mtp_weight,
+        mtp_detach_head: bool = UnifiedLossConfig.mtp_detach_head,
+        mtp_own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
+        ignore_index: int = UnifiedLossConfig.ignore_index,
+    ) -> None:
+        super().__init__()
+        self.n_depths = num_future_tokens
+        self.weight = mtp_weight
+        self.detach_head = mtp_detach_head
+        self.own_denominator = mtp_own_denominator
+        self.ignore_index = ignore_index
+
+    @classmethod
+    def from_config(cls, config: UnifiedLossConfig) -> HiddenStatesMTP | None:
+        """The part where the configuration asks for depth modules of the model."""
+        if config.mtp_heads != "hidden_states":
+            return None
+        return cls(
+            config.num_future_tokens,
+            mtp_weight=config.mtp_weight,
+            mtp_detach_head=config.mtp_detach_head,
+            mtp_own_denominator=config.mtp_own_denominator,
+            ignore_index=config.ignore_index,
+        )
+
+    def of_call(self, call: Call) -> Addends:
+        """The term of the depths that the call gives; zeros without any, and with mtp_active=False."""
+        rows, active = call.rows, call.mtp_active
+        heads = self._heads_of(call)
+        if active is False or heads is None:
+            loss = torch.zeros_like(rows.weights) if call.config.reduction == "none" else rows.weights.new_zeros(())
+            # sums of nothing: connected to the graph, so that DDP sees a gradient for every parameter, and blind to nan
+            for part in _parts(heads):
+                loss = loss + part[..., :0].sum()
+            return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, self.n_depths)))
+        row_weights = rows.weights.detach()
+        if isinstance(active, Tensor):
+            is_active = active.bool().view(-1, 1) if active.dim() else active.bool()
+            row_weights = torch.where(is_active, row_weights, 0.0)
+        of_depths = depth_rows(
+            rows.targets,
+            row_weights,
+            call.segments,
+            self.n_depths,
+            self.ignore_index,
+            depth_weights=call.mtp_depth_weights,
+            own_denominator=self.own_denominator,
+        )
+        scaled = of_depths._replace(weights=of_depths.weights * (self.weight / self.n_depths))
+        loss, terms = losses_of_heads(heads, scaled, call.head_loss)
+        means = depth_means(terms, of_depths.targets, self.ignore_index)
+        return Addends({"mtp_loss": loss}, depth_metrics(means))
+
+    def _heads_of(self, call: Call) -> LinearLogits | list[Logits] | None:
+        states, logits = call.mtp_hidden_states, call.additional_logits
+        if states is None and logits is None:
+            if call.mtp_active is not None and call.mtp_active is not False:
+                raise ValueError("unified_loss: mtp_active needs mtp_hidden_states or additional_logits, got None")
+            return None
+        if states is not None and logits is not None:
+            raise ValueError("unified_loss: expected mtp_hidden_states or additional_logits, got both")
+        if states is not None:
+            return self._shared_head(call, states)
+        return self._given_heads(call, [] if logits is None else list(logits))
+
+    def _shared_head(
+        self,
+        call: Call,
+        states: Tensor | Sequence[Tensor],  # num_future_tokens of [batch_size, n_tokens, hidden_size] or flat
+    ) -> LinearLogits:
+        weight, bias = call.lm_head_weight, call.lm_head_bias
+        if weight is None and isinstance(call.logits, LinearLogits):
+            weight, bias = call.logits.weight, call.logits.bias
+        if weight is None:
+            raise ValueError("unified_loss: mtp_hidden_states need lm_head_weight, got None")
+        if self.detach_head:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        shapes = [list(depth.shape) for depth in states]
+        expected = [*call.targets_shape, weight.shape[1]]
+        if shapes != [expected] * self.n_depths:
+            raise ValueError(
+                f"unified_loss: expected mtp_hidden_states of num_future_tokens = {self.n_depths} times {expected}, "
+                f"got {shapes}"
+            )
+        if not isinstance(states, Tensor):
+            states = torch.stack(list(states))
+        if call.is_flat:
+            states = states.unsqueeze(1)
+        head = LinearLogits(states, weight, bias)
+        head.check("unified_loss", ("mtp_hidden_states", "lm_head_weight", "lm_head_bias"))
+        return head
+
+    def _given_heads(self, call: Call, heads: list[Logits]) -> list[Logits]:
+        shapes = [list(head.shape[:-1]) for head in heads]
+        if shapes != [list(call.targets_shape)] * self.n_depths:
+            raise ValueError(
+                f"unified_loss: expected additional_logits of num_future_tokens = {self.n_depths} times "
+                f"{[*call.targets_shape, call.config.vocab_size]}, got {[list(head.shape) for head in heads]}"
+            )
+        for number, head in enumerate(heads):
+            if isinstance(head, LinearLogits):
+                head.check(f"unified_loss: additional_logits[{number}]")
+        return [head.unsqueeze(0) for head in heads] if call.is_flat else heads
+
+
+def _parts(heads: LinearLogits | list[Logits] | None) -> list[Tensor]:
+    """The tensors that the heads are made of."""
+    if heads is None:
+        return []
+    several = [heads] if isinstance(heads, LinearLogits) else heads
+    return [
+        part for head in several for part in (head if isinstance(head, LinearLogits) else (head,)) if part is not None
+    ]

@@ -1,0 +1,135 @@
+"""Sequence-level unlikelihood: a text that the model generated, and what of it repeats itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.repeated_ngrams import repeated_ngram_mask
+from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
+from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.sequences import segment_numbers
+
+
+class SequenceUnlikelihoodLoss(nn.Module):
+    """-log(1 - p(tokens[t])), the mean over the tokens t that belong to an n-gram which occurred before.
+
+    The tokens are those that the model itself generated, greedily or by sampling; the logits are those of a forward
+    over them. 0 where nothing repeats. See `repeated_ngram_mask` for what repeats.
+
+    Args:
+        vocab_size: real columns of the logits; columns beyond it are padding. At least 2.
+        ngram_size: n.
+        reduction: "mean" over the tokens that repeat (or num_items_in_batch, where given), "sum" or "none".
+        initial_temperature, logit_softcap, linear_chunk_bytes: as in `UnifiedLossConfig`.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Example:
+        >>> generated = torch.tensor([[7, 8, 9, 5, 7, 8, 9, 3]])  # of a prompt that is not in it
+        >>> logits = torch.randn(1, 8, 50, requires_grad=True)  # logits[:, t] predicts generated[:, t]
+        >>> SequenceUnlikelihoodLoss(50, ngram_size=3)(logits, generated).backward()
+        >>> logits.grad.abs().sum(-1).count_nonzero()
+        tensor(3)
+
+    Source: Welleck et al. 2019, "Neural text generation with unlikelihood training", section 5.2, equation 8. The code
+    of its authors, too, lets the earlier n-gram overlap.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        ngram_size: int = 4,
+        *,
+        reduction: str = "mean",
+        initial_temperature: float = 1.0,
+        logit_softcap: float | None = None,
+        linear_chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = UnifiedLossConfig(
+            vocab_size=vocab_size,
+            primary_loss_type="standard",
+            ngram_size=ngram_size,
+            reduction=reduction,
+            initial_temperature=initial_temperature,
+            logit_softcap=logit_softcap,
+            linear_chunk_bytes=linear_chunk_bytes,
+        )
+        if vocab_size < 2:
+            raise ValueError(f"sequence_unlikelihood: expected vocab_size >= 2, got {vocab_size}")
+
+    def forward(
+        self,
+        logits: Tensor | LinearLogits,  # [batch_size, n_tokens, n_columns]
+        tokens: Tensor,  # [batch_size, n_tokens]
+        continuation_mask: Tensor | None = None,  # [batch_size, n_tokens]
+        *,
+        segment_ids: Tensor | None = None,  # [batch_size, n_tokens] or [1, n_tokens]
+        num_items_in_batch: float | Tensor | None = None,
+        max_counted_rows: int | None = None,
+    ) -> Tensor:
+        """The loss, a scalar; with reduction="none" that of every token, [batch_size, n_tokens].
+
+        Args:
+            logits: logits[:, t] predict tokens[:, t]; or LinearLogits, of which a few rows exist at a time.
+            tokens: what was generated. With a prompt in front, tokens[:, t] is the token behind it and all before.
+            continuation_mask: tokens where it is 0 (prompt, padding) belong to no n-gram and are not penalised.
+            segment_ids: the texts that are packed into one row.
+            num_items_in_batch: how many tokens repeat in all micro-batches, if the batch is one of several: the sum is
+                divided by it. `repeats` tells those of one.
+            max_counted_rows: at most so many tokens repeat; see `ops.row_loss`.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        if logits.shape[:-1] != tokens.shape or logits.shape[-1] < self.config.vocab_size:
+            raise ValueError(
+                f"sequence_unlikelihood: expected logits of shape [{', '.join(map(str, tokens.shape))}, at least "
+                f"{self.config.vocab_size}], got {list(logits.shape)}"
+            )
+        repeats = self.repeats(tokens, continuation_mask, segment_ids=segment_ids)
+        real = accumulation_dtype(logits.dtype)
+        # the row kernel leaves out a row's own target: another one, whose own loss is off
+        targets = torch.where(repeats, (tokens.long() == 0).long(), -1)
+        ids = torch.where(repeats, tokens.long(), -1).unsqueeze(-1)
+        weights = repeats.to(real)
+        if self.config.reduction == "mean":
+            n = weights.sum() if num_items_in_batch is None else num_items_in_batch
+            n = torch.as_tensor(n, dtype=real, device=tokens.device)
+            weights = weights / torch.where(n == 0, 1.0, n)
+        softcap = self.config.logit_softcap
+        options = row_options(
+            torch.empty(0, dtype=real, device=tokens.device),
+            temperature=self.config.initial_temperature,
+            logit_softcap=softcap,
+        )
+        return row_loss(
+            logits,
+            targets,
+            options,
+            flags=int(RowFlags.SOFTCAP) if softcap else 0,
+            row_weights=weights,
+            candidates=Candidates(ids, torch.ones_like(ids, dtype=real), (1,)),
+            vocab_size=self.config.vocab_size,
+            ignore_index=-1,
+            reduction="none" if self.config.reduction == "none" else "sum",
+            chunk_bytes=self.config.linear_chunk_bytes,
+            max_counted_rows=max_counted_rows,
+        ).loss
+
+    def repeats(
+        self,
+        tokens: Tensor,  # [batch_size, n_tokens]
+        continuation_mask: Tensor | None = None,  # [batch_size, n_tokens]
+        *,
+        segment_ids: Tensor | None = None,  # [batch_size, n_tokens] or [1, n_tokens]
+    ) -> Tensor:
+        """[batch_size, n_tokens] bool: the tokens that are penalised."""
+        segments = None
+        if segment_ids is not None:
+            segments = segment_numbers((tokens.shape[0], tokens.shape[1]), segment_ids, None, None)
+        return repeated_ngram_mask(tokens, self.config.ngram_size, mask=continuation_mask, segments=segments)

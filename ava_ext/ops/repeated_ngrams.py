@@ -1,0 +1,99 @@
+"""Which tokens of a text belong to an n-gram that occurred before: exact, on any device, without a wait for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ava_ext.ops.arguments import check_integers, check_is_tensor
+
+
+def repeated_ngram_mask(
+    tokens: Tensor,  # [batch_size, n_tokens]
+    ngram_size: int,
+    *,
+    mask: Tensor | None = None,  # [batch_size, n_tokens]
+    segments: Tensor | None = None,  # [batch_size or 1, n_tokens]
+) -> Tensor:
+    """True at every token of an n-gram that has begun earlier in the same text.
+
+    The earlier occurrence may overlap: of 1 1 1 1, the second 1 1 1 repeats the first. Exact, not by hash: n-grams get
+    numbers by sorting, log2(ngram_size) + 1 times; nothing is copied to the host, and shapes depend on no value.
+
+    Args:
+        tokens: [batch_size, n_tokens], any integers.
+        ngram_size: n >= 1.
+        mask: [batch_size, n_tokens]; tokens where it is 0 or False (a prompt, padding) belong to no n-gram.
+        segments: a number that changes where a text begins, contiguous; None: each batch row is one text.
+
+    Returns:
+        [batch_size, n_tokens] bool.
+
+    Raises:
+        ValueError: ngram_size is below 1, or shapes or types do not fit. TypeError: tokens are no tensor.
+
+    Example:
+        >>> repeated_ngram_mask(torch.tensor([[1, 2, 3, 4, 1, 2, 3, 5]]), 3).int()
+        tensor([[0, 0, 0, 0, 1, 1, 1, 0]], dtype=torch.int32)
+
+    Source: Welleck et al. 2019, "Neural text generation with unlikelihood training", section 5.2.
+    """
+    check_is_tensor("repeated_ngram_mask", "tokens", tokens)
+    check_integers("repeated_ngram_mask", "tokens", tokens)
+    if ngram_size < 1:
+        raise ValueError(f"repeated_ngram_mask: expected ngram_size >= 1, got {ngram_size}")
+    if tokens.dim() != 2:
+        raise ValueError(
+            f"repeated_ngram_mask: expected tokens of shape [batch_size, n_tokens], got {list(tokens.shape)}"
+        )
+    shape = tokens.shape
+    for name, given in (("mask", mask), ("segments", segments)):
+        if given is not None and given.shape != shape and not (name == "segments" and given.shape == (1, shape[1])):
+            raise ValueError(f"repeated_ngram_mask: expected {name} of shape {list(shape)}, got {list(given.shape)}")
+    if tokens.numel() == 0:
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    starts = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
+    starts[:, 0] = True
+    if segments is not None:
+        starts[:, 1:] |= segments[:, 1:] != segments[:, :-1]
+    text = starts.flatten().cumsum(0)  # of each token, numbered in reading order
+    keep = torch.ones_like(starts) if mask is None else mask != 0
+    # a number for each different token of each text; those that are left out have numbers of their own
+    numbers = _renumber(_paired(_renumber(tokens.long().flatten()), 2 * text + keep.flatten()))
+    length = 1
+    while length < ngram_size:  # an n-gram is two shorter ones, which may overlap
+        step = min(length, ngram_size - length)
+        numbers = _renumber(_paired(numbers, numbers.roll(-step)))
+        length += step
+    ordered, places = numbers.sort(stable=True)
+    is_later = torch.zeros_like(starts.flatten())
+    is_later[1:] = ordered[1:] == ordered[:-1]
+    repeats = torch.zeros_like(is_later).scatter(0, places, is_later)
+    # whole within one text, and without what is left out; what has run over the end of the batch comes last of equals
+    n_left_out = torch.nn.functional.pad((~keep).flatten().long().cumsum(0), (1, 0))
+    begin = torch.arange(len(text), device=text.device)
+    end = (begin + ngram_size).clamp_max(len(text))
+    last = end - 1
+    is_whole = (begin + ngram_size == end) & (text[last] == text) & (n_left_out[end] == n_left_out[begin])
+    # a token belongs to the n-grams that begin at it or at the ngram_size - 1 before it
+    n_begun = torch.nn.functional.pad((repeats & is_whole).long().cumsum(0), (1, 0))
+    before = (begin - ngram_size + 1).clamp_min(0)
+    return (n_begun[begin + 1] > n_begun[before]).view(shape)
+
+
+def _renumber(
+    values: Tensor,  # [n] int64
+) -> Tensor:  # [n] int64 in [0, n)
+    """Equal numbers for equal values, as few as there are different ones."""
+    ordered, places = values.sort()
+    is_new = torch.zeros_like(ordered)
+    is_new[1:] = (ordered[1:] != ordered[:-1]).long()
+    return torch.zeros_like(ordered).scatter(0, places, is_new.cumsum(0))
+
+
+def _paired(
+    first: Tensor,  # [n] int64 in [0, n)
+    second: Tensor,  # [n] int64 in [0, 2 n + 2)
+) -> Tensor:  # [n] int64
+    """One number for each different pair."""
+    return first * (2 * len(first) + 2) + second

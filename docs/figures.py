@@ -1,0 +1,174 @@
+"""Draws docs/figures/*.svg from the results in benchmarks/results/ and studies/results/. `make docs` runs it.
+
+python docs/figures.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent / "figures"
+BENCHMARKS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "studies" / "results"
+OURS, OTHERS = "#00796b", ("#616161", "#9e9e9e", "#bdbdbd")
+LINES = ("#616161", "#1565c0", "#ef6c00", "#00796b", "#8e24aa", "#c62828", "#6d4c41")
+
+matplotlib.rcParams.update(
+    {"svg.hashsalt": "ava_ext", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+)
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def rows() -> Figure:
+    """How many times faster than PyTorch, from logits."""
+    result = load(BENCHMARKS / "amd_epyc.json")
+    names = {
+        "ours": "cross-entropy",
+        "ours_inplace": "in place",
+        "terms_ours": "every row term",
+        "softcap_ours": "with soft cap",
+    }
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(result["row_loss"]), sharey=True)
+    for axis, case in zip(axes, result["row_loss"], strict=True):
+        for offset, key, colour in ((-0.2, "faster_than_eager", OURS), (0.2, "faster_than_compiled", "#80cbc4")):
+            values = [case["ratios"][name][key] for name in names]
+            label = {"faster_than_eager": "than eager", "faster_than_compiled": "than torch.compile"}[key]
+            bars = axis.bar([place + offset for place in range(len(names))], values, 0.4, color=colour, label=label)
+            axis.bar_label(bars, fmt="%.0fx", fontsize=7)
+        axis.set_xticks(range(len(names)), names.values(), rotation=15)
+        axis.set_title(f"[{case['n_rows']}, {case['vocab_size']}] {case['dtype']}, forward and backward")
+        axis.set_yscale("log")
+    axes[0].set_ylabel("times faster")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def memory() -> Figure:
+    """Peak memory of one call over that of the logits."""
+    result = load(BENCHMARKS / "amd_epyc.json")
+    names = {
+        "eager": "eager", "compiled": "compiled", "ours": "ava_ext", "ours_inplace": "ava_ext, in place",
+        "terms_eager": "every term, eager", "terms_compiled": "every term, compiled",
+        "terms_ours": "every term, ava_ext",
+    }  # fmt: skip
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(result["peak_memory"]), sharey=True)
+    for axis, case in zip(axes, result["peak_memory"], strict=True):
+        values = [case["extra_over_logits"][name] for name in names][::-1]
+        labels = list(names.values())[::-1]
+        bars = axis.barh(labels, values, color=[OURS if "ava_ext" in label else OTHERS[1] for label in labels])
+        axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+        axis.set_title(f"{case['dtype']}: peak extra memory / logits")
+    return figure
+
+
+def router() -> Figure:
+    """Balancing losses of a router, forward and backward."""
+    cases = [
+        case for case in load(BENCHMARKS / "amd_epyc.json")["router"] if len(case["size"]) == 3 and case["size"][0] > 8
+    ]
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    axes = figure.subplots(1, len(cases))
+    names = {"eager": "eager", "compiled": "compiled", "ours": "ava_ext"}
+    for axis, case in zip(axes, cases, strict=True):
+        values = [case["times"][name]["median_ms"] for name in names]
+        axis.bar_label(axis.bar(list(names.values()), values, color=[OTHERS[0], OTHERS[1], OURS]), fmt="%.0f")
+        axis.set_title(f"router {case['size'][:2]}, ms")
+    return figure
+
+
+def accuracy() -> Figure:
+    """Error of the target's gradient by gap."""
+    found = load(BENCHMARKS / "accuracy.json")["errors"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in found))
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots(1, len(dtypes), sharey=True)
+    for axis, dtype in zip(axes, dtypes, strict=True):
+        for number, row in enumerate(row for row in found if row["dtype"] == dtype and "linear" not in row["way"][:15]):
+            gaps = [int(gap) for gap in row["gaps"] if int(gap) >= 0 and (dtype != "float16" or int(gap) <= 20)]
+            errors = [row["gaps"][str(gap)]["target"] for gap in gaps]
+            is_ours = row["way"].startswith("ava_ext")
+            style = (
+                {"color": OURS, "linewidth": 2.5, "zorder": 3}
+                if is_ours
+                else {"color": LINES[number], "linewidth": 1.2}
+            )
+            axis.plot(gaps, errors, marker="o", markersize=3, label=row["way"], **style)
+        axis.set_yscale("log")
+        axis.set_title(dtype)
+        axis.set_xlabel("the target leads by")
+    axes[0].set_ylabel("relative error of the\ntarget's gradient")
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def moe_balance() -> Figure:
+    """MaxVio and loss over the steps: mean of the seeds, and their standard deviation as a band."""
+    arms = load(STUDIES / "moe_balance.json")["arms"]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, seeds), colour in zip(arms.items(), LINES, strict=False):
+        runs = list(seeds.values())
+        for axis, key in ((left, "max_violation"), (right, "loss")):
+            middle = [mean(values) for values in zip(*(run[key] for run in runs), strict=True)]
+            axis.plot(runs[0]["steps"], middle, color=colour, label=name, linewidth=1.4)
+            if len(runs) > 1:
+                spread = [stdev(values) for values in zip(*(run[key] for run in runs), strict=True)]
+                low, high = zip(*((m - s, m + s) for m, s in zip(middle, spread, strict=True)), strict=True)
+                axis.fill_between(runs[0]["steps"], low, high, color=colour, alpha=0.12, linewidth=0)
+    left.set(title="MaxVio of the training batch", xlabel="step", ylim=(0, None))
+    right.set(title="cross-entropy of the training batch", xlabel="step")
+    left.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def repetition() -> Figure | None:
+    """Perplexity against greedy seq-rep-4 of held-out text, one point for each seed and a cross for their spread."""
+    path = STUDIES / "repetition.json"
+    if not path.exists():
+        return None
+    result = load(path)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    titles = {"same_kind": "held-out text of the same kind", "other_kind": "text of another kind"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        before = result["before"][kind]
+        axis.scatter(before["perplexity"], before["greedy"]["seq_rep_4"], marker="*", color="black", label="before")
+        for (name, seeds), colour in zip(result["arms"].items(), LINES, strict=False):
+            runs = [run["after"][kind] for run in seeds.values()]
+            x, y = [run["perplexity"] for run in runs], [run["greedy"]["seq_rep_4"] for run in runs]
+            axis.scatter(x, y, color=colour, label=name, s=18)
+            if len(runs) > 1:
+                axis.errorbar(mean(x), mean(y), xerr=stdev(x), yerr=stdev(y), color=colour, alpha=0.5)
+        axis.set(title=title, xlabel="perplexity", ylabel="seq-rep-4, greedy", ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure | None]] = {
+    "rows": rows, "memory": memory, "router": router, "accuracy": accuracy, "moe_balance": moe_balance,
+    "repetition": repetition,
+}  # fmt: skip
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in FIGURES.items():
+        if (figure := draw()) is not None:
+            figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+    print(f"figures are in {FOLDER.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

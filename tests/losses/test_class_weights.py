@@ -1,0 +1,81 @@
+"""Class weights, as torch.nn.functional.cross_entropy has them: values, gradients, N."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.strategies import Numbers
+
+from ava_ext import UnifiedLoss
+from ava_ext.functional import cross_entropy, linear_cross_entropy
+
+V = 7
+WEIGHTS = (1.0, 0.25, 3.0, 0.0, 1.5, 0.5, 2.0)
+
+
+def problem(seed, *rows):
+    numbers = Numbers(seed)
+    targets = numbers.integers(0, V, *rows).masked_fill(numbers.true(0.3, *rows), -100)
+    return numbers, targets, torch.tensor(WEIGHTS, dtype=torch.float64)
+
+
+def assert_same_with_gradients(got, wanted, *leaves):
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-15)
+    gradients = (torch.autograd.grad(value.sum(), leaves, retain_graph=True) for value in (got, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_functions_are_those_of_torch(reduction):
+    numbers, targets, weight = problem(1, 9)
+    logits = numbers.leaf(9, V)
+    wanted = F.cross_entropy(logits, targets, weight, reduction=reduction)
+    assert_same_with_gradients(cross_entropy(logits, targets, weight, reduction=reduction), wanted, logits)
+    states, head = numbers.leaf(9, 4), numbers.leaf(V, 4)
+    wanted = F.cross_entropy(F.linear(states, head), targets, weight, reduction=reduction)
+    got = linear_cross_entropy(states, head, targets, weight=weight, reduction=reduction)
+    assert_same_with_gradients(got, wanted, states, head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision(dtype):
+    numbers, targets, weight = problem(2, 9)
+    logits = numbers.normal(9, V).to(dtype).requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    got = cross_entropy(logits, targets, weight.float())
+    wanted = F.cross_entropy(wide, targets, weight)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0)
+    found, expected = torch.autograd.grad(got, logits)[0], torch.autograd.grad(wanted, wide)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_every_token_term_has_the_same_n():
+    numbers, targets, weight = problem(3, 2, 6)
+    logits, token_weights = numbers.leaf(2, 6, V), numbers.uniform(2, 6)
+    options = {"primary_loss_type": "standard", "z_loss_weight": 0.1}
+    loss_fn = UnifiedLoss(V, class_weights=WEIGHTS, **options)
+    counted = targets != -100
+    n = (token_weights * weight[targets.clamp(min=0)])[counted].sum()
+    assert loss_fn.count_items(targets) == weight[targets[counted]].sum()
+    each = F.cross_entropy(logits[counted], targets[counted], weight, reduction="none")
+    wanted = (token_weights[counted] * (each + 0.1 * logits[counted].logsumexp(-1).square())).sum()
+    parts = loss_fn(logits, targets, token_weights=token_weights, return_detailed=True)
+    assert_same_with_gradients(parts["total_loss"], wanted / n, logits)
+    torch.testing.assert_close(parts["main_loss"] + parts["z_loss"], parts["total_loss"].detach())
+    plain = F.cross_entropy(logits[counted], targets[counted]).detach()  # what one compares runs by
+    torch.testing.assert_close(parts["cross_entropy"], plain)
+    of_step = loss_fn(logits, targets, token_weights=token_weights, num_items_in_batch=4.0)
+    assert_same_with_gradients(of_step, wanted / 4, logits)
+
+
+def test_nothing_counts():
+    logits = torch.full((2, V), torch.nan, requires_grad=True)
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", class_weights=WEIGHTS)
+    loss_fn(logits, torch.full((2,), -100)).backward()
+    assert not logits.grad.any()
+    logits = torch.randn(2, V, requires_grad=True)  # a class of weight 0 alone
+    loss = loss_fn(logits, torch.tensor([3, 3]))
+    assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
+
+
+def test_a_long_list_is_not_printed():
+    assert "class_weights=(1.0, ..., 1.0)" in repr(UnifiedLoss(100, class_weights=(1.0,) * 100))

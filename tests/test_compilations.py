@@ -1,0 +1,93 @@
+"""A compiled loss is compiled as often as torch.nn.functional.cross_entropy: over lengths, dtypes and a reload."""
+
+import copy
+
+import pytest
+import torch
+from support.strategies import HIDDEN_SIZE, Numbers
+from test_compile import BATCH, ROWS, E, V
+from torch.utils._pytree import tree_map
+
+from ava_ext import UnifiedLoss
+
+ADAPTIVE = {"primary_loss_type": "adaptive_mtp", "num_future_tokens": 2}
+CONFIGURATIONS = {
+    "plain": {"primary_loss_type": "standard"},
+    "default": {},
+    "default, step by hand": {"auto_step": False},
+    "every term of a row": {"primary_loss_type": "standard", **ROWS},
+    "every part": {"primary_loss_type": "deepseek", "use_mtp": True, **ROWS, **BATCH},
+    "adaptive heads": ADAPTIVE,
+    "pairs": {"primary_loss_type": "standard", "use_contrastive_loss": True},
+    "linear layer": {},
+}
+# a length for the second time, a new one (from now on any), and more of them; as training does
+LENGTHS = (5, 5, 7, 9, 16)
+CALLS = [(n_tokens, torch.float32) for n_tokens in LENGTHS]
+CALLS += ["reload", (5, torch.float32), (8, torch.float32), (16, torch.float32)]
+CALLS += [(n_tokens, torch.bfloat16) for n_tokens in LENGTHS]
+CALLS += ["assign", (5, torch.float32), (9, torch.bfloat16)]
+
+
+class Counting:
+    """A backend that runs the graph as it is, and counts the graphs."""
+
+    def __init__(self):
+        self.n_compilations = 0
+
+    def __call__(self, graph, example_inputs):
+        self.n_compilations += 1
+        return graph.forward
+
+
+def arguments(name, n_tokens, dtype, seed):
+    numbers, config = Numbers(seed), UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name]).config
+    given = {"logits": numbers.leaf(2, n_tokens, V), "targets": numbers.integers(0, V, 2, n_tokens)}
+    if config.use_moe_balancing:
+        given["hidden_states"] = numbers.leaf(2, n_tokens, HIDDEN_SIZE)
+        given["gate_logits"] = numbers.leaf(2 * n_tokens, E)
+        given["expert_outputs"] = numbers.leaf(E, 2 * n_tokens, HIDDEN_SIZE)
+    if config.primary_loss_type == "adaptive_mtp":
+        given["additional_logits"] = numbers.leaf(2, 2, n_tokens, V)
+        given["confidence_scores"] = numbers.uniform(2, n_tokens, low=0.1, high=0.9).requires_grad_()
+    if name == "pairs":
+        given["contrastive_pair"] = (numbers.leaf(n_tokens, HIDDEN_SIZE), numbers.leaf(n_tokens, HIDDEN_SIZE))
+    if name == "linear layer":
+        del given["logits"]
+        given["hidden_states"] = numbers.leaf(2, n_tokens, HIDDEN_SIZE)
+        given["lm_head_weight"] = numbers.leaf(V, HIDDEN_SIZE)
+
+    def of_dtype(tensor):
+        return tensor.detach().to(dtype).requires_grad_() if tensor.is_floating_point() else tensor
+
+    return tree_map(of_dtype, given)
+
+
+def compilations(function, call):
+    """How many there have been after each of CALLS. call(compiled, n_tokens, dtype, seed) -> the loss."""
+    torch._dynamo.reset()
+    backend, found = Counting(), []
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for seed, what in enumerate(CALLS):
+        if isinstance(what, tuple):
+            call(compiled, *what, seed).backward()
+        elif isinstance(function, UnifiedLoss):
+            function.load_state_dict(copy.deepcopy(function.state_dict()), assign=what == "assign")
+        found.append(backend.n_compilations)
+    return found
+
+
+def of_cross_entropy():
+    def function(logits, targets):
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return compilations(function, lambda compiled, *what: compiled(**arguments("plain", *what)))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_no_more_compilations_than_cross_entropy(name):
+    allowed = of_cross_entropy()
+    assert allowed[-1] == 3  # one length, any length, the other type
+    loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name])
+    found = compilations(loss_fn, lambda compiled, *what: compiled(**arguments(name, *what)))
+    assert found == allowed

@@ -1,0 +1,77 @@
+"""LossMeter over micro-batches: the values of the whole batch in one call, and no waiting for the device."""
+
+import math
+
+import pytest
+import torch
+from support.strategies import HIDDEN_SIZE, Numbers
+from test_compile import BATCH, CONFIGURATIONS, ROWS, E, NoSynchronisation, V, arguments
+
+from ava_ext import LossMeter, UnifiedLoss
+
+AVERAGES_OF_CALLS = ("moe_cv", "moe_max_violation")  # of the balance; see LossMeter
+NOT_OF_ROWS = {"use_auxiliary_loss": False, "use_contrastive_loss": False, "use_diversity_loss": False}
+OPTIONS = {
+    "plain": {"primary_loss_type": "standard"},
+    "default": {},
+    "every term of a row": {"primary_loss_type": "standard", **ROWS},
+    "router": {"primary_loss_type": "standard", **BATCH, **NOT_OF_ROWS},
+}
+
+
+def batch(loss_fn):
+    numbers = Numbers(0)
+    targets = numbers.integers(1, V, 6, 5)
+    for row in range(6):
+        targets[row, row:] = 0 if loss_fn.pad_token_id == 0 else -100  # the first row counts nothing
+    given = {"logits": numbers.leaf(6, 5, V), "targets": targets}
+    if loss_fn.use_moe_balancing:
+        given["gate_logits"] = numbers.leaf(30, E)
+    return given
+
+
+def part_of(given, rows):
+    tokens = slice(5 * rows.start, 5 * rows.stop)
+    sliced = {"logits": rows, "targets": rows, "gate_logits": tokens}
+    return {name: value[sliced[name]] for name, value in given.items()}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_micro_batches_give_what_the_whole_batch_gives(name):
+    loss_fn, meter, whole = UnifiedLoss(V, HIDDEN_SIZE, auto_step=False, **OPTIONS[name]), LossMeter(), LossMeter()
+    given = batch(loss_fn)
+    loss_fn(**given)
+    loss_fn.step()  # the load of experts is no longer even
+    n_items = loss_fn.count_items(given["targets"])
+    parts = loss_fn(**given, num_items_in_batch=n_items, return_detailed=True)
+    whole.update(parts)
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 6)):
+        micro = loss_fn(**part_of(given, rows), num_items_in_batch=n_items, return_detailed=True)
+        meter.update(micro)
+    found, expected = meter.compute(), {key: value.item() for key, value in parts.items()}
+    assert whole.compute() == pytest.approx(expected, rel=1e-6)
+    assert all(type(value) is float for value in found.values()) and found["n_tokens"] == n_items
+    assert math.isclose(found["perplexity"], math.exp(found["cross_entropy"]), rel_tol=1e-9)
+    for key in AVERAGES_OF_CALLS:
+        found.pop(key, None), expected.pop(key, None)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_an_update_does_not_wait_for_the_device(name):
+    loss_fn, meter = UnifiedLoss(V, HIDDEN_SIZE, **{**CONFIGURATIONS[name], "reduction": "mean"}), LossMeter()
+    given = [arguments(loss_fn.config, seed) for seed in range(3)]
+    with NoSynchronisation():
+        for values in given:
+            meter.update(loss_fn(**values, return_detailed=True))
+    assert meter.compute()["n_tokens"] > 0
+
+
+def test_compute_waits_once(monkeypatch):
+    loss_fn, meter, waits = UnifiedLoss(V), LossMeter(), []
+    meter.update(loss_fn(torch.randn(2, 5, V), torch.ones(2, 5).long(), return_detailed=True))
+    for name in ("item", "tolist", "cpu"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, original=original: (waits.append(1), original(self))[1])
+    assert meter.compute()["temperature"] == 1
+    assert len(waits) == 1
