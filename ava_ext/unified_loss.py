@@ -229,6 +229,7 @@ class UnifiedLoss(nn.Module):
             ValueError: an input is missing, superfluous, or of the wrong shape.
             TypeError: an input is not a tensor. IndexError: a counted target is out of range (CPU).
         """
+        row_pass = self.row_pass
         call = Call(
             self.config,
             self._sequence_keys,
@@ -261,18 +262,12 @@ class UnifiedLoss(nn.Module):
             soft_target_weights=soft_target_weights,
             contrastive_pair=contrastive_pair,
             max_counted_rows=max_counted_rows,
-            class_weights=self.row_pass.class_weights,
+            class_weights=row_pass.class_weights,
         )
         if self._learns:
-            for name in self._state_names:
-                getattr(self, name).check_device(call.rows.weights.device)
-        if self._learns and torch.is_grad_enabled() and not torch.compiler.is_exporting():
-            first_run = is_first_run(call.rows.weights)
-            for name in self._state_names:
-                getattr(self, name).begin(first_run, targets)
-            call.recording = first_run if self.training else False
+            self._begin(call, targets)
         temperature = self.temperature.read("value") if self.config.temperature_adapts else None
-        rows = self.row_pass.run(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
+        rows = row_pass.run(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
         total = rows.loss
         terms: dict[str, Tensor] = {}  # what the pass over the rows does not give
         metrics: dict[str, Tensor] = {}
@@ -291,6 +286,21 @@ class UnifiedLoss(nn.Module):
     def penalty_factor(self) -> Tensor | None:  # []
         """The factor of the weights of repetition penalties; None: 1. Schedules override it."""
         return None
+
+    def _begin(
+        self,
+        call: Call,
+        targets: Any,  # as forward gets them
+    ) -> None:
+        """Prepares what learns, and decides whether this call is recorded."""
+        states = self._learned()
+        for state in states:
+            state.check_device(call.rows.weights.device)
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            first_run = is_first_run(call.rows.weights)
+            for state in states:
+                state.begin(first_run, targets)
+            call.recording = first_run if self.training else False
 
     def _learn(self, call: Call, rows: RowPassOutput) -> None:
         """Records the cross-entropy for the temperature and, with auto_step, commits what this call has taught."""

@@ -117,7 +117,7 @@ enum RowFlags : int64_t {
   // the target's term is weighted, by a constant: by p_t, or by H / log V, to the power of reweighting_exponent
   kDft = 512,
   kEaft = 1024,
-  kSoftTargets = 2048,  // the last group of candidates are soft targets: -q log p_c in place of -w log(1 - p_c)
+  kSoftTargets = 2048,    // the last group of candidates are soft targets: -q log p_c in place of -w log(1 - p_c)
   kTargetWeights = 4096,  // the first group of candidates is one absent id, whose weight is that of the target's term
 };
 // Terms that need more of a row than its maximum and R.
@@ -216,9 +216,11 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       slope = modulation * (1 + (p == 0 ? Real(0) : options.focal_gamma * p * ratio));  // p = 0: nll may be inf
     }
     if (flags & (kDft | kEaft)) {
-      Real base = exp_of(-nll);
-      if (flags & kEaft) base = row.count > 1 ? (total - mean_u) / log_of(row.count) : Real(0);
-      const Real weight = power_of(base, options.reweighting_exponent);
+      // by its logarithm: a second power would take registers that the GPU kernels do not have
+      Real log_base = -nll;
+      if (flags & kEaft) log_base = row.count > 1 ? log_of((total - mean_u) / log_of(row.count)) : -Real(INFINITY);
+      const Real exponent = options.reweighting_exponent,
+                 weight = exponent == 0 ? Real(1) : exp_of(exponent * log_base);
       hard = weight == 0 ? Real(0) : weight * hard;  // a masked target's nll is inf
       slope *= weight;
     }

@@ -34,6 +34,13 @@ __all__ = ["LinearLogits", "by_chunks", "empty_gradients", "linear_row_loss"]
 _ops = torch.ops.ava_ext
 
 
+def as_matrix(
+    values: Tensor,  # [..., n]
+) -> Tensor:  # [n_rows, n]
+    """Rows in one dimension; of a row alone too."""
+    return values.unsqueeze(0) if values.dim() == 1 else values.flatten(0, -2)
+
+
 def linear_row_loss(
     logits: LinearLogits,  # [..., n_columns]
     targets: Tensor,  # [...]
@@ -56,14 +63,14 @@ def linear_row_loss(
     ids, weights, groups = candidates if candidates else (None, None, ())
     in_forward = logits.requires_grad and reduction == "sum" and logits.dtype != torch.float16
     tensors = (
-        logits.hidden_states.flatten(0, -2),
+        as_matrix(logits.hidden_states),
         logits.weight,
         logits.bias,
         targets.reshape(-1),
         options,
         None if row_weights is None else row_weights.reshape(-1),
-        None if ids is None else ids.flatten(0, -2),
-        None if weights is None else weights.flatten(0, -2),
+        None if ids is None else as_matrix(ids),
+        None if weights is None else as_matrix(weights),
     )
     constants = (
         groups,

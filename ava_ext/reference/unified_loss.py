@@ -169,7 +169,7 @@ def unified_loss(
         chosen = [None] * len(gates) if expert_indices is None else _layers(config, expert_indices)
         keeps = [kept(len(gate)) for gate in gates]
         texts = None
-        if config.load_balancing_per_sequence:
+        if config.use_auxiliary_loss and config.load_balancing_per_sequence:
             if any(len(gate) != token_segments.numel() for gate in gates):
                 raise ValueError("unified_loss: load_balancing_per_sequence needs a row of gate_logits for each target")
             texts = (token_segments + token_segments.numel() * torch.arange(n_batch).unsqueeze(1)).flatten()

@@ -102,8 +102,6 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_
   evaluation.coefficients.entropy *= row_weight;
   evaluation.coefficients.constant *= row_weight;
   __syncwarp();  // the first entries have been read
-  const Real total = log_total(row);
-  const int first_soft = a.flags & kSoftTargets && a.n_groups ? 1 + a.n_ids - a.group_sizes[a.n_groups - 1] : INT32_MAX;
   Real others = 0, maximum = 0;
 #pragma unroll 1
   for (int k = lane; k <= a.n_ids; k += 32) {
@@ -112,14 +110,15 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_
     entry.u = k == 0 ? target_u : Real(0);
     entry.own = k == 0 ? evaluation.target_coefficient : Real(0);
     if (k > 0) {
-      const bool is_soft = k >= first_soft;
+      // asked anew for each entry: a register that is kept through the loop would spill
+      const bool is_soft = a.flags & kSoftTargets && k > a.n_ids - a.group_sizes[a.n_groups - 1];
       bool counts = entry.column >= 0 && (is_soft || entry.column != target) && weight != 0;
       if (counts) entry.u = scalar_u(a, options, row, entry.column, entry.logit);
       // masked: nothing to push down
       counts = counts && (is_soft || entry.u > Real(-INFINITY) || entry.u != entry.u);
       if (counts) {
         const Real probability = exp_of(entry.u) / (1 + row.rest);
-        const CandidateShare<Real> share = is_soft ? soft_target(total, entry.u, weight)
+        const CandidateShare<Real> share = is_soft ? soft_target(log_total(row), entry.u, weight)
                                                    : unlikelihood(row, entry.column == argmax, probability, weight);
         entry.loss = share.loss;
         entry.own = share.log_prob_coefficient * row_weight;
