@@ -18,7 +18,7 @@ from ava_ext import LinearLogits
 SIZES = ((8192, 4096, 128256),)  # n_rows, hidden_size, vocab_size
 _OVER_PRODUCTS = 1.05
 # variants that give the same gradients but for rounding; the products alone are another computation
-_YARDSTICKS = ("products", "products_chunked", "products_whole", "ours_terms")
+_YARDSTICKS = ("products", "products_chunked", "products_whole", "ours_terms", "ours_half")
 
 
 def _own_products(case: linear.Case) -> Callable[[], object]:
