@@ -2,7 +2,9 @@
 
 AVA_CUDA=auto   CUDA kernels are compiled where nvcc is found, also when torch itself is CPU-only
 AVA_CUDA=1      nvcc is required       AVA_CUDA=0  no CUDA kernels
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX: as for every torch extension
+AVA_LINEINFO=1  lines of the source in the CUDA kernels, for a profiler: three times the size
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX: as for every torch extension. Without TORCH_CUDA_ARCH_LIST kernels are
+                compiled for the GPUs at hand, or, where there are none, for every generation from sm_80 on
 """
 
 import os
@@ -50,6 +52,24 @@ def find_cuda() -> tuple[str, str] | None:
     return os.path.realpath(top[1].strip()), version[1]
 
 
+def architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST where the environment has none. Asks the driver, not torch, which may be CPU-only."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        answer = ""
+    here = {line.strip() for line in answer.splitlines() if re.fullmatch(r"\d+\.\d+", line.strip())}
+    return ";".join(sorted(here, key=float)) or "8.0;9.0;10.0;12.0+PTX"
+
+
+def nvcc_options(version: str) -> list[str]:
+    options = ["-O3", "--compiler-options=-fvisibility=hidden"]
+    # an eighth of the size. Drivers of CUDA 12's time may not know the denser form
+    options.append("--compress-mode=size" if int(version.split(".")[0]) >= 13 else "-Xfatbin=-compress-all")
+    return options + ["-lineinfo"] * (os.environ.get("AVA_LINEINFO", "0") == "1")
+
+
 CUDA = find_cuda()
 CUDA_VERSION = CUDA[1] if CUDA else ""
 sources = [line for line in (ROOT / "csrc/sources.txt").read_text().split() if CUDA or not line.endswith(".cu")]
@@ -60,7 +80,7 @@ if CUDA:
     # same reason: without it, .cu files get no header dependencies and are not rebuilt after a header edit
     torch.version.cuda = torch.version.cuda or version
     # without a visible GPU cpp_extension's own default fails with IndexError
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures()
     cuda_options = {
         "include_dirs": [f"{home}/include"],
         "library_dirs": [f"{home}/lib64"],
@@ -68,7 +88,9 @@ if CUDA:
     }
 for stale in ROOT.glob("build/lib.*"):  # setuptools would pack modules that were deleted since
     shutil.rmtree(stale)
-with_cuda = f"CUDA {CUDA[1]} from {CUDA[0]}" if CUDA else "no CUDA kernels"
+with_cuda = "no CUDA kernels"
+if CUDA:
+    with_cuda = f"CUDA {CUDA[1]} from {CUDA[0]} for {os.environ['TORCH_CUDA_ARCH_LIST']}"
 print(f"ava_ext: building against torch {torch.__version__}, {with_cuda}", flush=True)
 
 
@@ -91,7 +113,7 @@ extension = cpp_extension.CppExtension(
     define_macros=[("AVA_CUDA_VERSION", f'"{CUDA_VERSION}"')],
     extra_compile_args={
         "cxx": ["-O3", "-g0", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"],
-        "nvcc": ["-O3", "-lineinfo", "--compiler-options=-fvisibility=hidden"],
+        "nvcc": nvcc_options(CUDA_VERSION) if CUDA else [],
     },
     # libtorch is what pulls in libtorch_cuda: it has to stay although no symbol comes from it directly
     extra_link_args=["-Wl,--no-as-needed", "-ltorch"],

@@ -16,7 +16,7 @@ from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
-from ava_ext.reduction import count_rows, divided_by_classes, keep_rows
+from ava_ext.reduction import count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
 Logits = Tensor | LinearLogits
@@ -38,7 +38,7 @@ ROW_WISE = (
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
     "negative_ids", "negative_weights", "soft_target_ids", "soft_target_weights", "confidence_scores", "prefix_ids",
-    "mtp_depth_weights",
+    "mtp_depth_weights", "global_expert_counts",
 )  # fmt: skip
 
 
@@ -84,6 +84,7 @@ class Call:
     mtp_active: bool | Tensor | None
     gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
     expert_indices: Tensor | Sequence[Tensor | None] | None  # [n, k] per layer
+    global_expert_counts: Tensor | None  # [n_layers, n_experts]
     expert_outputs: Tensor | Sequence[Tensor] | None  # [n_experts, n, hidden_size]
     lm_head_weight: Any  # [n_columns, hidden_size]
     lm_head_bias: Tensor | None  # [n_columns]
@@ -137,12 +138,12 @@ class Call:
         if DTENSOR in sys.modules:
             self._place()
         targets = self.targets
+        self.rows_shape = (targets.shape[0], targets.shape[1])
         if targets.dtype != torch.int64:
             targets = targets.long()  # before ignore_index is shifted in: uint8 has no -100
         self.segments = None
         if is_packed:
-            shape = (targets.shape[0], targets.shape[1])
-            segments = segment_numbers(shape, self.segment_ids, self.position_ids, self.cu_seqlens)
+            segments = segment_numbers(self.rows_shape, self.segment_ids, self.position_ids, self.cu_seqlens)
             self.segments = None if segments is None else segments.expand(targets.shape)
         self.context = None
         if self.input_ids is not None:
@@ -167,13 +168,12 @@ class Call:
                 targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
         self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
-        self.rows = count_rows(config, targets, keep, token_weights, self.num_items_in_batch, dtype)
         if self.class_weights is not None:
             if dtype == torch.float64 and config.class_weights is not None:  # the loss's buffer has fewer digits
                 self.class_weights = torch.tensor(config.class_weights, dtype=dtype)
-            self.class_weights = self.class_weights.to(self.logits.device)
-        if self.class_weights is not None and config.reduction == "mean" and self.num_items_in_batch is None:
-            self.rows = divided_by_classes(self.rows, self.class_weights)
+            self.class_weights = self.class_weights.to(self.logits.device, dtype)
+        n_items = self.num_items_in_batch
+        self.rows = count_rows(config, targets, keep, token_weights, n_items, dtype, self.class_weights)
         if self.placement is not None:
             self.rows = self.placement.share(self.rows, config.ignore_index)
 

@@ -182,6 +182,7 @@ class UnifiedLossConfig:
     gradient_balance_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the steering term")
     moe_momentum: float = _option(0.9, _BELOW_ONE, "momentum of the running load")
     expert_bias_rate: float = _option(1e-3, _NOT_NEGATIVE, "step size of the loss-free bias; it moves once per step()")
+    expert_bias_centered: bool = _option(False, _FLAG, "step() moves the mean of each layer's expert_bias to 0")
     use_diversity_loss: bool = _option(False, _FLAG, "mean pairwise cosine similarity of expert_outputs")
     diversity_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the diversity term")
     use_auxiliary_loss: bool = _option(False, _FLAG, "load balancing and router z-loss on gate_logits")
@@ -189,6 +190,9 @@ class UnifiedLossConfig:
     router_z_weight: float = _option(1e-3, _NOT_NEGATIVE, "weight of the router's mean lse^2")
     load_balancing_convention: str = _option(
         "switch", _one_of("switch", "huggingface"), '"switch" or "huggingface" (k times larger, layers concatenated)'
+    )
+    load_balancing_per_sequence: bool = _option(
+        False, _FLAG, "balance each text by itself, then average; gate_logits then have a row for each target"
     )
     router_score: str = _option("softmax", _one_of("softmax", "sigmoid"), '"softmax" or "sigmoid" (normalised)')
 
@@ -221,6 +225,16 @@ class UnifiedLossConfig:
             )
         if self.mtp_detach_head and not self.mtp_share_head and self.mtp_heads != "hidden_states":
             raise ValueError("unified_loss: mtp_detach_head=True needs mtp_share_head=True, got False")
+        if self.load_balancing_per_sequence and self.load_balancing_convention != "switch":
+            raise ValueError(
+                "unified_loss: load_balancing_per_sequence=True needs load_balancing_convention='switch', got "
+                f"{self.load_balancing_convention!r}"
+            )
+        if self.inplace_gradient and not self.negatives_need_target:
+            raise ValueError(
+                "unified_loss: negatives_need_target=False reads the logits a second time: "
+                "expected inplace_gradient=False"
+            )
         if self.class_weights is not None:
             if len(self.class_weights) != self.vocab_size:
                 raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
@@ -230,11 +244,6 @@ class UnifiedLossConfig:
             raise ValueError(
                 "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "
                 f"inplace_gradient=False with it, got True and {self.distillation_temperature}"
-            )
-        if self.inplace_gradient and not self.negatives_need_target:
-            raise ValueError(
-                "unified_loss: negatives_need_target=False reads the logits a second time: "
-                "expected inplace_gradient=False"
             )
         low, high = self.temperature_bounds
         if self.temperature_adapts and not low <= self.initial_temperature <= high:

@@ -49,12 +49,13 @@ def count_rows(
     token_weights: Tensor | None,  # [...]
     num_items_in_batch: float | Tensor | None,
     dtype: torch.dtype,
+    class_weights: Tensor | None = None,  # [vocab_size] of dtype
 ) -> Rows:
     """Decides which rows count, and their weights.
 
     A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch if given,
-    else the sum of the token weights of the rows that count, else their number. If that is 0, N is 1; the loss is then
-    0 and still connected to the graph. Under "sum" and "none", N is 1.
+    else the sum over the rows that count of token weight times class weight, as in PyTorch; without either, their
+    number. If that is 0, N is 1; the loss is then 0 and still connected to the graph. Under "sum" and "none", N is 1.
 
     Terms of the whole batch are multiplied by n_counted / N if num_items_in_batch is given, so that micro-batches add
     up to the whole batch, and by 0 if no row counts.
@@ -79,8 +80,8 @@ def count_rows(
         return Rows(targets, n_counted, weights, None)
     if n_items is not None:
         n = n_items
-    elif token_weights is not None:
-        n = weights.sum()
+    elif token_weights is not None or class_weights is not None:
+        n = (weights if class_weights is None else weights * classes_of(targets, class_weights)).sum()
         n = torch.where(n == 0, 1.0, n)
     else:
         n = n_counted.clamp_min(1)
@@ -88,20 +89,11 @@ def count_rows(
 
 
 def classes_of(
-    rows: Rows,
+    targets: Tensor,  # [...]
     class_weights: Tensor,  # [vocab_size]
 ) -> Tensor:  # [...]
     """The weight of each row's target; of a row that does not count, that of any class."""
-    return class_weights.to(rows.weights)[rows.targets.clamp(0, len(class_weights) - 1)]
-
-
-def divided_by_classes(
-    rows: Rows,
-    class_weights: Tensor,  # [vocab_size]
-) -> Rows:
-    """The rows with N as torch.nn.functional.cross_entropy has it: the sum of weights times those of the classes."""
-    n = (rows.weights * classes_of(rows, class_weights)).sum()
-    return rows._replace(weights=rows.weights / torch.where(n == 0, 1.0, n))
+    return class_weights[targets.clamp(0, len(class_weights) - 1)]
 
 
 def _items(num_items_in_batch: float | Tensor, weights: Tensor) -> Tensor:  # []

@@ -25,6 +25,7 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.placements import CallPlacement
 from ava_ext.reduction import classes_of
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
@@ -145,8 +146,9 @@ class RowPass(Float32Buffers):
             if self.config.logit_scale != 1:
                 temperature = temperature.to(options.dtype) / self.config.logit_scale
             options = torch.where(self.is_temperature.to(like.device), temperature, options)
-        call.head_loss = functools.partial(self._head_loss, options, call)
-        call.candidate_loss = functools.partial(self._candidate_loss, options, call)
+        # neither holds the call: in a cycle, its logits would outlive it until Python's collector comes by
+        call.head_loss = functools.partial(self._head_loss, options, call.placement, call.max_counted_rows)
+        call.candidate_loss = functools.partial(self._candidate_loss, options, call.logits)
         soft = self.soft_targets(call)
         in_this_pass = soft is not None and self.soft_temperature == 1
         candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
@@ -177,8 +179,9 @@ class RowPass(Float32Buffers):
         """Soft targets at a temperature of their own."""
         options = torch.where(self.is_temperature.to(options.device), options * self.soft_temperature, options)
         flags = self.flags & RowFlags.SOFTCAP | RowFlags.SOFT_TARGETS
-        rows, most = call.rows, call.max_counted_rows
-        return self._row_loss(call.logits, rows.targets, options, int(flags), rows.weights, most, soft)
+        return self._row_loss(
+            call.logits, call.rows.targets, options, int(flags), call.rows.weights, call.max_counted_rows, soft
+        )
 
     def _row_loss(
         self,
@@ -210,15 +213,15 @@ class RowPass(Float32Buffers):
     def _head_loss(
         self,
         options: Tensor,  # [N_OPTIONS]
-        call: Call,
+        placement: CallPlacement | None,
+        most: int | None,  # rows of the call that count
         logits: Logits,  # [..., n_columns]
         targets: Tensor,  # [...]
         row_weights: Tensor,  # [...]
     ) -> RowLoss:
-        """HeadLoss, once the first two are bound."""
-        placed = logits if call.placement is None else call.placement.head(logits)
+        """HeadLoss, once the first three are bound."""
+        placed = logits if placement is None else placement.head(logits)
         real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
-        most = call.max_counted_rows
         if most is not None and targets.dim() > 2:  # several depths, each of which counts a part of the rows
             most *= len(targets)
         return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real), most)
@@ -226,14 +229,14 @@ class RowPass(Float32Buffers):
     def _candidate_loss(
         self,
         options: Tensor,  # [N_OPTIONS]
-        call: Call,
+        logits: PlacedLogits,  # [..., n_columns]
         targets: Tensor,  # [...]
         row_weights: Tensor,  # [...]
         candidates: Candidates,
     ) -> RowLoss:
         """CandidateLoss, once the first two are bound."""
         flags = self.flags & RowFlags.SOFTCAP
-        return self._row_loss(call.logits, targets, options, flags, row_weights, None, candidates, ignore_index=-1)
+        return self._row_loss(logits, targets, options, flags, row_weights, None, candidates, ignore_index=-1)
 
     def _candidates(
         self,
@@ -244,7 +247,7 @@ class RowPass(Float32Buffers):
         """Every token that the rows push down, in one list of slots, and the names of its groups; then soft targets."""
         rows, found, names = call.rows, [], self.repetition_keys
         if call.class_weights is not None:
-            weights = classes_of(rows, call.class_weights).unsqueeze(-1)
+            weights = classes_of(rows.targets, call.class_weights).unsqueeze(-1)
             found.append(Candidates(torch.full_like(rows.targets, -1).unsqueeze(-1), weights, (1,)))
             names = ("class_weights", *names)
         if self.repetition_keys:

@@ -51,6 +51,30 @@ def segment_numbers(
     return packed if numbers is None else packed + numbers
 
 
+def text_numbers(
+    shape: tuple[int, int],  # (batch_size, n_tokens)
+    segments: Tensor | None,  # [batch_size, n_tokens], from segment_numbers
+    cu_seqlens: Tensor | None,  # [n_segments + 1], where these alone tell texts apart
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """The number of each row's text in reading order, from 0 on, [batch_size * n_tokens], and a bound of the numbers.
+
+    The bound is exact on the CPU, and without packing. Else it is what can be said without waiting for the device: what
+    the length of cu_seqlens allows, or as many as there are rows.
+    """
+    batch_size, n_tokens = shape
+    if segments is None:
+        return torch.arange(batch_size, device=device).repeat_interleave(n_tokens), batch_size
+    starts = torch.ones(shape, dtype=torch.bool, device=device)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    numbers = starts.flatten().cumsum(0) - 1
+    n_rows = batch_size * n_tokens
+    if device.type != "cpu" or torch.compiler.is_compiling() or n_rows == 0:
+        n_most = n_rows if cu_seqlens is None else min(n_rows, len(cu_seqlens) + 1 + batch_size)
+        return numbers, max(n_most, 1)
+    return numbers, int(numbers[-1]) + 1
+
+
 def shift_left(
     values: Tensor,  # [batch_size, n_tokens]
     fill: int | float | bool,

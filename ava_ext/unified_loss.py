@@ -136,7 +136,7 @@ class UnifiedLoss(nn.Module):
         rows = rows_of_targets(self.config, targets, attention_mask=attention_mask, position_ids=position_ids)
         n_items = rows.weights.count_nonzero()
         if self.row_pass.class_weights is not None:
-            n_items = (rows.weights * classes_of(rows, self.row_pass.class_weights)).sum()
+            n_items = (rows.weights * classes_of(rows.targets, self.row_pass.class_weights)).sum()
         if resolve(group) is not None:
             torch.distributed.all_reduce(n_items, group=resolve(group))
         return n_items
@@ -166,6 +166,7 @@ class UnifiedLoss(nn.Module):
         segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         cu_seqlens: Tensor | None = None,  # [n_segments + 1]
         num_items_in_batch: float | Tensor | None = None,
+        global_expert_counts: Tensor | None = None,  # [n_layers, n_experts]
         mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
         mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
         negative_ids: Tensor | None = None,  # as targets, and [n_negatives]
@@ -199,6 +200,9 @@ class UnifiedLoss(nn.Module):
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
                 `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
                 layers is a layer without a router.
+            global_expert_counts: how often each expert was chosen in all micro-batches and ranks of a global batch.
+                Load balancing is then this call's addend of the global batch's; see
+                `losses.auxiliary.global_load_balancing_loss`.
             token_weights: multiply every token term of their row; must not require grad.
             input_ids: the tokens that the model read. The context of row t is then input_ids[:, : t + 1], not
                 targets[:, :t].
@@ -225,6 +229,7 @@ class UnifiedLoss(nn.Module):
             ValueError: an input is missing, superfluous, or of the wrong shape.
             TypeError: an input is not a tensor. IndexError: a counted target is out of range (CPU).
         """
+        row_pass = self.row_pass
         call = Call(
             self.config,
             self._sequence_keys,
@@ -241,6 +246,7 @@ class UnifiedLoss(nn.Module):
             gate_logits=gate_logits,
             expert_indices=expert_indices,
             expert_outputs=expert_outputs,
+            global_expert_counts=global_expert_counts,
             lm_head_weight=lm_head_weight,
             lm_head_bias=lm_head_bias,
             token_weights=token_weights,
@@ -256,18 +262,12 @@ class UnifiedLoss(nn.Module):
             soft_target_weights=soft_target_weights,
             contrastive_pair=contrastive_pair,
             max_counted_rows=max_counted_rows,
-            class_weights=self.row_pass.class_weights,
+            class_weights=row_pass.class_weights,
         )
         if self._learns:
-            for name in self._state_names:
-                getattr(self, name).check_device(call.rows.weights.device)
-        if self._learns and torch.is_grad_enabled() and not torch.compiler.is_exporting():
-            first_run = is_first_run(call.rows.weights)
-            for name in self._state_names:
-                getattr(self, name).begin(first_run, targets)
-            call.recording = first_run if self.training else False
+            self._begin(call, targets)
         temperature = self.temperature.read("value") if self.config.temperature_adapts else None
-        rows = self.row_pass.run(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
+        rows = row_pass.run(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
         total = rows.loss
         terms: dict[str, Tensor] = {}  # what the pass over the rows does not give
         metrics: dict[str, Tensor] = {}
@@ -286,6 +286,21 @@ class UnifiedLoss(nn.Module):
     def penalty_factor(self) -> Tensor | None:  # []
         """The factor of the weights of repetition penalties; None: 1. Schedules override it."""
         return None
+
+    def _begin(
+        self,
+        call: Call,
+        targets: Any,  # as forward gets them
+    ) -> None:
+        """Prepares what learns, and decides whether this call is recorded."""
+        states = self._learned()
+        for state in states:
+            state.check_device(call.rows.weights.device)
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            first_run = is_first_run(call.rows.weights)
+            for state in states:
+                state.begin(first_run, targets)
+            call.recording = first_run if self.training else False
 
     def _learn(self, call: Call, rows: RowPassOutput) -> None:
         """Records the cross-entropy for the temperature and, with auto_step, commits what this call has taught."""

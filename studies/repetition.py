@@ -230,7 +230,7 @@ def _spread(values: list[float], unit: str = "") -> str:
 def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="none: the model as it is")
     parser.add_argument("--seeds", type=int, default=3)
     for name, value in Setting()._asdict().items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value))
@@ -259,16 +259,15 @@ def main() -> None:
     results: dict[str, Any] = {"setting": setting._asdict(), "before": None, "arms": {}}
     if options.output.exists() and (stored := json.loads(options.output.read_text()))["setting"] == results["setting"]:
         results = stored
-    data = None
-    for seed in range(n_seeds):
-        for name in arms:
-            if str(seed) in results["arms"].get(name, {}):
-                continue
-            model, tokenizer = smollm2.load(options.cache / "smollm2", setting.n_layers)
-            data = data or texts(tokenizer, limit=40 if options.quick else None)
-            if results["before"] is None:
-                results["before"] = evaluate(model, tokenizer, data, setting)
-                _write(results, options.output)
+    left = [(seed, name) for seed in range(n_seeds) for name in arms if str(seed) not in results["arms"].get(name, {})]
+    if left or results["before"] is None:
+        model, tokenizer = smollm2.load(options.cache / "smollm2", setting.n_layers)
+        data = texts(tokenizer, limit=40 if options.quick else None)
+        if results["before"] is None:
+            results["before"] = evaluate(model, tokenizer, data, setting)
+            _write(results, options.output)
+        for seed, name in left:
+            model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
             state = options.cache / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{setting.updates}.pt"
             history = train(model, ARMS[name], data, setting, seed, f"{name}, seed {seed}", state)
             after = evaluate(model, tokenizer, data, setting)

@@ -28,7 +28,7 @@ def written():
 
 
 def test_every_page_is_in_the_navigation_once():
-    assert sorted(NAV) == sorted({**GENERATED, **written()})
+    assert sorted(NAV) == sorted({**GENERATED, **written()}), "a new or renamed section wants its line in mkdocs.yml"
 
 
 def test_every_public_name_is_documented_once():

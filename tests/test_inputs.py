@@ -405,6 +405,19 @@ def test_ids_of_every_integer_type(dtype, labels_are_shifted):
         torch.testing.assert_close(loss(dtype), loss(torch.int64), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_what_is_masked_is_no_token_in_any_integer_type(dtype):
+    """-100 in uint8 would be 156, a token of a vocabulary like this."""
+    text = torch.tensor([[1, 2, 3, 4, 2, 3, 2, 3]])
+    mask = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1]])
+    loss_fn = UnifiedLoss(200, use_ngram_penalty=True, ngram_size=1, ngram_slots=8, ngram_penalty_weight=1.0)
+    logits = Numbers(3).normal(1, 8, 200)
+    loss = loss_fn(logits, text, input_ids=text.to(dtype), attention_mask=mask, return_detailed=True)
+    expected = loss_fn(logits, text, input_ids=text, attention_mask=mask, return_detailed=True)
+    assert expected["ngram_penalty"] > 0
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("labels_are_shifted", [True, False])
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
 def test_empty_batches(shape, labels_are_shifted):

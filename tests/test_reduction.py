@@ -118,6 +118,13 @@ def test_num_items_in_batch_is_one_element_of_any_shape(n_items):
     loss = UnifiedLoss(V, primary_loss_type="standard")(logits, targets, num_items_in_batch=n_items)
     assert loss.shape == ()
     torch.testing.assert_close(loss, rows_of(logits, targets).sum() / 8, **EXACT)
+    # a term of the whole batch is multiplied by a share, not divided row by row
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", use_contrastive_loss=True)
+    given = {"contrastive_pair": (numbers.normal(3, 2), numbers.normal(3, 2)), "return_detailed": True}
+    found = loss_fn(logits, targets, num_items_in_batch=n_items, **given)
+    expected = loss_fn(logits, targets, num_items_in_batch=8.0, **given)
+    assert found["total_loss"].shape == found["contrastive_loss"].shape == ()
+    torch.testing.assert_close(found, expected, **EXACT)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

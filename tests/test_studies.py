@@ -82,6 +82,54 @@ def test_continuations_are_the_most_probable_and_sampling_repeats_with_its_seed(
     assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
 
 
+class Interrupted(Exception):
+    pass
+
+
+def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """A stopped run that goes on gives what a run in one piece gives: weights, optimizer and data are the same."""
+
+    def load(cache, n_trained_layers):
+        torch.manual_seed(0)
+        model = Tiny()
+        model.lm_head.requires_grad_(False)
+        return model, SimpleNamespace(decode=str)
+
+    streams = torch.randint(12, (3, 400), generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(smollm2, "missing_packages", list)
+    monkeypatch.setattr(smollm2, "load", load)
+    monkeypatch.setattr(repetition, "texts", lambda tokenizer, limit: repetition.Texts(*streams))
+
+    def study(name, stop_at=None):
+        sizes = "--updates 24 --batch-size 2 --n-tokens 12 --prefix-length 4 --rollout-length 9 --rollout-ngram 2"
+        sizes += " --n-prompts 3 --n-new-tokens 8 --n-windows 2 --seeds 1 --arms both"
+        files = ["--output", str(tmp_path / f"{name}.json"), "--cache", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["repetition.py", *sizes.split(), *files])
+        calls = []
+
+        def windows(*arguments, **named):
+            calls.append(arguments)
+            if len(calls) == stop_at:
+                raise Interrupted
+            return make_windows(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(repetition, "windows", windows)
+            repetition.main()
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    make_windows = repetition.windows
+    whole = study("whole")
+    with pytest.raises(Interrupted):
+        study("stopped", stop_at=26)  # the state of update 20 is on the disk
+    assert len(list((tmp_path / "stopped").glob("*.pt"))) == 1
+    again = study("stopped")
+    assert again["arms"] == whole["arms"] and again["before"] == whole["before"]
+    assert len(whole["arms"]["both"]["0"]["history"]) == 24
+    assert not list((tmp_path / "stopped").glob("*.pt"))
+    assert "| both | 1 |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_pages_show_the_results(name):
     stem, table = TABLES[name]
@@ -93,10 +141,10 @@ def test_pages_show_the_results(name):
         assert name not in shown, "a page shows numbers, and there are no results"
 
 
-def run(script, *arguments, timeout=500):
+def run(script, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(ROOT / "studies" / script), *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
-from ava_ext.losses.router import load_variation, measure_router, router_of_call
+from ava_ext.losses.router import load_variation, measure_router, router_of_call, texts_of_router
 from ava_ext.ops.router_layers import layered_gate_logits, stack_expert_indices
 from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 from ava_ext.process_group import GroupReference, resolve
@@ -67,6 +67,59 @@ def load_balancing_loss(
     mean_probability = probability_sum / n_rows.clamp_min(1).unsqueeze(-1)
     loss = counts.shape[-1] * (share * mean_probability).sum(dim=-1)
     return _mean_over_layers(loss, n_rows) * factor
+
+
+def global_load_balancing_loss(
+    statistics: RouterStatistics,
+    global_counts: Tensor,  # [n_layers, n_experts]
+    *,
+    k: int | None = None,
+    convention: str = "switch",
+) -> Tensor:
+    """This batch's addend of the load balancing loss of a global batch, of which it is a micro-batch or a rank's share.
+
+    n_experts * sum_e F_e sum_i p_ie / n, with F_e = C_e / sum C the share of choices in the global batch, i over the
+    rows of this batch alone, and n = sum C / k the rows of the global batch. So the addends of all micro-batches and
+    ranks add up to `load_balancing_loss` of the global batch, gradients included, however their rows are spread.
+
+    Args:
+        statistics: from router_statistics, of this batch.
+        global_counts: C, the counts of all micro-batches and ranks, added up. No gradient.
+        k, convention: as in load_balancing_loss.
+
+    Returns:
+        Scalar; 0 where no row counts.
+
+    Raises:
+        ValueError: an unknown convention, or counts of another shape.
+
+    Example:
+        >>> parts = [router_statistics(torch.randn(n, 4), k=2) for n in (3, 5)]  # two micro-batches
+        >>> counts = parts[0].counts + parts[1].counts
+        >>> loss = sum(global_load_balancing_loss(statistics, counts, k=2) for statistics in parts)
+
+    Source: Qiu et al. 2025, "Demons in the detail: on implementing load balancing loss for training specialized
+    mixture-of-expert models" (arXiv 2501.11873), equation 4.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(
+            f"global_load_balancing_loss: expected convention to be one of {CONVENTIONS}, got {convention!r}"
+        )
+    probability_sum = statistics.probability_sum
+    if global_counts.shape != probability_sum.shape:
+        raise ValueError(
+            f"global_load_balancing_loss: expected global_counts of shape {list(probability_sum.shape)}, "
+            f"got {list(global_counts.shape)}"
+        )
+    counts = global_counts.detach().to(probability_sum)
+    choices_of_a_row: int | Tensor = statistics.counts.sum() / statistics.n_rows.sum().clamp_min(1) if k is None else k
+    if convention == "huggingface":
+        counts, probability_sum = (value.sum(dim=0, keepdim=True) for value in (counts, probability_sum))
+    n_choices = counts.sum(dim=-1, keepdim=True)
+    share = counts / n_choices.clamp_min(1)
+    mean_probability = probability_sum * choices_of_a_row / n_choices.clamp_min(1)
+    loss = counts.shape[-1] * (share * mean_probability).sum(dim=-1)
+    return _mean_over_layers(loss, n_choices.squeeze(-1)) * (choices_of_a_row if convention == "huggingface" else 1)
 
 
 def router_z_loss(statistics: RouterStatistics) -> Tensor:
@@ -216,13 +269,27 @@ class AuxiliaryLoss(Part):
             router_z_weight=config.router_z_weight,
             load_balancing_convention=config.load_balancing_convention,
             router_score=config.router_score,
+            per_sequence=config.load_balancing_per_sequence,
         )
+
+    @property
+    def needs_sequences(self) -> bool:  # type: ignore[override]
+        """Whether rows must be in the order of the text."""
+        return self.per_sequence
 
     def of_call(self, call: Call) -> Addends:
         """Both terms of the call's router, and metrics of how uneven its choices are."""
         statistics = router_of_call(call, "use_auxiliary_loss")
+        groups = texts_of_router(call) if self.per_sequence else statistics
         share = call.rows.batch_share
-        terms = {key: share * term for key, term in zip(self.keys, self.terms(statistics), strict=True)}
+        terms = {key: share * term for key, term in zip(self.keys, self.terms(groups), strict=True)}
+        if call.global_expert_counts is not None:
+            if self.per_sequence:
+                raise ValueError("unified_loss: expected no global_expert_counts with load_balancing_per_sequence=True")
+            addend = global_load_balancing_loss(
+                statistics, call.global_expert_counts, k=self.k, convention=self.convention
+            )
+            terms[self.keys[0]] = self.load_balancing_weight * addend
         return Addends(terms, dict(zip(self.METRICS, load_variation(statistics.counts), strict=True)))
 
     def forward(

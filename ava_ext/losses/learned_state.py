@@ -63,7 +63,8 @@ class LearnedState(Float32Buffers):
                 f"{owner}: expected the state of {self.statistics_name} on {device} as the logits, got {home}: move "
                 f"the loss with .to({str(device)!r})"
             )
-        self._follow(home)
+        if any(getattr(self, name).device != home for name in self.PENDING[:1]):  # they move together
+            self._follow(home)
 
     def _follow(self, home: torch.device) -> None:
         """Moves what is not a buffer to the buffers: wrappers that move parameters and buffers one by one leave it."""

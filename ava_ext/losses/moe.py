@@ -53,6 +53,8 @@ class MoEBalancer(LearnedState, Part):
         gradient_balance_weight: weight of the steering term.
         moe_momentum: momentum of the running load.
         expert_bias_rate: u.
+        expert_bias_centered: step() takes the mean of each layer off expert_bias. No choice depends on it; the bias no
+            longer drifts away from the scores where experts above and below the mean are not as many.
         router_score: "softmax" or "sigmoid" (normalised).
 
     Example:
@@ -83,6 +85,7 @@ class MoEBalancer(LearnedState, Part):
         gradient_balance_weight: float = UnifiedLossConfig.gradient_balance_weight,
         moe_momentum: float = UnifiedLossConfig.moe_momentum,
         expert_bias_rate: float = UnifiedLossConfig.expert_bias_rate,
+        expert_bias_centered: bool = UnifiedLossConfig.expert_bias_centered,
         router_score: str = UnifiedLossConfig.router_score,
     ) -> None:
         super().__init__()
@@ -92,6 +95,7 @@ class MoEBalancer(LearnedState, Part):
         self.weight = gradient_balance_weight
         self.momentum = moe_momentum
         self.bias_rate = expert_bias_rate
+        self.centers_bias = expert_bias_centered
         self.score = router_score
         shape = (num_moe_layers, num_experts)
         for buffer in ("expert_load", "expert_counts", "expert_bias", "score_sum"):
@@ -117,6 +121,7 @@ class MoEBalancer(LearnedState, Part):
             gradient_balance_weight=config.gradient_balance_weight,
             moe_momentum=config.moe_momentum,
             expert_bias_rate=config.expert_bias_rate,
+            expert_bias_centered=config.expert_bias_centered,
             router_score=config.router_score,
         )
 
@@ -234,6 +239,8 @@ class MoEBalancer(LearnedState, Part):
         moved = self.momentum * self.expert_load + (1 - self.momentum) * counts / total.clamp_min(1)
         self.expert_load.copy_(torch.where(total > 0, moved, self.expert_load))
         self.expert_bias.add_(self.bias_rate * torch.sign(counts.mean(dim=-1, keepdim=True) - counts))
+        if self.centers_bias:
+            self.expert_bias.sub_(self.expert_bias.mean(dim=-1, keepdim=True))
         self.expert_counts.add_(counts)
         self.score_sum.add_(self.pending_scores)
         self.total_tokens.add_(self.pending_tokens)

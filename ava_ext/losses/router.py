@@ -10,6 +10,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices
 from ava_ext.ops.router_rows import RouterStatistics, router_statistics
+from ava_ext.sequences import text_numbers
 
 
 def measure_router(
@@ -22,6 +23,8 @@ def measure_router(
     n_layers: int | None,
     score: str,
     expert_bias: Tensor | None = None,  # [n_layers, n_experts]
+    texts: Tensor | None = None,  # [n_rows]
+    n_texts: int = 1,
     owner: str,
 ) -> RouterStatistics:
     """router_statistics, for logits and choices in any of their usual forms.
@@ -33,6 +36,7 @@ def measure_router(
         n_experts, n_layers: the numbers to expect; None: any.
         score: "softmax" or "sigmoid".
         expert_bias: added to the scores for a top-k of gate_logits.
+        texts: a number below n_texts for each row; every text of every layer is then a group of its own.
         owner: the first word of error messages.
 
     Raises:
@@ -53,7 +57,16 @@ def measure_router(
         if row_mask.numel() != n_rows:
             raise ValueError(f"{owner}: expected row_mask of {n_rows} rows, got shape {list(row_mask.shape)}")
         row_mask = row_mask.reshape(n_rows)
-    return router_statistics(layers, expert_indices, row_mask, k=k, score=score, expert_bias=expert_bias)
+    return router_statistics(
+        layers,
+        expert_indices,
+        row_mask,
+        k=k,
+        score=score,
+        expert_bias=expert_bias,
+        segment_ids=texts,
+        n_segments=n_texts,
+    )
 
 
 def router_of_call(
@@ -66,7 +79,10 @@ def router_of_call(
         config = call.config
         gate_logits = call.required("gate_logits", option)
         layers = layered_gate_logits(gate_logits, config.num_moe_layers)
-        call.made["router"] = measure_router(
+        texts, n_texts = None, 1
+        if config.use_auxiliary_loss and config.load_balancing_per_sequence:
+            texts, n_texts = _texts_of_rows(call, layers_shape(layers)[1])
+        measured = measure_router(
             gate_logits,
             call.expert_indices,
             call.padding_free(layers_shape(layers)[1]),
@@ -75,9 +91,31 @@ def router_of_call(
             n_layers=config.num_moe_layers,
             score=config.router_score,
             expert_bias=expert_bias,
+            texts=texts,
+            n_texts=n_texts,
             owner="unified_loss",
         )
+        call.made["router_of_texts"] = measured
+        whole = (field.unflatten(0, (-1, n_texts)).sum(1) for field in measured)
+        call.made["router"] = measured if texts is None else RouterStatistics(*whole)
     return call.made["router"]
+
+
+def texts_of_router(call: Call) -> RouterStatistics:
+    """The statistics of every text of every layer, [n_layers * n_texts], once router_of_call has measured them."""
+    return call.made["router_of_texts"]
+
+
+def _texts_of_rows(call: Call, n_rows: int) -> tuple[Tensor, int]:  # [n_rows]
+    """The text of each row of the router, and how many there are, or may be."""
+    shape = call.rows_shape
+    if n_rows != shape[0] * shape[1]:
+        raise ValueError(
+            "unified_loss: load_balancing_per_sequence=True expected gate_logits with a row for each of the "
+            f"{shape[0] * shape[1]} targets, got {n_rows}"
+        )
+    alone = call.segment_ids is None and call.position_ids is None
+    return text_numbers(shape, call.segments, call.cu_seqlens if alone else None, call.targets.device)
 
 
 def load_variation(

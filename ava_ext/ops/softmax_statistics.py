@@ -84,8 +84,8 @@ def softmax_statistics(
         check_is_tensor("softmax_statistics", "ids", ids)
         ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    constants = (size, row_mask, chunk_bytes, max_counted_rows)
-    return _statistics("softmax_statistics", logits, ids, temperature, logit_softcap, logit_scale, *constants)
+    scale = (temperature, logit_softcap, logit_scale)
+    return _statistics("softmax_statistics", logits, ids, *scale, size, row_mask, chunk_bytes, max_counted_rows)
 
 
 def _statistics(
@@ -178,7 +178,7 @@ def token_log_probs(
         )
     counted = targets != ignore_index
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    ids, constants = targets.unsqueeze(-1), (chunk_bytes, max_counted_rows)
-    arguments = (logits, ids, temperature, logit_softcap, logit_scale, size, counted, *constants)
+    ids, scale = targets.unsqueeze(-1), (temperature, logit_softcap, logit_scale)
+    arguments = (logits, ids, *scale, size, counted, chunk_bytes, max_counted_rows)
     statistics = _statistics("token_log_probs", *arguments, flags=IDS_ARE_PRESENT)
     return statistics.log_probs.squeeze(-1), statistics.entropy

@@ -82,9 +82,11 @@ def updated_expert_bias(
     expert_bias: Tensor,  # [E]
     counts: Tensor,  # [E]
     rate: float,
+    is_centered: bool = False,
 ) -> Tensor:
-    """b <- b + rate sign(mean(c) - c), [E] (loss-free balancing, DeepSeek-V3)."""
-    return expert_bias + rate * torch.sign(counts.mean() - counts)
+    """b <- b + rate sign(mean(c) - c), [E] (loss-free balancing, DeepSeek-V3); centered: less its mean."""
+    moved = expert_bias + rate * torch.sign(counts.mean() - counts)
+    return moved - moved.mean() if is_centered else moved
 
 
 def load_balancing(statistics: RouterStatistics, convention: str) -> Tensor:
@@ -95,6 +97,30 @@ def load_balancing(statistics: RouterStatistics, convention: str) -> Tensor:
     n = statistics.n_rows.clamp(min=1)
     fractions = statistics.counts / (statistics.counts.sum().clamp(min=1) if convention == "switch" else n)
     return statistics.counts.numel() * (fractions * statistics.probability / n).sum()
+
+
+def global_load_balancing(
+    config: UnifiedLossConfig,
+    gates: Sequence[Tensor],  # one [N, E] per layer
+    keeps: Sequence[Tensor],  # one [N] bool per layer
+    chosen: Sequence[Tensor | None],  # one [N, k] per layer
+    counts: Tensor,  # [layers, E] of the global batch
+) -> Tensor:
+    """weight E sum_e (C_e / sum C) sum_i p_ie / n, n = sum C / k: the mean over layers, or with "huggingface" k times
+    that of the layers added up. []
+    """
+    k = config.num_experts_per_token
+    layers = [router_statistics(config, *layer) for layer in zip(gates, keeps, chosen, strict=True)]
+    probability = torch.stack([layer.probability for layer in layers])
+    if config.load_balancing_convention == "huggingface":
+        probability, counts = probability.sum(0, keepdim=True), counts.sum(0, keepdim=True)
+    values = [
+        c.numel() * (c / c.sum() * p / (c.sum() / k)).sum()
+        for p, c in zip(probability, counts, strict=True)
+        if c.sum() > 0
+    ]
+    mean = torch.stack(values).mean() if values else 0 * probability.sum()
+    return config.load_balancing_weight * mean * (k if config.load_balancing_convention == "huggingface" else 1)
 
 
 def load_variation(counts: Tensor) -> tuple[Tensor, Tensor]:  # [E] -> [], []
@@ -112,8 +138,12 @@ def router_terms(
     chosen: Sequence[Tensor | None],  # one [N, k] per layer
     expert_load: Tensor | None,  # [layers, E], default 1/E
     expert_bias: Tensor | None,  # [layers, E]
+    texts: Tensor | None = None,  # [N] the text of each row, with load_balancing_per_sequence
 ) -> Terms:
-    """Each term per layer, then averaged over layers; "huggingface" load balancing adds the layers' rows up first."""
+    """Each term per layer, then averaged over layers; "huggingface" load balancing adds the layers' rows up first.
+
+    load_balancing_per_sequence: the mean over every text of every layer that has a row.
+    """
     n_layers, n_experts = len(gates), gates[0].shape[-1]
     load = gates[0].new_full((n_layers, n_experts), 1 / n_experts) if expert_load is None else expert_load
     bias = [None] * n_layers if expert_bias is None else expert_bias
@@ -127,6 +157,14 @@ def router_terms(
         if convention == "huggingface":
             routers = [RouterStatistics(*(torch.stack(field).sum(0) for field in zip(*layers, strict=True)))]
         balance = torch.stack([load_balancing(router, convention) for router in routers]).mean()
+        if texts is not None:
+            of_texts = [
+                load_balancing(router_statistics(config, gate, keep & (texts == text), indices, b), convention)
+                for gate, keep, indices, b in zip(gates, keeps, chosen, bias, strict=True)
+                for text in texts.unique()
+                if (keep & (texts == text)).any()
+            ]
+            balance = torch.stack(of_texts).mean() if of_texts else 0 * balance
         router_z = torch.stack([layer.lse_squared / layer.n_rows.clamp(min=1) for layer in layers]).mean()
         addends["aux_load_balancing"] = config.load_balancing_weight * balance
         addends["aux_router_z"] = config.router_z_weight * router_z

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.reference.batch_terms import diversity, info_nce, simctg
-from ava_ext.reference.router_rows import router_terms
+from ava_ext.reference.router_rows import global_load_balancing, router_terms
 from ava_ext.reference.rows import Rows, mtp_terms, row_terms
 from ava_ext.reference.sequences import class_weights_of, counted_rows, denominator, is_padding, segment_numbers
 
@@ -38,6 +38,7 @@ def unified_loss(
     segment_ids: Tensor | None = None,  # as targets or [1, T]
     cu_seqlens: Tensor | None = None,  # [n_segments + 1]
     num_items_in_batch: float | Tensor | None = None,
+    global_expert_counts: Tensor | None = None,  # [layers, E]: load balancing is this call's addend of theirs
     mtp_hidden_states: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of hidden_states' shape
     mtp_depth_weights: Tensor | None = None,  # [num_future_tokens]
     negative_ids: Tensor | None = None,  # [B, T, M]
@@ -167,7 +168,16 @@ def unified_loss(
         gates = _layers(config, _required(gate_logits, "gate_logits", option))
         chosen = [None] * len(gates) if expert_indices is None else _layers(config, expert_indices)
         keeps = [kept(len(gate)) for gate in gates]
-        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias)
+        texts = None
+        if config.use_auxiliary_loss and config.load_balancing_per_sequence:
+            if any(len(gate) != token_segments.numel() for gate in gates):
+                raise ValueError("unified_loss: load_balancing_per_sequence needs a row of gate_logits for each target")
+            texts = (token_segments + token_segments.numel() * torch.arange(n_batch).unsqueeze(1)).flatten()
+        addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias, texts)
+        if global_expert_counts is not None and config.use_auxiliary_loss:
+            addend = global_load_balancing(config, gates, keeps, chosen, global_expert_counts.to(dtype))
+            addends.pop("aux_load_balancing")  # an addend of the global batch is no mean of this one
+            terms.append(({"aux_load_balancing": addend}, {}))
         of_batch |= addends
         terms.append(({}, metrics))
     if config.use_diversity_loss:

@@ -3,8 +3,9 @@
 // One warp per row, which reads the row's context backwards, 32 tokens at a time, until every slot is decided: the run
 // that ends the context, the counted rows before, the followers of the row's key. Most recent first is the order in
 // which they are met, so there is nothing to sort; a follower that is in a slot already is left out. No hashes, so
-// nothing to verify: every match compares the tokens themselves. Time is quadratic in the length at worst, and at the
-// lengths that models are trained with less than what one launch costs (a row of 8192 tokens reads 256 times).
+// nothing to verify: every match compares the tokens themselves. A run is read until its weight grows no more. With
+// n-grams, a row whose slots stay open reads its whole window: time grows with length times window, and without a window
+// with the square of the length (a row of 8192 tokens reads 256 times).
 #pragma once
 #include <cmath>
 
@@ -14,6 +15,7 @@
 namespace ava {
 
 constexpr int kRepetitionWarps = 8, kRepetitionRowsPerBlock = 32;
+constexpr double kMostRunFactor = 4;  // by which a run's weight grows at most
 
 // A [batch_size, n_tokens] tensor of int32 or int64 with any strides; batch size 1 stands for every sequence.
 struct TokenMatrix {
@@ -124,6 +126,13 @@ class RowCandidates {
     return true;
   }
 
+  // whether a longer run has this run's weight, bit by bit: a text of one token ends here
+  __device__ bool run_weight_stays() const {
+    const double growth = weight(1), factor = pow(growth, double(run_ - 1));
+    return run_ >= a_.immediate_repetition_threshold &&
+           (growth == 1 || (growth > 1 && factor >= kMostRunFactor) || (growth >= 0 && factor == 0));
+  }
+
   __device__ void read_context() {
     last_ = in_segment(end_ - 1) ? a_.tokens.at(sequence_, end_ - 1) : a_.ignore_index;
     bool run_is_open = a_.use_immediate_repetition_penalty && last_ != a_.ignore_index;
@@ -141,7 +150,7 @@ class RowCandidates {
       if (run_is_open) {
         const unsigned differs = __ballot_sync(kWholeWarp, !inside || token != last_);
         run_ += differs ? __ffs(int(differs)) - 1 : 32;
-        run_is_open = differs == 0;
+        run_is_open = differs == 0 && !run_weight_stays();
       }
       if (count_is_open) {
         const bool counts = inside && position < row_ && a_.targets.at(sequence_, position) != a_.ignore_index;
@@ -176,7 +185,7 @@ class RowCandidates {
   __device__ void put_immediate() {
     if (lane_ != 0) return;
     if (run_ >= a_.immediate_repetition_threshold && run_ > 0 && last_ != target_ && may_penalize(last_))
-      put(0, last_, weight(0) * fmin(pow(weight(1), double(run_ - 1)), 4.0));
+      put(0, last_, weight(0) * fmin(pow(weight(1), double(run_ - 1)), kMostRunFactor));
     else
       put(0, -1, 0);
   }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import distributed
 
+from ava_ext import UnifiedLoss
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.auxiliary import AuxiliaryLoss
 from ava_ext.losses.moe import MoEBalancer
@@ -257,6 +258,21 @@ def test_choices_that_are_not_given_see_the_bias_or_are_refused(score):
     assert first > 0.5 and got.moe_max_violation < 0.15
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_choices_that_a_loss_is_not_given_see_the_bias_or_are_refused(score):
+    logits, targets, gate_logits = torch.zeros(2, 3, 5), torch.ones(2, 3).long(), torch.zeros(6, EXPERTS)
+    options = {"num_experts": EXPERTS, "num_experts_per_token": 1, "use_moe_balancing": True, "auto_step": False}
+    loss_fn = UnifiedLoss(5, router_score=score, **options)
+    loss_fn.moe_balancer.expert_bias[0, 2] = 0.25
+    if score == "softmax":
+        with pytest.raises(ValueError, match="expected expert_indices: expert_bias follows what the router chose"):
+            loss_fn(logits, targets, gate_logits=gate_logits)
+        return
+    loss_fn(logits, targets, gate_logits=gate_logits)
+    loss_fn.step()
+    assert loss_fn.moe_balancer.expert_counts.tolist() == [[6.0 * (expert == 2) for expert in range(EXPERTS)]]
+
+
 def test_k_comes_from_the_choices():
     gate_logits, indices, mask = random_router()
     expected = make_balancer()(gate_logits, indices, mask)
@@ -336,3 +352,19 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"expert_indices: expected shape \[1, 11, 2\], got \[11, 1\]"):
         balancer(gate_logits, list(indices[..., :1]), mask)
     assert (balancer.pending_counts == 0).all()
+
+
+def test_a_centred_bias_has_the_differences_of_the_other():
+    options = {"num_moe_layers": 2, "num_experts_per_token": 1, "expert_bias_rate": 0.01}
+    plain, centred = make_balancer(**options), make_balancer(**options, expert_bias_centered=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        gate_logits = torch.randn(2, 12, plain.n_experts, generator=generator) + torch.arange(plain.n_experts)
+        indices = gate_logits.topk(1).indices
+        for balancer in (plain, centred):
+            balancer(gate_logits.requires_grad_(), indices)
+            balancer.step()
+        torch.testing.assert_close(centred.expert_bias.mean(-1), torch.zeros(2), rtol=0, atol=1e-8)
+        assert plain.expert_bias.mean(-1).abs().max() > 1e-3  # or nothing would be tested
+        difference = plain.expert_bias - plain.expert_bias.mean(-1, keepdim=True)
+        torch.testing.assert_close(centred.expert_bias, difference, rtol=0, atol=1e-8)

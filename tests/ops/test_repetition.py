@@ -147,6 +147,16 @@ def test_long_text(ngram_size, tokens_include_row):
     assert_agrees(text, text.roll(-1, 1), segments=segments, ngram_window_size=40, **options)
 
 
+@pytest.mark.parametrize("threshold", [1, 40, 90])
+@pytest.mark.parametrize("growth", [0.0, 1e-9, 0.5, 1.0, 1.02, 1.5])
+def test_long_runs(growth, threshold):
+    """A run is not read to its end once its weight stays."""
+    text, targets = torch.tensor([[3] * 5 + [2] * 150]), torch.tensor([[1] * 155])
+    weights = torch.tensor([0.5, growth, 0.05, 0.1], dtype=torch.float64)
+    options = dict(use_immediate_repetition_penalty=True, immediate_repetition_threshold=threshold)
+    assert_agrees(text, targets, weights=weights, vocab_size=6, tokens_include_row=True, **options)
+
+
 def ngram_ids(text, targets=None, **options):
     text = torch.tensor([text])
     targets = text if targets is None else torch.tensor([targets])

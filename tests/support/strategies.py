@@ -93,7 +93,9 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "use_auxiliary_loss": draw(st.booleans()),
             "load_balancing_weight": 0.2,
             "router_z_weight": 0.3,
-            "load_balancing_convention": draw(st.sampled_from(["switch", "huggingface"])),
+            "load_balancing_convention": (convention := draw(st.sampled_from(["switch", "huggingface"]))),
+            "load_balancing_per_sequence": convention == "switch" and draw(st.booleans()),
+            "expert_bias_centered": draw(st.booleans()),
             "router_score": draw(st.sampled_from(["softmax", "sigmoid"])),
             "use_diversity_loss": draw(st.booleans()),
             "diversity_weight": 0.3,
@@ -282,11 +284,15 @@ def experts(draw, config, shape, numbers) -> dict[str, Any]:
     given: dict[str, Any] = {}
     n_tokens = math.prod(shape)
     n_rows = draw(st.sampled_from([n_tokens, n_tokens, n_tokens - 1, n_tokens - math.prod(shape[:-1]), 11]))
+    if config.use_auxiliary_loss and config.load_balancing_per_sequence:
+        n_rows = n_tokens
     if config.use_moe_balancing or config.use_auxiliary_loss:
         n_layers, n_experts, k = config.num_moe_layers, config.num_experts, config.num_experts_per_token
         layers = [numbers.leaf(n_rows, n_experts) for _ in range(n_layers)]
         as_tensor = numbers.leaf(*([n_layers] if n_layers > 1 else []), n_rows, n_experts)
         given["gate_logits"] = draw(st.sampled_from([layers, as_tensor]))
+        if config.use_auxiliary_loss and not config.load_balancing_per_sequence and draw(st.booleans()):
+            given["global_expert_counts"] = numbers.integers(0, 9, n_layers, n_experts)
         # of a softmax router's choices, the top-k of its logits is only a guess
         guesses = config.use_moe_balancing and config.router_score == "softmax" and config.expert_bias_rate > 0
         if guesses or draw(st.booleans()):

@@ -264,10 +264,11 @@ def row_loss(
     ids, all_own = counted_targets.unsqueeze(-1), own.unsqueeze(-1)
     if candidate_ids is not None and candidate_weights is not None:
         _check("row_loss", "candidate_weights", candidate_weights, tuple(candidate_ids.shape))
-        n_soft = candidate_groups[-1] if flags & RowFlags.SOFT_TARGETS and candidate_groups else 0
+        groups = list(candidate_groups or ())
+        n_soft = groups[-1] if flags & RowFlags.SOFT_TARGETS and groups else 0
         given = (candidate_ids, candidate_weights, counted_targets)
         losses, slopes = _penalties(row, columns, *given, flags, n_soft)
-        terms += [group.sum(-1) for group in losses.split(list(candidate_groups or ()), -1)]
+        terms += [group.sum(-1) for group in losses.split(groups, -1)]
         counted_ids = torch.where(counts.unsqueeze(-1), candidate_ids.long(), -1)
         ids, all_own = torch.cat([ids, counted_ids], -1), torch.cat([all_own, slopes], -1)
     total = sum(terms[len(TERM_NAMES) :], terms[0] + terms[1] + terms[2])
