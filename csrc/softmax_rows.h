@@ -206,6 +206,13 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
   out.terms[kCorrectMetric] = target_is_argmax ? Real(1) : Real(0);
 
   if (flags & kCrossEntropy) {
+    Real weight = flags & kTargetWeights ? target_weight : Real(1);
+    if (flags & (kDft | kEaft) && options.reweighting_exponent != 0) {
+      // by its logarithm: a second power would take registers that the GPU kernels do not have
+      Real log_base = -nll;
+      if (flags & kEaft) log_base = row.count > 1 ? log_of((total - mean_u) / log_of(row.count)) : -Real(INFINITY);
+      weight *= exp_of(options.reweighting_exponent * log_base);
+    }
     Real hard = nll, slope = 1;  // of the target's term, and its derivative by nll
     if (flags & kFocal) {
       // alpha o^gamma nll with o = 1 - p_t; its derivative alpha o^gamma (1 + gamma p_t nll / o) has no o^(gamma - 1)
@@ -215,18 +222,9 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       hard = modulation * nll;
       slope = modulation * (1 + (p == 0 ? Real(0) : options.focal_gamma * p * ratio));  // p = 0: nll may be inf
     }
-    if (flags & (kDft | kEaft)) {
-      // by its logarithm: a second power would take registers that the GPU kernels do not have
-      Real log_base = -nll;
-      if (flags & kEaft) log_base = row.count > 1 ? log_of((total - mean_u) / log_of(row.count)) : -Real(INFINITY);
-      const Real exponent = options.reweighting_exponent,
-                 weight = exponent == 0 ? Real(1) : exp_of(exponent * log_base);
+    if (weight != 1) {
       hard = weight == 0 ? Real(0) : weight * hard;  // a masked target's nll is inf
       slope *= weight;
-    }
-    if (flags & kTargetWeights) {
-      hard = target_weight == 0 ? Real(0) : target_weight * hard;
-      slope *= target_weight;
     }
     Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
     if (flags & kExcludeTarget) smoothing *= row.count > 1 ? row.count / (row.count - 1) : Real(0);  // V = 1: no others

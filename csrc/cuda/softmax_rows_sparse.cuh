@@ -91,7 +91,8 @@ __device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const 
 template <class Real>
 __device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_index, const RowStatistics<Real>& row,
                                              SparseEntry<Real>* entries, RowScratch<Real>* scratch, int lane) {
-  const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
+  // a reference: what the loop needs is read again, and held by no register meanwhile
+  const RowOptions<Real>& options = *static_cast<const RowOptions<Real>*>(a.options);
   const Real row_weight = a.row_weights ? static_cast<const Real*>(a.row_weights)[row_index] : Real(1);
   const int32_t target = entries[0].column, argmax = int32_t(row.argmax);
   const Real target_u = scalar_u(a, options, row, target, entries[0].logit);
