@@ -95,8 +95,8 @@ Expected expected_row(const Problem& problem, int row_index) {
   const auto u_of = [&](int j) { return (capped(logits[j]) - row.max) / options.temperature; };
   const auto p_of = [&](int j) { return std::exp(u_of(j)) / (1 + row.rest); };
   const int argmax = int(row.argmax);
-  const RowEvaluation<double> evaluation = evaluate(
-      row, options, problem.flags, target == argmax, u_of(int(target)), double(problem.weights[row_index * kCandidates]));
+  const RowEvaluation<double> evaluation = evaluate(row, options, problem.flags, target == argmax, u_of(int(target)),
+                                                    double(problem.weights[row_index * kCandidates]));
   expected.loss = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
   std::vector<double> own(vocab_size, 0);  // s_c
   own[target] = evaluation.target_coefficient;
@@ -250,7 +250,8 @@ void test_every_residence(const SoftmaxRowsLaunchers& kernels) {
                       {small_device(10240, 8), 7101 * kScale, Residence::clusters, 8},
                       {small_device(4096, 1), 1100 * kScale, Residence::streamed, 1}};
   const int flags[] = {kCrossEntropy, kCrossEntropy | kFocal | kLabelSmoothing | kZLoss | kConfidencePenalty,
-                       kCrossEntropy | kLabelSmoothing | kSoftcap | kEaft, kCrossEntropy | kDft | kSoftTargets | kTargetWeights};
+                       kCrossEntropy | kLabelSmoothing | kSoftcap | kEaft,
+                       kCrossEntropy | kDft | kSoftTargets | kTargetWeights};
   int variant = 0;
   for (const Way& way : ways) {
     const RowPlan plan = plan_rows(way.n_columns, int(sizeof(Element)), kCandidates, way.device);
