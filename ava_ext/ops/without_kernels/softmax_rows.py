@@ -275,8 +275,7 @@ def row_loss(
     loss = torch.where(counts, total * weight, 0)
     row_coefficients = [torch.where(counts, c * weight, 0) for c in row_coefficients]
     all_own = torch.where(counts.unsqueeze(-1), all_own * weight.unsqueeze(-1), 0)
-    nothing = loss.new_empty(0)
-    gradient, statistics, saved = logits.new_empty(0), nothing, nothing
+    gradient, statistics, saved = logits.new_empty(0), loss.new_empty(0), loss.new_empty(0)
     if with_gradient:
         gradient = _gradient(logits, values, row, columns, row_coefficients, ids, all_own)
     if with_statistics:
