@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.assertions import assert_bitwise_equal
 
+from ava_ext.ops.row_fields import row_options
+
 ops = torch.ops.ava_ext
 CROSS_ENTROPY, LABEL_SMOOTHING, CONFIDENCE, SOFTCAP, ENTROPY, IDS_ARE_PRESENT = 1, 4, 32, 64, 128, 256
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -13,7 +15,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def options(like, temperature=1.0, confidence=0.0, smoothing=0.0):
     real = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.tensor([temperature, smoothing, 1.0, 2.0, 0.0, confidence, 5.0], dtype=real)
+    weights = {"label_smoothing": smoothing, "confidence_penalty_weight": confidence}
+    return row_options(torch.zeros(1, dtype=real), temperature=temperature, logit_softcap=5.0, **weights)
 
 
 def random(*shape, dtype=torch.float32, seed=0):
