@@ -8,9 +8,9 @@ from hypothesis import given
 from support.assertions import relative_error
 from support.row_oracle import expected_row_loss
 from support.row_ways import assert_right, fused, in_place, split
-from support.strategies import row_problems
+from support.strategies import RowProblem, row_problems
 
-from ava_ext.ops.softmax_rows import Candidates, row_loss, row_options
+from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 
 ops = torch.ops.ava_ext
 
@@ -52,6 +52,17 @@ def test_every_way_to_the_gradient(problem):
     for name, way in ways.items():
         assert_right(problem, way(problem), expected, name)
         torch.testing.assert_close(problem.base, before, rtol=0, atol=0, equal_nan=True, msg=f"{name} wrote the logits")
+
+
+def test_the_entropy_of_a_flat_row_under_a_soft_cap():
+    """Equal capped columns differ from the rounded maximum by what one multiply-add leaves unrounded."""
+    for cap in (5.0, 8.0):
+        base = torch.full((1, 2), -30.0)
+        options = row_options(base, confidence_penalty_weight=0.2, logit_softcap=cap)
+        flags = int(RowFlags.CONFIDENCE_PENALTY | RowFlags.SOFTCAP)
+        problem = RowProblem(base, lambda rows: rows, torch.tensor([1]), options, flags, None, None, 2)
+        for way in (fused, split, by_autograd):
+            assert_right(problem, way(problem), expected_row_loss(problem), way.__name__)
 
 
 def test_the_columns_of_a_large_vocabulary():

@@ -165,6 +165,9 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         # from one multiply-add, z - largest with the product unrounded, and subtracts what that leaves at the maximum
         of_entropy = 2.0**-48 * (1 + largest.abs()) * entropy_size
         grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
+        if on[RowFlags.SOFTCAP]:  # equal columns are as far from the rounded maximum as one multiply-add leaves them
+            of_tie = 2 * unit * largest.abs() * entropy_size
+            grad_bound = grad_bound + p * of_tie.unsqueeze(-1) * cap_slope
         underflow = (0.0 if is_float64 else 2e-38) * (1 + probability_size + entropy_size.unsqueeze(-1) * 100)
         grad_bound = grad_bound + (underflow + of_entropy.unsqueeze(-1)) * present
         grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature
