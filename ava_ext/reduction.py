@@ -55,7 +55,8 @@ def count_rows(
 
     A row counts unless its target is ignore_index or it is padding. Under "mean", N is num_items_in_batch if given,
     else the sum over the rows that count of token weight times class weight, as in PyTorch; without either, their
-    number. If that is 0, N is 1; the loss is then 0 and still connected to the graph. Under "sum" and "none", N is 1.
+    number. If all their classes have weight 0, N is as without class weights. If it is 0, N is 1; the loss is then 0
+    and still connected to the graph. Under "sum" and "none", N is 1.
 
     Terms of the whole batch are multiplied by n_counted / N if num_items_in_batch is given, so that micro-batches add
     up to the whole batch, and by 0 if no row counts.
@@ -81,7 +82,10 @@ def count_rows(
     if n_items is not None:
         n = n_items
     elif token_weights is not None or class_weights is not None:
-        n = (weights if class_weights is None else weights * classes_of(targets, class_weights)).sum()
+        n = weights.sum()
+        if class_weights is not None:
+            of_classes = (weights * classes_of(targets, class_weights)).sum()
+            n = torch.where(of_classes == 0, n, of_classes)
         n = torch.where(n == 0, 1.0, n)
     else:
         n = n_counted.clamp_min(1)

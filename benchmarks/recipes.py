@@ -14,10 +14,10 @@ from collections.abc import Callable
 import peak_memory
 import torch
 import torch.nn.functional as F
-from timing import interleave
 from torch import Tensor
 
 from ava_ext import LinearLogits, token_log_probs
+from ava_ext.bench.timing import interleave
 
 SIZE = (8, 256, 768, 32000)  # n_answers, n_tokens, hidden_size, vocab_size
 

@@ -59,9 +59,10 @@ def test_presets_give_the_loss_of_their_options():
     focal = 0.25 * ((1 - torch.exp(-rows)) ** 1.5 * rows).mean()
     torch.testing.assert_close(FocalLoss(V, alpha=0.25, gamma=1.5)(**given), focal, rtol=1e-12, atol=0)
     result = AntiRepetitionLoss(V, eos_token_id=5, ngram_size=1)(**given, return_detailed=True)
-    addends = {"main_loss", "ngram_penalty", "immediate_repetition_penalty", "eos_penalty", "negative_penalty"}
-    assert {name for name in result if name not in ava_ext.METRICS} == {"total_loss", *addends}
-    assert all(result[name] > 0 for name in addends - {"negative_penalty"})
+    addends = {"main_loss", "ngram_penalty", "immediate_repetition_penalty", "eos_penalty"}
+    given_alone = {"negative_penalty", "distillation_loss"}  # 0 without what they want
+    assert {name for name in result if name not in ava_ext.METRICS} == {"total_loss", *addends, *given_alone}
+    assert all(result[name] > 0 for name in addends) and not any(result[name] for name in given_alone)
     for preset in (DeepSeekLoss(V, HIDDEN_SIZE, use_mtp=True).double(), AdaptiveMTPLoss(V)):
         result = preset(**given, return_detailed=True)
         assert result["mtp_loss"] > 0

@@ -123,6 +123,8 @@ def unified_loss(
     dtype = logits.dtype
     weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else of_labels(token_weights).to(dtype)
     of_class = class_weights_of(config, targets, counted).to(dtype)
+    if not (counted * weights * of_class).any():  # no class that counts has a weight: N is as without class weights
+        of_class = torch.ones_like(of_class)
     n = denominator(config, counted, weights * of_class, num_items_in_batch).to(dtype)
     temperature = config.initial_temperature if temperature is None else temperature
     rows = Rows(config, targets, counted, segments, weights, n, temperature)
