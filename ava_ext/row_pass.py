@@ -137,9 +137,8 @@ class RowPass(Float32Buffers):
             with_entropy: measure the entropy of each row, which some terms need anyway.
         """
         like = call.rows.weights
-        options = self.options
-        if like.dtype == torch.float64:  # buffers have fewer digits
-            options = self._make_options(torch.float64)
+        # buffers have fewer digits than float64
+        options = self._make_options(torch.float64) if like.dtype == torch.float64 else self.options
         if options.device != like.device:
             options = options.to(like.device)
         if temperature is not None:
@@ -251,10 +250,10 @@ class RowPass(Float32Buffers):
             found.append(Candidates(torch.full_like(rows.targets, -1).unsqueeze(-1), weights, (1,)))
             names = ("class_weights", *names)
         if self.repetition_keys:
-            like, weights = rows.weights, self.penalty_weights
-            if like.dtype == torch.float64:
-                weights = self._make_penalty_weights(torch.float64).to(like.device)
-            elif weights.device != like.device:
+            like = rows.weights
+            is_double = like.dtype == torch.float64
+            weights = self._make_penalty_weights(torch.float64) if is_double else self.penalty_weights
+            if weights.device != like.device:
                 weights = weights.to(like.device)
             tokens, targets, segments = _with_prefix(call)
             candidates = repetition_candidates(

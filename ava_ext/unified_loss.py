@@ -262,7 +262,7 @@ class UnifiedLoss(nn.Module):
             soft_target_weights=soft_target_weights,
             contrastive_pair=contrastive_pair,
             max_counted_rows=max_counted_rows,
-            class_weights=row_pass.class_weights,
+            class_weights=None if self.config.class_weights is None else row_pass.class_weights,
         )
         if self._learns:
             self._begin(call, targets)
