@@ -192,3 +192,16 @@ def test_precision_of_entropy_and_gradient_in_bfloat16():
     is_target = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, targets[:, None], True)
     for part in (is_target, ~is_target):
         assert relative_error(x.grad[part], wide.grad[part]) < 2**-9
+
+
+def test_the_gradient_of_log_rest_beyond_the_range_of_normal_numbers():
+    """float64 has it; in float32, R = e^-100 is subnormal, and the gradient fades without being nan or too large."""
+    for dtype in (torch.float64, torch.float32):
+        logits = torch.tensor([[0.0, 100.0, 200.0]], dtype=dtype, requires_grad=True)
+        log_rest = softmax_statistics(logits, None).log_rest
+        torch.testing.assert_close(log_rest.detach(), torch.tensor([-100.0], dtype=dtype), rtol=1e-2, atol=0)
+        (gradient,) = torch.autograd.grad(log_rest.sum(), logits)
+        if dtype == torch.float64:
+            torch.testing.assert_close(gradient, torch.tensor([[0.0, 1.0, -1.0]], dtype=dtype))
+        else:
+            assert gradient.isfinite().all() and 0 <= gradient[0, 1] < 1e-5
