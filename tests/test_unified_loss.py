@@ -1,7 +1,22 @@
 """UnifiedLoss as a whole: against the reference and torch.nn.functional, its detailed results, hostile values."""
 
+import importlib.util
 import math
 import sys
+
+missing = [name for name in ("pytest", "xdist", "hypothesis") if importlib.util.find_spec(name) is None]
+if __name__ == "__main__" and missing:
+    from ava_ext.self_check import self_check
+
+    print(
+        f"not installed: {', '.join(missing)} (pip install '.[test]' brings them); the self-check of this build alone:"
+    )
+    checks = self_check()
+    for check in checks:
+        print(f"{'✓' if check.passes else '✗'} {check.name}, {check.dtype}, {check.device}: value and gradient")
+    passed = all(check.passes for check in checks)
+    print("All tests passed! ✓" if passed else "Some tests failed ✗")
+    sys.exit(not passed)
 
 import pytest
 import torch
