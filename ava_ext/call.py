@@ -54,11 +54,11 @@ class Call:
         context: [batch_size, n_tokens], the tokens read, ignore_index where masked; None: the targets are the context.
         prefix: [batch_size, n_prefix], what comes before the context in the first row's text, ignore_index where
             masked; None: nothing.
-        keep_targets: [batch_size, n_tokens] bool, rows whose target is no padding, without the row behind the last
+        keep_targets: [batch_size, n_tokens] bool, rows whose target is not padding, without the row behind the last
             label; None: all.
-        keep_tokens: [batch_size, n_tokens] bool, tokens that are no padding; None: all.
+        keep_tokens: [batch_size, n_tokens] bool, tokens that are not padding; None: all.
         placement: how the rows are spread over ranks; None: this process has all of them.
-        kept_rows: [batch_size, n_tokens] bool, rows that are no padding, whether they have a target or not; None: all.
+        kept_rows: [batch_size, n_tokens] bool, rows that are not padding, whether they have a target or not; None: all.
         kept_weights: [batch_size, n_tokens], the token weights of rows, whether they have a target or not; None: 1.
         candidate_loss: the penalty of candidates on rows of the main logits; the pass over the rows sets it.
         head_loss: main's cross-entropy for the logits of a further head; the pass over the rows sets it.
@@ -224,7 +224,7 @@ class Call:
         return values.squeeze(-2) if self.is_flat else values
 
     def padding_free(self, n_rows: int) -> Tensor | None:
-        """[n_rows] bool: which rows of a router or an expert are no padding; None: all, or their number is another."""
+        """[n_rows] bool: which rows of a router or an expert are not padding; None: all, or their number is another."""
         of_rows = (self.keep_targets, self.keep_tokens)
         for keep in of_rows if self.placement is None else map(self.placement.local, of_rows):
             if keep is not None and keep.numel() == n_rows:

@@ -192,7 +192,7 @@ class UnifiedLossConfig:
         "switch", _one_of("switch", "huggingface"), '"switch" or "huggingface" (k times larger, layers concatenated)'
     )
     load_balancing_per_sequence: bool = _option(
-        False, _FLAG, "balance each text by itself, then average; gate_logits then have a row for each target"
+        False, _FLAG, "balance each text separately, then average; gate_logits then have a row for each target"
     )
     router_score: str = _option("softmax", _one_of("softmax", "sigmoid"), '"softmax" or "sigmoid" (normalised)')
 

@@ -100,7 +100,7 @@ class DeferredLogits:
         raise deferred._unknown(f"calls {getattr(function, '__name__', function)} on its logits")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python looks for by itself
+        if name.startswith("__"):  # what Python itself looks for
             raise AttributeError(name)
         raise self._unknown(f"uses .{name} of its logits")
 

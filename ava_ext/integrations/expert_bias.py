@@ -22,8 +22,8 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
 
     Hooks record what each router chose, for the loss; before every forward, and before the state of the model is saved,
     expert_bias is copied into the routers. The bias that the model has now is where it begins. With
-    `fuse_lm_head` or `attach_loss` the loss then gets gate_logits and expert_indices by itself; in a loop of one's own,
-    pass `**binding.take()` to the loss.
+    `fuse_lm_head` or `attach_loss` the loss then gets gate_logits and expert_indices automatically; in a loop of your
+    own, pass `**binding.take()` to the loss.
 
     Args:
         model: before it is wrapped.

@@ -39,8 +39,8 @@ class UnifiedLossCallback(Callback):
         prefix: of the names in the log; validation's have "val_" before it.
 
     Raises:
-        ValueError: when training begins: no loss; one that steps by itself (auto_step=True), or that learns apart on
-            each rank.
+        ValueError: when training begins: no loss; one that steps automatically (auto_step=True), or that learns
+            separately on each rank.
 
     Example:
         >>> trainer = lightning.Trainer(max_epochs=1, callbacks=[UnifiedLossCallback()])

@@ -122,7 +122,7 @@ class LossInForward(nn.Module):
         return result if return_dict else result.to_tuple()
 
     def _router_logits_wanted(self, options: dict[str, Any]) -> bool:
-        """Whether the model gives router logits by itself, and then its own load balancing."""
+        """Whether the model itself gives router logits, and then its own load balancing."""
         wanted = options.get("output_router_logits")
         of_text = text_config(self)
         wanted = bool(getattr(of_text, "output_router_logits", False) if wanted is None else wanted)

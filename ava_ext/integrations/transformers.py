@@ -73,11 +73,11 @@ class UnifiedLossCallback(TrainerCallback):
     Args:
         loss_fn: with auto_step=False where it learns anything; with process_group="world" on several ranks.
         resume_from: folder of the checkpoint that train(resume_from_checkpoint=...) gets, where that is not in
-            output_dir. UnifiedLossTrainerMixin knows it by itself.
+            output_dir. UnifiedLossTrainerMixin knows it without this.
 
     Raises:
-        ValueError: a loss that steps by itself. When training begins: a loss that learns apart on each rank, or whose
-            parameters no optimizer has. FileNotFoundError: a checkpoint without the loss.
+        ValueError: a loss that steps automatically. When training begins: a loss that learns separately on each rank,
+            or whose parameters no optimizer has. FileNotFoundError: a checkpoint without the loss.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[UnifiedLossCallback(loss_fn)])

@@ -59,7 +59,7 @@ class RowLoss(NamedTuple):
 
     # row_weights times the sum of the terms and penalties: the differentiable output
     loss: Tensor  # [...], or [] with reduction="sum"
-    # each by itself, unweighted, without graph. The entropy is measured only with RowFlags.ENTROPY, LABEL_SMOOTHING,
+    # each separately, unweighted, without graph. The entropy is measured only with RowFlags.ENTROPY, LABEL_SMOOTHING,
     # CONFIDENCE_PENALTY, EAFT or SOFTCAP.
     terms: Tensor  # [N_TERMS + n_groups, ...]
 
@@ -74,7 +74,7 @@ class Candidates(NamedTuple):
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent
     weights: Tensor  # [..., n_candidates] float32 (float64 beside float64 logits)
-    groups: tuple[int, ...]  # sizes that add up to n_candidates; each group is reported by itself
+    groups: tuple[int, ...]  # sizes that add up to n_candidates; each group is reported separately
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -47,7 +47,7 @@ def row_statistics(
 def _apart(
     summaries: Tensor,  # [N_SUMMARIES, ...]
 ) -> list[Tensor]:  # N_SUMMARIES of [...]
-    """Each summary as a tensor by itself for autograd: whoever writes to one leaves the others alone."""
+    """Each summary as a tensor of its own for autograd: whoever writes to one leaves the others alone."""
     return [summary.data for summary in summaries.unbind(0)]
 
 

@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
     @property
     def local_vocab_size(self) -> int:
-        """How many of this rank's columns are no padding."""
+        """How many of this rank's columns are not padding."""
         return min(max(self.vocab_size - self.first_column, 0), self.n_columns)
 
     def local_ids(

@@ -160,7 +160,7 @@ def unified_loss(
         terms.append(mtp_terms(rows, [of_rows(x) for x in heads], confidence, is_calibrated, mtp_depth_weights))
 
     def kept(n_rows: int) -> Tensor:
-        """The rows that are no padding, where the mask has their number; else all. [n_rows] bool"""
+        """The rows that are not padding, where the mask has their number; else all. [n_rows] bool"""
         matching = [keep for keep in (row_keep, token_keep) if keep.numel() == n_rows]
         return matching[0].reshape(-1) if matching else torch.ones(n_rows, dtype=torch.bool)
 

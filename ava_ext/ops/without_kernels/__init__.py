@@ -1,7 +1,7 @@
 """The operators on devices for which the library has no kernels: plain PyTorch, with one warning.
 
 That is every device but the CPU and, in a library built with nvcc, CUDA. Right, but with the passes over memory and the
-memory itself that the kernels are there to save. The formulas are those of csrc/*.h, in float32 (float64 for float64
+memory itself that the kernels exist to save. The formulas are those of csrc/*.h, in float32 (float64 for float64
 logits).
 """
 
