@@ -135,6 +135,8 @@ def test_unshifted_labels_are_explicit_slices(case):
             sliced[name] = value[:, :-1]
         elif name == "additional_logits":
             sliced[name] = [head[:, :-1] for head in with_dense_logits(value)]
+        elif name == "mtp_hidden_states":
+            sliced[name] = [states[:, :-1] for states in value]
     shifted = UnifiedLoss(**config.to_dict()).double().eval()
     unshifted = UnifiedLoss(**config.to_dict() | {"labels_are_shifted": False}).double().eval()
     unshifted.load_state_dict(shifted.state_dict())
