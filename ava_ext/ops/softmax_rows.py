@@ -132,19 +132,9 @@ def row_loss(
         candidates = candidates._replace(ids=ids)
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
+    arguments = (targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
     if isinstance(logits, Tensor):
-        return _dense_row_loss(
-            logits,
-            targets,
-            options,
-            flags,
-            row_weights,
-            candidates,
-            vocab_size,
-            ignore_index,
-            reduction == "sum",
-            inplace_gradient,
-        )
+        return _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient)
     if isinstance(logits, LocalRows):
         block = logits.rows
         local = row_loss(
@@ -167,33 +157,8 @@ def row_loss(
         if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
             _check_inplace(logits.logits)
             inplace = True
-        return vocabulary_parallel_row_loss(
-            logits,
-            targets,
-            options,
-            flags,
-            row_weights,
-            candidates,
-            vocab_size,
-            ignore_index,
-            reduction,
-            inplace,
-            chunk_bytes,
-            max_counted_rows,
-        )
-    return linear_row_loss(
-        logits,
-        targets,
-        options,
-        flags,
-        row_weights,
-        candidates,
-        vocab_size,
-        ignore_index,
-        reduction,
-        chunk_bytes,
-        max_counted_rows,
-    )
+        return vocabulary_parallel_row_loss(logits, *arguments, reduction, inplace, chunk_bytes, max_counted_rows)
+    return linear_row_loss(logits, *arguments, reduction, chunk_bytes, max_counted_rows)
 
 
 def _dense_row_loss(

@@ -1,8 +1,13 @@
 // The emulated csrc/cuda/launch.h: operators over CPU tensors, in a namespace of their own.
+// Whoever includes it may define AVA_OPERATORS_ON_CPU, to have another.
 #pragma once
 #include "cuda_emulator.h"
 
-#define AVA_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(ava_ext_emulated, CPU, m)
+#ifndef AVA_OPERATORS_ON_CPU
+#define AVA_OPERATORS_ON_CPU ava_ext_emulated
+#endif
+#define AVA_CUDA_OPERATORS(m) AVA_OPERATORS_OF(AVA_OPERATORS_ON_CPU, m)
+#define AVA_OPERATORS_OF(name, m) STABLE_TORCH_LIBRARY_IMPL(name, CPU, m)  // expands the name first
 
 namespace ava {
 
