@@ -14,20 +14,17 @@ from torch import Tensor
 
 from ava_ext.ops.derivatives import without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_evaluation import RowEvaluation, RowOptions, RowStatistics, evaluate_rows
 from ava_ext.ops.row_fields import (
     IDS_ARE_PRESENT,
     N_SUMMARIES,
     N_TERMS,
     Candidates,
-    RowFlags,
     RowLoss,
 )
 from ava_ext.ops.row_statistics import statistics_coefficients
 from ava_ext.ops.shard_statistics import MergedRows, Shard, local_gradients, local_view, measure
 from ava_ext.ops.sharded_logits import ShardedLogits
-from ava_ext.ops.without_kernels.softmax_rows import _evaluate, _Options, _Row
-
-_SMALLEST_REST = {torch.float32: 1e-37, torch.float64: 1e-300}  # smallest_rest of csrc/softmax_rows.h
 
 
 def vocabulary_parallel_row_loss(
@@ -167,60 +164,17 @@ class _SumOfGradients(torch.autograd.Function):
 
 def _evaluated(
     merged: MergedRows,
-    ids: Tensor,  # [n_rows, 1 + n_candidates]: the target, then the candidates; -1: absent
-    row_mask: Tensor,  # [n_rows]
+    ids: Tensor,  # [n_rows, 1 + n_candidates]: the target, -1 where the row does not count, then the candidates
     row_weights: Tensor | None,  # [n_rows]
     weights: Tensor | None,  # [n_rows, n_candidates]
     groups: tuple[int, ...],
     shard: Shard,
-) -> tuple[Tensor, Tensor, Tensor]:  # [n_rows], [N_TERMS + n_groups, n_rows], [n_rows, N_ROW_COEFFICIENTS + n_ids]
-    """Weighted loss, terms and coefficients of the rows: evaluate and unlikelihood of csrc/softmax_rows.h."""
-    row = _Row(*merged.statistics.unbind(-1))
+) -> RowEvaluation:
+    """Loss, terms and coefficients of the rows of the whole logits."""
+    row = RowStatistics(*merged.statistics.unbind(-1))
     is_argmax = ids == row.argmax.unsqueeze(-1)
-    options = _Options(*shard.options.unbind())
-    terms, of_row, own = _evaluate(row, options, shard.flags, is_argmax[:, 0], merged.u[:, 0], weights)
-    terms = [torch.stack(terms)]
-    total = terms[0][0] + terms[0][1] + terms[0][2]
-    coefficients = torch.stack([*of_row, torch.zeros_like(own), own], -1)
-    if weights is not None:
-        n_soft = groups[-1] if shard.flags & RowFlags.SOFT_TARGETS and groups else 0
-        losses, slopes = _penalties(row.rest, merged.u[:, 1:], is_argmax[:, 1:], ids, weights, n_soft)
-        penalties = [group.sum(-1) for group in losses.split(list(groups), -1)]
-        for penalty in penalties:
-            total = total + penalty
-        terms += [penalty.unsqueeze(0) for penalty in penalties]
-        coefficients = torch.cat([coefficients, slopes], -1)
-    if row_weights is not None:
-        total, coefficients = total * row_weights, coefficients * row_weights.unsqueeze(-1)
-    ignored = ~row_mask
-    of_terms = torch.cat(terms).masked_fill_(ignored, 0)
-    return total.masked_fill(ignored, 0), of_terms, coefficients.masked_fill_(ignored.unsqueeze(-1), 0)
-
-
-def _penalties(
-    rest: Tensor,  # [n_rows]
-    u: Tensor,  # [n_rows, n_candidates]
-    is_argmax: Tensor,  # [n_rows, n_candidates] bool
-    ids: Tensor,  # [n_rows, 1 + n_candidates]
-    weights: Tensor,  # [n_rows, n_candidates]
-    n_soft: int,
-) -> tuple[Tensor, Tensor]:  # both [n_rows, n_candidates]
-    """-w log(1 - p) of each candidate, -w log p of the last n_soft, and its s."""
-    rest = rest.unsqueeze(-1)
-    p = (u.exp() / (1 + rest)).masked_fill_(is_argmax, 0)
-    target = ids[:, :1]
-    absent = (u == -torch.inf) | (ids[:, 1:] == target) | (weights == 0) | (target < 0)  # u of an absent id: -inf
-    smallest = _SMALLEST_REST[rest.dtype]
-    inverse_rest = 1 / torch.where(rest < smallest, smallest, rest)  # a nan passes
-    loss = torch.where(is_argmax, inverse_rest.log1p(), -torch.log1p(-p))
-    slope = torch.where(is_argmax, inverse_rest, p / (1 - p))
-    losses, slopes = (weights * loss).masked_fill_(absent, 0), (weights * slope).masked_fill_(absent, 0)
-    if n_soft:
-        given, u, ids = weights[:, -n_soft:], u[:, -n_soft:].masked_fill(is_argmax[:, -n_soft:], 0), ids[:, -n_soft:]
-        absent = (ids < 0) | (given == 0) | (target < 0)
-        losses[:, -n_soft:] = (given * (rest.log1p() - u)).masked_fill_(absent, 0)
-        slopes[:, -n_soft:] = (-given).masked_fill(absent, 0)
-    return losses, slopes
+    options, candidates = RowOptions(*shard.options.unbind()), (ids[:, 1:], weights, groups)
+    return evaluate_rows(row, options, shard.flags, ids[:, 0], merged.u, is_argmax, row_weights, *candidates)
 
 
 def _save(ctx: Any, shard: Shard, parts: tuple[Tensor | None, ...], *tensors: Tensor) -> None:
@@ -259,7 +213,7 @@ class _RowLossOfShard(torch.autograd.Function):
         ids, row_mask, row_weights, weights, groups = arguments
         logits = LinearLogits(*parts) if len(parts) > 1 else parts[0]
         merged = measure(logits, ids, row_mask, shard)
-        loss, terms, coefficients = _evaluated(merged, ids, row_mask, row_weights, weights, groups, shard)
+        loss, terms, coefficients = _evaluated(merged, ids, row_weights, weights, groups, shard)
         ctx.inplace = inplace
         _save(ctx, shard, parts, ids, row_mask, *local_view(merged, coefficients, ids, shard))
         ctx.mark_non_differentiable(terms)

@@ -9,31 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.row_fields import IDS_ARE_PRESENT, N_STATISTICS, TERM_NAMES, RowFlags, accumulation_dtype
+from ava_ext.ops.row_evaluation import RowOptions, RowStatistics, evaluate_rows
+from ava_ext.ops.row_fields import (
+    IDS_ARE_PRESENT,
+    N_ROW_COEFFICIENTS,
+    N_STATISTICS,
+    RowFlags,
+    accumulation_dtype,
+)
 
 LOWEST_U = -1000.0  # e^u is 0, and u e^u too: what stands for a lower u beside its e^u
-
-
-class _Options(NamedTuple):
-    temperature: Tensor  # []
-    label_smoothing: Tensor
-    focal_alpha: Tensor
-    focal_gamma: Tensor
-    z_loss_weight: Tensor
-    confidence_penalty_weight: Tensor
-    softcap: Tensor
-    reweighting_exponent: Tensor
-
-
-class _Row(NamedTuple):
-    """RowStatistics, all [...]."""
-
-    max: Tensor
-    argmax: Tensor
-    rest: Tensor
-    weighted: Tensor
-    total_u: Tensor  # U
-    n_present: Tensor  # V
 
 
 class _Columns(NamedTuple):
@@ -53,12 +38,12 @@ def _check(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) ->
 def _check_rows(op: str, logits: Tensor, options: Tensor, vocab_size: int) -> None:
     if logits.dim() < 1 or not 1 <= vocab_size <= logits.shape[-1]:
         raise RuntimeError(f"{op}: expected vocab_size in [1, n_columns], got {vocab_size} and {list(logits.shape)}")
-    _check(op, "options", options, (len(_Options._fields),))
+    _check(op, "options", options, (len(RowOptions._fields),))
 
 
 def _capped(
     logits: Tensor,  # [..., n_columns]
-    options: _Options,
+    options: RowOptions,
     flags: int,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor | None]:  # [..., vocab_size] and the derivative, or None for 1
@@ -85,11 +70,11 @@ def _u_of(
 
 def _measure(
     logits: Tensor,  # [..., n_columns]
-    options: _Options,
+    options: RowOptions,
     flags: int,
     vocab_size: int,
     measured: Tensor | None,  # [...] bool
-) -> tuple[_Row, _Columns]:
+) -> tuple[RowStatistics, _Columns]:
     value, cap_slope = _capped(logits, options, flags, vocab_size)
     present = value > -math.inf  # a nan is not: it travels in R alone
     sortable = torch.where(present, value, -math.inf)
@@ -100,65 +85,13 @@ def _measure(
     exponential = u.exp()
     rest = exponential.masked_fill(is_argmax, 0).sum(-1)
     weighted = torch.where(present, u.clamp_min(LOWEST_U) * exponential, 0).sum(-1)
-    row = _Row(
+    row = RowStatistics(
         row_max, argmax.to(u.dtype), rest, weighted, torch.where(present, u, 0).sum(-1), present.sum(-1).to(u.dtype)
     )
     if measured is not None:
         nothing = (-math.inf, -1, 0, 0, 0, 0)
-        row = _Row(*(torch.where(measured, field, empty) for field, empty in zip(row, nothing, strict=True)))
+        row = RowStatistics(*(torch.where(measured, field, empty) for field, empty in zip(row, nothing, strict=True)))
     return row, _Columns(u, is_argmax, exponential / (1 + row.rest).unsqueeze(-1), cap_slope)
-
-
-def _evaluate(
-    row: _Row,
-    options: _Options,
-    flags: int,
-    target_is_argmax: Tensor,  # [...]
-    target_u: Tensor,  # [...]
-    candidate_weights: Tensor | None,  # [..., n_candidates]: with TARGET_WEIGHTS the first is the target's
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The six terms, the coefficients a, b, k, and s of the target; all [...]."""
-    zero = torch.zeros_like(row.rest)
-    total, mean_u = row.rest.log1p(), row.weighted / (1 + row.rest)
-    nll = torch.where(target_is_argmax, total, total - target_u)
-    main, z_loss, confidence, own = zero, zero, zero, zero
-    probability, entropy, constant = zero, zero, zero
-    if flags & RowFlags.CROSS_ENTROPY:
-        hard, slope = nll, torch.ones_like(nll)
-        if flags & RowFlags.FOCAL:
-            other = torch.where(target_is_argmax, row.rest / (1 + row.rest), -torch.expm1(-nll))
-            modulation, p = options.focal_alpha * other.pow(options.focal_gamma), (-nll).exp()
-            ratio = torch.where(nll < 1e-6, 1, nll / other)
-            hard = modulation * nll
-            slope = modulation * (1 + torch.where(p == 0, 0, options.focal_gamma * p * ratio))
-        if flags & (RowFlags.DFT | RowFlags.EAFT):
-            base = (-nll).exp()
-            if flags & RowFlags.EAFT:
-                base = torch.where(row.n_present > 1, (total - mean_u) / row.n_present.log(), 0)
-            weight = base.pow(options.reweighting_exponent)
-            hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
-        if flags & RowFlags.TARGET_WEIGHTS and candidate_weights is not None:
-            weight = candidate_weights[..., 0]
-            hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
-        smoothing = options.label_smoothing if flags & RowFlags.LABEL_SMOOTHING else zero
-        if flags & RowFlags.EXCLUDE_TARGET:
-            smoothing = smoothing * torch.where(row.n_present > 1, row.n_present / (row.n_present - 1), 0)
-        main = torch.where(smoothing == 1, 0, (1 - smoothing) * hard)
-        own = -(1 - smoothing) * slope
-        if flags & RowFlags.LABEL_SMOOTHING:
-            main = main + smoothing * (total - row.total_u / row.n_present)
-            probability = probability + smoothing
-            constant = -smoothing / row.n_present
-    if flags & RowFlags.Z_LOSS:
-        lse = row.max / options.temperature + total
-        z_loss = options.z_loss_weight * lse * lse
-        probability = probability + 2 * options.z_loss_weight * lse
-    if flags & RowFlags.CONFIDENCE_PENALTY:
-        several = row.n_present > 1
-        entropy = torch.where(several, options.confidence_penalty_weight / row.n_present.log(), 0)
-        confidence = torch.where(several, options.confidence_penalty_weight - entropy * (total - mean_u), 0)
-    terms = [main, z_loss, confidence, nll, total - mean_u, target_is_argmax.to(nll.dtype)]
-    return terms, [probability, entropy, constant], own
 
 
 def _places(
@@ -173,39 +106,10 @@ def _places(
     return places if counted is None else torch.where(counted, places, 0)
 
 
-def _penalties(
-    row: _Row,
-    columns: _Columns,
-    ids: Tensor,  # [..., n_candidates]
-    weights: Tensor,  # [..., n_candidates]
-    targets: Tensor,  # [...], -1 where the row does not count
-    flags: int,
-    n_soft: int,
-) -> tuple[Tensor, Tensor]:
-    """-w log(1 - p) of each candidate, -w log p of the last n_soft, and its s; both [..., n_candidates]."""
-    target = targets.unsqueeze(-1)
-    at = _places(ids, target >= 0, flags)
-    u, p = columns.u.gather(-1, at), columns.probability.gather(-1, at)
-    present = (ids >= 0) & (target >= 0) & (weights != 0)
-    valid = present & (ids != target) & (u != -math.inf)
-    smallest = 1e-37 if weights.dtype == torch.float32 else 1e-300
-    rest = torch.where(row.rest < smallest, smallest, row.rest).unsqueeze(-1)
-    is_argmax = columns.is_argmax.gather(-1, at)
-    loss = torch.where(is_argmax, (1 / rest).log1p(), -torch.log1p(-p))
-    slope = torch.where(is_argmax, 1 / rest, p / (1 - p))
-    losses, slopes = torch.where(valid, weights * loss, 0), torch.where(valid, weights * slope, 0)
-    if n_soft:
-        n_others, nll = ids.shape[-1] - n_soft, row.rest.log1p().unsqueeze(-1) - u
-        soft = torch.where(present, weights * nll, 0)
-        losses = torch.cat([losses[..., :n_others], soft[..., n_others:]], -1)
-        slopes = torch.cat([slopes[..., :n_others], torch.where(present, -weights, 0)[..., n_others:]], -1)
-    return losses, slopes
-
-
 def _gradient(
     logits: Tensor,  # [..., n_columns]
-    options: _Options,
-    row: _Row,
+    options: RowOptions,
+    row: RowStatistics,
     columns: _Columns,
     coefficients: Sequence[Tensor],  # a, b, k, each [...]
     ids: Tensor,  # [..., n_ids], -1: absent
@@ -252,36 +156,34 @@ def row_loss(
     _check_rows("row_loss", logits, options, vocab_size)
     _check("row_loss", "targets", targets, rows)
     _check("row_loss", "row_weights", row_weights, rows)
-    values, counts = _Options(*options.unbind()), targets != ignore_index
+    values, counts = RowOptions(*options.unbind()), targets != ignore_index
     row, columns = _measure(logits, values, flags, vocab_size, counts)
-    at = torch.where(counts, targets, 0).unsqueeze(-1)
-    target_u = columns.u.gather(-1, at).squeeze(-1)
-    target_is_argmax = columns.is_argmax.gather(-1, at).squeeze(-1)
-    terms, row_coefficients, own = _evaluate(row, values, flags, target_is_argmax, target_u, candidate_weights)
-    weight = torch.ones_like(row.rest) if row_weights is None else row_weights
     counted_targets = torch.where(counts, targets, -1)
-    terms = [torch.where(counts, term, 0) for term in terms]
-    ids, all_own = counted_targets.unsqueeze(-1), own.unsqueeze(-1)
+    at, ids = torch.where(counts, targets, 0).unsqueeze(-1), counted_targets.unsqueeze(-1)
     if candidate_ids is not None and candidate_weights is not None:
         _check("row_loss", "candidate_weights", candidate_weights, tuple(candidate_ids.shape))
-        groups = list(candidate_groups or ())
-        n_soft = groups[-1] if flags & RowFlags.SOFT_TARGETS and groups else 0
-        given = (candidate_ids, candidate_weights, counted_targets)
-        losses, slopes = _penalties(row, columns, *given, flags, n_soft)
-        terms += [group.sum(-1) for group in losses.split(groups, -1)]
-        counted_ids = torch.where(counts.unsqueeze(-1), candidate_ids.long(), -1)
-        ids, all_own = torch.cat([ids, counted_ids], -1), torch.cat([all_own, slopes], -1)
-    total = sum(terms[len(TERM_NAMES) :], terms[0] + terms[1] + terms[2])
-    loss = torch.where(counts, total * weight, 0)
-    row_coefficients = [torch.where(counts, c * weight, 0) for c in row_coefficients]
-    all_own = torch.where(counts.unsqueeze(-1), all_own * weight.unsqueeze(-1), 0)
+        counted = counts.unsqueeze(-1)
+        at = torch.cat([at, _places(candidate_ids, counted, flags)], -1)
+        ids = torch.cat([ids, torch.where(counted, candidate_ids.long(), -1)], -1)
+    loss, terms, coefficients = evaluate_rows(
+        row,
+        values,
+        flags,
+        counted_targets,
+        columns.u.gather(-1, at),
+        columns.is_argmax.gather(-1, at),
+        row_weights,
+        candidate_ids,
+        candidate_weights,
+        candidate_groups or (),
+    )
     gradient, statistics, saved = logits.new_empty(0), loss.new_empty(0), loss.new_empty(0)
     if with_gradient:
-        gradient = _gradient(logits, values, row, columns, row_coefficients, ids, all_own)
+        of_row, own = coefficients[..., :3].unbind(-1), coefficients[..., N_ROW_COEFFICIENTS:]
+        gradient = _gradient(logits, values, row, columns, of_row, ids, own)
     if with_statistics:
-        statistics = torch.stack(row, -1)
-        saved = torch.cat([torch.stack([*row_coefficients, torch.zeros_like(loss)], -1), all_own], -1)
-    return loss, torch.stack(terms), gradient, statistics, saved
+        statistics, saved = torch.stack(row, -1), coefficients
+    return loss, terms, gradient, statistics, saved
 
 
 def row_loss_(
@@ -305,7 +207,7 @@ def row_statistics(
     """(statistics [..., 6], log_probs [..., n_ids], summaries [4, ...])."""
     _check_rows("row_statistics", logits, options, vocab_size)
     _check("row_statistics", "row_mask", row_mask, tuple(logits.shape[:-1]))
-    row, columns = _measure(logits, _Options(*options.unbind()), flags, vocab_size, row_mask)
+    row, columns = _measure(logits, RowOptions(*options.unbind()), flags, vocab_size, row_mask)
     total = row.rest.log1p()
     summaries = torch.stack(
         [
@@ -341,7 +243,7 @@ def row_gradient(
     _check("row_gradient", "statistics", statistics, (*rows, N_STATISTICS))
     n_ids = 0 if ids is None else ids.shape[-1]
     _check("row_gradient", "row_coefficients", row_coefficients, (*rows, 4 + n_ids))
-    values, row = _Options(*options.unbind()), _Row(*statistics.unbind(-1))
+    values, row = RowOptions(*options.unbind()), RowStatistics(*statistics.unbind(-1))
     value, cap_slope = _capped(logits, values, flags, vocab_size)
     u, is_argmax = _u_of(value, row.max, row.argmax, values.temperature)
     columns = _Columns(u, is_argmax, u.exp() / (1 + row.rest).unsqueeze(-1), cap_slope)

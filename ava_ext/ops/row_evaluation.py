@@ -1,0 +1,167 @@
+"""Terms and coefficients of rows whose statistics are known: evaluate and unlikelihood of csrc/softmax_rows.h.
+
+For what has no kernel of its own: devices without kernels, and logits whose columns are spread over ranks. The formulas
+and names are those of the header.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ava_ext.ops.row_fields import RowFlags
+
+
+class RowOptions(NamedTuple):
+    """The tensor of options, apart."""
+
+    temperature: Tensor  # []
+    label_smoothing: Tensor
+    focal_alpha: Tensor
+    focal_gamma: Tensor
+    z_loss_weight: Tensor
+    confidence_penalty_weight: Tensor
+    softcap: Tensor
+    reweighting_exponent: Tensor
+
+
+class RowStatistics(NamedTuple):
+    """The tensor of statistics, apart; all [...]."""
+
+    max: Tensor
+    argmax: Tensor
+    rest: Tensor
+    weighted: Tensor
+    total_u: Tensor  # U
+    n_present: Tensor  # V
+
+
+def smallest_rest(dtype: torch.dtype) -> float:
+    """What a lower R is taken for where something is divided by it."""
+    return 1e-37 if dtype == torch.float32 else 1e-300
+
+
+def _evaluate(
+    row: RowStatistics,
+    options: RowOptions,
+    flags: int,
+    target_is_argmax: Tensor,  # [...]
+    target_u: Tensor,  # [...]
+    candidate_weights: Tensor | None,  # [..., n_candidates]: with TARGET_WEIGHTS the first is the target's
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The six terms, the coefficients a, b, k, and s of the target; all [...]."""
+    zero = torch.zeros_like(row.rest)
+    total, mean_u = row.rest.log1p(), row.weighted / (1 + row.rest)
+    nll = torch.where(target_is_argmax, total, total - target_u)
+    main, z_loss, confidence, own = zero, zero, zero, zero
+    probability, entropy, constant = zero, zero, zero
+    if flags & RowFlags.CROSS_ENTROPY:
+        hard, slope = nll, torch.ones_like(nll)
+        if flags & RowFlags.FOCAL:
+            other = torch.where(target_is_argmax, row.rest / (1 + row.rest), -torch.expm1(-nll))
+            modulation, p = options.focal_alpha * other.pow(options.focal_gamma), (-nll).exp()
+            ratio = torch.where(nll < 1e-6, 1, nll / other)
+            hard = modulation * nll
+            slope = modulation * (1 + torch.where(p == 0, 0, options.focal_gamma * p * ratio))
+        if flags & (RowFlags.DFT | RowFlags.EAFT):
+            base = (-nll).exp()
+            if flags & RowFlags.EAFT:
+                base = torch.where(row.n_present > 1, (total - mean_u) / row.n_present.log(), 0)
+            weight = base.pow(options.reweighting_exponent)
+            hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
+        if flags & RowFlags.TARGET_WEIGHTS and candidate_weights is not None:
+            weight = candidate_weights[..., 0]
+            hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
+        smoothing = options.label_smoothing if flags & RowFlags.LABEL_SMOOTHING else zero
+        if flags & RowFlags.EXCLUDE_TARGET:
+            smoothing = smoothing * torch.where(row.n_present > 1, row.n_present / (row.n_present - 1), 0)
+        main = torch.where(smoothing == 1, 0, (1 - smoothing) * hard)
+        own = -(1 - smoothing) * slope
+        if flags & RowFlags.LABEL_SMOOTHING:
+            main = main + smoothing * (total - row.total_u / row.n_present)
+            probability = probability + smoothing
+            constant = -smoothing / row.n_present
+    if flags & RowFlags.Z_LOSS:
+        lse = row.max / options.temperature + total
+        z_loss = options.z_loss_weight * lse * lse
+        probability = probability + 2 * options.z_loss_weight * lse
+    if flags & RowFlags.CONFIDENCE_PENALTY:
+        several = row.n_present > 1
+        entropy = torch.where(several, options.confidence_penalty_weight / row.n_present.log(), 0)
+        confidence = torch.where(several, options.confidence_penalty_weight - entropy * (total - mean_u), 0)
+    terms = [main, z_loss, confidence, nll, total - mean_u, target_is_argmax.to(nll.dtype)]
+    return terms, [probability, entropy, constant], own
+
+
+def _penalties(
+    rest: Tensor,  # [...]
+    u: Tensor,  # [..., n_candidates]
+    is_argmax: Tensor,  # [..., n_candidates] bool
+    targets: Tensor,  # [...], -1 where the row does not count
+    ids: Tensor,  # [..., n_candidates]
+    weights: Tensor,  # [..., n_candidates]
+    n_soft: int,
+) -> tuple[Tensor, Tensor]:
+    """-w log(1 - p) of each candidate, -w log p of the last n_soft, and its s; both [..., n_candidates]."""
+    target, rest = targets.unsqueeze(-1), rest.unsqueeze(-1)
+    present = (ids >= 0) & (target >= 0) & (weights != 0)
+    valid = present & (ids != target) & (u != -math.inf)
+    smallest = smallest_rest(rest.dtype)
+    inverse_rest = 1 / torch.where(rest < smallest, smallest, rest)  # a nan passes
+    p = u.exp() / (1 + rest)
+    loss = torch.where(is_argmax, inverse_rest.log1p(), -torch.log1p(-p))
+    slope = torch.where(is_argmax, inverse_rest, p / (1 - p))
+    losses, slopes = torch.where(valid, weights * loss, 0), torch.where(valid, weights * slope, 0)
+    if n_soft:
+        n_others, nll = ids.shape[-1] - n_soft, rest.log1p() - u.masked_fill(is_argmax, 0)
+        soft = torch.where(present, weights * nll, 0)
+        losses = torch.cat([losses[..., :n_others], soft[..., n_others:]], -1)
+        slopes = torch.cat([slopes[..., :n_others], torch.where(present, -weights, 0)[..., n_others:]], -1)
+    return losses, slopes
+
+
+class RowEvaluation(NamedTuple):
+    """What `evaluate_rows` returns; 0 where a row does not count."""
+
+    loss: Tensor  # [...]: row weight times the sum of terms and penalties
+    terms: Tensor  # [N_TERMS + n_groups, ...]: unweighted
+    coefficients: (
+        Tensor  # [..., N_ROW_COEFFICIENTS + 1 + n_candidates]: of the weighted loss, as row_gradient reads them
+    )
+
+
+def evaluate_rows(
+    row: RowStatistics,
+    options: RowOptions,
+    flags: int,
+    targets: Tensor,  # [...], -1 where the row does not count
+    u: Tensor,  # [..., 1 + n_candidates]: z - max z of the target, then of the candidates; -inf where masked
+    is_argmax: Tensor,  # [..., 1 + n_candidates] bool
+    row_weights: Tensor | None,  # [...]
+    candidate_ids: Tensor | None,  # [..., n_candidates]
+    candidate_weights: Tensor | None,  # [..., n_candidates]
+    candidate_groups: Sequence[int],
+) -> RowEvaluation:
+    """Every term, the penalty of every group of candidates, and the coefficients of the gradient."""
+    counts = targets >= 0
+    terms, of_row, own = _evaluate(row, options, flags, is_argmax[..., 0], u[..., 0], candidate_weights)
+    total = terms[0] + terms[1] + terms[2]
+    coefficients = torch.stack([*of_row, torch.zeros_like(own), own], -1)
+    if candidate_ids is not None and candidate_weights is not None:
+        n_soft = candidate_groups[-1] if flags & RowFlags.SOFT_TARGETS and candidate_groups else 0
+        given = (targets, candidate_ids, candidate_weights)
+        losses, slopes = _penalties(row.rest, u[..., 1:], is_argmax[..., 1:], *given, n_soft)
+        penalties = [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
+        total, terms = sum(penalties, total), terms + penalties
+        coefficients = torch.cat([coefficients, slopes], -1)
+    if row_weights is not None:
+        total, coefficients = total * row_weights, coefficients * row_weights.unsqueeze(-1)
+    return RowEvaluation(
+        torch.where(counts, total, 0),
+        torch.where(counts, torch.stack(terms), 0),
+        torch.where(counts.unsqueeze(-1), coefficients, 0),
+    )
