@@ -76,7 +76,7 @@ def count_rows(
         weights = torch.where(counted, token_weights.to(dtype), 0.0)
     n_items = None
     if num_items_in_batch is not None:
-        n_items = _items(num_items_in_batch, weights)
+        n_items = items_of(num_items_in_batch, weights)
     if config.reduction != "mean":
         return Rows(targets, n_counted, weights, None)
     if n_items is not None:
@@ -100,21 +100,25 @@ def classes_of(
     return class_weights[targets.clamp(0, len(class_weights) - 1)]
 
 
-def _items(num_items_in_batch: float | Tensor, weights: Tensor) -> Tensor:  # []
-    """num_items_in_batch of the device and type of weights, and 1 where it is 0."""
+def items_of(
+    num_items_in_batch: float | Tensor,
+    weights: Tensor,  # [...]
+    owner: str = "unified_loss",
+) -> Tensor:  # []
+    """num_items_in_batch on the device and in the type of weights, and 1 where it is 0. owner begins the messages."""
     if not isinstance(num_items_in_batch, (Tensor, Real)):
         if not hasattr(num_items_in_batch, "__array__"):
             got = type(num_items_in_batch).__name__
-            raise TypeError(f"unified_loss: expected num_items_in_batch to be a number or a torch.Tensor, got {got}")
+            raise TypeError(f"{owner}: expected num_items_in_batch to be a number or a torch.Tensor, got {got}")
         num_items_in_batch = torch.as_tensor(num_items_in_batch)
     if not isinstance(num_items_in_batch, Tensor):
         n = float(num_items_in_batch)
         if not 0 <= n < math.inf:
-            raise ValueError(f"unified_loss: expected num_items_in_batch to be >= 0, got {num_items_in_batch}")
+            raise ValueError(f"{owner}: expected num_items_in_batch to be >= 0, got {num_items_in_batch}")
         return torch.full((), n or 1.0, dtype=weights.dtype, device=weights.device)
     if num_items_in_batch.numel() != 1:
         raise ValueError(
-            f"unified_loss: expected num_items_in_batch of one element, got shape {list(num_items_in_batch.shape)}"
+            f"{owner}: expected num_items_in_batch of one element, got shape {list(num_items_in_batch.shape)}"
         )
     n_items = num_items_in_batch.reshape(()).to(weights.device, weights.dtype)
     return torch.where(n_items == 0, 1.0, n_items)

@@ -10,6 +10,7 @@ from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.repeated_ngrams import repeated_ngram_mask
 from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.reduction import items_of
 from ava_ext.sequences import segment_numbers
 
 
@@ -84,7 +85,7 @@ class SequenceUnlikelihoodLoss(nn.Module):
             max_counted_rows: at most so many tokens repeat; see `ops.row_loss`.
 
         Raises:
-            ValueError: shapes do not fit.
+            ValueError: shapes do not fit, or num_items_in_batch is negative. TypeError: it is no number.
         """
         if logits.shape[:-1] != tokens.shape or logits.shape[-1] < self.config.vocab_size:
             raise ValueError(
@@ -98,9 +99,8 @@ class SequenceUnlikelihoodLoss(nn.Module):
         ids = torch.where(repeats, tokens.long(), -1).unsqueeze(-1)
         weights = repeats.to(real)
         if self.config.reduction == "mean":
-            n = weights.sum() if num_items_in_batch is None else num_items_in_batch
-            n = torch.as_tensor(n, dtype=real, device=tokens.device)
-            weights = weights / torch.where(n == 0, 1.0, n)
+            n_items = weights.sum() if num_items_in_batch is None else num_items_in_batch
+            weights = weights / items_of(n_items, weights, "sequence_unlikelihood")
         softcap = self.config.logit_softcap
         options = row_options(
             torch.empty(0, dtype=real, device=tokens.device),

@@ -66,6 +66,20 @@ def test_micro_batches_add_up():
     torch.testing.assert_close(sum(parts), loss_fn(logits, TOKENS), rtol=1e-12, atol=0)
 
 
+def test_the_number_of_items_is_checked():
+    logits, loss_fn = F.linear(*head()).detach(), SequenceUnlikelihoodLoss(V, 3)
+    for one in (3, torch.tensor([3]), torch.tensor([[3.0]])):  # any form of one number
+        torch.testing.assert_close(
+            loss_fn(logits, TOKENS, num_items_in_batch=one), loss_fn(logits, TOKENS, num_items_in_batch=3.0)
+        )
+    with pytest.raises(ValueError, match="sequence_unlikelihood: expected num_items_in_batch to be >= 0, got -5"):
+        loss_fn(logits, TOKENS, num_items_in_batch=-5)
+    with pytest.raises(ValueError, match=r"expected num_items_in_batch of one element, got shape \[2\]"):
+        loss_fn(logits, TOKENS, num_items_in_batch=torch.tensor([1, 2]))
+    with pytest.raises(TypeError, match=r"expected num_items_in_batch to be a number or a torch.Tensor, got str"):
+        loss_fn(logits, TOKENS, num_items_in_batch="3")
+
+
 def test_nothing_repeats():
     given, loss_fn = head(), SequenceUnlikelihoodLoss(V, 6)
     loss = loss_fn(given, TOKENS)
