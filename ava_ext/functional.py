@@ -13,8 +13,9 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import ROW_TERMS
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
+from ava_ext.ops.row_fields import RowFlags, accumulation_dtype, row_options, target_weights
 from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.reduction import classes_of
 
 REDUCTIONS = ("mean", "sum", "none")
 # options of UnifiedLossConfig that say something of a row of logits; label_smoothing has a keyword of its own
@@ -141,9 +142,9 @@ def _row_loss(
         counted = (target != ignore_index).to(dtype)
         row_weights = counted / counted.sum().clamp_min(1)
     if weight is not None:
-        of_class = weight.detach().to(dtype)[target.clamp(0, len(weight) - 1)]
+        of_class = classes_of(target, weight.to(dtype))
         flags |= RowFlags.TARGET_WEIGHTS
-        candidates = Candidates(torch.full_like(target, -1).unsqueeze(-1), of_class.unsqueeze(-1), (1,))
+        candidates = target_weights(of_class)
         if reduction == "mean":
             total = (counted * of_class).sum()
             row_weights = counted / torch.where(total == 0, 1, total)

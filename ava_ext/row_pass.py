@@ -23,6 +23,7 @@ from ava_ext.ops.row_fields import (
     RowLoss,
     accumulation_dtype,
     row_options,
+    target_weights,
 )
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.placements import CallPlacement
@@ -246,8 +247,7 @@ class RowPass(Float32Buffers):
         """Every token that the rows push down, in one list of slots, and the names of its groups; then soft targets."""
         rows, found, names = call.rows, [], self.repetition_keys
         if call.class_weights is not None:
-            weights = classes_of(rows.targets, call.class_weights).unsqueeze(-1)
-            found.append(Candidates(torch.full_like(rows.targets, -1).unsqueeze(-1), weights, (1,)))
+            found.append(target_weights(classes_of(rows.targets, call.class_weights)))
             names = ("class_weights", *names)
         if self.repetition_keys:
             like = rows.weights

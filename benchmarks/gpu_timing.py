@@ -9,6 +9,7 @@ import torch
 from row_loss import Variant
 from torch import Tensor
 
+from ava_ext.bench.memory import extra_bytes_on_gpu
 from ava_ext.bench.timing import Times, interleave, wall_clock
 from ava_ext.ops.softmax_rows import accumulation_dtype
 
@@ -97,7 +98,7 @@ def measure(
             values[name] = _magnitudes(variant.call())  # also compiles
             before()
             if device.type == "cuda":
-                extra[name] = _extra_bytes(variant.call)
+                extra[name] = extra_bytes_on_gpu(variant.call)
         except Exception as error:
             absent[name] = _reason(error)
             values.pop(name, None)
@@ -122,17 +123,6 @@ def measure(
         later = more(rounds - _FIRST_ROUNDS, 0).milliseconds
         times = Times({name: [*values, *later[name]] for name, values in times.milliseconds.items()})
     return Outcome(times, absent, extra)
-
-
-def _extra_bytes(call: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    allocated = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - allocated
-    del result  # what the call returns counts
-    return extra
 
 
 def _magnitudes(result: Any) -> list[float]:

@@ -32,9 +32,6 @@ from ava_ext import LinearLogits, UnifiedLoss
 from ava_ext.ops import Candidates, RowFlags, row_loss, row_options
 
 RESULTS = Path(__file__).parent / "results" / "repetition.json"
-PUBLISHED = {  # WikiText-103, a model trained from scratch: greedy seq-rep-4, perplexity (Welleck et al. 2019)
-    "cross-entropy": (0.442, 25.64), "token": (0.283, 26.91), "sequence": (0.137, 25.42), "both": (0.058, 26.72),
-}  # fmt: skip
 
 
 class Arm(NamedTuple):

@@ -77,6 +77,14 @@ class Candidates(NamedTuple):
     groups: tuple[int, ...]  # sizes that add up to n_candidates; each group is reported separately
 
 
+def target_weights(
+    of_targets: Tensor,  # [...] float32 or float64
+) -> Candidates:
+    """The first group of candidates with RowFlags.TARGET_WEIGHTS: what multiplies the term of each row's target."""
+    absent = torch.full_like(of_targets, -1, dtype=torch.int64)
+    return Candidates(absent.unsqueeze(-1), of_targets.unsqueeze(-1), (1,))
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of statistics, terms and weights beside logits of this type: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
