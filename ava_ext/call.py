@@ -145,16 +145,8 @@ class Call:
         if is_packed:
             segments = segment_numbers(self.rows_shape, self.segment_ids, self.position_ids, self.cu_seqlens)
             self.segments = None if segments is None else segments.expand(targets.shape)
-        self.context = None
-        if self.input_ids is not None:
-            context = self.input_ids.long()
-            keep = keep_rows(config, context, self.attention_mask)
-            self.context = context if keep is None else torch.where(keep, context, config.ignore_index)
-        self.prefix = None
-        if self.prefix_ids is not None:
-            prefix = self.prefix_ids.long()
-            keep = keep_rows(config, prefix, None)
-            self.prefix = prefix if keep is None else torch.where(keep, prefix, config.ignore_index)
+        self.context = _tokens_read(config, self.input_ids, self.attention_mask)
+        self.prefix = _tokens_read(config, self.prefix_ids, None)
         attention_mask, token_weights = self.attention_mask, self.token_weights
         keep = keep_rows(config, targets, attention_mask)
         self.keep_tokens = self.keep_targets = keep
@@ -230,6 +222,19 @@ class Call:
             if keep is not None and keep.numel() == n_rows:
                 return keep.reshape(-1)
         return None
+
+
+def _tokens_read(
+    config: UnifiedLossConfig,
+    ids: Tensor | None,  # [batch_size, n_tokens]
+    attention_mask: Tensor | None,  # [batch_size, n_tokens]
+) -> Tensor | None:  # [batch_size, n_tokens] int64
+    """The tokens that are a row's context; ignore_index where they are padding."""
+    if ids is None:
+        return None
+    tokens = ids.long()
+    keep = keep_rows(config, tokens, attention_mask)
+    return tokens if keep is None else torch.where(keep, tokens, config.ignore_index)
 
 
 def _tensor(name: str, value: Any) -> Tensor:
