@@ -34,6 +34,11 @@ class RowFlags(IntFlag):
 
 # beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
 IDS_ARE_PRESENT = 256
+# beside RowFlags, where a weight q_j of every column comes with the row (column_weights of the operators):
+# probabilities in place of the target, or what weighs the columns under LABEL_SMOOTHING
+TARGET_PROBABILITIES = 8192
+SMOOTHING_WEIGHTS = 16384
+COLUMN_WEIGHT_FLAGS = TARGET_PROBABILITIES | SMOOTHING_WEIGHTS
 
 # the first rows of RowLoss.terms; the groups of candidates follow
 TERM_NAMES = ("main_loss", "z_loss", "confidence_penalty", "cross_entropy", "entropy", "correct")
@@ -50,7 +55,8 @@ OPTION_NAMES = (  # of the tensor options: RowOptions
     "reweighting_exponent",
 )
 N_TERMS, N_STATISTICS, N_SUMMARIES, N_OPTIONS = map(len, (TERM_NAMES, STATISTIC_NAMES, SUMMARY_NAMES, OPTION_NAMES))
-# of p, p log p, 1 and the one-hot of the maximum; those of the one-hots of the ids follow
+# of p, p log p, 1 and the one-hot of the maximum (beside column_weights: of these); those of the one-hots of the ids
+# follow
 N_ROW_COEFFICIENTS = 4
 
 

@@ -20,6 +20,10 @@ struct SoftmaxRowsArguments {
   RowLayout grad_layout;
   bool stream;  // write the gradient past the caches
 
+  const void* column_weights;  // q: logits' type, or Real; [n_rows, vocab_size] through its layout
+  RowLayout column_weights_layout;
+  bool column_weights_are_real;
+
   const int64_t* targets;  // [n_rows]
   int64_t ignore_index;
   const void* row_weights;  // Real [n_rows]
