@@ -118,7 +118,7 @@ class UnifiedLossConfig:
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
     class_weights: tuple[float, ...] | None = _option(
-        None, _NUMBERS, "weight of each target's term by its class; N is then their sum, as in PyTorch"
+        None, _NUMBERS, "weight of each class, in label smoothing too; N is the sum of the targets', as in PyTorch"
     )
     token_reweighting: str | None = _option(
         None,
@@ -235,11 +235,8 @@ class UnifiedLossConfig:
                 "unified_loss: negatives_need_target=False reads the logits a second time: "
                 "expected inplace_gradient=False"
             )
-        if self.class_weights is not None:
-            if len(self.class_weights) != self.vocab_size:
-                raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
-            if self.label_smoothing > 0:
-                raise NotImplementedError("unified_loss: class_weights with label_smoothing are not supported yet")
+        if self.class_weights is not None and len(self.class_weights) != self.vocab_size:
+            raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
         if self.inplace_gradient and self.distillation_temperature != 1:
             raise ValueError(
                 "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "

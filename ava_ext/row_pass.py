@@ -162,6 +162,8 @@ class RowPass(Float32Buffers):
             call.max_counted_rows,
             candidates,
             self.config.inplace_gradient,
+            target_probabilities=call.target_probabilities,
+            smoothing_weights=call.class_weights if self.config.label_smoothing > 0 else None,
         )
         if soft is not None and not in_this_pass:
             of_soft = self._soft_loss(call, soft, options)
@@ -194,6 +196,8 @@ class RowPass(Float32Buffers):
         candidates: Candidates | None = None,
         inplace_gradient: bool = False,
         ignore_index: int | None = None,
+        target_probabilities: Tensor | None = None,  # [..., vocab_size]
+        smoothing_weights: Tensor | None = None,  # [vocab_size]
     ) -> RowLoss:
         return row_loss(
             logits,
@@ -208,6 +212,8 @@ class RowPass(Float32Buffers):
             inplace_gradient=inplace_gradient,
             chunk_bytes=self.config.linear_chunk_bytes,
             max_counted_rows=max_counted_rows,
+            target_probabilities=target_probabilities,
+            smoothing_weights=smoothing_weights,
         )
 
     def _head_loss(

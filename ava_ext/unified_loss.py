@@ -175,6 +175,7 @@ class UnifiedLoss(nn.Module):
         soft_target_weights: Tensor | None = None,  # as soft_target_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
         max_counted_rows: int | None = None,
+        target_probabilities: Tensor | None = None,  # as targets, and [vocab_size]
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with return_detailed a dict of the loss and its parts.
 
@@ -215,6 +216,9 @@ class UnifiedLoss(nn.Module):
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
                 ones of a teacher; see `losses.distillation`.
+            target_probabilities: q of every token, in the row of the logits that they are for: the main term is
+                sum_c q_c (-log p_c), cross_entropy too. targets still say which rows count, and what accuracy,
+                repetition and multi-token prediction go by. They may require grad.
             contrastive_pair: two views of the same things, for InfoNCE.
             max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
                 not count are left out of the matrix products; a GPU leaves them out only with this number.
@@ -260,6 +264,7 @@ class UnifiedLoss(nn.Module):
             negative_weights=negative_weights,
             soft_target_ids=soft_target_ids,
             soft_target_weights=soft_target_weights,
+            target_probabilities=target_probabilities,
             contrastive_pair=contrastive_pair,
             max_counted_rows=max_counted_rows,
             class_weights=None if self.config.class_weights is None else row_pass.class_weights,

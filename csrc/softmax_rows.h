@@ -281,7 +281,8 @@ AVA_HOST_DEVICE int64_t flags_beside_column_weights(int64_t flags) {
 template <class Real>
 AVA_HOST_DEVICE void add_column_weights(const RowStatistics<Real>& row, const RowOptions<Real>& options, int64_t flags,
                                         const ColumnWeightSums<Real>& q, RowEvaluation<Real>& out) {
-  const Real loss = (q.rest + q.at_maximum) * log_total(row) - q.weighted, smoothing = smoothing_of(row, options, flags);
+  const Real loss = (q.rest + q.at_maximum) * log_total(row) - q.weighted,
+             smoothing = smoothing_of(row, options, flags);
   const Real factor = flags & kTargetProbabilities ? 1 - smoothing : smoothing / row.count;
   if (flags & kTargetProbabilities) out.terms[kCrossEntropyMetric] = loss;
   if (factor != 0) out.terms[kMainLoss] += factor * loss;  // the loss may be infinite

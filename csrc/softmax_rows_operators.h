@@ -70,9 +70,10 @@ struct RowCall {
   // Of the logits' type, or of `real`; last stride 1.
   void set_column_weights(const std::optional<Tensor>& weights,  // [..., vocab_size] or [vocab_size], or more columns
                           int64_t flags) {
-    AVA_CHECK(weights.has_value() == bool(flags & kColumnWeightFlags), op,
-              ": expected column_weights with the flags of probabilities or of smoothing weights, and with no other, got ",
-              weights ? "column_weights" : "none");
+    AVA_CHECK(
+        weights.has_value() == bool(flags & kColumnWeightFlags), op,
+        ": expected column_weights with the flags of probabilities or of smoothing weights, and with no other, got ",
+        weights ? "column_weights" : "none");
     if (!weights) return;
     const int64_t n_weights = weights->dim() ? weights->size(weights->dim() - 1) : 0;
     const bool is_same_for_all = weights->dim() == 1;
@@ -200,10 +201,9 @@ struct RowOperators {
       bool with_gradient, bool with_statistics, std::optional<Tensor> column_weights) {
     AVA_CHECK(!(with_gradient && with_statistics), "row_loss: expected with_gradient or with_statistics, got both");
     const Gradient gradient = with_gradient ? Gradient::fused : with_statistics ? Gradient::split : Gradient::none;
-    const RowLossOutputs out =
-        run_row_loss("row_loss", logits, targets, options, row_weights, candidate_ids, candidate_weights,
-                     candidate_groups.value_or(std::vector<int64_t>{}), flags, vocab_size, ignore_index, gradient,
-                     column_weights);
+    const RowLossOutputs out = run_row_loss("row_loss", logits, targets, options, row_weights, candidate_ids,
+                                            candidate_weights, candidate_groups.value_or(std::vector<int64_t>{}), flags,
+                                            vocab_size, ignore_index, gradient, column_weights);
     return {out.row_loss, out.row_terms, out.grad_logits, out.statistics, out.row_coefficients};
   }
 

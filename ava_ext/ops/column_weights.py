@@ -31,7 +31,8 @@ def as_column_weights(
     """column_weights as the operators take them, in the logits' type or float32 (float64), and the flag of their kind.
 
     Raises:
-        ValueError: shapes do not fit, both are given, smoothing_weights require grad. NotImplementedError: ShardedLogits.
+        ValueError: shapes do not fit, both are given, smoothing_weights require grad.
+        NotImplementedError: columns are spread over ranks.
     """
     given = smoothing_weights if target_probabilities is None else target_probabilities
     if given is None:
@@ -39,7 +40,9 @@ def as_column_weights(
     name = "smoothing_weights" if target_probabilities is None else "target_probabilities"
     if target_probabilities is not None and smoothing_weights is not None:
         raise ValueError("row_loss: expected target_probabilities or smoothing_weights, got both")
-    if isinstance(logits, ShardedLogits) or (isinstance(logits, LocalRows) and isinstance(logits.logits, ShardedLogits)):
+    if isinstance(logits, ShardedLogits) or (
+        isinstance(logits, LocalRows) and isinstance(logits.logits, ShardedLogits)
+    ):
         raise NotImplementedError(f"row_loss: {name} beside logits whose columns are spread over ranks")
     rows = () if target_probabilities is None else tuple(logits.shape[:-1])
     size = logits.shape[-1] if vocab_size is None else vocab_size
@@ -69,8 +72,9 @@ def with_probability_gradient(
     ignore_index: int,
     chunk_bytes: int | None,
 ) -> Tensor:  # as loss
-    """loss, whose derivative by the probabilities is row weight times (1 - e) times -log p. Backward makes it with plain
-    PyTorch; forward costs nothing.
+    """loss, whose derivative by the probabilities is row weight times (1 - e) times -log p.
+
+    Backward makes it with plain PyTorch; forward costs nothing.
     """
     if isinstance(logits, (ShardedLogits, LocalRows)):
         raise NotImplementedError("row_loss: a gradient of target_probabilities beside logits spread over ranks")
@@ -107,9 +111,10 @@ class _ProbabilityGradient(torch.autograd.Function):
             rows = slice(begin, begin + n_rows)
             logits = states[rows]
             if ctx.n_parts > 1:
-                weight, bias = (None if part is None else part.detach()[:vocab_size].to(dtype) for part in parts[1:])
                 with without_autocast(gradient.device):
-                    logits = torch.nn.functional.linear(logits.to(dtype), weight, bias)
+                    logits = logits.to(dtype) @ parts[1].detach()[:vocab_size].to(dtype).t()
+                    if parts[2] is not None:
+                        logits = logits + parts[2].detach()[:vocab_size].to(dtype)
             log_probs = _log_probs(logits[:, :vocab_size], options, flags)
             of_rows = torch.where(counted[rows], -log_probs * factors[rows], 0)
             gradient[rows, :vocab_size] = of_rows.to(gradient.dtype)

@@ -98,7 +98,7 @@ def _evaluate(
             if flags & TARGET_PROBABILITIES:
                 nll, factor = of_columns, 1 - smoothing
             main = main + torch.where(factor == 0, 0, factor * of_columns)
-            probability, maximum = probability + factor * column_weights.rest, -factor
+            probability, maximum = probability + factor * column_weights.rest, zero - factor
         if flags & RowFlags.LABEL_SMOOTHING and not flags & SMOOTHING_WEIGHTS:
             main = main + smoothing * (total - row.total_u / row.n_present)
             probability = probability + smoothing

@@ -91,7 +91,8 @@ inline ColumnWeightSums<typename Reader::Real> sum_column_weights(const Reader& 
   if (sums.rest < Real(1e-3) * Real(total)) {  // where i* has nearly all, that is what a subtraction loses
     double rest = 0;
     for (int64_t column = 0; column < n; ++column)
-      if (column != argmax && (are_probabilities || widen(x[column]) != -Real(INFINITY))) rest += widen(weights.q[column]);
+      if (column != argmax && (are_probabilities || widen(x[column]) != -Real(INFINITY)))
+        rest += widen(weights.q[column]);
     sums.rest = Real(rest);
   }
   return sums;

@@ -140,10 +140,11 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       Entry& entry = entries[k];
       const bool is_argmax = entry.column == int64_t(row.argmax);
       Real gradient = sparse_gradient(row, coefficients, is_argmax, entry.u, entry.probability, entry.own,
-                                            is_argmax ? others : others - entry.own + maximum);
+                                      is_argmax ? others : others - entry.own + maximum);
       if constexpr (kDense)
         if (is_weighted && !is_argmax)
-          with_column_weights(r, [&](auto weights) { gradient += coefficients.maximum * widen(weights.q[entry.column]); });
+          with_column_weights(r,
+                              [&](auto weights) { gradient += coefficients.maximum * widen(weights.q[entry.column]); });
       const bool masked = entry.u == -Real(INFINITY);
       entry.gradient = masked ? Real(0) : gradient * inverse_temperature * scalar_cap_slope(x, entry.column);
     }

@@ -20,6 +20,7 @@ FILES_OF_KERNELS = {
     "router_rows": {"test_router_rows.py", "test_router_rows_autograd.py", "test_router_rows_properties.py"},
 }
 WITHOUT_KERNELS = {
+    "test_column_weights.py",
     "test_derivatives.py",
     "test_repetition.py",
     "test_router_rows.py",

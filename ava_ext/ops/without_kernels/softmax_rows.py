@@ -117,8 +117,8 @@ def _checked_weights(
     if (column_weights is not None) != bool(flags & COLUMN_WEIGHT_FLAGS):
         got = "none" if column_weights is None else "column_weights"
         raise RuntimeError(
-            f"{op}: expected column_weights with the flags of probabilities or of smoothing weights, and with no other, "
-            f"got {got}"
+            f"{op}: expected column_weights with the flags of probabilities or of smoothing weights, and with no "
+            f"other, got {got}"
         )
     if column_weights is None:
         return None
@@ -239,7 +239,7 @@ def row_loss_(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """row_loss whose gradient is written over the logits; the same arguments but with_gradient and with_statistics."""
-    loss, terms, gradient, _, _ = row_loss(logits, *arguments[:9], True, False, *arguments[9:])
+    loss, terms, gradient, _, _ = row_loss(logits, *(*arguments[:9], True, False, *arguments[9:]))
     logits.copy_(gradient)
     return loss, terms
 
