@@ -50,6 +50,9 @@ _TOKENS = _Range("a sequence of token ids (integers)", lambda v: isinstance(v, t
 _TOKEN_OR_TOKENS = _Range("token ids (integers)", lambda v: _TOKEN.holds(v) or _TOKENS.holds(v))
 _BOUNDS = _Range("two numbers, 0 < low <= high", lambda v: _is_pair(v) and 0 < v[0] <= v[1])
 _NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v)))
+_RANKS = _Range(
+    "different integers >= 1", lambda v: _TOKENS.holds(v) and all(k >= 1 for k in v) and len(set(v)) == len(v)
+)
 _GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
 
 
@@ -92,6 +95,9 @@ class UnifiedLossConfig:
     inplace_gradient: bool = _option(False, _FLAG, "backward writes the gradient over the logits")
     process_group: Any = _option(
         None, _GROUP, 'the group that step() sums learned state over; "world": the default group'
+    )
+    accuracy_top_k: tuple[int, ...] = _option(
+        (), _RANKS, "return_detailed also says how often the target is among the k likeliest tokens, for each k"
     )
     linear_chunk_bytes: int | None = _option(
         None, _at_least(1), "bytes of a chunk of logits computed from hidden_states; None: 64 MB, on CUDA 1 GB"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ava_ext.call import Call, Heads
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.losses import CANDIDATES, PARTS, ROW_TERMS
+from ava_ext.losses import CANDIDATES, PARTS, ROW_TERMS, TOP_K_ACCURACY
 from ava_ext.losses.component import Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
@@ -272,7 +272,7 @@ class UnifiedLoss(nn.Module):
         if self._learns:
             self._begin(call, targets)
         temperature = self.temperature.read("value") if self.config.temperature_adapts else None
-        rows = row_pass.run(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
+        rows = row_pass.run(call, temperature, self.penalty_factor(), is_detailed=return_detailed)
         total = rows.loss
         terms: dict[str, Tensor] = {}  # what the pass over the rows does not give
         metrics: dict[str, Tensor] = {}
@@ -349,9 +349,22 @@ class UnifiedLoss(nn.Module):
                 "entropy": entropy,
                 "temperature": rows.options[0] * self.config.logit_scale,
             }
+            | self._of_ranks(rows, n_counted)
             | self._of_candidates(call, rows)
             | {name: metric.detach() for name, metric in metrics.items()}
         )
+
+    def _of_ranks(
+        self,
+        rows: RowPassOutput,
+        n_counted: Tensor,  # []
+    ) -> dict[str, Tensor]:
+        """How often the target is among the k likeliest tokens, for each k of accuracy_top_k."""
+        rank = rows.rank  # 0 where a row does not count
+        if rank is None:
+            return {}
+        most = n_counted.clamp_min(1)
+        return {f"{TOP_K_ACCURACY}{k}": ((rank > 0) & (rank <= k)).sum() / most for k in self.config.accuracy_top_k}
 
     def _of_candidates(self, call: Call, rows: RowPassOutput) -> dict[str, Tensor]:
         """The metrics of sources of candidates; 0 where a source has found none."""

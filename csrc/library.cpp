@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   //
   // column_weights: [..., vocab_size] or [vocab_size], or more columns, any leading strides; where flags have kTargetProbabilities or
   // kSmoothingWeights, and only there.
+  //
+  // row_terms: [kRowTerms + n_groups, ...], and with kRanks two more
   m.def(
       "row_loss(Tensor logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
       "Tensor? candidate_weights, int[]? candidate_groups, int flags, int vocab_size, int ignore_index, "

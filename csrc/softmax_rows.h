@@ -123,6 +123,8 @@ enum RowFlags : int64_t {
   // the target's, or what weighs the columns under label smoothing, e / V sum_j q_j (-log p_j)
   kTargetProbabilities = 8192,
   kSmoothingWeights = 16384,
+  // report the target's rank and the maximum's column too: kRankTerms further rows of row_terms, behind the groups'
+  kRanks = 32768,
 };
 constexpr int64_t kColumnWeightFlags = kTargetProbabilities | kSmoothingWeights;
 // Terms that need more of a row than its maximum and R.
@@ -138,6 +140,11 @@ enum RowTerm {
   kCorrectMetric,
   kRowTerms
 };
+
+// With kRanks, both counted from 1, and 0 in a row that does not count. The rank is 1 and how many columns have a greater
+// logit than the target, as the logits are stored: 1 for each of several greatest. 1 + vocab_size where the target's
+// logit is a nan. The maximum is the lowest of equals.
+enum RankTerm { kRankMetric, kArgmaxMetric, kRankTerms };
 
 // a, b, k of (1), and s of the maximum. As a tensor, `row_coefficients`: [n_rows, kRowCoefficients + n_ids], in this
 // order, and then s of the ids.

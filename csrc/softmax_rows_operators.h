@@ -130,7 +130,7 @@ struct RowOperators {
 
   struct RowLossOutputs {
     Tensor row_loss;          // [...]
-    Tensor row_terms;         // [kRowTerms + n_groups, ...]
+    Tensor row_terms;         // [kRowTerms + n_groups, ...], and with kRanks kRankTerms more
     Tensor grad_logits;       // [..., n_columns], or [0]
     Tensor statistics;        // [..., kRowStatistics], or [0]
     Tensor row_coefficients;  // [..., kRowCoefficients + 1 + n_candidates], or [0]
@@ -175,8 +175,9 @@ struct RowOperators {
     Device::set_groups(op, arguments, candidate_groups);
 
     const bool is_split = gradient == Gradient::split;
+    const int64_t n_terms = kRowTerms + arguments.n_groups + (flags & kRanks ? kRankTerms : 0);
     const RowLossOutputs outputs{
-        call.new_tensor(call.rows), call.new_tensor(call.and_rows(kRowTerms + arguments.n_groups)),
+        call.new_tensor(call.rows), call.new_tensor(call.and_rows(n_terms)),
         gradient == Gradient::in_place ? logits
         : gradient == Gradient::fused  ? Device::new_gradient(logits)
                                        : Device::new_tensor(logits, {0}, logits.scalar_type()),

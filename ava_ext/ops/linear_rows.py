@@ -26,7 +26,7 @@ from ava_ext.ops.derivatives import (
     without_second_derivative,
 )
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
-from ava_ext.ops.row_fields import N_TERMS, Candidates, RowLoss, accumulation_dtype
+from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype, n_terms
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
 __all__ = ["LinearLogits", "by_chunks", "empty_gradients", "linear_row_loss"]
@@ -86,7 +86,7 @@ def linear_row_loss(
     )
     operator, formula = _ops.linear_row_loss.default, (_save_linear_row_loss, _linear_row_loss_backward)
     total, losses, terms, *_ = call_operator(operator, *formula, tensors, constants)
-    return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(N_TERMS + len(groups), *rows))
+    return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(len(terms), *rows))
 
 
 @torch.library.custom_op("ava_ext::linear_row_loss", mutates_args=())
@@ -113,7 +113,7 @@ def _linear_row_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, real, groups = hidden_states.shape[0], accumulation_dtype(dtype), candidate_groups or []
     losses = hidden_states.new_zeros(n_rows, dtype=real)
-    terms = hidden_states.new_zeros((N_TERMS + len(groups), n_rows), dtype=real)
+    terms = hidden_states.new_zeros((n_terms(groups, flags), n_rows), dtype=real)
     constants = (groups, flags, vocab_size, ignore_index)
 
     def chunk_loss(logits: Tensor, rows: slice | Tensor) -> None:
@@ -250,7 +250,7 @@ def _(
     return (
         hidden_states.new_empty((), dtype=real),
         hidden_states.new_empty(n_rows, dtype=real),
-        hidden_states.new_empty((N_TERMS + len(candidate_groups or ()), n_rows), dtype=real),
+        hidden_states.new_empty((n_terms(candidate_groups, flags), n_rows), dtype=real),
         *empty_gradients(hidden_states, weight, bias, gradients),
         hidden_states.new_empty(0, dtype=real),
     )

@@ -5,6 +5,7 @@ The same fields stand in csrc/softmax_rows.h. ops/softmax_rows.py and ops/softma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ TARGET_PROBABILITIES = 8192
 SMOOTHING_WEIGHTS = 16384
 COLUMN_WEIGHT_FLAGS = TARGET_PROBABILITIES | SMOOTHING_WEIGHTS
 
+# beside RowFlags: report ranks
+RANKS = 32768
+N_RANKS = 2  # rank of the target, argmax: the last rows of the operators' terms
+
 # the first rows of RowLoss.terms; the groups of candidates follow
 TERM_NAMES = ("main_loss", "z_loss", "confidence_penalty", "cross_entropy", "entropy", "correct")
 STATISTIC_NAMES = ("max", "argmax", "rest", "weighted", "sum", "count")  # of the tensor statistics: RowStatistics
@@ -67,6 +72,8 @@ class RowLoss(NamedTuple):
     loss: Tensor  # [...], or [] with reduction="sum"
     # each separately, unweighted, without graph. The entropy is measured only with RowFlags.ENTROPY, LABEL_SMOOTHING,
     # CONFIDENCE_PENALTY, EAFT or SOFTCAP.
+    # With with_ranks the last two are, both counted from 1, and 0 in a row that does not count: 1 and how many logits
+    # are greater than the target's; 1 and the column of the greatest logit, the lowest of equals.
     terms: Tensor  # [N_TERMS + n_groups, ...]
 
 
@@ -89,6 +96,11 @@ def target_weights(
     """The first group of candidates with RowFlags.TARGET_WEIGHTS: what multiplies the term of each row's target."""
     absent = torch.full_like(of_targets, -1, dtype=torch.int64)
     return Candidates(absent.unsqueeze(-1), of_targets.unsqueeze(-1), (1,))
+
+
+def n_terms(groups: Sequence[int] | None, flags: int) -> int:
+    """Rows of the operators' terms."""
+    return N_TERMS + len(groups or ()) + (N_RANKS if flags & RANKS else 0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -31,11 +31,13 @@ from ava_ext.ops.row_fields import (
     N_STATISTICS,
     N_SUMMARIES,
     N_TERMS,
+    RANKS,
     TERM_NAMES,
     Candidates,
     RowFlags,
     RowLoss,
     accumulation_dtype,
+    n_terms,
     row_options,
 )
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
@@ -78,6 +80,7 @@ def row_loss(
     max_counted_rows: int | None = None,
     target_probabilities: Tensor | None = None,  # [..., vocab_size], or n_columns
     smoothing_weights: Tensor | None = None,  # [vocab_size], or n_columns
+    with_ranks: bool = False,
 ) -> RowLoss:
     """Every row-wise loss term, and its gradient, in one pass over the logits.
 
@@ -109,6 +112,7 @@ def row_loss(
             with. They may require grad; of other types than the logits' and float32 they are converted.
         smoothing_weights: [vocab_size] w, constants: the uniform part of label smoothing e is
             e/V sum_j w_j (-log p_j). The weight of each row's target comes with RowFlags.TARGET_WEIGHTS.
+        with_ranks: the target's rank and the greatest logit's column are two further terms; see `token_metrics`.
 
     Returns:
         RowLoss(loss [...] or [], terms [N_TERMS + n_groups, ...]).
@@ -120,7 +124,7 @@ def row_loss(
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
         NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind;
-            target_probabilities or smoothing_weights beside ShardedLogits.
+            target_probabilities, smoothing_weights or with_ranks beside ShardedLogits.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
@@ -157,12 +161,14 @@ def row_loss(
             inplace_gradient=inplace_gradient,
             chunk_bytes=chunk_bytes,
             max_counted_rows=max_counted_rows,
+            with_ranks=with_ranks,
             **given,
         )
         constants = (targets, options, flags, row_weights, vocab_size, ignore_index, chunk_bytes)
         return found._replace(loss=with_probability_gradient(found.loss, target_probabilities, logits, *constants))
     column_weights, column_flags = as_column_weights(logits, vocab_size, target_probabilities, smoothing_weights)
-    arguments = (targets, options, flags | column_flags, row_weights, candidates, vocab_size, ignore_index)
+    flags = flags | column_flags | (RANKS if with_ranks else 0)
+    arguments = (targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
     if isinstance(logits, Tensor):
         return _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient, column_weights)
     if isinstance(logits, LocalRows):
@@ -171,7 +177,7 @@ def row_loss(
             logits.logits,
             block.local(targets),
             options,
-            flags=flags,
+            flags=flags & ~(column_flags | RANKS),
             row_weights=None if row_weights is None else block.local(row_weights),
             candidates=None if candidates is None else block.local_candidates(candidates),
             vocab_size=vocab_size,
@@ -182,9 +188,12 @@ def row_loss(
             max_counted_rows=max_counted_rows,
             target_probabilities=None if target_probabilities is None else block.local(target_probabilities),
             smoothing_weights=smoothing_weights,
+            with_ranks=with_ranks,
         )
         return RowLoss(local.loss if reduction == "sum" else block.among_all(local.loss), block.among_all(local.terms))
     if isinstance(logits, ShardedLogits):
+        if with_ranks:
+            raise NotImplementedError("row_loss: ranks of logits whose columns are spread over ranks")
         inplace = False
         if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
             _check_inplace(logits.logits)
@@ -379,7 +388,7 @@ def _(
     n_ids = 0 if ids is None else ids.shape[-1]
     return (
         logits.new_empty(rows, dtype=real),
-        logits.new_empty((N_TERMS + len(groups or ()), *rows), dtype=real),
+        logits.new_empty((n_terms(groups, flags), *rows), dtype=real),
         logits.new_empty(logits.shape if with_gradient else (0,)),
         logits.new_empty((*rows, N_STATISTICS) if with_statistics else (0,), dtype=real),
         logits.new_empty((*rows, N_ROW_COEFFICIENTS + 1 + n_ids) if with_statistics else (0,), dtype=real),
@@ -392,7 +401,7 @@ def _(
 ):
     _check_devices(logits, targets, options, row_weights, ids, weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
-    return logits.new_empty(rows, dtype=real), logits.new_empty((N_TERMS + len(groups or ()), *rows), dtype=real)
+    return logits.new_empty(rows, dtype=real), logits.new_empty((n_terms(groups, flags), *rows), dtype=real)
 
 
 @torch.library.register_fake("ava_ext::row_gradient")

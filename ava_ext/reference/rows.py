@@ -161,6 +161,10 @@ def row_terms(
         "entropy": rows.mean(token_entropy(z)),
         "temperature": torch.as_tensor(rows.temperature),
     }
+    for k in config.accuracy_top_k:
+        own = logits.gather(-1, targets.unsqueeze(-1))
+        rank = (logits[..., : config.vocab_size] > own).sum(-1)
+        metrics[f"accuracy_top_{k}"] = rows.mean((rank < k).to(z.dtype))
     if config.distillation_weight > 0:
         metrics["teacher_kl"] = rows.mean(teacher_kl)
     if config.use_focal_loss:

@@ -35,7 +35,7 @@ struct SoftmaxRowsArguments {
   int64_t n_groups;
 
   void* row_loss;    // Real [n_rows]
-  void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
+  void* row_terms;   // Real [kRowTerms + n_groups, n_rows], and kRankTerms more
   int64_t n_rows;    // stride of row_terms
   void* statistics;  // RowStatistics<Real> [n_rows]: output, or input of row_gradient
   // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, kRowCoefficients + 1 + n_ids], of the target

@@ -236,6 +236,13 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
         terms[(kRowTerms + group) * n_rows + r] = penalty;
         total += penalty;
       }
+      if (arguments.flags & kRanks) {
+        Real* const ranks = terms + (kRowTerms + arguments.n_groups) * n_rows + r;
+        // a soft cap makes equals of greater logits
+        const bool is_greatest = !kCapped && target == int64_t(row.argmax);
+        ranks[kRankMetric * n_rows] = !counts ? Real(0) : is_greatest ? Real(1) : 1 + this->rank_of(x, target);
+        ranks[kArgmaxMetric * n_rows] = counts ? 1 + row.argmax : Real(0);
+      }
       for (int term = 0; term < kRowTerms; ++term) terms[term * n_rows + r] = evaluation.terms[term];
       row_loss[r] = counts ? total * row_weight : Real(0);
       evaluation.coefficients.probability *= row_weight;

@@ -79,6 +79,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "mtp_detach_head": share and draw(st.booleans()),
         "use_confidence_weighting": draw(st.booleans()),
         "confidence_reg_strength": draw(st.sampled_from([0.0, 0.6])),
+        "accuracy_top_k": draw(st.sampled_from([(), (), (2,), (1, 3)])),
         "linear_chunk_bytes": draw(st.sampled_from([None, 100])),
     }
     if reduction != "none":

@@ -15,6 +15,7 @@ from ava_ext.ops.row_fields import (
     IDS_ARE_PRESENT,
     N_ROW_COEFFICIENTS,
     N_STATISTICS,
+    RANKS,
     TARGET_PROBABILITIES,
     RowFlags,
     accumulation_dtype,
@@ -143,6 +144,16 @@ def _sum_weights(
     return ColumnWeightSums(torch.where(columns.is_argmax, 0, q).sum(-1), at_maximum, weighted)
 
 
+def _ranks(
+    logits: Tensor,  # [..., vocab_size]
+    targets: Tensor,  # [...], -1 where the row does not count
+    argmax: Tensor,  # [...]
+) -> Tensor:  # [N_RANKS, ...]
+    own = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
+    rank = torch.where(own.isnan(), True, logits > own).sum(-1)
+    return torch.where(targets < 0, 0, 1 + torch.stack([rank.to(argmax.dtype), argmax]))
+
+
 def _gradient(
     logits: Tensor,  # [..., n_columns]
     options: RowOptions,
@@ -224,6 +235,8 @@ def row_loss(
         candidate_groups or (),
         None if q is None else _sum_weights(q, columns, flags),
     )
+    if flags & RANKS:
+        terms = torch.cat([terms, _ranks(logits[..., :vocab_size], counted_targets, row.argmax)])
     gradient, statistics, saved = logits.new_empty(0), loss.new_empty(0), loss.new_empty(0)
     if with_gradient:
         of_row, own = coefficients[..., :3].unbind(-1), coefficients[..., N_ROW_COEFFICIENTS:]
