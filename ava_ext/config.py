@@ -132,6 +132,9 @@ class UnifiedLossConfig:
     distillation_temperature: float = _option(
         1.0, _POSITIVE, "Td: soft targets are compared with softmax(z / Td), and their term is multiplied by Td^2"
     )
+    distillation_tail: bool = _option(
+        False, _FLAG, "compare what soft targets leave, 1 - sum q, with 1 - sum p as one more target"
+    )
 
     # multi-token prediction
     use_mtp: bool = _option(False, _FLAG, "also predict the tokens after the next one")

@@ -176,6 +176,38 @@ struct RowReader {
     return sums;
   }
 
+  // Sum of e^u over the columns that are not named by kTailId. What is left of the whole row without the named ones has
+  // digits enough where it is no small part; else the row is read again.
+  template <class Entries>
+  Real mass_outside(const Element* x, const RowStatistics<Real>& row, const Entries& of_row) const {
+    double all = 1 + double(row.rest), named = 0;
+    for (int64_t k = 0; k < of_row.n; ++k) {
+      if (!of_row.entries[k].is_named) continue;
+      if (of_row.entries[k].column == int64_t(row.argmax))
+        all = double(row.rest);
+      else
+        named += double(exp_of(of_row.entries[k].u));
+    }
+    if (all - named > all / 16) return Real(all - named);
+    double mass = 0;
+    Element others[kBlock];  // a block without its named columns
+    for (int64_t begin = 0; begin < arguments.vocab_size; begin += kBlock) {
+      const int64_t n = begin + kBlock < arguments.vocab_size ? kBlock : arguments.vocab_size - begin;
+      const Element* block = x + begin;
+      for (int64_t k = 0; k < of_row.n; ++k) {
+        const int64_t place = of_row.entries[k].column - begin;
+        if (!of_row.entries[k].is_named || place < 0 || place >= n) continue;
+        if (block != others) {
+          for (int64_t i = 0; i < n; ++i) others[i] = block[i];
+          block = others;
+        }
+        narrow(-Real(INFINITY), others + place);
+      }
+      mass += sum_lanes<false>(block, 0, n, row.max).rest;
+    }
+    return Real(mass);
+  }
+
   // to another reference; nothing summed yet: no shift, which may be infinite, by nothing
   static void move(Sums& sums, double shift, double scale) {
     if (sums.rest == 0 && sums.count == 0) return;

@@ -29,6 +29,7 @@ WITHOUT_KERNELS = {
     "test_softmax_rows.py",
     "test_softmax_statistics.py",
     "test_softmax_rows_limits.py",
+    "test_softmax_rows_tail.py",
     "test_temperature.py",
 }
 TOO_LONG_TO_EMULATE = {
