@@ -173,16 +173,22 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
         for (const int64_t last = k + arguments.group_sizes[group]; k < last; ++k) {
           CandidateShare<Real> share{0, 0};
           const int64_t column = ids[k];
-          if (counts && column >= 0 && (is_soft || column != target) && (weights[k] != 0 || is_named)) {
+          if (is_named && column >= 0) {
+            if (weights[k] != 0) {  // else a class that the tail does not have either
+              Entry* const entry = entries.find(column);
+              share = soft_target(total_log, entry->u, weights[k]);
+              penalty += share.loss;
+              entry->own += share.log_prob_coefficient * row_weight;
+            }
+          } else if (counts && column >= 0 && (is_soft || column != target) && weights[k] != 0) {
             const bool is_argmax = column == int64_t(row.argmax);
             const Real u = scalar_u(x, column, row);
             if (is_soft || u > -Real(INFINITY) || u != u) {  // a masked column has p = 0: nothing to push down
               const Real probability = exp_of(u) / (1 + row.rest);
-              if (weights[k] != 0)  // else a soft target that the tail does not have either
-                share = is_soft ? soft_target(total_log, u, weights[k])
-                                : unlikelihood(row, is_argmax, probability, weights[k]);
+              share = is_soft ? soft_target(total_log, u, weights[k])
+                              : unlikelihood(row, is_argmax, probability, weights[k]);
               penalty += share.loss;
-              entries.add(column, u, probability, share.log_prob_coefficient * row_weight, is_named);
+              entries.add(column, u, probability, share.log_prob_coefficient * row_weight);
             }
           }
           if (own_coefficients) own_coefficients[kRowCoefficients + 1 + k] = share.log_prob_coefficient * row_weight;
@@ -220,6 +226,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       int64_t tail = 0;  // place of kTailId
       while (tail < n_ids && (!(arguments.flags & kTail) || ids[tail] != kTailId)) ++tail;
       Real tail_mass = 0;
+      entries.clear();
       RowStatistics<Real> row = empty_statistics<Real>();
       if (measured)
         row = tail < n_ids ? measure_apart(x, {ids + tail + 1, n_ids - tail - 1}, entries, &tail_mass) : measure(x);

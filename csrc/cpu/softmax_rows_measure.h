@@ -255,26 +255,41 @@ struct RowReader {
     return row;
   }
   // Statistics of the row, and in *mass the sum of e^u over the columns that are not named: these are measured alone, and
-  // the named ones added. Without them the difference of two sums could be anything.
+  // the named ones added, because the difference of two sums could be anything. Each named column becomes an entry.
   template <class Entries>
-  RowStatistics<Real> measure_apart(const Element* x, Named named, Entries& scratch, Real* mass) const {
+  RowStatistics<Real> measure_apart(const Element* x, Named named, Entries& of_row, Real* mass) const {
     const RowStatistics<Real> others = measure(x, named);
-    RowStatistics<double> row{others.max, others.argmax, others.rest, others.weighted, others.sum, others.count};
-    scratch.clear();
-    for (int64_t k = 0; k < named.n; ++k)
-      if (named.ids[k] >= 0) scratch.add(named.ids[k], 0, 0, 0);
-    for (int64_t k = 0; k < scratch.n; ++k) {
-      Real value = widen(x[scratch.entries[k].column]);
+    Real max = others.max, argmax = others.argmax, nan = 0;
+    for (int64_t k = 0; k < named.n; ++k) {
+      if (named.ids[k] < 0) continue;
+      Real value = widen(x[named.ids[k]]);
       if (kCapped && value != -Real(INFINITY)) value = options.softcap * tanh_of(value / options.softcap);
-      row = update(row, double(value), scratch.entries[k].column, double(inverse_temperature));
+      of_row.add(named.ids[k], value, 0, 0, true);
+      if (value != value || value == Real(INFINITY)) nan = Real(NAN);
+      if (value > max || (value == max && Real(named.ids[k]) < argmax)) max = value, argmax = Real(named.ids[k]);
     }
-    scratch.clear();
-    *mass = 0;
-    if (others.max != -Real(INFINITY))
-      *mass = Real((1 + double(others.rest)) * exp_of((others.max - row.max) * double(inverse_temperature)));
-    if (row.max == double(INFINITY)) row.rest = double(NAN);
+    const double shift = others.max == max ? 0 : (double(others.max) - double(max)) * double(inverse_temperature);
+    const double scale = exp_of(shift), all = others.max == -Real(INFINITY) ? 0 : 1 + double(others.rest);
+    Sums sums{max, scale * all + double(nan), 0, double(others.sum), double(others.count)};
+    if (argmax == others.argmax) sums.rest = double(others.rest) + double(nan);
+    if (kDense && scale > 0) sums.weighted = scale * (double(others.weighted) + shift * all);
+    if (kDense && others.count > 0) sums.sum += shift * double(others.count);
+    for (int64_t k = 0; k < of_row.n; ++k) {
+      auto& entry = of_row.entries[k];
+      const bool is_masked = entry.u == -Real(INFINITY), is_argmax = Real(entry.column) == argmax;
+      if (!is_masked) entry.u = is_argmax ? Real(0) : (entry.u - max) * inverse_temperature;
+      if (entry.u < lowest_finite<Real>() && !is_masked) entry.u = lowest_finite<Real>();
+      entry.probability = exp_of(entry.u);
+      if (is_masked) continue;
+      if (!is_argmax) sums.rest += double(entry.probability);
+      if (kDense && entry.probability > 0) sums.weighted += double(entry.u) * double(entry.probability);
+      sums.sum += double(entry.u), sums.count += 1;
+    }
+    *mass = Real(scale * all);
+    RowStatistics<Real> row{max, argmax, Real(sums.rest), Real(sums.weighted), Real(sums.sum), Real(sums.count)};
+    for (int64_t k = 0; k < of_row.n; ++k) of_row.entries[k].probability /= 1 + row.rest;
     if (!kDense && row.count > 1) row.count = 1;
-    return {Real(row.max), Real(row.argmax), Real(row.rest), Real(row.weighted), Real(row.sum), Real(row.count)};
+    return row;
   }
 };
 
