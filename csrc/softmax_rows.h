@@ -190,7 +190,7 @@ AVA_HOST_DEVICE CandidateShare<Real> soft_target(Real total, Real u, Real weight
 }
 
 // The tail of soft targets: one more target, of weight q', for all columns but theirs. Its term is -q' log(T / S) with T
-// the sum of e^u over those columns, taken from them where S minus the others would cancel. Its gradient,
+// the sum of e^u over those columns themselves: S minus that of the others would cancel. Its gradient,
 //
 //   dz_j = q' p_j - 1(j is not named) q' p_j S / T
 //

@@ -10,9 +10,8 @@ With distillation_tail, all tokens that are not named are one more target:
     weight Td^2 (sum_c -q_c log p_c - (1 - sum_c q_c) log(1 - sum_c p_c))
 
 where 1 - sum q is taken for 0 if it is negative. This is least where the model gives the named tokens what the teacher
-gives them; without the tail it is least where they have everything. Where 1 - sum p is small it is the sum of the other
-tokens' own probabilities, so that value and gradient are right however sure the model is; for this a row is read a
-second time where the named tokens leave less than a sixteenth of what it has beside its maximum.
+gives them; without the tail it is least where they have everything. 1 - sum p is the sum of the other tokens' own
+probabilities, so that value and gradient are right however sure the model is.
 
 The metric teacher_kl is sum_c q_c (log q_c - log p_c), the tail included where it is on: the mean over the rows that
 count, without weight and Td^2.

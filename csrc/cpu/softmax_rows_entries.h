@@ -44,7 +44,6 @@ struct RowEntries {
     entries[n++] = {column, u, probability, s, 0, is_named};
   }
 
- private:
   // the entry of this column; where there is none, the next one is put into its slot
   Entry* find(int64_t column) {
     if (n_slots == 0) {

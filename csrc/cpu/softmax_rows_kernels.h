@@ -15,7 +15,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
   using Register = typename Vector::Register;
   using Capped = typename Reader::Capped;
   using Reader::arguments, Reader::options, Reader::inverse_temperature, Reader::exponential, Reader::capped;
-  using Reader::load_part, Reader::store_part, Reader::mass_outside, Reader::measure, Reader::Reader;
+  using Reader::load_part, Reader::store_part, Reader::measure, Reader::measure_apart, Reader::Reader;
   using Entry = RowEntry<Real>;
   using Entries = RowEntries<Real>;
   static constexpr int kLanes = Vector::kLanes;
@@ -146,8 +146,13 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       Real total = 0, outside = 0;
       const Element* x = logits_of(r);
       const bool counts = target != arguments.ignore_index;
+      // place of kTailId, where soft targets leave something
+      const int64_t first_soft = arguments.flags & kTail ? n_ids - arguments.group_sizes[arguments.n_groups - 1] : -1;
+      const bool has_tail = counts && first_soft >= 0 && ids[first_soft] == kTailId && weights[first_soft] != 0;
+      Real tail_mass = 0;
       if (counts) {
-        row = measure(x);
+        row = has_tail ? measure_apart(x, {ids + first_soft + 1, n_ids - first_soft - 1}, entries, &tail_mass)
+                       : measure(x);
         const int64_t argmax = int64_t(row.argmax);
         const Real target_u = scalar_u(x, target, row);
         const Real target_weight = arguments.flags & kTargetWeights ? weights[0] : Real(1);
@@ -164,31 +169,36 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       for (int64_t group = 0, k = 0; group < arguments.n_groups; ++group) {
         const bool is_soft = arguments.flags & kSoftTargets && group == arguments.n_groups - 1;
         Real penalty = 0;
-        int64_t tail = -1;  // place of kTailId
+        const bool is_named = has_tail && is_soft;  // of the ids of this group
         for (const int64_t last = k + arguments.group_sizes[group]; k < last; ++k) {
           CandidateShare<Real> share{0, 0};
           const int64_t column = ids[k];
-          if (counts && is_soft && column == kTailId && weights[k] != 0) tail = k;
-          if (counts && column >= 0 && (is_soft || column != target) && (weights[k] != 0 || tail >= 0)) {
+          if (is_named && column >= 0) {
+            if (weights[k] != 0) {  // else a class that the tail does not have either
+              Entry* const entry = entries.find(column);
+              share = soft_target(total_log, entry->u, weights[k]);
+              penalty += share.loss;
+              entry->own += share.log_prob_coefficient * row_weight;
+            }
+          } else if (counts && column >= 0 && (is_soft || column != target) && weights[k] != 0) {
             const bool is_argmax = column == int64_t(row.argmax);
             const Real u = scalar_u(x, column, row);
             if (is_soft || u > -Real(INFINITY) || u != u) {  // a masked column has p = 0: nothing to push down
               const Real probability = exp_of(u) / (1 + row.rest);
-              if (weights[k] != 0)  // else a soft target that the tail does not have either
-                share = is_soft ? soft_target(total_log, u, weights[k])
-                                : unlikelihood(row, is_argmax, probability, weights[k]);
+              share = is_soft ? soft_target(total_log, u, weights[k])
+                              : unlikelihood(row, is_argmax, probability, weights[k]);
               penalty += share.loss;
-              entries.add(column, u, probability, share.log_prob_coefficient * row_weight, tail >= 0);
+              entries.add(column, u, probability, share.log_prob_coefficient * row_weight);
             }
           }
           if (own_coefficients) own_coefficients[kRowCoefficients + 1 + k] = share.log_prob_coefficient * row_weight;
         }
-        if (tail >= 0) {
-          const TailShare<Real> share = tail_share(row, mass_outside(x, row, entries), weights[tail]);
+        if (is_named) {
+          const TailShare<Real> share = tail_share(row, tail_mass, weights[first_soft]);
           penalty += share.loss;
           evaluation.coefficients.probability += share.probability;
           outside = share.outside * row_weight;
-          if (own_coefficients) own_coefficients[kRowCoefficients + 1 + tail] = outside;
+          if (own_coefficients) own_coefficients[kRowCoefficients + 1 + first_soft] = outside;
         }
         terms[(kRowTerms + group) * n_rows + r] = penalty;
         total += penalty;
@@ -212,7 +222,14 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     for (int64_t r = row_begin; r < row_end; ++r) {
       const Element* x = logits_of(r);
       const bool measured = !arguments.row_mask || arguments.row_mask[r];
-      const RowStatistics<Real> row = measured ? measure(x) : empty_statistics<Real>();
+      const int32_t* ids = arguments.ids + r * n_ids;
+      int64_t tail = 0;  // place of kTailId
+      while (tail < n_ids && (!(arguments.flags & kTail) || ids[tail] != kTailId)) ++tail;
+      Real tail_mass = 0;
+      entries.clear();
+      RowStatistics<Real> row = empty_statistics<Real>();
+      if (measured)
+        row = tail < n_ids ? measure_apart(x, {ids + tail + 1, n_ids - tail - 1}, entries, &tail_mass) : measure(x);
       static_cast<RowStatistics<Real>*>(arguments.statistics)[r] = row;
       if (!measured) {
         for (int summary = 0; summary < kRowSummaries; ++summary) summaries[summary * n_rows + r] = 0;
@@ -225,16 +242,8 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       summaries[kLogRestSummary * n_rows + r] = log_of(row.rest);
       summaries[kMeanLogProbSummary * n_rows + r] = row.sum / row.count - total;
       Real* log_probs = static_cast<Real*>(arguments.id_log_probs) + r * n_ids;
-      int64_t tail = -1;  // place of kTailId
-      entries.clear();
-      for (int64_t k = 0; k < n_ids; ++k) {
-        const int64_t column = arguments.ids[r * n_ids + k];
-        if (column == kTailId) tail = k;
-        const Real u = column < 0 ? Real(0) : scalar_u(x, column, row);
-        log_probs[k] = column < 0 ? Real(0) : u - total;
-        if (column >= 0 && tail >= 0) entries.add(column, u, 0, 0, true);
-      }
-      if (tail >= 0) log_probs[tail] = row.count == 0 ? -Real(INFINITY) : log_of(mass_outside(x, row, entries)) - total;
+      for (int64_t k = 0; k < n_ids; ++k) log_probs[k] = ids[k] < 0 ? Real(0) : scalar_u(x, ids[k], row) - total;
+      if (tail < n_ids) log_probs[tail] = log_of(tail_mass) - total;
     }
   }
 
