@@ -1,13 +1,14 @@
 """`make study`: what the repetition losses do to a real model. SmolLM2-135M-Instruct, fine-tuned on technical text.
 
-    python studies/repetition.py --arms cross-entropy sequence --seeds 1     a part; goes on where it stopped
-    python studies/repetition.py --quick                                     minutes: does everything run?
-    python studies/repetition.py --print                                     the table of the results that are there
+    python studies/repetition.py --arms cross-entropy token --seeds 1     a part; goes on where it stopped
+    python studies/repetition.py --quick                                  minutes: does everything run?
+    python studies/repetition.py --print                                  the table of the results that are there
 
-All arms see the same data in the same order, take the same number of updates and start from the same weights. The text
-is the standard library's docstrings, every fifteenth held out; text of another kind is the language reference.
-Sequence-level updates (Welleck et al. 2019): the model continues prefixes greedily, and every token of a repeated
-n-gram gets -log(1 - p). Results are written after every arm and seed, and a state every few updates.
+All arms of a seed see the same data in the same order, take the same number of updates and start from the same weights.
+The text is the standard library's docstrings, every fifteenth held out; text of another kind is the language reference.
+With sequence-level unlikelihood (Welleck et al. 2019), the model also continues prefixes greedily, and every token of a
+repeated n-gram gets -log(1 - p): cross-entropy of the text and this, of the rollouts, make one update. Results are
+written after every arm and seed, and a state every few updates. Several processes may run different arms or seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,11 +46,11 @@ class Arm(NamedTuple):
 TOKEN = {"use_ngram_penalty": True, "ngram_size": 1, "ngram_slots": 128, "ngram_penalty_weight": 1.0}
 ARMS = {
     "cross-entropy": Arm({}),
+    "sequence, weight 0.25": Arm({}, 0.25),
+    "sequence, weight 0.5": Arm({}, 0.5),
     "sequence, weight 1": Arm({}, 1.0),
-    "sequence, weight 2": Arm({}, 2.0),
-    "sequence, weight 4": Arm({}, 4.0),
     "token": Arm(TOKEN),
-    "both": Arm(TOKEN, 1.0),
+    "both": Arm(TOKEN, 0.25),
     "n-gram, weight 0.5": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 0.5}),
     "n-gram, weight 4": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 4.0}),
 }
@@ -56,17 +59,17 @@ ARMS = {
 class Setting(NamedTuple):
     """What all runs share."""
 
-    updates: int = 96
+    updates: int = 64
     learning_rate: float = 2e-4  # at its highest; falls to 0
     n_layers: int = 6
     batch_size: int = 4
     n_tokens: int = 128  # of a training text
-    n_rollouts: int = 4  # per update
+    n_rollouts: int = 2  # per update
     rollout_updates: int = 8  # that share one round of rollouts: a large batch costs less per token
     prefix_length: int = 32
     rollout_length: int = 64
     rollout_ngram: int = 4
-    n_prompts: int = 48
+    n_prompts: int = 48  # half of them where the text is of another kind, or sampled
     n_new_tokens: int = 100
     n_windows: int = 64  # held-out texts of n_tokens
 
@@ -223,15 +226,21 @@ def perplexity(model: smollm2.SmolLM2, text: Windows, setting: Setting) -> float
     return math.exp(total / (setting.n_windows * setting.n_tokens))
 
 
+def passages(tokens: Tensor, setting: Setting) -> list[list[int]]:
+    """Of the text itself, as long as what the model writes: how much of it repeats?"""
+    return prefixes_of(tokens, setting.n_new_tokens, setting.n_prompts, seed=2).tolist()
+
+
 def evaluate(
     model: smollm2.SmolLM2, tokenizer: Any, data: Texts, texts: dict[str, Windows], setting: Setting
 ) -> dict[str, Any]:
     """Perplexity and measures of repetition on held-out text of both kinds, and three continuations to read."""
     result: dict[str, Any] = {}
     for kind, ways in (("same_kind", ("greedy", "sampled")), ("other_kind", ("greedy",))):
-        prefixes = prefixes_of(getattr(data, kind), setting.prefix_length, setting.n_prompts, seed=2)
         result[kind] = {"perplexity": perplexity(model, texts[kind], setting)}
         for way in ways:
+            n_prompts = setting.n_prompts if (kind, way) == ("same_kind", "greedy") else setting.n_prompts // 2
+            prefixes = prefixes_of(getattr(data, kind), setting.prefix_length, n_prompts, seed=2)
             written = smollm2.continuations(model, prefixes, setting.n_new_tokens, sample=way == "sampled").tokens
             result[kind][way] = measures(written.tolist())
             if way == "greedy":
@@ -241,31 +250,57 @@ def evaluate(
 
 
 def table(results: dict[str, Any]) -> str:
-    """Held-out text of both kinds, mean ± standard deviation over the seeds."""
-    lines = ["| loss | seeds | perplexity | seq-rep-4, greedy | ends in a loop | perplexity, other kind | seq-rep-4 |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    arms = {"before fine-tuning": {"-": results["before"]}} if results.get("before") else {}
+    """Held-out text of both kinds, mean ± standard deviation over the seeds; other arms against cross-entropy's."""
+    columns = ("loss", "seeds", "perplexity", "against cross-entropy", "seq-rep-4, greedy", "sampled", "ends in a loop")
+    columns += ("perplexity, other kind", "seq-rep-4, other kind")
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    plain = results["arms"].get("cross-entropy", {})
+    arms = {"before fine-tuning": {"": {"after": results["before"]}}} if results["before"] else {}
     for name, seeds in {**arms, **results["arms"]}.items():
-        runs = [run.get("after", run) for run in seeds.values()]
-        if not runs:
-            continue
-        columns = [
-            _spread([run["same_kind"]["perplexity"] for run in runs]),
-            _spread([100 * run["same_kind"]["greedy"]["seq_rep_4"] for run in runs], " %"),
-            _spread([100 * run["same_kind"]["greedy"]["ends_in_loop"] for run in runs], " %"),
-            _spread([run["other_kind"]["perplexity"] for run in runs]),
-            _spread([100 * run["other_kind"]["greedy"]["seq_rep_4"] for run in runs], " %"),
+        same, other = ([run["after"][kind] for run in seeds.values()] for kind in ("same_kind", "other_kind"))
+        ratios = [
+            run["after"]["same_kind"]["perplexity"] / plain[seed]["after"]["same_kind"]["perplexity"]
+            for seed, run in seeds.items()
+            if seed in plain and name != "cross-entropy"
         ]
-        lines.append(f"| {name} | {len(runs)} | " + " | ".join(columns) + " |")
+        cells = [
+            _spread([run["perplexity"] for run in same], digits=2),
+            _spread([100 * (ratio - 1) for ratio in ratios], " %", sign="+"),
+            _spread([100 * run["greedy"]["seq_rep_4"] for run in same], " %"),
+            _spread([100 * run["sampled"]["seq_rep_4"] for run in same], " %"),
+            _spread([100 * run["greedy"]["ends_in_loop"] for run in same], " %"),
+            _spread([run["perplexity"] for run in other], digits=2),
+            _spread([100 * run["greedy"]["seq_rep_4"] for run in other], " %"),
+        ]
+        lines.append(f"| {name} | {len(seeds) if name in results['arms'] else '-'} | " + " | ".join(cells) + " |")
+    of_text = [f"{100 * results['text'][kind]['seq_rep_4']:.1f} %" for kind in ("same_kind", "other_kind")]
+    lines.append(f"| the text itself | - | - | - | {of_text[0]} | - | - | - | {of_text[1]} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], unit: str = "") -> str:
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1f}{unit}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.1f} ± {deviation:.1f}{unit}"
+def _spread(values: list[float], unit: str = "", digits: int = 1, sign: str = "") -> str:
+    if not values:
+        return "-"
+    mean = f"{sum(values) / len(values):{sign}.{digits}f}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return mean + deviation + unit
+
+
+def readings(results: dict[str, Any]) -> str:
+    """The first prompts, and how every arm (its first seed) goes on."""
+    arms = {"before fine-tuning": results["before"]}
+    arms |= {name: next(iter(seeds.values()))["after"] for name, seeds in results["arms"].items()}
+    found = []
+    for index, (prefix, _) in enumerate(results["before"]["same_kind"]["texts"]):
+        found.append(f"*{_plain(prefix)}* ...\n")
+        found += [f"* **{name}**: {_plain(run['same_kind']['texts'][index][1])}" for name, run in arms.items()]
+        found.append("")
+    return "\n".join(found)
+
+
+def _plain(text: str) -> str:
+    """As one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>|\[\]#$])", r"\\\1", " ".join(text.split()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -298,17 +333,20 @@ def main() -> None:
     arms = ["cross-entropy", "sequence, weight 1"] if options.quick else options.arms
     seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
 
-    results: dict[str, Any] = {"setting": setting._asdict(), "before": None, "arms": {}}
+    results: dict[str, Any] = {"setting": setting._asdict(), "text": None, "before": None, "arms": {}}
     if options.output.exists() and (stored := json.loads(options.output.read_text()))["setting"] == results["setting"]:
         results = stored
     left = [(seed, name) for seed in seeds for name in arms if str(seed) not in results["arms"].get(name, {})]
-    if left or results["before"] is None:
+    if left or not results["before"] or not results.get("text"):
         model, tokenizer = smollm2.load(options.cache / "smollm2", setting.n_layers)
         data = texts(tokenizer, limit=40 if options.quick else None)
         windows = {}
         for kind, tokens in data._asdict().items():
             name = f"{kind}_{len(tokens)}_{setting.n_tokens}_{model.n_frozen}"
             windows[kind] = Windows(model, tokens, setting.n_tokens, options.cache / "frozen_states" / name)
+        results["text"] = {
+            kind: measures(passages(getattr(data, kind), setting)) for kind in ("same_kind", "other_kind")
+        }
         for seed, name in left:
             model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
             state = options.cache / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{setting.updates}.pt"
@@ -320,7 +358,7 @@ def main() -> None:
         if results["before"] is None:
             model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
             results["before"] = evaluate(model, tokenizer, data, windows, setting)
-            _write(results, options.output)
+        _write(results, options.output)
     print(table(results), end="")
 
 

@@ -20,8 +20,12 @@ import repetition
 import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"<!-- (moe|repetition) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
-TABLES = {"moe": ("moe_balance", moe_balance.table), "repetition": ("repetition", repetition.table)}
+MARKED = re.compile(r"<!-- (moe|repetition|readings) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
+TABLES = {
+    "moe": ("moe_balance", moe_balance.table),
+    "repetition": ("repetition", repetition.table),
+    "readings": ("repetition", repetition.readings),
+}
 
 
 def test_measures_by_hand():
@@ -205,9 +209,11 @@ def test_quick_run_of_the_real_model(tmp_path):
     assert (tmp_path / "repetition.json").stat().st_mtime_ns == before
 
 
-if __name__ == "__main__":
-    for stem, table in TABLES.values():
+if __name__ == "__main__":  # writes the results into the pages
+    for mark, (stem, shown) in TABLES.items():
         page, results = ROOT / "docs" / "studies" / f"{stem}.md", ROOT / "studies" / "results" / f"{stem}.json"
         if results.exists():
-            text = table(json.loads(results.read_text()))
-            page.write_text(MARKED.sub(lambda m, t=text: f"<!-- {m[1]} -->\n\n{t}\n<!-- /{m[1]} -->", page.read_text()))
+            text = f"<!-- {mark} -->\n\n{shown(json.loads(results.read_text()))}\n<!-- /{mark} -->"
+            page.write_text(
+                MARKED.sub(lambda m, mark=mark, text=text: text if m[1] == mark else m[0], page.read_text())
+            )
