@@ -215,7 +215,7 @@ class UnifiedLoss(nn.Module):
                 whose value is not read.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
-                ones of a teacher; see `losses.distillation`.
+                ones of a teacher; see `losses.distillation`. distillation_tail: what they leave is one more target.
             target_probabilities: q of every token, in the row of the logits that they are for: the main term is
                 sum_c q_c (-log p_c), cross_entropy too. targets still say which rows count, and what accuracy,
                 repetition and multi-token prediction go by. They may require grad.

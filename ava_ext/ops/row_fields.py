@@ -31,18 +31,23 @@ class RowFlags(IntFlag):
     SOFT_TARGETS = 2048
     # the first group of candidates is one absent id, whose weight is that of the target's term
     TARGET_WEIGHTS = 4096
+    # the first of the soft targets is TAIL_ID, whose weight is that of their tail
+    TAIL = 16384
 
+
+# in place of a soft target's id, the first of its group: all columns but those of the ids behind it
+TAIL_ID = -2
 
 # beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
 IDS_ARE_PRESENT = 256
 # beside RowFlags, where a weight q_j of every column comes with the row (column_weights of the operators):
 # probabilities in place of the target, or what weighs the columns under LABEL_SMOOTHING
 TARGET_PROBABILITIES = 8192
-SMOOTHING_WEIGHTS = 16384
+SMOOTHING_WEIGHTS = 32768
 COLUMN_WEIGHT_FLAGS = TARGET_PROBABILITIES | SMOOTHING_WEIGHTS
 
 # beside RowFlags: report ranks
-RANKS = 32768
+RANKS = 65536
 N_RANKS = 2  # rank of the target, argmax: the last rows of the operators' terms
 
 # the first rows of RowLoss.terms; the groups of candidates follow
@@ -82,7 +87,8 @@ class Candidates(NamedTuple):
 
     With RowFlags.SOFT_TARGETS those of the last group are pulled up: -sum_c weight_c log p_c. The row's own target may
     be among those, and is left out of all others. With RowFlags.TARGET_WEIGHTS the first group is one absent id (-1):
-    its weight multiplies the target's term.
+    its weight multiplies the target's term. With RowFlags.TAIL the first of the soft targets may be TAIL_ID,
+    of weight w': it stands for all columns that the others do not name, -w' log(1 - sum_c p_c).
     """
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent

@@ -1,4 +1,4 @@
-"""What a model says of each target, without a gradient: its log-probability and rank, the entropy, the likeliest token."""
+"""What a model says of each target, without a gradient: log-probability, rank, entropy, the likeliest token."""
 
 from __future__ import annotations
 
