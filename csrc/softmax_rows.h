@@ -313,6 +313,7 @@ AVA_HOST_DEVICE void add_column_weights(const RowStatistics<Real>& row, const Ro
              smoothing = smoothing_of(row, options, flags);
   const Real factor = flags & kTargetProbabilities ? 1 - smoothing : smoothing / row.count;
   if (flags & kTargetProbabilities) out.terms[kCrossEntropyMetric] = loss;
+  if (!(flags & kCrossEntropy)) return;
   if (factor != 0) out.terms[kMainLoss] += factor * loss;  // the loss may be infinite
   out.coefficients.probability += factor * q.rest;
   out.coefficients.maximum = -factor;

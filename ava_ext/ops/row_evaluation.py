@@ -68,6 +68,10 @@ def _evaluate(
     nll = torch.where(target_is_argmax, total, total - target_u)
     main, z_loss, confidence, own = zero, zero, zero, zero
     probability, entropy, constant, maximum = zero, zero, zero, zero
+    of_columns = zero
+    if column_weights is not None:
+        of_columns = (column_weights.rest + column_weights.at_maximum) * total - column_weights.weighted
+    cross_entropy = of_columns if flags & TARGET_PROBABILITIES else nll
     if flags & RowFlags.CROSS_ENTROPY:
         hard, slope = nll, torch.ones_like(nll)
         if flags & RowFlags.FOCAL:
@@ -93,10 +97,7 @@ def _evaluate(
         main = torch.where(smoothing == 1, 0, (1 - smoothing) * hard)
         own = -(1 - smoothing) * slope
         if column_weights is not None:
-            of_columns = (column_weights.rest + column_weights.at_maximum) * total - column_weights.weighted
-            factor = smoothing / row.n_present
-            if flags & TARGET_PROBABILITIES:
-                nll, factor = of_columns, 1 - smoothing
+            factor = 1 - smoothing if flags & TARGET_PROBABILITIES else smoothing / row.n_present
             main = main + torch.where(factor == 0, 0, factor * of_columns)
             probability, maximum = probability + factor * column_weights.rest, zero - factor
         if flags & RowFlags.LABEL_SMOOTHING and not flags & SMOOTHING_WEIGHTS:
@@ -111,7 +112,7 @@ def _evaluate(
         several = row.n_present > 1
         entropy = torch.where(several, options.confidence_penalty_weight / row.n_present.log(), 0)
         confidence = torch.where(several, options.confidence_penalty_weight - entropy * (total - mean_u), 0)
-    terms = [main, z_loss, confidence, nll, total - mean_u, target_is_argmax.to(nll.dtype)]
+    terms = [main, z_loss, confidence, cross_entropy, total - mean_u, target_is_argmax.to(nll.dtype)]
     return terms, [probability, entropy, constant, maximum], own
 
 

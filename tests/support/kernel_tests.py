@@ -9,6 +9,8 @@ FILES_OF_KERNELS = {
     "row_weights": {"test_row_weights.py"},
     "temperature": {"test_temperature.py"},
     "softmax_rows": {
+        "test_column_weights.py",
+        "test_token_metrics.py",
         "test_derivatives.py",
         "test_softmax_rows.py",
         "test_softmax_rows_autograd.py",
