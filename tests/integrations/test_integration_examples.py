@@ -30,8 +30,13 @@ def needs(*names):
 @needs("transformers", "accelerate")
 def test_trainer():
     small = ["--vocab-size", "300", "--hidden-size", "32", "--tokens", "16", "--batch-size", "2", "--steps", "3"]
-    printed = run("trainer_fused_head.py", *small, "--loss", "fused")
-    assert re.search(r"^fused: \d+ ms per step, peak memory \d+ MB$", printed, re.MULTILINE)
+    printed = run("trainer_fused_head.py", *small)
+    for loss in ("built_in", "fused"):
+        line = rf"^{loss}: \d+ ms per step \(\d+ ms of the processor\), peak memory \d+ MB$"
+        assert re.search(line, printed, re.MULTILINE)
+    assert re.search(
+        r"^built_in / fused: [\d.]+ of the time, [\d.]+ of .*, [\d.]+ of the memory$", printed, re.MULTILINE
+    )
     assert "'cross_entropy'" in printed
 
 
