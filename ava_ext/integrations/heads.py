@@ -40,11 +40,11 @@ class _Copy(torch.autograd.Function):
     """A copy, which outlives the memory of the original."""
 
     @staticmethod
-    def forward(ctx, parameter):
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
         return parameter.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 

@@ -1,6 +1,8 @@
 """What the start page defines for other libraries does what it says."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,9 @@ def test_lightning(tmp_path):
     trainer.fit(module, torch.utils.data.DataLoader([batch(seed) for seed in range(3)], batch_size=None))
     assert module.loss_fn.get_loss_statistics()["temperature"]["count"] == 3
     assert "cross_entropy_epoch" in trainer.callback_metrics
+
+
+def test_the_package_imports_none_of_them():
+    modules = "{'transformers', 'accelerate', 'peft', 'trl', 'lightning', 'deepspeed'}"
+    program = f"import sys, ava_ext, ava_ext.distributed, ava_ext.integrations; assert not {modules} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
