@@ -132,6 +132,9 @@ class UnifiedLossConfig:
     distillation_temperature: float = _option(
         1.0, _POSITIVE, "Td: soft targets are compared with softmax(z / Td), and their term is multiplied by Td^2"
     )
+    distillation_tail: bool = _option(
+        False, _FLAG, "compare what soft targets leave, 1 - sum q, with 1 - sum p as one more target"
+    )
 
     # multi-token prediction
     use_mtp: bool = _option(False, _FLAG, "also predict the tokens after the next one")
@@ -179,9 +182,14 @@ class UnifiedLossConfig:
     )
     num_moe_layers: int = _option(1, _at_least(1), "how many layers have a router")
     use_moe_balancing: bool = _option(False, _FLAG, "steer the router against its running load, and keep expert_bias")
-    gradient_balance_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the steering term")
+    gradient_balance_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the steering term")
     moe_momentum: float = _option(0.9, _BELOW_ONE, "momentum of the running load")
     expert_bias_rate: float = _option(1e-3, _NOT_NEGATIVE, "step size of the loss-free bias; it moves once per step()")
+    expert_bias_update: str = _option(
+        "sign",
+        _one_of("sign", "quantile"),
+        '"sign" (a step of expert_bias_rate) or "quantile" (where each expert would have had its share)',
+    )
     expert_bias_centered: bool = _option(False, _FLAG, "step() moves the mean of each layer's expert_bias to 0")
     use_diversity_loss: bool = _option(False, _FLAG, "mean pairwise cosine similarity of expert_outputs")
     diversity_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the diversity term")
@@ -219,6 +227,13 @@ class UnifiedLossConfig:
         n_experts, k = self.num_experts, self.num_experts_per_token
         if n_experts is not None and k is not None and k > n_experts:
             raise _bad("num_experts_per_token", f"at most num_experts = {n_experts}", k)
+        if self.expert_bias_update == "quantile" and self.router_score != "sigmoid":
+            raise ValueError(
+                "unified_loss: expert_bias_update='quantile' needs router_score='sigmoid', got 'softmax': the scores of "
+                "many experts would lie in one bin"
+            )
+        if self.expert_bias_update == "quantile" and n_experts is not None and k == n_experts:
+            raise _bad("num_experts_per_token", f"below num_experts = {n_experts} with quantile balancing", k)
         if self.mtp_share_head and self.mtp_heads == "hidden_states":
             raise ValueError(
                 "unified_loss: mtp_type='hidden_states' shares the head anyway: expected no mtp_share_head"

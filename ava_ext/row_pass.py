@@ -72,6 +72,7 @@ class RowPass(Float32Buffers):
         self.soft_key: tuple[str, ...] = ()
         self.soft_targets: Callable[[Call], Candidates | None] = _no_soft_targets
         self.soft_temperature = 1.0
+        self.soft_flags = int(RowFlags.SOFT_TARGETS | (RowFlags.TAIL if config.distillation_tail else 0))
         for source in sources:
             if source.is_soft and source.given is not None:
                 self.soft_key, self.soft_targets = (source.key,), source.given
@@ -157,7 +158,7 @@ class RowPass(Float32Buffers):
             call.logits,
             call.rows.targets,
             options,
-            flags | RowFlags.SOFT_TARGETS if in_this_pass else flags,
+            flags | self.soft_flags if in_this_pass else flags,
             like,
             call.max_counted_rows,
             candidates,
@@ -178,7 +179,7 @@ class RowPass(Float32Buffers):
     ) -> RowLoss:
         """Soft targets at a temperature of their own."""
         options = torch.where(self.is_temperature.to(options.device), options * self.soft_temperature, options)
-        flags = self.flags & RowFlags.SOFTCAP | RowFlags.SOFT_TARGETS
+        flags = self.flags & RowFlags.SOFTCAP | self.soft_flags
         return self._row_loss(
             call.logits, call.rows.targets, options, int(flags), call.rows.weights, call.max_counted_rows, soft
         )

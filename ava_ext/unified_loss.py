@@ -214,7 +214,7 @@ class UnifiedLoss(nn.Module):
                 whose value is not read.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
-                ones of a teacher; see `losses.distillation`.
+                ones of a teacher; see `losses.distillation`. distillation_tail: what they leave is one more target.
             contrastive_pair: two views of the same things, for InfoNCE.
             max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
                 not count are left out of the matrix products; a GPU leaves them out only with this number.

@@ -119,7 +119,10 @@ enum RowFlags : int64_t {
   kEaft = 1024,
   kSoftTargets = 2048,    // the last group of candidates are soft targets: -q log p_c in place of -w log(1 - p_c)
   kTargetWeights = 4096,  // the first group of candidates is one absent id, whose weight is that of the target's term
+  kTail = 16384,          // the first of the soft targets is kTailId, whose weight is that of their tail
 };
+// In place of an id: all columns but those of the ids behind it.
+constexpr int32_t kTailId = -2;
 // Terms that need more of a row than its maximum and R.
 constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft;
 
@@ -184,6 +187,24 @@ AVA_HOST_DEVICE CandidateShare<Real> unlikelihood(const RowStatistics<Real>& row
 template <class Real>
 AVA_HOST_DEVICE CandidateShare<Real> soft_target(Real total, Real u, Real weight) {  // total: log_total of the row
   return {weight * (total - u), -weight};
+}
+
+// The tail of soft targets: one more target, of weight q', for all columns but theirs. Its term is -q' log(T / S) with T
+// the sum of e^u over those columns themselves: S minus that of the others would cancel. Its gradient,
+//
+//   dz_j = q' p_j - 1(j is not named) q' p_j S / T
+//
+// cannot be that of many s_c where T is small: they would be huge, and cancel. So a column that is not named has a
+// coefficient of p_j of its own, beside `a`; in the tensor row_coefficients it has the place of kTailId.
+template <class Real>
+struct TailShare {
+  Real loss, probability, outside;  // and the coefficients of p_j: of every column, and of those that are not named
+};
+template <class Real>
+AVA_HOST_DEVICE TailShare<Real> tail_share(const RowStatistics<Real>& row, Real mass, Real weight) {  // mass: T
+  const Real total = 1 + row.rest, smallest = smallest_rest<Real>() * total;
+  const Real ratio = total / (mass < smallest ? smallest : mass);  // a nan passes
+  return {weight * log_of(ratio), weight, -weight * ratio};
 }
 
 // Every term of one counted row but the candidates', and the coefficients of its gradient.

@@ -34,13 +34,14 @@ WIDTH, N_LAYERS, N_EXPERTS, EXPERTS_PER_TOKEN, CONTEXT, BATCH_SIZE = 64, 2, 16, 
 LEARNING_RATE = 2e-3
 
 # a run has hundreds of steps, not 100,000: the bias of the loss-free rule moves ten times as far per step as by default
-STEERING = {"use_moe_balancing": True, "gradient_balance_weight": 0.1, "expert_bias_rate": 0.0}
+STEERING = {"use_moe_balancing": True, "gradient_balance_weight": 0.01, "expert_bias_rate": 0.0}
 BIAS = {"use_moe_balancing": True, "gradient_balance_weight": 0.0, "expert_bias_rate": 0.01}
 SWITCH = {"use_auxiliary_loss": True, "load_balancing_weight": 0.01, "router_z_weight": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "none": {},
     "Switch": SWITCH,
     "steering": STEERING,
+    "steering, weight 0.1": {**STEERING, "gradient_balance_weight": 0.1},
     "loss-free bias": BIAS,
     "Switch + bias": {**SWITCH, **BIAS},
     "steering + bias": {**STEERING, "expert_bias_rate": 0.01},

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.row_fields import RowFlags
+from ava_ext.ops.row_fields import TAIL_ID, RowFlags
 
 
 class RowOptions(NamedTuple):
@@ -124,6 +124,20 @@ def _penalties(
     return losses, slopes
 
 
+def _tail(
+    rest: Tensor,  # [...]
+    u: Tensor,  # [...]: log T of the columns that are not named
+    targets: Tensor,  # [...], -1 where the row does not count
+    ids: Tensor,  # [...]: TAIL_ID, or -1
+    weights: Tensor,  # [...]
+) -> tuple[Tensor, Tensor, Tensor]:  # each [...]
+    """The term of the tail of soft targets, and its coefficients of p: of every column, of those that are not named."""
+    weights = torch.where((ids == TAIL_ID) & (targets >= 0), weights, 0)
+    nll = (rest.log1p() - u).clamp(max=-math.log(smallest_rest(rest.dtype)))
+    present = weights != 0
+    return torch.where(present, weights * nll, 0), weights, torch.where(present, -weights * nll.exp(), 0)
+
+
 class RowEvaluation(NamedTuple):
     """What `evaluate_rows` returns; 0 where a row does not count."""
 
@@ -139,7 +153,8 @@ def evaluate_rows(
     options: RowOptions,
     flags: int,
     targets: Tensor,  # [...], -1 where the row does not count
-    u: Tensor,  # [..., 1 + n_candidates]: z - max z of the target, then of the candidates; -inf where masked
+    u: Tensor,  # [..., 1 + n_candidates]: z - max z of the target, then of the candidates; -inf where masked; of
+    # TAIL_ID the logarithm of the sum of e^u over what it stands for
     is_argmax: Tensor,  # [..., 1 + n_candidates] bool
     row_weights: Tensor | None,  # [...]
     candidate_ids: Tensor | None,  # [..., n_candidates]
@@ -155,6 +170,13 @@ def evaluate_rows(
         n_soft = candidate_groups[-1] if flags & RowFlags.SOFT_TARGETS and candidate_groups else 0
         given = (targets, candidate_ids, candidate_weights)
         losses, slopes = _penalties(row.rest, u[..., 1:], is_argmax[..., 1:], *given, n_soft)
+        if n_soft and flags & RowFlags.TAIL:
+            first = losses.shape[-1] - n_soft
+            of_tail = (candidate_ids[..., first], candidate_weights[..., first])
+            loss, everywhere, outside = _tail(row.rest, u[..., 1 + first], targets, *of_tail)
+            losses[..., first] += loss
+            slopes[..., first] += outside
+            coefficients[..., 0] += everywhere
         penalties = [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
         total, terms = sum(penalties, total), terms + penalties
         coefficients = torch.cat([coefficients, slopes], -1)

@@ -30,7 +30,12 @@ class RowFlags(IntFlag):
     SOFT_TARGETS = 2048
     # the first group of candidates is one absent id, whose weight is that of the target's term
     TARGET_WEIGHTS = 4096
+    # the first of the soft targets is TAIL_ID, whose weight is that of their tail
+    TAIL = 16384
 
+
+# in place of a soft target's id, the first of its group: all columns but those of the ids behind it
+TAIL_ID = -2
 
 # beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
 IDS_ARE_PRESENT = 256
@@ -69,7 +74,8 @@ class Candidates(NamedTuple):
 
     With RowFlags.SOFT_TARGETS those of the last group are pulled up: -sum_c weight_c log p_c. The row's own target may
     be among those, and is left out of all others. With RowFlags.TARGET_WEIGHTS the first group is one absent id (-1):
-    its weight multiplies the target's term.
+    its weight multiplies the target's term. With RowFlags.TAIL the first of the soft targets may be TAIL_ID,
+    of weight w': it stands for all columns that the others do not name, -w' log(1 - sum_c p_c).
     """
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent

@@ -44,6 +44,7 @@ from ava_ext.reference.softmax_rows import (
     soft_targets,
     softmax_statistics,
     softplus,
+    tail,
     token_entropy,
     token_weight,
     unlikelihood,

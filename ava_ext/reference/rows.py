@@ -25,6 +25,7 @@ from ava_ext.reference.softmax_rows import (
     reweighted,
     smoothed,
     soft_targets,
+    tail,
     token_entropy,
     token_weight,
     unlikelihood,
@@ -144,7 +145,12 @@ def row_terms(
         if soft_target_ids is not None and soft_target_weights is not None:
             q = torch.where(soft_target_ids < 0, 0.0, soft_target_weights)
             distillation = soft_targets(z / config.distillation_temperature, soft_target_ids, q)
-            teacher_kl = torch.xlogy(q, q).sum(-1) + distillation
+            teacher_kl = torch.xlogy(q, q).sum(-1)
+            if config.distillation_tail:
+                distillation = distillation + tail(z / config.distillation_temperature, soft_target_ids, q)
+                left = (1 - q.sum(-1)).clamp(min=0)
+                teacher_kl = teacher_kl + torch.xlogy(left, left)
+            teacher_kl = teacher_kl + distillation
         factor = config.distillation_weight * config.distillation_temperature**2
         addends["distillation_loss"] = factor * rows.reduce(distillation)
 

@@ -238,6 +238,26 @@ def soft_targets(
     return total
 
 
+def tail(
+    z: Tensor,  # [..., vocab]
+    ids: Tensor,  # [..., K] int, -1 absent
+    weights: Tensor,  # [..., K]
+) -> Tensor:
+    """-q' log p' with q' = 1 - sum_c q_c, at least 0, and p' the probability of the columns that no id names; [...].
+
+    -log p' is at most 690, so that ids of every column are finite; beyond, no more than the gradient of lse is left.
+    """
+    others = torch.ones_like(z, dtype=torch.bool)
+    for columns in ids.unbind(-1):
+        others = others & (torch.arange(z.shape[-1], device=z.device) != columns.unsqueeze(-1))
+    lse, most = log_normaliser(z), -math.log(1e-300 if z.dtype == torch.float64 else 1e-37)
+    of_others = logsumexp(z, others)
+    is_left = lse - of_others < most
+    nll = torch.where(is_left, lse - torch.where(is_left, of_others, 0.0), lse - lse.detach() + most)
+    left = 1 - torch.where(ids < 0, 0.0, weights.to(z.dtype)).sum(-1)
+    return left.clamp(min=0) * nll
+
+
 def unlikelihood(
     z: Tensor,  # [n_rows, vocab]
     weights: Tensor,  # [n_rows, at most vocab], 0 where a column is no candidate

@@ -73,7 +73,8 @@ struct CpuRows {
       const bool counts = row_counts(arguments, row, call.real);
       for (const int64_t end = position + arguments.n_ids; position < end; ++position) {
         const int64_t id = counts ? int64_t(ids[position]) : -1;
-        if ((id < 0 || id >= arguments.vocab_size) && counts && !(id == -1 && may_be_absent))
+        const bool is_none = id == -1 ? may_be_absent : id == kTailId && arguments.flags & kTail;
+        if ((id < 0 || id >= arguments.vocab_size) && counts && !is_none)
           fail_index(call.op, ": expected ", name, " in [0, ", arguments.vocab_size, ")", may_be_absent ? " or -1" : "",
                      ", got ", id, " at position ", position, " (row ", row, ")");
         use(position, int32_t(id));

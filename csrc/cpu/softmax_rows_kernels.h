@@ -15,7 +15,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
   using Register = typename Vector::Register;
   using Capped = typename Reader::Capped;
   using Reader::arguments, Reader::options, Reader::inverse_temperature, Reader::exponential, Reader::capped;
-  using Reader::load_part, Reader::store_part, Reader::measure, Reader::Reader;
+  using Reader::load_part, Reader::store_part, Reader::measure, Reader::measure_apart, Reader::Reader;
   using Entry = RowEntry<Real>;
   using Entries = RowEntries<Real>;
   static constexpr int kLanes = Vector::kLanes;
@@ -89,7 +89,9 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
   }
   // dense gradient, then the columns with an s_c, computed before anything is written: `out` may be `x`
   void write_gradient(const Element* x, Element* out, const RowStatistics<Real>& row,
-                      const RowCoefficients<Real>& coefficients, const Entries& of_row, const Element* next) const {
+                      const RowCoefficients<Real>& coefficients,
+                      Real outside,  // coefficient of p_j of the columns that kTailId does not name
+                      const Entries& of_row, const Element* next) const {
     if (row.count == 0) return zero(out, arguments.n_columns);
     Entry* const entries = of_row.entries;
     const int64_t n_entries = of_row.n;
@@ -99,12 +101,14 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     for (int64_t k = 0; k < n_entries; ++k) {
       Entry& entry = entries[k];
       const bool is_argmax = entry.column == int64_t(row.argmax);
+      const Real elsewhere = is_argmax ? others : others - entry.own + maximum;
       const Real gradient = sparse_gradient(row, coefficients, is_argmax, entry.u, entry.probability, entry.own,
-                                            is_argmax ? others : others - entry.own + maximum);
+                                            entry.is_named ? elsewhere : elsewhere - outside);
       const bool masked = entry.u == -Real(INFINITY);
       entry.gradient = masked ? Real(0) : gradient * inverse_temperature * scalar_cap_slope(x, entry.column);
     }
-    const DenseGradient<Real> dense = dense_gradient(row, coefficients, others + maximum, inverse_temperature);
+    const DenseGradient<Real> dense =
+        dense_gradient(row, coefficients, others + maximum - outside, inverse_temperature);
     // without b and k, e = 0 is all that a masked column needs
     if constexpr (!kDense)
       differentiate<false, false>(x, out, row, dense, next);
@@ -139,11 +143,16 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       const Real row_weight = arguments.row_weights ? static_cast<const Real*>(arguments.row_weights)[r] : Real(1);
       Real* own_coefficients = row_coefficients ? row_coefficients + r * (kRowCoefficients + 1 + n_ids) : nullptr;
       entries.clear();
-      Real total = 0;
+      Real total = 0, outside = 0;
       const Element* x = logits_of(r);
       const bool counts = target != arguments.ignore_index;
+      // place of kTailId, where soft targets leave something
+      const int64_t first_soft = arguments.flags & kTail ? n_ids - arguments.group_sizes[arguments.n_groups - 1] : -1;
+      const bool has_tail = counts && first_soft >= 0 && ids[first_soft] == kTailId && weights[first_soft] != 0;
+      Real tail_mass = 0;
       if (counts) {
-        row = measure(x);
+        row = has_tail ? measure_apart(x, {ids + first_soft + 1, n_ids - first_soft - 1}, entries, &tail_mass)
+                       : measure(x);
         const int64_t argmax = int64_t(row.argmax);
         const Real target_u = scalar_u(x, target, row);
         const Real target_weight = arguments.flags & kTargetWeights ? weights[0] : Real(1);
@@ -160,10 +169,18 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       for (int64_t group = 0, k = 0; group < arguments.n_groups; ++group) {
         const bool is_soft = arguments.flags & kSoftTargets && group == arguments.n_groups - 1;
         Real penalty = 0;
+        const bool is_named = has_tail && is_soft;  // of the ids of this group
         for (const int64_t last = k + arguments.group_sizes[group]; k < last; ++k) {
           CandidateShare<Real> share{0, 0};
           const int64_t column = ids[k];
-          if (counts && column >= 0 && (is_soft || column != target) && weights[k] != 0) {
+          if (is_named && column >= 0) {
+            if (weights[k] != 0) {  // else a class that the tail does not have either
+              Entry* const entry = entries.find(column);
+              share = soft_target(total_log, entry->u, weights[k]);
+              penalty += share.loss;
+              entry->own += share.log_prob_coefficient * row_weight;
+            }
+          } else if (counts && column >= 0 && (is_soft || column != target) && weights[k] != 0) {
             const bool is_argmax = column == int64_t(row.argmax);
             const Real u = scalar_u(x, column, row);
             if (is_soft || u > -Real(INFINITY) || u != u) {  // a masked column has p = 0: nothing to push down
@@ -176,6 +193,13 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
           }
           if (own_coefficients) own_coefficients[kRowCoefficients + 1 + k] = share.log_prob_coefficient * row_weight;
         }
+        if (is_named) {
+          const TailShare<Real> share = tail_share(row, tail_mass, weights[first_soft]);
+          penalty += share.loss;
+          evaluation.coefficients.probability += share.probability;
+          outside = share.outside * row_weight;
+          if (own_coefficients) own_coefficients[kRowCoefficients + 1 + first_soft] = outside;
+        }
         terms[(kRowTerms + group) * n_rows + r] = penalty;
         total += penalty;
       }
@@ -187,18 +211,25 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       if (statistics)
         statistics[r] = row, *reinterpret_cast<RowCoefficients<Real>*>(own_coefficients) = evaluation.coefficients;
       if (arguments.grad_logits)
-        write_gradient(x, gradient_of(r), row, evaluation.coefficients, entries,
+        write_gradient(x, gradient_of(r), row, evaluation.coefficients, outside, entries,
                        r + 1 < row_end ? logits_of(r + 1) : nullptr);
     }
   }
 
-  void row_statistics(int64_t row_begin, int64_t row_end) const {
+  void row_statistics(int64_t row_begin, int64_t row_end, Entries entries) const {
     const int64_t n_ids = arguments.n_ids, n_rows = arguments.n_rows;
     auto* summaries = static_cast<Real*>(arguments.summaries);
     for (int64_t r = row_begin; r < row_end; ++r) {
       const Element* x = logits_of(r);
       const bool measured = !arguments.row_mask || arguments.row_mask[r];
-      const RowStatistics<Real> row = measured ? measure(x) : empty_statistics<Real>();
+      const int32_t* ids = arguments.ids + r * n_ids;
+      int64_t tail = 0;  // place of kTailId
+      while (tail < n_ids && (!(arguments.flags & kTail) || ids[tail] != kTailId)) ++tail;
+      Real tail_mass = 0;
+      entries.clear();
+      RowStatistics<Real> row = empty_statistics<Real>();
+      if (measured)
+        row = tail < n_ids ? measure_apart(x, {ids + tail + 1, n_ids - tail - 1}, entries, &tail_mass) : measure(x);
       static_cast<RowStatistics<Real>*>(arguments.statistics)[r] = row;
       if (!measured) {
         for (int summary = 0; summary < kRowSummaries; ++summary) summaries[summary * n_rows + r] = 0;
@@ -210,11 +241,9 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       summaries[kLseSummary * n_rows + r] = row.max * inverse_temperature + total;
       summaries[kLogRestSummary * n_rows + r] = log_of(row.rest);
       summaries[kMeanLogProbSummary * n_rows + r] = row.sum / row.count - total;
-      for (int64_t k = 0; k < n_ids; ++k) {
-        const int64_t column = arguments.ids[r * n_ids + k];
-        Real& log_prob = static_cast<Real*>(arguments.id_log_probs)[r * n_ids + k];
-        log_prob = column < 0 ? Real(0) : scalar_u(x, column, row) - total;
-      }
+      Real* log_probs = static_cast<Real*>(arguments.id_log_probs) + r * n_ids;
+      for (int64_t k = 0; k < n_ids; ++k) log_probs[k] = ids[k] < 0 ? Real(0) : scalar_u(x, ids[k], row) - total;
+      if (tail < n_ids) log_probs[tail] = log_of(tail_mass) - total;
     }
   }
 
@@ -227,18 +256,21 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
           static_cast<const Real*>(arguments.row_coefficients) + r * (kRowCoefficients + n_ids);
       const auto& coefficients = *reinterpret_cast<const RowCoefficients<Real>*>(own_coefficients);
       entries.clear();
+      Real outside = 0;
       if (row.count != 0) {
         if (coefficients.maximum != 0 && row.argmax >= 0)
           entries.add(int64_t(row.argmax), Real(0), 1 / (1 + row.rest), coefficients.maximum);
         for (int64_t k = 0; k < n_ids; ++k) {
           const int64_t column = arguments.ids[r * n_ids + k];
           const Real s = own_coefficients[kRowCoefficients + k];
-          if (column < 0 || s == 0) continue;
+          if (column == kTailId) outside = s;
+          if (column < 0 || (s == 0 && outside == 0)) continue;
           const Real u = scalar_u(x, column, row);
-          entries.add(column, u, exp_of(u) / (1 + row.rest), s);
+          entries.add(column, u, exp_of(u) / (1 + row.rest), s, outside != 0);
         }
       }
-      write_gradient(x, gradient_of(r), row, coefficients, entries, r + 1 < row_end ? logits_of(r + 1) : nullptr);
+      write_gradient(x, gradient_of(r), row, coefficients, outside, entries,
+                     r + 1 < row_end ? logits_of(r + 1) : nullptr);
     }
   }
 };
@@ -265,7 +297,7 @@ static void run_kernel(const SoftmaxRowsArguments& arguments, int64_t row_begin,
   const Kernel kernel(arguments);
   const typename Kernel::Entries entries(scratch, arguments.n_ids);
   if constexpr (task == RowTask::loss) kernel.row_loss(row_begin, row_end, entries);
-  if constexpr (task == RowTask::statistics) kernel.row_statistics(row_begin, row_end);
+  if constexpr (task == RowTask::statistics) kernel.row_statistics(row_begin, row_end, entries);
   if constexpr (task == RowTask::gradient) kernel.row_gradient(row_begin, row_end, entries);
 }
 

@@ -176,6 +176,25 @@ struct RowReader {
     return sums;
   }
 
+  // Columns behind kTailId, -1: absent; they may repeat.
+  struct Named {
+    const int32_t* ids;
+    int64_t n;
+  };
+  // [begin, end) of the row without the named columns: the row itself, or a copy of it in `buffer`
+  static const Element* block_without(const Element* x, int64_t begin, int64_t end, Named named, Element* buffer) {
+    const auto n = uint32_t(end - begin);
+    bool any = false;
+    for (int64_t k = 0; k < named.n; ++k) any |= uint32_t(named.ids[k] - int32_t(begin)) < n;
+    if (!any) return x + begin;
+    __builtin_memcpy(buffer, x + begin, n * sizeof(Element));
+    for (int64_t k = 0; k < named.n; ++k) {
+      const auto place = uint32_t(named.ids[k] - int32_t(begin));
+      if (place < n) narrow(-Real(INFINITY), buffer + place);
+    }
+    return buffer;
+  }
+
   // to another reference; nothing summed yet: no shift, which may be infinite, by nothing
   static void move(Sums& sums, double shift, double scale) {
     if (sums.rest == 0 && sums.count == 0) return;
@@ -184,12 +203,14 @@ struct RowReader {
     sums.rest *= scale;
   }
 
-  RowStatistics<Real> measure(const Element* x) const {
+  // statistics of the columns that are not named
+  RowStatistics<Real> measure(const Element* x, Named named = {nullptr, 0}) const {
     const Real slack = 32 * options.temperature;  // sums up to e^32 times the block's size stay far from overflow
     Real reference = lowest_finite<Real>();
     Sums all{-Real(INFINITY), 0, 0, 0, 0},
         best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
     int64_t best_begin = 0, best_end = 0;
+    Element buffer[kBlock];
     const auto change_reference = [&](Real next) {
       const double shift = double(reference) - double(next), scale = exp_of(shift * double(inverse_temperature));
       move(all, shift, scale), move(best, shift, scale);
@@ -197,14 +218,15 @@ struct RowReader {
     };
     for (int64_t begin = 0; begin < arguments.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < arguments.vocab_size ? begin + kBlock : arguments.vocab_size;
+      const Element* const block = block_without(x, begin, end, named, buffer);
       if (reference == lowest_finite<Real>()) {
-        const Real first = largest_in(x, begin, end);
+        const Real first = largest_in(block, 0, end - begin);
         if (first > lowest_finite<Real>()) reference = first;
       }
-      Sums sums = sum_block(x, begin, end, reference);
+      Sums sums = sum_block(block, 0, end - begin, reference);
       if (sums.max > reference + slack) {
         change_reference(sums.max);
-        sums = sum_block(x, begin, end, reference);
+        sums = sum_block(block, 0, end - begin, reference);
       }
       const bool leads = sums.max > best.max;
       const Sums& other = leads ? best : sums;
@@ -218,9 +240,11 @@ struct RowReader {
       return row;
     }
     row.max = best.max;
-    row.argmax = Real(first_equal(x, best_begin, best_end, row.max));
+    const Element* const block = block_without(x, best_begin, best_end, named, buffer);
+    const int64_t place = first_equal(block, 0, best_end - best_begin, row.max);
+    row.argmax = Real(best_begin + place);
     change_reference(row.max);
-    const Sums rest = sum_without(x, best_begin, best_end, int64_t(row.argmax), row.max);
+    const Sums rest = sum_without(block, 0, best_end - best_begin, place, row.max);
     row.rest = row.max == Real(INFINITY) ? Real(NAN) : Real(all.rest + rest.rest);  // +inf logits give nan, as in torch
     row.count = 1;  // a row that is there; its columns are counted in the dense kernels only
     if constexpr (kDense) {
@@ -228,6 +252,43 @@ struct RowReader {
       row.sum = Real((all.sum + best.sum) * double(inverse_temperature));
       row.count = Real(all.count + best.count);
     }
+    return row;
+  }
+  // Statistics of the row, and in *mass the sum of e^u over the columns that are not named: these are measured alone, and
+  // the named ones added, because the difference of two sums could be anything. Each named column becomes an entry.
+  template <class Entries>
+  RowStatistics<Real> measure_apart(const Element* x, Named named, Entries& of_row, Real* mass) const {
+    const RowStatistics<Real> others = measure(x, named);
+    Real max = others.max, argmax = others.argmax, nan = 0;
+    for (int64_t k = 0; k < named.n; ++k) {
+      if (named.ids[k] < 0) continue;
+      Real value = widen(x[named.ids[k]]);
+      if (kCapped && value != -Real(INFINITY)) value = options.softcap * tanh_of(value / options.softcap);
+      of_row.add(named.ids[k], value, 0, 0, true);
+      if (value != value || value == Real(INFINITY)) nan = Real(NAN);
+      if (value > max || (value == max && Real(named.ids[k]) < argmax)) max = value, argmax = Real(named.ids[k]);
+    }
+    const double shift = others.max == max ? 0 : (double(others.max) - double(max)) * double(inverse_temperature);
+    const double scale = exp_of(shift), all = others.max == -Real(INFINITY) ? 0 : 1 + double(others.rest);
+    Sums sums{max, scale * all + double(nan), 0, double(others.sum), double(others.count)};
+    if (argmax == others.argmax) sums.rest = double(others.rest) + double(nan);
+    if (kDense && scale > 0) sums.weighted = scale * (double(others.weighted) + shift * all);
+    if (kDense && others.count > 0) sums.sum += shift * double(others.count);
+    for (int64_t k = 0; k < of_row.n; ++k) {
+      auto& entry = of_row.entries[k];
+      const bool is_masked = entry.u == -Real(INFINITY), is_argmax = Real(entry.column) == argmax;
+      if (!is_masked) entry.u = is_argmax ? Real(0) : (entry.u - max) * inverse_temperature;
+      if (entry.u < lowest_finite<Real>() && !is_masked) entry.u = lowest_finite<Real>();
+      entry.probability = exp_of(entry.u);
+      if (is_masked) continue;
+      if (!is_argmax) sums.rest += double(entry.probability);
+      if (kDense && entry.probability > 0) sums.weighted += double(entry.u) * double(entry.probability);
+      sums.sum += double(entry.u), sums.count += 1;
+    }
+    *mass = Real(scale * all);
+    RowStatistics<Real> row{max, argmax, Real(sums.rest), Real(sums.weighted), Real(sums.sum), Real(sums.count)};
+    for (int64_t k = 0; k < of_row.n; ++k) of_row.entries[k].probability /= 1 + row.rest;
+    if (!kDense && row.count > 1) row.count = 1;
     return row;
   }
 };

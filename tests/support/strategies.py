@@ -49,6 +49,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "reweighting_exponent": draw(st.sampled_from([1.0, 0.4])),
         "distillation_weight": draw(st.sampled_from([1.0, 1.0, 0.6, 0.0])),
         "distillation_temperature": draw(st.sampled_from([1.0, 2.0])),
+        "distillation_tail": draw(st.booleans()),
         "repetition_allow_list": draw(st.lists(token, max_size=1).map(tuple)),
         "min_sequence_length": draw(st.integers(0, 5)),
         "eos_penalty_weight": draw(st.sampled_from([0.0, 0.7])),
@@ -164,6 +165,7 @@ def arguments(draw, config: UnifiedLossConfig) -> dict[str, Any]:
     if config.distillation_weight > 0 and draw(st.booleans()):
         given["soft_target_ids"] = numbers.integers(-1, vocab_size, *shape, 3)
         given["soft_target_weights"] = numbers.uniform(*shape, 3).where(numbers.true(0.8, *shape, 3), 0)
+        given["soft_target_weights"] /= draw(st.sampled_from([1, 3]))  # with a tail where they leave something
         if "logits" in given or "primary_logits" in given:  # of a masked column the term is infinite
             given["soft_target_ids"].masked_fill_(given["soft_target_ids"] == vocab_size - 1, 0)
     given |= draw(further_heads(config, shape, numbers, given))

@@ -14,6 +14,7 @@ from ava_ext.ops.row_fields import (
     IDS_ARE_PRESENT,
     N_ROW_COEFFICIENTS,
     N_STATISTICS,
+    TAIL_ID,
     RowFlags,
     accumulation_dtype,
 )
@@ -103,7 +104,33 @@ def _places(
     places = ids.long()
     if not flags & IDS_ARE_PRESENT:
         places = torch.where(places == -1, 0, places)
+    if flags & RowFlags.TAIL:
+        places = torch.where(places == TAIL_ID, 0, places)
     return places if counted is None else torch.where(counted, places, 0)
+
+
+def _is_named(
+    ids: Tensor,  # [..., n_ids]
+    n_columns: int,
+) -> Tensor:  # [..., n_columns] bool
+    """Whether a column's id stands behind TAIL_ID."""
+    behind = ((ids == TAIL_ID).cumsum(-1) > 0) & (ids >= 0)
+    named = ids.new_zeros((*ids.shape[:-1], n_columns), dtype=torch.int64)
+    return named.scatter_add_(-1, ids.clamp_min(0).long(), behind.long()) > 0
+
+
+def _u_of_ids(
+    u: Tensor,  # [..., vocab_size]
+    at: Tensor,  # [..., n_ids]: their columns
+    ids: Tensor,  # [..., n_ids]
+    flags: int,
+) -> Tensor:  # [..., n_ids]
+    """u of each id; of TAIL_ID log sum e^u over the columns that are not named."""
+    of_ids = u.gather(-1, at)
+    if not flags & RowFlags.TAIL:
+        return of_ids
+    mass = u.masked_fill(_is_named(ids, u.shape[-1]), -math.inf).exp().sum(-1, keepdim=True)
+    return torch.where(ids == TAIL_ID, mass.log(), of_ids)
 
 
 def _gradient(
@@ -114,8 +141,10 @@ def _gradient(
     coefficients: Sequence[Tensor],  # a, b, k, each [...]
     ids: Tensor,  # [..., n_ids], -1: absent
     own: Tensor,  # [..., n_ids]: s of each
+    flags: int,
 ) -> Tensor:  # [..., n_columns]
     """(1) of csrc/softmax_rows.h, rounded once."""
+    of_tail = torch.where(ids == TAIL_ID, own, 0).sum(-1, keepdim=True)
     own = own.masked_fill(ids < 0, 0)
     probability, entropy, constant = (c.unsqueeze(-1) for c in coefficients)
     rest, argmax = row.rest.unsqueeze(-1), row.argmax.unsqueeze(-1)
@@ -129,6 +158,8 @@ def _gradient(
     elsewhere = torch.where(columns.is_argmax, others, others - by_column + maximum)
     complement = torch.where(columns.is_argmax, rest / (1 + rest), 1 - p)
     gradient = p * (probability - elsewhere + entropy * (u - mean_u)) + constant + by_column * complement
+    if flags & RowFlags.TAIL:
+        gradient = gradient + torch.where(_is_named(ids, p.shape[-1]), 0, of_tail * p)
     gradient = gradient / options.temperature
     if columns.cap_slope is not None:
         gradient = gradient * columns.cap_slope
@@ -170,7 +201,7 @@ def row_loss(
         values,
         flags,
         counted_targets,
-        columns.u.gather(-1, at),
+        _u_of_ids(columns.u, at, ids, flags),
         columns.is_argmax.gather(-1, at),
         row_weights,
         candidate_ids,
@@ -180,7 +211,7 @@ def row_loss(
     gradient, statistics, saved = logits.new_empty(0), loss.new_empty(0), loss.new_empty(0)
     if with_gradient:
         of_row, own = coefficients[..., :3].unbind(-1), coefficients[..., N_ROW_COEFFICIENTS:]
-        gradient = _gradient(logits, values, row, columns, of_row, ids, own)
+        gradient = _gradient(logits, values, row, columns, of_row, ids, own, flags)
     if with_statistics:
         statistics, saved = torch.stack(row, -1), coefficients
     return loss, terms, gradient, statistics, saved
@@ -220,8 +251,8 @@ def row_statistics(
     log_probs = row.rest.new_empty(*row.rest.shape, 0)
     if ids is not None:
         at = _places(ids, None if row_mask is None else row_mask.unsqueeze(-1), flags)
-        log_probs = columns.u.gather(-1, at) - total.unsqueeze(-1)
-        log_probs = log_probs.masked_fill(ids < 0, 0)
+        log_probs = _u_of_ids(columns.u, at, ids, flags) - total.unsqueeze(-1)
+        log_probs = log_probs.masked_fill((ids < 0) & (ids != TAIL_ID), 0)
     if row_mask is not None:
         summaries = torch.where(row_mask, summaries, 0)
         log_probs = torch.where(row_mask.unsqueeze(-1), log_probs, 0)
@@ -250,9 +281,8 @@ def row_gradient(
     named = row.argmax.long().unsqueeze(-1)  # i*, whose s is the fourth coefficient
     if ids is not None:
         named = torch.cat([named, torch.where((row.n_present == 0).unsqueeze(-1), -1, ids.long())], -1)
-    return _gradient(
-        logits, values, row, columns, row_coefficients[..., :3].unbind(-1), named, row_coefficients[..., 3:]
-    )
+    of_row, own = row_coefficients[..., :3].unbind(-1), row_coefficients[..., 3:]
+    return _gradient(logits, values, row, columns, of_row, named, own, flags)
 
 
 def row_gradient_(
