@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext import _library  # the operators exist once it is imported
 from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor
 from ava_ext.ops.derivatives import (
     counted_only,
@@ -38,6 +38,7 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
+from ava_ext.ops.tail_of_soft_targets import row_loss_with_tail
 from ava_ext.ops.transformed_rows import transformed_row_loss
 from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_row_loss
 
@@ -111,7 +112,8 @@ def row_loss(
         TypeError: on logits or targets that are no tensors.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
-        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind.
+        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; on
+            RowFlags.TAIL on CUDA with LinearLogits, ShardedLogits or inplace_gradient.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
@@ -133,6 +135,14 @@ def row_loss(
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
     arguments = (targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
+    if flags & RowFlags.TAIL and candidates is not None and logits.device.type == "cuda" and _library.CUDA_VERSION:
+        if not isinstance(logits, Tensor) or inplace_gradient:
+            raise NotImplementedError(
+                "row_loss: the tail of soft targets on CUDA needs the whole logits: expected no hidden states, no "
+                "shards and inplace_gradient=False with RowFlags.TAIL (distillation_tail)"
+            )
+        before, behind = (targets, options, flags, row_weights), (vocab_size, ignore_index, reduction == "sum", False)
+        return row_loss_with_tail(_dense_row_loss, logits, *before, candidates, *behind)
     if isinstance(logits, Tensor):
         return _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient)
     if isinstance(logits, LocalRows):
