@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.dtensor_logits import DTENSOR, gathered_weight, is_dtensor
+from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
+from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
-from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
+from ava_ext.placements import CallPlacement, check_is_local, check_is_whole
 from ava_ext.reduction import count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
@@ -171,18 +172,17 @@ class Call:
 
     def _take_whole(self) -> None:
         """What is aligned with the rows, as tensors of all rows, where it may be DTensors."""
-        logits = self.logits
-        beside = is_dtensor(logits) or (isinstance(logits, LinearLogits) and is_dtensor(logits.hidden_states))
+        beside = has_dtensor(self.logits)
         names = [name for name in ROW_WISE if name not in ("logits", "hidden_states")]
         for name in (*names, "position_ids", "segment_ids"):
-            setattr(self, name, whole(name, getattr(self, name), beside))
+            setattr(self, name, whole("unified_loss", name, getattr(self, name), beside))
 
     def _place(self) -> None:
         """Where the rows are, if they are spread over ranks, and the hidden states that parts read."""
         config = self.config
         self.placement = CallPlacement.of(config, self.logits)
         if self.placement is None:
-            self.hidden_states = whole("hidden_states", self.hidden_states, False)
+            self.hidden_states = whole("unified_loss", "hidden_states", self.hidden_states, False)
         elif config.mtp_heads == "own" or config.use_contrastive_loss:
             self.hidden_states = self.placement.hidden_states(self.hidden_states)
         elif config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
@@ -217,8 +217,11 @@ class Call:
 
     def padding_free(self, n_rows: int) -> Tensor | None:
         """[n_rows] bool: which rows of a router or an expert are not padding; None: all, or their number is another."""
-        of_rows = (self.keep_targets, self.keep_tokens)
-        for keep in of_rows if self.placement is None else map(self.placement.local, of_rows):
+        for keep in (self.keep_targets, self.keep_tokens):
+            if keep is not None and self.placement is not None:
+                if keep.shape != self.rows_shape:
+                    continue  # without the row behind the last label: no block of the rows
+                keep = self.placement.local(keep)
             if keep is not None and keep.numel() == n_rows:
                 return keep.reshape(-1)
         return None

@@ -50,6 +50,12 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
       "int ngram_window_size, int ngram_slots, int[]? eos_ids, int min_sequence_length) "
       "-> (Tensor ids, Tensor candidate_weights)");
 
+  // which rows count, and N: row_weights.h
+  m.def(
+      "count_rows(Tensor targets, Tensor? keep, Tensor? token_weights, Tensor? class_weights, Tensor? n_items, "
+      "int ignore_index, bool is_mean, bool is_double) "
+      "-> (Tensor counted_targets, Tensor n_counted, Tensor weights)");
+
   // rows of a mixture of experts' router: router_rows.h
   m.def(
       "router_statistics(Tensor[] gate_logits, Tensor? expert_indices, Tensor? row_mask, Tensor? segment_ids, "

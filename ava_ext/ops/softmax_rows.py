@@ -21,7 +21,7 @@ from ava_ext.ops.derivatives import (
     refuse_vmap_within_derivatives,
     without_second_derivative,
 )
-from ava_ext.ops.dtensor_logits import local_logits
+from ava_ext.ops.dtensor_logits import local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import linear_row_loss
 from ava_ext.ops.row_fields import (
@@ -57,6 +57,7 @@ __all__ = [
     "row_options",
 ]
 
+_PLAIN = (Tensor, type(None))
 _ops = torch.ops.ava_ext
 # looked up once: each look-up costs a microsecond
 _row_loss, _scale_rows_ = _ops.row_loss.default, _ops.scale_rows_.default
@@ -120,10 +121,21 @@ def row_loss(
         >>> loss = row_loss(logits, targets, row_options(logits), reduction="sum").loss
         >>> loss.backward()
     """
-    if type(logits) is not Tensor:  # a DTensor is a Tensor too
-        logits = local_logits("row_loss", logits)
+    is_plain = type(logits) is type(targets) is Tensor  # a DTensor is a Tensor too
+    if not (is_plain and type(row_weights) in _PLAIN and (candidates is None or type(candidates.ids) is Tensor)):
+        given, logits = logits, local_logits("row_loss", logits)
         if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
             check_is_tensor("row_loss", "logits", logits, or_linear=True)
+        if not isinstance(logits, LocalRows):  # which take their rows of DTensors
+            ids, weights, groups = candidates if candidates else (None, None, ())
+            of_rows = {
+                "targets": targets,
+                "row_weights": row_weights,
+                "candidate_ids": ids,
+                "candidate_weights": weights,
+            }
+            targets, row_weights, ids, weights = whole_beside("row_loss", given, **of_rows)
+            candidates = None if candidates is None else Candidates(ids, weights, groups)
     check_is_tensor("row_loss", "targets", targets)
     _check_constants(options, row_weights, candidates)
     if targets.dtype != torch.int64:

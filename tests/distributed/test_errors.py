@@ -6,7 +6,6 @@ from processes import on_ranks
 
 from ava_ext import LinearLogits, UnifiedLoss
 from ava_ext.distributed import FusedHead, ShardedLogits
-from ava_ext.ops import softmax_statistics
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -55,8 +54,6 @@ def placements_worker(rank):
     gate_logits = torch.randn(12, 3)
     with pytest.raises(ValueError, match=r"gate_logits of this rank's rows .* pass its to_local\(\)"):
         router(logits, targets, gate_logits=[spread(gate_logits, Shard(0))])
-    with pytest.raises(ValueError, match=r"softmax_statistics: expected logits of all rows"):
-        softmax_statistics(spread(logits, Shard(0)), None)
     with pytest.raises(ValueError, match=r"at least vocab_size = 10 columns, got shape \[2, 6, 8\]"):
         loss_fn(ShardedLogits(logits[..., :4], "world"), targets)
 

@@ -6,6 +6,7 @@ kernels gets.
 
 FILES_OF_KERNELS = {
     "repetition": {"test_repetition.py"},
+    "row_weights": {"test_row_weights.py"},
     "temperature": {"test_temperature.py"},
     "softmax_rows": {
         "test_derivatives.py",
@@ -25,10 +26,14 @@ WITHOUT_KERNELS = {
     "test_repetition.py",
     "test_router_rows.py",
     "test_router_rows_properties.py",
+    "test_row_weights.py",
     "test_softmax_rows.py",
     "test_softmax_statistics.py",
     "test_softmax_rows_limits.py",
     "test_softmax_rows_tail.py",
     "test_temperature.py",
 }
-TOO_LONG_TO_EMULATE = {"test_more_than_two_billion_logits"}  # minutes; a GPU does them in a second
+TOO_LONG_TO_EMULATE = {
+    "test_many_rows_are_counted_exactly",
+    "test_more_than_two_billion_logits",
+}  # minutes; a GPU does them in a second
