@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext import _library  # the operators exist once it is imported
+from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor
 from ava_ext.ops.derivatives import (
     counted_only,
@@ -38,7 +38,7 @@ from ava_ext.ops.row_fields import (
     row_options,
 )
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
-from ava_ext.ops.tail_of_soft_targets import row_loss_with_tail
+from ava_ext.ops.tail_of_soft_targets import lacks_tail, with_tail, without_tail
 from ava_ext.ops.transformed_rows import transformed_row_loss
 from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_row_loss
 
@@ -138,6 +138,11 @@ def row_loss(
             candidates = None if candidates is None else Candidates(ids, weights, groups)
     check_is_tensor("row_loss", "targets", targets)
     _check_constants(options, row_weights, candidates)
+    if flags & RowFlags.TAIL and lacks_tail(logits) and not (isinstance(logits, Tensor) and not inplace_gradient):
+        raise NotImplementedError(
+            "row_loss: the tail of soft targets on CUDA needs the whole logits: expected no hidden states, no shards "
+            "and inplace_gradient=False with RowFlags.TAIL (distillation_tail)"
+        )
     if targets.dtype != torch.int64:
         check_integers("row_loss", "targets", targets)
         targets = targets.long()
@@ -147,14 +152,6 @@ def row_loss(
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
     arguments = (targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
-    if flags & RowFlags.TAIL and candidates is not None and logits.device.type == "cuda" and _library.CUDA_VERSION:
-        if not isinstance(logits, Tensor) or inplace_gradient:
-            raise NotImplementedError(
-                "row_loss: the tail of soft targets on CUDA needs the whole logits: expected no hidden states, no "
-                "shards and inplace_gradient=False with RowFlags.TAIL (distillation_tail)"
-            )
-        before, behind = (targets, options, flags, row_weights), (vocab_size, ignore_index, reduction == "sum", False)
-        return row_loss_with_tail(_dense_row_loss, logits, *before, candidates, *behind)
     if isinstance(logits, Tensor):
         return _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient)
     if isinstance(logits, LocalRows):
@@ -197,6 +194,10 @@ def _dense_row_loss(
 ) -> RowLoss:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
+    if candidates is not None and flags & RowFlags.TAIL and lacks_tail(logits):
+        alone = (row_weights, without_tail(candidates), vocab_size, ignore_index, is_sum, False)
+        of_rows = _dense_row_loss(logits, targets, options, flags & ~RowFlags.TAIL, *alone)
+        return with_tail(of_rows, logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
     ids, weights, groups = candidates if candidates else (None, None, ())
     n_columns = logits.shape[-1]
     arguments = (

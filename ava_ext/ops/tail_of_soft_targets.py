@@ -9,21 +9,31 @@ small. The kernels of the CPU take it in their one pass: tail_share in csrc/soft
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ava_ext._library import CUDA_VERSION
 from ava_ext.ops.row_evaluation import smallest_rest
-from ava_ext.ops.row_fields import SUMMARY_NAMES, TAIL_ID, Candidates, RowFlags, RowLoss
+from ava_ext.ops.row_fields import N_TERMS, SUMMARY_NAMES, TAIL_ID, Candidates, RowFlags, RowLoss
 from ava_ext.ops.row_statistics import row_statistics
 
 LSE = SUMMARY_NAMES.index("lse")
 
 
-def row_loss_with_tail(
-    row_loss: Callable[..., RowLoss],
+def lacks_tail(logits: Any) -> bool:
+    """Whether the kernels for such logits have no tail."""
+    return logits.device.type == "cuda" and bool(CUDA_VERSION)
+
+
+def without_tail(candidates: Candidates) -> Candidates:
+    """The same soft targets, alone."""
+    return candidates._replace(ids=candidates.ids.masked_fill(candidates.ids == TAIL_ID, -1))
+
+
+def with_tail(
+    of_rows: RowLoss,  # without the tail: of each row, or their sum
     logits: Tensor,  # [..., n_columns]
     targets: Tensor,  # [...]
     options: Tensor,  # [N_OPTIONS]
@@ -32,16 +42,11 @@ def row_loss_with_tail(
     candidates: Candidates,
     vocab_size: int | None,
     ignore_index: int,
-    *further: Any,
 ) -> RowLoss:
-    """`row_loss`, a function of these arguments, and the tail: rows, or their sum as it gives them."""
+    """The same and the tail of the last group of candidates."""
     ids, weights, groups = candidates
-    first = ids.shape[-1] - groups[-1]
-    without = candidates._replace(ids=ids.masked_fill(ids == TAIL_ID, -1))
-    arguments = (targets, options, flags & ~RowFlags.TAIL, row_weights, without, vocab_size, ignore_index)
-    of_row = row_loss(logits, *arguments, *further)
-    counted = targets != ignore_index
-    named = without.ids[..., first:].long().masked_fill(~counted.unsqueeze(-1), -1)
+    first, counted = ids.shape[-1] - groups[-1], targets != ignore_index
+    named = ids[..., first:].long().masked_fill(~counted.unsqueeze(-1), -1)
     left = torch.where(counted & (ids[..., first] == TAIL_ID), weights[..., first], 0)
     holes = named.new_zeros(logits.shape, dtype=torch.int32)
     holes.scatter_add_(-1, named.clamp_min(0), (named >= 0).int())
@@ -52,5 +57,6 @@ def row_loss_with_tail(
     most = -math.log(smallest_rest(weights.dtype))
     term = torch.where(left != 0, left * (whole - others).clamp(max=most), 0)
     of_loss = term if row_weights is None else term * row_weights
-    terms = torch.cat([of_row.terms[:-1], (of_row.terms[-1] + term.detach()).unsqueeze(0)])
-    return RowLoss(of_row.loss + (of_loss.sum() if of_row.loss.dim() < targets.dim() else of_loss), terms)
+    terms = of_rows.terms.clone()
+    terms[N_TERMS + len(groups) - 1] += term.detach()
+    return RowLoss(of_rows.loss + (of_loss.sum() if of_rows.loss.dim() < targets.dim() else of_loss), terms)
