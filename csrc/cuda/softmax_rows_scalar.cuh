@@ -85,7 +85,7 @@ __device__ __forceinline__ void take_column_weights(const RowArguments& a, const
         own = evaluate(row, options, (a.all_flags & (kCrossEntropy | kLabelSmoothing)) | kTargetWeights, false, Real(0),
                        Real(0));
       add_column_weights(row, options, a.all_flags, sums, own);
-      const Real row_weight = a.row_weights ? static_cast<const Real*>(a.row_weights)[row_index] : Real(1);
+      const Real row_weight = weight_of<Real>(a, row_index);
       evaluation.terms[kMainLoss] += own.terms[kMainLoss];
       if (a.all_flags & kTargetProbabilities) evaluation.terms[kCrossEntropyMetric] = own.terms[kCrossEntropyMetric];
       evaluation.coefficients.probability += own.coefficients.probability * row_weight;
@@ -169,11 +169,11 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
                                   k, [&](int column) { return to_real(x[column]); });
     __syncwarp();
     if (given)
-      take_coefficients(a, row_index, row, entries, scratch, lane);
+      take_coefficients(a, options, row_index, row, entries, scratch, lane);
     else if (a.summaries)
-      write_summaries(a, row_index, row, entries, lane);
+      write_summaries(a, options, row_index, row, entries, lane);
     else
-      evaluate_row(a, row_index, row, entries, scratch, lane);
+      evaluate_row(a, options, weight_of<Real>(a, row_index), row, entries, scratch, lane);
     __syncwarp();
     if (a.column_weights || a.all_flags & kRanks) {
       SecondLook<Real> look{};
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
         ranks[kArgmaxMetric * a.n_rows] = 1 + row.argmax;
       }
     }
-    if (a.row_loss) write_loss(a, row_index, entries, scratch, lane);
+    if (a.row_loss) write_loss(a, row_index, weight_of<Real>(a, row_index), entries, scratch, lane);
     __syncwarp();
     if (a.column_weights)  // their penalties are written: the share of the column's weight takes the place
       for (int k = lane; k <= a.n_ids; k += 32)
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
   __syncthreads();
   if (warp == 0)
     write_entries(
-        a, entries, scratch, lane, [](int) { return true; },
+        a, options, entries, scratch, lane, [](int) { return true; },
         [&](int column, Real value) {
           for (int k = 0; a.column_weights && k <= a.n_ids; ++k)
             if (entries[k].column == column) {
