@@ -229,8 +229,8 @@ class UnifiedLossConfig:
             raise _bad("num_experts_per_token", f"at most num_experts = {n_experts}", k)
         if self.expert_bias_update == "quantile" and self.router_score != "sigmoid":
             raise ValueError(
-                "unified_loss: expert_bias_update='quantile' needs router_score='sigmoid', got 'softmax': the scores of "
-                "many experts would lie in one bin"
+                "unified_loss: expert_bias_update='quantile' needs router_score='sigmoid', got 'softmax': the "
+                "scores of many experts would lie in one bin"
             )
         if self.expert_bias_update == "quantile" and n_experts is not None and k == n_experts:
             raise _bad("num_experts_per_token", f"below num_experts = {n_experts} with quantile balancing", k)

@@ -2,6 +2,7 @@
 
     python studies/moe_balance.py              ten minutes on an idle core; goes on where it stopped
     python studies/moe_balance.py --quick      half a minute: does everything run?
+    python studies/moe_balance.py --steering 0.01 0.1      these weights of the steering term alone
 
 Writes results/moe_balance.json; docs/figures.py draws it. The text is the standard library's documentation. The model
 has two layers of attention, each followed by 16 experts, of which the router (softmax) takes two for each token.
@@ -167,9 +168,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="12 steps, one seed, three arms")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--steering", type=float, nargs="+", metavar="WEIGHT", help="the steering term with these weights"
+    )
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     arms = ARMS
+    if options.steering:
+        arms = {
+            f"steering, weight {weight:g}": {**STEERING, "gradient_balance_weight": weight}
+            for weight in options.steering
+        }
+    if options.output is None:
+        options.output = RESULTS.with_name("moe_balance_steering.json") if options.steering else RESULTS
     if options.quick:
         options.steps, options.seeds = 12, 1
         arms = {name: ARMS[name] for name in ("none", "Switch", "steering + bias")}

@@ -34,8 +34,8 @@ OTHERS = [
 
 # modules of ava_ext/losses that are no component: losses by themselves, or what components are built with
 STAND_ALONE = {
-    "component", "composite", "consistency", "depths", "float32_buffers", "learned_state", "perplexity", "router",
-    "scaling", "sequence_unlikelihood", "temperature",
+    "component", "composite", "consistency", "depths", "float32_buffers", "learned_state", "perplexity",
+    "quantile_balancing", "router", "scaling", "sequence_unlikelihood", "temperature",
 }  # fmt: skip
 
 

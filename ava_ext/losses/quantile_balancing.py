@@ -8,11 +8,11 @@ before its top-k, n_experts = E, and
 
 the next bias is the k / E quantile of r_ie over the rows i of the step, less its mean over e. It has no step size.
 
-The rows of a step come in several calls and on several ranks, and the quantile of all is no mean of theirs. So each call
-counts its r_ie in N_BINS equal bins over [min b - 1, max b + 1], outside of which none can be; the counts add up, and the
-quantile is interpolated within its bin. Micro-batches and ranks therefore give bit for bit the bias of the whole batch,
-and it is off by at most the width of a bin, 0.002 where the biases are alike. Every call of a step reads the bias that was
-committed before it, so that all count the same bins.
+The rows of a step come in several calls and on several ranks, and the quantile of all is no mean of theirs. So each
+call counts its r_ie in N_BINS equal bins over [min b - 1, max b + 1], outside of which none can be. The counts add up,
+and the quantile is interpolated within its bin. Micro-batches and ranks therefore give bit for bit the bias of the
+whole batch; it is off by at most the width of a bin, 0.002 where the biases are alike. Every call of a step reads the
+bias that was committed before it, so that all count the same bins.
 
 Sources: Kimi K3 technical report, section 2.3.3, equations 13 and 14, and appendix D, as TransformerEngine (#3395) and
 Megatron-LM (#6637) describe it; the rule is Su's (2026, kexue.fm/archives/11619).
@@ -35,7 +35,7 @@ def count_required_bias(
     k: int,
 ) -> Tensor:  # [n_layers, n_experts, N_BINS] int32
     """How many rows have their r_ie in each bin."""
-    n_layers, n_rows, n_experts = layers_shape(layers)
+    _, n_rows, n_experts = layers_shape(layers)
     lowest, width = _bins(expert_bias)
     mask = expert_bias.new_ones(n_rows, dtype=torch.bool) if row_mask is None else row_mask
     ones = mask.to(torch.int32).expand(n_experts, n_rows)

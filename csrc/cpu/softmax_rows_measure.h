@@ -85,6 +85,48 @@ struct RowReader {
     for (int64_t lane = 0; lane < n; ++lane) out[lane] = buffer[lane];
   }
 
+  // Columns behind kTailId, -1: absent; they may repeat.
+  struct Named {
+    const int32_t* ids;
+    int64_t n;
+  };
+  // A part of a row with the named columns that are among it, which a sum leaves out: the groups of kGroup that have any.
+  static constexpr int64_t kGroup = 4 * kLanes;
+  struct Part {
+    const Element* x;
+    int64_t begin, end;
+    Named named;
+    uint64_t groups;  // a bit for each
+  };
+  // `found` has room for the named columns of a part, if they are not many
+  static constexpr int64_t kMostFound = 64;
+  static Part part_of(const Element* x, int64_t begin, int64_t end, Named named, int32_t* found) {
+    Part part{x, begin, end, named, 0};
+    const auto n = uint32_t(end - begin);
+    bool any = false;
+    for (int64_t k = 0; k < named.n; ++k) any |= uint32_t(named.ids[k]) - uint32_t(begin) < n;
+    if (!any) return part;
+    int64_t n_found = 0;
+    for (int64_t k = 0; k < named.n; ++k) {
+      const uint32_t place = uint32_t(named.ids[k]) - uint32_t(begin);
+      if (place >= n) continue;
+      part.groups |= uint64_t(1) << place / uint32_t(kGroup);
+      if (n_found < kMostFound) found[n_found] = named.ids[k];
+      ++n_found;
+    }
+    if (n_found <= kMostFound) part.named = {found, n_found};
+    return part;
+  }
+  // n elements of a row from column `first` on, -inf in place of the named ones
+  static const Element* without_named(const Element* x, int64_t first, int64_t n, Named named, Element* buffer) {
+    __builtin_memcpy(buffer, x + first, size_t(n) * sizeof(Element));
+    for (int64_t k = 0; k < named.n; ++k) {
+      const uint32_t place = uint32_t(named.ids[k]) - uint32_t(first);
+      if (place < uint32_t(n)) narrow(-Real(INFINITY), buffer + place);
+    }
+    return buffer;
+  }
+
   // Sums over some columns, with d = value - reference in logits (not yet divided by T) and e = e^(d / T).
   struct Lanes {
     Register max, rest, weighted, sum, count;
@@ -114,21 +156,32 @@ struct RowReader {
     double rest, weighted, sum, count;  // rest: all e, the maximum included
   };
   Sums sum_block(const Element* x, int64_t begin, int64_t end, Real reference) const {
-    const Sums sums = sum_lanes<false>(x, begin, end, reference);
+    return sum_part({x, begin, end, {nullptr, 0}, 0}, reference);
+  }
+  Sums sum_part(const Part& part, Real reference) const {
+    const Sums sums = sum_lanes<false>(part, reference);
     if (!kDense || sums.sum > -double(INFINITY)) return sums;
-    return sum_lanes<true>(x, begin, end, reference);  // a masked column, or a nan
+    return sum_lanes<true>(part, reference);  // a masked column, or a nan
   }
   template <bool kMasked>
-  Sums sum_lanes(const Element* x, int64_t begin, int64_t end, Real reference_logit) const {
+  Sums sum_lanes(const Part& part, Real reference_logit) const {
+    const int64_t begin = part.begin, end = part.end;
+    const Element* x = part.x;
+    Element buffer[kGroup];
+    uint64_t groups = part.groups;
     const Register reference = V::set(reference_logit);
     Lanes lanes[4] = {no_lanes(), no_lanes(), no_lanes(), no_lanes()};
     int64_t i = begin;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes)
+    for (; i + kGroup <= end; i += kGroup, groups >>= 1) {
+      const Element* group = x + i;
+      if (groups & 1) group = without_named(x, i, kGroup, part.named, buffer);
       for (int k = 0; k < 4; k += 2) {
-        const auto pair = V::load_pair(x + i + k * kLanes);
+        const auto pair = V::load_pair(group + k * kLanes);
         add<kMasked>(lanes[k], effective(pair.first), reference);
         add<kMasked>(lanes[k + 1], effective(pair.second), reference);
       }
+    }
+    if (groups & 1) x = without_named(x, i, end - i, part.named, buffer) - i;
     for (; i + kLanes <= end; i += kLanes) add<kMasked>(lanes[0], effective(V::load(x + i)), reference);
     const double n_present = kMasked ? 0 : double(i - begin);
     if (i < end) add<true>(lanes[1], effective(load_part(x + i, end - i)), reference);
@@ -176,25 +229,6 @@ struct RowReader {
     return sums;
   }
 
-  // Columns behind kTailId, -1: absent; they may repeat.
-  struct Named {
-    const int32_t* ids;
-    int64_t n;
-  };
-  // [begin, end) of the row without the named columns: the row itself, or a copy of it in `buffer`
-  static const Element* block_without(const Element* x, int64_t begin, int64_t end, Named named, Element* buffer) {
-    const auto n = uint32_t(end - begin);
-    bool any = false;
-    for (int64_t k = 0; k < named.n; ++k) any |= uint32_t(named.ids[k] - int32_t(begin)) < n;
-    if (!any) return x + begin;
-    __builtin_memcpy(buffer, x + begin, n * sizeof(Element));
-    for (int64_t k = 0; k < named.n; ++k) {
-      const auto place = uint32_t(named.ids[k] - int32_t(begin));
-      if (place < n) narrow(-Real(INFINITY), buffer + place);
-    }
-    return buffer;
-  }
-
   // to another reference; nothing summed yet: no shift, which may be infinite, by nothing
   static void move(Sums& sums, double shift, double scale) {
     if (sums.rest == 0 && sums.count == 0) return;
@@ -211,6 +245,7 @@ struct RowReader {
         best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
     int64_t best_begin = 0, best_end = 0;
     Element buffer[kBlock];
+    int32_t found[kMostFound];
     const auto change_reference = [&](Real next) {
       const double shift = double(reference) - double(next), scale = exp_of(shift * double(inverse_temperature));
       move(all, shift, scale), move(best, shift, scale);
@@ -218,15 +253,16 @@ struct RowReader {
     };
     for (int64_t begin = 0; begin < arguments.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < arguments.vocab_size ? begin + kBlock : arguments.vocab_size;
-      const Element* const block = block_without(x, begin, end, named, buffer);
+      const Part part = part_of(x, begin, end, named, found);
       if (reference == lowest_finite<Real>()) {
+        const Element* block = part.groups ? without_named(x, begin, end - begin, named, buffer) : x + begin;
         const Real first = largest_in(block, 0, end - begin);
         if (first > lowest_finite<Real>()) reference = first;
       }
-      Sums sums = sum_block(block, 0, end - begin, reference);
+      Sums sums = sum_part(part, reference);
       if (sums.max > reference + slack) {
         change_reference(sums.max);
-        sums = sum_block(block, 0, end - begin, reference);
+        sums = sum_part(part, reference);
       }
       const bool leads = sums.max > best.max;
       const Sums& other = leads ? best : sums;
@@ -240,11 +276,12 @@ struct RowReader {
       return row;
     }
     row.max = best.max;
-    const Element* const block = block_without(x, best_begin, best_end, named, buffer);
-    const int64_t place = first_equal(block, 0, best_end - best_begin, row.max);
+    const int64_t n_best = best_end - best_begin;
+    const Element* const block = named.n ? without_named(x, best_begin, n_best, named, buffer) : x + best_begin;
+    const int64_t place = first_equal(block, 0, n_best, row.max);
     row.argmax = Real(best_begin + place);
     change_reference(row.max);
-    const Sums rest = sum_without(block, 0, best_end - best_begin, place, row.max);
+    const Sums rest = sum_without(block, 0, n_best, place, row.max);
     row.rest = row.max == Real(INFINITY) ? Real(NAN) : Real(all.rest + rest.rest);  // +inf logits give nan, as in torch
     row.count = 1;  // a row that is there; its columns are counted in the dense kernels only
     if constexpr (kDense) {

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from support.strategies import Numbers
 
-from ava_ext.ops import Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops import Candidates, LinearLogits, RowFlags, row_loss, row_options, softmax_rows
 from ava_ext.ops.row_fields import TAIL_ID
 
+pytestmark = pytest.mark.devices("cpu", "pytorch")  # what the CUDA kernels lack is the last test's
 V = 9
 
 
@@ -138,3 +139,64 @@ def test_the_gradient_of_the_tail_by_differences(device, reading):
     assert torch.autograd.gradcheck(losses, base)
     gradients = (torch.autograd.grad(losses(base, in_place).sum(), base) for in_place in (False, True))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.devices("cpu", "cuda-emulated", "cuda")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_what_cuda_does_is_the_same(monkeypatch, device, reduction, dtype):
+    """From statistics in more passes: ordinary rows, sure ones, ignored ones, a soft cap, padding of the vocabulary."""
+    numbers, vocab_size = Numbers(9), 40
+    base = numbers.normal(6, vocab_size, scale=2.0)
+    base[1, 3] = base[2, 7] = 60.0  # sure of a column that is named, and of one that is not
+    base[3] = math.nan
+    logits = base.to(dtype).to(device).requires_grad_()
+    targets = torch.tensor([1, 3, 7, -100, 3, 5], device=device)
+    ids = torch.tensor([[0, -1, TAIL_ID, 3, 3, 9, -1]] * 6, device=device)
+    ids[4, 2] = -1
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.tensor([0.3, 0.4, 0.25, 0.2, 0.05, 0.5, 0.7], dtype=real, device=device).expand(6, 7)
+    flags = int(RowFlags.CROSS_ENTROPY | RowFlags.SOFTCAP | RowFlags.SOFT_TARGETS | RowFlags.TAIL)
+    options = row_options(logits, temperature=0.8, logit_softcap=50.0)
+    row_weights = numbers.uniform(6).to(options)
+    candidates = Candidates(ids, weights, (2, 5))
+    monkeypatch.setattr(softmax_rows, "lacks_tail", lambda logits: True)
+    arguments = {"row_weights": row_weights, "candidates": candidates, "vocab_size": vocab_size - 1}
+    got = row_loss(logits, targets, options, flags=flags, reduction=reduction, **arguments)
+    whole = base.to(dtype).double().nan_to_num(0).requires_grad_()
+    double = Candidates(ids.cpu(), weights.cpu().double(), (2, 5))
+    with torch.device("cpu"):
+        z = 50 * torch.tanh(whole[..., : vocab_size - 1] / 50) / 0.8
+        log_mass = log_mass_outside(z, ids.cpu()[:, 3:6])
+        tail = torch.where(ids.cpu()[:, 2] == TAIL_ID, -0.25 * log_mass, 0).masked_fill(targets.cpu() == -100, 0)
+        soft = -(z.log_softmax(-1)[:, [3, 3, 9]] * torch.tensor([0.2, 0.05, 0.5], dtype=torch.float64)).sum(-1)
+        soft = soft.masked_fill(targets.cpu() == -100, 0)
+    bound = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(got.terms[-1].double().cpu(), (soft + tail).detach(), **bound)
+    (gradient,) = torch.autograd.grad(got.loss.sum(), logits)
+    without = double._replace(ids=double.ids.masked_fill(double.ids == TAIL_ID, -1))
+    options, row_weights = row_options(whole, temperature=0.8, logit_softcap=50.0), row_weights.double().cpu()
+    loss = row_loss(
+        whole,
+        targets.cpu(),
+        options,
+        flags=flags - RowFlags.TAIL,
+        row_weights=row_weights,
+        candidates=without,
+        vocab_size=vocab_size - 1,
+    ).loss
+    (expected,) = torch.autograd.grad((loss + row_weights * tail).sum(), whole)
+    torch.testing.assert_close(got.loss.sum().double().cpu(), (loss + row_weights * tail).sum().detach(), **bound)
+    rounding = {"rtol": 0.05, "atol": 0.02} if dtype == torch.bfloat16 else bound
+    torch.testing.assert_close(gradient.double().cpu(), expected, **rounding)
+
+
+def test_hidden_states_are_refused_where_the_kernels_have_no_tail(monkeypatch):
+    monkeypatch.setattr(softmax_rows, "lacks_tail", lambda logits: True)
+    candidates = Candidates(torch.tensor([[TAIL_ID, 1]]), torch.tensor([[0.5, 0.5]]), (2,))
+    arguments = {"flags": int(RowFlags.SOFT_TARGETS | RowFlags.TAIL), "candidates": candidates}
+    logits, targets = LinearLogits(torch.zeros(1, 2), torch.zeros(3, 2)), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(NotImplementedError, match="the tail of soft targets on CUDA needs the whole logits"):
+        row_loss(logits, targets, row_options(torch.zeros(1)), **arguments)
+    with pytest.raises(NotImplementedError, match="and inplace_gradient=False with"):
+        row_loss(torch.zeros(1, 3), targets, row_options(torch.zeros(1)), inplace_gradient=True, **arguments)

@@ -17,6 +17,7 @@ FILES_OF_KERNELS = {
         "test_softmax_rows_precision.py",
         "test_softmax_statistics.py",
         "test_softmax_rows_sure.py",
+        "test_softmax_rows_tail.py",
     },
     "router_rows": {"test_router_rows.py", "test_router_rows_autograd.py", "test_router_rows_properties.py"},
 }
