@@ -123,7 +123,8 @@ def linear_table(n_rows: int = 8192, n_columns: int = 128256, hidden_size: int =
         " | over products |",
         "|---|---|---|---|---|---|",
     ]
-    chunk_rows = rows_of_a_chunk(n_rows, n_columns, torch.bfloat16, torch.device("cuda"), None)
+    accumulator = 4 * n_columns * hidden_size
+    chunk_rows = rows_of_a_chunk(n_rows, n_columns, torch.bfloat16, torch.device("cuda"), None, accumulator)
     n_chunks = math.ceil(n_rows / chunk_rows)
     for gpu in GPUS:
         plan = plan_rows(n_columns, 2, gpu)
@@ -132,8 +133,8 @@ def linear_table(n_rows: int = 8192, n_columns: int = 128256, hidden_size: int =
             continue
         _, rows = row_times(plan, counts, 8, n_rows, gpu)
         products = 3 * 2 * n_rows * n_columns * hidden_size / gpu.products
-        # the float32 accumulator is zeroed, read and written for every chunk, and copied to bfloat16
-        sums = n_columns * hidden_size * (4 + 8 * n_chunks + 6) / gpu.copy
+        # the float32 accumulator is written once, then read and written for every chunk, and copied to bfloat16
+        sums = n_columns * hidden_size * (2 if n_chunks == 1 else 4 + 8 * (n_chunks - 1) + 6) / gpu.copy
         lines.append(
             f"| {gpu.name} | {n_chunks} x {chunk_rows} rows | {products * 1e3:.1f} | {rows * 1e3:.2f}"
             f" | {sums * 1e3:.2f} | {(products + rows + sums) / products:.3f} |"

@@ -59,23 +59,32 @@ AVA_HOST_DEVICE RowStatistics<Real> empty_statistics() {
   return {Real(-INFINITY), Real(-1), Real(0), Real(0), Real(0), Real(0)};
 }
 
-// Statistics of two disjoint sets of columns. Exact for empty ones: never e^-inf * -inf. A nan never wins the maximum;
-// it travels in `rest`, also out of an empty part.
+// What a part of the columns adds to the sums about a maximum at another column, not below its own. Exact for an empty
+// part: never e^-inf * -inf. A nan travels in `rest`, also out of an empty one.
+template <class Real>
+AVA_HOST_DEVICE RowStatistics<Real> below(const RowStatistics<Real>& part, Real max, Real inverse_temperature) {
+  RowStatistics<Real> share = empty_statistics<Real>();
+  share.rest = part.rest;  // of an empty part: 0, or nan
+  if (part.max == Real(-INFINITY)) return share;
+  const Real shift = (part.max - max) * inverse_temperature, factor = exp_of(shift), total = 1 + part.rest;
+  if (factor > 0) share.weighted = factor * (part.weighted + shift * total);  // shift * total may be infinite
+  share.rest = total * factor;
+  share.sum = part.sum + shift * part.count;
+  share.count = part.count;
+  return share;
+}
+
+// Statistics of two disjoint sets of columns. A nan never wins the maximum.
 template <class Real>
 AVA_HOST_DEVICE RowStatistics<Real> merge(const RowStatistics<Real>& first, const RowStatistics<Real>& second,
                                           Real inverse_temperature) {
   const bool second_wins = second.max > first.max || (second.max == first.max && second.argmax < first.argmax);
   RowStatistics<Real> high = second_wins ? second : first;
-  const RowStatistics<Real> low = second_wins ? first : second;
-  if (low.max == Real(-INFINITY)) {
-    high.rest += low.rest;  // 0, or nan
-    return high;
-  }
-  const Real shift = (low.max - high.max) * inverse_temperature, factor = exp_of(shift), total = 1 + low.rest;
-  if (factor > 0) high.weighted += factor * (low.weighted + shift * total);  // shift * total may be infinite
-  high.rest += total * factor;
-  high.sum += low.sum + shift * low.count;
-  high.count += low.count;
+  const RowStatistics<Real> low = second_wins ? first : second, share = below(low, high.max, inverse_temperature);
+  high.rest += share.rest;
+  high.weighted += share.weighted;
+  high.sum += share.sum;
+  high.count += share.count;
   return high;
 }
 

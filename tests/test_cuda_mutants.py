@@ -32,7 +32,7 @@ class Mutant:
 
 ROW_SUM, REPETITION = "tests/cuda_emulator/kernels/row_sum.cuh", "csrc/cuda/repetition.cuh"
 ROW_WEIGHTS = "csrc/cuda/row_weights.cuh"
-SOFTMAX_ROWS = "csrc/cuda/softmax_rows_kernels.cuh"
+SOFTMAX_ROWS, SOFTMAX_SUMS = "csrc/cuda/softmax_rows_kernels.cuh", "csrc/cuda/softmax_rows_measure.cuh"
 MUTANTS = [
     Mutant("barrier_removed", "thread", ROW_SUM, "__syncthreads();", "", "data race"),
     Mutant("barrier_removed_nan", "none", ROW_SUM, "__syncthreads();", "", "nan, expected"),
@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant("past_the_list", "address", REPETITION, "i < chunk.n_ids", "i <= chunk.n_ids", "heap-buffer-overflow"),
     Mutant("past_the_last_row", "address", REPETITION, "first + i < arguments.n_tokens",
            "first + i <= arguments.n_tokens", "heap-buffer-overflow"),
-    Mutant("no_wait_in_a_row", "none", SOFTMAX_ROWS, "if (stage == 0) cp_async_wait<3>();", "", "expected"),
+    Mutant("no_wait_in_a_row", "none", SOFTMAX_SUMS, "if (stage == 0) cp_async_wait<3>();", "", "expected"),
     Mutant("no_cluster_sync_for_partials", "none", SOFTMAX_ROWS, "cluster_sync();\n    else", ";\n    else",
            "expected"),
 ]  # fmt: skip

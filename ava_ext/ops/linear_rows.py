@@ -2,7 +2,8 @@
 
 A few rows at a time: hidden_states @ weight.T into one buffer, the row kernel over it, and from what it leaves there,
 the gradient, the matrix products that give those of hidden_states and weight. Extra memory: the buffer, and a float32
-accumulator of the weight's gradient where the weight has fewer bits. Rows that do not count are left out of the
+accumulator of the weight's gradient where the weight has fewer bits. On a GPU all rows are one chunk, without an
+accumulator, where that takes no more memory. Rows that do not count are left out of the
 products (ops/counted_rows.py).
 """
 
@@ -145,12 +146,15 @@ def by_chunks(
     with_hidden_states, with_weight, with_bias = gradients
     chosen, is_exact = choose_rows(counted, max_counted_rows)
     n_chosen = n_rows if chosen is None else len(chosen)
-    chunk_rows = rows_of_a_chunk(n_chosen, n_columns, dtype, hidden_states.device, chunk_bytes)
+    is_summed_apart = with_weight and hidden_states.is_cuda and weight.dtype == dtype != real
+    accumulator_bytes = weight.numel() * real.itemsize if is_summed_apart else 0
+    chunk_rows = rows_of_a_chunk(n_chosen, n_columns, dtype, hidden_states.device, chunk_bytes, accumulator_bytes)
+    of_weight = weight.dtype if is_summed_apart and chunk_rows >= n_chosen else real
     of_hidden_states = (n_rows, hidden_size) if with_hidden_states else (0,)
     grad_hidden_states = (
         hidden_states.new_empty(of_hidden_states) if chosen is None else hidden_states.new_zeros(of_hidden_states)
     )
-    grad_weight = weight.new_zeros((n_columns, hidden_size) if with_weight else (0,), dtype=real)
+    grad_weight = weight.new_empty((n_columns, hidden_size) if with_weight else (0,), dtype=of_weight)
     grad_bias = weight.new_zeros((n_columns,) if with_bias else (0,), dtype=real)
     # rows that begin at multiples of 64 bytes: a matrix product writes them a quarter faster than rows at odd places
     padded_columns = -(-n_columns * dtype.itemsize // 64) * 64 // dtype.itemsize
@@ -182,30 +186,37 @@ def by_chunks(
                 else:
                     torch.mm(logits, columns, out=grad_hidden_states[rows])
             if with_weight:
-                _add_product(grad_weight, logits, states)
+                _add_product(grad_weight, logits, states, begin == 0)
             if with_bias:
                 grad_bias += logits.sum(0, dtype=real)
+    if n_chosen == 0:
+        grad_weight.zero_()
     del buffer, logits  # before the copies of lower precision
     return grad_hidden_states, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
 def _add_product(
-    grad_weight: Tensor,  # [n_columns, hidden_size], float32 or float64
+    grad_weight: Tensor,  # [n_columns, hidden_size]
     grad_logits: Tensor,  # [n_rows, n_columns]
     hidden_states: Tensor,  # [n_rows, hidden_size]
+    is_first: bool,
 ) -> None:
-    """grad_weight += grad_logits.T @ hidden_states, in the type of grad_weight."""
+    """grad_weight += grad_logits.T @ hidden_states, in the type of grad_weight; the first time = instead of +=."""
+    beta = 0 if is_first else 1  # 0: what is there is not read, be it nan
     if grad_logits.dtype == grad_weight.dtype:
-        grad_weight.addmm_(grad_logits.t(), hidden_states)
+        torch.addmm(grad_weight, grad_logits.t(), hidden_states, beta=beta, out=grad_weight)
     elif grad_logits.is_cuda:
-        torch.addmm(grad_weight, grad_logits.t(), hidden_states, out_dtype=grad_weight.dtype, out=grad_weight)
+        product = (grad_logits.t(), hidden_states)
+        torch.addmm(grad_weight, *product, out_dtype=grad_weight.dtype, beta=beta, out=grad_weight)
     elif grad_logits.dtype == torch.bfloat16 and has_bfloat16_products():
+        if is_first:
+            grad_weight.zero_()
         add_weight_gradient_(grad_weight, grad_logits, hidden_states)
     else:
         # by blocks of columns: the float32 copy of the gradient stays in the caches
         states, n_columns = hidden_states.to(grad_weight.dtype), 4096
         for columns, block in zip(grad_logits.split(n_columns, 1), grad_weight.split(n_columns), strict=True):
-            block.addmm_(columns.to(grad_weight.dtype).t(), states)
+            block.addmm_(columns.to(grad_weight.dtype).t(), states, beta=beta)
 
 
 @_linear_row_loss.register_fake

@@ -107,9 +107,12 @@ __device__ __forceinline__ Type warp_sum(Type value) {
   return value;
 }
 // A nan loses.
-__device__ __forceinline__ float warp_max(float value) {
+__device__ __forceinline__ float larger(float x, float y) { return fmaxf(x, y); }
+__device__ __forceinline__ double larger(double x, double y) { return fmax(x, y); }
+template <class Real>
+__device__ __forceinline__ Real warp_max(Real value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kWholeWarp, value, offset));
+  for (int offset = 16; offset > 0; offset /= 2) value = larger(value, __shfl_xor_sync(kWholeWarp, value, offset));
   return value;
 }
 __device__ __forceinline__ int warp_min(int value) {

@@ -58,13 +58,13 @@ __global__ void __launch_bounds__(kDoubleThreads) double_rows_kernel(const RowAr
                                     k, [&](int column) { return x[column]; });
     __syncwarp();
     if (given)
-      take_coefficients(a, row_index, row, entries, scratch, lane);
+      take_coefficients(a, options, row_index, row, entries, scratch, lane);
     else if (a.summaries)
-      write_summaries(a, row_index, row, entries, lane);
+      write_summaries(a, options, row_index, row, entries, lane);
     else
-      evaluate_row(a, row_index, row, entries, scratch, lane);
+      evaluate_row(a, options, weight_of<double>(a, row_index), row, entries, scratch, lane);
     __syncwarp();
-    if (a.row_loss) write_loss(a, row_index, entries, scratch, lane);
+    if (a.row_loss) write_loss(a, row_index, weight_of<double>(a, row_index), entries, scratch, lane);
   }
   if (!out) return;
   __syncthreads();
@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kDoubleThreads) double_rows_kernel(const RowAr
   __syncthreads();
   if (warp == 0)
     write_entries(
-        a, entries, scratch, lane, [](int) { return true; }, [&](int column, double value) { out[column] = value; });
+        a, options, entries, scratch, lane, [](int) { return true; },
+        [&](int column, double value) { out[column] = value; });
 }
 
 __global__ void __launch_bounds__(kDoubleThreads) scale_double_rows_kernel(const RowArguments a) {

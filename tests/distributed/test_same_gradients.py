@@ -1,6 +1,8 @@
 """One batch at once, in micro-batches, over ranks, and with its vocabulary, sequence, weights or layers spread over
 them: the same gradients."""
 
+import contextlib
+
 import pytest
 import torch
 from processes import on_ranks
@@ -148,6 +150,30 @@ def ranks_worker(rank, world_size, padding, terms):
 @pytest.mark.parametrize(("world_size", "padding"), [(2, "half"), (4, "texts")])
 def test_ranks(world_size, padding, terms):
     check(on_ranks(world_size, ranks_worker, world_size, padding, terms), padding, terms=terms)
+
+
+def data_parallel_worker(rank, way):
+    """DistributedDataParallel averages, too. The first step of a static graph is another than the rest."""
+    model = torch.nn.parallel.DistributedDataParallel(Model(), static_graph=way == "static_graph")
+    given = part_of(batch("half"), 2, rank)
+    parts = [part_of(given, 2, index) for index in range(2)] if way == "no_sync" else [given]
+    for _ in range(2):
+        model.zero_grad()
+        losses = []
+        for part in parts:
+            with contextlib.nullcontext() if part is parts[-1] else model.no_sync():
+                loss = model(**part)
+                (2 * loss).backward()
+            losses.append(loss.detach())
+    loss = sum(losses)
+    torch.distributed.all_reduce(loss)
+    return loss, gradients(model.module)
+
+
+@pytest.mark.parametrize("way", ["as it is", "static_graph", "no_sync"])
+def test_distributed_data_parallel(way):
+    """Uneven numbers of rows that count, and a rank without any."""
+    check(on_ranks(2, data_parallel_worker, way), "half")
 
 
 def of_all_rows(given):
