@@ -200,3 +200,15 @@ def test_hidden_states_are_refused_where_the_kernels_have_no_tail(monkeypatch):
         row_loss(logits, targets, row_options(torch.zeros(1)), **arguments)
     with pytest.raises(NotImplementedError, match="and inplace_gradient=False with"):
         row_loss(torch.zeros(1, 3), targets, row_options(torch.zeros(1)), inplace_gradient=True, **arguments)
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    numbers = Numbers(10)
+    logits, ids = numbers.leaf(4, V), numbers.integers(0, V, 4, 3)
+    q = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).expand(4, 3)
+    compiled = torch.compile(with_tail, fullgraph=True, backend="aot_eager")
+    loss, expected = (function(logits, ids, q) for function in (compiled, with_tail))
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    gradients = (torch.autograd.grad(value.sum(), logits) for value in (loss, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
