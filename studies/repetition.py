@@ -51,6 +51,7 @@ ARMS = {
     "sequence, weight 0.25": Arm({}, 0.25),
     "sequence, weight 0.5": Arm({}, 0.5),
     "sequence, weight 1": Arm({}, 1.0),
+    "sequence, weight 2": Arm({}, 2.0),
     "token": Arm(TOKEN),
     "both": Arm(TOKEN, 0.25),
     "n-gram, weight 0.5": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 0.5}),
@@ -254,6 +255,25 @@ def evaluate(
     return result
 
 
+def rollout_table(results: dict[str, Any]) -> str:
+    """What the model wrote in training, mean over the seeds: how much repeats, and -log(1 - p) of each such token."""
+    n_updates = results["setting"]["rollout_updates"]
+    lines = ["| loss | repeated tokens, first and last round | -log(1 - p) of each | that is p |", "| --- " * 4 + "|"]
+    for name, seeds in results["arms"].items():
+        histories = [run["history"] for run in seeds.values() if "repeated" in run["history"][0]]
+        if not histories:
+            continue
+        shares, losses = [], []
+        for updates in (slice(n_updates), slice(-n_updates, None)):
+            lines_of = [line for history in histories for line in history[updates]]
+            shares.append(sum(line["repeated"] for line in lines_of) / len(lines_of))
+            losses.append(sum(line["sequence_loss"] for line in lines_of) / len(lines_of) / shares[-1])
+        cells = [f"{100 * first:.0f} %, {100 * last:.0f} %" for first, last in [shares]]
+        cells += [f"{first:.2f}, {last:.2f}" for first, last in [losses, [1 - math.exp(-loss) for loss in losses]]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 class Column(NamedTuple):
     title: str
     kind: str  # of held-out text
@@ -351,7 +371,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.print:
-        print(table(json.loads(options.output.read_text())), end="")
+        results = json.loads(options.output.read_text())
+        print(table(results), rollout_table(results), sep="\n", end="")
         return
     if missing := smollm2.missing_packages():
         raise SystemExit(f"studies/repetition.py: expected {', '.join(missing)} to be installed; `make study` does it")

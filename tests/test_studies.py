@@ -26,6 +26,7 @@ STUDIES = ROOT / "docs" / "studies"
 SHOWN = {
     "moe": (STUDIES / "moe_balance.md", "moe_balance", moe_balance.table),
     "repetition": (STUDIES / "repetition.md", "repetition", repetition.table),
+    "rollouts": (STUDIES / "repetition.md", "repetition", repetition.rollout_table),
     "readings": (STUDIES / "repetition.md", "repetition", repetition.readings),
     "real-model": (ROOT / "README.md", "repetition", repetition.short_table),
 }
