@@ -11,6 +11,7 @@ from torch import Tensor
 
 # what a chunk of logits may take, by default
 CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 64_000_000, 1_000_000_000
+CUDA_TILE_ROWS = 256  # of a matrix product
 
 
 class LinearLogits(NamedTuple):
@@ -72,7 +73,10 @@ class LinearLogits(NamedTuple):
                 )
 
     def chunk_rows(self, chunk_bytes: int | None) -> int:
-        """Rows of one chunk: as many as the budget allows (default 64 MB, 1 GB on CUDA), shared out evenly."""
+        """Rows of one chunk: as many as the budget allows (default 64 MB, 1 GB on CUDA), shared out evenly.
+
+        Where the weight needs a gradient, linear_row_loss on CUDA may take them all at once: see rows_of_a_chunk.
+        """
         n_rows = math.prod(self.hidden_states.shape[:-1])
         return rows_of_a_chunk(n_rows, len(self.weight), self.dtype, self.device, chunk_bytes)
 
@@ -93,10 +97,24 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def rows_of_a_chunk(
-    n_rows: int, n_columns: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None
+    n_rows: int,
+    n_columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunk_bytes: int | None,
+    accumulator_bytes: int = 0,
 ) -> int:
-    """As many rows as the budget allows, shared out evenly; at least 1."""
-    budget = chunk_bytes or (CUDA_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES)
-    most = max(1, budget // max(1, n_columns * dtype.itemsize))
+    """As many rows as the budget allows, shared out evenly; at least 1.
+
+    On CUDA whole tiles of its matrix products, and all rows at once where they take no more memory than a chunk and
+    the accumulator of the weight's gradient, which several chunks need and one does not.
+    """
+    is_cuda = device.type == "cuda"
+    row_bytes = max(1, n_columns * dtype.itemsize)
+    most = max(1, (chunk_bytes or (CUDA_CHUNK_BYTES if is_cuda else CPU_CHUNK_BYTES)) // row_bytes)
     n_chunks = max(1, -(-n_rows // most))
-    return max(1, -(-n_rows // n_chunks))
+    chunk_rows = max(1, -(-n_rows // n_chunks))
+    if is_cuda and n_chunks > 1 and most >= CUDA_TILE_ROWS:
+        chunk_rows = min(-(-chunk_rows // CUDA_TILE_ROWS), most // CUDA_TILE_ROWS) * CUDA_TILE_ROWS
+    takes_all = n_rows * row_bytes <= chunk_rows * row_bytes + accumulator_bytes
+    return max(1, n_rows) if takes_all else chunk_rows

@@ -2,7 +2,8 @@
 
 A few rows at a time: hidden_states @ weight.T into one buffer, the row kernel over it, and from what it leaves there,
 the gradient, the matrix products that give those of hidden_states and weight. Extra memory: the buffer, and a float32
-accumulator of the weight's gradient where the weight has fewer bits. Rows that do not count are left out of the
+accumulator of the weight's gradient where the weight has fewer bits. On a GPU all rows are one chunk, without an
+accumulator, where that takes no more memory. Rows that do not count are left out of the
 products (ops/counted_rows.py).
 """
 
@@ -26,7 +27,7 @@ from ava_ext.ops.derivatives import (
     without_second_derivative,
 )
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
-from ava_ext.ops.row_fields import N_TERMS, Candidates, RowLoss, accumulation_dtype
+from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype, n_terms
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
 __all__ = ["LinearLogits", "by_chunks", "empty_gradients", "linear_row_loss"]
@@ -53,6 +54,7 @@ def linear_row_loss(
     reduction: str,
     chunk_bytes: int | None,
     max_counted_rows: int | None,
+    column_weights: Tensor | None,  # [..., vocab_size] or [vocab_size]
 ) -> RowLoss:
     """`row_loss` of LinearLogits: see there."""
     logits.check("row_loss")
@@ -81,10 +83,11 @@ def linear_row_loss(
         logits.dtype,
         max_counted_rows,
         [in_forward and part is not None and part.requires_grad for part in logits],
+        column_weights if column_weights is None or column_weights.dim() == 1 else column_weights.flatten(0, -2),
     )
     operator, formula = _ops.linear_row_loss.default, (_save_linear_row_loss, _linear_row_loss_backward)
     total, losses, terms, *_ = call_operator(operator, *formula, tensors, constants)
-    return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(N_TERMS + len(groups), *rows))
+    return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(len(terms), *rows))
 
 
 @torch.library.custom_op("ava_ext::linear_row_loss", mutates_args=())
@@ -105,21 +108,25 @@ def _linear_row_loss(
     dtype: torch.dtype,
     max_counted_rows: int | None,
     gradients: list[bool],  # [3]: which of hidden_states, weight and bias get theirs now
+    column_weights: Tensor | None = None,  # [n_rows, vocab_size] or [vocab_size]
     # total [], losses [n_rows], terms [n_terms, n_rows], three gradients of the sum, or [0]; and [0], which leads
     # autograd to the inputs and which nobody can have changed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, real, groups = hidden_states.shape[0], accumulation_dtype(dtype), candidate_groups or []
     losses = hidden_states.new_zeros(n_rows, dtype=real)
-    terms = hidden_states.new_zeros((N_TERMS + len(groups), n_rows), dtype=real)
+    terms = hidden_states.new_zeros((n_terms(groups, flags), n_rows), dtype=real)
     constants = (groups, flags, vocab_size, ignore_index)
 
     def chunk_loss(logits: Tensor, rows: slice | Tensor) -> None:
         of_rows = (None if given is None else given[rows] for given in (row_weights, candidate_ids, candidate_weights))
         arguments = (logits, targets[rows], options, *of_rows, *constants)
+        of_columns = column_weights
+        if of_columns is not None and of_columns.dim() > 1:
+            of_columns = of_columns[rows]
         if any(gradients):
-            losses[rows], terms[:, rows] = _ops.row_loss_(*arguments)
+            losses[rows], terms[:, rows] = _ops.row_loss_(*arguments, of_columns)
         else:
-            losses[rows], terms[:, rows] = _ops.row_loss(*arguments, False, False)[:2]
+            losses[rows], terms[:, rows] = _ops.row_loss(*arguments, False, False, of_columns)[:2]
 
     counted = targets != ignore_index
     head = (hidden_states, weight, bias)
@@ -145,12 +152,15 @@ def by_chunks(
     with_hidden_states, with_weight, with_bias = gradients
     chosen, is_exact = choose_rows(counted, max_counted_rows)
     n_chosen = n_rows if chosen is None else len(chosen)
-    chunk_rows = rows_of_a_chunk(n_chosen, n_columns, dtype, hidden_states.device, chunk_bytes)
+    is_summed_apart = with_weight and hidden_states.is_cuda and weight.dtype == dtype != real
+    accumulator_bytes = weight.numel() * real.itemsize if is_summed_apart else 0
+    chunk_rows = rows_of_a_chunk(n_chosen, n_columns, dtype, hidden_states.device, chunk_bytes, accumulator_bytes)
+    of_weight = weight.dtype if is_summed_apart and chunk_rows >= n_chosen else real
     of_hidden_states = (n_rows, hidden_size) if with_hidden_states else (0,)
     grad_hidden_states = (
         hidden_states.new_empty(of_hidden_states) if chosen is None else hidden_states.new_zeros(of_hidden_states)
     )
-    grad_weight = weight.new_zeros((n_columns, hidden_size) if with_weight else (0,), dtype=real)
+    grad_weight = weight.new_empty((n_columns, hidden_size) if with_weight else (0,), dtype=of_weight)
     grad_bias = weight.new_zeros((n_columns,) if with_bias else (0,), dtype=real)
     # rows that begin at multiples of 64 bytes: a matrix product writes them a quarter faster than rows at odd places
     padded_columns = -(-n_columns * dtype.itemsize // 64) * 64 // dtype.itemsize
@@ -182,30 +192,37 @@ def by_chunks(
                 else:
                     torch.mm(logits, columns, out=grad_hidden_states[rows])
             if with_weight:
-                _add_product(grad_weight, logits, states)
+                _add_product(grad_weight, logits, states, begin == 0)
             if with_bias:
                 grad_bias += logits.sum(0, dtype=real)
+    if n_chosen == 0:
+        grad_weight.zero_()
     del buffer, logits  # before the copies of lower precision
     return grad_hidden_states, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
 def _add_product(
-    grad_weight: Tensor,  # [n_columns, hidden_size], float32 or float64
+    grad_weight: Tensor,  # [n_columns, hidden_size]
     grad_logits: Tensor,  # [n_rows, n_columns]
     hidden_states: Tensor,  # [n_rows, hidden_size]
+    is_first: bool,
 ) -> None:
-    """grad_weight += grad_logits.T @ hidden_states, in the type of grad_weight."""
+    """grad_weight += grad_logits.T @ hidden_states, in the type of grad_weight; the first time = instead of +=."""
+    beta = 0 if is_first else 1  # 0: what is there is not read, be it nan
     if grad_logits.dtype == grad_weight.dtype:
-        grad_weight.addmm_(grad_logits.t(), hidden_states)
+        torch.addmm(grad_weight, grad_logits.t(), hidden_states, beta=beta, out=grad_weight)
     elif grad_logits.is_cuda:
-        torch.addmm(grad_weight, grad_logits.t(), hidden_states, out_dtype=grad_weight.dtype, out=grad_weight)
+        product = (grad_logits.t(), hidden_states)
+        torch.addmm(grad_weight, *product, out_dtype=grad_weight.dtype, beta=beta, out=grad_weight)
     elif grad_logits.dtype == torch.bfloat16 and has_bfloat16_products():
+        if is_first:
+            grad_weight.zero_()
         add_weight_gradient_(grad_weight, grad_logits, hidden_states)
     else:
         # by blocks of columns: the float32 copy of the gradient stays in the caches
         states, n_columns = hidden_states.to(grad_weight.dtype), 4096
         for columns, block in zip(grad_logits.split(n_columns, 1), grad_weight.split(n_columns), strict=True):
-            block.addmm_(columns.to(grad_weight.dtype).t(), states)
+            block.addmm_(columns.to(grad_weight.dtype).t(), states, beta=beta)
 
 
 @_linear_row_loss.register_fake
@@ -226,6 +243,7 @@ def _(
     dtype,
     max_counted_rows,
     gradients,
+    column_weights=None,
 ):
     check_devices(
         "row_loss",
@@ -237,12 +255,13 @@ def _(
         row_weights=row_weights,
         candidate_ids=candidate_ids,
         candidate_weights=candidate_weights,
+        column_weights=column_weights,
     )
     n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
     return (
         hidden_states.new_empty((), dtype=real),
         hidden_states.new_empty(n_rows, dtype=real),
-        hidden_states.new_empty((N_TERMS + len(candidate_groups or ()), n_rows), dtype=real),
+        hidden_states.new_empty((n_terms(candidate_groups, flags), n_rows), dtype=real),
         *empty_gradients(hidden_states, weight, bias, gradients),
         hidden_states.new_empty(0, dtype=real),
     )
@@ -261,14 +280,15 @@ def _save_linear_row_loss(ctx, inputs, output):
     ctx.constants, ctx.ignore_index, ctx.gradients = inputs[8:15], inputs[11], inputs[15]
     ctx.mark_non_differentiable(*output[2:6])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[6], inputs[3], *(output[3:6] if any(ctx.gradients) else (*inputs[:3], *inputs[4:8])))
+    again = (*inputs[:3], *inputs[4:8], inputs[16])
+    ctx.save_for_backward(output[6], inputs[3], *(output[3:6] if any(ctx.gradients) else again))
 
 
 def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
     """grad_total: [], grad_losses: [n_rows]. Returns the gradients of hidden_states, weight and bias, and None for
     every other input.
     """
-    nothing = (None,) * 16
+    nothing = (None,) * 17
     if grad_total is None and grad_losses is None:
         return nothing
     refuse_tangents("row_loss", (grad_total, grad_losses))
@@ -281,12 +301,12 @@ def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
         triples = zip(grads, factors, wanted, strict=True)
         grads = [_scaled(grad, factor) if is_wanted else grad for grad, factor, is_wanted in triples]
     else:
-        origin, targets, *parts, options, row_weights, ids, id_weights = ctx.saved_tensors
+        origin, targets, *parts, options, row_weights, ids, id_weights, column_weights = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         upstream = sum(grad for grad in (grad_total, grad_losses) if grad is not None)
         upstream = upstream.expand(len(targets)) if row_weights is None else upstream * row_weights
         parts = [part if part is None else part.detach() for part in parts]
-        arguments = (*parts, targets, options, upstream, ids, id_weights, *ctx.constants, wanted)
+        arguments = (*parts, targets, options, upstream, ids, id_weights, *ctx.constants, wanted, column_weights)
         grads = _ops.linear_row_loss(*arguments)[3:6]
     grads = [
         without_second_derivative(grad, origin) if is_wanted else None

@@ -1,5 +1,6 @@
 """Losses and statistics of logits that never exist as a whole, against those of the same logits, made."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from support.assertions import relative_error
 from support.strategies import Numbers, seeds
 
 from ava_ext import LinearLogits, UnifiedLoss, softmax_statistics, token_log_probs
-from ava_ext.ops import Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops import Candidates, RowFlags, linear_rows, row_loss, row_options
+from ava_ext.ops.linear_logits import rows_of_a_chunk
 
 V, HIDDEN = 13, 5
 EVERY_TERM = int(
@@ -108,8 +110,6 @@ def test_a_kept_graph_gives_the_same_twice_and_keeps_its_hands_off(reduction):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("frozen", ["hidden_states", "weight", "bias"])
 def test_what_is_frozen_costs_no_product_and_changes_nothing(reduction, frozen, monkeypatch):
-    from ava_ext.ops import linear_rows
-
     products = []
     monkeypatch.setattr(linear_rows, "_add_product", lambda *tensors: products.append("weight"))
     numbers = Numbers(2)
@@ -422,3 +422,43 @@ def test_bad_rows_are_named():
         softmax_statistics(LinearLogits(*head[:2]), targets[:5, None])
     with pytest.raises(ValueError, match=r"expected row_mask of shape \[6\], got \[5\]"):
         softmax_statistics(LinearLogits(*head[:2]), None, row_mask=torch.ones(5, dtype=torch.bool))
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_first_chunk_overwrites_the_weight_s_gradient(dtype):
+    """Nothing is zeroed before, so nothing of what the memory held may show."""
+    grad_logits, states = torch.randn(9, 300, dtype=dtype), torch.randn(9, 16, dtype=dtype)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    grad_weight = torch.full((300, 16), math.nan, dtype=real)
+    expected = grad_logits.to(real).t() @ states.to(real)
+    for factor, is_first in ((1, True), (2, False), (1, True)):
+        linear_rows._add_product(grad_weight, grad_logits, states, is_first)
+        torch.testing.assert_close(grad_weight, factor * expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.devices("cpu")
+def test_no_row_that_counts_leaves_a_gradient_of_zeros():
+    states, weight = (torch.randn(n, 4, requires_grad=True) for n in (3, 7))
+    loss = row_loss(LinearLogits(states, weight), torch.full((3,), -100), row_options(weight), reduction="sum").loss
+    for gradient in torch.autograd.grad(loss, (states, weight)):
+        assert not gradient.any()
+
+
+@pytest.mark.devices("cpu")
+def test_chunks_on_a_gpu():
+    """Whole tiles, within the budget; all rows where a chunk and the float32 accumulator take as much."""
+    cuda, dtype, vocab_size, hidden_size = torch.device("cuda"), torch.bfloat16, 128_256, 4096
+    accumulator = 4 * vocab_size * hidden_size
+
+    def rows(n_rows, budget=None, accumulator=0):
+        return rows_of_a_chunk(n_rows, vocab_size, dtype, cuda, budget, accumulator)
+
+    assert rows(8192) == 2816  # 3 chunks, of 11 tiles each
+    assert rows(8192, budget=2816 * vocab_size * 2 - 1) == 2560  # of 2731 that would fit
+    assert rows(3000) == 3000 and rows(0) == 1  # one chunk is what it is
+    assert rows(8192, budget=100 * vocab_size * 2) == 100  # less than a tile
+    assert rows(8192, accumulator=accumulator) == 8192
+    assert rows(8192, budget=1, accumulator=accumulator) == 8192
+    assert rows(65536, accumulator=accumulator) < 4000
+    assert rows_of_a_chunk(8192, vocab_size, dtype, torch.device("cpu"), 2731 * vocab_size * 2) == 2731

@@ -1,0 +1,264 @@
+"""What the CUDA kernels should take on an H100, an H200 and a B200, from what nvcc makes of them: docs/gpu_model.md.
+
+    python tests/cuda_gates.py --architectures 90 100     # compiles build/cuda_gates/*.cubin
+    python benchmarks/gpu_model_tables.py                 # prints the tables; --write: puts them into the page
+
+Instructions are counted in the listing (sass.py), the cut of a row is asked of plan_rows itself (g++ compiles it). What
+neither can say is in ASSUMED and in GPUS. Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sass
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device; `copy` is what a large copy moves, reads and writes together."""
+
+    name: str
+    architecture: str
+    n_multiprocessors: int
+    hertz: float
+    copy: float  # bytes a second
+    products: float  # bfloat16 operations a second of a large matrix product
+
+    def cycles(self, n_bytes: float) -> float:
+        """That a multiprocessor's share of the memory takes for these bytes."""
+        return n_bytes / (self.copy / self.n_multiprocessors) * self.hertz
+
+
+GPUS = (
+    Gpu("H100", "90", 132, 1.755e9, 3.0e12, 0.65e15),
+    Gpu("H200", "90", 132, 1.755e9, 4.3e12, 0.65e15),
+    Gpu("B200", "100", 148, 1.85e9, 6.9e12, 1.45e15),
+)
+# of every multiprocessor since Volta: schedulers, and cycles that an exponential keeps one busy
+SCHEDULERS, EXPONENTIAL_CYCLES = 4, 8
+ASSUMED = {
+    "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
+    "dependent": 5,  # cycles from an instruction to one that needs it
+    "alone": 3,  # cycles for an instruction of a warp that has several independent ones: a row in registers
+    "loops": 12,  # that a thread enters for a row: four stages of three passes
+    "loop": 30,  # instructions to enter one
+    "stretch": 700,  # instructions of one warp between a row's barriers; tests/ptx executes 600 to 870
+    "barrier": 40,  # cycles of a block's barrier
+    "cluster barrier": 900,  # of a cluster's, with what it does to the caches
+    "latency": 0.7e-6,  # seconds of a load from memory
+}
+
+
+def bounds(demands: Sequence[float], delay: float, n_customers: int) -> tuple[float, float]:
+    """Time for one customer's work where `n_customers` share resources: least and likely most.
+
+    demands: how long the work keeps each resource busy; delay: what it waits for besides. Least: everything overlaps.
+    Most: customers meet by chance (mean value analysis of a closed network).
+    """
+    least = max(*demands, (sum(demands) + delay) / n_customers)
+    queues, most = [0.0] * len(demands), 0.0
+    for n in range(1, n_customers + 1):
+        times = [demand * (1 + queue) for demand, queue in zip(demands, queues, strict=True)]
+        most = (sum(times) + delay) / n
+        queues = [time / most for time in times]
+    return least, most
+
+
+def issue_cycles(n_instructions: float, n_exponentials: float) -> float:
+    """Cycles in which a multiprocessor issues these instructions of warps."""
+    return max(n_instructions / ASSUMED["issue"], n_exponentials * EXPONENTIAL_CYCLES) / SCHEDULERS
+
+
+# -- Rows of logits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """As RowPlan in csrc/cuda/softmax_rows_plan.h."""
+
+    residence: int
+    cluster_size: int
+    capacity: int
+    n_threads: int
+    blocks: int  # on a multiprocessor
+
+
+def plan_rows(n_columns: int, element_bytes: int, gpu: Gpu) -> Plan:
+    """What the launcher plans for the device."""
+    program = f"""
+#include <cstdio>
+#include "{ROOT}/csrc/cuda/softmax_rows_plan.h"
+int main() {{
+  const ava::RowPlan plan = ava::plan_rows({n_columns}, {element_bytes}, 0,
+                                           {{{gpu.n_multiprocessors}, 228 * 1024, 227 * 1024, 1024, 8}});
+  std::printf("%d %d %d %d %d", int(plan.residence), plan.cluster_size, plan.capacity, plan.n_threads,
+              plan.blocks_per_multiprocessor);
+}}
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "plan.cpp"), Path(folder, "plan")
+        source.write_text(program)
+        flags = ["-std=c++20", "-w", f"-I{ROOT}/tests/cuda_emulator"]
+        subprocess.run(["g++", *flags, "-o", binary, source], check=True)
+        return Plan(*map(int, subprocess.check_output([binary], text=True).split()))
+
+
+@dataclass(frozen=True)
+class RowInstructions:
+    """What a warp executes for each vector of 16 bytes, and for each row besides."""
+
+    maximum: float
+    sum: float
+    gradient: float
+    row: float
+
+    @property
+    def vector(self) -> float:
+        return self.maximum + self.sum + self.gradient
+
+
+_LONGEST_LOOP = 1500  # over vectors; the loop over rows has thousands of instructions
+
+
+def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstructions:
+    """Of row_loss_kernel, where the row is kept in shared memory."""
+    least = {"maximum": math.inf, "sum": math.inf, "gradient": math.inf}
+    for loop in kernel.loops():
+        if not any("128" in opcode for opcode in kernel.opcodes(loop)) or loop.last - loop.first > _LONGEST_LOOP:
+            continue
+        path = kernel.path(loop, r"MUFU.EX2|LDS.128|LDGSTS.*128|STG.*128")
+        if path is None:
+            continue
+        n_kept, n_exponentials = path.count("LDS.128"), path.count("MUFU.EX2")
+        n_stored, n_fetched = path.count(r"STG.*128"), path.count("LDGSTS")
+        if n_kept and not (n_exponentials or n_stored or n_fetched):
+            kind, n_vectors = "maximum", n_kept
+        elif n_kept and n_exponentials == vector_size * n_kept and not (n_stored or n_fetched):
+            kind, n_vectors = "sum", n_kept
+        elif n_stored and n_exponentials == vector_size * n_stored and n_fetched == n_stored:
+            kind, n_vectors = "gradient", n_stored
+        else:
+            continue
+        least[kind] = min(least[kind], path.n_instructions / n_vectors)
+    if math.inf in least.values():
+        raise ValueError(f"gpu_model: expected the loops {list(least)} in {kernel.name}, got {least}")
+    rows = max(
+        kernel.loops(), key=lambda loop: (sum(kernel.opcodes(loop)[o] for o in BARRIERS), loop.last - loop.first)
+    )
+    return RowInstructions(**least, row=kernel.path(rows, " BAR| UCGABAR", lambda inner: 0).n_instructions)
+
+
+BARRIERS = ("BAR.SYNC.DEFER_BLOCKING", "UCGABAR_WAIT")
+
+
+def row_times(plan: Plan, counts: RowInstructions, vector_size: int, n_rows: int, gpu: Gpu) -> tuple[float, float]:
+    """Seconds of one read, one gradient and all sums: least and likely most."""
+    n_warps, n_slots = plan.n_threads / 32, math.ceil(plan.capacity / plan.n_threads)
+    of_row = counts.row + ASSUMED["loops"] * ASSUMED["loop"]
+    issue = issue_cycles(
+        n_warps * (n_slots * counts.vector + of_row) + ASSUMED["stretch"],
+        n_warps * n_slots * 2 * vector_size,
+    )
+    barrier = ASSUMED["cluster barrier" if plan.cluster_size > 1 else "barrier"]
+    delay = ASSUMED["stretch"] * ASSUMED["dependent"] + barrier + 2 * ASSUMED["barrier"]
+    delay += ASSUMED["latency"] * gpu.hertz  # of the row's first vectors
+    cycles = bounds([gpu.cycles(2 * 16 * plan.capacity), issue], delay, plan.blocks)
+    parts = n_rows * plan.cluster_size / gpu.n_multiprocessors
+    return cycles[0] * parts / gpu.hertz, cycles[1] * parts / gpu.hertz
+
+
+# -- The router
+
+
+@dataclass(frozen=True)
+class RouterInstructions:
+    """What a warp executes for its 32 / n_lanes rows of 16 logits a lane."""
+
+    statistics: float
+    gradient: float
+
+
+def count_router_instructions(
+    kernels: Sequence[sass.Function], n_lanes: int, k: int, is_given: bool
+) -> RouterInstructions:
+    """Of the kernels over bfloat16, softmax.
+
+    is_given: the caller brings the choices; else they are made.
+    """
+
+    n_shuffles = 2 if n_lanes <= 4 else 5  # of a loop over choices of one's own: it is there twice
+
+    def path(stem: str, keys: str, n_sums: int) -> float:
+        (kernel,) = [f for f in kernels if re.search(stem, f.name)]
+        loops = [loop for loop in kernel.loops() if _is_over_rows(kernel.opcodes(loop))]
+        over_rows = min(loops, key=lambda loop: loop.last - loop.first)
+
+        def trips(inner: sass.Loop) -> float:
+            opcodes = kernel.opcodes(inner)
+            if opcodes["STG.E"]:  # one choice after another; by 64 bits where there is a bias
+                is_ours = not is_given and opcodes["SHFL.BFLY"] == n_shuffles and sum(opcodes.values()) < 100
+                return k if is_ours else math.inf
+            if not opcodes["SHFL.IDX"]:
+                return 1
+            if opcodes["SHFL.IDX"] == 1 or not is_given:  # experts chosen twice
+                return math.inf
+            n_reads = math.ceil(k / n_lanes)
+            return n_reads if any(o.startswith("LDG") for o in opcodes) else k / n_reads / opcodes["SHFL.IDX"]
+
+        found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|STG.*128|{keys}", trips)
+        if found is None or ("STG" in keys and not found.count("STG.E$")):
+            raise ValueError(f"gpu_model: expected a path through the choices of {kernel.name}")
+        more_steps = max(0, n_lanes.bit_length() - 3) + (n_lanes == 16)  # of a sum over more than 4 lanes
+        return found.n_instructions + 2 * n_sums * more_steps
+
+    # importance is added where bits in predicates say so
+    choices = "SHFL.IDX|R2P" if is_given else "STG.E$|R2P"
+    return RouterInstructions(path("router_statistics_kernel", choices, 3), path("router_gradient_kernel", "none", 4))
+
+
+def _is_over_rows(opcodes: Counter[str]) -> bool:
+    return opcodes["MUFU.EX2"] >= 16 and any(opcode.startswith("LDGSTS") for opcode in opcodes)
+
+
+ROUTER = r"I13__nv_bfloat16Li16ELb0E"  # in a kernel's name: bfloat16, more than 8 experts, softmax
+ROUTER_BLOCK = 256  # threads
+REGISTERS = 65536  # of a multiprocessor
+
+
+def router_times(
+    counts: RouterInstructions, registers: dict[str, int], n_experts: int, k: int, is_given: bool, gpu: Gpu
+) -> tuple[tuple[float, float], float]:
+    """Cycles of a multiprocessor for a warp's rows, forward and backward, least and likely most; and of their bytes."""
+    n_lanes = n_experts // 16
+    rows, n_bytes = 32 // n_lanes, 1024
+    of_choices = rows * k * (8 if is_given else 4)
+    least = most = 0.0
+    for n_instructions, n_moved, kernel in (
+        (counts.statistics, n_bytes + of_choices, "router_statistics"),
+        (counts.gradient, 2 * n_bytes, "router_gradient"),
+    ):
+        n_warps = REGISTERS // (ROUTER_BLOCK * registers[kernel]) * ROUTER_BLOCK // 32
+        # three rows are under way meanwhile: a warp waits only for what the latency exceeds its work on those
+        alone = n_instructions * ASSUMED["alone"]
+        delay = max(0.0, ASSUMED["latency"] * gpu.hertz - 3 * alone)
+        bound = bounds([gpu.cycles(n_moved), issue_cycles(n_instructions, 18)], delay, n_warps)
+        least, most = least + max(bound[0], alone / n_warps), most + max(bound[1], alone / n_warps)
+    return (least, most), gpu.cycles(3 * n_bytes + of_choices)
+
+
+def registers_of(report: str, stem: str) -> int:
+    """Of ptxas' report beside the cubin."""
+    found = re.search(rf"entry function '\w*{stem}{ROUTER}\w*'.*?Used (\d+) registers", report, re.DOTALL)
+    if found is None:
+        raise ValueError(f"gpu_model: expected the registers of {stem}, got none")
+    return int(found[1])
