@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.dtensor_logits import DTENSOR, gathered_weight, is_dtensor
+from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
+from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
-from ava_ext.placements import CallPlacement, check_is_local, check_is_whole, whole
+from ava_ext.placements import CallPlacement, check_is_local, check_is_whole
 from ava_ext.reduction import count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
@@ -32,13 +33,13 @@ CandidateLoss = Callable[[Tensor, Tensor, Candidates], RowLoss]
 # one value, or several, for each row of the logits
 ROW_WISE = (
     "logits", "targets", "attention_mask", "hidden_states", "token_weights", "input_ids", "negative_ids",
-    "negative_weights", "soft_target_ids", "soft_target_weights",
+    "negative_weights", "soft_target_ids", "soft_target_weights", "target_probabilities",
 )  # fmt: skip
 # tensors on the device of the logits; logits, hidden_states and lm_head_weight may come in other forms
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
     "negative_ids", "negative_weights", "soft_target_ids", "soft_target_weights", "confidence_scores", "prefix_ids",
-    "mtp_depth_weights", "global_expert_counts",
+    "mtp_depth_weights", "global_expert_counts", "target_probabilities",
 )  # fmt: skip
 
 
@@ -99,6 +100,7 @@ class Call:
     negative_weights: Tensor | None  # as negative_ids
     soft_target_ids: Tensor | None  # as targets, and [n_soft_targets]
     soft_target_weights: Tensor | None  # as soft_target_ids
+    target_probabilities: Tensor | None  # as targets, and [vocab_size]
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
     max_counted_rows: int | None
 
@@ -171,18 +173,17 @@ class Call:
 
     def _take_whole(self) -> None:
         """What is aligned with the rows, as tensors of all rows, where it may be DTensors."""
-        logits = self.logits
-        beside = is_dtensor(logits) or (isinstance(logits, LinearLogits) and is_dtensor(logits.hidden_states))
+        beside = has_dtensor(self.logits)
         names = [name for name in ROW_WISE if name not in ("logits", "hidden_states")]
         for name in (*names, "position_ids", "segment_ids"):
-            setattr(self, name, whole(name, getattr(self, name), beside))
+            setattr(self, name, whole("unified_loss", name, getattr(self, name), beside))
 
     def _place(self) -> None:
         """Where the rows are, if they are spread over ranks, and the hidden states that parts read."""
         config = self.config
         self.placement = CallPlacement.of(config, self.logits)
         if self.placement is None:
-            self.hidden_states = whole("hidden_states", self.hidden_states, False)
+            self.hidden_states = whole("unified_loss", "hidden_states", self.hidden_states, False)
         elif config.mtp_heads == "own" or config.use_contrastive_loss:
             self.hidden_states = self.placement.hidden_states(self.hidden_states)
         elif config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
@@ -217,8 +218,11 @@ class Call:
 
     def padding_free(self, n_rows: int) -> Tensor | None:
         """[n_rows] bool: which rows of a router or an expert are not padding; None: all, or their number is another."""
-        of_rows = (self.keep_targets, self.keep_tokens)
-        for keep in of_rows if self.placement is None else map(self.placement.local, of_rows):
+        for keep in (self.keep_targets, self.keep_tokens):
+            if keep is not None and self.placement is not None:
+                if keep.shape != self.rows_shape:
+                    continue  # without the row behind the last label: no block of the rows
+                keep = self.placement.local(keep)
             if keep is not None and keep.numel() == n_rows:
                 return keep.reshape(-1)
         return None
@@ -350,6 +354,7 @@ def _check_shapes(call: Call) -> None:
         if call.input_ids is None and not call.config.labels_are_shifted:
             raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
     _check_soft_targets(call, shape)
+    _check_probabilities(call, shape)
     ids, weights = call.negative_ids, call.negative_weights
     if ids is None:
         if weights is not None:
@@ -373,6 +378,24 @@ def _check_soft_targets(call: Call, shape: torch.Size) -> None:
         raise _bad_shape("soft_target_ids", (*shape, "n_soft_targets"), ids)
     if weights.shape != ids.shape:
         raise _bad_shape("soft_target_weights", ids.shape, weights)
+
+
+def _check_probabilities(call: Call, shape: torch.Size) -> None:
+    probabilities, config = call.target_probabilities, call.config
+    if probabilities is None:
+        return
+    sizes = (config.vocab_size, call.logits.shape[-1])
+    if probabilities.shape[:-1] != shape or probabilities.shape[-1] not in sizes:
+        raise _bad_shape("target_probabilities", (*shape, config.vocab_size), probabilities)
+    if not probabilities.is_floating_point():
+        raise ValueError(f"unified_loss: expected target_probabilities of floating point, got {probabilities.dtype}")
+    for name in ("use_focal_loss", "token_reweighting", "class_weights"):
+        if getattr(config, name):
+            raise ValueError(f"unified_loss: {name} needs one target for each row, got target_probabilities")
+    if config.label_smoothing > 0 and config.smoothing_mode != "uniform":
+        raise ValueError(
+            "unified_loss: smoothing_mode='exclude_target' needs one target for each row, got target_probabilities"
+        )
 
 
 def _check_order(call: Call) -> None:

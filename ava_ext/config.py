@@ -50,6 +50,9 @@ _TOKENS = _Range("a sequence of token ids (integers)", lambda v: isinstance(v, t
 _TOKEN_OR_TOKENS = _Range("token ids (integers)", lambda v: _TOKEN.holds(v) or _TOKENS.holds(v))
 _BOUNDS = _Range("two numbers, 0 < low <= high", lambda v: _is_pair(v) and 0 < v[0] <= v[1])
 _NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v)))
+_RANKS = _Range(
+    "different integers >= 1", lambda v: _TOKENS.holds(v) and all(k >= 1 for k in v) and len(set(v)) == len(v)
+)
 _GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
 
 
@@ -93,6 +96,9 @@ class UnifiedLossConfig:
     process_group: Any = _option(
         None, _GROUP, 'the group that step() sums learned state over; "world": the default group'
     )
+    accuracy_top_k: tuple[int, ...] = _option(
+        (), _RANKS, "return_detailed also says how often the target is among the k likeliest tokens, for each k"
+    )
     linear_chunk_bytes: int | None = _option(
         None, _at_least(1), "bytes of a chunk of logits computed from hidden_states; None: 64 MB, on CUDA 1 GB"
     )
@@ -118,7 +124,7 @@ class UnifiedLossConfig:
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
     class_weights: tuple[float, ...] | None = _option(
-        None, _NUMBERS, "weight of each target's term by its class; N is then their sum, as in PyTorch"
+        None, _NUMBERS, "weight of each class, in label smoothing too; N is the sum of the targets', as in PyTorch"
     )
     token_reweighting: str | None = _option(
         None,
@@ -131,6 +137,9 @@ class UnifiedLossConfig:
     distillation_weight: float = _option(1.0, _NOT_NEGATIVE, "weight of the term of soft_target_ids")
     distillation_temperature: float = _option(
         1.0, _POSITIVE, "Td: soft targets are compared with softmax(z / Td), and their term is multiplied by Td^2"
+    )
+    distillation_tail: bool = _option(
+        False, _FLAG, "compare what soft targets leave, 1 - sum q, with 1 - sum p as one more target"
     )
 
     # multi-token prediction
@@ -179,9 +188,14 @@ class UnifiedLossConfig:
     )
     num_moe_layers: int = _option(1, _at_least(1), "how many layers have a router")
     use_moe_balancing: bool = _option(False, _FLAG, "steer the router against its running load, and keep expert_bias")
-    gradient_balance_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of the steering term")
+    gradient_balance_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the steering term")
     moe_momentum: float = _option(0.9, _BELOW_ONE, "momentum of the running load")
     expert_bias_rate: float = _option(1e-3, _NOT_NEGATIVE, "step size of the loss-free bias; it moves once per step()")
+    expert_bias_update: str = _option(
+        "sign",
+        _one_of("sign", "quantile"),
+        '"sign" (a step of expert_bias_rate) or "quantile" (where each expert would have had its share)',
+    )
     expert_bias_centered: bool = _option(False, _FLAG, "step() moves the mean of each layer's expert_bias to 0")
     use_diversity_loss: bool = _option(False, _FLAG, "mean pairwise cosine similarity of expert_outputs")
     diversity_weight: float = _option(0.01, _NOT_NEGATIVE, "weight of the diversity term")
@@ -219,6 +233,13 @@ class UnifiedLossConfig:
         n_experts, k = self.num_experts, self.num_experts_per_token
         if n_experts is not None and k is not None and k > n_experts:
             raise _bad("num_experts_per_token", f"at most num_experts = {n_experts}", k)
+        if self.expert_bias_update == "quantile" and self.router_score != "sigmoid":
+            raise ValueError(
+                "unified_loss: expert_bias_update='quantile' needs router_score='sigmoid', got 'softmax': the "
+                "scores of many experts would lie in one bin"
+            )
+        if self.expert_bias_update == "quantile" and n_experts is not None and k == n_experts:
+            raise _bad("num_experts_per_token", f"below num_experts = {n_experts} with quantile balancing", k)
         if self.mtp_share_head and self.mtp_heads == "hidden_states":
             raise ValueError(
                 "unified_loss: mtp_type='hidden_states' shares the head anyway: expected no mtp_share_head"
@@ -235,11 +256,8 @@ class UnifiedLossConfig:
                 "unified_loss: negatives_need_target=False reads the logits a second time: "
                 "expected inplace_gradient=False"
             )
-        if self.class_weights is not None:
-            if len(self.class_weights) != self.vocab_size:
-                raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
-            if self.label_smoothing > 0:
-                raise NotImplementedError("unified_loss: class_weights with label_smoothing are not supported yet")
+        if self.class_weights is not None and len(self.class_weights) != self.vocab_size:
+            raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
         if self.inplace_gradient and self.distillation_temperature != 1:
             raise ValueError(
                 "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "

@@ -11,30 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.dtensor_logits import Place, PlacedLogits, is_dtensor, linear_place, local_weight
+from ava_ext.ops.dtensor_logits import Place, PlacedLogits, linear_place, local_weight
+from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import LocalRows, RowShard, ShardedLogits
 from ava_ext.reduction import Rows
-
-
-def whole(
-    name: str,
-    values: Any,  # aligned with the rows
-    beside_dtensor: bool,
-) -> Any:
-    """Targets, a mask or ids of all rows, where they may be a DTensor.
-
-    Raises:
-        ValueError: a shard of them beside logits that are no DTensor.
-    """
-    if not is_dtensor(values):
-        return values
-    if not beside_dtensor and not all(p.is_replicate() for p in values.placements):
-        raise ValueError(
-            f"unified_loss: expected {name} as a torch.Tensor beside logits that are one, got a DTensor in placements "
-            f"{values.placements}: pass {name}.to_local(), or logits as a DTensor"
-        )
-    return values.full_tensor()
 
 
 def check_is_local(name: str, values: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops import row_weights
 
 
 class Rows(NamedTuple):
@@ -66,30 +67,14 @@ def count_rows(
         ValueError: it is negative, not finite, or has several elements. The value of a tensor is not read, because that
             would wait for the device.
     """
-    counted = targets != config.ignore_index
-    if keep is not None:
-        counted = counted & keep
-        targets = torch.where(counted, targets, config.ignore_index)
-    weights = counted.double() if dtype == torch.float64 else counted.float()  # the words that dispatch fastest
-    n_counted = weights.sum()
     if token_weights is not None:
-        weights = torch.where(counted, token_weights.to(dtype), 0.0)
-    n_items = None
-    if num_items_in_batch is not None:
-        n_items = items_of(num_items_in_batch, weights)
-    if config.reduction != "mean":
-        return Rows(targets, n_counted, weights, None)
-    if n_items is not None:
-        n = n_items
-    elif token_weights is not None or class_weights is not None:
-        n = weights.sum()
-        if class_weights is not None:
-            of_classes = (weights * classes_of(targets, class_weights)).sum()
-            n = torch.where(of_classes == 0, n, of_classes)
-        n = torch.where(n == 0, 1.0, n)
-    else:
-        n = n_counted.clamp_min(1)
-    return Rows(targets, n_counted, weights / n, n_items)
+        token_weights = token_weights.to(dtype)
+    is_mean = config.reduction == "mean"
+    n_items = None if num_items_in_batch is None else items_of(num_items_in_batch, targets.device, dtype)
+    targets, n_counted, weights = row_weights.count_rows(
+        targets, keep, token_weights, class_weights, n_items, config.ignore_index, is_mean, dtype
+    )
+    return Rows(targets, n_counted, weights, n_items if is_mean else None)
 
 
 def classes_of(
@@ -102,10 +87,11 @@ def classes_of(
 
 def items_of(
     num_items_in_batch: float | Tensor,
-    weights: Tensor,  # [...]
+    device: torch.device,
+    dtype: torch.dtype,
     owner: str = "unified_loss",
 ) -> Tensor:  # []
-    """num_items_in_batch on the device and in the type of weights, and 1 where it is 0. owner begins the messages."""
+    """num_items_in_batch as a tensor, and 1 where it is 0. owner begins the messages."""
     if not isinstance(num_items_in_batch, (Tensor, Real)):
         if not hasattr(num_items_in_batch, "__array__"):
             got = type(num_items_in_batch).__name__
@@ -115,10 +101,10 @@ def items_of(
         n = float(num_items_in_batch)
         if not 0 <= n < math.inf:
             raise ValueError(f"{owner}: expected num_items_in_batch to be >= 0, got {num_items_in_batch}")
-        return torch.full((), n or 1.0, dtype=weights.dtype, device=weights.device)
+        return torch.full((), n or 1.0, dtype=dtype, device=device)
     if num_items_in_batch.numel() != 1:
         raise ValueError(
             f"{owner}: expected num_items_in_batch of one element, got shape {list(num_items_in_batch.shape)}"
         )
-    n_items = num_items_in_batch.reshape(()).to(weights.device, weights.dtype)
+    n_items = num_items_in_batch.reshape(()).to(device, dtype)
     return torch.where(n_items == 0, 1.0, n_items)

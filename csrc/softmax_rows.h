@@ -59,23 +59,32 @@ AVA_HOST_DEVICE RowStatistics<Real> empty_statistics() {
   return {Real(-INFINITY), Real(-1), Real(0), Real(0), Real(0), Real(0)};
 }
 
-// Statistics of two disjoint sets of columns. Exact for empty ones: never e^-inf * -inf. A nan never wins the maximum;
-// it travels in `rest`, also out of an empty part.
+// What a part of the columns adds to the sums about a maximum at another column, not below its own. Exact for an empty
+// part: never e^-inf * -inf. A nan travels in `rest`, also out of an empty one.
+template <class Real>
+AVA_HOST_DEVICE RowStatistics<Real> below(const RowStatistics<Real>& part, Real max, Real inverse_temperature) {
+  RowStatistics<Real> share = empty_statistics<Real>();
+  share.rest = part.rest;  // of an empty part: 0, or nan
+  if (part.max == Real(-INFINITY)) return share;
+  const Real shift = (part.max - max) * inverse_temperature, factor = exp_of(shift), total = 1 + part.rest;
+  if (factor > 0) share.weighted = factor * (part.weighted + shift * total);  // shift * total may be infinite
+  share.rest = total * factor;
+  share.sum = part.sum + shift * part.count;
+  share.count = part.count;
+  return share;
+}
+
+// Statistics of two disjoint sets of columns. A nan never wins the maximum.
 template <class Real>
 AVA_HOST_DEVICE RowStatistics<Real> merge(const RowStatistics<Real>& first, const RowStatistics<Real>& second,
                                           Real inverse_temperature) {
   const bool second_wins = second.max > first.max || (second.max == first.max && second.argmax < first.argmax);
   RowStatistics<Real> high = second_wins ? second : first;
-  const RowStatistics<Real> low = second_wins ? first : second;
-  if (low.max == Real(-INFINITY)) {
-    high.rest += low.rest;  // 0, or nan
-    return high;
-  }
-  const Real shift = (low.max - high.max) * inverse_temperature, factor = exp_of(shift), total = 1 + low.rest;
-  if (factor > 0) high.weighted += factor * (low.weighted + shift * total);  // shift * total may be infinite
-  high.rest += total * factor;
-  high.sum += low.sum + shift * low.count;
-  high.count += low.count;
+  const RowStatistics<Real> low = second_wins ? first : second, share = below(low, high.max, inverse_temperature);
+  high.rest += share.rest;
+  high.weighted += share.weighted;
+  high.sum += share.sum;
+  high.count += share.count;
   return high;
 }
 
@@ -119,9 +128,19 @@ enum RowFlags : int64_t {
   kEaft = 1024,
   kSoftTargets = 2048,    // the last group of candidates are soft targets: -q log p_c in place of -w log(1 - p_c)
   kTargetWeights = 4096,  // the first group of candidates is one absent id, whose weight is that of the target's term
+  kTail = 16384,          // the first of the soft targets is kTailId, whose weight is that of their tail
+  // a weight q_j of every column comes beside the row: probabilities, whose term sum_j q_j (-log p_j) takes the place of
+  // the target's, or what weighs the columns under label smoothing, e / V sum_j q_j (-log p_j)
+  kTargetProbabilities = 8192,
+  kSmoothingWeights = 32768,
+  // report the target's rank and the maximum's column too: kRankTerms further rows of row_terms, behind the groups'
+  kRanks = 65536,
 };
+constexpr int64_t kColumnWeightFlags = kTargetProbabilities | kSmoothingWeights;
+// In place of an id: all columns but those of the ids behind it.
+constexpr int32_t kTailId = -2;
 // Terms that need more of a row than its maximum and R.
-constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft;
+constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft | kColumnWeightFlags;
 
 // The first rows of row_terms; one more follows for each group of candidates.
 enum RowTerm {
@@ -134,6 +153,11 @@ enum RowTerm {
   kRowTerms
 };
 
+// With kRanks, both counted from 1, and 0 in a row that does not count. The rank is 1 and how many columns have a greater
+// logit than the target, as the logits are stored: 1 for each of several greatest. 1 + vocab_size where the target's
+// logit is a nan. The maximum is the lowest of equals.
+enum RankTerm { kRankMetric, kArgmaxMetric, kRankTerms };
+
 // a, b, k of (1), and s of the maximum. As a tensor, `row_coefficients`: [n_rows, kRowCoefficients + n_ids], in this
 // order, and then s of the ids.
 template <class Real>
@@ -141,7 +165,9 @@ struct RowCoefficients {
   Real probability;  // a
   Real entropy;      // b
   Real constant;     // k
-  Real maximum;      // s of log p_i*, for a caller who does not name i* among his ids
+  // s of log p_i*, for a caller who does not name i* among his ids; beside weights of the columns their factor: every
+  // column j has s_j = maximum q_j. (a then lacks what q_i* gives, which the gradient at i* would cancel with.)
+  Real maximum;
 };
 constexpr int kRowCoefficients = 4;
 
@@ -186,6 +212,24 @@ AVA_HOST_DEVICE CandidateShare<Real> soft_target(Real total, Real u, Real weight
   return {weight * (total - u), -weight};
 }
 
+// The tail of soft targets: one more target, of weight q', for all columns but theirs. Its term is -q' log(T / S) with T
+// the sum of e^u over those columns themselves: S minus that of the others would cancel. Its gradient,
+//
+//   dz_j = q' p_j - 1(j is not named) q' p_j S / T
+//
+// cannot be that of many s_c where T is small: they would be huge, and cancel. So a column that is not named has a
+// coefficient of p_j of its own, beside `a`; in the tensor row_coefficients it has the place of kTailId.
+template <class Real>
+struct TailShare {
+  Real loss, probability, outside;  // and the coefficients of p_j: of every column, and of those that are not named
+};
+template <class Real>
+AVA_HOST_DEVICE TailShare<Real> tail_share(const RowStatistics<Real>& row, Real mass, Real weight) {  // mass: T
+  const Real total = 1 + row.rest, smallest = smallest_rest<Real>() * total;
+  const Real ratio = total / (mass < smallest ? smallest : mass);  // a nan passes
+  return {weight * log_of(ratio), weight, -weight * ratio};
+}
+
 // Every term of one counted row but the candidates', and the coefficients of its gradient.
 template <class Real>
 struct RowEvaluation {
@@ -193,6 +237,14 @@ struct RowEvaluation {
   RowCoefficients<Real> coefficients;
   Real target_coefficient;  // s of the target
 };
+
+// What weighs the uniform part of the loss: e, and e V / (V - 1) where the target is left out of it.
+template <class Real>
+AVA_HOST_DEVICE Real smoothing_of(const RowStatistics<Real>& row, const RowOptions<Real>& options, int64_t flags) {
+  const Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
+  if (!(flags & kExcludeTarget)) return smoothing;
+  return row.count > 1 ? smoothing * (row.count / (row.count - 1)) : Real(0);  // V = 1: no others
+}
 template <class Real>
 AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, const RowOptions<Real>& options,
                                              int64_t flags, bool target_is_argmax,
@@ -226,11 +278,10 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       hard = weight == 0 ? Real(0) : weight * hard;  // a masked target's nll is inf
       slope *= weight;
     }
-    Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
-    if (flags & kExcludeTarget) smoothing *= row.count > 1 ? row.count / (row.count - 1) : Real(0);  // V = 1: no others
+    const Real smoothing = smoothing_of(row, options, flags);
     out.terms[kMainLoss] = smoothing == 1 ? Real(0) : (1 - smoothing) * hard;
     out.target_coefficient = -(1 - smoothing) * slope;
-    if (flags & kLabelSmoothing) {
+    if ((flags & (kLabelSmoothing | kSmoothingWeights)) == kLabelSmoothing) {
       out.terms[kMainLoss] += smoothing * (total - row.sum / row.count);
       out.coefficients.probability += smoothing;
       out.coefficients.constant = -smoothing / row.count;
@@ -247,6 +298,34 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     out.coefficients.entropy = slope;
   }
   return out;
+}
+
+// Sums over the weights q_j of the columns. u_i* is 0, so that i* has no part in `weighted`. A masked column has none in
+// any, but that its probability above 0 makes the loss infinite.
+template <class Real>
+struct ColumnWeightSums {
+  Real rest;        // sum over j != i* of q_j
+  Real at_maximum;  // q_i*
+  Real weighted;    // sum of q_j u_j
+};
+
+// The flags with which `evaluate` is called where there are weights of the columns, and the weight of its target.
+AVA_HOST_DEVICE int64_t flags_beside_column_weights(int64_t flags) {
+  return flags & kTargetProbabilities ? flags | kTargetWeights : flags;  // a target of weight 0
+}
+
+// What the weights of the columns add to the terms of a row, and to its coefficients.
+template <class Real>
+AVA_HOST_DEVICE void add_column_weights(const RowStatistics<Real>& row, const RowOptions<Real>& options, int64_t flags,
+                                        const ColumnWeightSums<Real>& q, RowEvaluation<Real>& out) {
+  const Real loss = (q.rest + q.at_maximum) * log_total(row) - q.weighted,
+             smoothing = smoothing_of(row, options, flags);
+  const Real factor = flags & kTargetProbabilities ? 1 - smoothing : smoothing / row.count;
+  if (flags & kTargetProbabilities) out.terms[kCrossEntropyMetric] = loss;
+  if (!(flags & kCrossEntropy)) return;
+  if (factor != 0) out.terms[kMainLoss] += factor * loss;  // the loss may be infinite
+  out.coefficients.probability += factor * q.rest;
+  out.coefficients.maximum = -factor;
 }
 
 // (1) for the columns that are nobody's target or candidate, as a function of d = softcap(x) - max, already by x but

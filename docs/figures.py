@@ -1,4 +1,5 @@
-"""Draws docs/figures/*.svg from the results in benchmarks/results/ and studies/results/. `make docs` runs it.
+"""Draws docs/figures/*.svg: plots of the results in benchmarks/results/ and studies/results/, and the drawings of "How
+it works". `make docs` runs it.
 
 python docs/figures.py
 """
@@ -13,12 +14,13 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).resolve().parent / "figures"
 BENCHMARKS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "studies" / "results"
 OURS, OTHERS = "#00796b", ("#616161", "#9e9e9e", "#bdbdbd")
-LINES = ("#616161", "#1565c0", "#ef6c00", "#00796b", "#8e24aa", "#c62828", "#6d4c41")
+LINES = ("#616161", "#1565c0", "#ef6c00", "#00796b", "#8e24aa", "#c62828", "#6d4c41", "#d4a017")
 
 matplotlib.rcParams.update(
     {"svg.hashsalt": "ava_ext", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -156,9 +158,74 @@ def repetition() -> Figure | None:
     return figure
 
 
+def _canvas(width: float, height: float) -> tuple[Figure, Any]:
+    """An empty sheet; one unit is a tenth of an inch."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 10 * width), ylim=(0, 10 * height))
+    axes.axis("off")
+    return figure, axes
+
+
+def _box(axes: Any, x: float, y: float, width: float, height: float, text: str, colour: str = "#e0f2f1") -> None:
+    edge = OURS if colour == "#e0f2f1" else OTHERS[0]
+    style = {"boxstyle": "round,pad=0,rounding_size=1", "facecolor": colour, "edgecolor": edge, "linewidth": 1.2}
+    axes.add_patch(FancyBboxPatch((x, y), width, height, **style))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8, linespacing=1.4)
+
+
+def _row(axes: Any, x: float, y: float, n_cells: int, text: str, shades: str) -> None:
+    """A row as long as the vocabulary."""
+    for cell in range(n_cells):
+        style = {"facecolor": shades, "alpha": 0.25 + 0.5 * ((7 * cell) % 5) / 5, "edgecolor": "white"}
+        axes.add_patch(Rectangle((x + 2 * cell, y), 2, 3.5, **style))
+    axes.text(x + n_cells, y - 2, text, ha="center", va="center", fontsize=8)
+
+
+def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": OTHERS[0], "linewidth": 1.2})
+    axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 1.3, text, ha="center", fontsize=7.5, style="italic")
+
+
+def one_pass() -> Figure:
+    """A row of logits, what is made of it, and its gradient."""
+    figure, axes = _canvas(9, 2.6)
+    _row(axes, 2, 18, 10, "a row of logits: V numbers", OURS)
+    _box(axes, 34, 16.5, 21, 7, "statistics\nmax, R, B, U, V\nand u of a few columns")
+    _box(axes, 65, 16.5, 23, 7, "terms\ncross-entropy, z-loss,\npenalties, metrics")
+    _box(axes, 65, 3, 23, 7, "coefficients\na, b, k, and s of a few columns")
+    _row(axes, 2, 5, 10, "its gradient: V numbers", "#ef6c00")
+    _arrow(axes, (22.5, 20), (33.5, 20), "measure")
+    _arrow(axes, (55.5, 20), (64.5, 20), "evaluate")
+    _arrow(axes, (76.5, 16), (76.5, 10.5))
+    _arrow(axes, (64.5, 6.7), (22.5, 6.7), "differentiate, while the row is in the cache or on the chip")
+    return figure
+
+
+def without_logits() -> Figure:
+    """The fused linear layer: a chunk of rows at a time, through one buffer."""
+    figure, axes = _canvas(9, 3)
+    grey = "#f5f5f5"
+    _box(axes, 2, 4, 14, 22, "", grey)
+    axes.text(9, 27.5, "hidden states", ha="center", fontsize=8)
+    for number, y in enumerate((19.5, 12.5, 5.5)):
+        _box(axes, 3.5, y, 11, 5.5, f"chunk {number + 1}", "#b2dfdb" if number == 0 else "#ffffff")
+    _box(axes, 28, 18, 22, 8, "buffer\nlogits of the chunk")
+    _box(axes, 28, 4, 22, 8, "the same memory\ntheir gradient")
+    _box(axes, 66, 18, 22, 8, "gradient of the\nchunk's hidden states", grey)
+    _box(axes, 66, 4, 22, 8, "gradient of the weight:\nall chunks add to it", grey)
+    _arrow(axes, (16.5, 22), (27.5, 22), "times weight")
+    _arrow(axes, (39, 17.5), (39, 12.5))
+    axes.text(40, 14.6, "the row kernel", fontsize=7.5, style="italic")
+    _arrow(axes, (50.5, 9.5), (65.5, 20.5), "")
+    axes.text(54, 16.5, "times weight", fontsize=7.5, style="italic", ha="center")
+    _arrow(axes, (50.5, 7), (65.5, 7), "times states")
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure | None]] = {
     "rows": rows, "memory": memory, "router": router, "accuracy": accuracy, "moe_balance": moe_balance,
-    "repetition": repetition,
+    "repetition": repetition, "one_pass": one_pass, "without_logits": without_logits,
 }  # fmt: skip
 
 

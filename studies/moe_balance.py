@@ -2,6 +2,7 @@
 
     python studies/moe_balance.py              ten minutes on an idle core; goes on where it stopped
     python studies/moe_balance.py --quick      half a minute: does everything run?
+    python studies/moe_balance.py --steering 0.01 0.1      these weights of the steering term alone
 
 Writes results/moe_balance.json; docs/figures.py draws it. The text is the standard library's documentation. The model
 has two layers of attention, each followed by 16 experts, of which the router (softmax) takes two for each token.
@@ -34,13 +35,14 @@ WIDTH, N_LAYERS, N_EXPERTS, EXPERTS_PER_TOKEN, CONTEXT, BATCH_SIZE = 64, 2, 16, 
 LEARNING_RATE = 2e-3
 
 # a run has hundreds of steps, not 100,000: the bias of the loss-free rule moves ten times as far per step as by default
-STEERING = {"use_moe_balancing": True, "gradient_balance_weight": 0.1, "expert_bias_rate": 0.0}
+STEERING = {"use_moe_balancing": True, "gradient_balance_weight": 0.01, "expert_bias_rate": 0.0}
 BIAS = {"use_moe_balancing": True, "gradient_balance_weight": 0.0, "expert_bias_rate": 0.01}
 SWITCH = {"use_auxiliary_loss": True, "load_balancing_weight": 0.01, "router_z_weight": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "none": {},
     "Switch": SWITCH,
     "steering": STEERING,
+    "steering, weight 0.1": {**STEERING, "gradient_balance_weight": 0.1},
     "loss-free bias": BIAS,
     "Switch + bias": {**SWITCH, **BIAS},
     "steering + bias": {**STEERING, "expert_bias_rate": 0.01},
@@ -166,9 +168,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="12 steps, one seed, three arms")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--steering", type=float, nargs="+", metavar="WEIGHT", help="the steering term with these weights"
+    )
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     arms = ARMS
+    if options.steering:
+        arms = {
+            f"steering, weight {weight:g}": {**STEERING, "gradient_balance_weight": weight}
+            for weight in options.steering
+        }
+    if options.output is None:
+        options.output = RESULTS.with_name("moe_balance_steering.json") if options.steering else RESULTS
     if options.quick:
         options.steps, options.seeds = 12, 1
         arms = {name: ARMS[name] for name in ("none", "Switch", "steering + bias")}

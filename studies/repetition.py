@@ -1,13 +1,14 @@
 """`make study`: what the repetition losses do to a real model. SmolLM2-135M-Instruct, fine-tuned on technical text.
 
-    python studies/repetition.py --arms cross-entropy sequence --seeds 1     a part; goes on where it stopped
-    python studies/repetition.py --quick                                     minutes: does everything run?
-    python studies/repetition.py --print                                     the table of the results that are there
+    python studies/repetition.py --arms cross-entropy token --seeds 1     a part; goes on where it stopped
+    python studies/repetition.py --quick                                  minutes: does everything run?
+    python studies/repetition.py --print                                  the table of the results that are there
 
-All arms see the same data in the same order, take the same number of updates and start from the same weights. The text
-is the standard library's docstrings, every fifteenth held out; text of another kind is the language reference.
-Sequence-level updates (Welleck et al. 2019): the model continues prefixes greedily, and every token of a repeated
-n-gram gets -log(1 - p). Results are written after every arm and seed, and a state every few updates.
+All arms of a seed see the same data in the same order, take the same number of updates and start from the same weights.
+The text is the standard library's docstrings, every fifteenth held out; text of another kind is the language reference.
+With sequence-level unlikelihood (Welleck et al. 2019), the model also continues prefixes greedily, and every token of a
+repeated n-gram gets -log(1 - p): cross-entropy of the text and this, of the rollouts, make one update. Results are
+written after every arm and seed, and a state every few updates. Several processes may run different arms or seeds.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import smollm2
-from measures import measures, repeated_positions
+from measures import measures
 
-from ava_ext import LinearLogits, UnifiedLoss
-from ava_ext.ops import Candidates, RowFlags, row_loss, row_options
+from ava_ext import LinearLogits, SequenceUnlikelihoodLoss, UnifiedLoss
 
+END = "<|im_end|>"  # of a text, to this model
 RESULTS = Path(__file__).parent / "results" / "repetition.json"
 
 
@@ -38,40 +42,51 @@ class Arm(NamedTuple):
     """What differs between two runs."""
 
     options: dict[str, Any]  # of UnifiedLoss
-    sequence_share: float = 0.0  # of the updates that are sequence-level
-    sequence_weight: float = 1.0
+    sequence_weight: float = 0.0
 
 
 TOKEN = {"use_ngram_penalty": True, "ngram_size": 1, "ngram_slots": 128, "ngram_penalty_weight": 1.0}
 ARMS = {
     "cross-entropy": Arm({}),
+    "sequence, weight 0.25": Arm({}, 0.25),
+    "sequence, weight 0.5": Arm({}, 0.5),
+    "sequence, weight 1": Arm({}, 1.0),
+    "sequence, weight 2": Arm({}, 2.0),
+    "token": Arm(TOKEN),
+    "both": Arm(TOKEN, 0.25),
     "n-gram, weight 0.5": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 0.5}),
     "n-gram, weight 4": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 4.0}),
-    "token": Arm(TOKEN),
-    "sequence": Arm({}, sequence_share=0.5),
-    "sequence, weight 0.25": Arm({}, sequence_share=0.5, sequence_weight=0.25),
-    "both": Arm(TOKEN, sequence_share=0.5),
 }
 
 
 class Setting(NamedTuple):
     """What all runs share."""
 
-    updates: int = 300
-    learning_rate: float = 5e-5
-    n_layers: int = 10
-    batch_size: int = 8
+    updates: int = 48
+    learning_rate: float = 6e-4  # at its highest; falls to 0
+    n_layers: int = 6
+    batch_size: int = 4
     n_tokens: int = 128  # of a training text
+    n_rollouts: int = 2  # per update
+    rollout_updates: int = 8  # that share one round of rollouts: a large batch costs less per token
     prefix_length: int = 32
     rollout_length: int = 64
     rollout_ngram: int = 4
-    n_prompts: int = 64
+    n_prompts: int = 32  # half of them where the text is of another kind, or sampled
     n_new_tokens: int = 100
-    n_windows: int = 64  # held-out texts of n_tokens
+    n_windows: int = 32  # held-out texts of n_tokens
 
 
 QUICK = Setting(
-    updates=4, n_layers=1, batch_size=2, n_tokens=48, rollout_length=24, n_prompts=4, n_new_tokens=24, n_windows=4
+    updates=4,
+    n_layers=1,
+    batch_size=2,
+    n_tokens=48,
+    rollout_updates=2,
+    rollout_length=24,
+    n_prompts=4,
+    n_new_tokens=24,
+    n_windows=4,
 )
 
 
@@ -83,7 +98,7 @@ class Texts(NamedTuple):
     other_kind: Tensor
 
 
-def texts(tokenizer: Any, limit: int | None) -> Texts:
+def texts(tokenizer: Tokenizer, limit: int | None) -> Texts:
     """Docstrings, held-out docstrings, and the language reference."""
     import pydoc_data.topics
 
@@ -96,139 +111,252 @@ def texts(tokenizer: Any, limit: int | None) -> Texts:
     reference = [text for text in sorted(topics) if len(text) > 500]
 
     def ids(documents: list[str]) -> Tensor:
-        end = [tokenizer.eos_token_id]
-        return torch.tensor([token for text in documents for token in tokenizer(text)["input_ids"] + end])
+        encoded = tokenizer.encode_batch([text + END for text in documents])
+        return torch.tensor([token for encoding in encoded for token in encoding.ids])
 
     return Texts(ids(train[:limit]), ids(held_out[:limit]), ids(reference[:limit]))
 
 
-def windows(tokens: Tensor, length: int, count: int, seed: int) -> Tensor:  # [n] -> [count, length]
+def prefixes_of(tokens: Tensor, length: int, count: int, seed: int) -> Tensor:  # [n] -> [count, length]
+    """From anywhere in the text."""
     starts = torch.randint(len(tokens) - length, (count, 1), generator=torch.Generator().manual_seed(seed))
     return tokens[starts + torch.arange(length)]
 
 
-def sequence_loss(model: nn.Module, prefixes: Tensor, setting: Setting) -> tuple[Tensor, float]:
-    """Mean of -log(1 - p) over the tokens of repeated n-grams in the model's own continuations, and their share."""
-    rollout = smollm2.continuations(model, prefixes, setting.rollout_length)
-    repeated = torch.tensor([repeated_positions(tokens, setting.rollout_ngram) for tokens in rollout.tolist()])
-    ids = torch.cat([prefixes, rollout], dim=1)
-    states = smollm2.hidden_states(model, ids[:, :-1])[:, prefixes.shape[1] - 1 :]  # those that predict the rollout
-    logits = LinearLogits(states.flatten(0, 1), model.lm_head.weight)
-    token, weight = rollout.flatten(), repeated.flatten().float()
-    # the row's own target is never pushed down: any other token stands for it, and no other term looks at it
-    candidates = Candidates(token.int().unsqueeze(-1), weight.unsqueeze(-1), (1,))
-    others = (token + 1) % logits.shape[-1]
-    options = row_options(torch.zeros(0))
-    total = row_loss(logits, others, options, flags=int(RowFlags(0)), candidates=candidates, reduction="sum").loss
-    return total / weight.sum().clamp_min(1), float(repeated.float().mean())
+class Windows:
+    """Neighbouring passages of a text, and what the frozen layers make of them: computed once, kept in a file."""
+
+    def __init__(self, model: smollm2.SmolLM2, tokens: Tensor, n_tokens: int, path: Path) -> None:
+        self.model, n_windows = model, (len(tokens) - 1) // n_tokens
+        self.inputs = tokens[: n_windows * n_tokens].view(n_windows, n_tokens)
+        self.targets = tokens[1 : n_windows * n_tokens + 1].view(n_windows, n_tokens)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (n_windows, n_tokens, model.sizes.hidden_size)
+        self.states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=model.dtype).view(shape)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, chosen: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [n, n_tokens, hidden_size], [n, n_tokens]
+        absent = chosen[~self.states[chosen, -1].any(-1)]
+        if len(absent):
+            self.states[absent] = self.model.frozen_states(self.inputs[absent])
+        return self.states[chosen], self.targets[chosen]
 
 
-def train(model: nn.Module, arm: Arm, data: Texts, setting: Setting, seed: int, title: str, state: Path) -> list[dict]:
+def sequence_loss(
+    model: smollm2.SmolLM2,
+    written: smollm2.Continuation,
+    ngram_size: int,
+) -> tuple[Tensor, Tensor]:
+    """-log(1 - p) of the tokens of repeated n-grams in what the model wrote, over all it wrote; and their share.
+
+    Divided by the tokens that repeat instead, the last few repetitions, which are often right, would weigh as much as
+    all loops at the start.
+    """
+    n_tokens = written.tokens.shape[1]
+    states = model.hidden_states(written.frozen_states)[:, -n_tokens:].to(
+        model.dtype
+    )  # those that predict what was written
+    loss_fn = SequenceUnlikelihoodLoss(len(model.head), ngram_size)
+    repeated = loss_fn.repeats(written.tokens).float().mean()
+    logits = LinearLogits(states, model.head)
+    return loss_fn(logits, written.tokens, num_items_in_batch=written.tokens.numel()), repeated
+
+
+def train(
+    model: smollm2.SmolLM2,
+    arm: Arm,
+    text: Windows,
+    train_tokens: Tensor,
+    setting: Setting,
+    seed: int,
+    title: str,
+    state: Path,
+) -> list[dict[str, float]]:
     """Fine-tunes in place; goes on from `state` where it is there. Returns a line for every update."""
-    loss_fn = UnifiedLoss(model.lm_head.weight.shape[0], primary_loss_type="standard", **arm.options)
+    loss_fn = UnifiedLoss(len(model.head), primary_loss_type="standard", **arm.options)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=setting.learning_rate, weight_decay=0.0)
+    order = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))  # the same in every arm
     history: list[dict[str, float]] = []
     if state.exists():
         stored = torch.load(state, weights_only=True)
         model.load_state_dict(stored["model"], strict=False)
         optimizer.load_state_dict(stored["optimizer"])
         history = stored["history"]
-    model.train()
-    every = round(1 / arm.sequence_share) if arm.sequence_share else 0
+    rollouts: list[smollm2.Continuation] = []
     progress = tqdm(range(len(history), setting.updates), title, setting.updates, initial=len(history), unit="update")
     for update in progress:
-        step_seed = 100_000 * seed + update  # the same data in every arm, and after an interruption
-        optimizer.param_groups[0]["lr"] = setting.learning_rate * min(1.0, (update + 1) / 10)
-        if every and update % every == every - 1:
-            prefixes = windows(data.train, setting.prefix_length, setting.batch_size, step_seed)
-            loss, share = sequence_loss(model, prefixes, setting)
-            line = {"sequence_loss": float(loss.detach()), "repeated": share}
+        optimizer.param_groups[0]["lr"] = setting.learning_rate * min((update + 1) / 10, 1 - update / setting.updates)
+        states, targets = text[order.roll(-update * setting.batch_size)[: setting.batch_size]]
+        hidden = model.hidden_states(states).to(model.dtype)
+        parts = loss_fn(targets=targets, hidden_states=hidden, lm_head_weight=model.head, return_detailed=True)
+        parts["total_loss"].backward()
+        line = {name: float(value.detach()) for name, value in parts.items()}
+        if arm.sequence_weight:
+            if not rollouts:
+                n_rollouts, step_seed = setting.n_rollouts * setting.rollout_updates, 100_000 * seed + update
+                prefixes = prefixes_of(train_tokens, setting.prefix_length, n_rollouts, step_seed)
+                written = smollm2.continuations(model, prefixes, setting.rollout_length)
+                split = zip(*(part.split(setting.n_rollouts) for part in written), strict=True)
+                rollouts = [smollm2.Continuation(*parts) for parts in split]
+            loss, repeated = sequence_loss(model, rollouts.pop(), setting.rollout_ngram)
             (arm.sequence_weight * loss).backward()
-        else:
-            batch = windows(data.train, setting.n_tokens + 1, setting.batch_size, step_seed)
-            states = smollm2.hidden_states(model, batch[:, :-1])
-            head = model.lm_head.weight
-            parts = loss_fn(targets=batch[:, 1:], hidden_states=states, lm_head_weight=head, return_detailed=True)
-            parts["total_loss"].backward()
-            line = {name: float(value.detach()) for name, value in parts.items()}
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            line |= {"sequence_loss": float(loss.detach()), "repeated": float(repeated)}
+        line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0))
         optimizer.step()
         optimizer.zero_grad()
         history.append(line)
-        progress.set_postfix({name: f"{value:.2f}" for name, value in list(line.items())[:1]})
-        if (update + 1) % 20 == 0 and update + 1 < setting.updates:
+        progress.set_postfix({name: f"{line[name]:.2f}" for name in ("total_loss", "repeated") if name in line})
+        if not rollouts and (update + 1) % setting.rollout_updates == 0 and update + 1 < setting.updates:
             state.parent.mkdir(parents=True, exist_ok=True)
             values = {name: value.detach() for name, value in trained.items()}
-            torch.save({"model": values, "optimizer": optimizer.state_dict(), "history": history}, state)
+            torch.save(
+                {"model": values, "optimizer": optimizer.state_dict(), "history": history}, state.with_suffix(".new")
+            )
+            state.with_suffix(".new").replace(state)  # in one step: a stopped run finds the old or the new one, whole
     state.unlink(missing_ok=True)
     return history
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokens: Tensor, setting: Setting) -> float:
-    loss_fn = UnifiedLoss(model.lm_head.weight.shape[0], primary_loss_type="standard", reduction="sum").eval()
-    batches = windows(tokens, setting.n_tokens + 1, setting.n_windows, seed=1).split(setting.batch_size)
-    total = 0.0
-    for batch in batches:
-        states = smollm2.hidden_states(model, batch[:, :-1])
-        total += float(loss_fn(targets=batch[:, 1:], hidden_states=states, lm_head_weight=model.lm_head.weight))
+def perplexity(model: smollm2.SmolLM2, text: Windows, setting: Setting) -> float:
+    """Of n_windows passages, evenly from the whole text."""
+    chosen = torch.linspace(0, len(text) - 1, setting.n_windows).long()
+    loss_fn = UnifiedLoss(len(model.head), primary_loss_type="standard", reduction="sum").eval()
+    total, head = 0.0, model.head.float()
+    for part in chosen.split(setting.batch_size):
+        states, targets = text[part]
+        total += float(loss_fn(targets=targets, hidden_states=model.hidden_states(states), lm_head_weight=head))
     return math.exp(total / (setting.n_windows * setting.n_tokens))
 
 
-def evaluate(model: nn.Module, tokenizer: Any, data: Texts, setting: Setting) -> dict[str, Any]:
+def passages(tokens: Tensor, setting: Setting) -> list[list[int]]:
+    """Of the text itself, as long as what the model writes: how much of it repeats?"""
+    return prefixes_of(tokens, setting.n_new_tokens, setting.n_prompts, seed=2).tolist()
+
+
+def evaluate(
+    model: smollm2.SmolLM2, tokenizer: Tokenizer, data: Texts, texts: dict[str, Windows], setting: Setting
+) -> dict[str, Any]:
     """Perplexity and measures of repetition on held-out text of both kinds, and three continuations to read."""
-    model.eval()
     result: dict[str, Any] = {}
-    for kind in ("same_kind", "other_kind"):
-        tokens = getattr(data, kind)
-        prefixes = windows(tokens, setting.prefix_length, setting.n_prompts, seed=2)
-        result[kind] = {"perplexity": perplexity(model, tokens, setting)}
-        for way in ("greedy", "sampled"):
-            found = [
-                smollm2.continuations(model, part, setting.n_new_tokens, sample=way == "sampled")
-                for part in prefixes.split(16)
-            ]
-            result[kind][way] = measures(torch.cat(found).tolist())
+    for kind, ways in (("same_kind", ("greedy", "sampled")), ("other_kind", ("greedy",))):
+        result[kind] = {"perplexity": perplexity(model, texts[kind], setting)}
+        for way in ways:
+            n_prompts = setting.n_prompts if (kind, way) == ("same_kind", "greedy") else setting.n_prompts // 2
+            prefixes = prefixes_of(getattr(data, kind), setting.prefix_length, n_prompts, seed=2)
+            written = smollm2.continuations(model, prefixes, setting.n_new_tokens, sample=way == "sampled").tokens
+            result[kind][way] = measures(written.tolist())
             if way == "greedy":
-                pairs = zip(prefixes[:3].tolist(), torch.cat(found)[:3].tolist(), strict=True)
+                pairs = zip(prefixes[:3].tolist(), written[:3].tolist(), strict=True)
                 result[kind]["texts"] = [[tokenizer.decode(a), tokenizer.decode(b)] for a, b in pairs]
     return result
 
 
-def table(results: dict[str, Any]) -> str:
-    """Held-out text of both kinds, mean ± standard deviation over the seeds."""
-    lines = ["| loss | seeds | perplexity | seq-rep-4, greedy | ends in a loop | perplexity, other kind | seq-rep-4 |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    arms = {"before fine-tuning": {"-": results["before"]}} if results.get("before") else {}
-    for name, seeds in {**arms, **results["arms"]}.items():
-        runs = [run.get("after", run) for run in seeds.values()]
-        if not runs:
+def rollout_table(results: dict[str, Any]) -> str:
+    """What the model wrote in training, mean over the seeds: how much repeats, and -log(1 - p) of each such token."""
+    n_updates = results["setting"]["rollout_updates"]
+    lines = ["| loss | repeated tokens, first and last round | -log(1 - p) of each | that is p |", "| --- " * 4 + "|"]
+    for name, seeds in results["arms"].items():
+        histories = [run["history"] for run in seeds.values() if "repeated" in run["history"][0]]
+        if not histories:
             continue
-        columns = [
-            _spread([run["same_kind"]["perplexity"] for run in runs]),
-            _spread([100 * run["same_kind"]["greedy"]["seq_rep_4"] for run in runs], " %"),
-            _spread([100 * run["same_kind"]["greedy"]["ends_in_loop"] for run in runs], " %"),
-            _spread([run["other_kind"]["perplexity"] for run in runs]),
-            _spread([100 * run["other_kind"]["greedy"]["seq_rep_4"] for run in runs], " %"),
-        ]
-        lines.append(f"| {name} | {len(runs)} | " + " | ".join(columns) + " |")
+        shares, losses = [], []
+        for updates in (slice(n_updates), slice(-n_updates, None)):
+            lines_of = [line for history in histories for line in history[updates]]
+            shares.append(sum(line["repeated"] for line in lines_of) / len(lines_of))
+            losses.append(sum(line["sequence_loss"] for line in lines_of) / len(lines_of) / shares[-1])
+        cells = [f"{100 * first:.0f} %, {100 * last:.0f} %" for first, last in [shares]]
+        cells += [f"{first:.2f}, {last:.2f}" for first, last in [losses, [1 - math.exp(-loss) for loss in losses]]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], unit: str = "") -> str:
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1f}{unit}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.1f} ± {deviation:.1f}{unit}"
+class Column(NamedTuple):
+    title: str
+    kind: str  # of held-out text
+    name: str  # of the measure
+    way: str = ""  # of the continuations
+    is_short: bool = False  # also in the short table
+
+
+COLUMNS = (
+    Column("perplexity", "same_kind", "perplexity", is_short=True),
+    Column("seq-rep-4, greedy", "same_kind", "seq_rep_4", "greedy", is_short=True),
+    Column("ends in a loop", "same_kind", "ends_in_loop", "greedy", is_short=True),
+    Column("seq-rep-4, sampled", "same_kind", "seq_rep_4", "sampled"),
+    Column("perplexity, other kind", "other_kind", "perplexity"),
+    Column("seq-rep-4, other kind", "other_kind", "seq_rep_4", "greedy"),
+)
+
+
+def table(results: dict[str, Any], short: bool = False) -> str:
+    """Held-out text of both kinds, mean ± standard deviation over the seeds; other arms against cross-entropy's."""
+    columns = [column for column in COLUMNS if column.is_short or not short]
+    titles = ["loss", "seeds", *(column.title for column in columns)]
+    titles.insert(3, "against cross-entropy")
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    plain = results["arms"].get("cross-entropy", {})
+    arms = {"before fine-tuning": {"": {"after": results["before"]}}} if results["before"] else {}
+    for name, seeds in {**arms, **results["arms"]}.items():
+        runs = {seed: run["after"] for seed, run in seeds.items()}
+        cells = [name, str(len(seeds)) if name in results["arms"] else "-"]
+        cells += [_spread([_value(run, column) for run in runs.values()], column) for column in columns]
+        ratios = [
+            100 * (_value(run, COLUMNS[0]) / _value(plain[seed]["after"], COLUMNS[0]) - 1)
+            for seed, run in runs.items()
+            if seed in plain and name != "cross-entropy"
+        ]
+        cells.insert(3, f"{sum(ratios) / len(ratios):+.1f} %" if ratios else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    cells = ["the text itself", "-", "-"]
+    for column in columns:
+        measured = results["text"][column.kind] if column.way == "greedy" else {}
+        cells.append(_spread([100 * measured[column.name]], column) if column.name in measured else "-")
+    lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def short_table(results: dict[str, Any]) -> str:
+    return table(results, short=True)
+
+
+def _value(run: dict[str, Any], column: Column) -> float:
+    measured = run[column.kind]
+    return 100 * measured[column.way][column.name] if column.way else measured[column.name]
+
+
+def _spread(values: list[float], column: Column) -> str:
+    digits, unit = (1, " %") if column.way else (2, "")
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{deviation}{unit}"
+
+
+def readings(results: dict[str, Any]) -> str:
+    """The first prompts, and how every arm (its first seed) goes on."""
+    arms = {"before fine-tuning": results["before"]}
+    arms |= {name: next(iter(seeds.values()))["after"] for name, seeds in results["arms"].items()}
+    found = []
+    for index, (prefix, _) in enumerate(results["before"]["same_kind"]["texts"]):
+        found.append(f"*{_plain(prefix)}* ...\n")
+        found += [f"* **{name}**: {_plain(run['same_kind']['texts'][index][1])}" for name, run in arms.items()]
+        found.append("")
+    return "\n".join(found)
+
+
+def _plain(text: str) -> str:
+    """As one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>|\[\]#$])", r"\\\1", " ".join(text.split()))
 
 
 def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="none: the model as it is")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     for name, value in Setting()._asdict().items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value))
     parser.add_argument("--quick", action="store_true", help="a few updates of one layer, two arms, one seed")
@@ -243,37 +371,54 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.print:
-        print(table(json.loads(options.output.read_text())), end="")
+        results = json.loads(options.output.read_text())
+        print(table(results), rollout_table(results), sep="\n", end="")
         return
     if missing := smollm2.missing_packages():
         raise SystemExit(f"studies/repetition.py: expected {', '.join(missing)} to be installed; `make study` does it")
     setting = QUICK if options.quick else Setting()
     given = {name: getattr(options, name) for name in Setting._fields if getattr(options, name) is not None}
     setting = setting._replace(**given)
-    arms = ["cross-entropy", "sequence"] if options.quick else options.arms
-    n_seeds = 1 if options.quick else options.seeds
+    arms = ["cross-entropy", "sequence, weight 1"] if options.quick else options.arms
+    seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
 
-    results: dict[str, Any] = {"setting": setting._asdict(), "before": None, "arms": {}}
+    results: dict[str, Any] = {"setting": setting._asdict(), "text": None, "before": None, "arms": {}}
     if options.output.exists() and (stored := json.loads(options.output.read_text()))["setting"] == results["setting"]:
         results = stored
-    left = [(seed, name) for seed in range(n_seeds) for name in arms if str(seed) not in results["arms"].get(name, {})]
-    if left or results["before"] is None:
+    left = [(seed, name) for seed in seeds for name in arms if str(seed) not in results["arms"].get(name, {})]
+    if left or not results["before"] or not results.get("text"):
         model, tokenizer = smollm2.load(options.cache / "smollm2", setting.n_layers)
         data = texts(tokenizer, limit=40 if options.quick else None)
-        if results["before"] is None:
-            results["before"] = evaluate(model, tokenizer, data, setting)
-            _write(results, options.output)
+        windows = {}
+        for kind, tokens in data._asdict().items():
+            name = f"{kind}_{len(tokens)}_{setting.n_tokens}_{model.n_frozen}"
+            windows[kind] = Windows(model, tokens, setting.n_tokens, options.cache / "frozen_states" / name)
+        results["text"] = {
+            kind: measures(passages(getattr(data, kind), setting)) for kind in ("same_kind", "other_kind")
+        }
         for seed, name in left:
             model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
             state = options.cache / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{setting.updates}.pt"
-            history = train(model, ARMS[name], data, setting, seed, f"{name}, seed {seed}", state)
-            after = evaluate(model, tokenizer, data, setting)
+            title = f"{name}, seed {seed}"
+            history = train(model, ARMS[name], windows["train"], data.train, setting, seed, title, state)
+            after = evaluate(model, tokenizer, data, windows, setting)
             results["arms"].setdefault(name, {})[str(seed)] = {"history": history, "after": after}
             _write(results, options.output)
+        if results["before"] is None:
+            model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
+            results["before"] = evaluate(model, tokenizer, data, windows, setting)
+        _write(results, options.output)
     print(table(results), end="")
 
 
 def _write(results: dict[str, Any], path: Path) -> None:
+    """Beside what another process has written meanwhile: two may run different arms."""
+    if path.exists() and (stored := json.loads(path.read_text()))["setting"] == results["setting"]:
+        results["before"] = results["before"] or stored["before"]
+        for name, seeds in stored["arms"].items():
+            results["arms"][name] = {**seeds, **results["arms"].get(name, {})}
+    order = {name: index for index, name in enumerate(ARMS)}
+    results["arms"] = dict(sorted(results["arms"].items(), key=lambda arm: order[arm[0]]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results) + "\n")
 

@@ -14,6 +14,7 @@ import recipes
 import router
 import row_loss
 import targets
+import vocabulary_parallel
 
 from ava_ext.bench import timing
 
@@ -143,3 +144,14 @@ def test_variants_of_the_recipes_give_the_same_loss_and_gradients():
     ours = recipes.step(case, "ours")
     for name in recipes.VARIANTS:
         torch.testing.assert_close(recipes.step(case, name), ours, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_vocabulary_parallel_is_the_loss_of_the_whole_logits():
+    ranks = vocabulary_parallel.measure(n_rows=64, vocab_size=301, n_ranks=2, rounds=1)
+    found = vocabulary_parallel.summary(ranks, n_rows=64)
+    assert found["loss_error"] < 1e-6 and found["gradient_error"] < 1e-6
+    assert found["n_collectives"] == [1, 1]
+    # 6 statistics and the target, 32 candidates, and where the columns are
+    assert found["bytes_of_a_row"] == [4 * (6 + 1 + vocabulary_parallel.N_CANDIDATES) + 8 / 64] * 2
+    assert all(len(rank["milliseconds"][name]) == 1 for rank in ranks for name in vocabulary_parallel.VARIANTS)

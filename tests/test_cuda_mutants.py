@@ -31,7 +31,8 @@ class Mutant:
 
 
 ROW_SUM, REPETITION = "tests/cuda_emulator/kernels/row_sum.cuh", "csrc/cuda/repetition.cuh"
-SOFTMAX_ROWS = "csrc/cuda/softmax_rows_kernels.cuh"
+ROW_WEIGHTS = "csrc/cuda/row_weights.cuh"
+SOFTMAX_ROWS, SOFTMAX_SUMS = "csrc/cuda/softmax_rows_kernels.cuh", "csrc/cuda/softmax_rows_measure.cuh"
 MUTANTS = [
     Mutant("barrier_removed", "thread", ROW_SUM, "__syncthreads();", "", "data race"),
     Mutant("barrier_removed_nan", "none", ROW_SUM, "__syncthreads();", "", "nan, expected"),
@@ -58,11 +59,14 @@ MUTANTS = [
            "the other block has not begun"),
     Mutant("no_last_cluster_sync", "none", ROW_SUM, "cluster_sync();\n  if (rank == 0", "if (rank == 0",
            "the other block has ended"),
+    Mutant("sums_without_barrier", "thread", ROW_WEIGHTS, "__syncthreads();", "", "data race"),
+    Mutant("sums_of_other_warps", "none", ROW_WEIGHTS, "threadIdx.x % kRowWeightsWarps", "threadIdx.x / 32",
+           "test_row_weights.cpp"),
     Mutant("no_syncwarp", "thread", REPETITION, "__syncwarp();", "", "data race"),
     Mutant("past_the_list", "address", REPETITION, "i < chunk.n_ids", "i <= chunk.n_ids", "heap-buffer-overflow"),
     Mutant("past_the_last_row", "address", REPETITION, "first + i < arguments.n_tokens",
            "first + i <= arguments.n_tokens", "heap-buffer-overflow"),
-    Mutant("no_wait_in_a_row", "none", SOFTMAX_ROWS, "if (stage == 0) cp_async_wait<3>();", "", "expected"),
+    Mutant("no_wait_in_a_row", "none", SOFTMAX_SUMS, "if (stage == 0) cp_async_wait<3>();", "", "expected"),
     Mutant("no_cluster_sync_for_partials", "none", SOFTMAX_ROWS, "cluster_sync();\n    else", ";\n    else",
            "expected"),
 ]  # fmt: skip
@@ -79,7 +83,8 @@ def run_test_of(kernel, folder, sanitizer):
         SANITIZERS[sanitizer],
     )
     emulator, program = folder / "tests/cuda_emulator", folder / "program"
-    stem = next(stem for stem in ("row_sum", "repetition", "softmax_rows") if Path(kernel).stem.startswith(stem))
+    stems = ("row_sum", "row_weights", "repetition", "softmax_rows")
+    stem = next(stem for stem in stems if Path(kernel).stem.startswith(stem))
     # launchers that are compiled files of their own, one for each type of element
     launchers = [f"-xc++ {path} -xnone" for path in sorted((folder / "csrc/cuda").glob(f"{stem}_*.cu"))]
     sources = [str(emulator / f"test_{stem}.cpp"), *" ".join(launchers).split()]

@@ -26,10 +26,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EVERY_TERM = int(sum(RowFlags) - RowFlags.TARGET_WEIGHTS - RowFlags.SOFTCAP - RowFlags.DFT - RowFlags.EAFT)
 
 
-def device_of(shared_per_block, largest_cluster):
+def device_of(shared_per_block, largest_cluster, blocks=2):
+    """With 8 blocks on a multiprocessor a block has few threads, each of them several vectors."""
     return {
         "n_multiprocessors": 1,
-        "shared_per_multiprocessor": 2 * shared_per_block,
+        "shared_per_multiprocessor": blocks * shared_per_block,
         "shared_per_block": shared_per_block,
         "shared_reserved_per_block": 0,
         "largest_cluster": largest_cluster,
@@ -39,14 +40,18 @@ def device_of(shared_per_block, largest_cluster):
 # where the kernels keep a row of so many bytes and more: a device, and the bytes
 REGISTERS = device_of(227 * 1024, 8), 4
 SHARED = device_of(8192, 1), 600
+SHARED_IN_SLOTS = device_of(20480, 1, blocks=8), 13600
 CLUSTERS_OF_2 = device_of(4096, 8), 3400
+CLUSTERS_IN_SLOTS = device_of(10240, 8, blocks=8), 13600
 CLUSTERS_OF_4 = device_of(6144, 8), 8900
-CLUSTERS_OF_8 = device_of(10240, 8), 28000
+CLUSTERS_OF_8 = device_of(10496, 8), 28000
 STREAMED = device_of(4096, 1), 3700
 DEVICES = {
     "registers": REGISTERS,
     "shared": SHARED,
+    "shared, several vectors a thread": SHARED_IN_SLOTS,
     "clusters of 2": CLUSTERS_OF_2,
+    "clusters of 2, several vectors a thread": CLUSTERS_IN_SLOTS,
     "clusters of 4": CLUSTERS_OF_4,
     "clusters of 8": CLUSTERS_OF_8,
     "streamed": STREAMED,
@@ -77,7 +82,9 @@ def loss_and_gradient(logits, targets, terms=1, ids=None, weights=None, vocab_si
     return loss, gradient
 
 
-@pytest.mark.parametrize("name", ["registers", "shared", "clusters of 2", "streamed"])
+@pytest.mark.parametrize(
+    "name", ["registers", "shared", "shared, several vectors a thread", "clusters of 2", "streamed"]
+)
 @settings(max_examples=12)
 @given(problem=row_problems(vocabularies=[1, 3, 64, 255, 513, 1025, 1500, 2500]))
 def test_every_way_to_the_gradient_on_every_device(name, problem):

@@ -26,6 +26,7 @@ OTHERS = [
     "UnifiedLossConfig",
     "softmax_statistics",
     "token_log_probs",
+    "token_metrics",
     "repeated_ngram_mask",
     "repetition_candidates",
     "build_info",
@@ -34,8 +35,8 @@ OTHERS = [
 
 # modules of ava_ext/losses that are no component: losses by themselves, or what components are built with
 STAND_ALONE = {
-    "component", "composite", "consistency", "depths", "float32_buffers", "learned_state", "perplexity", "router",
-    "scaling", "sequence_unlikelihood", "temperature",
+    "component", "composite", "consistency", "depths", "float32_buffers", "learned_state", "perplexity",
+    "quantile_balancing", "router", "scaling", "sequence_unlikelihood", "temperature",
 }  # fmt: skip
 
 

@@ -20,8 +20,16 @@ import repetition
 import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"<!-- (moe|repetition) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
-TABLES = {"moe": ("moe_balance", moe_balance.table), "repetition": ("repetition", repetition.table)}
+MARKED = re.compile(r"<!-- ([a-z-]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
+STUDIES = ROOT / "docs" / "studies"
+# mark -> page, results, what it shows of them
+SHOWN = {
+    "moe": (STUDIES / "moe_balance.md", "moe_balance", moe_balance.table),
+    "repetition": (STUDIES / "repetition.md", "repetition", repetition.table),
+    "rollouts": (STUDIES / "repetition.md", "repetition", repetition.rollout_table),
+    "readings": (STUDIES / "repetition.md", "repetition", repetition.readings),
+    "real-model": (ROOT / "README.md", "repetition", repetition.short_table),
+}
 
 
 def test_measures_by_hand():
@@ -39,47 +47,78 @@ def test_measures_by_hand():
     assert found["seq_rep_1"] == pytest.approx((0 + 5 / 6) / 2)
 
 
-class Tiny(nn.Module):
-    """As much of a Hugging Face model as the study asks for: the next token follows from the last alone."""
-
-    def __init__(self, vocab_size=12, width=8):
-        super().__init__()
-        self.embedding, self.lm_head = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size, bias=False)
-        self.model = lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=self.embedding(input_ids))
-
-    def forward(self, input_ids, past_key_values=None, use_cache=True, logits_to_keep=1):
-        return SimpleNamespace(
-            past_key_values=None, logits=self.lm_head(self.embedding(input_ids))[:, -logits_to_keep:]
-        )
+def tiny_model(n_trained_layers=1, seed=0):
+    torch.manual_seed(seed)
+    sizes = smollm2.Sizes(40, 24, 32, 3, 4, 2, 1e-5, 10000.0)
+    model = smollm2.SmolLM2(sizes, n_trained_layers, torch.float32)
+    for name, value in model.named_parameters():  # so that it does not say the same for every text
+        nn.init.normal_(value, mean=float("norm" in name), std=0.3)
+    return model
 
 
-def test_sequence_loss_is_unlikelihood_of_what_repeats():
+def test_model_is_the_llama_of_transformers():
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model, prefixes = Tiny(), torch.randint(12, (3, 5))
-    setting = repetition.Setting(rollout_length=20, rollout_ngram=2)
-    loss, share = repetition.sequence_loss(model, prefixes, setting)
-    rollout = smollm2.continuations(model, prefixes, 20)
-    read = torch.cat([prefixes, rollout], 1)[:, 4:-1]  # what each token of the rollout follows
-    log_probs = (
-        model.lm_head(model.embedding(read)).double().log_softmax(-1).gather(-1, rollout.unsqueeze(-1)).squeeze(-1)
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        attn_implementation="eager",
     )
-    repeated = torch.tensor([measures.repeated_positions(tokens, 2) for tokens in rollout.tolist()])
-    expected = -torch.log1p(-log_probs[repeated].exp()).mean()
-    assert 0.3 < share < 1 and share == pytest.approx(float(repeated.float().mean()))
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    gradients = [torch.autograd.grad(value, list(model.parameters()), retain_graph=True) for value in (loss, expected)]
-    for actual, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    model = smollm2.from_llama(theirs.state_dict(), config, n_trained_layers=1, dtype=torch.float32)
+    ids = torch.randint(40, (3, 9))
+    logits = model.hidden_states(model.frozen_states(ids)) @ model.head.T
+    torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    logits.square().sum().backward()
+    theirs(ids).logits.square().sum().backward()
+    down = theirs.model.layers[2].mlp.down_proj.weight.grad
+    torch.testing.assert_close(model.layers[2].down.weight.grad, down, rtol=1e-3, atol=1e-3)
+    assert all(value.requires_grad == name.startswith(("layers.2", "norm")) for name, value in model.named_parameters())
 
 
-def test_continuations_are_the_most_probable_and_sampling_repeats_with_its_seed():
-    torch.manual_seed(0)
-    model, prefixes = Tiny(), torch.randint(12, (2, 3))
-    greedy = smollm2.continuations(model, prefixes, 4)
-    expected = model.lm_head(model.embedding(torch.cat([prefixes[:, -1:], greedy[:, :-1]], 1))).argmax(-1)
-    assert torch.equal(greedy, expected)
-    sampled = [smollm2.continuations(model, prefixes, 30, sample=True, seed=seed) for seed in (1, 1, 2)]
+def test_continuations_are_what_the_model_without_a_cache_says():
+    model, prefixes = tiny_model(), torch.randint(40, (2, 5))
+    written = smollm2.continuations(model, prefixes, 8)
+    read = torch.cat([prefixes, written.tokens[:, :-1]], dim=1)
+    torch.testing.assert_close(written.frozen_states, model.frozen_states(read), rtol=1e-4, atol=1e-5)
+    states = model.hidden_states(written.frozen_states)[:, 4:]
+    assert torch.equal(written.tokens, (states @ model.head.T).argmax(-1))
+    sampled = [smollm2.continuations(model, prefixes, 30, sample=True, seed=seed).tokens for seed in (1, 1, 2)]
     assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+
+
+def test_sequence_loss_is_unlikelihood_of_what_repeats_over_all_that_was_written():
+    model, prefixes = tiny_model(), torch.randint(40, (3, 5))
+    written = smollm2.continuations(model, prefixes, 20)
+    repeated = torch.tensor([measures.repeated_positions(tokens, 2) for tokens in written.tokens.tolist()])
+    loss, share = repetition.sequence_loss(model, written, ngram_size=2)
+    logits = (model.hidden_states(written.frozen_states)[:, 4:] @ model.head.T).double()
+    log_probs = logits.log_softmax(-1).gather(-1, written.tokens.unsqueeze(-1)).squeeze(-1)
+    expected = -torch.log1p(-log_probs.exp())[repeated].sum() / written.tokens.numel()
+    assert 0.2 < share < 1 and share == pytest.approx(float(repeated.float().mean()))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    gradients = [torch.autograd.grad(value, trained, retain_graph=True) for value in (loss, expected)]
+    for actual, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_windows_keep_what_the_frozen_layers_made(tmp_path, monkeypatch):
+    model, tokens = tiny_model(), torch.arange(31) % 40
+    windows = repetition.Windows(model, tokens, 10, tmp_path / "states")
+    chosen = torch.tensor([2, 0])
+    states, targets = windows[chosen]
+    assert len(windows) == 3 and targets.tolist() == [list(range(21, 31)), list(range(1, 11))]
+    torch.testing.assert_close(states, model.frozen_states(tokens[:-1].view(3, 10)[chosen]))
+    monkeypatch.setattr(model, "frozen_states", None)  # what is in the file is not computed again
+    again, _ = repetition.Windows(model, tokens, 10, tmp_path / "states")[chosen]
+    assert torch.equal(again, states)
 
 
 class Interrupted(Exception):
@@ -88,57 +127,54 @@ class Interrupted(Exception):
 
 def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """A stopped run that goes on gives what a run in one piece gives: weights, optimizer and data are the same."""
-
-    def load(cache, n_trained_layers):
-        torch.manual_seed(0)
-        model = Tiny()
-        model.lm_head.requires_grad_(False)
-        return model, SimpleNamespace(decode=str)
-
-    streams = torch.randint(12, (3, 400), generator=torch.Generator().manual_seed(3))
+    streams = torch.randint(40, (3, 400), generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(smollm2, "missing_packages", list)
-    monkeypatch.setattr(smollm2, "load", load)
+    monkeypatch.setattr(smollm2, "load", lambda cache, n: (tiny_model(n), SimpleNamespace(decode=str)))
     monkeypatch.setattr(repetition, "texts", lambda tokenizer, limit: repetition.Texts(*streams))
 
-    def study(name, stop_at=None):
-        sizes = "--updates 24 --batch-size 2 --n-tokens 12 --prefix-length 4 --rollout-length 9 --rollout-ngram 2"
-        sizes += " --n-prompts 3 --n-new-tokens 8 --n-windows 2 --seeds 1 --arms both"
+    def study(name, arm="both", stop_at=None):
+        sizes = "--updates 12 --n-layers 1 --batch-size 2 --n-tokens 12 --prefix-length 4 --rollout-length 9"
+        sizes += " --rollout-updates 4 --rollout-ngram 2 --n-prompts 4 --n-new-tokens 8 --n-windows 2 --seeds 1"
         files = ["--output", str(tmp_path / f"{name}.json"), "--cache", str(tmp_path / name)]
-        monkeypatch.setattr(sys, "argv", ["repetition.py", *sizes.split(), *files])
+        monkeypatch.setattr(sys, "argv", ["repetition.py", *sizes.split(), "--arms", arm, *files])
         calls = []
 
-        def windows(*arguments, **named):
+        def sequence_loss(*arguments):
             calls.append(arguments)
             if len(calls) == stop_at:
                 raise Interrupted
-            return make_windows(*arguments, **named)
+            return whole_loss(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(repetition, "windows", windows)
+            patch.setattr(repetition, "sequence_loss", sequence_loss)
             repetition.main()
-        return json.loads((tmp_path / f"{name}.json").read_text())
+        return json.loads((tmp_path / f"{name}.json").read_text()), len(calls)
 
-    make_windows = repetition.windows
-    whole = study("whole")
+    whole_loss = repetition.sequence_loss
+    whole, n_calls = study("whole")
+    assert n_calls == 12
     with pytest.raises(Interrupted):
-        study("stopped", stop_at=26)  # the state of update 20 is on the disk
+        study("stopped", stop_at=7)  # the state behind update 4 is on the disk
     assert len(list((tmp_path / "stopped").glob("*.pt"))) == 1
-    again = study("stopped")
-    assert again["arms"] == whole["arms"] and again["before"] == whole["before"]
-    assert len(whole["arms"]["both"]["0"]["history"]) == 24
+    again, n_calls = study("stopped")
+    assert n_calls == 8
+    assert again == whole and len(whole["arms"]["both"]["0"]["history"]) == 12
     assert not list((tmp_path / "stopped").glob("*.pt"))
     assert "| both | 1 |" in capsys.readouterr().out
+    plain = study("whole", "cross-entropy")[0]["arms"]  # another arm joins what is there, over the same data
+    losses = [plain["cross-entropy"]["0"]["history"][0]["total_loss"], plain["both"]["0"]["history"][0]["main_loss"]]
+    assert losses[0] == pytest.approx(losses[1]) and plain["both"] == whole["arms"]["both"]
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_pages_show_the_results(name):
-    stem, table = TABLES[name]
+@pytest.mark.parametrize("mark", SHOWN)
+def test_pages_show_the_results(mark):
+    page, stem, show = SHOWN[mark]
     results = ROOT / "studies" / "results" / f"{stem}.json"
-    shown = {mark: text for mark, text in MARKED.findall((ROOT / "docs" / "studies" / f"{stem}.md").read_text())}
+    shown = {found: text for found, text in MARKED.findall(page.read_text())}
     if results.exists():
-        assert shown[name] == "\n" + table(json.loads(results.read_text())) + "\n"
+        assert shown[mark] == "\n" + show(json.loads(results.read_text())) + "\n"
     else:
-        assert name not in shown, "a page shows numbers, and there are no results"
+        assert mark not in shown, "a page shows numbers, and there are no results"
 
 
 def run(script, *arguments):
@@ -166,9 +202,10 @@ def test_quick_run_of_the_experts(tmp_path):
 def test_quick_run_of_the_real_model(tmp_path):
     run("repetition.py", "--quick", "--output", tmp_path / "repetition.json", "--cache", tmp_path / "cache")
     results = json.loads((tmp_path / "repetition.json").read_text())
-    assert set(results["arms"]) == {"cross-entropy", "sequence"}
-    history = results["arms"]["sequence"]["0"]["history"]
-    assert ["sequence_loss" in line for line in history] == [False, True, False, True]
+    assert set(results["arms"]) == {"cross-entropy", "sequence, weight 1"}
+    plain, sequence = (results["arms"][name]["0"]["history"] for name in results["arms"])
+    assert plain[0]["total_loss"] == pytest.approx(sequence[0]["total_loss"])  # the same weights and data
+    assert all(line["repeated"] >= 0 for line in sequence) and max(line["sequence_loss"] for line in sequence) > 0
     assert results["before"]["same_kind"]["perplexity"] > 1
     # goes on where it stopped: nothing is left to do
     before = (tmp_path / "repetition.json").stat().st_mtime_ns
@@ -176,9 +213,11 @@ def test_quick_run_of_the_real_model(tmp_path):
     assert (tmp_path / "repetition.json").stat().st_mtime_ns == before
 
 
-if __name__ == "__main__":
-    for stem, table in TABLES.values():
-        page, results = ROOT / "docs" / "studies" / f"{stem}.md", ROOT / "studies" / "results" / f"{stem}.json"
+if __name__ == "__main__":  # writes the results into the pages
+    for mark, (page, stem, show) in SHOWN.items():
+        results = ROOT / "studies" / "results" / f"{stem}.json"
         if results.exists():
-            text = table(json.loads(results.read_text()))
-            page.write_text(MARKED.sub(lambda m, t=text: f"<!-- {m[1]} -->\n\n{t}\n<!-- /{m[1]} -->", page.read_text()))
+            text = f"<!-- {mark} -->\n\n{show(json.loads(results.read_text()))}\n<!-- /{mark} -->"
+            page.write_text(
+                MARKED.sub(lambda m, mark=mark, text=text: text if m[1] == mark else m[0], page.read_text())
+            )

@@ -190,6 +190,7 @@ MISTAKES = [
     lambda: _loss(use_mtp=True),
     lambda: _loss(num_experts=4, use_moe_balancing=True)(LOGITS, TARGETS),
     lambda: _router(use_moe_balancing=True),
+    lambda: _loss(expert_bias_update="quantile"),
     lambda: _router(use_auxiliary_loss=True),
     lambda: _loss()(LOGITS, TARGETS, token_weights=torch.ones(2, 5, requires_grad=True)),
     lambda: _loss(inplace_gradient=True)(_leaf(), TARGETS),

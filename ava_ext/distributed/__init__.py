@@ -16,14 +16,25 @@ Targets, masks, token ids and weights are those of all rows, the same on every r
     a DTensor, Replicate            logits in the rows of the hidden states; the weight's gradient is added up
     a torch.Tensor, any DTensor     as under FSDP2: the weight is gathered once, and its gradient averaged
 
+softmax_statistics and token_log_probs give DTensors where rows are spread, since their values of other rows are not 0;
+so do repetition_candidates and repeated_ngram_mask of tokens in Shard(0), and router_statistics of spread rows (sums in
+Partial). With this module imported, the operators torch.ops.ava_ext take DTensors too: whole rows, spread in any way.
+
 N, what the loss is divided by, is that of all rows in every placement: num_items_in_batch where it is given, else the
 rows that count (or their weights) on all ranks. A rank with some of the rows is as a micro-batch of such a batch: its
 metrics are means over its rows, LossMeter(group) adds up over ranks, and the gradients are those of one process.
 Averaging over processes is not undone here: under DistributedDataParallel and FSDP2 multiply the loss by their number.
 """
 
+import torch
+
 from ava_ext.distributed.fused_head import FusedHead
 from ava_ext.distributed.pipeline import pipeline_loss
 from ava_ext.ops.sharded_logits import ShardedLogits
+
+if torch.distributed.is_available():
+    from ava_ext.distributed import operator_rules
+
+    operator_rules.register()
 
 __all__ = ["FusedHead", "ShardedLogits", "pipeline_loss"]

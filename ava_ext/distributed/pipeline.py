@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ava_ext.meter import LossMeter
@@ -18,9 +19,10 @@ def pipeline_loss(
     loss_fn: nn.Module,
     n_items: float | Tensor | Callable[[], float | Tensor],
     meter: LossMeter | None = None,
+    outputs: Sequence[str] = ("logits",),
     **arguments: Any,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss_fn of a schedule of torch.distributed.pipelining: (logits, targets) of a micro-batch -> its share.
+) -> Callable[[Any, Tensor], Tensor]:
+    """The loss_fn of a schedule of torch.distributed.pipelining: (outputs, targets) of a micro-batch -> its share.
 
     The shares of all micro-batches add up to the loss of the whole batch, so the schedule has to add their gradients
     up: give it scale_grads=False. With its default, True, it divides them by the number of micro-batches.
@@ -30,7 +32,13 @@ def pipeline_loss(
         n_items: N, the rows that count in all micro-batches of a step (and ranks): a number, a tensor of one element
             that is overwritten before each step, or a function that is asked for every micro-batch.
         meter: gets the parts of every micro-batch; LossMeter("world") can be read on the other stages too.
+        outputs: which arguments of loss_fn the tensors are that the last stage gives, in their order. A stage that
+            gives hidden states, with lm_head_weight among the arguments here, never has logits; what a stage gets as a
+            keyword from schedule.step (input_ids, negative_ids, ...) it can hand on.
         arguments: further keywords of loss_fn, the same for every micro-batch.
+
+    Raises:
+        ValueError: when called: another number of outputs.
 
     Example:
         >>> n_items = torch.zeros(())
@@ -38,17 +46,26 @@ def pipeline_loss(
         >>> n_items.fill_((targets != -100).sum())
         >>> schedule.step(input_ids, target=targets)
     """
+    outputs = tuple(outputs)
 
     def share(
-        logits: Tensor,  # [micro_batch_size, n_tokens, n_columns]
+        given: Tensor | tuple[Tensor, ...],  # of a micro-batch
         targets: Tensor,  # [micro_batch_size, n_tokens]
     ) -> Tensor:  # []
+        tensors = given if isinstance(given, (tuple, list)) else (given,)
+        if len(tensors) != len(outputs):
+            raise ValueError(
+                f"pipeline_loss: expected {len(outputs)} outputs of the last stage, {outputs}, got {len(tensors)}: "
+                "name all that it gives in outputs="
+            )
         if sys._getframe(1).f_code.co_name == _SHAPE_INFERENCE:
-            return logits.sum()  # of memory that nobody has written to; neither state nor meter may see it
-        n = n_items() if callable(n_items) else n_items
+            # of memory that nobody has written to; neither state nor meter may see it
+            return torch.stack([tensor.sum() for tensor in tensors if tensor.requires_grad]).sum()
+        call = dict(zip(outputs, tensors, strict=True)) | arguments
+        call |= {"targets": targets, "num_items_in_batch": n_items() if callable(n_items) else n_items}
         if meter is None:
-            return loss_fn(logits, targets, num_items_in_batch=n, **arguments)
-        parts = loss_fn(logits, targets, num_items_in_batch=n, return_detailed=True, **arguments)
+            return loss_fn(**call)
+        parts = loss_fn(**call, return_detailed=True)
         meter.update(parts)
         return parts["total_loss"]
 

@@ -34,6 +34,9 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     The loss becomes a module of the model, `model.unified_loss`: its parameters are trained, moved and reduced over
     ranks with the model's. save_pretrained leaves it out; UnifiedLossCallback saves it.
 
+    A weight that FSDP2 or DeepSpeed ZeRO 3 has spread over ranks is gathered for each call, and its gradient is reduced
+    as that of any other; put the loss into the model before they wrap it.
+
     The model's forward takes, beside its own arguments: num_items_in_batch (N, see UnifiedLoss), shift_labels
     (labels that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the loss, such as
     token_weights). attention_mask and position_ids reach the loss where they are [batch_size, n_tokens]. A loss that
@@ -45,8 +48,8 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
         loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap and the scale of the model have to be the loss's too.
 
     Raises:
-        TypeError: a head that is not one linear layer, or a model that does something unknown to its logits. Sharded
-            weights: what to do is in the message.
+        TypeError: a head that is not one linear layer, or a model that does something unknown to its logits; what to
+            do instead is in the message.
         ValueError: a loss without the model's soft cap or scale; a model that has a loss attached.
 
     Example:

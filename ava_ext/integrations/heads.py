@@ -13,10 +13,11 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_colu
     """What the head multiplies by and adds; gradients of both reach whatever they are made of.
 
     torch.nn.Linear gives its own. LoRA and DoRA (peft) give the merged weight, W + s B A, rows of the length that DoRA
-    learns: one [n_columns, hidden_size] more per call. A ModulesToSaveWrapper gives its active copy.
+    learns: one [n_columns, hidden_size] more per call. A ModulesToSaveWrapper gives its active copy. What DeepSpeed
+    ZeRO 3 has partitioned is gathered; a shard of FSDP2 is given as it is, and the loss gathers it.
 
     Raises:
-        TypeError: a head that does something else, or whose weight is not here as a whole; what to do instead.
+        TypeError: a head that does something else, or whose weight is not here; what to do instead.
     """
     if hasattr(head, "_hf_hook"):
         raise _refused(head, "weights that accelerate moves to the device for each call", "keep the head on its device")
@@ -30,34 +31,31 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_colu
     cls = getattr(head, "class_before_loss", type(head))  # a head whose input is recorded is of a class made for it
     if not isinstance(head, nn.Linear) or cls.forward is not nn.Linear.forward or "forward" in vars(head):
         raise _refused(head, "a forward of its own", "use attach_loss, which takes the logits that the model computes")
-    _check_whole(head)
-    return head.weight, head.bias
+    if head.weight.is_meta:
+        raise _refused(head, "a weight on the meta device", "load it first")
+    return _gathered(head.weight), _gathered(head.bias)
 
 
-def _check_whole(layer: nn.Linear) -> None:
-    """Refuses a weight of which only a shard is here, or whose memory goes before the loss reads it."""
-    weight = layer.weight
-    if hasattr(weight, "ds_id"):
-        raise _refused(
-            layer,
-            "a weight that DeepSpeed ZeRO 3 has partitioned",
-            "use attach_loss, or ZeRO 1 or 2 with the fused head",
-        )
-    if weight.is_meta:
-        raise _refused(layer, "a weight on the meta device", "load it first")
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(weight, distributed.DTensor):
-        raise _refused(
-            layer,
-            f"a sharded weight (DTensor, {weight.placements})",
-            "leave the head in the root's fully_shard unit, whose forward computes the loss, or use attach_loss",
-        )
-    if hasattr(layer, "_get_fsdp_state"):
-        raise _refused(
-            layer,
-            "a fully_shard unit of its own, which gives the weight back before the loss is computed",
-            "leave the head in the root's unit, or use attach_loss",
-        )
+class _Copy(torch.autograd.Function):
+    """A copy, which outlives the memory of the original."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return parameter.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _gathered(parameter: Any) -> Any:
+    """The whole of a parameter that DeepSpeed ZeRO 3 has partitioned; of another one, itself."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter
+    if parameter.shape == parameter.ds_shape:  # a module that has not given it back yet has it here
+        return _Copy.apply(parameter)
+    with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):  # the graph's record too is of its whole shape
+        return _Copy.apply(parameter)
 
 
 def _merged(head: Any) -> tuple[Tensor, Tensor | None]:
@@ -68,26 +66,25 @@ def _merged(head: Any) -> tuple[Tensor, Tensor | None]:
         if head.disable_adapters and head.merged:
             raise _refused(head, "merged adapters that are disabled", "unmerge them first")
         return weight, bias
-    for name in head.active_adapters:
-        if name not in head.lora_A:
-            continue
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    for name in names:
         dropout, lora_A, lora_B, scale = (
             part[name] for part in (head.lora_dropout, head.lora_A, head.lora_B, head.scaling)
         )
         if head.training and getattr(dropout, "p", 0.0) > 0:
             raise _refused(head, f"lora_dropout={dropout.p}", "use lora_dropout=0.0 for the head, or attach_loss")
-        delta = scale * (lora_B.weight @ lora_A.weight)
+        delta = scale * (_gathered(lora_B.weight) @ _gathered(lora_A.weight))
         variant = head.lora_variant.get(name)
         if variant is None:
             weight = weight + delta.to(weight.dtype)
             if lora_B.bias is not None:
-                shift = (scale * lora_B.bias).to(weight.dtype)
+                shift = (scale * _gathered(lora_B.bias)).to(weight.dtype)
                 bias = shift if bias is None else bias + shift
-        elif getattr(variant, "__name__", type(variant).__name__) == "DoraLinearVariant" and weight is base.weight:
+        elif getattr(variant, "__name__", type(variant).__name__) == "DoraLinearVariant" and name == names[0]:
             merged = weight.to(delta.dtype) + delta
             # a constant in the backward, as in section 4.3 of "DoRA: Weight-decomposed low-rank adaptation"
             length = torch.linalg.vector_norm(merged.detach(), dim=1)
-            magnitude = head.lora_magnitude_vector[name].weight
+            magnitude = _gathered(head.lora_magnitude_vector[name].weight)
             weight = ((magnitude / length).unsqueeze(1) * merged).to(weight.dtype)
         else:
             raise _refused(head, "an adapter that is neither LoRA nor a single DoRA", "use attach_loss")

@@ -5,7 +5,17 @@ logits of the main term, Td is distillation_temperature, and q are the given pro
 what the other tokens have is dropped. Td^2 keeps the size of the gradient, which softmax(z / Td) divides by Td^2.
 With Td = 1 the tokens are one more group of candidates in the pass over the row; another Td costs a pass of its own.
 
-The metric teacher_kl is sum_c q_c (log q_c - log p_c), the mean over the rows that count, without weight and Td^2.
+With distillation_tail, all tokens that are not named are one more target:
+
+    weight Td^2 (sum_c -q_c log p_c - (1 - sum_c q_c) log(1 - sum_c p_c))
+
+where 1 - sum q is taken for 0 if it is negative. This is least where the model gives the named tokens what the teacher
+gives them; without the tail it is least where they have everything. 1 - sum p is the sum of the other tokens' own
+probabilities, so that value and gradient are right however sure the model is. On CUDA it takes two more passes over the
+logits and a copy of them, so hidden states in their place are refused.
+
+The metric teacher_kl is sum_c q_c (log q_c - log p_c), the tail included where it is on: the mean over the rows that
+count, without weight and Td^2.
 
 Source: Hinton et al. 2015, "Distilling the knowledge in a neural network".
 """
@@ -18,7 +28,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import CandidateMetric, CandidateSource
-from ava_ext.ops.row_fields import Candidates
+from ava_ext.ops.row_fields import TAIL_ID, Candidates
 
 
 def from_config(config: UnifiedLossConfig) -> CandidateSource | None:
@@ -44,7 +54,19 @@ def soft_targets(call: Call) -> Candidates | None:
     ids, weights = call.soft_target_ids, call.soft_target_weights
     if ids is None or weights is None:
         return None
-    return Candidates(ids.long(), weights.to(call.rows.weights.dtype) * _factor(call.config), (ids.shape[-1],))
+    ids, weights = ids.long(), weights.to(call.rows.weights.dtype)
+    if call.config.distillation_tail:
+        weights = torch.cat([_left_over(ids, weights), weights], -1)
+        ids = torch.cat([torch.full_like(ids[..., :1], TAIL_ID), ids], -1)
+    return Candidates(ids, weights * _factor(call.config), (ids.shape[-1],))
+
+
+def _left_over(
+    ids: Tensor,  # [..., n_soft_targets]
+    weights: Tensor,  # as ids
+) -> Tensor:  # [..., 1]
+    """What the soft targets leave of a probability of 1."""
+    return (1 - weights.masked_fill(ids < 0, 0).sum(-1, keepdim=True)).clamp_min(0)
 
 
 def teacher_kl(
@@ -55,6 +77,8 @@ def teacher_kl(
     ids, weights = call.soft_target_ids, call.soft_target_weights
     assert ids is not None and weights is not None  # else there is no term
     given = weights.to(term.dtype).masked_fill(ids < 0, 0)
+    if call.config.distillation_tail:
+        given = torch.cat([_left_over(ids, given), given], -1)
     negative_entropy = given.xlogy(given).sum(-1)
     counted = call.rows.targets != call.config.ignore_index
     negative_entropy = torch.where(counted, negative_entropy, 0)

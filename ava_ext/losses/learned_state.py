@@ -94,7 +94,8 @@ class LearnedState(Float32Buffers):
         if group is not None:
             self._follow(next(self.buffers()).device)  # this rank may not have had a call
             for name in self.PENDING:
-                torch.distributed.all_reduce(getattr(self, name), group=group)
+                if getattr(self, name).numel():
+                    torch.distributed.all_reduce(getattr(self, name), group=group)
 
     def begin(
         self,

@@ -12,9 +12,10 @@ from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.learned_state import LearnedState
+from ava_ext.losses.quantile_balancing import N_BINS, count_required_bias, quantile_bias
 from ava_ext.losses.router import load_variation, max_violation, measure_router, router_of_call
 from ava_ext.ops.committed import is_first_run
-from ava_ext.ops.router_layers import with_router
+from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices, with_router
 from ava_ext.ops.router_rows import RouterStatistics
 
 
@@ -44,6 +45,11 @@ class MoEBalancer(LearnedState, Part):
     expert_indices. With a sigmoid router you may leave them out; the choice is then the k largest of score +
     expert_bias. If your model chooses among groups of experts first, you must pass them.
 
+    With expert_bias_update="quantile", `step()` sets the bias to the one with which each expert would have been chosen
+    by its share of the rows since the last step; see losses.quantile_balancing. It follows the scores, not the choices,
+    so it is for a router that chooses by the k largest of score + expert_bias, without groups. It costs a top-k of the
+    scores in each call, and [n_layers, n_experts, 1000] counts.
+
     Buffers: expert_load (f), expert_counts (since reset_statistics), expert_bias, all [n_layers, n_experts] float32.
 
     Args:
@@ -52,7 +58,8 @@ class MoEBalancer(LearnedState, Part):
         num_moe_layers: layers with a router.
         gradient_balance_weight: weight of the steering term.
         moe_momentum: momentum of the running load.
-        expert_bias_rate: u.
+        expert_bias_rate: u; 0 does without the bias.
+        expert_bias_update: "sign", the rule above, or "quantile", which does not read u; sigmoid routers only.
         expert_bias_centered: step() takes the mean of each layer off expert_bias. No choice depends on it; the bias no
             longer drifts away from the scores where experts above and below the mean are not as many.
         router_score: "softmax" or "sigmoid" (normalised).
@@ -67,7 +74,7 @@ class MoEBalancer(LearnedState, Part):
     keys = ("moe_balancing_term",)
     METRICS = ("moe_cv", "moe_max_violation")
     statistics_name = "moe_balancing"
-    PENDING = ("pending_counts", "pending_scores", "pending_tokens")
+    PENDING = ("pending_counts", "pending_scores", "pending_tokens", "pending_required_bias")
     READ = ("expert_load", "expert_bias")
 
     expert_load: Tensor
@@ -85,10 +92,15 @@ class MoEBalancer(LearnedState, Part):
         gradient_balance_weight: float = UnifiedLossConfig.gradient_balance_weight,
         moe_momentum: float = UnifiedLossConfig.moe_momentum,
         expert_bias_rate: float = UnifiedLossConfig.expert_bias_rate,
+        expert_bias_update: str = UnifiedLossConfig.expert_bias_update,
         expert_bias_centered: bool = UnifiedLossConfig.expert_bias_centered,
         router_score: str = UnifiedLossConfig.router_score,
     ) -> None:
         super().__init__()
+        if expert_bias_update == "quantile" and router_score != "sigmoid":
+            raise ValueError(
+                f"moe_balancer: expert_bias_update='quantile' needs router_score='sigmoid', got {router_score!r}"
+            )
         self.n_experts = num_experts
         self.n_layers = num_moe_layers
         self.k = num_experts_per_token
@@ -96,6 +108,7 @@ class MoEBalancer(LearnedState, Part):
         self.momentum = moe_momentum
         self.bias_rate = expert_bias_rate
         self.centers_bias = expert_bias_centered
+        self.has_quantiles = expert_bias_update == "quantile" and expert_bias_rate > 0
         self.score = router_score
         shape = (num_moe_layers, num_experts)
         for buffer in ("expert_load", "expert_counts", "expert_bias", "score_sum"):
@@ -105,6 +118,8 @@ class MoEBalancer(LearnedState, Part):
         self.pending_counts = torch.empty(shape, dtype=torch.float32)
         self.pending_scores = torch.empty(shape, dtype=torch.float32)
         self.pending_tokens = torch.empty((), dtype=torch.int64)
+        n_bins = N_BINS if self.has_quantiles else 0
+        self.pending_required_bias = torch.empty((*shape, n_bins), dtype=torch.int32)
         self.previous_expert_load = torch.empty(shape, dtype=torch.float32)
         self.previous_expert_bias = torch.empty(shape, dtype=torch.float32)
         self.reset_parameters()
@@ -121,6 +136,7 @@ class MoEBalancer(LearnedState, Part):
             gradient_balance_weight=config.gradient_balance_weight,
             moe_momentum=config.moe_momentum,
             expert_bias_rate=config.expert_bias_rate,
+            expert_bias_update=config.expert_bias_update,
             expert_bias_centered=config.expert_bias_centered,
             router_score=config.router_score,
         )
@@ -136,6 +152,10 @@ class MoEBalancer(LearnedState, Part):
         """The steering term of the call's router."""
         call.required("gate_logits", "use_moe_balancing")
         statistics = router_of_call(call, "use_moe_balancing", self.bias_of_choice(call.expert_indices))
+        if self.has_quantiles and call.recording is not False and call.gate_logits is not None:
+            layers = layered_gate_logits(call.gate_logits, self.n_layers)
+            row_mask = call.padding_free(layers_shape(layers)[1])
+            self._record_required_bias(call.recording, layers, call.expert_indices, row_mask)
         balance = self.balance(statistics, call.recording)
         metrics = {"moe_cv": balance.moe_cv, "moe_max_violation": balance.moe_max_violation}
         return Addends({"moe_balancing_term": call.rows.batch_share * balance.term}, metrics)
@@ -169,7 +189,11 @@ class MoEBalancer(LearnedState, Part):
             first_run = is_first_run(layers[0])
             self.begin(first_run, layers[0])
             recording = first_run if self.training else False
-        return self.balance(self.measure(gate_logits, expert_indices, row_mask), recording)
+        statistics = self.measure(gate_logits, expert_indices, row_mask)
+        if self.has_quantiles and recording is not False:
+            of_layers = layered_gate_logits(gate_logits, self.n_layers)
+            self._record_required_bias(recording, of_layers, expert_indices, row_mask)
+        return self.balance(statistics, recording)
 
     def measure(
         self,
@@ -208,6 +232,27 @@ class MoEBalancer(LearnedState, Part):
             )
         return self.read("expert_bias")
 
+    @torch.no_grad()
+    def _record_required_bias(
+        self,
+        recording: bool | Tensor,  # [] bool
+        layers: list[Tensor],  # of [n_layers, ..., n_experts]
+        expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n_rows, k] per layer
+        row_mask: Tensor | None,  # n_rows elements, bool
+    ) -> None:
+        """For quantile balancing, once the arguments have been checked."""
+        n_layers, n_rows, _ = layers_shape(layers)
+        k = self.k
+        if k is None and expert_indices is not None:
+            k = stack_expert_indices(expert_indices, n_layers, n_rows, None).shape[-1]
+        if k is None or k >= self.n_experts:
+            raise ValueError(
+                f"moe_balancer: expert_bias_update='quantile' expected k below num_experts = {self.n_experts}, got {k}"
+            )
+        mask = None if row_mask is None else row_mask.reshape(n_rows)
+        counts = count_required_bias(layers, mask, self.read("expert_bias"), k)
+        self.record(recording, pending_required_bias=counts)
+
     def balance(
         self,
         statistics: RouterStatistics,
@@ -238,7 +283,10 @@ class MoEBalancer(LearnedState, Part):
         total = counts.sum(dim=-1, keepdim=True)
         moved = self.momentum * self.expert_load + (1 - self.momentum) * counts / total.clamp_min(1)
         self.expert_load.copy_(torch.where(total > 0, moved, self.expert_load))
-        self.expert_bias.add_(self.bias_rate * torch.sign(counts.mean(dim=-1, keepdim=True) - counts))
+        if self.has_quantiles:
+            self.expert_bias.copy_(quantile_bias(self.pending_required_bias, self.expert_bias, counts.mean(dim=-1)))
+        else:
+            self.expert_bias.add_(self.bias_rate * torch.sign(counts.mean(dim=-1, keepdim=True) - counts))
         if self.centers_bias:
             self.expert_bias.sub_(self.expert_bias.mean(dim=-1, keepdim=True))
         self.expert_counts.add_(counts)

@@ -100,7 +100,7 @@ class SequenceUnlikelihoodLoss(nn.Module):
         weights = repeats.to(real)
         if self.config.reduction == "mean":
             n_items = weights.sum() if num_items_in_batch is None else num_items_in_batch
-            weights = weights / items_of(n_items, weights, "sequence_unlikelihood")
+            weights = weights / items_of(n_items, weights.device, weights.dtype, "sequence_unlikelihood")
         softcap = self.config.logit_softcap
         options = row_options(
             torch.empty(0, dtype=real, device=tokens.device),

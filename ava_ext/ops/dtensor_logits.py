@@ -4,32 +4,21 @@
     Shard(a dimension of rows)   some rows: LocalRows. The loss is this rank's share, and the ranks' add up to the whole
     Shard(the last dimension)    some columns of the same rows: ShardedLogits. Every rank has the loss of the whole
 
-Targets, weights and candidates are those of all rows, the same on every rank.
-
-torch.distributed.tensor is not imported here: a DTensor only comes from a program that has imported it.
+Targets, weights and candidates are those of all rows, the same on every rank, or DTensors themselves.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ava_ext.ops.dtensors import is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import LocalRows, RowShard, ShardedLogits
 
-DTENSOR = "torch.distributed.tensor"  # in sys.modules, once there may be a DTensor
 PlacedLogits = Tensor | LinearLogits | ShardedLogits | LocalRows
-
-
-def is_dtensor(value: Any) -> TypeGuard[Any]:
-    """Whether value is a torch.distributed.tensor.DTensor."""
-    if type(value) is Tensor or type(value) is nn.Parameter or not isinstance(value, Tensor):
-        return False
-    module = sys.modules.get(DTENSOR)
-    return module is not None and isinstance(value, module.DTensor)
 
 
 def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
@@ -43,6 +32,21 @@ def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
             return _local_linear_logits(owner, logits)
         return logits
     return _local_tensor_logits(owner, logits) if is_dtensor(logits) else logits
+
+
+def has_dtensor(logits: PlacedLogits) -> bool:
+    """Whether the rows of these logits are those of a DTensor."""
+    return is_dtensor(logits.hidden_states if isinstance(logits, LinearLogits) else logits)
+
+
+def whole_beside(
+    owner: str,
+    logits: PlacedLogits,  # [..., n_columns]
+    **values: Tensor | None,  # [...] or [..., n]
+) -> list[Any]:
+    """Values of all rows, where they may be DTensors beside logits that are one."""
+    beside = has_dtensor(logits)
+    return [whole(owner, name, given, beside) for name, given in values.items()]
 
 
 def _local_tensor_logits(owner: str, logits: Any) -> PlacedLogits:  # [..., n_columns]
@@ -61,17 +65,16 @@ class Place:
         self.is_of_columns = tuple(p.is_shard() and p.dim == n_row_dimensions for p in placements)
 
     @classmethod
-    def of(cls, owner: str, name: str, tensor: Any) -> Place:
-        """Of a DTensor [..., n_columns]."""
+    def of(cls, owner: str, name: str, tensor: Any, n_row_dimensions: int | None = None) -> Place:
+        """Of a DTensor [..., n_columns]; n_row_dimensions: how many dimensions are of rows, if not all but the last."""
         for dimension, placement in enumerate(tensor.placements):
             if placement.is_partial():
                 raise ValueError(
                     f"{owner}: expected {name} in placements Replicate or Shard, got {placement} on dimension "
                     f"{dimension} of the mesh: call {name}.redistribute(placements=...) first"
                 )
-        place = cls(
-            tensor.device_mesh, tuple(_without_negative(p, tensor.dim()) for p in tensor.placements), tensor.dim() - 1
-        )
+        placements = tuple(_without_negative(p, tensor.dim()) for p in tensor.placements)
+        place = cls(tensor.device_mesh, placements, tensor.dim() - 1 if n_row_dimensions is None else n_row_dimensions)
         if sum(place.is_of_columns) > 1:
             raise ValueError(
                 f"{owner}: expected {name} whose columns are spread over one dimension of the mesh, got "
@@ -83,8 +86,9 @@ class Place:
         """The block of rows that this rank has; None: all."""
         if not any(self.is_of_rows):
             return None
-        sizes, offsets = _local_shape_and_offset(shape, self.mesh, self._only(self.is_of_rows))
-        return RowShard(shape, tuple(offsets), tuple(sizes))
+        placements = self._only(self.is_of_rows)
+        sizes, offsets = _local_shape_and_offset(shape, self.mesh, placements)
+        return RowShard(shape, tuple(offsets), tuple(sizes), self.mesh, tuple(placements))
 
     def column_shard(self, n_columns: int) -> tuple[Any, int, int] | None:
         """Group, number and first of the columns that this rank has; None: all."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_integers, check_is_tensor
+from ava_ext.ops.dtensor_rows import of_whole_texts
+from ava_ext.ops.dtensors import is_dtensor
 
 
 def repeated_ngram_mask(
@@ -21,7 +23,7 @@ def repeated_ngram_mask(
     numbers by sorting, log2(ngram_size) + 1 times; nothing is copied to the host, and shapes depend on no value.
 
     Args:
-        tokens: [batch_size, n_tokens], any integers.
+        tokens: [batch_size, n_tokens], any integers. A DTensor in Shard(0) gives one.
         ngram_size: n >= 1.
         mask: [batch_size, n_tokens]; tokens where it is 0 or False (a prompt, padding) belong to no n-gram.
         segments: a number that changes where a text begins, contiguous; None: each batch row is one text.
@@ -50,6 +52,12 @@ def repeated_ngram_mask(
     for name, given in (("mask", mask), ("segments", segments)):
         if given is not None and given.shape != shape and not (name == "segments" and given.shape == (1, shape[1])):
             raise ValueError(f"repeated_ngram_mask: expected {name} of shape {list(shape)}, got {list(given.shape)}")
+    if is_dtensor(tokens) or is_dtensor(mask) or is_dtensor(segments):
+
+        def of_local(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> tuple[Tensor]:
+            return (repeated_ngram_mask(tokens, ngram_size, mask=mask, segments=segments),)
+
+        return of_whole_texts("repeated_ngram_mask", of_local, tokens, mask=mask, segments=segments)[0]
     if tokens.numel() == 0:
         return torch.zeros_like(tokens, dtype=torch.bool)
     starts = torch.zeros(shape, dtype=torch.bool, device=tokens.device)

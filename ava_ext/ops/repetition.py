@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.dtensor_rows import of_whole_texts
+from ava_ext.ops.dtensors import DTENSOR, is_dtensor
 from ava_ext.ops.row_fields import Candidates, numbers_like
 
 _OP = torch.ops.ava_ext.repetition_candidates.default
@@ -80,7 +83,8 @@ def repetition_candidates(
 
     Args:
         tokens: [batch_size, n_tokens] integers, any strides. ignore_index marks a masked position: it matches nothing,
-            is never a candidate and ends a run. Ids outside the vocabulary match but are no candidates.
+            is never a candidate and ends a run. Ids outside the vocabulary match but are no candidates. A DTensor in
+            Shard(0) gives DTensors.
         targets: [batch_size, n_tokens] integers. Rows with ignore_index do not count: no candidates.
         vocab_size: candidates are below it; in [1, 2^31).
         weights: [N_REPETITION_WEIGHTS], float32 or float64, on the device of tokens; see `repetition_weights`.
@@ -151,23 +155,28 @@ def repetition_candidates(
             raise ValueError(
                 f"repetition_candidates: expected eos_token_id in [0, vocab_size = {vocab_size}), got {eos}"
             )
-    ids, candidate_weights = _OP(
-        tokens,
-        targets,
-        segments,
-        weights,
-        tokens_include_row=tokens_include_row,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        repetition_allow_list=repetition_allow_list,
-        use_immediate_repetition_penalty=use_immediate_repetition_penalty,
-        immediate_repetition_threshold=immediate_repetition_threshold,
-        ngram_size=ngram_size if use_ngram_penalty else 0,
-        ngram_window_size=ngram_window_size or 0,
-        ngram_slots=ngram_slots,
-        eos_ids=eos_ids,
-        min_sequence_length=min_sequence_length,
-    )
+    options = {
+        "tokens_include_row": tokens_include_row,
+        "vocab_size": vocab_size,
+        "ignore_index": ignore_index,
+        "repetition_allow_list": repetition_allow_list,
+        "use_immediate_repetition_penalty": use_immediate_repetition_penalty,
+        "immediate_repetition_threshold": immediate_repetition_threshold,
+        "ngram_size": ngram_size if use_ngram_penalty else 0,
+        "ngram_window_size": ngram_window_size or 0,
+        "ngram_slots": ngram_slots,
+        "eos_ids": eos_ids,
+        "min_sequence_length": min_sequence_length,
+    }
+    if DTENSOR in sys.modules and (is_dtensor(tokens) or is_dtensor(targets) or is_dtensor(segments)):
+
+        def of_local(tokens: Tensor, targets: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+            return _OP(tokens, targets, segments, weights, **options)
+
+        of_rows = {"targets": targets, "segments": segments}
+        ids, candidate_weights = of_whole_texts("repetition_candidates", of_local, tokens, **of_rows)
+    else:
+        ids, candidate_weights = _OP(tokens, targets, segments, weights, **options)
     groups: tuple[int, ...] = (1,) if use_immediate_repetition_penalty else ()
     groups += (len(eos_ids),) if eos_ids else ()
     groups += (ngram_slots,) if use_ngram_penalty else ()

@@ -5,8 +5,9 @@ The formulas stand in csrc/router_rows.h. The forms in which logits and choices 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from ava_ext.ops.derivatives import (
     refuse_transforms,
     without_second_derivative,
 )
+from ava_ext.ops.dtensor_rows import RouterPlace
+from ava_ext.ops.dtensors import DTENSOR, is_dtensor, summed, whole
 from ava_ext.ops.router_layers import layers_shape
 from ava_ext.ops.row_fields import accumulation_dtype
 
@@ -94,6 +97,18 @@ def router_statistics(
             raise ValueError("router_statistics: expected expert_indices or k, got neither")
         k = expert_indices.shape[-1]
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
+    if DTENSOR in sys.modules:
+        if any(map(is_dtensor, layers)):
+            of_rows = (expert_indices, row_mask, segment_ids)
+            return _of_dtensors(layers, *of_rows, k=k, score=score, expert_bias=expert_bias, n_segments=n_segments)
+        expert_indices, row_mask, segment_ids = (
+            whole("router_statistics", name, given, False, "gate_logits")
+            for name, given in (
+                ("expert_indices", expert_indices),
+                ("row_mask", row_mask),
+                ("segment_ids", segment_ids),
+            )
+        )
     refuse_transforms("router_statistics", (*layers, expert_bias))
     layers = [layer if layer.stride(-1) == 1 else layer.contiguous() for layer in layers]
     dtype = accumulation_dtype(layers[0].dtype)
@@ -115,6 +130,25 @@ def router_statistics(
     return RouterStatistics(
         counts.to(dtype), probability_sum, importance_sum, lse_squared_sum, entropy_sum, n_rows.to(dtype)
     )
+
+
+def _of_dtensors(
+    layers: list[Tensor],  # of [n_layers, ..., n_experts]
+    expert_indices: Tensor | None,  # [n_layers, n_rows, k]
+    row_mask: Tensor | None,  # [n_rows] or [n_layers, n_rows]
+    segment_ids: Tensor | None,  # [n_rows]
+    **options: Any,
+) -> RouterStatistics:
+    """router_statistics of this rank's rows, and their sums as DTensors where other ranks have other rows."""
+    place = RouterPlace("router_statistics", layers)
+    expert_indices = place.local("expert_indices", expert_indices, 1)
+    row_mask = None if row_mask is None else place.local("row_mask", row_mask, row_mask.dim() - 1)
+    segment_ids = None if segment_ids is None else place.local("segment_ids", segment_ids.reshape(-1), 0)
+    local = [layer.to_local() for layer in layers]  # type: ignore[attr-defined]
+    found = router_statistics(local, expert_indices, row_mask, segment_ids=segment_ids, **options)
+    if place.rows is None:
+        return found
+    return RouterStatistics(*(summed(statistic, place.mesh, place.is_of_rows) for statistic in found))
 
 
 def _check(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import N_ROW_COEFFICIENTS, N_STATISTICS, STATISTIC_NAMES
+from ava_ext.ops.row_fields import N_ROW_COEFFICIENTS, N_STATISTICS, STATISTIC_NAMES, TAIL_ID
 
 _ops = torch.ops.ava_ext
 MAX, ARGMAX, COUNT = map(STATISTIC_NAMES.index, ("max", "argmax", "count"))
@@ -41,16 +41,17 @@ class Shard(NamedTuple):
         self,
         ids: Tensor,  # [n_rows, n_ids] int32
     ) -> Tensor:  # [n_rows, n_ids] int32
-        """Ids as columns of this rank; -1 where they are none."""
-        ids = ids - self.first_column
-        return ids.masked_fill_((ids < 0) | (ids >= self.local_vocab_size), -1)
+        """Ids as columns of this rank; -1 where they are none. TAIL_ID stays: each rank has columns of the tail."""
+        local = ids - self.first_column
+        local.masked_fill_((local < 0) | (local >= self.local_vocab_size), -1)
+        return local.masked_fill_(ids == TAIL_ID, TAIL_ID)
 
 
 class MergedRows(NamedTuple):
     """What every rank knows of the rows of the whole logits, and of its own columns."""
 
     statistics: Tensor  # [n_rows, N_STATISTICS]: of all columns
-    u: Tensor  # [n_rows, n_ids]: z - max z of the ids; -inf where masked or absent
+    u: Tensor  # [n_rows, n_ids]: z - max z of the ids, or log sum e^u of a tail; -inf where masked or absent
     local_count: Tensor  # [n_rows]: this rank's columns that are neither masked nor padding
 
 
@@ -64,8 +65,9 @@ def measure(
     local_ids = shard.local_ids(ids)
     statistics, log_probs = _measure_locally(logits, local_ids, row_mask, shard)
     statistics[:, ARGMAX] += shard.first_column  # of a row without columns it is never looked at
-    gathered = _gather(statistics, log_probs.masked_fill(local_ids < 0, -torch.inf), shard)
-    merged, u = _merge(gathered, shard.options[0])
+    log_probs = log_probs.masked_fill((local_ids == -1) | ~row_mask.unsqueeze(-1), -torch.inf)
+    gathered = _gather(statistics, log_probs, shard)
+    merged, u = _merge(gathered, shard.options[0], ids == TAIL_ID)
     return MergedRows(merged, u, statistics[:, COUNT])
 
 
@@ -80,7 +82,7 @@ def _measure_locally(
         nothing = shard.options.new_zeros((len(ids), N_STATISTICS))
         nothing[:, MAX].fill_(-torch.inf)
         nothing[:, ARGMAX].fill_(-1)
-        return nothing, shard.options.new_zeros(ids.shape)
+        return nothing, shard.options.new_full(ids.shape, -torch.inf)
     arguments = (ids, row_mask, shard.options, shard.flags, vocab_size)
     if isinstance(logits, LinearLogits):
         return _ops.linear_row_statistics(*logits, *arguments, shard.chunk_rows, shard.dtype, shard.max_counted_rows)[
@@ -133,6 +135,7 @@ def _check_places(
 def _merge(
     gathered: Tensor,  # [world_size, n_rows, N_STATISTICS + n_ids]
     temperature: Tensor,  # []
+    is_tail: Tensor,  # [n_rows, n_ids] bool
 ) -> tuple[Tensor, Tensor]:  # [n_rows, N_STATISTICS], [n_rows, n_ids]
     """`merge` of csrc/softmax_rows.h over all ranks at once."""
     top, argmax, rest, weighted, sum_u, count = gathered[..., :N_STATISTICS].unbind(-1)  # [world_size, n_rows]
@@ -148,7 +151,8 @@ def _merge(
     sum_u = (sum_u + shift * count).masked_fill_(is_empty, 0).sum(0)
     merged = [maximum, argmax.gather(0, winner.unsqueeze(0)).squeeze(0), rest, weighted, sum_u, count.sum(0)]
     # a log-probability of a shard is u - log1p(R) there; exactly 0 is added up at its maximum
-    u = (gathered[..., N_STATISTICS:] + (log_total + shift).unsqueeze(-1)).amax(0)
+    u_of_ranks = gathered[..., N_STATISTICS:] + (log_total + shift).unsqueeze(-1)
+    u = torch.where(is_tail, u_of_ranks.logsumexp(0), u_of_ranks.amax(0))
     return torch.stack(merged, -1), u
 
 
@@ -169,8 +173,9 @@ def local_view(
     # the number of columns says whether there are masked ones among them: the local number among the local columns
     statistics = [maximum, local_argmax.masked_fill_(~is_local, -1), rest, weighted, sum_u, merged.local_count]
     of_probability, *others, of_maximum = row_coefficients[:, :N_ROW_COEFFICIENTS].unbind(-1)
-    own = row_coefficients[:, N_ROW_COEFFICIENTS:].masked_fill(ids < 0, 0)
-    elsewhere = own.masked_fill(shard.local_ids(ids) >= 0, 0).sum(-1) + of_maximum.masked_fill(is_local, 0)
+    is_tail = ids == TAIL_ID
+    own = row_coefficients[:, N_ROW_COEFFICIENTS:].masked_fill((ids < 0) & ~is_tail, 0)
+    elsewhere = own.masked_fill((shard.local_ids(ids) >= 0) | is_tail, 0).sum(-1) + of_maximum.masked_fill(is_local, 0)
     shapes = torch.stack([of_probability - elsewhere, *others, of_maximum.masked_fill(~is_local, 0)], -1)
     return torch.stack(statistics, -1), torch.cat([shapes, own], -1)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import Candidates
 from ava_ext.process_group import resolve
@@ -95,12 +96,27 @@ class RowShard(NamedTuple):
     shape: torch.Size  # [...]: of all rows
     offsets: tuple[int, ...]  # where the block begins
     sizes: tuple[int, ...]  # of the block
+    mesh: Any = None  # of the DTensor whose rows these are
+    placements: tuple[Any, ...] = ()  # of the rows on it
 
     def local(
         self,
-        values: Tensor,  # [*shape, ...]
+        values: Tensor,  # [*shape, ...], or a DTensor of that shape
     ) -> Tensor:  # [*sizes, ...]
-        """The block of values that are aligned with all rows."""
+        """The block of values that are aligned with all rows.
+
+        Raises:
+            ValueError: values of other rows.
+        """
+        if values.shape[: len(self.shape)] != self.shape:
+            raise ValueError(
+                f"ava_ext: expected values of all rows {list(self.shape)}, on every rank the same, beside logits whose "
+                f"rows are spread over ranks, got shape {list(values.shape)}"
+            )
+        if is_dtensor(values):
+            if values.device_mesh == self.mesh and tuple(values.placements) == self.placements:
+                return values.to_local()
+            values = values.full_tensor()
         for axis, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             values = values.narrow(axis, offset, size)
         return values
@@ -118,6 +134,20 @@ class RowShard(NamedTuple):
         for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
             padding = [offset, whole - offset - size, *padding]
         return pad(values, padding)
+
+    def spread(
+        self,
+        values: Tensor,  # [..., *sizes, ...]
+        n_before: int = 0,
+    ) -> Any:  # [..., *shape, ...]
+        """A DTensor of all rows, of which values are this block; n_before: dimensions before those of the rows."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        end = n_before + len(self.shape)
+        shape = torch.Size((*values.shape[:n_before], *self.shape, *values.shape[end:]))
+        placements = [Shard(p.dim + n_before) if p.is_shard() else p for p in self.placements]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(values, self.mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 class LocalRows(NamedTuple):

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import as_ids, check_is_tensor
-from ava_ext.ops.dtensor_logits import local_logits
+from ava_ext.ops.dtensor_logits import local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
 from ava_ext.ops.row_fields import IDS_ARE_PRESENT, RowFlags, row_options
 from ava_ext.ops.row_statistics import row_statistics
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
 from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_statistics
+
+_PLAIN = (Tensor, type(None))
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -55,6 +57,7 @@ def softmax_statistics(
     Args:
         logits: [..., n_columns], float32, bfloat16, float16 or float64. Or LinearLogits(hidden_states, weight, bias),
             of which a few rows exist at a time; backward computes them again.
+            Or ShardedLogits, or a DTensor: see `ava_ext.distributed` for what a rank gets.
         ids: [..., n_ids] integers in [0, vocab_size); -1 gives 0. None: no log_probs.
         temperature: a number in (0, inf), or a 0-dim tensor on the logits' device that does not require grad. The
             value of a tensor is not checked: that would wait for a GPU.
@@ -105,9 +108,15 @@ def _statistics(
     """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
     placed = local_logits(owner, logits)
     if isinstance(placed, LocalRows):
-        raise ValueError(f"{owner}: expected logits of all rows, got some of them: pass logits.to_local()")
+        scale, rows = (temperature, logit_softcap, logit_scale), placed.rows
+        ids, row_mask = (None if given is None else rows.local(given) for given in (ids, row_mask))
+        limits = (chunk_bytes, max_counted_rows, flags)
+        local = _statistics(owner, placed.logits, ids, *scale, vocab_size, row_mask, *limits)
+        return SoftmaxStatistics(*(rows.spread(value) for value in local))
+    if any(type(given) not in _PLAIN for given in (logits, ids, row_mask)):  # a DTensor is a Tensor too
+        ids, row_mask = whole_beside(owner, logits, ids=ids, row_mask=row_mask)
     logits = placed
-    options, own_flags = _options(owner, logits, temperature, logit_softcap, logit_scale)
+    options, own_flags = statistics_options(owner, logits, temperature, logit_softcap, logit_scale)
     arguments = (ids, row_mask, options, flags | own_flags, vocab_size)
     if isinstance(logits, ShardedLogits):
         log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows)
@@ -117,13 +126,14 @@ def _statistics(
     return SoftmaxStatistics(*row_statistics(owner, logits, *arguments))
 
 
-def _options(
+def statistics_options(
     owner: str,
     logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     temperature: float | Tensor,
     logit_softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, int]:  # [N_OPTIONS], flags
+    """What the row operators read of these; owner begins the messages."""
     flags = int(RowFlags.ENTROPY | RowFlags.SOFTCAP) if logit_softcap else int(RowFlags.ENTROPY)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
     if not 0 < logit_scale < math.inf:

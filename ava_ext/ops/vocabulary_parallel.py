@@ -19,7 +19,9 @@ from ava_ext.ops.row_fields import (
     IDS_ARE_PRESENT,
     N_SUMMARIES,
     N_TERMS,
+    TAIL_ID,
     Candidates,
+    RowFlags,
     RowLoss,
 )
 from ava_ext.ops.row_statistics import statistics_coefficients
@@ -55,7 +57,8 @@ def vocabulary_parallel_row_loss(
     if candidates is not None:
         _check_rows("row_loss", "candidate ids", candidates.ids, torch.Size((*rows, candidates.ids.shape[-1])))
         given = candidates.ids.flatten(0, -2)
-        _check_range("row_loss", "candidate ids", given, -1, shard.vocab_size)
+        lowest = TAIL_ID if flags & RowFlags.TAIL else -1
+        _check_range("row_loss", "candidate ids", given, lowest, shard.vocab_size)
         ids, groups = torch.cat([ids, given], -1), candidates.groups
         weights = candidates.weights.flatten(0, -2)
     if row_weights is not None:

@@ -73,7 +73,8 @@ struct CpuRows {
       const bool counts = row_counts(arguments, row, call.real);
       for (const int64_t end = position + arguments.n_ids; position < end; ++position) {
         const int64_t id = counts ? int64_t(ids[position]) : -1;
-        if ((id < 0 || id >= arguments.vocab_size) && counts && !(id == -1 && may_be_absent))
+        const bool is_none = id == -1 ? may_be_absent : id == kTailId && arguments.flags & kTail;
+        if ((id < 0 || id >= arguments.vocab_size) && counts && !is_none)
           fail_index(call.op, ": expected ", name, " in [0, ", arguments.vocab_size, ")", may_be_absent ? " or -1" : "",
                      ", got ", id, " at position ", position, " (row ", row, ")");
         use(position, int32_t(id));
@@ -87,6 +88,11 @@ struct CpuRows {
     if (!arguments.statistics) return true;
     return real == ScalarType::Double ? counts(static_cast<const RowStatistics<double>*>(arguments.statistics))
                                       : counts(static_cast<const RowStatistics<float>*>(arguments.statistics));
+  }
+  static void set_column_weights(const char* op, Arguments& arguments, const Tensor& weights, bool are_real) {
+    arguments.column_weights = weights.const_data_ptr();
+    arguments.column_weights_layout = layout_of(op, "column_weights", weights);
+    arguments.column_weights_are_real = are_real;
   }
   static Tensor new_tensor(const Tensor&, const std::vector<int64_t>& sizes, ScalarType type) {
     return empty_tensor(sizes, type);

@@ -20,18 +20,22 @@ struct SoftmaxRowsArguments {
   RowLayout grad_layout;
   bool stream;  // write the gradient past the caches
 
+  const void* column_weights;  // q: logits' type, or Real; [n_rows, vocab_size] through its layout
+  RowLayout column_weights_layout;
+  bool column_weights_are_real;
+
   const int64_t* targets;  // [n_rows]
   int64_t ignore_index;
   const void* row_weights;  // Real [n_rows]
   const bool* row_mask;     // [n_rows]: rows to measure; null: all
-  const int32_t* ids;       // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent
+  const int32_t* ids;       // [n_rows, n_ids]: candidates, or the columns that have an s_c; -1: absent, kTailId
   const void* id_values;    // Real [n_rows, n_ids]: weights of the candidates
   int64_t n_ids;
   const int64_t* group_sizes;  // [n_groups]: the candidates of a row are reported in these groups
   int64_t n_groups;
 
   void* row_loss;    // Real [n_rows]
-  void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
+  void* row_terms;   // Real [kRowTerms + n_groups, n_rows], and kRankTerms more
   int64_t n_rows;    // stride of row_terms
   void* statistics;  // RowStatistics<Real> [n_rows]: output, or input of row_gradient
   // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, kRowCoefficients + 1 + n_ids], of the target
@@ -53,7 +57,7 @@ struct SoftmaxRowsKernels {
 
 // Room for the columns of a row that have an s_c (n_ids, the target, the maximum), and to find them by hashing where
 // they are many.
-constexpr int64_t kEntryBytes = 40, kMostUnhashed = 16;
+constexpr int64_t kEntryBytes = 48, kMostUnhashed = 16;
 inline int64_t slots_of_entries(int64_t n_ids) {
   int64_t n_slots = 32;
   while (n_slots < 2 * (n_ids + 2)) n_slots *= 2;

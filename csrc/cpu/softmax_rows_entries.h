@@ -10,6 +10,7 @@ template <class Real>
 struct RowEntry {
   int64_t column;
   Real u, probability, own, gradient;
+  bool is_named;  // behind kTailId
 };
 static_assert(sizeof(RowEntry<double>) <= kEntryBytes);
 
@@ -33,16 +34,16 @@ struct RowEntries {
     for (int64_t slot = 0; slot < n_slots; ++slot) slots[slot] = -1;
   }
   // adds s to the entry of this column, or makes one
-  void add(int64_t column, Real u, Real probability, Real s) {
+  void add(int64_t column, Real u, Real probability, Real s, bool is_named = false) {
     Entry* entry = find(column);
     if (entry) {
       entry->own += s;
+      entry->is_named |= is_named;
       return;
     }
-    entries[n++] = {column, u, probability, s, 0};
+    entries[n++] = {column, u, probability, s, 0, is_named};
   }
 
- private:
   // the entry of this column; where there is none, the next one is put into its slot
   Entry* find(int64_t column) {
     if (n_slots == 0) {

@@ -85,6 +85,48 @@ struct RowReader {
     for (int64_t lane = 0; lane < n; ++lane) out[lane] = buffer[lane];
   }
 
+  // Columns behind kTailId, -1: absent; they may repeat.
+  struct Named {
+    const int32_t* ids;
+    int64_t n;
+  };
+  // A part of a row with the named columns that are among it, which a sum leaves out: the groups of kGroup that have any.
+  static constexpr int64_t kGroup = 4 * kLanes;
+  struct Part {
+    const Element* x;
+    int64_t begin, end;
+    Named named;
+    uint64_t groups;  // a bit for each
+  };
+  // `found` has room for the named columns of a part, if they are not many
+  static constexpr int64_t kMostFound = 64;
+  static Part part_of(const Element* x, int64_t begin, int64_t end, Named named, int32_t* found) {
+    Part part{x, begin, end, named, 0};
+    const auto n = uint32_t(end - begin);
+    bool any = false;
+    for (int64_t k = 0; k < named.n; ++k) any |= uint32_t(named.ids[k]) - uint32_t(begin) < n;
+    if (!any) return part;
+    int64_t n_found = 0;
+    for (int64_t k = 0; k < named.n; ++k) {
+      const uint32_t place = uint32_t(named.ids[k]) - uint32_t(begin);
+      if (place >= n) continue;
+      part.groups |= uint64_t(1) << place / uint32_t(kGroup);
+      if (n_found < kMostFound) found[n_found] = named.ids[k];
+      ++n_found;
+    }
+    if (n_found <= kMostFound) part.named = {found, n_found};
+    return part;
+  }
+  // n elements of a row from column `first` on, -inf in place of the named ones
+  static const Element* without_named(const Element* x, int64_t first, int64_t n, Named named, Element* buffer) {
+    __builtin_memcpy(buffer, x + first, size_t(n) * sizeof(Element));
+    for (int64_t k = 0; k < named.n; ++k) {
+      const uint32_t place = uint32_t(named.ids[k]) - uint32_t(first);
+      if (place < uint32_t(n)) narrow(-Real(INFINITY), buffer + place);
+    }
+    return buffer;
+  }
+
   // Sums over some columns, with d = value - reference in logits (not yet divided by T) and e = e^(d / T).
   struct Lanes {
     Register max, rest, weighted, sum, count;
@@ -114,21 +156,32 @@ struct RowReader {
     double rest, weighted, sum, count;  // rest: all e, the maximum included
   };
   Sums sum_block(const Element* x, int64_t begin, int64_t end, Real reference) const {
-    const Sums sums = sum_lanes<false>(x, begin, end, reference);
+    return sum_part({x, begin, end, {nullptr, 0}, 0}, reference);
+  }
+  Sums sum_part(const Part& part, Real reference) const {
+    const Sums sums = sum_lanes<false>(part, reference);
     if (!kDense || sums.sum > -double(INFINITY)) return sums;
-    return sum_lanes<true>(x, begin, end, reference);  // a masked column, or a nan
+    return sum_lanes<true>(part, reference);  // a masked column, or a nan
   }
   template <bool kMasked>
-  Sums sum_lanes(const Element* x, int64_t begin, int64_t end, Real reference_logit) const {
+  Sums sum_lanes(const Part& part, Real reference_logit) const {
+    const int64_t begin = part.begin, end = part.end;
+    const Element* x = part.x;
+    Element buffer[kGroup];
+    uint64_t groups = part.groups;
     const Register reference = V::set(reference_logit);
     Lanes lanes[4] = {no_lanes(), no_lanes(), no_lanes(), no_lanes()};
     int64_t i = begin;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes)
+    for (; i + kGroup <= end; i += kGroup, groups >>= 1) {
+      const Element* group = x + i;
+      if (groups & 1) group = without_named(x, i, kGroup, part.named, buffer);
       for (int k = 0; k < 4; k += 2) {
-        const auto pair = V::load_pair(x + i + k * kLanes);
+        const auto pair = V::load_pair(group + k * kLanes);
         add<kMasked>(lanes[k], effective(pair.first), reference);
         add<kMasked>(lanes[k + 1], effective(pair.second), reference);
       }
+    }
+    if (groups & 1) x = without_named(x, i, end - i, part.named, buffer) - i;
     for (; i + kLanes <= end; i += kLanes) add<kMasked>(lanes[0], effective(V::load(x + i)), reference);
     const double n_present = kMasked ? 0 : double(i - begin);
     if (i < end) add<true>(lanes[1], effective(load_part(x + i, end - i)), reference);
@@ -162,6 +215,25 @@ struct RowReader {
     }
     return -1;
   }
+  // how many logits, as they are stored, are greater than that of this column
+  Real rank_of(const Element* x, int64_t column) const {
+    const Real own = widen(x[column]);
+    if (own != own) return Real(arguments.vocab_size);
+    const Register wanted = V::set(own), one = V::set(Real(1)), zero = V::set(Real(0));
+    Register counts[4] = {zero, zero, zero, zero};  // each a whole number below 2^24
+    const auto add = [&](int lane, Register logits) {
+      counts[lane] = V::add(counts[lane], V::keep(V::less(wanted, logits), one));
+    };
+    const int64_t n = arguments.vocab_size;
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+      for (int k = 0; k < 4; k += 2) {
+        const auto pair = V::load_pair(x + i + k * kLanes);
+        add(k, pair.first), add(k + 1, pair.second);
+      }
+    for (; i < n; i += kLanes) add(0, n - i < kLanes ? load_part(x + i, n - i) : V::load(x + i));
+    return V::total(V::add(V::add(counts[0], counts[1]), V::add(counts[2], counts[3])));
+  }
   // sums over the columns of [begin, end) but i*
   Sums sum_without(const Element* x, int64_t begin, int64_t end, int64_t argmax, Real reference) const {
     Sums sums = sum_block(x, begin, begin + (argmax - begin) / kLanes * kLanes, reference);
@@ -184,12 +256,15 @@ struct RowReader {
     sums.rest *= scale;
   }
 
-  RowStatistics<Real> measure(const Element* x) const {
+  // statistics of the columns that are not named
+  RowStatistics<Real> measure(const Element* x, Named named = {nullptr, 0}) const {
     const Real slack = 32 * options.temperature;  // sums up to e^32 times the block's size stay far from overflow
     Real reference = lowest_finite<Real>();
     Sums all{-Real(INFINITY), 0, 0, 0, 0},
         best{-Real(INFINITY), 0, 0, 0, 0};  // best: the block with the maximum; all: the others
     int64_t best_begin = 0, best_end = 0;
+    Element buffer[kBlock];
+    int32_t found[kMostFound];
     const auto change_reference = [&](Real next) {
       const double shift = double(reference) - double(next), scale = exp_of(shift * double(inverse_temperature));
       move(all, shift, scale), move(best, shift, scale);
@@ -197,14 +272,16 @@ struct RowReader {
     };
     for (int64_t begin = 0; begin < arguments.vocab_size; begin += kBlock) {
       const int64_t end = begin + kBlock < arguments.vocab_size ? begin + kBlock : arguments.vocab_size;
+      const Part part = part_of(x, begin, end, named, found);
       if (reference == lowest_finite<Real>()) {
-        const Real first = largest_in(x, begin, end);
+        const Element* block = part.groups ? without_named(x, begin, end - begin, named, buffer) : x + begin;
+        const Real first = largest_in(block, 0, end - begin);
         if (first > lowest_finite<Real>()) reference = first;
       }
-      Sums sums = sum_block(x, begin, end, reference);
+      Sums sums = sum_part(part, reference);
       if (sums.max > reference + slack) {
         change_reference(sums.max);
-        sums = sum_block(x, begin, end, reference);
+        sums = sum_part(part, reference);
       }
       const bool leads = sums.max > best.max;
       const Sums& other = leads ? best : sums;
@@ -218,9 +295,12 @@ struct RowReader {
       return row;
     }
     row.max = best.max;
-    row.argmax = Real(first_equal(x, best_begin, best_end, row.max));
+    const int64_t n_best = best_end - best_begin;
+    const Element* const block = named.n ? without_named(x, best_begin, n_best, named, buffer) : x + best_begin;
+    const int64_t place = first_equal(block, 0, n_best, row.max);
+    row.argmax = Real(best_begin + place);
     change_reference(row.max);
-    const Sums rest = sum_without(x, best_begin, best_end, int64_t(row.argmax), row.max);
+    const Sums rest = sum_without(block, 0, n_best, place, row.max);
     row.rest = row.max == Real(INFINITY) ? Real(NAN) : Real(all.rest + rest.rest);  // +inf logits give nan, as in torch
     row.count = 1;  // a row that is there; its columns are counted in the dense kernels only
     if constexpr (kDense) {
@@ -228,6 +308,43 @@ struct RowReader {
       row.sum = Real((all.sum + best.sum) * double(inverse_temperature));
       row.count = Real(all.count + best.count);
     }
+    return row;
+  }
+  // Statistics of the row, and in *mass the sum of e^u over the columns that are not named: these are measured alone, and
+  // the named ones added, because the difference of two sums could be anything. Each named column becomes an entry.
+  template <class Entries>
+  RowStatistics<Real> measure_apart(const Element* x, Named named, Entries& of_row, Real* mass) const {
+    const RowStatistics<Real> others = measure(x, named);
+    Real max = others.max, argmax = others.argmax, nan = 0;
+    for (int64_t k = 0; k < named.n; ++k) {
+      if (named.ids[k] < 0) continue;
+      Real value = widen(x[named.ids[k]]);
+      if (kCapped && value != -Real(INFINITY)) value = options.softcap * tanh_of(value / options.softcap);
+      of_row.add(named.ids[k], value, 0, 0, true);
+      if (value != value || value == Real(INFINITY)) nan = Real(NAN);
+      if (value > max || (value == max && Real(named.ids[k]) < argmax)) max = value, argmax = Real(named.ids[k]);
+    }
+    const double shift = others.max == max ? 0 : (double(others.max) - double(max)) * double(inverse_temperature);
+    const double scale = exp_of(shift), all = others.max == -Real(INFINITY) ? 0 : 1 + double(others.rest);
+    Sums sums{max, scale * all + double(nan), 0, double(others.sum), double(others.count)};
+    if (argmax == others.argmax) sums.rest = double(others.rest) + double(nan);
+    if (kDense && scale > 0) sums.weighted = scale * (double(others.weighted) + shift * all);
+    if (kDense && others.count > 0) sums.sum += shift * double(others.count);
+    for (int64_t k = 0; k < of_row.n; ++k) {
+      auto& entry = of_row.entries[k];
+      const bool is_masked = entry.u == -Real(INFINITY), is_argmax = Real(entry.column) == argmax;
+      if (!is_masked) entry.u = is_argmax ? Real(0) : (entry.u - max) * inverse_temperature;
+      if (entry.u < lowest_finite<Real>() && !is_masked) entry.u = lowest_finite<Real>();
+      entry.probability = exp_of(entry.u);
+      if (is_masked) continue;
+      if (!is_argmax) sums.rest += double(entry.probability);
+      if (kDense && entry.probability > 0) sums.weighted += double(entry.u) * double(entry.probability);
+      sums.sum += double(entry.u), sums.count += 1;
+    }
+    *mass = Real(scale * all);
+    RowStatistics<Real> row{max, argmax, Real(sums.rest), Real(sums.weighted), Real(sums.sum), Real(sums.count)};
+    for (int64_t k = 0; k < of_row.n; ++k) of_row.entries[k].probability /= 1 + row.rest;
+    if (!kDense && row.count > 1) row.count = 1;
     return row;
   }
 };

@@ -49,12 +49,12 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
   auto* const entries = reinterpret_cast<SparseEntry<float>*>(scratch + 1);  // [1 + n_ids]
   const int64_t row_index = blockIdx.x;
   const int thread = threadIdx.x, lane = thread % 32;
-  const RowSlice<Element> row(a, row_index, int(blockIdx.y));
-  const GradientSlice<Element> gradient(a, row, row_index);
+  const RowOptions<float>& options = *static_cast<const RowOptions<float>*>(a.options);
+  const RowSlice<Element> row(a, RowPart<Element>(a, blockIdx.x, int(blockIdx.y)));
   const RowStatistics<float> statistics = static_cast<const RowStatistics<float>*>(a.statistics)[row_index];
   if (statistics.count == 0) {
     for (int vector = row.first + thread; vector < row.last; vector += kPartThreads)
-      gradient.store(vector, uint4{0, 0, 0, 0});
+      row.store(vector, uint4{0, 0, 0, 0});
     return;
   }
 
@@ -65,11 +65,11 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
     const int32_t argmax = statistics.argmax < float(a.vocab_size) ? int32_t(statistics.argmax) : -1;
 #pragma unroll 1
     for (int k = lane; k <= a.n_ids; k += 32) entries[k] = gathered<float>(a, row_index, argmax, k, logit);
-    take_coefficients(a, row_index, statistics, entries, scratch, lane);
+    take_coefficients(a, options, row_index, statistics, entries, scratch, lane);
   }
   __syncthreads();
 
-  const LogitScale scale = logit_scale(*static_cast<const RowOptions<float>*>(a.options));
+  const LogitScale scale = logit_scale(options);
   constexpr bool kUsual = kFeatures == Features::capped;  // see with_care
   const Exponent<Element, kFeatures, kUsual> usual(scale, statistics.max);
   const GradientScalars scalars = gradient_scalars(scratch->dense, usual);
@@ -79,18 +79,18 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
     if constexpr (kFeatures == Features::dense) vector_range<Element>(logits, high, low);
     with_care<Element, kFeatures>(all_careful || low < kLowestOrdinary, [&](auto is_careful) {
       if constexpr (decltype(is_careful)::value == kUsual) {
-        gradient.store(vector, gradient_vector(logits, scalars, usual));
+        row.store(vector, gradient_vector(logits, scalars, usual));
       } else {
         const Exponent<Element, kFeatures, !kUsual> exponent(scale, statistics.max);
-        gradient.store(vector, gradient_vector(logits, gradient_scalars(scratch->dense, exponent), exponent));
+        row.store(vector, gradient_vector(logits, gradient_scalars(scratch->dense, exponent), exponent));
       }
     });
   });
   __syncthreads();
   if (thread < 32)
     write_entries(
-        a, entries, scratch, lane, [&](int column) { return row.has_column(column); },
-        [&](int column, float value) { gradient.store_column(column, value); });
+        a, options, entries, scratch, lane, [&](int column) { return row.has_column(column); },
+        [&](int column, float value) { row.store_column(column, value); });
 }
 
 // rows *= factors, in place; a row whose factor is 1 or whose target is ignored is not touched. grid: rows, parts
@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(kPartThreads) scale_rows_kernel(const RowArgum
   const int64_t row_index = blockIdx.x;
   const float factor = static_cast<const float*>(a.row_weights)[row_index];
   if (factor == 1 || (a.targets && a.targets[row_index] == a.ignore_index)) return;
-  const RowSlice<Element> row(a, row_index, int(blockIdx.y));
-  const GradientSlice<Element> gradient(a, row, row_index);
+  const RowSlice<Element> row(a, RowPart<Element>(a, blockIdx.x, int(blockIdx.y)));
   VectorsAhead<Element> ahead;
   ahead.load(row, row.first + int(threadIdx.x));
   for_vectors(row, ahead, [&](int vector, uint4 bits) {
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(kPartThreads) scale_rows_kernel(const RowArgum
     unpack<Element>(bits, values);
 #pragma unroll
     for (int k = 0; k < kVectorSize<Element>; ++k) values[k] *= factor;
-    gradient.store(vector, pack<Element>(values));
+    row.store(vector, pack<Element>(values));
   });
 }
 

@@ -21,102 +21,71 @@
 
 namespace ava {
 
+// What a block knows of a row before it has seen a logit.
+template <class Element>
+struct RowHeader {
+  RowPart<Element> part;
+  unsigned index;
+  int32_t target;  // -1: the row is left out; kNoRow
+  float weight;
+};
+// In place of a target: behind the last row.
+constexpr int32_t kNoRow = -2;
+
+// What the threads of a block tell each other, in shared memory; behind it partials and entries.
+template <class Element>
+struct RowBoard {
+  static constexpr int kHeaders = 4;  // this row, the next, the one behind it; the last, which warp 0 may still read
+  RowHeader<Element> headers[kHeaders];
+  LogitScale scale;
+  RowOptions<float> options;
+  RowScratch<float> scratch;
+};
+
 inline size_t row_shared_bytes(bool kept_in_shared, int capacity, int cluster_size, int n_threads, int n_ids) {
-  return (kept_in_shared ? size_t(capacity) * 16 : 0) + sizeof(LogitScale) + sizeof(RowScratch<float>) +
+  return (kept_in_shared ? size_t(capacity) * 16 : 0) + sizeof(RowBoard<float>) +
          size_t(2) * cluster_size * (n_threads / 32) * sizeof(RowStatistics<float>) +
          size_t(n_ids + 1) * sizeof(SparseEntry<float>);
 }
 
-// Statistics of this warp's vectors: steps 1 and 2 of what is above, with `gather` between them. `careful` is set where
-// some logit of the warp needs the careful exponent.
-template <class Element, Residence kResidence, Features kFeatures, class EachSlot, class Gather>
-__device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Element>& row,
-                                                             const Kept<Element, kResidence>& kept,
-                                                             const LogitScale& scale, int n_stages, EachSlot each_slot,
-                                                             Gather gather, bool& careful) {
+// Writes the gradient of this row, whose vectors gradient_of(i, vector) makes, and fills their places with the next row.
+template <class Element, Residence kResidence, Features kFeatures, class GradientOf>
+__device__ __forceinline__ void write_row(const RowSlice<Element>& row, const RowSlice<Element>& next, bool has_next,
+                                          Kept<Element, kResidence>& kept, int n_slots, GradientOf gradient_of) {
+  constexpr bool kStaged = Kept<Element, kResidence>::kStaged;
   const int thread = threadIdx.x, n_threads = blockDim.x;
-  float best = -INFINITY, lowest = INFINITY;
-  int best_vector = kNoColumn;
-  for (int stage = 0; stage < n_stages; ++stage) {
-    if constexpr (Kept<Element, kResidence>::kStaged) {
-      if (stage == 0) cp_async_wait<3>();
-      if (stage == 1) cp_async_wait<2>();
-      if (stage == 2) cp_async_wait<1>();
-      if (stage == 3) cp_async_wait<0>();
-    }
-    each_slot(stage, [&](int i) {
-      const int vector = row.first + i * n_threads + thread;
-      if (vector >= row.last) return;
-      float high, low;
-      vector_range<Element>(kept.get(row, i, vector), high, low);
-      if (high > best) best = high, best_vector = vector;
-      lowest = fminf(lowest, low);
-    });
-  }
-  gather();
-  const float warp_best = warp_max(best);
-  const int winner = warp_min(best == warp_best ? best_vector : kNoColumn);  // the first that holds the maximum
-  const float reference = warp_best == -INFINITY ? 0.f : capped_logit<kFeatures>(warp_best, scale).value;
-  if constexpr (kFeatures != Features::plain) careful = __any_sync(kWholeWarp, lowest < kLowestOrdinary);
-
-  const auto sum_up = [&](auto is_careful) {
-    const Exponent<Element, kFeatures, decltype(is_careful)::value> exponent(scale, reference);
-    Sums sums;
-    int argmax = kNoColumn;
-    for (int stage = 0; stage < n_stages; ++stage)
-      each_slot(stage, [&](int i) {
-        const int vector = row.first + i * n_threads + thread;
-        if (vector >= row.last) return;
-        float logits[kVectorSize<Element>];
-        unpack<Element>(kept.get(row, i, vector), logits);
-        int excluded = -1;
-        if (vector == winner) {
-          excluded = first_equal<Element>(logits, warp_best);
-          argmax = row.column(vector) + excluded < argmax ? row.column(vector) + excluded : argmax;
-        }
-        accumulate(logits, row.column(vector), excluded, exponent, sums, argmax);
-      });
-    sums.rest = warp_sum(sums.rest);
-    if constexpr (kFeatures != Features::plain) {
-      sums.weighted = warp_sum(sums.weighted);
-      sums.sum = warp_sum(sums.sum);
-      sums.count = warp_sum(sums.count);
-    }
-    return to_statistics(sums, exponent, warp_best == -INFINITY ? warp_best : reference, warp_min(argmax));
+  const int first = row.first + thread, n_mine = row.all.of(thread), n_next = has_next ? next.all.of(thread) : 0;
+  const auto write_slot = [&](int i) {
+    if (i < n_mine) row.store(first + i * n_threads, gradient_of(i, first + i * n_threads));
+    if (i < n_next) kept.fetch(next, i, next.first + thread + i * n_threads);
   };
-  return with_care<Element, kFeatures>(careful || needs_care(reference, scale), sum_up);
-}
-
-// The same for a row that is not kept: every vector is a part of its own.
-template <class Element, Features kFeatures>
-__device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<Element>& row, const LogitScale& scale,
-                                                                 int n_slots) {
-  const int thread = threadIdx.x, n_threads = blockDim.x;
-  RowStatistics<float> partial = empty_statistics<float>();
-#pragma unroll(kFeatures == Features::capped ? 1 : 2)
-  for (int i = 0; i < n_slots; ++i) {
-    const int vector = row.first + i * n_threads + thread;
-    if (vector >= row.last) break;
-    const uint4 bits = row.load(vector);
-    float high, low, logits[kVectorSize<Element>];
-    vector_range<Element>(bits, high, low);
-    unpack<Element>(bits, logits);
-    const bool is_empty = high == -INFINITY;
-    const float reference = is_empty ? 0.f : capped_logit<kFeatures>(high, scale).value;
-    const Exponent<Element, kFeatures, true> exponent(scale, reference);
-    const int excluded = is_empty ? -1 : first_equal<Element>(logits, high);
-    int argmax = is_empty ? kNoColumn : row.column(vector) + excluded;
-    Sums sums;
-    accumulate(logits, row.column(vector), excluded, exponent, sums, argmax);
-    partial =
-        merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax), scale.inverse_temperature);
+  if constexpr (kResidence == Residence::registers) {
+    for_slots<kResidence, 1>(0, n_slots, write_slot);
+  } else {
+    // slots [begin, end) move 16 bytes at once in all three places: nothing is asked there
+    int begin = row.begin_whole(thread), end = row.n_whole_in_gradient > 0 ? row.end_whole(thread) : 0;
+    if (has_next) {
+      begin = max(begin, next.begin_whole(thread));
+      end = min(end, next.end_whole(thread));
+    }
+    end = max(begin, end);
+#pragma unroll 1
+    for (int i = begin > 0 ? 0 : end; i < n_slots; i = i + 1 == begin ? end : i + 1)
+      write_slot(i);  // in the first stage
+    const Element* const source = next.address(next.first - row.first);
+#pragma unroll 1
+    for (int stage = 0; stage < kStages<kResidence>; ++stage) {
+      const SlotRange range = slots_of_stage<kResidence>(n_slots, stage);
+      for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(max(begin, range.begin), min(end, range.end), [&](int i) {
+        const int vector = first + i * n_threads;
+        const int64_t offset = int64_t(vector) * RowSlice<Element>::kSize;
+        store16(row.gradient + offset, gradient_of(i, vector));
+        if (kStaged && has_next) cp_async16(kept.slots + i * n_threads, source + offset);
+      });
+      if constexpr (kStaged) cp_async_commit();
+    }
   }
-  return merge_lanes(partial, scale.inverse_temperature);
 }
-
-// In place of a target: behind the last row. Told from a row that is left out, -1, so that the loop over rows keeps no
-// comparison of indices in a register.
-constexpr int32_t kNoRow = -2;
 
 template <class Element, Residence kResidence, Features kFeatures>
 // 64 registers, or 80 where the row lives in registers: no spills
@@ -124,93 +93,102 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
                                   kResidence == Residence::registers ? 3 : 1) row_loss_kernel(const RowArguments a) {
   AVA_DYNAMIC_SHARED(shared);
   constexpr bool kClustered = kResidence == Residence::clusters, kStaged = Kept<Element, kResidence>::kStaged;
-  constexpr int kStages = kStaged ? 4 : 1;  // the maximum of a quarter of the row is taken while the rest still arrives
   const int thread = threadIdx.x, n_threads = blockDim.x, warp = thread / 32, lane = thread % 32;
   const int n_warps = n_threads / 32;
   const int rank = kClustered ? int(cluster_rank()) : 0, cluster_size = kClustered ? a.cluster_size : 1;
   const bool differentiates = a.grad_logits != nullptr;
 
-  unsigned char* const behind_slots = shared + (kStaged ? size_t(a.capacity) * 16 : 0);
-  auto* const shared_scale = reinterpret_cast<LogitScale*>(behind_slots);
-  auto* const scratch = reinterpret_cast<RowScratch<float>*>(shared_scale + 1);
-  auto* const partials = reinterpret_cast<RowStatistics<float>*>(scratch + 1);  // [2, cluster_size, n_warps]
+  auto* const board = reinterpret_cast<RowBoard<Element>*>(shared + (kStaged ? size_t(a.capacity) * 16 : 0));
+  auto* const partials = reinterpret_cast<RowStatistics<float>*>(board + 1);  // [2, cluster_size, n_warps]
   auto* const entries = reinterpret_cast<SparseEntry<float>*>(partials + 2 * cluster_size * n_warps);  // [1 + n_ids]
+  RowScratch<float>* const scratch = &board->scratch;
 
   Kept<Element, kResidence> kept;
   kept.slots = reinterpret_cast<uint4*>(shared) + thread;
-  // two vectors with hyperbolic tangents would spill; of float32, two come to no more than one of 16 bits
-  constexpr int kUnrolled = kFeatures == Features::capped || sizeof(Element) == 4 ? 1 : 2;
-  const auto each_slot = [&](int stage, auto body) {
-    const int per_stage = (a.n_slots + kStages - 1) / kStages, begin = stage * per_stage, end = begin + per_stage;
-    for_slots<kResidence, kUnrolled>(begin, end < a.n_slots ? end : a.n_slots, body);
-  };
-
-  const auto fetch_row = [&](unsigned index) {
-    const RowSlice<Element> row(a, index, rank);
-    for (int stage = 0; stage < kStages; ++stage) {
-      each_slot(stage, [&](int i) { kept.fetch(row, i, row.first + i * n_threads + thread); });
+  const auto fetch_row = [&](const RowHeader<Element>& header) {
+    const RowSlice<Element> row(a, header.part);
+#pragma unroll 1
+    for (int stage = 0; stage < kStages<kResidence>; ++stage) {
+      const SlotRange range = slots_of_stage<kResidence>(a.n_slots, stage);
+      for_slots<kResidence, 1>(range.begin, range.end,
+                               [&](int i) { kept.fetch(row, i, row.first + i * n_threads + thread); });
       if constexpr (kStaged) cp_async_commit();
     }
   };
+  // By one thread, two rows ahead: a barrier of the row between makes it known, and the wait for memory is nobody's.
+  const auto announce = [&](unsigned turn) {
+    if (thread != n_threads - 1) return;
+    RowHeader<Element>& header = board->headers[turn % board->kHeaders];
+    const unsigned index = blockIdx.x / cluster_size + turn * a.row_step;
+    if (index >= unsigned(a.n_rows)) {
+      header.target = kNoRow;
+      return;
+    }
+    header.weight = weight_of<float>(a, index);
+    header.part = RowPart<Element>(a, index, rank);
+    header.index = index;
+    header.target = counted_target(a, index);
+  };
 
-  const unsigned n_rows = unsigned(a.n_rows);
-  unsigned row_index = blockIdx.x / cluster_size;
-  int32_t target = row_index < n_rows ? counted_target(a, row_index) : kNoRow;
-  if (target >= 0) fetch_row(row_index);
-  if (thread == 0) *shared_scale = logit_scale(*static_cast<const RowOptions<float>*>(a.options));
+  announce(0);
+  announce(1);
+  if (thread == 0) {
+    board->options = *static_cast<const RowOptions<float>*>(a.options);
+    board->scale = logit_scale(board->options);
+  }
   if constexpr (kClustered)
     cluster_sync();  // shared memory may be written from outside once its block runs
   else
     __syncthreads();
+  if (board->headers[0].target >= 0) fetch_row(board->headers[0]);
 
-  int parity = 0;  // partials alternate, so that one barrier for a row is enough
-  for (unsigned next_index; target != kNoRow; row_index = next_index) {
-    next_index = row_index + a.row_step;
-    const int32_t next_target = next_index < n_rows ? counted_target(a, next_index) : kNoRow;
-    const auto write_row = [&](const RowSlice<Element>& row, auto gradient_of) {
-      const RowSlice<Element> next(a, next_target >= 0 ? next_index : row_index, rank);
-      const GradientSlice<Element> gradient(a, row, row_index);
-      for (int stage = 0; stage < kStages; ++stage) {
-        each_slot(stage, [&](int i) {
-          const int vector = row.first + i * n_threads + thread;
-          if (vector < row.last) gradient.store(vector, gradient_of(i, vector));
-          if (next_target >= 0) kept.fetch(next, i, next.first + i * n_threads + thread);
-        });
-        if constexpr (kStaged) cp_async_commit();
-      }
+  int parity = 0;  // of the rows that count: their partials alternate, so that one barrier for a row is enough
+  for (unsigned turn = 0;; ++turn) {
+    const RowHeader<Element>& header = board->headers[turn % board->kHeaders];
+    const RowHeader<Element>& next = board->headers[(turn + 1) % board->kHeaders];
+    if (header.target == kNoRow) return;
+    const auto write_with = [&](const RowSlice<Element>& row, auto gradient_of) {
+      const bool has_next = next.target >= 0;
+      const RowSlice<Element> next_row(a, (has_next ? next : header).part);
+      write_row<Element, kResidence, kFeatures>(row, next_row, has_next, kept, a.n_slots, gradient_of);
     };
 
-    if (target < 0) {  // the same for the whole cluster; the logits are not looked at
+    if (header.target < 0) {  // the same for the whole cluster; the logits are not looked at
+      announce(turn + 2);
       if (differentiates)
-        write_row(RowSlice<Element>(a, row_index, rank), [](int, int) { return uint4{0, 0, 0, 0}; });
-      else if (next_target >= 0)
-        fetch_row(next_index);
-      if (rank == 0 && warp == 0) write_nothing<float>(a, row_index, lane);
-      target = next_target;
+        write_with(RowSlice<Element>(a, header.part), [](int, int) { return uint4{0, 0, 0, 0}; });
+      else if (next.target >= 0)
+        fetch_row(next);
+      if (rank == 0 && warp == 0) write_nothing<float>(a, header.index, lane);
+      __syncthreads();
       continue;
     }
 
     [[maybe_unused]] bool careful = false;
     RowStatistics<float> partial;
     {
-      const RowSlice<Element> row(a, row_index, rank);
-      const LogitScale scale = *shared_scale;
+      const RowSlice<Element> row(a, header.part);
+      const LogitScale scale = board->scale;
       const auto gather = [&] {  // between steps 1 and 2: the logits are under way meanwhile
+        announce(turn + 2);
         if (warp > 0) return;
         for (int k = lane; k <= a.n_ids; k += 32)
-          entries[k] = gathered<float>(a, row_index, a.targets ? target : -1, k, [&](int c) { return row.logit(c); });
+          entries[k] =
+              gathered<float>(a, header.index, a.targets ? header.target : -1, k, [&](int c) { return row.logit(c); });
       };
       if constexpr (kResidence == Residence::streamed) {
         gather();
         partial = measure_streamed<Element, kFeatures>(row, scale, a.n_slots);
       } else {
-        partial = measure_kept<Element, kResidence, kFeatures>(row, kept, scale, kStages, each_slot, gather, careful);
+        partial = measure_kept<Element, kResidence, kFeatures>(row, kept, scale, a.n_slots, gather, careful);
       }
     }
-    if (!differentiates && next_target >= 0) fetch_row(next_index);
+    if (!differentiates && next.target >= 0) fetch_row(next);
     // pushed, not pulled: after the barrier every block has all partials in its own shared memory
+    RowStatistics<float>* const now = partials + parity * cluster_size * n_warps;
+    parity ^= 1;
     if (lane < cluster_size) {
-      RowStatistics<float>* const slot = partials + (parity * cluster_size + rank) * n_warps + warp;
+      RowStatistics<float>* const slot = now + rank * n_warps + warp;
       *(kClustered ? cluster_map(slot, lane) : slot) = partial;
     }
     if constexpr (kClustered)
@@ -219,49 +197,46 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       __syncthreads();
 
     if (warp == 0) {
-      RowStatistics<float> total = empty_statistics<float>();
-      const float inverse_temperature = shared_scale->inverse_temperature;
-      for (int i = lane; i < cluster_size * n_warps; i += 32)
-        total = merge(total, partials[parity * cluster_size * n_warps + i], inverse_temperature);
-      total = merge_lanes(total, inverse_temperature);
+      const float inverse_temperature = board->scale.inverse_temperature;
+      RowStatistics<float> total = lane < cluster_size * n_warps ? now[lane] : empty_statistics<float>();
+#pragma unroll 1
+      for (int i = lane + 32; i < cluster_size * n_warps; i += 32) total = merge(total, now[i], inverse_temperature);
+      total = merge_lanes<kFeatures != Features::plain>(total, inverse_temperature);
       total = finished(total, kFeatures != Features::plain);
       if (a.summaries) {
-        if (rank == 0) write_summaries(a, row_index, total, entries, lane);
+        if (rank == 0) write_summaries(a, board->options, header.index, total, entries, lane);
       } else {
-        evaluate_row(a, row_index, total, entries, scratch, lane);
-        if (!differentiates && rank == 0) write_loss(a, row_index, entries, scratch, lane);
+        evaluate_row(a, board->options, header.weight, total, entries, scratch, lane);
+        if (!differentiates && rank == 0) write_loss(a, header.index, header.weight, entries, scratch, lane);
       }
       __syncwarp();  // entries and scratch are free for the next row
     }
-    if (differentiates) {
-      __syncthreads();
-      row_index = computed_again(row_index);
-      const RowSlice<Element> row(a, row_index, rank);
-      const LogitScale scale = *shared_scale;
+    if (!differentiates) continue;
+    __syncthreads();
+    const RowSlice<Element> row(a, header.part);
+    {
+      const LogitScale scale = board->scale;
       const float max = scratch->statistics.max, reference = max == -INFINITY ? 0.f : max;  // step 4
       const auto differentiate = [&](auto is_careful) {
         const Exponent<Element, kFeatures, decltype(is_careful)::value> exponent(scale, reference);
         const GradientScalars scalars = gradient_scalars(scratch->dense, exponent);
-        write_row(row, [&](int i, int vector) { return gradient_vector(kept.get(row, i, vector), scalars, exponent); });
+        write_with(row,
+                   [&](int i, int vector) { return gradient_vector(kept.get(row, i, vector), scalars, exponent); });
       };
       if constexpr (kResidence == Residence::streamed)
         differentiate(std::true_type());
       else
         with_care<Element, kFeatures>(careful || needs_care(reference, scale), differentiate);
-      __syncthreads();
-      if (warp == 0) {  // step 5
-        row_index = computed_again(row_index);
-        const RowSlice<Element> row(a, row_index, rank);
-        const GradientSlice<Element> gradient(a, row, row_index);
-        write_entries(
-            a, entries, scratch, lane, [&](int column) { return row.has_column(column); },
-            [&](int column, float value) { gradient.store_column(column, value); });
-        if (rank == 0) write_loss(a, row_index, entries, scratch, lane);
-        __syncwarp();
-      }
     }
-    target = next_target;
-    parity ^= 1;
+    __syncthreads();
+    if (warp == 0) {                                 // step 5
+      const RowSlice<Element> here(a, header.part);  // read again, not kept in registers
+      write_entries(
+          a, board->options, entries, scratch, lane, [&](int column) { return here.has_column(column); },
+          [&](int column, float value) { here.store_column(column, value); });
+      if (rank == 0) write_loss(a, header.index, header.weight, entries, scratch, lane);
+      __syncwarp();
+    }
   }
   // no closing cluster_sync: partials are pushed, so nobody touches a block's shared memory behind the last barrier
 }

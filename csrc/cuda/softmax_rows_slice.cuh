@@ -10,25 +10,43 @@
 
 namespace ava {
 
+// How many of a block's vectors a thread has, where vector i * n_threads + t of the block is slot i of thread t.
+struct Share {
+  int each, more;  // every thread has `each`, and the first `more` of them one more
+
+  __device__ __forceinline__ int of(int thread) const { return each + (thread < more); }
+};
+__device__ __forceinline__ Share share_of(int n_vectors) {
+  const unsigned n = n_vectors > 0 ? unsigned(n_vectors) : 0u;
+  return {int(n / blockDim.x), int(n % blockDim.x)};
+}
+
 // A block's part of one row. Vector v holds the columns v * kSize - phase + [0, kSize).
 template <class Element>
-struct RowSlice {
-  static constexpr int kSize = kVectorSize<Element>, kBits = 8 * int(sizeof(Element));
-  const RowArguments& arguments;  // in the constant bank: no registers
-  const Element* aligned;         // column -phase; only columns [0, n_columns) are looked at
-  int phase, first, last;         // vectors [first, last)
-  unsigned n_whole;               // vectors that lie inside [0, vocab_size)
+struct RowPart {
+  static constexpr int kSize = kVectorSize<Element>;
+  const Element* logits;   // column -phase; only columns [0, n_columns) are looked at
+  Element* gradient;       // the same of the gradient; null: none
+  int phase, first, last;  // vectors [first, last)
+  unsigned n_whole,
+      n_whole_in_gradient;  // vectors of the row that lie inside [0, vocab_size), and are one vector there
+  Share all, whole;  // of [first, last): all vectors, and those before the first that is not whole, but for vector 0
 
-  __device__ __forceinline__ RowSlice(const RowArguments& a, int64_t row, int part) : arguments(a) {
-    const Element* const logits = static_cast<const Element*>(a.logits) + row_offset(a.logits_layout, uint32_t(row));
+  __device__ __forceinline__ RowPart(const RowArguments& a, unsigned row, int part) {
+    logits = static_cast<const Element*>(a.logits) + row_offset(a.logits_layout, row);
     phase = int(reinterpret_cast<uintptr_t>(logits) & 15) / int(sizeof(Element));
-    aligned = logits - phase;
+    logits -= phase;
+    gradient = nullptr;
+    if (a.grad_logits) gradient = static_cast<Element*>(a.grad_logits) + row_offset(a.grad_layout, row) - phase;
     const int n_vectors = (phase + a.n_columns + kSize - 1) / kSize;
     const int per_part = (n_vectors + a.cluster_size - 1) / a.cluster_size;
     first = part * per_part < n_vectors ? part * per_part : n_vectors;
     last = first + per_part < n_vectors ? first + per_part : n_vectors;
     const int end_whole = (phase + a.vocab_size) / kSize;
     n_whole = end_whole > first_whole() ? unsigned(end_whole - first_whole()) : 0;
+    n_whole_in_gradient = (reinterpret_cast<uintptr_t>(gradient) & 15) == 0 ? n_whole : 0;
+    all = share_of(last - first);
+    whole = share_of((end_whole < last ? end_whole : last) - first);
   }
   __device__ __forceinline__ int first_whole() const { return phase > 0; }
   __device__ __forceinline__ int column(int vector) const { return vector * kSize - phase; }
@@ -36,17 +54,34 @@ struct RowSlice {
     const int vector = (phase + column) / kSize;
     return vector >= first && vector < last;
   }
-  __device__ __forceinline__ float logit(int column) const { return to_float(aligned[phase + column]); }
+  __device__ __forceinline__ float logit(int column) const { return to_float(logits[phase + column]); }
   __device__ __forceinline__ bool is_whole(int vector) const { return unsigned(vector - first_whole()) < n_whole; }
-  __device__ __forceinline__ const Element* address(int vector) const { return aligned + int64_t(vector) * kSize; }
+  __device__ __forceinline__ const Element* address(int vector) const { return logits + int64_t(vector) * kSize; }
+  // A thread's slots [begin_whole, end_whole) are whole in the logits.
+  __device__ __forceinline__ int begin_whole(int thread) const { return thread == 0 && first < first_whole(); }
+  __device__ __forceinline__ int end_whole(int thread) const { return whole.of(thread); }
+  __device__ __forceinline__ void store_column(int column, float value) const {
+    gradient[phase + column] = from_float<Element>(value);
+  }
+};
+
+// The same with what loads and stores it.
+template <class Element>
+struct RowSlice : RowPart<Element> {
+  using Part = RowPart<Element>;
+  using Part::gradient, Part::kSize, Part::logits, Part::phase;
+  static constexpr int kBits = 8 * int(sizeof(Element));
+  const RowArguments& arguments;  // in the constant bank: no registers
+
+  __device__ __forceinline__ RowSlice(const RowArguments& a, const Part& part) : Part(part), arguments(a) {}
 
   // Element by element through a shift register of 16 bytes: no indexed array, little code.
   __device__ __forceinline__ uint4 load_edge(int vector) const {
     uint64_t low = 0, high = 0;
 #pragma unroll 1
     for (int k = kSize - 1; k >= 0; --k) {
-      const int c = column(vector) + k;
-      const Element element = c >= 0 && c < arguments.vocab_size ? aligned[phase + c] : from_float<Element>(-INFINITY);
+      const int c = this->column(vector) + k;
+      const Element element = c >= 0 && c < arguments.vocab_size ? logits[phase + c] : from_float<Element>(-INFINITY);
       uint64_t raw = 0;
       memcpy(&raw, static_cast<const void*>(&element), sizeof(Element));
       high = high << kBits | low >> (64 - kBits);
@@ -55,9 +90,9 @@ struct RowSlice {
     return {unsigned(low), unsigned(low >> 32), unsigned(high), unsigned(high >> 32)};
   }
   __device__ __forceinline__ uint4 load(int vector) const {
-    return is_whole(vector) ? load16(address(vector)) : load_edge(vector);
+    return this->is_whole(vector) ? load16(this->address(vector)) : load_edge(vector);
   }
-  __device__ __forceinline__ void store_edge(Element* gradient, int vector, uint4 bits) const {
+  __device__ __forceinline__ void store_edge(int vector, uint4 bits) const {
     uint64_t low = bits.x | uint64_t(bits.y) << 32, high = bits.z | uint64_t(bits.w) << 32;
 #pragma unroll 1
     for (int k = 0; k < kSize; ++k) {
@@ -65,33 +100,16 @@ struct RowSlice {
       memcpy(static_cast<void*>(&element), &low, sizeof(Element));
       low = low >> kBits | high << (64 - kBits);
       high >>= kBits;
-      const int c = column(vector) + k;
+      const int c = this->column(vector) + k;
       if (c >= 0 && c < arguments.n_columns)
         gradient[phase + c] = c < arguments.vocab_size ? element : from_float<Element>(0.f);
     }
   }
-};
-
-// The row of the gradient that belongs to a slice.
-template <class Element>
-struct GradientSlice {
-  const RowSlice<Element>& row;
-  Element* aligned;  // column -phase of the *logits*
-  unsigned n_whole;
-
-  __device__ __forceinline__ GradientSlice(const RowArguments& a, const RowSlice<Element>& row, int64_t row_index)
-      : row(row) {
-    aligned = static_cast<Element*>(a.grad_logits) + row_offset(a.grad_layout, uint32_t(row_index)) - row.phase;
-    n_whole = (reinterpret_cast<uintptr_t>(aligned) & 15) == 0 ? row.n_whole : 0;  // else cut at other boundaries
-  }
   __device__ __forceinline__ void store(int vector, uint4 bits) const {
-    if (unsigned(vector - row.first_whole()) < n_whole)
-      store16(aligned + int64_t(vector) * RowSlice<Element>::kSize, bits);
+    if (unsigned(vector - this->first_whole()) < this->n_whole_in_gradient)
+      store16(gradient + int64_t(vector) * kSize, bits);
     else
-      row.store_edge(aligned, vector, bits);
-  }
-  __device__ __forceinline__ void store_column(int column, float value) const {
-    aligned[row.phase + column] = from_float<Element>(value);
+      store_edge(vector, bits);
   }
 };
 
@@ -127,12 +145,25 @@ struct Kept {
   }
 };
 
+// The maximum of a quarter of the row is taken while the rest still arrives.
+template <Residence kResidence>
+constexpr int kStages = kResidence == Residence::shared || kResidence == Residence::clusters ? 4 : 1;
+struct SlotRange {
+  int begin, end;
+};
+template <Residence kResidence>
+__device__ __forceinline__ SlotRange slots_of_stage(int n_slots, int stage) {
+  const int per_stage = (n_slots + kStages<kResidence> - 1) / kStages<kResidence>, begin = stage * per_stage;
+  return {begin, begin + per_stage < n_slots ? begin + per_stage : n_slots};
+}
+
 // Register arrays need indices known at compile time; shared memory a rolled loop.
 template <Residence kResidence, int kUnrolled, class Body>
 __device__ __forceinline__ void for_slots(int begin, int end, Body body) {
   if constexpr (kResidence == Residence::registers) {
 #pragma unroll
-    for (int i = 0; i < kRegisterVectors; ++i) body(i);
+    for (int i = 0; i < kRegisterVectors; ++i)
+      if (i < end) body(i);
   } else {
 #pragma unroll kUnrolled
     for (int i = begin; i < end; ++i) body(i);

@@ -13,10 +13,14 @@ __device__ __forceinline__ int32_t counted_target(const RowArguments& a, int64_t
   if (!a.targets) return a.row_mask && !a.row_mask[row] ? -1 : 0;
   const int64_t target = a.targets[row];
   if (target == a.ignore_index) return -1;
-  if (threadIdx.x == 0)
-    AVA_DEVICE_CHECK((target >= 0 && target < a.vocab_size) &&
-                     "row_loss: expected targets in [0, vocab_size) or ignore_index");
+  AVA_DEVICE_CHECK((target >= 0 && target < a.vocab_size) &&
+                   "row_loss: expected targets in [0, vocab_size) or ignore_index");
   return int32_t(target);
+}
+
+template <class Real>
+__device__ __forceinline__ Real weight_of(const RowArguments& a, int64_t row) {
+  return a.row_weights ? static_cast<const Real*>(a.row_weights)[row] : Real(1);
 }
 
 // The column of entry 1 + k, checked. An id of 64 bits is two words, low and high: to look at them one by one takes fewer
@@ -76,9 +80,11 @@ __device__ __forceinline__ void sum_of_entries(const SparseEntry<Real>& entry, c
 template <class Real>
 __device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const RowStatistics<Real>& row,
                                                const RowEvaluation<Real>& evaluation, Real others, Real maximum,
-                                               Real inverse_temperature, int lane) {
-  others = warp_total(others);
-  maximum = warp_total(maximum);
+                                               Real inverse_temperature, int n_ids, int lane) {
+  if (n_ids > 0) {  // else lane 0 alone has an entry
+    others = warp_total(others);
+    maximum = warp_total(maximum);
+  }
   if (lane == 0) {
     DenseGradient<Real> dense = dense_gradient(row, evaluation.coefficients, others + maximum, inverse_temperature);
     if (row.count == 0) dense = {};
@@ -87,13 +93,12 @@ __device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const 
   __syncwarp();
 }
 
-// Terms and coefficients of a counted row of row_loss; entry 0 is its target.
+// Terms and coefficients of a counted row of row_loss; entry 0 is its target. What the loop needs of the options is read
+// again, and held by no register meanwhile.
 template <class Real>
-__device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_index, const RowStatistics<Real>& row,
-                                             SparseEntry<Real>* entries, RowScratch<Real>* scratch, int lane) {
-  // a reference: what the loop needs is read again, and held by no register meanwhile
-  const RowOptions<Real>& options = *static_cast<const RowOptions<Real>*>(a.options);
-  const Real row_weight = a.row_weights ? static_cast<const Real*>(a.row_weights)[row_index] : Real(1);
+__device__ __forceinline__ void evaluate_row(const RowArguments& a, const RowOptions<Real>& options, Real row_weight,
+                                             const RowStatistics<Real>& row, SparseEntry<Real>* entries,
+                                             RowScratch<Real>* scratch, int lane) {
   const int32_t target = entries[0].column, argmax = int32_t(row.argmax);
   const Real target_u = scalar_u(a, options, row, target, entries[0].logit);
   const Real target_weight = a.flags & kTargetWeights ? entries[1].own : Real(1);
@@ -130,15 +135,14 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, int64_t row_
     sum_of_entries(entry, row, others, maximum);
     entries[k] = entry;
   }
-  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, lane);
+  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, a.n_ids, lane);
 }
 
 // The same where statistics and coefficients are given; entry 0 is i*.
 template <class Real>
-__device__ __forceinline__ void take_coefficients(const RowArguments& a, int64_t row_index,
-                                                  const RowStatistics<Real>& row, SparseEntry<Real>* entries,
-                                                  RowScratch<Real>* scratch, int lane) {
-  const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
+__device__ __forceinline__ void take_coefficients(const RowArguments& a, const RowOptions<Real>& options,
+                                                  int64_t row_index, const RowStatistics<Real>& row,
+                                                  SparseEntry<Real>* entries, RowScratch<Real>* scratch, int lane) {
   const Real* own_coefficients =
       static_cast<const Real*>(a.row_coefficients) + row_index * (kRowCoefficients + a.n_ids);
   RowEvaluation<Real> evaluation{};
@@ -153,17 +157,17 @@ __device__ __forceinline__ void take_coefficients(const RowArguments& a, int64_t
     sum_of_entries(entry, row, others, maximum);
     entries[k] = entry;
   }
-  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, lane);
+  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, a.n_ids, lane);
 }
 
 // The gradient of the entries' columns, in full precision, over what the dense pass left there. Duplicates add up; the
 // first one writes. `is_mine` says which columns this block has.
 template <class Real, class IsMine, class Store>
-__device__ __forceinline__ void write_entries(const RowArguments& a, const SparseEntry<Real>* entries,
-                                              const RowScratch<Real>* scratch, int lane, IsMine is_mine, Store store) {
+__device__ __forceinline__ void write_entries(const RowArguments& a, const RowOptions<Real>& options,
+                                              const SparseEntry<Real>* entries, const RowScratch<Real>* scratch,
+                                              int lane, IsMine is_mine, Store store) {
   const RowStatistics<Real> row = scratch->statistics;
   if (row.count == 0) return;
-  const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
 #pragma unroll 1
   for (int k = lane; k <= a.n_ids; k += 32) {
     const int32_t column = entries[k].column;
@@ -186,8 +190,9 @@ __device__ __forceinline__ void write_entries(const RowArguments& a, const Spars
 
 // row_loss, row_terms, and where asked for statistics and row_coefficients, of a counted row.
 template <class Real>
-__device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, const SparseEntry<Real>* entries,
-                                           const RowScratch<Real>* scratch, int lane) {
+__device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, Real row_weight,
+                                           const SparseEntry<Real>* entries, const RowScratch<Real>* scratch,
+                                           int lane) {
   const RowEvaluation<Real>& evaluation = scratch->evaluation;
   auto* terms = static_cast<Real*>(a.row_terms);
   Real total = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
@@ -201,10 +206,7 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, c
     first = last;
   }
   if (lane < kRowTerms) terms[lane * a.n_rows + row] = evaluation.terms[lane];
-  if (lane == 0) {
-    const Real row_weight = a.row_weights ? static_cast<const Real*>(a.row_weights)[row] : Real(1);
-    static_cast<Real*>(a.row_loss)[row] = total * row_weight;
-  }
+  if (lane == 0) static_cast<Real*>(a.row_loss)[row] = total * row_weight;
   if (!a.row_coefficients) return;
   Real* own_coefficients = static_cast<Real*>(a.row_coefficients) + row * (kRowCoefficients + 1 + a.n_ids);
   if (lane == 0) {
@@ -220,10 +222,9 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, c
 
 // What the open operator reports of a measured row; entry 0 is absent.
 template <class Real>
-__device__ __forceinline__ void write_summaries(const RowArguments& a, int64_t row_index,
-                                                const RowStatistics<Real>& row, const SparseEntry<Real>* entries,
-                                                int lane) {
-  const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
+__device__ __forceinline__ void write_summaries(const RowArguments& a, const RowOptions<Real>& options,
+                                                int64_t row_index, const RowStatistics<Real>& row,
+                                                const SparseEntry<Real>* entries, int lane) {
   const Real total = log_total(row);
   if (lane == 0) {
     static_cast<RowStatistics<Real>*>(a.statistics)[row_index] = row;

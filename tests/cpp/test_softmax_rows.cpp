@@ -125,6 +125,37 @@ static void test_gradient_by_differences() {
   }
 }
 
+// The tail of soft targets on columns 0 and 1 of four: the term by its definition, and the coefficients of p_j by
+// central differences of the term, in the columns of the tail and in the others. Without a tail, a finite term.
+template <class Real>
+static void test_tail(double largest_gap) {
+  const double weight = 0.3;
+  for (double gap = 0.5; gap <= largest_gap; gap *= 1.5) {
+    const auto log_tail = [&](const std::vector<double>& z) {
+      const double others = std::log(std::exp(z[2]) + std::exp(z[3]));
+      const double named = std::log(1 + std::exp(z[1] - z[0])) + z[0];
+      return -std::log1p(std::exp(named - others));
+    };
+    const std::vector<double> z = {gap, gap - 1, 0, -1};
+    const std::vector<Real> row(z.begin(), z.end());
+    const auto statistics = measure(row, 0, row.size(), Real(1));
+    const Real mass = std::exp(row[2] - row[0]) + std::exp(row[3] - row[0]);
+    const auto share = ava::tail_share(statistics, mass, Real(weight));
+    const double relative = tolerance<Real>() * (1 + gap / 16);
+    EXPECT_CLOSE(share.loss, -weight * log_tail(z), relative);
+    for (size_t j = 0; j < z.size(); ++j) {
+      const double u = double(row[j]) - double(row[0]), p = std::exp(u) / (1 + double(statistics.rest));
+      const double got = p * (double(share.probability) + (j >= 2 ? double(share.outside) : 0));
+      std::vector<double> above = z, below = z;
+      above[j] += 1e-5, below[j] -= 1e-5;
+      const double difference = -weight * (log_tail(above) - log_tail(below)) / 2e-5;
+      EXPECT(std::fabs(got - difference) < 1e-6);
+    }
+  }
+  const auto nothing = ava::tail_share(measure(std::vector<Real>{1, 2}, 0, 2, Real(1)), Real(0), Real(weight));
+  EXPECT(std::isfinite(nothing.loss) && std::isfinite(nothing.outside) && nothing.loss > 20);
+}
+
 // The maximum is the candidate: -w log(1 - p) = w (gap - log of the others' sum), and dz_max = w / S, however large the gap.
 template <class Real>
 static void test_sure_candidate(double largest_gap) {
@@ -177,6 +208,8 @@ int main() {
   test_all<float>(80);
   test_all<double>(600);
   test_gradient_by_differences();
+  test_tail<float>(80);
+  test_tail<double>(600);
   test_round_trip<ava::BFloat16>();
   test_round_trip<ava::Float16>();
   return expect::exit_code();

@@ -66,6 +66,7 @@ Problem make_problem(const Shape& shape, int flags, uint64_t seed) {
     problem.logits.push_back(logits);
     problem.targets.push_back(row == kIgnored ? -100 : target);
     const int32_t twice = column();
+    if (flags & kSoftTargets && logits[twice] == -INFINITY) problem.logits.back()[twice] = 0;  // whose term is inf
     for (const int32_t id : {peak, -1, twice, twice}) problem.ids.push_back(id);
     for (int k = 0; k < kCandidates; ++k) problem.weights.push_back(0.5f + float(k));
     problem.row_weights.push_back(0.25f + float(row));
@@ -204,9 +205,10 @@ void check(const SoftmaxRowsLaunchers& kernels, const Problem& problem, const De
   }
 }
 
-// A device on which rows of some hundred columns go every way that long rows go on a GPU.
-DeviceLimits small_device(int shared_per_block, int largest_cluster) {
-  return {1, 2 * shared_per_block, shared_per_block, 0, largest_cluster};
+// A device on which rows of some hundred columns go every way that long rows go on a GPU. With 8 blocks on a
+// multiprocessor a block has few threads, each of them several vectors.
+DeviceLimits small_device(int shared_per_block, int largest_cluster, int blocks = 2) {
+  return {1, blocks * shared_per_block, shared_per_block, 0, largest_cluster};
 }
 
 constexpr DeviceLimits kH200{132, 228 * 1024, 227 * 1024, 1024, 8}, kA100{108, 164 * 1024, 163 * 1024, 1024, 1};
@@ -244,10 +246,12 @@ void test_every_residence(const SoftmaxRowsLaunchers& kernels) {
   constexpr int kScale = 4 / int(sizeof(Element));  // the same bytes for every type
   const Way ways[] = {{kH200, 1, Residence::registers, 1},
                       {kH200, 300 * kScale, Residence::registers, 1},
-                      {small_device(4096, 8), 701 * kScale, Residence::shared, 1},
+                      {small_device(4608, 8), 701 * kScale, Residence::shared, 1},
+                      {small_device(20480, 1, 8), 3401 * kScale, Residence::shared, 1},
                       {small_device(4096, 8), 1001 * kScale, Residence::clusters, 2},
+                      {small_device(10240, 8, 8), 3401 * kScale, Residence::clusters, 2},
                       {small_device(6144, 8), 2501 * kScale, Residence::clusters, 4},
-                      {small_device(10240, 8), 7101 * kScale, Residence::clusters, 8},
+                      {small_device(10496, 8), 7101 * kScale, Residence::clusters, 8},
                       {small_device(4096, 1), 1100 * kScale, Residence::streamed, 1}};
   const int flags[] = {kCrossEntropy, kCrossEntropy | kFocal | kLabelSmoothing | kZLoss | kConfidencePenalty,
                        kCrossEntropy | kLabelSmoothing | kSoftcap | kEaft,

@@ -159,3 +159,23 @@ def test_a_term_of_all_hidden_states(dimension):
     options = {"use_contrastive_loss": True} | OWN_HEADS
     found = on_ranks(2, worker, (2,), placements, options)
     check(found, run_whole(options, list(placements)), is_share=dimension < 2)
+
+
+def unshifted_labels_worker(rank, dimension):
+    """What the loss says of this rank's router, and what its tokens that are not padding say."""
+    mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
+    options = {"labels_are_shifted": False, "pad_token_id": 0, "num_experts": 3, "num_experts_per_token": 1}
+    loss_fn = UnifiedLoss(VOCAB_SIZE, primary_loss_type="standard", use_auxiliary_loss=True, **options).double()
+    labels = arguments["targets"].clone()
+    labels[:, -2:] = 0
+    gate_logits, keep = (values.chunk(2, dimension)[rank] for values in (leaves["hidden_states"][..., :3], labels != 0))
+    spread = distribute_tensor(leaves["logits"], mesh, [Shard(dimension)])
+    found = loss_fn(spread, labels, gate_logits=gate_logits.flatten(0, 1), return_detailed=True)
+    counts = torch.bincount(gate_logits[keep].argmax(-1), minlength=3).double()
+    return found["moe_max_violation"], counts.max() * 3 / counts.sum() - 1
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_padding_of_a_router_beside_unshifted_labels(dimension):
+    for found, expected in on_ranks(2, unshifted_labels_worker, dimension):
+        torch.testing.assert_close(found, expected)

@@ -6,7 +6,6 @@ from processes import on_ranks
 
 from ava_ext import LinearLogits, UnifiedLoss
 from ava_ext.distributed import FusedHead, ShardedLogits
-from ava_ext.ops import softmax_statistics
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -43,6 +42,22 @@ def placements_worker(rank):
     plain = {"hidden_states": states, "lm_head_weight": weight}
     torch.testing.assert_close(loss_fn(targets=targets, **of_states), loss_fn(targets=targets, **plain))
 
+    q = torch.rand(2, 6, V, generator=torch.Generator().manual_seed(0))
+    beside = {"target_probabilities": q}
+    with pytest.raises(NotImplementedError, match=r"target_probabilities beside logits whose columns are spread"):
+        loss_fn(spread(logits, Shard(2)), targets, **beside)
+    smoothed = UnifiedLoss(V, primary_loss_type="standard", class_weights=(0.5,) * V, label_smoothing=0.1)
+    with pytest.raises(NotImplementedError, match=r"smoothing_weights beside logits whose columns are spread"):
+        smoothed(spread(logits, Shard(2)), targets)
+    with pytest.raises(
+        NotImplementedError, match=r"a gradient of target_probabilities beside logits spread over ranks"
+    ):
+        loss_fn(spread(logits, Shard(1)), targets, target_probabilities=q.clone().requires_grad_())
+    row_loss = UnifiedLoss(V, primary_loss_type="standard", reduction="none")
+    rows = slice(3 * rank, 3 * rank + 3)
+    of_rank = row_loss(spread(logits, Shard(1)), targets, **beside)[:, rows]
+    torch.testing.assert_close(of_rank, row_loss(logits, targets, **beside)[:, rows])
+
     own_heads = UnifiedLoss(V, H, primary_loss_type="standard", use_mtp=True)
     with pytest.raises(ValueError, match=r"hidden_states as a DTensor beside logits whose rows are spread"):
         own_heads(spread(logits, Shard(1)), targets, hidden_states=states)
@@ -55,8 +70,6 @@ def placements_worker(rank):
     gate_logits = torch.randn(12, 3)
     with pytest.raises(ValueError, match=r"gate_logits of this rank's rows .* pass its to_local\(\)"):
         router(logits, targets, gate_logits=[spread(gate_logits, Shard(0))])
-    with pytest.raises(ValueError, match=r"softmax_statistics: expected logits of all rows"):
-        softmax_statistics(spread(logits, Shard(0)), None)
     with pytest.raises(ValueError, match=r"at least vocab_size = 10 columns, got shape \[2, 6, 8\]"):
         loss_fn(ShardedLogits(logits[..., :4], "world"), targets)
 

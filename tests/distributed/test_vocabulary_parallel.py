@@ -6,7 +6,7 @@ from processes import on_ranks
 
 from ava_ext.distributed import ShardedLogits
 from ava_ext.ops import LinearLogits, RowFlags, row_loss, row_options, softmax_statistics, token_log_probs
-from ava_ext.ops.row_fields import Candidates
+from ava_ext.ops.row_fields import TAIL_ID, Candidates
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -29,6 +29,7 @@ FLAGS = {
     "capped": EVERY_TERM | RowFlags.SOFTCAP,
     "excluding": EVERY_TERM | RowFlags.EXCLUDE_TARGET,
     "confidence": RowFlags.CONFIDENCE_PENALTY | RowFlags.ENTROPY,
+    "tail": RowFlags.CROSS_ENTROPY | RowFlags.ENTROPY | RowFlags.SOFT_TARGETS | RowFlags.TAIL,
 }
 # columns of each rank, and how many are real: even, uneven, padding that cuts a shard, a shard of padding, no columns
 SPLITS = {
@@ -70,6 +71,10 @@ def columns_of(rank, sizes):
 
 def loss_and_gradient(logits, leaf, flags, vocab_size, reduction, with_candidates):
     _, targets, row_weights, candidates = rows(vocab_size, vocab_size, logits.dtype)
+    if flags & RowFlags.TAIL:  # the last group begins with it, in rows that have one
+        ids = candidates.ids.clone()
+        ids[1:, 4] = TAIL_ID
+        candidates = candidates._replace(ids=ids)
     output = row_loss(
         logits,
         targets,
@@ -98,7 +103,7 @@ def dense_worker(rank, sizes, flags, vocab_size, reduction, with_candidates, dty
 @pytest.mark.parametrize(
     ("flags", "split", "reduction", "with_candidates"),
     [(flags, "uneven", "none", True) for flags in FLAGS] + [("capped", split, "sum", True) for split in SPLITS]
-    + [("plain", "even", "sum", False)],
+    + [("plain", "even", "sum", False), ("tail", "four", "sum", True), ("tail", "all padding", "none", True)],
 )  # fmt: skip
 def test_loss_terms_and_gradient_are_those_of_the_whole_logits(flags, split, reduction, with_candidates):
     sizes, vocab_size = SPLITS[split]

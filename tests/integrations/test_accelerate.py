@@ -1,9 +1,15 @@
 """A loop with accelerate: the loss times accumulation steps (and ranks), since Accelerator.backward divides by them."""
 
 import copy
+import gc
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 from tiny_models import batch, gradients, own_loss, tiny
 
 from ava_ext import UnifiedLoss
@@ -46,3 +52,51 @@ def test_micro_batches_are_the_batch(put, precision):
     torch.testing.assert_close(found, expected, **tolerance)
     stepped = {name: before[name] - 0.1 * g for name, g in expected.items()}
     torch.testing.assert_close(dict(model.named_parameters()), stepped, **tolerance)
+
+
+def trained(put, rows, process_group=None):
+    """Parameters after three steps of an optimizer, each of two micro-batches of one text."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    model = tiny("Llama")
+    options = {"primary_loss_type": "standard", "z_loss_weight": 0.1, "fused": put is fuse_lm_head}
+    loss_fn = UnifiedLoss.from_model(model, **options, process_group=process_group)
+    put(model, loss_fn)
+    n_steps = len(rows)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=n_steps)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    for step in range(3):
+        inputs = batch(step, batch_size=4)
+        inputs["labels"][3] = -100  # a micro-batch without labels
+        own = [{name: value[row : row + 1] for name, value in inputs.items()} for row in rows]
+        counts = [loss_fn.count_items(part["labels"], part["attention_mask"]) for part in own]
+        n_items = accelerator.reduce(sum(counts))
+        for part in own:
+            with accelerator.accumulate(prepared):
+                loss = prepared(**part, num_items_in_batch=n_items).loss
+                accelerator.backward(loss * accelerator.num_processes * n_steps)
+                optimizer.step()
+                optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def worker(rank, folder, put):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(trained(put, [2 * rank, 2 * rank + 1], "world"), Path(folder) / f"{rank}.pt")
+    gc.collect()  # before its process group: see test_data_parallel.py
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_two_processes_train_as_one(put):
+    """2 ranks x 2 micro-batches of 1 = 4 micro-batches of 1."""
+    expected = trained(put, [0, 1, 2, 3])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(worker, (folder, put), 2, start_method="fork")
+        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    for found in ranks:
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

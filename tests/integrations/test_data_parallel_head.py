@@ -1,4 +1,4 @@
-"""DistributedDataParallel around a model with the loss in its forward: the heads that the loss owns are reduced too."""
+"""DistributedDataParallel and FSDP2 around a model with the loss in its forward, with the heads that the loss owns."""
 
 import contextlib
 import gc
@@ -45,13 +45,27 @@ def run(model, rows, factor):
                 (factor * model(**micro_batch, num_items_in_batch=n_items).loss).backward()
         optimizer.step()
         loss_fn.step()
-    return {name: value.detach().clone() for name, value in inner.state_dict().items()}
+    kept = {name: value.detach().clone() for name, value in inner.state_dict().items()}
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in kept.items()}
 
 
-def worker(rank, folder, put):
+def wrapped(model, way):
+    """The model as a stack has it. Units of fully_shard: the layers, maybe the head, and the rest."""
+    if way == "DistributedDataParallel":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if "head" in way:
+        fully_shard(model.lm_head, reshard_after_forward="kept" not in way)
+    return fully_shard(model)
+
+
+def worker(rank, folder, put, way):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-    model = torch.nn.parallel.DistributedDataParallel(model_with_loss(put, "world"))
+    model = wrapped(model_with_loss(put, "world"), way)
     torch.save(run(model, [2 * rank, 2 * rank + 1], WORLD_SIZE), Path(folder) / f"{rank}.pt")
     del model  # before its process group: see test_data_parallel.py
     gc.collect()
@@ -60,14 +74,15 @@ def worker(rank, folder, put):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["DistributedDataParallel", "fully_shard", "head", "head, kept"])
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
-def test_two_processes_train_as_one(put):
+def test_two_processes_train_as_one(put, way):
     """Uneven numbers of labels, and a micro-batch without any on the last rank."""
     expected = run(model_with_loss(put, None), [0, 1, 2, 3], 1)
     begin = model_with_loss(put, None).state_dict()
     assert all(not torch.equal(expected[name], begin[name]) for name in expected if "mtp.heads" in name)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(worker, (folder, put), WORLD_SIZE, start_method="fork")
+        torch.multiprocessing.start_processes(worker, (folder, put, way), WORLD_SIZE, start_method="fork")
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD_SIZE)]
     for found in ranks:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)  # buffers are float32

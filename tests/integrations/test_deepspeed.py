@@ -24,6 +24,7 @@ if importlib.util.find_spec("deepspeed") is None:  # not imported here: it choos
 from ava_ext.integrations.transformers import attach_loss, fuse_lm_head
 
 WORLD_SIZE, N_STEPS, N_MICRO_BATCHES, LEARNING_RATE = 2, 3, 2, 0.5
+PARTITIONED = 4  # stage 3 with every parameter
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
@@ -65,11 +66,13 @@ def worker(rank, folder, stage, put):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     deepspeed.init_distributed(dist_backend="gloo")
     model = model_with_loss(put)
+    # by default small parameters are never partitioned
+    threshold = {"stage3_param_persistence_threshold": 0} if stage == PARTITIONED else {}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": N_MICRO_BATCHES,
         "gradient_clipping": 0.0,  # its default clips
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": min(stage, 3)} | threshold,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -81,7 +84,7 @@ def worker(rank, folder, stage, put):
             loss = engine(**micro_batch, num_items_in_batch=n_items).loss
             engine.backward(WORLD_SIZE * N_MICRO_BATCHES * loss)  # it divides by both
             engine.step()
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage >= 3):
         kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.save(kept, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -94,7 +97,7 @@ def run(stage, put):
 
 
 @pytest.mark.parametrize(
-    ("stage", "put"), [(1, fuse_lm_head), (2, fuse_lm_head), (1, attach_loss), (2, attach_loss), (3, attach_loss)]
+    ("stage", "put"), [(stage, put) for put in (fuse_lm_head, attach_loss) for stage in (1, 2, 3, PARTITIONED)]
 )
 def test_two_processes_train_as_one(stage, put):
     """Uneven numbers of labels, and a micro-batch without any on the last rank."""
@@ -105,8 +108,3 @@ def test_two_processes_train_as_one(stage, put):
         assert found.keys() == expected.keys()
         for name, parameter in expected.items():
             torch.testing.assert_close(found[name], parameter, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_a_partitioned_head_is_refused():
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="a weight that DeepSpeed ZeRO 3 has partit"):
-        run(3, fuse_lm_head)

@@ -10,9 +10,12 @@ import pytest
 from support.ninja_library import ROOT
 
 
-def run(name, *arguments):
+def run(name, *arguments, n_processes=1):
+    command = [sys.executable]
+    if n_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes)]
     result = subprocess.run(
-        [sys.executable, ROOT / "examples" / name, *arguments],
+        [*command, ROOT / "examples" / name, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # small models: more threads wait for each other
         capture_output=True,
         text=True,
@@ -30,9 +33,15 @@ def needs(*names):
 @needs("transformers", "accelerate")
 def test_trainer():
     small = ["--vocab-size", "300", "--hidden-size", "32", "--tokens", "16", "--batch-size", "2", "--steps", "3"]
-    printed = run("trainer_fused_head.py", *small, "--loss", "fused")
-    assert re.search(r"^fused: \d+ ms per step, peak memory \d+ MB$", printed, re.MULTILINE)
+    printed = run("trainer_fused_head.py", *small)
+    for loss in ("built_in", "fused"):
+        line = rf"^{loss}: \d+ ms per step \(\d+ ms of the processor\), peak memory \d+ MB$"
+        assert re.search(line, printed, re.MULTILINE)
+    ratios = r"^built_in / fused: time [\d.]+, processor time [\d.]+, peak memory [\d.]+$"
+    assert re.search(ratios, printed, re.MULTILINE)
     assert "'cross_entropy'" in printed
+    printed = run("trainer_fused_head.py", *small, "--loss", "fused", n_processes=2)
+    assert len(re.findall(r"^fused: ", printed, re.MULTILINE)) == 1
 
 
 @needs("transformers", "lightning")

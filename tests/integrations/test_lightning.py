@@ -1,9 +1,17 @@
 """Lightning trains as a plain loop, steps the loss once per optimizer step, logs its parts, and resumes exactly."""
 
 import copy
+import gc
+import os
+import socket
+import tempfile
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 from tiny_models import batch, tiny
 
 from ava_ext import UnifiedLoss
@@ -136,3 +144,90 @@ def test_what_fits_not_is_refused(tmp_path):
     module.loss_fn = None
     with pytest.raises(ValueError, match="expected a UnifiedLoss among the modules of Module, got none"):
         trainer(tmp_path).fit(module, batches())
+
+
+def test_the_log_takes_parts_as_they_are(tmp_path, monkeypatch):
+    """Tensors of the step, which no one converts or reads while it runs: that would wait for a GPU."""
+    module = Module(fused=True)
+    fit = trainer(tmp_path, max_steps=3)
+    taken = []
+
+    def of_batch(trainer, pl_module, outputs, batch, index):
+        def log_dict(values, **options):
+            taken.extend(values.values())
+            return log(values, **options)
+
+        def read(self, *arguments):
+            raise AssertionError("expected nobody to read a value while a step runs")
+
+        log = pl_module.log_dict
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a value that log_dict would cast
+            patch.setattr(pl_module, "log_dict", log_dict)
+            for name in ("item", "tolist", "__float__", "__int__", "numpy"):
+                patch.setattr(torch.Tensor, name, read)
+            callback.on_train_batch_end_of_class(trainer, pl_module, outputs, batch, index)
+
+    callback = next(one for one in fit.callbacks if isinstance(one, UnifiedLossCallback))
+    callback.on_train_batch_end_of_class, callback.on_train_batch_end = callback.on_train_batch_end, of_batch
+    fit.fit(module, batches())
+    assert len(taken) > 3 * 5
+    assert all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in taken)
+
+
+class CountedModule(Module):
+    """N of the optimizer step by hand, as the table says: times the ranks and the accumulated batches."""
+
+    def training_step(self, inputs, index=None):
+        given = {name: value for name, value in inputs.items() if name != "n_items"}
+        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return factor * self.model(**given, num_items_in_batch=inputs["n_items"]).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def micro_batches(rows):
+    """Three steps of four texts, of which the last has no labels; a text is a micro-batch."""
+    found = []
+    for step in range(3):
+        inputs = batch(step, batch_size=4)
+        inputs["labels"][3] = -100
+        n_items = (inputs["labels"][:, 1:] != -100).sum()
+        found += [{name: value[row : row + 1] for name, value in inputs.items()} | {"n_items": n_items} for row in rows]
+    return torch.utils.data.DataLoader(found, batch_size=None)
+
+
+def trained(folder, rows, process_group=None, **options):
+    module = CountedModule(fused=True, primary_loss_type="standard", z_loss_weight=0.1, process_group=process_group)
+    fit = trainer(folder, accumulate_grad_batches=len(rows), use_distributed_sampler=False, **options)
+    fit.fit(module, micro_batches(rows))
+    return {name: p.detach().clone() for name, p in module.named_parameters()}, dict(fit.callback_metrics)
+
+
+def worker(rank, folder, port):
+    torch.set_num_threads(1)
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    strategy = lightning.pytorch.strategies.DDPStrategy(process_group_backend="gloo")
+    found = trained(folder, [2 * rank, 2 * rank + 1], "world", devices=2, strategy=strategy)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    gc.collect()  # before its process group: see test_data_parallel.py
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_two_processes_train_as_one(tmp_path):
+    """2 ranks x 2 micro-batches of 1 = 4 micro-batches of 1."""
+    expected, expected_metrics = trained(tmp_path, [0, 1, 2, 3])
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        server.close()
+        torch.multiprocessing.start_processes(worker, (folder, port), 2, start_method="fork")
+        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    for found, metrics in ranks:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        for name in ("cross_entropy_epoch", "n_tokens_epoch"):  # over the rows of both
+            torch.testing.assert_close(metrics[name], expected_metrics[name])

@@ -23,6 +23,15 @@ def of_teacher(numbers, *rows, n_tokens=V, temperature=1.0):
     return ids, q
 
 
+def log_mass_outside(
+    z,  # [..., vocab_size]
+    ids,  # [..., n_soft_targets]
+):
+    """log(1 - sum p) over the distinct ids, as the sum of the others; [...]."""
+    named = torch.zeros(z.shape).scatter_add(-1, ids.clamp(min=0), (ids >= 0).float()) > 0
+    return z.masked_fill(named, -math.inf).logsumexp(-1) - z.logsumexp(-1)
+
+
 def assert_same_with_gradients(got, wanted, *leaves):
     torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-14)
     gradients = (torch.autograd.grad(value.sum(), leaves) for value in (got, wanted))
@@ -46,7 +55,8 @@ def test_the_whole_vocabulary_is_cross_entropy_with_probabilities():
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("linear", [False, True])
-def test_a_few_tokens_of_a_teacher(linear, reduction, temperature, weight):
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_few_tokens_of_a_teacher(tail, linear, reduction, temperature, weight):
     """Beside a temperature, a soft cap, negatives, ignored rows, token weights and padding of the vocabulary."""
     numbers = Numbers(2)
     targets = numbers.integers(0, V, 2, 6).masked_fill(numbers.true(0.3, 2, 6), -100)
@@ -56,7 +66,8 @@ def test_a_few_tokens_of_a_teacher(linear, reduction, temperature, weight):
     given = {"soft_target_ids": ids.int(), "soft_target_weights": q}
     negatives = {"negative_ids": numbers.integers(0, V, 2, 6, 2)}
     options = {"reduction": reduction, "initial_temperature": 1.3, "logit_softcap": 4.0, "logit_scale": 0.8}
-    loss_fn = standard(distillation_weight=weight, distillation_temperature=temperature, **options)
+    options |= {"distillation_weight": weight, "distillation_temperature": temperature, "distillation_tail": tail}
+    loss_fn = standard(**options)
     if linear:
         leaves = numbers.leaf(2, 6, HIDDEN_SIZE), numbers.leaf(V + 2, HIDDEN_SIZE)
         arguments = {"hidden_states": leaves[0], "lm_head_weight": leaves[1]}
@@ -71,6 +82,9 @@ def test_a_few_tokens_of_a_teacher(linear, reduction, temperature, weight):
     z = 4 * torch.tanh(0.8 * logits[..., :V] / 4) / 1.3 / temperature
     log_p = z.log_softmax(-1).gather(-1, ids.clamp(min=0))
     counted, q = targets != -100, q.masked_fill(ids < 0, 0)
+    if tail:
+        log_p = torch.cat([log_p, log_mass_outside(z, ids).unsqueeze(-1)], -1)
+        q = torch.cat([q, (1 - q.sum(-1, keepdim=True)).clamp(min=0)], -1)
     each = -weight * temperature**2 * (q * log_p).sum(-1) * weights
     each = each.where(counted, 0)
     soft = each if reduction == "none" else each.sum() / weights[counted].sum()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.row_weights import count_rows
 from ava_ext.ops.softmax_rows import Candidates, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
@@ -167,3 +168,22 @@ def test_another_device_is_named(logits):
         softmax_statistics(logits, targets.unsqueeze(-1).to("meta"))
     with pytest.raises(RuntimeError, match="expected ids on cpu, got meta"):
         token_log_probs(logits, targets.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": torch.zeros(2, 3, 4).long()}, r"targets of shape \[batch_size, n_tokens\] or \[n_rows\]"),
+        ({"targets": torch.zeros(2, 3)}, "targets of type int64, got float32"),
+        ({"keep": torch.ones(2, 4, dtype=torch.bool)}, r"keep of shape \[2, 3\], got \[2, 4\]"),
+        ({"keep": torch.ones(2, 3)}, "keep of type bool, got float32"),
+        ({"token_weights": torch.ones(2, 3).double()}, "token_weights of type float32, got float64"),
+        ({"class_weights": torch.ones(2, 3)}, r"dense class_weights of shape \[n_classes\], got \[2, 3\]"),
+        ({"n_items": torch.ones(1)}, r"n_items of shape \[\], got \[1\]"),
+    ],
+)  # fmt: skip
+def test_rows_to_count_that_do_not_fit(arguments, message):
+    given_too = {"targets": torch.zeros(2, 3, dtype=torch.int64), "keep": None, "token_weights": None}
+    given_too |= {"class_weights": None, "n_items": None} | arguments
+    with pytest.raises(RuntimeError, match=f"^count_rows: expected {message}"):
+        count_rows(**given_too, ignore_index=-100, is_mean=True, dtype=torch.float32)

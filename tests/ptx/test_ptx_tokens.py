@@ -1,4 +1,4 @@
-"""The PTX of the repetition candidates and of the adaptive temperature against their definitions."""
+"""The PTX of repetition candidates, row weights and the adaptive temperature against their definitions."""
 
 import math
 
@@ -7,6 +7,9 @@ import torch
 from cuda_operators import H100, on_device
 from grid import IS_FULL
 from test_repetition import assert_agrees
+from test_row_weights import definition
+
+from ava_ext.ops.row_weights import count_rows
 
 ARCHITECTURES = ["sm_90", "sm_100"] if IS_FULL else ["sm_90"]
 IGNORED = -100
@@ -63,3 +66,23 @@ def test_temperature(count, architecture):
     assert math.isclose(state[0], expected.clamp(0.5, 2.0), rel_tol=1e-6)
     assert [value.item() for value in state[2:]] == [count + 1, 0, 0]
     assert torch.equal(state[1], history)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch_size", "n_tokens"), [(2, 9), (3, 401)])
+def test_row_weights(batch_size, n_tokens, dtype, architecture):
+    random = torch.Generator().manual_seed(n_tokens)
+    targets = torch.randint(-1, 5, (batch_size, n_tokens), generator=random)
+    keep = torch.rand(targets.shape, generator=random) < 0.8
+    token_weights = torch.rand(targets.shape, generator=random, dtype=dtype)
+    class_weights = torch.rand(5, generator=random, dtype=dtype)
+    with on_device(H100, architecture) as device:
+        got = count_rows(targets, keep, token_weights, class_weights, None, -1, True, dtype)
+    device.require_no_findings()
+    lists = [tensor.tolist() for tensor in (targets, keep, token_weights, class_weights)]
+    counted, n_counted, weights = definition(*lists, None, -1, True)
+    assert got[0].tolist() == counted
+    assert got[1].item() == n_counted
+    rtol = 1e-6 if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(got[2], torch.tensor(weights, dtype=dtype), rtol=rtol, atol=0)

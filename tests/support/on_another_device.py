@@ -55,6 +55,8 @@ statistics = torch.ops.ava_ext.row_statistics(logits, None, None, OPTIONS, ALL_F
 for name in ("row_gradient", "row_gradient_"):
     check(name, logits, statistics, torch.randn(4, 6), ids, OPTIONS, ALL_FLAGS, 7)
 state = [torch.ones(()), torch.rand(100), torch.tensor(30), torch.tensor(2.0), torch.tensor(3.0)]
+given_too = (torch.tensor([True, True, True, False]), torch.rand(4), torch.rand(5), torch.tensor(3.0))
+check("count_rows", targets, *given_too, -100, True, False)
 check("temperature_step_", *state, 1.0, 1.0, 0.5, 2.0)
 text = torch.tensor([[1, 1, 2, 1, 1, 3, 1, 1, 2, 1]])
 check(

@@ -49,6 +49,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "reweighting_exponent": draw(st.sampled_from([1.0, 0.4])),
         "distillation_weight": draw(st.sampled_from([1.0, 1.0, 0.6, 0.0])),
         "distillation_temperature": draw(st.sampled_from([1.0, 2.0])),
+        "distillation_tail": draw(st.booleans()),
         "repetition_allow_list": draw(st.lists(token, max_size=1).map(tuple)),
         "min_sequence_length": draw(st.integers(0, 5)),
         "eos_penalty_weight": draw(st.sampled_from([0.0, 0.7])),
@@ -79,6 +80,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "mtp_detach_head": share and draw(st.booleans()),
         "use_confidence_weighting": draw(st.booleans()),
         "confidence_reg_strength": draw(st.sampled_from([0.0, 0.6])),
+        "accuracy_top_k": draw(st.sampled_from([(), (), (2,), (1, 3)])),
         "linear_chunk_bytes": draw(st.sampled_from([None, 100])),
     }
     if reduction != "none":
@@ -101,7 +103,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "diversity_weight": 0.3,
             "use_contrastive_loss": draw(st.booleans()),
         }
-    if options["label_smoothing"] == 0 and draw(st.sampled_from([False, False, True])):
+    if draw(st.sampled_from([False, False, True])):
         options["class_weights"] = tuple(draw(st.sampled_from([1.0, 0.5, 2.5, 0.0])) for _ in range(vocab_size))
     return UnifiedLossConfig(**options | fixed)
 
@@ -164,8 +166,15 @@ def arguments(draw, config: UnifiedLossConfig) -> dict[str, Any]:
     if config.distillation_weight > 0 and draw(st.booleans()):
         given["soft_target_ids"] = numbers.integers(-1, vocab_size, *shape, 3)
         given["soft_target_weights"] = numbers.uniform(*shape, 3).where(numbers.true(0.8, *shape, 3), 0)
+        given["soft_target_weights"] /= draw(st.sampled_from([1, 3]))  # with a tail where they leave something
         if "logits" in given or "primary_logits" in given:  # of a masked column the term is infinite
             given["soft_target_ids"].masked_fill_(given["soft_target_ids"] == vocab_size - 1, 0)
+    one_target = config.use_focal_loss or config.token_reweighting or config.class_weights
+    if not one_target and config.smoothing_mode == "uniform" and draw(st.sampled_from([False, False, True])):
+        probabilities = numbers.uniform(*shape, vocab_size).where(numbers.true(0.8, *shape, vocab_size), 0)
+        if "logits" in given or "primary_logits" in given:
+            probabilities[..., -1] = 0
+        given["target_probabilities"] = probabilities.requires_grad_(draw(st.booleans()))
     given |= draw(further_heads(config, shape, numbers, given))
     given |= draw(experts(config, shape, numbers))
     if config.use_contrastive_loss:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ava_ext.ops.without_kernels import repetition, router_rows, softmax_rows, temperature
+from ava_ext.ops.without_kernels import repetition, router_rows, row_weights, softmax_rows, temperature
 
 WARNING = "ava_ext: this library has no kernels for {} tensors, which take a slow PyTorch path."
 REBUILD = (
@@ -32,6 +32,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "router_statistics": router_rows.router_statistics,
     "router_gradient": router_rows.router_gradient,
     "repetition_candidates": repetition.repetition_candidates,
+    "count_rows": row_weights.count_rows,
     "temperature_step_": temperature.temperature_step_,
 }
 # Of every device that has none of its own. Kernels for one device (the library's for CPU and CUDA, the fakes' for meta)
