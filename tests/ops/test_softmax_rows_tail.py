@@ -212,3 +212,17 @@ def test_compiled():
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
     gradients = (torch.autograd.grad(value.sum(), logits) for value in (loss, expected))
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("groups", [(), (2,), (2, 0)])
+def test_a_tail_without_soft_targets_is_none(device, groups):
+    """The flag alone changes nothing, whatever else the row has."""
+    numbers = Numbers(11)
+    logits, targets = numbers.leaf(3, V), numbers.integers(0, V, 3)
+    candidates = Candidates(numbers.integers(0, V, 3, 2), numbers.uniform(3, 2), groups) if groups else None
+    soft = int(RowFlags.CROSS_ENTROPY | (RowFlags.SOFT_TARGETS if groups != (2,) else 0))
+    got, expected = (
+        row_loss(logits, targets, row_options(logits), flags=flags, candidates=candidates).loss
+        for flags in (soft | RowFlags.TAIL, soft)
+    )
+    assert torch.equal(got, expected)
