@@ -51,8 +51,8 @@ ROW_OPERATORS = {
     ),
     "linear_row_gradient": RowOperator("hidden_states", _OF_GRADIENT, (ROWS_BY_N, SUM, SUM), _HEAD),
 }
-# of state that no rank has a part of, and one that writes a sum over rows into memory
-WITHOUT_RULE = ("temperature_step_", "committed", "is_recomputation", "add_weight_gradient_")
+# of state that no rank has a part of, of a number of all rows, and one that writes a sum over rows into memory
+WITHOUT_RULE = ("temperature_step_", "committed", "is_recomputation", "count_rows", "add_weight_gradient_")
 
 
 def register() -> None:

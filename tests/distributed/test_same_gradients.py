@@ -25,7 +25,8 @@ BATCH_SIZE, N_TOKENS, VOCAB_SIZE, HIDDEN_SIZE, N_EXPERTS = 8, 6, 11, 4, 3
 PARTS = {
     "primary_loss_type": "standard", "initial_temperature": 0.8, "z_loss_weight": 0.1, "confidence_penalty_weight": 0.2,
     "logit_softcap": 5.0, "logit_scale": 1.5, "use_ngram_penalty": True, "ngram_size": 2,
-    "use_immediate_repetition_penalty": True, "eos_token_id": 1, "distillation_weight": 0.5, "use_mtp": True,
+    "use_immediate_repetition_penalty": True, "eos_token_id": 1, "distillation_weight": 0.5, "distillation_tail": True,
+    "use_mtp": True,
     "num_future_tokens": 2, "mtp_share_head": True, "num_experts": N_EXPERTS, "num_experts_per_token": 1,
     "num_moe_layers": 1, "use_moe_balancing": True, "use_auxiliary_loss": True, "load_balancing_weight": 0.0,
     "router_z_weight": 0.1, "router_score": "sigmoid", "auto_step": False, "pad_token_id": 0,
