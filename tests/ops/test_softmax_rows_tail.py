@@ -51,7 +51,7 @@ def test_the_tail_of_a_sure_row(device, where, dtype):
     """All columns but three have a probability far below the digits of that of the three."""
     vocab_size, ids = 3000, torch.tensor([[7, 1500, 2999]])
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, 0)  # of the gradient
-    for gap in (1.0, 8, 16, 40, 80):
+    for gap in (1.0, 8, 16, 40, 70):  # and 8 more: beyond 87, e^u of a float is 0
         base = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0)).to(dtype)
         logits = base.clone()
         logits[0, ids[0]] = torch.tensor([gap, gap - 0.5, gap - 1]).to(dtype) + 8
