@@ -21,6 +21,7 @@ from ava_ext.ops import (
     router_statistics,
     softmax_statistics,
     token_log_probs,
+    token_metrics,
 )
 from ava_ext.ops import without_kernels as _without_kernels  # noqa: F401  registers what is missing
 from ava_ext.presets import (
@@ -75,6 +76,7 @@ __all__ = [  # noqa: RUF022  in groups
     "router_statistics",
     "softmax_statistics",
     "token_log_probs",
+    "token_metrics",
     # what this build is, and the memory it keeps
     "build_info",
     "empty_cache",

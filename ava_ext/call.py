@@ -33,13 +33,13 @@ CandidateLoss = Callable[[Tensor, Tensor, Candidates], RowLoss]
 # one value, or several, for each row of the logits
 ROW_WISE = (
     "logits", "targets", "attention_mask", "hidden_states", "token_weights", "input_ids", "negative_ids",
-    "negative_weights", "soft_target_ids", "soft_target_weights",
+    "negative_weights", "soft_target_ids", "soft_target_weights", "target_probabilities",
 )  # fmt: skip
 # tensors on the device of the logits; logits, hidden_states and lm_head_weight may come in other forms
 TENSORS = (
     "targets", "attention_mask", "token_weights", "input_ids", "position_ids", "segment_ids", "cu_seqlens",
     "negative_ids", "negative_weights", "soft_target_ids", "soft_target_weights", "confidence_scores", "prefix_ids",
-    "mtp_depth_weights", "global_expert_counts",
+    "mtp_depth_weights", "global_expert_counts", "target_probabilities",
 )  # fmt: skip
 
 
@@ -100,6 +100,7 @@ class Call:
     negative_weights: Tensor | None  # as negative_ids
     soft_target_ids: Tensor | None  # as targets, and [n_soft_targets]
     soft_target_weights: Tensor | None  # as soft_target_ids
+    target_probabilities: Tensor | None  # as targets, and [vocab_size]
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
     max_counted_rows: int | None
 
@@ -353,6 +354,7 @@ def _check_shapes(call: Call) -> None:
         if call.input_ids is None and not call.config.labels_are_shifted:
             raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
     _check_soft_targets(call, shape)
+    _check_probabilities(call, shape)
     ids, weights = call.negative_ids, call.negative_weights
     if ids is None:
         if weights is not None:
@@ -376,6 +378,24 @@ def _check_soft_targets(call: Call, shape: torch.Size) -> None:
         raise _bad_shape("soft_target_ids", (*shape, "n_soft_targets"), ids)
     if weights.shape != ids.shape:
         raise _bad_shape("soft_target_weights", ids.shape, weights)
+
+
+def _check_probabilities(call: Call, shape: torch.Size) -> None:
+    probabilities, config = call.target_probabilities, call.config
+    if probabilities is None:
+        return
+    sizes = (config.vocab_size, call.logits.shape[-1])
+    if probabilities.shape[:-1] != shape or probabilities.shape[-1] not in sizes:
+        raise _bad_shape("target_probabilities", (*shape, config.vocab_size), probabilities)
+    if not probabilities.is_floating_point():
+        raise ValueError(f"unified_loss: expected target_probabilities of floating point, got {probabilities.dtype}")
+    for name in ("use_focal_loss", "token_reweighting", "class_weights"):
+        if getattr(config, name):
+            raise ValueError(f"unified_loss: {name} needs one target for each row, got target_probabilities")
+    if config.label_smoothing > 0 and config.smoothing_mode != "uniform":
+        raise ValueError(
+            "unified_loss: smoothing_mode='exclude_target' needs one target for each row, got target_probabilities"
+        )
 
 
 def _check_order(call: Call) -> None:

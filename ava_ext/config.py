@@ -50,6 +50,9 @@ _TOKENS = _Range("a sequence of token ids (integers)", lambda v: isinstance(v, t
 _TOKEN_OR_TOKENS = _Range("token ids (integers)", lambda v: _TOKEN.holds(v) or _TOKENS.holds(v))
 _BOUNDS = _Range("two numbers, 0 < low <= high", lambda v: _is_pair(v) and 0 < v[0] <= v[1])
 _NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v)))
+_RANKS = _Range(
+    "different integers >= 1", lambda v: _TOKENS.holds(v) and all(k >= 1 for k in v) and len(set(v)) == len(v)
+)
 _GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
 
 
@@ -93,6 +96,9 @@ class UnifiedLossConfig:
     process_group: Any = _option(
         None, _GROUP, 'the group that step() sums learned state over; "world": the default group'
     )
+    accuracy_top_k: tuple[int, ...] = _option(
+        (), _RANKS, "return_detailed also says how often the target is among the k likeliest tokens, for each k"
+    )
     linear_chunk_bytes: int | None = _option(
         None, _at_least(1), "bytes of a chunk of logits computed from hidden_states; None: 64 MB, on CUDA 1 GB"
     )
@@ -118,7 +124,7 @@ class UnifiedLossConfig:
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
     class_weights: tuple[float, ...] | None = _option(
-        None, _NUMBERS, "weight of each target's term by its class; N is then their sum, as in PyTorch"
+        None, _NUMBERS, "weight of each class, in label smoothing too; N is the sum of the targets', as in PyTorch"
     )
     token_reweighting: str | None = _option(
         None,
@@ -250,11 +256,8 @@ class UnifiedLossConfig:
                 "unified_loss: negatives_need_target=False reads the logits a second time: "
                 "expected inplace_gradient=False"
             )
-        if self.class_weights is not None:
-            if len(self.class_weights) != self.vocab_size:
-                raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
-            if self.label_smoothing > 0:
-                raise NotImplementedError("unified_loss: class_weights with label_smoothing are not supported yet")
+        if self.class_weights is not None and len(self.class_weights) != self.vocab_size:
+            raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
         if self.inplace_gradient and self.distillation_temperature != 1:
             raise ValueError(
                 "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "

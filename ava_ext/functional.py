@@ -30,7 +30,7 @@ ROW_OPTIONS = frozenset(
 
 def cross_entropy(
     input: Tensor | LinearLogits,  # [n_columns], [n_rows, n_columns] or [n_rows, n_columns, ...]
-    target: Tensor,  # [], [n_rows] or [n_rows, ...]
+    target: Tensor,  # [], [n_rows] or [n_rows, ...]; probabilities: as input
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = UnifiedLossConfig.ignore_index,
@@ -46,24 +46,25 @@ def cross_entropy(
 
     Args:
         input: logits; or LinearLogits [..., n_columns], whose classes are the last dimension.
-        target: class indices in [0, vocab_size), or ignore_index.
-        weight: [n_columns], the weight of each class. "mean" divides by the sum of the targets' weights, as torch does.
+        target: class indices in [0, vocab_size), or ignore_index; or probabilities of the classes, of input's shape and
+            of floating point, which may require grad: sum_c q_c (-log p_c).
+        weight: [n_columns], the weight of each class. "mean" divides by the sum of the targets' weights, as torch does;
+            with probabilities, by the number of rows.
         size_average, reduce: deprecated in torch; use reduction.
-        ignore_index: target of a row that does not count.
+        ignore_index: target of a row that does not count. With probabilities every row counts.
         reduction: "mean" over the rows that count, "sum" or "none".
-        label_smoothing: probability mass spread over the classes.
+        label_smoothing: probability mass spread over the classes; with weight, each has its weight there too.
         options: initial_temperature, smoothing_mode, logit_scale, logit_softcap, z_loss_weight,
             confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, token_reweighting,
             reweighting_exponent, vocab_size (columns beyond it are padding), inplace_gradient and linear_chunk_bytes,
             as in `UnifiedLossConfig`.
 
     Returns:
-        [], or with reduction="none" the shape of target; float32, or float64 for float64 input.
+        [], or with reduction="none" one for each row; float32, or float64 for float64 input.
 
     Raises:
-        ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`.
+        ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`, or one target.
         TypeError: there is no such option. IndexError: a target is out of range.
-        NotImplementedError: class weights with label smoothing, or probabilities as targets.
 
     Example:
         >>> rows = logits.flatten(0, 1)  # [n_rows, n_columns]
@@ -74,13 +75,15 @@ def cross_entropy(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if isinstance(input, Tensor) and input.dim() > 2:
         input = input.movedim(1, -1)
+        if target.is_floating_point() and target.dim() > 2:
+            target = target.movedim(1, -1)
     return _row_loss("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing, options)
 
 
 def linear_cross_entropy(
     input: Tensor,  # [n_rows, hidden_size] or [..., hidden_size]
     linear_weight: Tensor,  # [n_columns, hidden_size]
-    target: Tensor,  # [n_rows] or [...]
+    target: Tensor,  # [n_rows] or [...]; probabilities: [..., n_columns]
     *,
     linear_bias: Tensor | None = None,  # [n_columns]
     weight: Tensor | None = None,
@@ -100,7 +103,7 @@ def linear_cross_entropy(
         weight, target, reduction, label_smoothing, options: as in `cross_entropy`.
 
     Returns:
-        [], or with reduction="none" the shape of target; float32, or float64 for float64 input.
+        [], or with reduction="none" one for each row; float32, or float64 for float64 input.
 
     Raises:
         As `cross_entropy`.
@@ -118,7 +121,7 @@ def linear_cross_entropy(
 def _row_loss(
     owner: str,
     logits: Tensor | LinearLogits,  # [..., n_columns]
-    target: Tensor,  # [...]
+    target: Tensor,  # [...], or probabilities [..., n_columns]
     weight: Tensor | None,
     reduction: str,
     ignore_index: int,
@@ -126,9 +129,13 @@ def _row_loss(
     options: dict[str, Any],
 ) -> Tensor:  # [] or [...]
     if weight is not None:
-        _check_weight(owner, weight, logits, label_smoothing)
+        _check_weight(owner, weight, logits)
+    probabilities = None
     if target.is_floating_point():
-        raise NotImplementedError(f"{owner}: expected class indices as target, got probabilities ({target.dtype})")
+        _check_probabilities(owner, target, logits, ignore_index, options)
+        probabilities, label_smoothing = _weighted_probabilities(target, weight, label_smoothing)
+        target = target.new_zeros(target.shape[:-1], dtype=torch.int64)
+        weight = None
     if reduction not in REDUCTIONS:
         raise ValueError(f"{owner}: expected reduction to be one of {REDUCTIONS}, got {reduction!r}")
     if target.shape != logits.shape[:-1]:
@@ -136,7 +143,7 @@ def _row_loss(
     terms = _row_terms(owner, label_smoothing, tuple(sorted(options.items())))
     dtype = accumulation_dtype(logits.dtype)
     target = target.long()
-    row_weights = candidates = None
+    row_weights = candidates = smoothing_weights = None
     flags = terms.flags
     if reduction == "mean":
         counted = (target != ignore_index).to(dtype)
@@ -145,6 +152,8 @@ def _row_loss(
         of_class = classes_of(target, weight.to(dtype))
         flags |= RowFlags.TARGET_WEIGHTS
         candidates = target_weights(of_class)
+        if label_smoothing > 0:
+            smoothing_weights = weight
         if reduction == "mean":
             total = (counted * of_class).sum()
             row_weights = counted / torch.where(total == 0, 1, total)
@@ -160,21 +169,55 @@ def _row_loss(
         reduction="none" if reduction == "none" else "sum",
         inplace_gradient=terms.inplace_gradient,
         chunk_bytes=terms.linear_chunk_bytes,
+        target_probabilities=probabilities,
+        smoothing_weights=smoothing_weights,
     ).loss
+
+
+def _check_probabilities(
+    owner: str,
+    probabilities: Tensor,  # [..., n_columns]
+    logits: Tensor | LinearLogits,  # [..., n_columns]
+    ignore_index: int,
+    options: dict[str, Any],
+) -> None:
+    if probabilities.shape != logits.shape:
+        raise ValueError(
+            f"{owner}: expected probabilities as target of shape {list(logits.shape)}, got {list(probabilities.shape)}"
+        )
+    if ignore_index >= 0:
+        raise ValueError(f"{owner}: expected no ignore_index beside probabilities as target, got {ignore_index}")
+    for name in ("use_focal_loss", "token_reweighting"):
+        if options.get(name):
+            raise ValueError(f"{owner}: {name} needs one target for each row, got probabilities")
+    if options.get("smoothing_mode", "uniform") != "uniform":
+        raise ValueError(f"{owner}: smoothing_mode 'exclude_target' needs one target for each row, got probabilities")
+
+
+def _weighted_probabilities(
+    probabilities: Tensor,  # [..., n_columns]
+    weight: Tensor | None,  # [n_columns]
+    label_smoothing: float,
+) -> tuple[Tensor, float]:
+    """w_c ((1 - e) q_c + e/V), and the smoothing that is left to the kernel: without weights, all of it."""
+    if weight is None:
+        return probabilities, label_smoothing
+    dtype = accumulation_dtype(probabilities.dtype)
+    smoothed = probabilities.to(dtype)
+    if label_smoothing > 0:
+        smoothed = smoothed * (1 - label_smoothing) + label_smoothing / probabilities.shape[-1]
+    return smoothed * weight.to(dtype), 0.0
 
 
 def _check_weight(
     owner: str,
     weight: Tensor,  # [n_columns]
     logits: Tensor | LinearLogits,  # [..., n_columns]
-    label_smoothing: float,
 ) -> None:
     if weight.shape != logits.shape[-1:]:
         raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
     if weight.requires_grad:
         raise ValueError(f"{owner}: expected weight without requires_grad: no gradient is computed for it")
-    if label_smoothing > 0:
-        raise NotImplementedError(f"{owner}: weight with label_smoothing is not supported, got {label_smoothing}")
 
 
 class _RowTerms(NamedTuple):

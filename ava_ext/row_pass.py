@@ -16,6 +16,7 @@ from ava_ext.losses.float32_buffers import Float32Buffers
 from ava_ext.ops.dtensor_logits import PlacedLogits
 from ava_ext.ops.repetition import repetition_candidates, repetition_weights
 from ava_ext.ops.row_fields import (
+    N_RANKS,
     OPTION_NAMES,
     TERM_NAMES,
     Candidates,
@@ -41,6 +42,7 @@ class RowPassOutput(NamedTuple):
     terms: Tensor  # [len(names), batch_size, n_tokens]: each unweighted, without graph
     names: tuple[str, ...]  # of the terms: TERM_NAMES, then the keys of the sources that found candidates
     options: Tensor  # [N_OPTIONS]; the first is temperature / logit_scale
+    rank: Tensor | None  # [batch_size, n_tokens], of the targets where accuracy_top_k wants them: see RowLoss
 
 
 def _no_soft_targets(call: Call) -> None:
@@ -128,7 +130,7 @@ class RowPass(Float32Buffers):
         call: Call,
         temperature: Tensor | None = None,  # []
         penalty_factor: Tensor | None = None,  # []
-        with_entropy: bool = False,
+        is_detailed: bool = False,
     ) -> RowPassOutput:
         """The loss of the rows of a call; binds call.head_loss.
 
@@ -136,7 +138,8 @@ class RowPass(Float32Buffers):
             call: the rows.
             temperature: in place of the configuration's.
             penalty_factor: of the weights of repetition candidates.
-            with_entropy: measure the entropy of each row, which some terms need anyway.
+            is_detailed: measure the entropy of each row too, which some terms need anyway, and the ranks that
+                accuracy_top_k wants.
         """
         like = call.rows.weights
         # buffers have fewer digits than float64
@@ -153,7 +156,8 @@ class RowPass(Float32Buffers):
         soft = self.soft_targets(call)
         in_this_pass = soft is not None and self.soft_temperature == 1
         candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
-        flags = self.flags_with_entropy if with_entropy else self.flags
+        flags = self.flags_with_entropy if is_detailed else self.flags
+        with_ranks = is_detailed and bool(self.config.accuracy_top_k)
         loss, terms = self._row_loss(
             call.logits,
             call.rows.targets,
@@ -163,13 +167,19 @@ class RowPass(Float32Buffers):
             call.max_counted_rows,
             candidates,
             self.config.inplace_gradient,
+            target_probabilities=call.target_probabilities,
+            smoothing_weights=call.class_weights if self.config.label_smoothing > 0 else None,
+            with_ranks=with_ranks,
         )
+        rank = None
+        if with_ranks:
+            terms, rank = terms[:-N_RANKS], terms[-N_RANKS]
         if soft is not None and not in_this_pass:
             of_soft = self._soft_loss(call, soft, options)
             loss, terms = loss + of_soft.loss, torch.cat([terms, of_soft.terms[len(TERM_NAMES) :]])
         if soft is not None:
             names = (*names, *self.soft_key)
-        return RowPassOutput(loss, terms, (*TERM_NAMES, *names), options)
+        return RowPassOutput(loss, terms, (*TERM_NAMES, *names), options, rank)
 
     def _soft_loss(
         self,
@@ -195,6 +205,9 @@ class RowPass(Float32Buffers):
         candidates: Candidates | None = None,
         inplace_gradient: bool = False,
         ignore_index: int | None = None,
+        target_probabilities: Tensor | None = None,  # [..., vocab_size]
+        smoothing_weights: Tensor | None = None,  # [vocab_size]
+        with_ranks: bool = False,
     ) -> RowLoss:
         return row_loss(
             logits,
@@ -209,6 +222,9 @@ class RowPass(Float32Buffers):
             inplace_gradient=inplace_gradient,
             chunk_bytes=self.config.linear_chunk_bytes,
             max_counted_rows=max_counted_rows,
+            target_probabilities=target_probabilities,
+            smoothing_weights=smoothing_weights,
+            with_ranks=with_ranks,
         )
 
     def _head_loss(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ava_ext.call import Call, Heads
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.losses import CANDIDATES, PARTS, ROW_TERMS
+from ava_ext.losses import CANDIDATES, PARTS, ROW_TERMS, TOP_K_ACCURACY
 from ava_ext.losses.component import Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
@@ -175,6 +175,7 @@ class UnifiedLoss(nn.Module):
         soft_target_weights: Tensor | None = None,  # as soft_target_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
         max_counted_rows: int | None = None,
+        target_probabilities: Tensor | None = None,  # as targets, and [vocab_size]
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with return_detailed a dict of the loss and its parts.
 
@@ -215,6 +216,9 @@ class UnifiedLoss(nn.Module):
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
                 ones of a teacher; see `losses.distillation`. distillation_tail: what they leave is one more target.
+            target_probabilities: q of every token, in the row of the logits that they are for: the main term is
+                sum_c q_c (-log p_c), cross_entropy too. targets still say which rows count, and what accuracy,
+                repetition and multi-token prediction go by. They may require grad.
             contrastive_pair: two views of the same things, for InfoNCE.
             max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
                 not count are left out of the matrix products; a GPU leaves them out only with this number.
@@ -260,6 +264,7 @@ class UnifiedLoss(nn.Module):
             negative_weights=negative_weights,
             soft_target_ids=soft_target_ids,
             soft_target_weights=soft_target_weights,
+            target_probabilities=target_probabilities,
             contrastive_pair=contrastive_pair,
             max_counted_rows=max_counted_rows,
             class_weights=None if self.config.class_weights is None else row_pass.class_weights,
@@ -267,7 +272,7 @@ class UnifiedLoss(nn.Module):
         if self._learns:
             self._begin(call, targets)
         temperature = self.temperature.read("value") if self.config.temperature_adapts else None
-        rows = row_pass.run(call, temperature, self.penalty_factor(), with_entropy=return_detailed)
+        rows = row_pass.run(call, temperature, self.penalty_factor(), is_detailed=return_detailed)
         total = rows.loss
         terms: dict[str, Tensor] = {}  # what the pass over the rows does not give
         metrics: dict[str, Tensor] = {}
@@ -344,9 +349,22 @@ class UnifiedLoss(nn.Module):
                 "entropy": entropy,
                 "temperature": rows.options[0] * self.config.logit_scale,
             }
+            | self._of_ranks(rows, n_counted)
             | self._of_candidates(call, rows)
             | {name: metric.detach() for name, metric in metrics.items()}
         )
+
+    def _of_ranks(
+        self,
+        rows: RowPassOutput,
+        n_counted: Tensor,  # []
+    ) -> dict[str, Tensor]:
+        """How often the target is among the k likeliest tokens, for each k of accuracy_top_k."""
+        rank = rows.rank  # 0 where a row does not count
+        if rank is None:
+            return {}
+        most = n_counted.clamp_min(1)
+        return {f"{TOP_K_ACCURACY}{k}": ((rank > 0) & (rank <= k)).sum() / most for k in self.config.accuracy_top_k}
 
     def _of_candidates(self, call: Call, rows: RowPassOutput) -> dict[str, Tensor]:
         """The metrics of sources of candidates; 0 where a source has found none."""

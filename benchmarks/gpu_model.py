@@ -13,6 +13,7 @@ import math
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ SCHEDULERS, EXPONENTIAL_CYCLES = 4, 8
 ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
+    "alone": 3,  # cycles for an instruction of a warp that has several independent ones: a row in registers
     "loops": 12,  # that a thread enters for a row: four stages of three passes
     "loop": 30,  # instructions to enter one
     "stretch": 700,  # instructions of one warp between a row's barriers; tests/ptx executes 600 to 870
@@ -153,7 +155,7 @@ def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstru
     rows = max(
         kernel.loops(), key=lambda loop: (sum(kernel.opcodes(loop)[o] for o in BARRIERS), loop.last - loop.first)
     )
-    return RowInstructions(**least, row=kernel.path(rows, "BAR|UCGABAR", lambda inner: 0).n_instructions)
+    return RowInstructions(**least, row=kernel.path(rows, " BAR| UCGABAR", lambda inner: 0).n_instructions)
 
 
 BARRIERS = ("BAR.SYNC.DEFER_BLOCKING", "UCGABAR_WAIT")
@@ -180,7 +182,7 @@ def row_times(plan: Plan, counts: RowInstructions, vector_size: int, n_rows: int
 
 @dataclass(frozen=True)
 class RouterInstructions:
-    """What a warp executes for its 32 / n_lanes rows."""
+    """What a warp executes for its 32 / n_lanes rows of 16 logits a lane."""
 
     statistics: float
     gradient: float
@@ -189,34 +191,46 @@ class RouterInstructions:
 def count_router_instructions(
     kernels: Sequence[sass.Function], n_lanes: int, k: int, is_given: bool
 ) -> RouterInstructions:
-    """Of the kernels over bfloat16, softmax, up to 256 experts.
+    """Of the kernels over bfloat16, softmax.
 
     is_given: the caller brings the choices; else they are made.
     """
 
-    def path(stem: str, keys: str) -> float:
+    n_shuffles = 2 if n_lanes <= 4 else 5  # of a loop over choices of one's own: it is there twice
+
+    def path(stem: str, keys: str, n_sums: int) -> float:
         (kernel,) = [f for f in kernels if re.search(stem, f.name)]
         loops = [loop for loop in kernel.loops() if _is_over_rows(kernel.opcodes(loop))]
         over_rows = min(loops, key=lambda loop: loop.last - loop.first)
 
         def trips(inner: sass.Loop) -> float:
             opcodes = kernel.opcodes(inner)
-            if any(o.startswith(("STG", "LDG")) for o in opcodes):
-                return k
-            return math.log2(n_lanes) if any(o.startswith("SHFL") for o in opcodes) else 1
+            if opcodes["STG.E"]:  # one choice after another; by 64 bits where there is a bias
+                is_ours = not is_given and opcodes["SHFL.BFLY"] == n_shuffles and sum(opcodes.values()) < 100
+                return k if is_ours else math.inf
+            if not opcodes["SHFL.IDX"]:
+                return 1
+            if opcodes["SHFL.IDX"] == 1 or not is_given:  # experts chosen twice
+                return math.inf
+            n_reads = math.ceil(k / n_lanes)
+            return n_reads if any(o.startswith("LDG") for o in opcodes) else k / n_reads / opcodes["SHFL.IDX"]
 
-        return kernel.path(over_rows, rf"MUFU.EX2|LDG.*128|STG.*128|{keys}", trips).n_instructions
+        found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|STG.*128|{keys}", trips)
+        if found is None or ("STG" in keys and not found.count("STG.E$")):
+            raise ValueError(f"gpu_model: expected a path through the choices of {kernel.name}")
+        more_steps = max(0, n_lanes.bit_length() - 3) + (n_lanes == 16)  # of a sum over more than 4 lanes
+        return found.n_instructions + 2 * n_sums * more_steps
 
-    return RouterInstructions(
-        path("router_statistics_kernel", r"LDG.E.64$" if is_given else "SHFL"), path("router_gradient_kernel", "none")
-    )
+    # importance is added where bits in predicates say so
+    choices = "SHFL.IDX|R2P" if is_given else "STG.E$|R2P"
+    return RouterInstructions(path("router_statistics_kernel", choices, 3), path("router_gradient_kernel", "none", 4))
 
 
-def _is_over_rows(opcodes: dict[str, int]) -> bool:
-    return opcodes["MUFU.EX2"] >= 8 and any(re.match("LDG.*128", opcode) for opcode in opcodes)
+def _is_over_rows(opcodes: Counter[str]) -> bool:
+    return opcodes["MUFU.EX2"] >= 16 and any(opcode.startswith("LDGSTS") for opcode in opcodes)
 
 
-ROUTER = r"I13__nv_bfloat16Li8ELb0E"  # in a kernel's name: bfloat16, up to 256 experts, softmax
+ROUTER = r"I13__nv_bfloat16Li16ELb0E"  # in a kernel's name: bfloat16, more than 8 experts, softmax
 ROUTER_BLOCK = 256  # threads
 REGISTERS = 65536  # of a multiprocessor
 
@@ -225,8 +239,8 @@ def router_times(
     counts: RouterInstructions, registers: dict[str, int], n_experts: int, k: int, is_given: bool, gpu: Gpu
 ) -> tuple[tuple[float, float], float]:
     """Cycles of a multiprocessor for a warp's rows, forward and backward, least and likely most; and of their bytes."""
-    n_lanes = n_experts // 8
-    rows, n_bytes = 32 // n_lanes, 512
+    n_lanes = n_experts // 16
+    rows, n_bytes = 32 // n_lanes, 1024
     of_choices = rows * k * (8 if is_given else 4)
     least = most = 0.0
     for n_instructions, n_moved, kernel in (
@@ -234,10 +248,10 @@ def router_times(
         (counts.gradient, 2 * n_bytes, "router_gradient"),
     ):
         n_warps = REGISTERS // (ROUTER_BLOCK * registers[kernel]) * ROUTER_BLOCK // 32
-        alone = n_instructions * ASSUMED["dependent"]
-        # the next rows are under way meanwhile: a warp waits only for what the latency exceeds its own work
-        delay = max(0.0, ASSUMED["latency"] * gpu.hertz - alone)
-        bound = bounds([gpu.cycles(n_moved), issue_cycles(n_instructions, 9)], delay, n_warps)
+        # three rows are under way meanwhile: a warp waits only for what the latency exceeds its work on those
+        alone = n_instructions * ASSUMED["alone"]
+        delay = max(0.0, ASSUMED["latency"] * gpu.hertz - 3 * alone)
+        bound = bounds([gpu.cycles(n_moved), issue_cycles(n_instructions, 18)], delay, n_warps)
         least, most = least + max(bound[0], alone / n_warps), most + max(bound[1], alone / n_warps)
     return (least, most), gpu.cycles(3 * n_bytes + of_choices)
 

@@ -2,11 +2,12 @@
 
 A loop's body also holds what hardly ever runs: elements at the ends of a row, the one vector with the maximum. So not
 the body is counted but a path through it: of the paths that do most of the work (`keys`, such as exponentials and wide
-loads), the one with the fewest instructions.
+loads), the one with the fewest instructions. A key is looked for in "@P0 LDS.128", or " LDS.128" without a guard.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from collections import Counter
@@ -73,8 +74,8 @@ class Function:
     def path(self, loop: Loop, keys: str, trips: Callable[[Loop], float] = lambda inner: 1) -> PathCounts | None:
         """The path of one turn that has most opcodes like `keys`, and among those the fewest instructions.
 
-        trips: how often an inner loop turns; a path goes through its body once. None where the turn goes backwards on
-        its way, as code for rare cases does that stands behind the kernel.
+        trips: how often an inner loop turns; a path goes through its body once, or never where it turns inf times. None
+        where the turn goes backwards on its way, as code for rare cases does that stands behind the kernel.
         """
         weights = [1.0] * (loop.last + 1)
         for inner in self.loops():
@@ -87,12 +88,12 @@ class Function:
         following: dict[int, int] = {}
         for i in range(loop.last, loop.first - 1, -1):
             ways = [way for way in self._ways(i, places) if way in best]
-            if not ways and i != loop.last:
+            if (not ways and i != loop.last) or math.isinf(weights[i]):
                 continue
             work, minus_length = max((best[way] for way in ways), default=(0.0, 0.0))
             if ways:
                 following[i] = max(ways, key=best.__getitem__)
-            is_work = re.match(keys, self.instructions[i].opcode) is not None
+            is_work = re.search(keys, f"{self.instructions[i].guard} {self.instructions[i].opcode}") is not None
             best[i] = (work + is_work, minus_length - weights[i])
         if loop.first not in best:
             return None

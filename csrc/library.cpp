@@ -21,24 +21,29 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   // in their statistics) are not looked at. -1 is absent, unless flags have kIdsArePresent. What else is outside [0, vocab_size) is
   // an IndexError on the CPU, found before it is narrowed, and a device assert on CUDA; so are targets other than
   // ignore_index.
+  //
+  // column_weights: [..., vocab_size] or [vocab_size], or more columns, any leading strides; where flags have kTargetProbabilities or
+  // kSmoothingWeights, and only there.
+  //
+  // row_terms: [kRowTerms + n_groups, ...], and with kRanks two more
   m.def(
       "row_loss(Tensor logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
       "Tensor? candidate_weights, int[]? candidate_groups, int flags, int vocab_size, int ignore_index, "
-      "bool with_gradient, bool with_statistics) "
+      "bool with_gradient, bool with_statistics, Tensor? column_weights=None) "
       "-> (Tensor row_loss, Tensor row_terms, Tensor grad_logits, Tensor statistics, Tensor row_coefficients)");
   m.def(
       "row_loss_(Tensor(a!) logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
-      "Tensor? candidate_weights, int[]? candidate_groups, int flags, int vocab_size, int ignore_index) "
-      "-> (Tensor row_loss, Tensor row_terms)");
+      "Tensor? candidate_weights, int[]? candidate_groups, int flags, int vocab_size, int ignore_index, "
+      "Tensor? column_weights=None) -> (Tensor row_loss, Tensor row_terms)");
   m.def(
       "row_statistics(Tensor logits, Tensor? ids, Tensor? row_mask, Tensor options, int flags, int vocab_size) "
       "-> (Tensor statistics, Tensor log_probs, Tensor summaries)");
   m.def(
       "row_gradient(Tensor logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, Tensor options, "
-      "int flags, int vocab_size) -> Tensor grad_logits");
+      "int flags, int vocab_size, Tensor? column_weights=None) -> Tensor grad_logits");
   m.def(
       "row_gradient_(Tensor(a!) logits, Tensor statistics, Tensor row_coefficients, Tensor? ids, "
-      "Tensor options, int flags, int vocab_size) -> ()");
+      "Tensor options, int flags, int vocab_size, Tensor? column_weights=None) -> ()");
   // rows times factors, but for those whose target is ignore_index: they hold zeros, which a factor of nan would spoil
   m.def("scale_rows_(Tensor(a!) rows, Tensor factors, Tensor? targets=None, int ignore_index=-100) -> ()");
 

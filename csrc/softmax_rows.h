@@ -129,11 +129,18 @@ enum RowFlags : int64_t {
   kSoftTargets = 2048,    // the last group of candidates are soft targets: -q log p_c in place of -w log(1 - p_c)
   kTargetWeights = 4096,  // the first group of candidates is one absent id, whose weight is that of the target's term
   kTail = 16384,          // the first of the soft targets is kTailId, whose weight is that of their tail
+  // a weight q_j of every column comes beside the row: probabilities, whose term sum_j q_j (-log p_j) takes the place of
+  // the target's, or what weighs the columns under label smoothing, e / V sum_j q_j (-log p_j)
+  kTargetProbabilities = 8192,
+  kSmoothingWeights = 32768,
+  // report the target's rank and the maximum's column too: kRankTerms further rows of row_terms, behind the groups'
+  kRanks = 65536,
 };
+constexpr int64_t kColumnWeightFlags = kTargetProbabilities | kSmoothingWeights;
 // In place of an id: all columns but those of the ids behind it.
 constexpr int32_t kTailId = -2;
 // Terms that need more of a row than its maximum and R.
-constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft;
+constexpr int64_t kDenseFlags = kLabelSmoothing | kConfidencePenalty | kEntropy | kEaft | kColumnWeightFlags;
 
 // The first rows of row_terms; one more follows for each group of candidates.
 enum RowTerm {
@@ -146,6 +153,11 @@ enum RowTerm {
   kRowTerms
 };
 
+// With kRanks, both counted from 1, and 0 in a row that does not count. The rank is 1 and how many columns have a greater
+// logit than the target, as the logits are stored: 1 for each of several greatest. 1 + vocab_size where the target's
+// logit is a nan. The maximum is the lowest of equals.
+enum RankTerm { kRankMetric, kArgmaxMetric, kRankTerms };
+
 // a, b, k of (1), and s of the maximum. As a tensor, `row_coefficients`: [n_rows, kRowCoefficients + n_ids], in this
 // order, and then s of the ids.
 template <class Real>
@@ -153,7 +165,9 @@ struct RowCoefficients {
   Real probability;  // a
   Real entropy;      // b
   Real constant;     // k
-  Real maximum;      // s of log p_i*, for a caller who does not name i* among his ids
+  // s of log p_i*, for a caller who does not name i* among his ids; beside weights of the columns their factor: every
+  // column j has s_j = maximum q_j. (a then lacks what q_i* gives, which the gradient at i* would cancel with.)
+  Real maximum;
 };
 constexpr int kRowCoefficients = 4;
 
@@ -223,6 +237,14 @@ struct RowEvaluation {
   RowCoefficients<Real> coefficients;
   Real target_coefficient;  // s of the target
 };
+
+// What weighs the uniform part of the loss: e, and e V / (V - 1) where the target is left out of it.
+template <class Real>
+AVA_HOST_DEVICE Real smoothing_of(const RowStatistics<Real>& row, const RowOptions<Real>& options, int64_t flags) {
+  const Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
+  if (!(flags & kExcludeTarget)) return smoothing;
+  return row.count > 1 ? smoothing * (row.count / (row.count - 1)) : Real(0);  // V = 1: no others
+}
 template <class Real>
 AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, const RowOptions<Real>& options,
                                              int64_t flags, bool target_is_argmax,
@@ -256,11 +278,10 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
       hard = weight == 0 ? Real(0) : weight * hard;  // a masked target's nll is inf
       slope *= weight;
     }
-    Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
-    if (flags & kExcludeTarget) smoothing *= row.count > 1 ? row.count / (row.count - 1) : Real(0);  // V = 1: no others
+    const Real smoothing = smoothing_of(row, options, flags);
     out.terms[kMainLoss] = smoothing == 1 ? Real(0) : (1 - smoothing) * hard;
     out.target_coefficient = -(1 - smoothing) * slope;
-    if (flags & kLabelSmoothing) {
+    if ((flags & (kLabelSmoothing | kSmoothingWeights)) == kLabelSmoothing) {
       out.terms[kMainLoss] += smoothing * (total - row.sum / row.count);
       out.coefficients.probability += smoothing;
       out.coefficients.constant = -smoothing / row.count;
@@ -277,6 +298,34 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     out.coefficients.entropy = slope;
   }
   return out;
+}
+
+// Sums over the weights q_j of the columns. u_i* is 0, so that i* has no part in `weighted`. A masked column has none in
+// any, but that its probability above 0 makes the loss infinite.
+template <class Real>
+struct ColumnWeightSums {
+  Real rest;        // sum over j != i* of q_j
+  Real at_maximum;  // q_i*
+  Real weighted;    // sum of q_j u_j
+};
+
+// The flags with which `evaluate` is called where there are weights of the columns, and the weight of its target.
+AVA_HOST_DEVICE int64_t flags_beside_column_weights(int64_t flags) {
+  return flags & kTargetProbabilities ? flags | kTargetWeights : flags;  // a target of weight 0
+}
+
+// What the weights of the columns add to the terms of a row, and to its coefficients.
+template <class Real>
+AVA_HOST_DEVICE void add_column_weights(const RowStatistics<Real>& row, const RowOptions<Real>& options, int64_t flags,
+                                        const ColumnWeightSums<Real>& q, RowEvaluation<Real>& out) {
+  const Real loss = (q.rest + q.at_maximum) * log_total(row) - q.weighted,
+             smoothing = smoothing_of(row, options, flags);
+  const Real factor = flags & kTargetProbabilities ? 1 - smoothing : smoothing / row.count;
+  if (flags & kTargetProbabilities) out.terms[kCrossEntropyMetric] = loss;
+  if (!(flags & kCrossEntropy)) return;
+  if (factor != 0) out.terms[kMainLoss] += factor * loss;  // the loss may be infinite
+  out.coefficients.probability += factor * q.rest;
+  out.coefficients.maximum = -factor;
 }
 
 // (1) for the columns that are nobody's target or candidate, as a function of d = softcap(x) - max, already by x but

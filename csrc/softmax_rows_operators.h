@@ -7,6 +7,7 @@
 //   check_size(op, n_rows, n_columns), check_n_ids(op, n_ids)     what it cannot take
 //   check_targets(call), set_ids(call, name, ids)     the ids are dense, int32 or int64. What is out of range in a row
 //                                                     that counts is found before it is narrowed: here or in kernels
+//   set_column_weights(op, arguments, weights, are_real)     or says that it cannot
 //   new_tensor(logits, sizes, type), new_gradient(logits)
 //   set_groups(op, arguments, sizes)
 //   run(op, logits, arguments, kernel)     of at least one row
@@ -66,6 +67,27 @@ struct RowCall {
     dense(*ids);
     Device::set_ids(*this, name, Tensor(kept.back()));
   }
+  // Of the logits' type, or of `real`; last stride 1.
+  void set_column_weights(const std::optional<Tensor>& weights,  // [..., vocab_size] or [vocab_size], or more columns
+                          int64_t flags) {
+    AVA_CHECK(
+        weights.has_value() == bool(flags & kColumnWeightFlags), op,
+        ": expected column_weights with the flags of probabilities or of smoothing weights, and with no other, got ",
+        weights ? "column_weights" : "none");
+    if (!weights) return;
+    const int64_t n_weights = weights->dim() ? weights->size(weights->dim() - 1) : 0;
+    const bool is_same_for_all = weights->dim() == 1;
+    AVA_CHECK((is_same_for_all || shape_of(*weights) == rows_and(n_weights)) && n_weights >= vocab_size, op,
+              ": expected column_weights of shape ", shape_string(rows_and(vocab_size)), " or [", vocab_size,
+              "], or with more columns, got ", shape_string(*weights));
+    const ScalarType type = weights->scalar_type();
+    AVA_CHECK(type == logits.scalar_type() || type == real, op, ": expected column_weights of type ", type_name(real),
+              " or of the logits' type ", type_name(logits.scalar_type()), ", got ", type_name(type));
+    check_device(op, "column_weights", *weights, logits);
+    AVA_CHECK(n_weights == 1 || weights->stride(weights->dim() - 1) == 1, op,
+              ": expected column_weights with last stride 1, got ", weights->stride(weights->dim() - 1));
+    Device::set_column_weights(op, arguments, *weights, type == real);
+  }
   void set_gradient(const Tensor& grad_logits) {  // [..., n_columns]; may be the logits
     arguments.grad_logits = grad_logits.mutable_data_ptr();
     arguments.grad_layout = layout_of(op, "logits", grad_logits);
@@ -108,7 +130,7 @@ struct RowOperators {
 
   struct RowLossOutputs {
     Tensor row_loss;          // [...]
-    Tensor row_terms;         // [kRowTerms + n_groups, ...]
+    Tensor row_terms;         // [kRowTerms + n_groups, ...], and with kRanks kRankTerms more
     Tensor grad_logits;       // [..., n_columns], or [0]
     Tensor statistics;        // [..., kRowStatistics], or [0]
     Tensor row_coefficients;  // [..., kRowCoefficients + 1 + n_candidates], or [0]
@@ -123,7 +145,8 @@ struct RowOperators {
                                      const std::optional<Tensor>& candidate_ids,      // [..., n_candidates]
                                      const std::optional<Tensor>& candidate_weights,  // [..., n_candidates]
                                      const std::vector<int64_t>& candidate_groups,    // sizes, of n_candidates together
-                                     int64_t flags, int64_t vocab_size, int64_t ignore_index, Gradient gradient) {
+                                     int64_t flags, int64_t vocab_size, int64_t ignore_index, Gradient gradient,
+                                     const std::optional<Tensor>& column_weights) {  // [..., vocab_size]
     Call call(op, logits, vocab_size);
     auto& arguments = call.arguments;
     call.set_options(options, flags);
@@ -131,6 +154,7 @@ struct RowOperators {
     arguments.targets = static_cast<const int64_t*>(call.dense(targets));
     arguments.ignore_index = ignore_index;
     Device::check_targets(call);
+    call.set_column_weights(column_weights, flags);
     if (row_weights) {
       check_beside(op, "row_weights", *row_weights, call.rows, call.real, logits);
       arguments.row_weights = call.dense(*row_weights);
@@ -151,8 +175,9 @@ struct RowOperators {
     Device::set_groups(op, arguments, candidate_groups);
 
     const bool is_split = gradient == Gradient::split;
+    const int64_t n_terms = kRowTerms + arguments.n_groups + (flags & kRanks ? kRankTerms : 0);
     const RowLossOutputs outputs{
-        call.new_tensor(call.rows), call.new_tensor(call.and_rows(kRowTerms + arguments.n_groups)),
+        call.new_tensor(call.rows), call.new_tensor(call.and_rows(n_terms)),
         gradient == Gradient::in_place ? logits
         : gradient == Gradient::fused  ? Device::new_gradient(logits)
                                        : Device::new_tensor(logits, {0}, logits.scalar_type()),
@@ -174,12 +199,12 @@ struct RowOperators {
       const Tensor& logits, const Tensor& targets, const Tensor& options, std::optional<Tensor> row_weights,
       std::optional<Tensor> candidate_ids, std::optional<Tensor> candidate_weights,
       std::optional<std::vector<int64_t>> candidate_groups, int64_t flags, int64_t vocab_size, int64_t ignore_index,
-      bool with_gradient, bool with_statistics) {
+      bool with_gradient, bool with_statistics, std::optional<Tensor> column_weights) {
     AVA_CHECK(!(with_gradient && with_statistics), "row_loss: expected with_gradient or with_statistics, got both");
     const Gradient gradient = with_gradient ? Gradient::fused : with_statistics ? Gradient::split : Gradient::none;
-    const RowLossOutputs out =
-        run_row_loss("row_loss", logits, targets, options, row_weights, candidate_ids, candidate_weights,
-                     candidate_groups.value_or(std::vector<int64_t>{}), flags, vocab_size, ignore_index, gradient);
+    const RowLossOutputs out = run_row_loss("row_loss", logits, targets, options, row_weights, candidate_ids,
+                                            candidate_weights, candidate_groups.value_or(std::vector<int64_t>{}), flags,
+                                            vocab_size, ignore_index, gradient, column_weights);
     return {out.row_loss, out.row_terms, out.grad_logits, out.statistics, out.row_coefficients};
   }
 
@@ -187,10 +212,11 @@ struct RowOperators {
                                               std::optional<Tensor> row_weights, std::optional<Tensor> candidate_ids,
                                               std::optional<Tensor> candidate_weights,
                                               std::optional<std::vector<int64_t>> candidate_groups, int64_t flags,
-                                              int64_t vocab_size, int64_t ignore_index) {
+                                              int64_t vocab_size, int64_t ignore_index,
+                                              std::optional<Tensor> column_weights) {
     const RowLossOutputs out = run_row_loss("row_loss_", logits, targets, options, row_weights, candidate_ids,
                                             candidate_weights, candidate_groups.value_or(std::vector<int64_t>{}), flags,
-                                            vocab_size, ignore_index, Gradient::in_place);
+                                            vocab_size, ignore_index, Gradient::in_place, column_weights);
     return {out.row_loss, out.row_terms};
   }
 
@@ -225,10 +251,12 @@ struct RowOperators {
                                const std::optional<Tensor>& ids,  // [..., n_ids]
                                const Tensor& options,             // [kRowOptions]
                                int64_t flags, int64_t vocab_size,
+                               const std::optional<Tensor>& column_weights,  // [..., vocab_size]
                                std::optional<Tensor>& grad_logits) {  // [..., n_columns]; made here where not given
     Call call(op, logits, vocab_size);
     auto& arguments = call.arguments;
     call.set_options(options, flags);
+    call.set_column_weights(column_weights, flags);
     check_beside(op, "statistics", statistics, call.rows_and(kRowStatistics), call.real, logits);
     arguments.statistics = const_cast<void*>(call.dense(statistics));
     call.set_ids("ids", ids);
@@ -241,18 +269,20 @@ struct RowOperators {
   }
 
   static Tensor row_gradient(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients,
-                             std::optional<Tensor> ids, const Tensor& options, int64_t flags, int64_t vocab_size) {
+                             std::optional<Tensor> ids, const Tensor& options, int64_t flags, int64_t vocab_size,
+                             std::optional<Tensor> column_weights) {
     std::optional<Tensor> grad_logits;
     run_row_gradient("row_gradient", logits, statistics, row_coefficients, ids, options, flags, vocab_size,
-                     grad_logits);
+                     column_weights, grad_logits);
     return *grad_logits;
   }
 
   static void row_gradient_(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients,
-                            std::optional<Tensor> ids, const Tensor& options, int64_t flags, int64_t vocab_size) {
+                            std::optional<Tensor> ids, const Tensor& options, int64_t flags, int64_t vocab_size,
+                            std::optional<Tensor> column_weights) {
     std::optional<Tensor> grad_logits = logits;
     run_row_gradient("row_gradient_", logits, statistics, row_coefficients, ids, options, flags, vocab_size,
-                     grad_logits);
+                     column_weights, grad_logits);
   }
 
   // Touches no row whose factor is 1 (on CUDA the host never knows which those are), and none whose target is ignored.

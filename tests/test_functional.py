@@ -49,6 +49,42 @@ def test_cross_entropy_is_that_of_torch(reduction, shape):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("shape", [(V,), (7, V), (2, V, 3), (2, V, 3, 2)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("with_weight", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_probabilities_and_smoothed_classes_are_those_of_torch(reduction, with_weight, label_smoothing, shape):
+    numbers = Numbers(5)
+    logits, probabilities = numbers.leaf(*shape), numbers.uniform(*shape).requires_grad_()
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    indices = numbers.integers(0, V, *rows)
+    keywords = {"reduction": reduction, "label_smoothing": label_smoothing}
+    keywords["weight"] = numbers.uniform(V) if with_weight else None
+    for targets, leaves in ((probabilities, (logits, probabilities)), (indices, (logits,))):
+        if targets is indices and rows:
+            keywords["ignore_index"] = int(indices.flatten()[0])
+        got, want = cross_entropy(logits, targets, **keywords), F.cross_entropy(logits, targets, **keywords)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        upstream = numbers.normal(*want.shape)
+        gradients = (torch.autograd.grad(value, leaves, upstream) for value in (got, want))
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_probabilities_of_lower_precision(label_smoothing, dtype):
+    numbers = Numbers(6)
+    states, weight = numbers.normal(9, HIDDEN_SIZE).to(dtype), numbers.normal(V, HIDDEN_SIZE).to(dtype)
+    for type_of_q in (dtype, torch.float32, torch.float64):
+        q, weights = numbers.uniform(9, V).to(type_of_q), numbers.uniform(V)
+        logits = F.linear(states, weight)
+        for keywords in ({}, {"weight": weights}):
+            keywords["label_smoothing"] = label_smoothing
+            want = F.cross_entropy(logits.double(), q.double(), **keywords)
+            for got in (cross_entropy(logits, q, **keywords), linear_cross_entropy(states, weight, q, **keywords)):
+                torch.testing.assert_close(got.double(), want, rtol=4e-6, atol=0)
+
+
 @pytest.mark.parametrize("flags", [(True, True), (False, True), (False, False), (None, False)])
 def test_deprecated_reductions_are_those_of_torch(flags):
     logits, targets = Numbers(4).normal(6, V), torch.arange(6)
@@ -108,14 +144,18 @@ def test_two_calls_with_other_options_do_not_mix():
     torch.testing.assert_close(smoothed, F.cross_entropy(logits, targets, label_smoothing=0.3))
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "classes"])
 @pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
-def test_compiles_without_a_graph_break(function):
+def test_compiles_without_a_graph_break(function, kind):
     (states, weight, _), targets = head(Numbers(9), 8), Numbers(9).integers(0, V, 8)
+    if kind == "probabilities":
+        targets = Numbers(9).uniform(8, V)
+    classes = Numbers(9).uniform(V) if kind == "classes" else None
 
     def loss(states, weight):
         if function == "cross_entropy":
-            return cross_entropy(F.linear(states, weight), targets, label_smoothing=0.1, z_loss_weight=0.1)
-        return linear_cross_entropy(states, weight, targets, label_smoothing=0.1, z_loss_weight=0.1)
+            return cross_entropy(F.linear(states, weight), targets, classes, label_smoothing=0.1, z_loss_weight=0.1)
+        return linear_cross_entropy(states, weight, targets, weight=classes, label_smoothing=0.1, z_loss_weight=0.1)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(states, weight)
     torch.testing.assert_close(compiled, loss(states, weight), rtol=1e-12, atol=0)
@@ -141,13 +181,21 @@ def test_bad_input_is_named():
         ),
         (ValueError, r"expected weight of shape \[13\], got \[12\]", {"weight": torch.ones(V - 1)}),
         (ValueError, "expected weight without requires_grad", {"weight": torch.ones(V, requires_grad=True)}),
-        (NotImplementedError, "weight with label_smoothing", {"weight": torch.ones(V), "label_smoothing": 0.1}),
     ):
         with pytest.raises(error, match=message):
             linear_cross_entropy(states, weight, targets, **keywords)
     with pytest.raises(ValueError, match=r"cross_entropy: expected target of shape \[6\], got \[5\]"):
         cross_entropy(logits, targets[:5])
-    with pytest.raises(NotImplementedError, match="expected class indices as target, got probabilities"):
-        cross_entropy(logits, logits.detach().softmax(-1))
+    q = logits.detach().softmax(-1)
+    for message, keywords in (
+        ("expected no ignore_index beside probabilities as target, got 4", {"ignore_index": 4}),
+        ("use_focal_loss needs one target for each row, got probabilities", {"use_focal_loss": True}),
+        ("token_reweighting needs one target for each row", {"token_reweighting": "dft"}),
+        ("'exclude_target' needs one target for each row", {"smoothing_mode": "exclude_target"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cross_entropy(logits, q, **keywords)
+    with pytest.raises(ValueError, match=r"expected probabilities as target of shape \[6, 13\], got \[6, 12\]"):
+        cross_entropy(logits, q[:, 1:])
     with pytest.raises(IndexError, match="got 13 at position 5"):
         cross_entropy(logits, torch.tensor([0, 1, 2, 3, 4, 13]))

@@ -129,6 +129,16 @@ MISSING = [
         {"soft_target_ids": TARGETS[..., None], "soft_target_weights": torch.ones(2, 4, 1)},
         "soft_target_ids need distillation_weight above 0, got 0",
     ),
+    (
+        {"use_focal_loss": True},
+        {"logits": logits(), "targets": TARGETS, "target_probabilities": logits().detach()},
+        "use_focal_loss needs one target for each row, got target_probabilities",
+    ),
+    (
+        {"label_smoothing": 0.1, "smoothing_mode": "exclude_target"},
+        {"logits": logits(), "targets": TARGETS, "target_probabilities": logits().detach()},
+        "smoothing_mode='exclude_target' needs one target for each row, got target_probabilities",
+    ),
 ]
 
 
@@ -179,6 +189,11 @@ MISFITS = [
     ({"segment_ids": torch.zeros(2, 3)}, r"expected segment_ids of shape \[2, 4\], got \[2, 3\]"),
     ({"position_ids": torch.zeros(3, 4)}, r"expected position_ids of shape \[2, 4\], got \[3, 4\]"),
     ({"cu_seqlens": torch.zeros(1, 3)}, r"expected cu_seqlens of shape \[n_segments \+ 1\], got \[1, 3\]"),
+    ({"target_probabilities": torch.ones(2, 4, 3)}, r"expected target_probabilities of shape \[2, 4, "),
+    (
+        {"target_probabilities": torch.ones(2, 4, V).long()},
+        "expected target_probabilities of floating point, got torch.int64",
+    ),
     ({"negative_ids": TARGETS}, r"expected negative_ids of shape \[2, 4, n_negatives\], got \[2, 4\]"),
     ({"negative_ids": torch.ones(2, 4, 1)}, "expected negative_ids of integers, got torch.float32"),
     (

@@ -26,6 +26,7 @@ OTHERS = [
     "UnifiedLossConfig",
     "softmax_statistics",
     "token_log_probs",
+    "token_metrics",
     "repeated_ngram_mask",
     "repetition_candidates",
     "build_info",

@@ -50,18 +50,22 @@ PARTS: tuple[type[Part], ...] = (
 )
 
 
+TOP_K_ACCURACY = "accuracy_top_"  # and k
+
+
 class _MetricNames(frozenset[str]):
-    """Names of metrics. Those of the depths of multi-token prediction are open-ended."""
+    """Names of metrics. Those of the depths of multi-token prediction and of accuracy_top_k are open-ended."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith(DEPTH_METRICS)
+        return super().__contains__(name) or str(name).startswith((*DEPTH_METRICS, TOP_K_ACCURACY))
 
 
 METRICS = _MetricNames(
     ["cross_entropy", "perplexity", "n_tokens", "accuracy", "entropy", "temperature", "focal_loss", "teacher_kl"]
     + [name for part in PARTS for name in part.METRICS]
 )
-"""Entries of the detailed dict that are not part of the sum total_loss, mtp_loss_depth_k for every k among them."""
+"""Entries of the detailed dict that are not part of the sum total_loss; mtp_loss_depth_k and accuracy_top_k are, for
+every k."""
 
 METRICS_THAT_ADD_UP = frozenset({"n_tokens", "focal_loss"})
 """Those of METRICS that add up over micro-batches, as components do; the others are means over the rows of a call."""

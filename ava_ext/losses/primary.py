@@ -2,7 +2,8 @@
 
     uniform:         (1 - e) n - e mean_j log softmax(z)_j                (as torch.nn.functional.cross_entropy)
     exclude_target:  (1 - e) n - e mean_{j != target} log softmax(z)_j    (computed as uniform with e V / (V - 1))
-    class_weights:   w_target n
+    class_weights w: (1 - e) w_target n - e mean_j w_j log softmax(z)_j
+    target_probabilities q: -(1 - e) sum_j q_j log softmax(z)_j - e mean_j log softmax(z)_j
 
 z = softcap(logit_scale logits) / T are the effective logits of the V columns that are not masked, n is -log
 softmax(z)_target, and e is label_smoothing.

@@ -7,6 +7,7 @@ from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 from ava_ext.ops.row_fields import TERM_NAMES, Candidates, RowFlags, RowLoss, row_options
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import SoftmaxStatistics, softmax_statistics, token_log_probs
+from ava_ext.ops.token_metrics import TokenMetrics, token_metrics
 
 __all__ = [
     "TERM_NAMES",
@@ -16,6 +17,7 @@ __all__ = [
     "RowFlags",
     "RowLoss",
     "SoftmaxStatistics",
+    "TokenMetrics",
     "repeated_ngram_mask",
     "repetition_candidates",
     "repetition_weights",
@@ -24,4 +26,5 @@ __all__ = [
     "row_options",
     "softmax_statistics",
     "token_log_probs",
+    "token_metrics",
 ]

@@ -27,7 +27,7 @@ from ava_ext.ops.derivatives import (
     without_second_derivative,
 )
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
-from ava_ext.ops.row_fields import N_TERMS, Candidates, RowLoss, accumulation_dtype
+from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype, n_terms
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
 __all__ = ["LinearLogits", "by_chunks", "empty_gradients", "linear_row_loss"]
@@ -54,6 +54,7 @@ def linear_row_loss(
     reduction: str,
     chunk_bytes: int | None,
     max_counted_rows: int | None,
+    column_weights: Tensor | None,  # [..., vocab_size] or [vocab_size]
 ) -> RowLoss:
     """`row_loss` of LinearLogits: see there."""
     logits.check("row_loss")
@@ -82,10 +83,11 @@ def linear_row_loss(
         logits.dtype,
         max_counted_rows,
         [in_forward and part is not None and part.requires_grad for part in logits],
+        column_weights if column_weights is None or column_weights.dim() == 1 else column_weights.flatten(0, -2),
     )
     operator, formula = _ops.linear_row_loss.default, (_save_linear_row_loss, _linear_row_loss_backward)
     total, losses, terms, *_ = call_operator(operator, *formula, tensors, constants)
-    return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(N_TERMS + len(groups), *rows))
+    return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(len(terms), *rows))
 
 
 @torch.library.custom_op("ava_ext::linear_row_loss", mutates_args=())
@@ -106,21 +108,25 @@ def _linear_row_loss(
     dtype: torch.dtype,
     max_counted_rows: int | None,
     gradients: list[bool],  # [3]: which of hidden_states, weight and bias get theirs now
+    column_weights: Tensor | None = None,  # [n_rows, vocab_size] or [vocab_size]
     # total [], losses [n_rows], terms [n_terms, n_rows], three gradients of the sum, or [0]; and [0], which leads
     # autograd to the inputs and which nobody can have changed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, real, groups = hidden_states.shape[0], accumulation_dtype(dtype), candidate_groups or []
     losses = hidden_states.new_zeros(n_rows, dtype=real)
-    terms = hidden_states.new_zeros((N_TERMS + len(groups), n_rows), dtype=real)
+    terms = hidden_states.new_zeros((n_terms(groups, flags), n_rows), dtype=real)
     constants = (groups, flags, vocab_size, ignore_index)
 
     def chunk_loss(logits: Tensor, rows: slice | Tensor) -> None:
         of_rows = (None if given is None else given[rows] for given in (row_weights, candidate_ids, candidate_weights))
         arguments = (logits, targets[rows], options, *of_rows, *constants)
+        of_columns = column_weights
+        if of_columns is not None and of_columns.dim() > 1:
+            of_columns = of_columns[rows]
         if any(gradients):
-            losses[rows], terms[:, rows] = _ops.row_loss_(*arguments)
+            losses[rows], terms[:, rows] = _ops.row_loss_(*arguments, of_columns)
         else:
-            losses[rows], terms[:, rows] = _ops.row_loss(*arguments, False, False)[:2]
+            losses[rows], terms[:, rows] = _ops.row_loss(*arguments, False, False, of_columns)[:2]
 
     counted = targets != ignore_index
     head = (hidden_states, weight, bias)
@@ -237,6 +243,7 @@ def _(
     dtype,
     max_counted_rows,
     gradients,
+    column_weights=None,
 ):
     check_devices(
         "row_loss",
@@ -248,12 +255,13 @@ def _(
         row_weights=row_weights,
         candidate_ids=candidate_ids,
         candidate_weights=candidate_weights,
+        column_weights=column_weights,
     )
     n_rows, real = hidden_states.shape[0], accumulation_dtype(dtype)
     return (
         hidden_states.new_empty((), dtype=real),
         hidden_states.new_empty(n_rows, dtype=real),
-        hidden_states.new_empty((N_TERMS + len(candidate_groups or ()), n_rows), dtype=real),
+        hidden_states.new_empty((n_terms(candidate_groups, flags), n_rows), dtype=real),
         *empty_gradients(hidden_states, weight, bias, gradients),
         hidden_states.new_empty(0, dtype=real),
     )
@@ -272,14 +280,15 @@ def _save_linear_row_loss(ctx, inputs, output):
     ctx.constants, ctx.ignore_index, ctx.gradients = inputs[8:15], inputs[11], inputs[15]
     ctx.mark_non_differentiable(*output[2:6])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[6], inputs[3], *(output[3:6] if any(ctx.gradients) else (*inputs[:3], *inputs[4:8])))
+    again = (*inputs[:3], *inputs[4:8], inputs[16])
+    ctx.save_for_backward(output[6], inputs[3], *(output[3:6] if any(ctx.gradients) else again))
 
 
 def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
     """grad_total: [], grad_losses: [n_rows]. Returns the gradients of hidden_states, weight and bias, and None for
     every other input.
     """
-    nothing = (None,) * 16
+    nothing = (None,) * 17
     if grad_total is None and grad_losses is None:
         return nothing
     refuse_tangents("row_loss", (grad_total, grad_losses))
@@ -292,12 +301,12 @@ def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
         triples = zip(grads, factors, wanted, strict=True)
         grads = [_scaled(grad, factor) if is_wanted else grad for grad, factor, is_wanted in triples]
     else:
-        origin, targets, *parts, options, row_weights, ids, id_weights = ctx.saved_tensors
+        origin, targets, *parts, options, row_weights, ids, id_weights, column_weights = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         upstream = sum(grad for grad in (grad_total, grad_losses) if grad is not None)
         upstream = upstream.expand(len(targets)) if row_weights is None else upstream * row_weights
         parts = [part if part is None else part.detach() for part in parts]
-        arguments = (*parts, targets, options, upstream, ids, id_weights, *ctx.constants, wanted)
+        arguments = (*parts, targets, options, upstream, ids, id_weights, *ctx.constants, wanted, column_weights)
         grads = _ops.linear_row_loss(*arguments)[3:6]
     grads = [
         without_second_derivative(grad, origin) if is_wanted else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.row_fields import TAIL_ID, RowFlags
+from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TAIL_ID, TARGET_PROBABILITIES, RowFlags
 
 
 class RowOptions(NamedTuple):
@@ -40,6 +40,14 @@ class RowStatistics(NamedTuple):
     n_present: Tensor  # V
 
 
+class ColumnWeightSums(NamedTuple):
+    """Sums over the weights q of the columns; all [...]."""
+
+    rest: Tensor  # of all but that of the maximum
+    at_maximum: Tensor
+    weighted: Tensor  # of q u
+
+
 def smallest_rest(dtype: torch.dtype) -> float:
     """What a lower R is taken for where something is divided by it."""
     return 1e-37 if dtype == torch.float32 else 1e-300
@@ -52,13 +60,18 @@ def _evaluate(
     target_is_argmax: Tensor,  # [...]
     target_u: Tensor,  # [...]
     candidate_weights: Tensor | None,  # [..., n_candidates]: with TARGET_WEIGHTS the first is the target's
+    column_weights: ColumnWeightSums | None,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The six terms, the coefficients a, b, k, and s of the target; all [...]."""
+    """The six terms, the coefficients a, b, k and that of the maximum, and s of the target; all [...]."""
     zero = torch.zeros_like(row.rest)
     total, mean_u = row.rest.log1p(), row.weighted / (1 + row.rest)
     nll = torch.where(target_is_argmax, total, total - target_u)
     main, z_loss, confidence, own = zero, zero, zero, zero
-    probability, entropy, constant = zero, zero, zero
+    probability, entropy, constant, maximum = zero, zero, zero, zero
+    of_columns = zero
+    if column_weights is not None:
+        of_columns = (column_weights.rest + column_weights.at_maximum) * total - column_weights.weighted
+    cross_entropy = of_columns if flags & TARGET_PROBABILITIES else nll
     if flags & RowFlags.CROSS_ENTROPY:
         hard, slope = nll, torch.ones_like(nll)
         if flags & RowFlags.FOCAL:
@@ -73,7 +86,9 @@ def _evaluate(
                 base = torch.where(row.n_present > 1, (total - mean_u) / row.n_present.log(), 0)
             weight = base.pow(options.reweighting_exponent)
             hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
-        if flags & RowFlags.TARGET_WEIGHTS and candidate_weights is not None:
+        if flags & TARGET_PROBABILITIES:
+            hard, slope = zero, zero
+        elif flags & RowFlags.TARGET_WEIGHTS and candidate_weights is not None:
             weight = candidate_weights[..., 0]
             hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
         smoothing = options.label_smoothing if flags & RowFlags.LABEL_SMOOTHING else zero
@@ -81,7 +96,11 @@ def _evaluate(
             smoothing = smoothing * torch.where(row.n_present > 1, row.n_present / (row.n_present - 1), 0)
         main = torch.where(smoothing == 1, 0, (1 - smoothing) * hard)
         own = -(1 - smoothing) * slope
-        if flags & RowFlags.LABEL_SMOOTHING:
+        if column_weights is not None:
+            factor = 1 - smoothing if flags & TARGET_PROBABILITIES else smoothing / row.n_present
+            main = main + torch.where(factor == 0, 0, factor * of_columns)
+            probability, maximum = probability + factor * column_weights.rest, zero - factor
+        if flags & RowFlags.LABEL_SMOOTHING and not flags & SMOOTHING_WEIGHTS:
             main = main + smoothing * (total - row.total_u / row.n_present)
             probability = probability + smoothing
             constant = -smoothing / row.n_present
@@ -93,8 +112,8 @@ def _evaluate(
         several = row.n_present > 1
         entropy = torch.where(several, options.confidence_penalty_weight / row.n_present.log(), 0)
         confidence = torch.where(several, options.confidence_penalty_weight - entropy * (total - mean_u), 0)
-    terms = [main, z_loss, confidence, nll, total - mean_u, target_is_argmax.to(nll.dtype)]
-    return terms, [probability, entropy, constant], own
+    terms = [main, z_loss, confidence, cross_entropy, total - mean_u, target_is_argmax.to(nll.dtype)]
+    return terms, [probability, entropy, constant, maximum], own
 
 
 def _penalties(
@@ -160,12 +179,13 @@ def evaluate_rows(
     candidate_ids: Tensor | None,  # [..., n_candidates]
     candidate_weights: Tensor | None,  # [..., n_candidates]
     candidate_groups: Sequence[int],
+    column_weights: ColumnWeightSums | None = None,
 ) -> RowEvaluation:
     """Every term, the penalty of every group of candidates, and the coefficients of the gradient."""
     counts = targets >= 0
-    terms, of_row, own = _evaluate(row, options, flags, is_argmax[..., 0], u[..., 0], candidate_weights)
+    terms, of_row, own = _evaluate(row, options, flags, is_argmax[..., 0], u[..., 0], candidate_weights, column_weights)
     total = terms[0] + terms[1] + terms[2]
-    coefficients = torch.stack([*of_row, torch.zeros_like(own), own], -1)
+    coefficients = torch.stack([*of_row, own], -1)
     if candidate_ids is not None and candidate_weights is not None:
         n_soft = candidate_groups[-1] if flags & RowFlags.SOFT_TARGETS and candidate_groups else 0
         given = (targets, candidate_ids, candidate_weights)

@@ -5,6 +5,7 @@ The same fields stand in csrc/softmax_rows.h. ops/softmax_rows.py and ops/softma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -39,6 +40,15 @@ TAIL_ID = -2
 
 # beside RowFlags, of the operators that take ids: an id of -1 is out of range, not absent
 IDS_ARE_PRESENT = 256
+# beside RowFlags, where a weight q_j of every column comes with the row (column_weights of the operators):
+# probabilities in place of the target, or what weighs the columns under LABEL_SMOOTHING
+TARGET_PROBABILITIES = 8192
+SMOOTHING_WEIGHTS = 32768
+COLUMN_WEIGHT_FLAGS = TARGET_PROBABILITIES | SMOOTHING_WEIGHTS
+
+# beside RowFlags: report ranks
+RANKS = 65536
+N_RANKS = 2  # rank of the target, argmax: the last rows of the operators' terms
 
 # the first rows of RowLoss.terms; the groups of candidates follow
 TERM_NAMES = ("main_loss", "z_loss", "confidence_penalty", "cross_entropy", "entropy", "correct")
@@ -55,7 +65,8 @@ OPTION_NAMES = (  # of the tensor options: RowOptions
     "reweighting_exponent",
 )
 N_TERMS, N_STATISTICS, N_SUMMARIES, N_OPTIONS = map(len, (TERM_NAMES, STATISTIC_NAMES, SUMMARY_NAMES, OPTION_NAMES))
-# of p, p log p, 1 and the one-hot of the maximum; those of the one-hots of the ids follow
+# of p, p log p, 1 and the one-hot of the maximum (beside column_weights: of these); those of the one-hots of the ids
+# follow
 N_ROW_COEFFICIENTS = 4
 
 
@@ -66,6 +77,8 @@ class RowLoss(NamedTuple):
     loss: Tensor  # [...], or [] with reduction="sum"
     # each separately, unweighted, without graph. The entropy is measured only with RowFlags.ENTROPY, LABEL_SMOOTHING,
     # CONFIDENCE_PENALTY, EAFT or SOFTCAP.
+    # With with_ranks the last two are, both counted from 1, and 0 in a row that does not count: 1 and how many logits
+    # are greater than the target's; 1 and the column of the greatest logit, the lowest of equals.
     terms: Tensor  # [N_TERMS + n_groups, ...]
 
 
@@ -75,8 +88,8 @@ class Candidates(NamedTuple):
     With RowFlags.SOFT_TARGETS those of the last group are pulled up: -sum_c weight_c log p_c. The row's own target may
     be among those, and is left out of all others. With RowFlags.TARGET_WEIGHTS the first group is one absent id (-1):
     its weight multiplies the target's term. With RowFlags.TAIL the first of the soft targets may be TAIL_ID,
-    of weight w': it stands for all columns that the others do not name, -w' log(1 - sum_c p_c). The CUDA kernels have no
-    tail: there it wants the whole logits, and inplace_gradient=False.
+    of weight w': it stands for all columns that the others do not name, -w' log(1 - sum_c p_c). The CUDA kernels have
+    no tail: there it wants the whole logits, and inplace_gradient=False.
     """
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent
@@ -90,6 +103,11 @@ def target_weights(
     """The first group of candidates with RowFlags.TARGET_WEIGHTS: what multiplies the term of each row's target."""
     absent = torch.full_like(of_targets, -1, dtype=torch.int64)
     return Candidates(absent.unsqueeze(-1), of_targets.unsqueeze(-1), (1,))
+
+
+def n_terms(groups: Sequence[int] | None, flags: int) -> int:
+    """Rows of the operators' terms."""
+    return N_TERMS + len(groups or ()) + (N_RANKS if flags & RANKS else 0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor
+from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
@@ -30,11 +31,13 @@ from ava_ext.ops.row_fields import (
     N_STATISTICS,
     N_SUMMARIES,
     N_TERMS,
+    RANKS,
     TERM_NAMES,
     Candidates,
     RowFlags,
     RowLoss,
     accumulation_dtype,
+    n_terms,
     row_options,
 )
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
@@ -77,6 +80,9 @@ def row_loss(
     inplace_gradient: bool = False,
     chunk_bytes: int | None = None,
     max_counted_rows: int | None = None,
+    target_probabilities: Tensor | None = None,  # [..., vocab_size], or n_columns
+    smoothing_weights: Tensor | None = None,  # [vocab_size], or n_columns
+    with_ranks: bool = False,
 ) -> RowLoss:
     """Every row-wise loss term, and its gradient, in one pass over the logits.
 
@@ -103,6 +109,12 @@ def row_loss(
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
         max_counted_rows: at most so many targets are not ignore_index. Of LinearLogits, rows that are ignored are left
             out of the matrix products on the CPU; a GPU leaves them out with this number, which it need not wait for.
+        target_probabilities: [..., vocab_size] q, read beside the logits: sum_j q_j (-log p_j) takes the place of the
+            target's term, which may be smoothed. The targets still say which rows count, and what "correct" compares
+            with. They may require grad; of other types than the logits' and float32 they are converted.
+        smoothing_weights: [vocab_size] w, constants: the uniform part of label smoothing e is
+            e/V sum_j w_j (-log p_j). The weight of each row's target comes with RowFlags.TARGET_WEIGHTS.
+        with_ranks: the target's rank and the greatest logit's column are two further terms; see `token_metrics`.
 
     Returns:
         RowLoss(loss [...] or [], terms [N_TERMS + n_groups, ...]).
@@ -113,7 +125,9 @@ def row_loss(
         TypeError: on logits or targets that are no tensors.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
-        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind.
+        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; on
+            RowFlags.TAIL on CUDA with LinearLogits, ShardedLogits or inplace_gradient; on target_probabilities,
+            smoothing_weights and with_ranks beside ShardedLogits.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
@@ -150,16 +164,38 @@ def row_loss(
         candidates = candidates._replace(ids=ids)
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
+    if target_probabilities is not None and target_probabilities.requires_grad:
+        found = row_loss(
+            logits,
+            targets,
+            options,
+            flags=flags,
+            row_weights=row_weights,
+            candidates=candidates,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            inplace_gradient=inplace_gradient,
+            chunk_bytes=chunk_bytes,
+            max_counted_rows=max_counted_rows,
+            target_probabilities=target_probabilities.detach(),
+            smoothing_weights=smoothing_weights,
+            with_ranks=with_ranks,
+        )
+        constants = (targets, options, flags, row_weights, vocab_size, ignore_index, chunk_bytes)
+        return found._replace(loss=with_probability_gradient(found.loss, target_probabilities, logits, *constants))
+    column_weights, column_flags = as_column_weights(logits, vocab_size, target_probabilities, smoothing_weights)
+    flags = flags | column_flags | (RANKS if with_ranks else 0)
     arguments = (targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
     if isinstance(logits, Tensor):
-        return _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient)
+        return _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient, column_weights)
     if isinstance(logits, LocalRows):
         block = logits.rows
         local = row_loss(
             logits.logits,
             block.local(targets),
             options,
-            flags=flags,
+            flags=flags & ~(column_flags | RANKS),
             row_weights=None if row_weights is None else block.local(row_weights),
             candidates=None if candidates is None else block.local_candidates(candidates),
             vocab_size=vocab_size,
@@ -168,15 +204,20 @@ def row_loss(
             inplace_gradient=inplace_gradient,
             chunk_bytes=chunk_bytes,
             max_counted_rows=max_counted_rows,
+            target_probabilities=None if target_probabilities is None else block.local(target_probabilities),
+            smoothing_weights=smoothing_weights,
+            with_ranks=with_ranks,
         )
         return RowLoss(local.loss if reduction == "sum" else block.among_all(local.loss), block.among_all(local.terms))
     if isinstance(logits, ShardedLogits):
+        if with_ranks:
+            raise NotImplementedError("row_loss: ranks of logits whose columns are spread over ranks")
         inplace = False
         if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
             _check_inplace(logits.logits)
             inplace = True
         return vocabulary_parallel_row_loss(logits, *arguments, reduction, inplace, chunk_bytes, max_counted_rows)
-    return linear_row_loss(logits, *arguments, reduction, chunk_bytes, max_counted_rows)
+    return linear_row_loss(logits, *arguments, reduction, chunk_bytes, max_counted_rows, column_weights)
 
 
 def _dense_row_loss(
@@ -190,11 +231,12 @@ def _dense_row_loss(
     ignore_index: int,
     is_sum: bool,
     inplace_gradient: bool,
+    column_weights: Tensor | None,  # [..., vocab_size] or [vocab_size]
 ) -> RowLoss:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     if candidates is not None and flags & RowFlags.TAIL and lacks_tail(logits):
-        alone = (row_weights, without_tail(candidates), vocab_size, ignore_index, is_sum, False)
+        alone = (row_weights, without_tail(candidates), vocab_size, ignore_index, is_sum, False, column_weights)
         of_rows = _dense_row_loss(logits, targets, options, flags & ~RowFlags.TAIL, *alone)
         return with_tail(of_rows, logits, targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
     ids, weights, groups = candidates if candidates else (None, None, ())
@@ -213,25 +255,25 @@ def _dense_row_loss(
     )
     differentiable = logits.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        refuse_tangents("row_loss", arguments[:6])
+        refuse_tangents("row_loss", (*arguments[:6], column_weights))
         # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
         # as the gradient
-        loss, terms = _row_loss(*arguments, False, differentiable)[:2]
+        loss, terms = _row_loss(*arguments, False, differentiable, column_weights)[:2]
         return RowLoss(loss.sum() if is_sum else loss, terms)
     is_transformed = torch._C._are_functorch_transforms_active()
     if is_transformed:
         refuse_vmap_within_derivatives("row_loss")
     if is_forward_mode() or (differentiable and is_transformed):
-        loss, terms = transformed_row_loss(*arguments)
+        loss, terms = transformed_row_loss(*arguments, column_weights)
     elif not differentiable:
         with torch._C._AutoDispatchBelowAutograd():
-            loss, terms = _row_loss(*arguments, False, False)[:2]
+            loss, terms = _row_loss(*arguments, False, False, column_weights)[:2]
     else:
         if inplace_gradient:
             _check_inplace(logits)
         # a float16 gradient rounded before the scaler's factor would be zeros
         split = inplace_gradient or logits.dtype == torch.float16
-        tensors, constants = arguments[:6], (*arguments[6:], not split, split)
+        tensors, constants = arguments[:6], (*arguments[6:], not split, split, column_weights)
         loss, terms, _ = _apply_row_loss(*tensors, constants, is_sum, inplace_gradient)
         return RowLoss(loss, terms)
     return RowLoss(loss.sum() if is_sum else loss, terms)
@@ -268,6 +310,7 @@ def _check_inplace(logits: Tensor) -> None:
 
 def _save_row_loss(ctx, inputs, output, origin=None):
     (logits, targets, options, _, ids, _, _, ctx.flags, ctx.vocab_size, ctx.ignore_index, ctx.fused) = inputs[:11]
+    column_weights = inputs[12]
     _, terms, grad_logits, statistics, row_coefficients = output
     ctx.mark_non_differentiable(terms, grad_logits, statistics, row_coefficients)
     ctx.set_materialize_grads(False)
@@ -275,13 +318,13 @@ def _save_row_loss(ctx, inputs, output, origin=None):
     if ctx.fused:
         ctx.save_for_backward(grad_logits, targets, origin)
     else:
-        ctx.save_for_backward(logits, targets, statistics, row_coefficients, ids, options)
+        ctx.save_for_backward(logits, targets, statistics, row_coefficients, ids, options, column_weights)
 
 
 def _row_loss_backward(ctx, grad_loss, *_):
     """grad_loss: [...], or [] of the sum. Returns the gradient of the logits [..., n_columns], and None for the other
     inputs."""
-    nothing = (None,) * 11
+    nothing = (None,) * 12
     if grad_loss is None:
         return None, *nothing
     refuse_tangents("row_loss", (grad_loss,))
@@ -295,7 +338,7 @@ def _row_loss_backward(ctx, grad_loss, *_):
             grad_logits = grad_logits.clone()
         _scale_rows_(grad_logits, grad_loss.expand(targets.shape), targets, ctx.ignore_index)
         return without_second_derivative(grad_logits, origin), *nothing
-    logits, targets, statistics, row_coefficients, ids, options = ctx.saved_tensors
+    logits, targets, statistics, row_coefficients, ids, options, column_weights = ctx.saved_tensors
     ignored = torch.eq(targets, ctx.ignore_index)
     targets = targets.masked_fill(ignored, -1).unsqueeze(-1)
     arguments = (
@@ -306,6 +349,7 @@ def _row_loss_backward(ctx, grad_loss, *_):
         options,
         ctx.flags,
         ctx.vocab_size,
+        column_weights,
     )
     if not ctx.inplace or is_batched(grad_loss):
         return without_second_derivative(_ops.row_gradient(*arguments), logits), *nothing
@@ -359,13 +403,14 @@ def _(
     ignore_index,
     with_gradient,
     with_statistics,
+    column_weights=None,
 ):
     _check_devices(logits, targets, options, row_weights, ids, weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     n_ids = 0 if ids is None else ids.shape[-1]
     return (
         logits.new_empty(rows, dtype=real),
-        logits.new_empty((N_TERMS + len(groups or ()), *rows), dtype=real),
+        logits.new_empty((n_terms(groups, flags), *rows), dtype=real),
         logits.new_empty(logits.shape if with_gradient else (0,)),
         logits.new_empty((*rows, N_STATISTICS) if with_statistics else (0,), dtype=real),
         logits.new_empty((*rows, N_ROW_COEFFICIENTS + 1 + n_ids) if with_statistics else (0,), dtype=real),
@@ -373,19 +418,21 @@ def _(
 
 
 @torch.library.register_fake("ava_ext::row_loss_")
-def _(logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index):
+def _(
+    logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index, column_weights=None
+):
     _check_devices(logits, targets, options, row_weights, ids, weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
-    return logits.new_empty(rows, dtype=real), logits.new_empty((N_TERMS + len(groups or ()), *rows), dtype=real)
+    return logits.new_empty(rows, dtype=real), logits.new_empty((n_terms(groups, flags), *rows), dtype=real)
 
 
 @torch.library.register_fake("ava_ext::row_gradient")
-def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size):
+def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size, column_weights=None):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("ava_ext::row_gradient_")
-def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size):
+def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size, column_weights=None):
     return None
 
 

@@ -116,7 +116,7 @@ def _statistics(
     if any(type(given) not in _PLAIN for given in (logits, ids, row_mask)):  # a DTensor is a Tensor too
         ids, row_mask = whole_beside(owner, logits, ids=ids, row_mask=row_mask)
     logits = placed
-    options, own_flags = _options(owner, logits, temperature, logit_softcap, logit_scale)
+    options, own_flags = statistics_options(owner, logits, temperature, logit_softcap, logit_scale)
     arguments = (ids, row_mask, options, flags | own_flags, vocab_size)
     if isinstance(logits, ShardedLogits):
         log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows)
@@ -126,13 +126,14 @@ def _statistics(
     return SoftmaxStatistics(*row_statistics(owner, logits, *arguments))
 
 
-def _options(
+def statistics_options(
     owner: str,
     logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     temperature: float | Tensor,
     logit_softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, int]:  # [N_OPTIONS], flags
+    """What the row operators read of these; owner begins the messages."""
     flags = int(RowFlags.ENTROPY | RowFlags.SOFTCAP) if logit_softcap else int(RowFlags.ENTROPY)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
     if not 0 < logit_scale < math.inf:

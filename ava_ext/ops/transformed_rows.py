@@ -34,15 +34,17 @@ class _TransformedRowLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index):
+    def forward(
+        logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index, column_weights
+    ):
         inputs = (logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index)
         with torch._C._AutoDispatchBelowAutograd():
-            loss, terms, grad_logits, *_ = _row_loss(*inputs, True, False)
+            loss, terms, grad_logits, *_ = _row_loss(*inputs, True, False, column_weights)
         return loss, terms, grad_logits
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, targets, *_, ignore_index = inputs
+        targets, ignore_index = inputs[1], inputs[9]
         _, terms, grad_logits = output
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
@@ -56,7 +58,7 @@ class _TransformedRowLoss(torch.autograd.Function):
         if grad_grad_logits is not None or has_tangent(grad_logits, grad_loss):
             raise RuntimeError("ava_ext: double backward is not supported")
         factors = counted_only(grad_loss, ignored).unsqueeze(-1)
-        return (grad_logits * factors).to(grad_logits.dtype), *(None,) * 9
+        return (grad_logits * factors).to(grad_logits.dtype), *(None,) * 10
 
     @staticmethod
     def jvp(ctx, logits_tangent, *_):

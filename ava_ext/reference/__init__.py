@@ -32,6 +32,7 @@ from ava_ext.reference.softmax_rows import (
     SoftmaxStatistics,
     confidence_penalty,
     cross_entropy,
+    cross_entropy_of_probabilities,
     effective_logits,
     focal,
     log_normaliser,

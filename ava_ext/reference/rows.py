@@ -19,6 +19,7 @@ from ava_ext.reference.repetition import (
 from ava_ext.reference.sequences import class_weights_of
 from ava_ext.reference.softmax_rows import (
     confidence_penalty,
+    cross_entropy_of_probabilities,
     effective_logits,
     focal,
     negative_log_likelihood,
@@ -91,6 +92,7 @@ def row_terms(
     negative_weights: Tensor | None,  # [B, T, M]
     soft_target_ids: Tensor | None,  # [B, T, K]
     soft_target_weights: Tensor | None,  # [B, T, K]
+    target_probabilities: Tensor | None,  # [B, T, vocab]
     kept: Tensor,  # [B, T] bool: no padding
     has_num_items: bool,
 ) -> Terms:
@@ -106,13 +108,16 @@ def row_terms(
         hard = reweighted(hard, weight)
 
     hard = reweighted(hard, class_weights_of(config, targets, rows.counted))
+    weights = None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float64)
+    if target_probabilities is not None:
+        hard = nll = cross_entropy_of_probabilities(z, target_probabilities)
 
     def penalty(candidate_weights: Tensor) -> Tensor:  # [B, T, vocab_size]
         values = unlikelihood(z.flatten(0, 1), candidate_weights.flatten(0, 1))
         return rows.reduce(values.reshape(targets.shape))
 
     place = (config, rows.targets, rows.counted, rows.segments)
-    addends = {"main_loss": rows.reduce(smoothed(hard, z, config.label_smoothing, config.smoothing_mode))}
+    addends = {"main_loss": rows.reduce(smoothed(hard, z, config.label_smoothing, config.smoothing_mode, weights))}
     if config.z_loss_weight > 0:
         addends["z_loss"] = config.z_loss_weight * rows.reduce(z_loss(z))
     if config.confidence_penalty_weight > 0:
@@ -162,6 +167,10 @@ def row_terms(
         "entropy": rows.mean(token_entropy(z)),
         "temperature": torch.as_tensor(rows.temperature),
     }
+    for k in config.accuracy_top_k:
+        own = logits.gather(-1, targets.unsqueeze(-1))
+        rank = (logits[..., : config.vocab_size] > own).sum(-1)
+        metrics[f"accuracy_top_{k}"] = rows.mean((rank < k).to(z.dtype))
     if config.distillation_weight > 0:
         metrics["teacher_kl"] = rows.mean(teacher_kl)
     if config.use_focal_loss:

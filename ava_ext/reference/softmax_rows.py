@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def effective_logits(
@@ -187,8 +188,9 @@ def smoothed(
     z: Tensor,  # [..., vocab]
     label_smoothing: float,
     smoothing_mode: str,
+    weights: Tensor | None = None,  # [vocab]
 ) -> Tensor:
-    """(1 - e) hard + e (-mean_j log p_j), [...], over the V unmasked columns.
+    """(1 - e) hard + e (-mean_j w_j log p_j), [...], over the V unmasked columns; w is 1 without weights.
 
     "uniform": q_t = 1 - e + e/V, F.cross_entropy's convention. "exclude_target": q_t = 1 - e and e/(V-1) on the
     others, which is the first with e V/(V-1); 0 where V = 1, where there are no others. A term with factor 0 is
@@ -200,7 +202,29 @@ def smoothed(
     e = torch.full_like(n_columns, label_smoothing)
     if smoothing_mode == "exclude_target":
         e = torch.where(n_columns > 1, e * n_columns / (n_columns - 1).clamp(min=1), 0.0)
-    return torch.where(e == 1, 0.0, (1 - e) * hard) - e * mean_log_prob(z)
+    of_columns = mean_log_prob(z)
+    if weights is not None:
+        present = torch.where(z == -math.inf, 0.0, _of_columns(weights, z))
+        of_columns = -cross_entropy_of_probabilities(z, present) / n_columns
+    return torch.where(e == 1, 0.0, (1 - e) * hard) - e * of_columns
+
+
+def _of_columns(
+    weights: Tensor,  # [..., at most vocab]
+    z: Tensor,  # [..., vocab]
+) -> Tensor:  # [..., vocab]
+    """weights, and 0 in the columns of padding."""
+    return pad(weights.to(z.dtype), (0, z.shape[-1] - weights.shape[-1]))
+
+
+def cross_entropy_of_probabilities(
+    z: Tensor,  # [..., vocab]
+    probabilities: Tensor,  # [..., vocab], or fewer columns: the others are padding
+) -> Tensor:
+    """-sum_j q_j log p_j, [...]; a term with q_j = 0 is left out, also where it is infinite."""
+    q = _of_columns(probabilities, z)
+    log_probs = z - log_normaliser(z).unsqueeze(-1)
+    return -(q * torch.where(q == 0, 0.0, log_probs)).sum(-1)
 
 
 def cross_entropy(

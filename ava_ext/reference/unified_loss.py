@@ -45,6 +45,7 @@ def unified_loss(
     negative_weights: Tensor | None = None,  # [B, T, M]
     soft_target_ids: Tensor | None = None,  # [B, T, K]
     soft_target_weights: Tensor | None = None,  # [B, T, K]
+    target_probabilities: Tensor | None = None,  # [B, T, vocab], aligned with the rows
     contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n, H]
     max_counted_rows: int | None = None,  # changes no value
     temperature: float | Tensor | None = None,  # [] the adaptive one; default initial_temperature
@@ -133,7 +134,7 @@ def unified_loss(
     read = {"attention_mask": attention_mask}
     if input_ids is not None:
         read = {"input_ids": of_rows(input_ids), "attention_mask": token_mask}
-    beside = (negative_ids, negative_weights, soft_target_ids, soft_target_weights)
+    beside = (negative_ids, negative_weights, soft_target_ids, soft_target_weights, target_probabilities)
     terms = [row_terms(rows, logits, read, *map(of_rows, beside), row_keep, num_items_in_batch is not None)]
     if deepseek_heads or adaptive_heads or model_heads:
         heads, confidence = [], None

@@ -20,6 +20,10 @@ struct SoftmaxRowsArguments {
   RowLayout grad_layout;
   bool stream;  // write the gradient past the caches
 
+  const void* column_weights;  // q: logits' type, or Real; [n_rows, vocab_size] through its layout
+  RowLayout column_weights_layout;
+  bool column_weights_are_real;
+
   const int64_t* targets;  // [n_rows]
   int64_t ignore_index;
   const void* row_weights;  // Real [n_rows]
@@ -31,7 +35,7 @@ struct SoftmaxRowsArguments {
   int64_t n_groups;
 
   void* row_loss;    // Real [n_rows]
-  void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
+  void* row_terms;   // Real [kRowTerms + n_groups, n_rows], and kRankTerms more
   int64_t n_rows;    // stride of row_terms
   void* statistics;  // RowStatistics<Real> [n_rows]: output, or input of row_gradient
   // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, kRowCoefficients + 1 + n_ids], of the target

@@ -1,8 +1,8 @@
 // What the operators do with one row after another: measure it, evaluate the terms, write the gradient. Included once
 // by each softmax_rows_<isa>.cpp, which defines AVA_ISA and brings VectorFloat. The formulas are in softmax_rows.h.
 #pragma once
+#include "softmax_rows_columns.h"
 #include "softmax_rows_entries.h"
-#include "softmax_rows_measure.h"
 
 namespace ava {
 inline namespace AVA_ISA {
@@ -23,12 +23,14 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
   // The gradient of every column, as if none had an s_c of its own. kMasked: there are -inf among the logits. `next` is
   // the row after this one, fetched meanwhile.
   // kSloped: b or k is not 0.
-  template <bool kMasked, bool kSloped>
+  // weights: of the columns, each of which has s = factor q.
+  template <bool kMasked, bool kSloped, class Weights = NoColumnWeights>
   void differentiate(const Element* x, Element* out, const RowStatistics<Real>& row, const DenseGradient<Real>& dense,
-                     const Element* next) const {
+                     const Element* next, const Weights& weights = {}, Real factor = 0) const {
     const Register max = V::set(row.max), scale = V::set(dense.factor), slope = V::set(dense.slope),
-                   constant = V::set(dense.constant), lowest = V::set(lowest_u<Real>() * options.temperature);
-    const auto gradient = [&](Register logits) {
+                   constant = V::set(dense.constant), lowest = V::set(lowest_u<Real>() * options.temperature),
+                   of_weight = V::set(factor * inverse_temperature);
+    const auto gradient = [&](Register logits, Register q) {
       Register value = logits, cap_slope;
       if constexpr (kCapped) {
         const Capped both = capped(logits);
@@ -37,12 +39,15 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       const Register d = V::sub(value, max), e = exponential(d);
       if constexpr (!kSloped) return V::mul(e, scale);
       Register g = V::fma(e, V::fma(slope, V::max(lowest, d), scale), constant);  // a nan passes
+      if constexpr (Weights::kPresent) g = V::fma(q, of_weight, g);
       if constexpr (kMasked) g = V::keep(V::not_equal(d, V::set(-Real(INFINITY))), g);
       if constexpr (kCapped) g = V::mul(g, cap_slope);
       return g;
     };
     const auto gradient_of_part = [&](int64_t at, int64_t n) {
-      store_part(out + at, n, gradient(n < kLanes ? load_part(x + at, n) : V::load(x + at)));
+      Register q = constant;
+      if constexpr (Weights::kPresent) q = weights.load(at, n);
+      store_part(out + at, n, gradient(n < kLanes ? load_part(x + at, n) : V::load(x + at), q));
     };
     const int64_t n = arguments.vocab_size;
     const int64_t bytes_to_alignment = (64 - int64_t(reinterpret_cast<uintptr_t>(out) & 63)) & 63;
@@ -57,11 +62,21 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
           V::prefetch(next + i);
           if (sizeof(Element) * kLanes >= 64) V::prefetch(next + i + kLanes);
         }
-        const auto pair = V::load_pair(x + i);
-        store(out + i, typename V::Pair{gradient(pair.first), gradient(pair.second)});
+        const auto pair = load_pair_of<V, Weights::kInOrder>(x + i);
+        auto q = pair;
+        if constexpr (Weights::kPresent) {
+          if (weights.next) {
+            V::prefetch(weights.next + i);
+            if (sizeof(*weights.next) * kLanes >= 64) V::prefetch(weights.next + i + kLanes);
+          }
+          q = load_pair_of<V, Weights::kInOrder>(weights.q + i);
+        }
+        store(out + i, typename V::Pair{gradient(pair.first, q.first), gradient(pair.second, q.second)});
       }
     };
-    if (arguments.stream)
+    if constexpr (Weights::kInOrder)
+      in_pairs([](Element* p, typename V::Pair pair) { V::store(p, pair.first), V::store(p + kLanes, pair.second); });
+    else if (arguments.stream)
       in_pairs([](Element* p, typename V::Pair pair) { V::stream_pair(p, pair); });
     else
       in_pairs([](Element* p, typename V::Pair pair) { V::store_pair(p, pair); });
@@ -87,13 +102,37 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     const Real t = tanh_of(widen(x[column]) / options.softcap);
     return 1 - t * t;
   }
+  bool has_column_weights() const { return kDense && arguments.column_weights; }
+  // use(the weights of the columns of this row, in either type)
+  template <class Use>
+  void with_column_weights(int64_t r, Use use) const {
+    const int64_t offset = row_offset(arguments.column_weights_layout, r);
+    const int64_t next = r + 1 < arguments.n_rows ? row_offset(arguments.column_weights_layout, r + 1) : offset;
+    const auto of_type = [&](auto weights, const auto* first) {
+      weights.q = first + offset, weights.next = next == offset ? nullptr : first + next;
+      use(weights);
+    };
+    if (arguments.column_weights_are_real)
+      of_type(ColumnWeights<Vector, Element, Real>{}, static_cast<const Real*>(arguments.column_weights));
+    else
+      of_type(ColumnWeights<Vector, Element, Element>{}, static_cast<const Element*>(arguments.column_weights));
+  }
+
   // dense gradient, then the columns with an s_c, computed before anything is written: `out` may be `x`
-  void write_gradient(const Element* x, Element* out, const RowStatistics<Real>& row,
-                      const RowCoefficients<Real>& coefficients,
+  void write_gradient(int64_t r, const RowStatistics<Real>& row, const RowCoefficients<Real>& coefficients,
                       Real outside,  // coefficient of p_j of the columns that kTailId does not name
-                      const Entries& of_row, const Element* next) const {
+                      Entries& of_row, const Element* next) const {
+    const Element* x = logits_of(r);
+    Element* out = gradient_of(r);
     if (row.count == 0) return zero(out, arguments.n_columns);
     Entry* const entries = of_row.entries;
+    const bool is_weighted = has_column_weights();
+    if constexpr (kDense)
+      if (is_weighted && row.argmax >= 0)
+        with_column_weights(r, [&](auto weights) {
+          const int64_t argmax = int64_t(row.argmax);
+          of_row.add(argmax, Real(0), 1 / (1 + row.rest), coefficients.maximum * widen(weights.q[argmax]));
+        });
     const int64_t n_entries = of_row.n;
     Real others = 0, maximum = 0;  // sums of s_c: without the maximum, at the maximum
     for (int64_t k = 0; k < n_entries; ++k)
@@ -102,8 +141,12 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       Entry& entry = entries[k];
       const bool is_argmax = entry.column == int64_t(row.argmax);
       const Real elsewhere = is_argmax ? others : others - entry.own + maximum;
-      const Real gradient = sparse_gradient(row, coefficients, is_argmax, entry.u, entry.probability, entry.own,
-                                            entry.is_named ? elsewhere : elsewhere - outside);
+      Real gradient = sparse_gradient(row, coefficients, is_argmax, entry.u, entry.probability, entry.own,
+                                      entry.is_named ? elsewhere : elsewhere - outside);
+      if constexpr (kDense)
+        if (is_weighted && !is_argmax)
+          with_column_weights(r,
+                              [&](auto weights) { gradient += coefficients.maximum * widen(weights.q[entry.column]); });
       const bool masked = entry.u == -Real(INFINITY);
       entry.gradient = masked ? Real(0) : gradient * inverse_temperature * scalar_cap_slope(x, entry.column);
     }
@@ -112,6 +155,10 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
     // without b and k, e = 0 is all that a masked column needs
     if constexpr (!kDense)
       differentiate<false, false>(x, out, row, dense, next);
+    else if (is_weighted)
+      with_column_weights(r, [&](auto weights) {
+        this->template differentiate<true, true>(x, out, row, dense, next, weights, coefficients.maximum);
+      });
     else if (!kCapped && dense.slope == 0 && dense.constant == 0)
       differentiate<false, kCapped>(x, out, row, dense, next);
     else if (row.count == Real(arguments.vocab_size))
@@ -157,8 +204,17 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
                        : measure(x);
         const int64_t argmax = int64_t(row.argmax);
         const Real target_u = scalar_u(x, target, row);
-        const Real target_weight = arguments.flags & kTargetWeights ? weights[0] : Real(1);
-        evaluation = evaluate(row, options, arguments.flags, target == argmax, target_u, target_weight);
+        const Real target_weight = arguments.flags & kTargetProbabilities ? Real(0)
+                                   : arguments.flags & kTargetWeights     ? weights[0]
+                                                                          : Real(1);
+        const int64_t flags = flags_beside_column_weights(arguments.flags);
+        evaluation = evaluate(row, options, flags, target == argmax, target_u, target_weight);
+        if constexpr (kDense)
+          if (has_column_weights())
+            with_column_weights(r, [&](auto of_columns) {
+              const auto sums = sum_column_weights(*static_cast<const Reader*>(this), x, of_columns, row);
+              add_column_weights(row, options, arguments.flags, sums, evaluation);
+            });
         evaluation.target_coefficient *= row_weight;
         const Real probability = exp_of(target_u) / (1 + row.rest);
         entries.add(target, target_u, probability, evaluation.target_coefficient);
@@ -205,16 +261,23 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
         terms[(kRowTerms + group) * n_rows + r] = penalty;
         total += penalty;
       }
+      if (arguments.flags & kRanks) {
+        Real* const ranks = terms + (kRowTerms + arguments.n_groups) * n_rows + r;
+        // a soft cap makes equals of greater logits
+        const bool is_greatest = !kCapped && target == int64_t(row.argmax);
+        ranks[kRankMetric * n_rows] = !counts ? Real(0) : is_greatest ? Real(1) : 1 + this->rank_of(x, target);
+        ranks[kArgmaxMetric * n_rows] = counts ? 1 + row.argmax : Real(0);
+      }
       for (int term = 0; term < kRowTerms; ++term) terms[term * n_rows + r] = evaluation.terms[term];
       row_loss[r] = counts ? total * row_weight : Real(0);
       evaluation.coefficients.probability *= row_weight;
       evaluation.coefficients.entropy *= row_weight;
       evaluation.coefficients.constant *= row_weight;
+      evaluation.coefficients.maximum *= row_weight;
       if (statistics)
         statistics[r] = row, *reinterpret_cast<RowCoefficients<Real>*>(own_coefficients) = evaluation.coefficients;
       if (arguments.grad_logits)
-        write_gradient(x, gradient_of(r), row, evaluation.coefficients, outside, entries,
-                       r + 1 < row_end ? logits_of(r + 1) : nullptr);
+        write_gradient(r, row, evaluation.coefficients, outside, entries, r + 1 < row_end ? logits_of(r + 1) : nullptr);
     }
   }
 
@@ -260,7 +323,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       entries.clear();
       Real outside = 0;
       if (row.count != 0) {
-        if (coefficients.maximum != 0 && row.argmax >= 0)
+        if (coefficients.maximum != 0 && row.argmax >= 0 && !has_column_weights())
           entries.add(int64_t(row.argmax), Real(0), 1 / (1 + row.rest), coefficients.maximum);
         for (int64_t k = 0; k < n_ids; ++k) {
           const int64_t column = arguments.ids[r * n_ids + k];
@@ -271,8 +334,7 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
           entries.add(column, u, exp_of(u) / (1 + row.rest), s, outside != 0);
         }
       }
-      write_gradient(x, gradient_of(r), row, coefficients, outside, entries,
-                     r + 1 < row_end ? logits_of(r + 1) : nullptr);
+      write_gradient(r, row, coefficients, outside, entries, r + 1 < row_end ? logits_of(r + 1) : nullptr);
     }
   }
 };

@@ -215,6 +215,25 @@ struct RowReader {
     }
     return -1;
   }
+  // how many logits, as they are stored, are greater than that of this column
+  Real rank_of(const Element* x, int64_t column) const {
+    const Real own = widen(x[column]);
+    if (own != own) return Real(arguments.vocab_size);
+    const Register wanted = V::set(own), one = V::set(Real(1)), zero = V::set(Real(0));
+    Register counts[4] = {zero, zero, zero, zero};  // each a whole number below 2^24
+    const auto add = [&](int lane, Register logits) {
+      counts[lane] = V::add(counts[lane], V::keep(V::less(wanted, logits), one));
+    };
+    const int64_t n = arguments.vocab_size;
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+      for (int k = 0; k < 4; k += 2) {
+        const auto pair = V::load_pair(x + i + k * kLanes);
+        add(k, pair.first), add(k + 1, pair.second);
+      }
+    for (; i < n; i += kLanes) add(0, n - i < kLanes ? load_part(x + i, n - i) : V::load(x + i));
+    return V::total(V::add(V::add(counts[0], counts[1]), V::add(counts[2], counts[3])));
+  }
   // sums over the columns of [begin, end) but i*
   Sums sum_without(const Element* x, int64_t begin, int64_t end, int64_t argmax, Real reference) const {
     Sums sums = sum_block(x, begin, begin + (argmax - begin) / kLanes * kLanes, reference);

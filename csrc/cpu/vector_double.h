@@ -32,6 +32,7 @@ struct VectorDouble {
   static Register fma(Register a, Register b, Register c) { return a * b + c; }
   static Register max(Register a, Register b) { return a > b ? a : b; }
   static Mask not_equal(Register a, Register b) { return a != b; }
+  static Mask less(Register a, Register b) { return a < b; }
   static bool any_equal(Register a, Register b) { return a == b; }
   static Register keep(Mask mask, Register a) { return mask ? a : 0; }
   static Register select(Mask mask, Register yes, Register no) { return mask ? yes : no; }

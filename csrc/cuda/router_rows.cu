@@ -30,6 +30,7 @@ struct RouterCall {
       : op(op), shape(shape), gate_logits(gate_logits), device(device), n_segments(n_segments) {
     constexpr int64_t kMost = int64_t(1) << 31;
     AVA_CHECK(n_segments < kMost - 1, op, ": expected n_segments below 2^31 - 1, got ", n_segments);
+    AVA_CHECK(shape.n_rows < kMost, op, ": expected fewer than 2^31 rows, got ", shape.n_rows);
     arguments.n_rows = shape.n_rows;
     arguments.n_experts = shape.n_experts;
     arguments.n_segments = n_segments;
@@ -141,7 +142,7 @@ RouterOutputs statistics_of(RouterCall<Real> call, const std::optional<Tensor>& 
   const int64_t n_slots = shape.n_layers * arguments.n_slots;
   arguments.sums = call.template workspace<Real>(n_slots * (2 * n_experts + 2));
   arguments.counts = call.template workspace<int32_t>(n_slots * (n_experts + 1));
-  if (is_wide_router<Real>(n_experts))
+  if (is_wide_router<Real>(n_experts, is_given, arguments.k))
     arguments.wide_rows = call.template workspace<WideRouterRow<Real>>(shape.n_layers * shape.n_rows);
   call.run(false, is_sigmoid);
   const auto pointer = [](Tensor& tensor) { return static_cast<Real*>(tensor.mutable_data_ptr()); };

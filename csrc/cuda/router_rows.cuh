@@ -111,9 +111,10 @@ void add_group_sums(const RouterArguments<Real>& arguments, int64_t n_groups, co
          {dim3(unsigned(n_groups * n_tiles)), dim3(kSumColumns * kSumStrands)}, stream, arguments, out);
 }
 
+// given: whether choices are, k for each row
 template <class Real>
-bool is_wide_router(int64_t n_experts) {
-  return std::is_same<Real, double>::value || n_experts > kMostExpertsOfLanes;
+bool is_wide_router(int64_t n_experts, bool given, int64_t k) {
+  return std::is_same<Real, double>::value || n_experts > kMostExpertsOfLanes || (given && k > kMostGivenChoices);
 }
 
 // Enough that what a block does once is little beside its rows, so few that there are blocks for every multiprocessor.
@@ -134,7 +135,7 @@ template <class Element, bool kSigmoid>
 void run_router(bool is_gradient, const RouterArguments<RealOf<Element>>& arguments, int64_t n_layers, Stream stream) {
   if (arguments.n_slots == 0 || n_layers == 0) return;
   if constexpr (!std::is_same<Element, double>::value) {
-    if (!is_wide_router<float>(arguments.n_experts))
+    if (!is_wide_router<float>(arguments.n_experts, !arguments.choice, arguments.k))
       return run_router_lanes<Element, kSigmoid>(is_gradient, arguments, n_layers, stream);
   }
   run_router_wide<Element, kSigmoid>(is_gradient, arguments, n_layers, stream);

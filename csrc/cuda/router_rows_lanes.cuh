@@ -1,66 +1,83 @@
-// A router's row in the registers of 1 to 32 lanes, for up to 512 experts of 16 or 32 bits: read once, 16 bytes at a
-// time where it is aligned. A warp takes 32 / n_lanes rows at once, so that few experts do not mean idle lanes.
+// A router's row in the registers of 1 to 32 lanes, for up to 512 experts of 16 or 32 bits: fetched once, 16 bytes at a
+// time where it is aligned, three rows ahead. A warp takes 32 / n_lanes rows at once, so that few experts do not mean
+// idle lanes.
 #pragma once
-#include "router_rows_arguments.cuh"
+#include "router_rows_choice.cuh"
 #include "softmax_rows_exponent.cuh"
 
 namespace ava {
 
 constexpr int64_t kMostExpertsOfLanes = 512;
+constexpr int kRowsAhead = 3, kRowStages = kRowsAhead + 1;  // copies under way hide the memory's latency
 
-inline int items_of_lane(int64_t n_experts) { return n_experts <= 256 ? 8 : 16; }
+inline int items_of_lane(int64_t n_experts) { return n_experts <= 8 ? 8 : 16; }
 inline int lanes_of_row(int64_t n_experts) {
   int n_lanes = 1;
   while (n_lanes * items_of_lane(n_experts) < n_experts) n_lanes *= 2;
   return n_lanes;
 }
+// of the rows that are under way
+inline size_t router_row_bytes(int64_t n_experts, int element_bytes) {
+  return size_t(kRowStages) * kRouterThreads * items_of_lane(n_experts) * element_bytes;
+}
 
-// kItems: logits that a lane holds, 8 up to 256 experts, else 16
+// kItems: logits that a lane holds, 16 where there are more than 8 experts: what a row costs besides its logits is shared
+// by more of them
 template <class Element, int kItems, bool kSigmoid>
 class RouterLanes {
  public:
   static constexpr int kSize = kVectorSize<Element>, kVectors = kItems / kSize;
 
-  __device__ RouterLanes(const RouterArguments<float>& arguments, int n_lanes)
+  // rows: router_row_bytes of shared memory
+  __device__ RouterLanes(const RouterArguments<float>& arguments, int n_lanes, unsigned char* rows)
       : a_(arguments),
-        n_lanes_(n_lanes),
-        lane_(int(threadIdx.x) & (n_lanes - 1)),
+        lanes_(n_lanes),
         n_experts_(int(arguments.n_experts)),
         layer_(arguments.first_layer + blockIdx.y),
-        rows_(arguments.rows_of_slot(blockIdx.x)) {}
+        logits_(static_cast<const Element*>(arguments.logits[blockIdx.y])),
+        slots_(reinterpret_cast<uint4*>(rows) + threadIdx.x) {
+    const RouterSlot slot = arguments.rows_of_slot(blockIdx.x);
+    segment_ = int(slot.segment);
+    begin_ = int(slot.begin);
+    end_ = int(slot.end);
+    counted_end_ = slot.segment < arguments.n_segments ? end_ : begin_;
+  }
 
   // Neighbouring lanes hold neighbouring vectors.
-  __device__ int expert_at(int item) const { return (item / kSize * n_lanes_ + lane_) * kSize + item % kSize; }
-  __device__ int lane() const { return lane_; }
+  __device__ int expert_at(int item) const { return (item / kSize * lanes_.n + lanes_.own) * kSize + item % kSize; }
+  __device__ const LaneGroup& lanes() const { return lanes_; }
   __device__ int64_t layer() const { return layer_; }
-  __device__ int64_t group() const { return layer_ * a_.n_segments + rows_.segment; }
-  __device__ bool is_in_group() const { return rows_.segment < a_.n_segments; }
-  __device__ bool has_rows() const { return rows_.begin < rows_.end; }
+  __device__ int64_t group() const { return layer_ * a_.n_segments + segment_; }
+  __device__ bool is_in_group() const { return counted_end_ > begin_; }
+  __device__ bool has_rows() const { return begin_ < end_; }
+  // of all layers
+  __device__ int64_t row_of_all(int row) const { return layer_ * a_.n_rows + row; }
 
-  // body(row, counts, z): every row of the slot, the next one under way meanwhile. All lanes of the warp come along, so
-  // that they can shuffle; row is -1 for those that have none. z is 0 in rows that do not count: they are not read.
+  // body(turn, row, counts): every row of the slot, the next three under way meanwhile. All lanes of the warp come along,
+  // so that they can shuffle; row is -1 for those that have none. Logits are 0 in rows that do not count: those are not
+  // fetched.
   template <class Body>
   __device__ void for_rows(Body body) const {
-    const int step = kRouterThreads / n_lanes_, first = int(threadIdx.x) / n_lanes_;
-    uint4 bits[kVectors];
-    int64_t row;
-    bool counts;
-    load(rows_.begin + first, row, counts, bits);
-    for (int64_t base = rows_.begin; base < rows_.end; base += step) {
-      uint4 next_bits[kVectors];
-      int64_t next_row;
-      bool next_counts;
-      load(base + step + first, next_row, next_counts, next_bits);
-      float z[kItems];
-#pragma unroll
-      for (int vector = 0; vector < kVectors; ++vector) {
-        unpack<Element>(bits[vector], z + vector * kSize);
-        bits[vector] = next_bits[vector];
+    const int step = kRouterThreads / lanes_.n, n_turns = (end_ - begin_ + step - 1) / step;
+    const int first = begin_ + int(threadIdx.x) / lanes_.n;
+#pragma unroll 1
+    for (int turn = -kRowsAhead; turn < n_turns; ++turn) {
+      const int ahead = turn + kRowsAhead;
+      if (ahead < n_turns) {
+        const int place = first + ahead * step, row = row_at(place);
+        fetch(row, counts(place, row), ahead);
       }
-      body(row, counts, z);
-      row = next_row;
-      counts = next_counts;
+      cp_async_commit();
+      if (turn < 0) continue;
+      const int place = first + turn * step, row = row_at(place);
+      cp_async_wait<kRowsAhead>();
+      body(turn, row, counts(place, row));
     }
+  }
+  // The row's logits, in the body, as often as they are wanted: cheaper than registers that keep them.
+  __device__ void read(int turn, float* z) const {
+#pragma unroll
+    for (int vector = 0; vector < kVectors; ++vector) unpack<Element>(slot(turn, vector), z + vector * kSize);
   }
 
   // u, bounded so that 0 * u is 0 where a logit is -inf; a nan stays one
@@ -73,116 +90,135 @@ class RouterLanes {
     return fmaf(e, lost * kLn2, e);
   }
 
-  // With e^u in `weights`. kEntropy: B too
+  // y becomes u, `weights` e^u. kEntropy: B too
   template <bool kEntropy>
-  __device__ RouterRow<float> measure(const float* y, float* weights) const {
+  __device__ RouterRow<float> measure(float* y, float* weights) const {
     float max = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) max = fmaxf(max, y[i]);
-#pragma unroll 1
-    for (int offset = n_lanes_ / 2; offset > 0; offset /= 2) max = fmaxf(max, __shfl_xor_sync(kWholeWarp, max, offset));
+    max = lanes_.max(max);
     float total = 0, weighted = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const float u = bounded_u(y[i], max);
-      weights[i] = exponential(u);
+      y[i] = bounded_u(y[i], max);
+      weights[i] = exponential(y[i]);
       total += weights[i];
-      if constexpr (kEntropy) weighted = fmaf(weights[i], u, weighted);
+      if constexpr (kEntropy) weighted = fmaf(weights[i], y[i], weighted);
     }
-#pragma unroll 1
-    for (int offset = n_lanes_ / 2; offset > 0; offset /= 2) {
-      total += __shfl_xor_sync(kWholeWarp, total, offset);
-      if constexpr (kEntropy) weighted += __shfl_xor_sync(kWholeWarp, weighted, offset);
-    }
+    total = lanes_.sum(total);
+    if constexpr (kEntropy) weighted = lanes_.sum(weighted);
     float rest = total - 1;
     if (__any_sync(kWholeWarp, rest < kSureRest<float>)) {
       float others = 0;
 #pragma unroll
       for (int i = 0; i < kItems; ++i) others += weights[i] == 1 ? 0.f : weights[i];
-      others = sum_of_lanes(others);
+      others = lanes_.sum(others);
       if (rest < kSureRest<float>) rest = others;
     }
     return {max, rest, weighted};
   }
-  __device__ float sum_of_lanes(float value) const {
-#pragma unroll 1
-    for (int offset = n_lanes_ / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kWholeWarp, value, offset);
-    return value;
-  }
-  __device__ static void effective(const float* z, float* y) {
+  __device__ void read_effective(int turn, float* y) const {
+    read(turn, y);
+    if constexpr (kSigmoid) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) y[i] = kSigmoid ? log_sigmoid(z[i]) : z[i];
+      for (int i = 0; i < kItems; ++i) y[i] = log_sigmoid(y[i]);
+    }
   }
 
-  // The k best of `scores`, -inf behind the last expert: bit i for item i, and where the row counts, in `choice`.
-  __device__ unsigned choose(int64_t row, bool counts, const float* scores) const {
-    int ranks[kItems];
+  // The k best of `scores`, -inf behind the last expert, which also go to `choice`.
+  template <class Key>
+  __device__ ChosenItems choose(int row, bool counts, const float* scores) const {
+    Key keys[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) ranks[i] = rank_of(scores[i]);
-    unsigned chosen = 0;
+    for (int i = 0; i < kItems; ++i) keys[i] = choice_key<Key>(scores[i], expert_at(i));
+    int32_t* const choice = a_.choice + row_of_all(row) * a_.k;
+    const bool writes = lanes_.own == 0 && row >= 0;
+    const int k = int(a_.k);
+    ChosenItems chosen;
+    Key last = kAboveKeys<Key>;
 #pragma unroll 1
-    for (int64_t slot = 0; slot < a_.k; ++slot) {
-      int best = ranks[0], item = 0;
+    for (int which = 0; which < k; ++which) {
+      // the largest key below the last one: below it differences wrap around to the top
+      Key best = keys[0] - last;
 #pragma unroll
-      for (int i = 1; i < kItems; ++i)
-        if (ranks[i] > best) best = ranks[i], item = i;
-      const int own = expert_at(item);
-      int expert = own;
-#pragma unroll 1
-      for (int offset = n_lanes_ / 2; offset > 0; offset /= 2) {
-        const int other_best = __shfl_xor_sync(kWholeWarp, best, offset);
-        const int other = __shfl_xor_sync(kWholeWarp, expert, offset);
-        if (other_best > best || (other_best == best && other < expert)) best = other_best, expert = other;
-      }
-      if (own == expert) {
-        chosen |= 1u << item;
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) ranks[i] = i == item ? INT32_MIN : ranks[i];
-      }
-      if (lane_ == 0 && row >= 0) a_.choice[(layer_ * a_.n_rows + row) * a_.k + slot] = counts ? expert : -1;
+      for (int i = 1; i < kItems; ++i) best = keys[i] - last > best ? keys[i] - last : best;
+      last += lanes_.largest(best);
+      const int expert = expert_of_key(last);
+      chosen.add(twice_position(expert) - 2 * lanes_.own * kItems);
+      if (writes) choice[which] = counts ? expert : -1;
     }
     return chosen;
   }
-  // change(i) for every choice of the row that is item i of this lane
-  template <bool kChecked, class Change>
-  __device__ void for_choices(int64_t row, Change change) const {
+  // use(chosen) for the row's choices that were given; one at a time where a row chose an expert twice.
+  template <bool kChecked, class Use>
+  __device__ void for_given(int row, bool counts, Use use) const {
+    const int k = int(a_.k);
+    const int64_t at = row_of_all(row) * k + lanes_.own;
+    // each(twice the item of this lane, or beyond) for every choice; each lane reads one of them at a time
+    const auto for_each = [&](auto unrolled, auto each) {
 #pragma unroll 1
-    for (int64_t slot = 0; slot < a_.k; ++slot) {
-      const int64_t chosen = a_.choice_at(layer_, row, slot);
-      if constexpr (kChecked) AVA_DEVICE_CHECK(chosen >= 0 && chosen < a_.n_experts);
-      const int expert = int(chosen);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (expert_at(i) == expert) change(i);
-    }
+      for (int first = 0; first < k; first += lanes_.n) {
+        const int n = k - first < lanes_.n ? k - first : lanes_.n;
+        int own = -1;  // in no lane
+        if (counts && lanes_.own < n) {
+          const int64_t expert = a_.wide_indices ? a_.wide_indices[at + first] : a_.indices[at + first];
+          if constexpr (kChecked) AVA_DEVICE_CHECK(expert >= 0 && expert < a_.n_experts);
+          own = twice_position(int(expert));
+        }
+#pragma unroll(decltype(unrolled)::value)
+        for (int which = 0; which < n; ++which) each(lanes_.broadcast(own, which) - 2 * lanes_.own * kItems);
+      }
+    };
+    ChosenItems all;
+    for_each(std::integral_constant<int, 4>(), [&](int twice_item) { all.add(twice_item); });
+    if (!__any_sync(kWholeWarp, all.repeated != 0)) return use(all);
+    for_each(std::integral_constant<int, 1>(), [&](int twice_item) {
+      ChosenItems one;
+      one.add(twice_item);
+      use(one);
+    });
   }
 
  private:
-  __device__ void load(int64_t place, int64_t& row, bool& counts, uint4* bits) const {
-    row = place < rows_.end ? a_.row_at(place) : -1;
-    counts = row >= 0 && is_in_group() && a_.counts_row(layer_, row);
-    const Element* const z =
-        static_cast<const Element*>(a_.logits[blockIdx.y]) + (counts ? row_offset(a_.layout, row) : 0);
-    const bool aligned = reinterpret_cast<uintptr_t>(z) % 16 == 0;
+  // Twice the number of an expert's logit among those of the row's lanes, lane by lane.
+  __device__ int twice_position(int expert) const {
+    const unsigned vector = unsigned(expert) / kSize;
+    const unsigned lane = vector & (lanes_.n - 1), of_lane = vector >> lanes_.n_bits;
+    return 2 * int(lane * kItems + of_lane * kSize + unsigned(expert) % kSize);
+  }
+
+  __device__ int row_at(int place) const { return place < end_ ? int(a_.row_at(place)) : -1; }
+  __device__ bool counts(int place, int row) const { return place < counted_end_ && a_.counts_row(layer_, row); }
+
+  __device__ uint4& slot(int turn, int vector) const {
+    return slots_[(unsigned(turn) % kRowStages * kVectors + vector) * kRouterThreads];
+  }
+  __device__ void fetch(int row, bool counts, int turn) const {
+    const Element* const z = logits_ + (counts ? row_offset(a_.layout, uint32_t(row)) : 0);
+    const bool aligned = counts && reinterpret_cast<uintptr_t>(z) % 16 == 0;
 #pragma unroll
     for (int vector = 0; vector < kVectors; ++vector) {
       const int first = expert_at(vector * kSize);
-      if (counts && aligned && first + kSize <= n_experts_) {
-        bits[vector] = load16(z + first);
+      if (aligned && first + kSize <= n_experts_) {
+        cp_async16(&slot(turn, vector), z + first);
       } else {
         float values[kSize];
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
           values[i] = first + i >= n_experts_ ? -INFINITY : counts ? to_float(z[first + i]) : 0.f;
-        bits[vector] = pack<Element>(values);
+        slot(turn, vector) = pack<Element>(values);
       }
     }
   }
 
   const RouterArguments<float>& a_;
-  const int n_lanes_, lane_, n_experts_;
+  const LaneGroup lanes_;
+  const int n_experts_;
   const int64_t layer_;
-  const RouterSlot rows_;
+  const Element* const logits_;  // of the layer
+  uint4* const slots_;           // this thread's, one in kRouterThreads
+  int segment_, begin_, end_;    // the slot's rows
+  int counted_end_;              // begin_, if they are in no group
 };
 
 }  // namespace ava

@@ -4,7 +4,8 @@
 // Where to read on, from the simple to the fast:
 //
 //   ../softmax_rows.h                the formulas of one row
-//   softmax_rows_double.cuh          float64: a block for a row, one column after another; what the rest does faster
+//   softmax_rows_scalar.cuh          float64, weights of columns, ranks: a block for a row, one column after another;
+//                                    what the rest does faster
 //   softmax_rows_sparse.cuh          target, candidates, terms and outputs of a row: one warp, in every kernel
 //   softmax_rows_slice.cuh           how a row is cut into 16-byte vectors, and where a thread keeps its share
 //   softmax_rows_exponent.cuh        e^u of a logit
@@ -47,6 +48,11 @@ struct CudaRows {
   static void set_ids(RowCall<CudaRows>& call, const char*, const Tensor& ids) {
     call.arguments.ids = static_cast<const int32_t*>(ids.const_data_ptr());
     call.arguments.ids_are_wide = ids.scalar_type() == ScalarType::Long;
+  }
+  static void set_column_weights(const char* op, Arguments& arguments, const Tensor& weights, bool are_real) {
+    arguments.column_weights = weights.const_data_ptr();
+    arguments.column_weights_layout = layout_of(op, "column_weights", weights);
+    arguments.column_weights_are_real = are_real;
   }
   static Tensor new_tensor(const Tensor& logits, const std::vector<int64_t>& sizes, ScalarType type) {
     return ava::new_tensor(logits, sizes, type);

@@ -17,6 +17,10 @@ struct RowArguments {
   RowLayout grad_layout;
   const void* options;  // RowOptions<Real>
 
+  const void* column_weights;  // q: logits' type, or Real; [n_rows, vocab_size] through its layout
+  RowLayout column_weights_layout;
+  bool column_weights_are_real;
+
   const int64_t* targets;  // [n_rows]
   int64_t ignore_index;
   const bool* row_mask;     // [n_rows]: rows to measure; null: all
@@ -27,7 +31,7 @@ struct RowArguments {
   const void* id_values;  // Real [n_rows, n_ids]: weights of the candidates
 
   void* row_loss;    // Real [n_rows]
-  void* row_terms;   // Real [kRowTerms + n_groups, n_rows]
+  void* row_terms;   // Real [kRowTerms + n_groups, n_rows], and kRankTerms more
   void* statistics;  // RowStatistics<Real> [n_rows]: output, or input of the gradient kernels
   // RowCoefficients<Real> and then the s_c. Output of row_loss, [n_rows, kRowCoefficients + 1 + n_ids], of the target
   // and the candidates; input of the gradient kernels, [n_rows, kRowCoefficients + n_ids], of the ids
@@ -40,6 +44,7 @@ struct RowArguments {
   int32_t n_ids, n_groups;
   int32_t group_sizes[kMostGroups];  // the candidates of a row are reported in these groups
   int32_t flags;                     // RowFlags
+  int32_t all_flags;                 // of the kernel of scalars, which evaluates the main term by itself
 
   // Of the plan. Here they are in constant memory, where they cost a kernel no registers.
   int32_t cluster_size;  // parts that a row is cut into, one for each block

@@ -53,43 +53,37 @@ template <class Element, Residence kResidence, Features kFeatures, class Gradien
 __device__ __forceinline__ void write_row(const RowSlice<Element>& row, const RowSlice<Element>& next, bool has_next,
                                           Kept<Element, kResidence>& kept, int n_slots, GradientOf gradient_of) {
   constexpr bool kStaged = Kept<Element, kResidence>::kStaged;
-  // hyperbolic tangents cost more than the questions, and need the registers
-  constexpr bool kHasFastSlots = kResidence != Residence::registers && kFeatures != Features::capped;
   const int thread = threadIdx.x, n_threads = blockDim.x;
   const int first = row.first + thread, n_mine = row.all.of(thread), n_next = has_next ? next.all.of(thread) : 0;
-  // slots [begin, end) move 16 bytes at once in all three places: nothing is asked there
-  int begin = row.begin_whole(thread), end = row.n_whole_in_gradient > 0 ? row.end_whole(thread) : 0;
-  if (!kHasFastSlots) begin = end = 0;
-  if (has_next) {
-    begin = max(begin, next.begin_whole(thread));
-    end = min(end, next.end_whole(thread));
-  }
-  const Element* const source = next.address(next.first - row.first);
   const auto write_slot = [&](int i) {
     if (i < n_mine) row.store(first + i * n_threads, gradient_of(i, first + i * n_threads));
     if (i < n_next) kept.fetch(next, i, next.first + thread + i * n_threads);
   };
-#pragma unroll 1
-  for (int stage = 0; stage < kStages<kResidence>; ++stage) {
-    const SlotRange range = slots_of_stage<kResidence>(n_slots, stage);
-    if constexpr (kResidence == Residence::registers) {
-      for_slots<kResidence, 1>(range.begin, range.end, write_slot);
-    } else {
-      if constexpr (kHasFastSlots)
-        for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(
-            max(begin, range.begin), min(end, range.end), [&](int i) {
-              const int vector = first + i * n_threads;
-              const int64_t offset = int64_t(vector) * RowSlice<Element>::kSize;
-              store16(row.gradient + offset, gradient_of(i, vector));
-              if (kStaged && has_next) cp_async16(kept.slots + i * n_threads, source + offset);
-            });
-#pragma unroll 1
-      for (int i = range.begin; i < range.end; ++i) {
-        if (i >= begin && i < end) i = end;
-        if (i < range.end) write_slot(i);
-      }
+  if constexpr (kResidence == Residence::registers) {
+    for_slots<kResidence, 1>(0, n_slots, write_slot);
+  } else {
+    // slots [begin, end) move 16 bytes at once in all three places: nothing is asked there
+    int begin = row.begin_whole(thread), end = row.n_whole_in_gradient > 0 ? row.end_whole(thread) : 0;
+    if (has_next) {
+      begin = max(begin, next.begin_whole(thread));
+      end = min(end, next.end_whole(thread));
     }
-    if constexpr (kStaged) cp_async_commit();
+    end = max(begin, end);
+#pragma unroll 1
+    for (int i = begin > 0 ? 0 : end; i < n_slots; i = i + 1 == begin ? end : i + 1)
+      write_slot(i);  // in the first stage
+    const Element* const source = next.address(next.first - row.first);
+#pragma unroll 1
+    for (int stage = 0; stage < kStages<kResidence>; ++stage) {
+      const SlotRange range = slots_of_stage<kResidence>(n_slots, stage);
+      for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(max(begin, range.begin), min(end, range.end), [&](int i) {
+        const int vector = first + i * n_threads;
+        const int64_t offset = int64_t(vector) * RowSlice<Element>::kSize;
+        store16(row.gradient + offset, gradient_of(i, vector));
+        if (kStaged && has_next) cp_async16(kept.slots + i * n_threads, source + offset);
+      });
+      if constexpr (kStaged) cp_async_commit();
+    }
   }
 }
 

@@ -205,7 +205,11 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
       sums.sum = warp_sum(sums.sum);
       sums.count = warp_sum(sums.count);
     }
-    return to_statistics(sums, exponent, warp_best == -INFINITY ? warp_best : reference, warp_min(argmax));
+    if constexpr (kFeatures == Features::capped)
+      argmax = warp_min(argmax);
+    else  // n_threads is a multiple of 32
+      argmax = __shfl_sync(kWholeWarp, argmax, winner - row.first);
+    return to_statistics(sums, exponent, warp_best == -INFINITY ? warp_best : reference, argmax);
   };
   return with_care<Element, kFeatures>(careful || needs_care(reference, scale), sum_up);
 }

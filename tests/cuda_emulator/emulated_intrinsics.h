@@ -81,6 +81,23 @@ inline void __syncwarp(uint32_t mask = cuda_emulator::kWholeWarp,
   cuda_emulator::warp_operation(cuda_emulator::WarpOperation::sync, mask, 0, 0, place);
 }
 
+// Reductions over a whole warp.
+namespace cuda_emulator {
+template <class Pick>
+int reduce(uint32_t mask, int value, Pick pick, Place place) {
+  require(mask == kWholeWarp, "__reduce_*_sync: expected a whole warp", place);
+  for (int offset = 16; offset > 0; offset /= 2)
+    value = pick(value, shuffle(WarpOperation::shuffle_xor, mask, value, lane() ^ offset, place));
+  return value;
+}
+}  // namespace cuda_emulator
+inline int __reduce_min_sync(uint32_t mask, int value, cuda_emulator::Place place = cuda_emulator::Place::current()) {
+  return cuda_emulator::reduce(mask, value, [](int a, int b) { return a < b ? a : b; }, place);
+}
+inline int __reduce_max_sync(uint32_t mask, int value, cuda_emulator::Place place = cuda_emulator::Place::current()) {
+  return cuda_emulator::reduce(mask, value, [](int a, int b) { return a > b ? a : b; }, place);
+}
+
 // Atomics order all memory, so that ThreadSanitizer accepts what a __threadfence() beside them would make right.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
@@ -143,4 +160,6 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(unsigned(bits)) : 32; }
 inline unsigned __float_as_uint(float value) { return ava::float_to_bits(value); }
+inline int __float_as_int(float value) { return int(ava::float_to_bits(value)); }
+inline float __int_as_float(int bits) { return ava::bits_to_float(unsigned(bits)); }
 inline float __uint_as_float(unsigned bits) { return ava::bits_to_float(bits); }

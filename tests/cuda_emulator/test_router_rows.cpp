@@ -168,7 +168,7 @@ struct Problem {
     // nan: what is read before it is written shows
     std::vector<Real> sums(shape.n_layers * arguments.n_slots * (2 * n + 2), Real(NAN));
     std::vector<int32_t> slot_counts(shape.n_layers * arguments.n_slots * (n + 1), 1 << 30);
-    std::vector<WideRouterRow<Real>> wide_rows(is_wide_router<Real>(n) ? n_all : 0);
+    std::vector<WideRouterRow<Real>> wide_rows(is_wide_router<Real>(n, !shape.own_choice, shape.k) ? n_all : 0);
     arguments.sums = sums.data();
     arguments.counts = slot_counts.data();
     arguments.wide_rows = wide_rows.data();
@@ -270,6 +270,8 @@ int main() {
   test_problem<__nv_bfloat16, false>({1, 6, 513, 2, 0, 0, true, true});
   test_problem<double, false>({2, 150, 5, 2, 2}, 1);
   test_problem<double, true>({1, 20, 40, 3, 0, 1, false});
+  test_problem<float, false>({1, 9, 24, 20, 0, 0, false});  // more choices than registers count
+  test_problem<__nv_bfloat16, false>({1, 40, 16, 15, 0, 0, false});
   test_problem<float, false>({1, 3, 1, 1, 1});
   test_an_index_out_of_range_is_an_assert();
   test_slots_have_room_for_every_segment();

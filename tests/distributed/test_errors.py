@@ -42,6 +42,22 @@ def placements_worker(rank):
     plain = {"hidden_states": states, "lm_head_weight": weight}
     torch.testing.assert_close(loss_fn(targets=targets, **of_states), loss_fn(targets=targets, **plain))
 
+    q = torch.rand(2, 6, V, generator=torch.Generator().manual_seed(0))
+    beside = {"target_probabilities": q}
+    with pytest.raises(NotImplementedError, match=r"target_probabilities beside logits whose columns are spread"):
+        loss_fn(spread(logits, Shard(2)), targets, **beside)
+    smoothed = UnifiedLoss(V, primary_loss_type="standard", class_weights=(0.5,) * V, label_smoothing=0.1)
+    with pytest.raises(NotImplementedError, match=r"smoothing_weights beside logits whose columns are spread"):
+        smoothed(spread(logits, Shard(2)), targets)
+    with pytest.raises(
+        NotImplementedError, match=r"a gradient of target_probabilities beside logits spread over ranks"
+    ):
+        loss_fn(spread(logits, Shard(1)), targets, target_probabilities=q.clone().requires_grad_())
+    row_loss = UnifiedLoss(V, primary_loss_type="standard", reduction="none")
+    rows = slice(3 * rank, 3 * rank + 3)
+    of_rank = row_loss(spread(logits, Shard(1)), targets, **beside)[:, rows]
+    torch.testing.assert_close(of_rank, row_loss(logits, targets, **beside)[:, rows])
+
     own_heads = UnifiedLoss(V, H, primary_loss_type="standard", use_mtp=True)
     with pytest.raises(ValueError, match=r"hidden_states as a DTensor beside logits whose rows are spread"):
         own_heads(spread(logits, Shard(1)), targets, hidden_states=states)

@@ -46,7 +46,7 @@ PATHS = [
     Path("clusters", 2, small_device(4096), 1001),
     Path("clusters", 4, small_device(6144), 2501),
     Path("clusters", 2, small_device(10240, blocks=8), 3401),
-    Path("clusters", 4, small_device(10240, blocks=8), 6803),
+    Path("clusters", 4, small_device(10752, blocks=8), 6803),
     Path("streamed", 1, small_device(4096, largest_cluster=1), 1100),
     Path("streamed", 1, small_device(4096, largest_cluster=1), 4403),
 ]

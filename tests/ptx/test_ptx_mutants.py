@@ -77,8 +77,8 @@ CASES = {
         1,
     ),
     # there before another __syncwarp
-    "float64": Case("18double_rows_kernel", H100, rows(333, EVERY_TERM, ["fused", "split"], torch.float64), 3),
-    "router": Case("router_statistics_kernelI13__nv_bfloat16Li8ELb0E", H100, router),
+    "float64": Case("scalar_rows_kernelIdE", H100, rows(333, EVERY_TERM, ["fused", "split"], torch.float64), 3),
+    "router": Case("router_statistics_kernelI13__nv_bfloat16Li16ELb0E", H100, router),
     "group sums": Case("group_sums_kernelIfE", H100, router),
     "repetition": Case("repetition_kernelIfE", H100, repetition),
 }

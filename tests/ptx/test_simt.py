@@ -76,6 +76,8 @@ def test_fma_rounds_once():
          np.full(64, 0x3F803F82)),
         ("shfl.sync.bfly.b32 %r12|%p1, %r1, 5, 31, -1;", THREADS ^ 5),
         ("shfl.sync.idx.b32 %r12|%p1, %r1, 3, 31, -1;", THREADS // 32 * 32 + 3),
+        ("sub.s32 %r9, %r1, 35; redux.sync.max.s32 %r12, %r9, -1;", np.uint32(THREADS // 32 * 32 + 31 - 35)),
+        ("sub.s32 %r9, %r1, 35; redux.sync.min.s32 %r12, %r9, -1;", np.uint32(THREADS // 32 * 32 - 35)),
         ("setp.lt.s32 %p1, %r1, 40; vote.sync.ballot.b32 %r12, %p1, -1;", np.where(THREADS < 32, 2**32 - 1, 255)),
     ],
 )  # fmt: skip

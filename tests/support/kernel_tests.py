@@ -9,6 +9,8 @@ FILES_OF_KERNELS = {
     "row_weights": {"test_row_weights.py"},
     "temperature": {"test_temperature.py"},
     "softmax_rows": {
+        "test_column_weights.py",
+        "test_token_metrics.py",
         "test_derivatives.py",
         "test_softmax_rows.py",
         "test_softmax_rows_autograd.py",
@@ -22,6 +24,7 @@ FILES_OF_KERNELS = {
     "router_rows": {"test_router_rows.py", "test_router_rows_autograd.py", "test_router_rows_properties.py"},
 }
 WITHOUT_KERNELS = {
+    "test_column_weights.py",
     "test_derivatives.py",
     "test_repetition.py",
     "test_router_rows.py",
@@ -32,6 +35,7 @@ WITHOUT_KERNELS = {
     "test_softmax_rows_limits.py",
     "test_softmax_rows_tail.py",
     "test_temperature.py",
+    "test_token_metrics.py",
 }
 TOO_LONG_TO_EMULATE = {
     "test_many_rows_are_counted_exactly",

@@ -80,6 +80,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
         "mtp_detach_head": share and draw(st.booleans()),
         "use_confidence_weighting": draw(st.booleans()),
         "confidence_reg_strength": draw(st.sampled_from([0.0, 0.6])),
+        "accuracy_top_k": draw(st.sampled_from([(), (), (2,), (1, 3)])),
         "linear_chunk_bytes": draw(st.sampled_from([None, 100])),
     }
     if reduction != "none":
@@ -102,7 +103,7 @@ def configurations(draw, **fixed) -> UnifiedLossConfig:
             "diversity_weight": 0.3,
             "use_contrastive_loss": draw(st.booleans()),
         }
-    if options["label_smoothing"] == 0 and draw(st.sampled_from([False, False, True])):
+    if draw(st.sampled_from([False, False, True])):
         options["class_weights"] = tuple(draw(st.sampled_from([1.0, 0.5, 2.5, 0.0])) for _ in range(vocab_size))
     return UnifiedLossConfig(**options | fixed)
 
@@ -168,6 +169,12 @@ def arguments(draw, config: UnifiedLossConfig) -> dict[str, Any]:
         given["soft_target_weights"] /= draw(st.sampled_from([1, 3]))  # with a tail where they leave something
         if "logits" in given or "primary_logits" in given:  # of a masked column the term is infinite
             given["soft_target_ids"].masked_fill_(given["soft_target_ids"] == vocab_size - 1, 0)
+    one_target = config.use_focal_loss or config.token_reweighting or config.class_weights
+    if not one_target and config.smoothing_mode == "uniform" and draw(st.sampled_from([False, False, True])):
+        probabilities = numbers.uniform(*shape, vocab_size).where(numbers.true(0.8, *shape, vocab_size), 0)
+        if "logits" in given or "primary_logits" in given:
+            probabilities[..., -1] = 0
+        given["target_probabilities"] = probabilities.requires_grad_(draw(st.booleans()))
     given |= draw(further_heads(config, shape, numbers, given))
     given |= draw(experts(config, shape, numbers))
     if config.use_contrastive_loss:

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.row_evaluation import RowOptions, RowStatistics, evaluate_rows
+from ava_ext.ops.row_evaluation import ColumnWeightSums, RowOptions, RowStatistics, evaluate_rows
 from ava_ext.ops.row_fields import (
+    COLUMN_WEIGHT_FLAGS,
     IDS_ARE_PRESENT,
     N_ROW_COEFFICIENTS,
     N_STATISTICS,
+    RANKS,
     TAIL_ID,
+    TARGET_PROBABILITIES,
     RowFlags,
     accumulation_dtype,
 )
@@ -109,6 +112,51 @@ def _places(
     return places if counted is None else torch.where(counted, places, 0)
 
 
+def _checked_weights(
+    op: str,
+    column_weights: Tensor | None,  # [..., vocab_size] or more columns
+    like: _Columns,
+    flags: int,
+) -> Tensor | None:  # [..., vocab_size]
+    if (column_weights is not None) != bool(flags & COLUMN_WEIGHT_FLAGS):
+        got = "none" if column_weights is None else "column_weights"
+        raise RuntimeError(
+            f"{op}: expected column_weights with the flags of probabilities or of smoothing weights, and with no "
+            f"other, got {got}"
+        )
+    if column_weights is None:
+        return None
+    vocab_size = like.u.shape[-1]
+    if column_weights.shape[:-1] not in (like.u.shape[:-1], ()) or column_weights.shape[-1] < vocab_size:
+        raise RuntimeError(
+            f"{op}: expected column_weights of shape {list(like.u.shape)} or with more columns, got "
+            f"{list(column_weights.shape)}"
+        )
+    return column_weights[..., :vocab_size].to(like.u.dtype)
+
+
+def _sum_weights(
+    q: Tensor,  # [..., vocab_size]
+    columns: _Columns,
+    flags: int,
+) -> ColumnWeightSums:
+    if not flags & TARGET_PROBABILITIES:
+        q = torch.where(columns.u == -math.inf, 0, q)
+    at_maximum = torch.where(columns.is_argmax, q, 0).sum(-1)
+    weighted = torch.where(q == 0, 0, q * columns.u).sum(-1)
+    return ColumnWeightSums(torch.where(columns.is_argmax, 0, q).sum(-1), at_maximum, weighted)
+
+
+def _ranks(
+    logits: Tensor,  # [..., vocab_size]
+    targets: Tensor,  # [...], -1 where the row does not count
+    argmax: Tensor,  # [...]
+) -> Tensor:  # [N_RANKS, ...]
+    own = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
+    rank = torch.where(own.isnan(), True, logits > own).sum(-1)
+    return torch.where(targets < 0, 0, 1 + torch.stack([rank.to(argmax.dtype), argmax]))
+
+
 def _is_named(
     ids: Tensor,  # [..., n_ids]
     n_columns: int,
@@ -142,6 +190,7 @@ def _gradient(
     ids: Tensor,  # [..., n_ids], -1: absent
     own: Tensor,  # [..., n_ids]: s of each
     flags: int,
+    of_columns: Tensor | None = None,  # [..., vocab_size]: s of every column
 ) -> Tensor:  # [..., n_columns]
     """(1) of csrc/softmax_rows.h, rounded once."""
     of_tail = torch.where(ids == TAIL_ID, own, 0).sum(-1, keepdim=True)
@@ -154,6 +203,12 @@ def _gradient(
     maximum = torch.where(at_maximum, own, 0).sum(-1, keepdim=True)
     others = torch.where(at_maximum, 0, own).sum(-1, keepdim=True)
     by_column = torch.zeros_like(columns.u).scatter_add_(-1, ids.clamp_min(0).long(), own)
+    if of_columns is not None:
+        # at the maximum as an id's; the others' -s p_j is in the coefficient of p_j, but for the maximum's
+        at_top = torch.where(columns.is_argmax, of_columns, 0)
+        maximum = maximum + at_top.sum(-1, keepdim=True)
+        by_column = by_column + at_top
+        constant = constant + of_columns - at_top
     p, u = columns.probability, columns.u.clamp_min(LOWEST_U)
     elsewhere = torch.where(columns.is_argmax, others, others - by_column + maximum)
     complement = torch.where(columns.is_argmax, rest / (1 + rest), 1 - p)
@@ -181,6 +236,7 @@ def row_loss(
     ignore_index: int,
     with_gradient: bool,
     with_statistics: bool,
+    column_weights: Tensor | None = None,  # [..., vocab_size]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_loss, row_terms, grad_logits, statistics, row_coefficients); see csrc/library.cpp."""
     rows = tuple(logits.shape[:-1])
@@ -189,6 +245,7 @@ def row_loss(
     _check("row_loss", "row_weights", row_weights, rows)
     values, counts = RowOptions(*options.unbind()), targets != ignore_index
     row, columns = _measure(logits, values, flags, vocab_size, counts)
+    q = _checked_weights("row_loss", column_weights, columns, flags)
     counted_targets = torch.where(counts, targets, -1)
     at, ids = torch.where(counts, targets, 0).unsqueeze(-1), counted_targets.unsqueeze(-1)
     if candidate_ids is not None and candidate_weights is not None:
@@ -207,11 +264,15 @@ def row_loss(
         candidate_ids,
         candidate_weights,
         candidate_groups or (),
+        None if q is None else _sum_weights(q, columns, flags),
     )
+    if flags & RANKS:
+        terms = torch.cat([terms, _ranks(logits[..., :vocab_size], counted_targets, row.argmax)])
     gradient, statistics, saved = logits.new_empty(0), loss.new_empty(0), loss.new_empty(0)
     if with_gradient:
         of_row, own = coefficients[..., :3].unbind(-1), coefficients[..., N_ROW_COEFFICIENTS:]
-        gradient = _gradient(logits, values, row, columns, of_row, ids, own, flags)
+        of_columns = None if q is None else q * coefficients[..., 3:4]
+        gradient = _gradient(logits, values, row, columns, of_row, ids, own, flags, of_columns)
     if with_statistics:
         statistics, saved = torch.stack(row, -1), coefficients
     return loss, terms, gradient, statistics, saved
@@ -221,8 +282,8 @@ def row_loss_(
     logits: Tensor,  # [..., n_columns]
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """row_loss whose gradient is written over the logits; the same arguments but the last two."""
-    loss, terms, gradient, _, _ = row_loss(logits, *(*arguments, True, False))
+    """row_loss whose gradient is written over the logits; the same arguments but with_gradient and with_statistics."""
+    loss, terms, gradient, _, _ = row_loss(logits, *(*arguments[:9], True, False, *arguments[9:]))
     logits.copy_(gradient)
     return loss, terms
 
@@ -267,6 +328,7 @@ def row_gradient(
     options: Tensor,  # [8]
     flags: int,
     vocab_size: int,
+    column_weights: Tensor | None = None,  # [..., vocab_size]
 ) -> Tensor:  # [..., n_columns]
     """The gradient from statistics and coefficients."""
     rows = tuple(logits.shape[:-1])
@@ -278,11 +340,15 @@ def row_gradient(
     value, cap_slope = _capped(logits, values, flags, vocab_size)
     u, is_argmax = _u_of(value, row.max, row.argmax, values.temperature)
     columns = _Columns(u, is_argmax, u.exp() / (1 + row.rest).unsqueeze(-1), cap_slope)
+    q = _checked_weights("row_gradient", column_weights, columns, flags)
     named = row.argmax.long().unsqueeze(-1)  # i*, whose s is the fourth coefficient
+    of_columns = None
+    if q is not None:
+        named, of_columns = torch.full_like(named, -1), q * row_coefficients[..., 3:4]
     if ids is not None:
         named = torch.cat([named, torch.where((row.n_present == 0).unsqueeze(-1), -1, ids.long())], -1)
     of_row, own = row_coefficients[..., :3].unbind(-1), row_coefficients[..., 3:]
-    return _gradient(logits, values, row, columns, of_row, named, own, flags)
+    return _gradient(logits, values, row, columns, of_row, named, own, flags, of_columns)
 
 
 def row_gradient_(

@@ -37,7 +37,7 @@ class Synchronisation:
             self.release_block_barriers()
         elif operation == ("barrier", "cluster"):
             self._wait_in_cluster(number, instruction, threads)
-        elif instruction.name in ("shfl", "vote") or operation == ("bar", "warp"):
+        elif instruction.name in ("shfl", "vote", "redux") or operation == ("bar", "warp"):
             self._wait_in_warp(number, instruction, threads)
         else:
             raise NotImplementedError(instruction.text)
@@ -138,6 +138,13 @@ class Synchronisation:
                 raise NotImplementedError(instruction.text)
             ballot = np.uint32(int(np.sum(votes.astype(np.int64) << lane)))
             self._set_values(operands[0], threads, {"any": votes.any(), "all": votes.all(), "ballot": ballot}[mode])
+        elif instruction.name == "redux":
+            mode, kind = instruction.suffixes[1:3]
+            if kind not in ("s32", "u32") or mode not in ("min", "max"):
+                raise NotImplementedError(instruction.text)
+            values = self._values(operands[1], threads, np.int32 if kind == "s32" else np.uint32)
+            result = np.full(threads.size, values.min() if mode == "min" else values.max())
+            self._set_values(operands[0], threads, result)
         else:
             self._shuffle(instruction, threads, lane)
 

@@ -1,0 +1,134 @@
+"""A weight for every column of a row, read beside its logits: target probabilities, or weights of label smoothing.
+
+    probabilities q:         sum_j q_j (-log p_j), in place of the target's -log p
+    smoothing weights w:     e/V sum_j w_j (-log p_j), in place of e/V sum_j (-log p_j)
+
+The formulas of their gradient by the logits stand in csrc/softmax_rows.h. By the probabilities it is -log p.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ava_ext.ops.derivatives import refuse_tangents, without_second_derivative
+from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
+from ava_ext.ops.row_evaluation import RowOptions
+from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TARGET_PROBABILITIES, RowFlags, accumulation_dtype
+from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
+
+AnyLogits = Tensor | LinearLogits | ShardedLogits | LocalRows
+
+
+def as_column_weights(
+    logits: AnyLogits,  # [..., n_columns]
+    vocab_size: int | None,
+    target_probabilities: Tensor | None,  # [..., vocab_size]
+    smoothing_weights: Tensor | None,  # [vocab_size]
+) -> tuple[Tensor | None, int]:  # as given, and flags
+    """column_weights as the operators take them, in the logits' type or float32 (float64), and the flag of their kind.
+
+    Raises:
+        ValueError: shapes do not fit, both are given, smoothing_weights require grad.
+        NotImplementedError: columns are spread over ranks.
+    """
+    given = smoothing_weights if target_probabilities is None else target_probabilities
+    if given is None:
+        return None, 0
+    name = "smoothing_weights" if target_probabilities is None else "target_probabilities"
+    if target_probabilities is not None and smoothing_weights is not None:
+        raise ValueError("row_loss: expected target_probabilities or smoothing_weights, got both")
+    if isinstance(logits, ShardedLogits) or (
+        isinstance(logits, LocalRows) and isinstance(logits.logits, ShardedLogits)
+    ):
+        raise NotImplementedError(f"row_loss: {name} beside logits whose columns are spread over ranks")
+    rows = () if target_probabilities is None else tuple(logits.shape[:-1])
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or given.shape[-1] not in (size, logits.shape[-1]):
+        expected = ", ".join(map(str, (*rows, size)))
+        raise ValueError(f"row_loss: expected {name} of shape [{expected}], got {list(given.shape)}")
+    if not given.is_floating_point() or given.requires_grad:
+        got = "one that does" if given.requires_grad else given.dtype
+        raise ValueError(f"row_loss: expected {name} of floating point that do not require grad, got {got}")
+    real = accumulation_dtype(logits.dtype)
+    if given.dtype not in (real, logits.dtype) or target_probabilities is None:
+        given = given.to(real)
+    if given.shape[-1] > 1 and given.stride(-1) != 1:
+        given = given.contiguous()
+    return given, SMOOTHING_WEIGHTS if target_probabilities is None else TARGET_PROBABILITIES
+
+
+def with_probability_gradient(
+    loss: Tensor,  # [] or [...]
+    target_probabilities: Tensor,  # [..., vocab_size], requires grad
+    logits: AnyLogits,  # [..., n_columns]
+    targets: Tensor,  # [...]
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
+    row_weights: Tensor | None,  # [...]
+    vocab_size: int | None,
+    ignore_index: int,
+    chunk_bytes: int | None,
+) -> Tensor:  # as loss
+    """loss, whose derivative by the probabilities is row weight times (1 - e) times -log p.
+
+    Backward makes it with plain PyTorch; forward costs nothing.
+    """
+    if isinstance(logits, (ShardedLogits, LocalRows)):
+        raise NotImplementedError("row_loss: a gradient of target_probabilities beside logits spread over ranks")
+    parts = tuple(logits) if isinstance(logits, LinearLogits) else (logits,)
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    constants = (targets, options, row_weights, flags, size, ignore_index, logits.dtype, chunk_bytes)
+    return _ProbabilityGradient.apply(loss, target_probabilities, constants, *parts)
+
+
+class _ProbabilityGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, target_probabilities, constants, *parts):
+        targets, options, row_weights, *ctx.constants = constants
+        ctx.n_parts = len(parts)
+        ctx.save_for_backward(target_probabilities, targets, options, row_weights, *parts)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        refuse_tangents("row_loss", (grad_loss,))
+        probabilities, targets, options, row_weights, *parts = ctx.saved_tensors
+        flags, vocab_size, ignore_index, dtype, chunk_bytes = ctx.constants
+        counted = targets != ignore_index
+        factors = grad_loss.expand(targets.shape)
+        if row_weights is not None:
+            factors = factors * row_weights
+        if flags & RowFlags.LABEL_SMOOTHING:
+            factors = factors * (1 - RowOptions(*options.unbind()).label_smoothing)
+        factors, counted = factors.reshape(-1, 1), counted.reshape(-1, 1)
+        gradient = probabilities.new_zeros(len(factors), probabilities.shape[-1])
+        states = parts[0].detach().reshape(-1, parts[0].shape[-1])
+        n_rows = rows_of_a_chunk(len(factors), vocab_size, dtype, gradient.device, chunk_bytes)
+        for begin in range(0, len(factors), n_rows):
+            rows = slice(begin, begin + n_rows)
+            logits = states[rows]
+            if ctx.n_parts > 1:
+                with without_autocast(gradient.device):
+                    logits = logits.to(dtype) @ parts[1].detach()[:vocab_size].to(dtype).t()
+                    if parts[2] is not None:
+                        logits = logits + parts[2].detach()[:vocab_size].to(dtype)
+            log_probs = _log_probs(logits[:, :vocab_size], options, flags)
+            of_rows = torch.where(counted[rows], -log_probs * factors[rows], 0)
+            gradient[rows, :vocab_size] = of_rows.to(gradient.dtype)
+        gradient = without_second_derivative(gradient.view(probabilities.shape), probabilities)
+        return grad_loss, gradient, None, *(None,) * ctx.n_parts
+
+
+def _log_probs(
+    logits: Tensor,  # [n_rows, vocab_size]
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
+) -> Tensor:  # [n_rows, vocab_size]
+    given = RowOptions(*options.unbind())
+    z = logits.to(options.dtype)
+    if flags & RowFlags.SOFTCAP:
+        z = torch.where(z == -math.inf, z, given.softcap * torch.tanh(z / given.softcap))
+    return torch.log_softmax(z / given.temperature, -1)

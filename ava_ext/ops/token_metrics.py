@@ -1,0 +1,78 @@
+"""What a model says of each target, without a gradient: log-probability, rank, entropy, the likeliest token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ava_ext.ops.arguments import check_is_tensor
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import N_RANKS, TERM_NAMES
+from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.ops.softmax_statistics import statistics_options
+
+_NLL, _ENTROPY = TERM_NAMES.index("cross_entropy"), TERM_NAMES.index("entropy")
+
+
+class TokenMetrics(NamedTuple):
+    """See `token_metrics`."""
+
+    log_prob: Tensor  # [...]
+    entropy: Tensor  # [...]
+    rank: Tensor  # [...] int64
+    argmax: Tensor  # [...] int64
+
+
+@torch.no_grad()
+def token_metrics(
+    logits: Tensor | LinearLogits,  # [..., n_columns]
+    targets: Tensor,  # [...]
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    max_counted_rows: int | None = None,
+) -> TokenMetrics:
+    """log p and rank of each target, each row's entropy and likeliest token, in one pass over the logits.
+
+    The rank is how many logits are greater than the target's: 0 for the likeliest token, and for each of several that
+    are equally likely. So (rank < k) is whether the target is among the k likeliest. It compares the logits as they
+    are stored: a soft cap or a temperature changes no rank. A target whose logit is nan has rank vocab_size.
+
+    Args:
+        logits, temperature, logit_softcap, logit_scale, vocab_size, chunk_bytes, max_counted_rows: as in
+            `softmax_statistics`. LinearLogits never exist as a whole.
+        targets: [...], integers in [0, vocab_size), or ignore_index.
+
+    Returns:
+        TokenMetrics: log_prob and entropy float32 (float64 for float64 logits), 0 where the target is ignore_index;
+        rank and argmax int64, -1 there. Of several greatest logits argmax is the lowest, and nan is none of them.
+
+    Raises:
+        As `row_loss`. NotImplementedError: the columns are spread over ranks.
+
+    Example:
+        >>> metrics = token_metrics(logits, targets)
+        >>> top_5_accuracy = ((metrics.rank >= 0) & (metrics.rank < 5)).sum() / (targets != -100).sum()
+    """
+    if not isinstance(logits, LinearLogits):
+        check_is_tensor("token_metrics", "logits", logits, or_linear=True)
+    options, flags = statistics_options("token_metrics", logits, temperature, logit_softcap, logit_scale)
+    terms = row_loss(
+        logits,
+        targets,
+        options,
+        flags=flags,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        max_counted_rows=max_counted_rows,
+        with_ranks=True,
+    ).terms
+    rank, argmax = (terms[-N_RANKS:].long() - 1).unbind()
+    return TokenMetrics(-terms[_NLL], terms[_ENTROPY], rank, argmax)

@@ -1,0 +1,110 @@
+// What the lanes of a router's row do together: sums and maxima over them, and the choice of experts.
+#pragma once
+#include "router_rows_arguments.cuh"
+
+namespace ava {
+
+// The lanes of a warp that share a row: a power of two of neighbours. Shuffles are unrolled, whatever their number: a
+// step over lanes that belong to other rows shuffles with itself instead, which leaves a maximum as it is and doubles a
+// sum; `once` takes that back, exactly.
+struct LaneGroup {
+  int n, n_bits, own;              // n = 2^n_bits
+  int offset16, offset2, offset1;  // 0: a step with itself
+  float once;
+
+  __device__ explicit LaneGroup(int n_lanes)
+      : n(n_lanes),
+        n_bits(__ffs(n_lanes) - 1),
+        own(int(threadIdx.x) & (n_lanes - 1)),
+        offset16(n_lanes > 16 ? 16 : 0),
+        offset2(n_lanes > 2 ? 2 : 0),
+        offset1(n_lanes > 1 ? 1 : 0),
+        once(n_lanes == 16 ? 0.5f
+             : n_lanes < 4 ? float(n_lanes) / 4
+                           : 1.f) {}
+
+  // step(value, offset) for every offset of a butterfly
+  template <class Value, class Step>
+  __device__ __forceinline__ Value butterfly(Value value, Step step) const {
+    if (n > 4) {
+      if (n > 8) value = step(step(value, offset16), 8);
+      value = step(value, 4);
+    }
+    return step(step(value, offset2), offset1);
+  }
+  __device__ __forceinline__ float sum(float value) const {
+    return once *
+           butterfly(value, [](float sum, int offset) { return sum + __shfl_xor_sync(kWholeWarp, sum, offset); });
+  }
+  // A nan loses.
+  __device__ __forceinline__ float max(float value) const {
+    return butterfly(value, [](float max, int offset) { return fmaxf(max, __shfl_xor_sync(kWholeWarp, max, offset)); });
+  }
+  template <class Key>
+  __device__ __forceinline__ Key largest(Key value) const {
+    return butterfly(value, [](Key largest, int offset) {
+      const Key other = __shfl_xor_sync(kWholeWarp, largest, offset);
+      return other > largest ? other : largest;
+    });
+  }
+  // of the group's lane of this number
+  __device__ __forceinline__ int broadcast(int value, int lane) const {
+    return __shfl_sync(kWholeWarp, value, int(threadIdx.x) % 32 - own + lane);
+  }
+};
+
+// 1 << shift, and 0 for a shift of 32 and more, as the instruction has it.
+__device__ __forceinline__ uint32_t bit_at(unsigned shift) {
+#ifdef __CUDACC__
+  uint32_t bit;
+  asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(shift));
+  return bit;
+#else
+  return shift < 32 ? 1u << shift : 0;
+#endif
+}
+
+// Which items of a lane were chosen: item i is bit 2 i.
+struct ChosenItems {
+  uint32_t bits = 0, repeated = 0;  // repeated: those that were chosen before
+
+  // twice the item of this lane, or any other number
+  __device__ void add(int twice_item) {
+    const uint32_t bit = bit_at(unsigned(twice_item));
+    repeated |= bits & bit;
+    bits |= bit;
+  }
+  __device__ bool has(int item) const { return bits >> 2 * item & 1; }
+};
+
+// How often they were, 8 bits for each: a thread has 16 rows of a slot at most.
+constexpr int kMostGivenChoices = 15;
+struct ChoiceCounts {
+  uint32_t words[4] = {};  // item 4 m + j is byte m of word j
+
+  __device__ void add(const ChosenItems& chosen) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) words[j] += chosen.bits >> 2 * j & 0x01010101u;
+  }
+  __device__ int of(int item) const { return int(words[item % 4] >> item / 4 * 8 & 255); }
+};
+
+// A score and its expert as one number, larger for what is chosen first (ranks_before): no two are equal. Scores of 16
+// bits, which have 19 as the upper ones of float32, fit into 32 bits with it.
+constexpr int kExpertBits = 9;
+template <class Key>
+constexpr int kUnusedRankBits = sizeof(Key) == 4 ? 13 : 0;
+template <class Key>
+constexpr Key kAboveKeys = Key(1) << (32 - kUnusedRankBits<Key> + kExpertBits);
+
+template <class Key>
+__device__ Key choice_key(float score, int expert) {
+  const uint32_t rank = uint32_t(rank_of(score)) ^ 0x80000000u;
+  return Key(rank >> kUnusedRankBits<Key>) << kExpertBits | Key((1 << kExpertBits) - 1 - expert);
+}
+template <class Key>
+__device__ int expert_of_key(Key key) {
+  return (1 << kExpertBits) - 1 - int(key & ((1 << kExpertBits) - 1));
+}
+
+}  // namespace ava
