@@ -126,8 +126,7 @@ def row_loss(
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
         NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; on
-            RowFlags.TAIL on CUDA with LinearLogits, ShardedLogits or inplace_gradient; on target_probabilities,
-            smoothing_weights and with_ranks beside ShardedLogits.
+            target_probabilities, smoothing_weights and with_ranks beside ShardedLogits.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
