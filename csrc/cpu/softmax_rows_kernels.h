@@ -194,8 +194,10 @@ struct RowKernel : RowReader<Vector, Element, kDense, kCapped> {
       const Element* x = logits_of(r);
       const bool counts = target != arguments.ignore_index;
       // place of kTailId, where soft targets leave something
-      const int64_t first_soft = arguments.flags & kTail ? n_ids - arguments.group_sizes[arguments.n_groups - 1] : -1;
-      const bool has_tail = counts && first_soft >= 0 && ids[first_soft] == kTailId && weights[first_soft] != 0;
+      const bool has_soft = arguments.flags & kSoftTargets && arguments.n_groups > 0;
+      const int64_t first_soft = has_soft ? n_ids - arguments.group_sizes[arguments.n_groups - 1] : n_ids;
+      const bool has_tail = counts && arguments.flags & kTail && first_soft < n_ids && ids[first_soft] == kTailId &&
+                            weights[first_soft] != 0;
       Real tail_mass = 0;
       if (counts) {
         row = has_tail ? measure_apart(x, {ids + first_soft + 1, n_ids - first_soft - 1}, entries, &tail_mass)
