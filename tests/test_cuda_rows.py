@@ -215,6 +215,18 @@ def test_scale_rows(bytes_of_a_row, dtype):
     assert_bitwise_equal(rows, expected)
 
 
+def test_scale_more_rows_than_are_looked_up_at_once():
+    """8 blocks of 256 threads: a second look for the last rows, and rows of every place in a look."""
+    n_rows = 2 * 2048 + 50
+    rows = torch.randn(n_rows, 3, generator=torch.Generator().manual_seed(0))
+    factors = torch.ones(n_rows).index_fill(0, torch.arange(0, n_rows, 61), -2.0)
+    factors[-1], targets = 0.5, torch.arange(n_rows) % 5
+    expected = torch.where((targets == 4)[:, None], rows, rows * factors[:, None])
+    with emulated_cuda.kernels_in_place(), emulated_cuda.device_limits(**REGISTERS[0]):
+        ops.scale_rows_(rows, factors, targets, 4)
+    assert_bitwise_equal(rows, expected)
+
+
 @pytest.mark.parametrize("target", [9, -1, 2**32 - 1, -(2**40)])
 def test_target_out_of_range_is_a_device_assert(target):
     logits, targets = torch.zeros(3, 10), torch.tensor([0, target, 1])

@@ -20,11 +20,15 @@ import repetition
 import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"<!-- (moe|repetition|readings) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
-TABLES = {
-    "moe": ("moe_balance", moe_balance.table),
-    "repetition": ("repetition", repetition.table),
-    "readings": ("repetition", repetition.readings),
+MARKED = re.compile(r"<!-- ([a-z-]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
+STUDIES = ROOT / "docs" / "studies"
+# mark -> page, results, what it shows of them
+SHOWN = {
+    "moe": (STUDIES / "moe_balance.md", "moe_balance", moe_balance.table),
+    "repetition": (STUDIES / "repetition.md", "repetition", repetition.table),
+    "rollouts": (STUDIES / "repetition.md", "repetition", repetition.rollout_table),
+    "readings": (STUDIES / "repetition.md", "repetition", repetition.readings),
+    "real-model": (ROOT / "README.md", "repetition", repetition.short_table),
 }
 
 
@@ -162,15 +166,15 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert losses[0] == pytest.approx(losses[1]) and plain["both"] == whole["arms"]["both"]
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_pages_show_the_results(name):
-    stem, table = TABLES[name]
+@pytest.mark.parametrize("mark", SHOWN)
+def test_pages_show_the_results(mark):
+    page, stem, show = SHOWN[mark]
     results = ROOT / "studies" / "results" / f"{stem}.json"
-    shown = {mark: text for mark, text in MARKED.findall((ROOT / "docs" / "studies" / f"{stem}.md").read_text())}
+    shown = {found: text for found, text in MARKED.findall(page.read_text())}
     if results.exists():
-        assert shown[name] == "\n" + table(json.loads(results.read_text())) + "\n"
+        assert shown[mark] == "\n" + show(json.loads(results.read_text())) + "\n"
     else:
-        assert name not in shown, "a page shows numbers, and there are no results"
+        assert mark not in shown, "a page shows numbers, and there are no results"
 
 
 def run(script, *arguments):
@@ -210,10 +214,10 @@ def test_quick_run_of_the_real_model(tmp_path):
 
 
 if __name__ == "__main__":  # writes the results into the pages
-    for mark, (stem, shown) in TABLES.items():
-        page, results = ROOT / "docs" / "studies" / f"{stem}.md", ROOT / "studies" / "results" / f"{stem}.json"
+    for mark, (page, stem, show) in SHOWN.items():
+        results = ROOT / "studies" / "results" / f"{stem}.json"
         if results.exists():
-            text = f"<!-- {mark} -->\n\n{shown(json.loads(results.read_text()))}\n<!-- /{mark} -->"
+            text = f"<!-- {mark} -->\n\n{show(json.loads(results.read_text()))}\n<!-- /{mark} -->"
             page.write_text(
                 MARKED.sub(lambda m, mark=mark, text=text: text if m[1] == mark else m[0], page.read_text())
             )

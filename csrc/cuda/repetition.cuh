@@ -3,7 +3,8 @@
 // One warp per row, which reads the row's context backwards, 32 tokens at a time, until every slot is decided: the run
 // that ends the context, the counted rows before, the followers of the row's key. Most recent first is the order in
 // which they are met, so there is nothing to sort; a follower that is in a slot already is left out. No hashes, so
-// nothing to verify: every match compares the tokens themselves. A run is read until its weight grows no more. With
+// nothing to verify: every match compares the tokens themselves, the key's last one first, which the next lane has
+// already; penalties are looked up for followers that are new. A run is read until its weight grows no more. With
 // n-grams, a row whose slots stay open reads its whole window: time grows with length times window, and without a window
 // with the square of the length (a row of 8192 tokens reads 256 times).
 #pragma once
@@ -16,6 +17,15 @@ namespace ava {
 
 constexpr int kRepetitionWarps = 8, kRepetitionRowsPerBlock = 32;
 constexpr double kMostRunFactor = 4;  // by which a run's weight grows at most
+
+// base^exponent, exponent >= 0. pow is a call, over which registers are spilled.
+__device__ inline double power(double base, int64_t exponent) {
+  double result = 1;
+#pragma unroll 1
+  for (; exponent > 0; exponent >>= 1, base *= base)
+    if (exponent & 1) result *= base;
+  return result;
+}
 
 // A [batch_size, n_tokens] tensor of int32 or int64 with any strides; batch size 1 stands for every sequence.
 struct TokenMatrix {
@@ -84,6 +94,7 @@ class RowCandidates {
     weights_[slot] = Weight(value);
   }
   __device__ void put_absent(int64_t first, int64_t last) {
+#pragma unroll 1
     for (int64_t slot = first + lane_; slot < last; slot += 32) put(slot, -1, 0);
   }
 
@@ -112,14 +123,24 @@ class RowCandidates {
   // whether the context ends with a whole key, none of it masked
   __device__ bool has_key() const {
     bool whole = true;
+#pragma unroll 1
     for (int64_t k = lane_; k < a_.ngram_size - 1; k += 32) {
       const int64_t position = end_ - 1 - k;
       whole = whole && in_segment(position) && a_.tokens.at(sequence_, position) != a_.ignore_index;
     }
     return __all_sync(kWholeWarp, whole);
   }
+  // whether the token here follows the last token of the row's key: that of the next lane, but for the last lane's
+  __device__ bool follows_last(int64_t position, int64_t token, bool inside) const {
+    if (a_.ngram_size < 2) return inside;
+    int64_t before = __shfl_down_sync(kWholeWarp, token, 1);
+    if (lane_ == 31 && inside)
+      before = in_segment(position - 1) ? a_.tokens.at(sequence_, position - 1) : a_.ignore_index;
+    return inside && before == last_;
+  }
   // whether the token here follows the row's key
   __device__ bool follows_key(int64_t position) const {
+#pragma unroll 1
     for (int64_t k = 1; k < a_.ngram_size; ++k)
       if (!in_segment(position - k) || a_.tokens.at(sequence_, position - k) != a_.tokens.at(sequence_, end_ - k))
         return false;
@@ -128,7 +149,7 @@ class RowCandidates {
 
   // whether a longer run has this run's weight, bit by bit: a text of one token ends here
   __device__ bool run_weight_stays() const {
-    const double growth = weight(1), factor = pow(growth, double(run_ - 1));
+    const double growth = weight(1), factor = power(growth, run_ - 1);
     return run_ >= a_.immediate_repetition_threshold &&
            (growth == 1 || (growth > 1 && factor >= kMostRunFactor) || (growth >= 0 && factor == 0));
   }
@@ -158,8 +179,8 @@ class RowCandidates {
         count_is_open = n_counted_ < a_.min_sequence_length;
       }
       if (slots_are_open) {
-        const bool may_follow = inside && position >= oldest && token != target_ && may_penalize(token);
-        take_followers(token, may_follow && follows_key(position));
+        const bool follows = follows_last(position, token, inside);  // every lane shuffles
+        take_followers(position, token, follows && position >= oldest && token != target_);
         slots_are_open = n_found_ < a_.ngram_slots && newest - 32 >= oldest;
       }
       if (n_inside < 32) break;
@@ -167,11 +188,13 @@ class RowCandidates {
     is_early_ = may_be_early && n_counted_ < a_.min_sequence_length;
   }
 
-  // Fills slots with the distinct tokens among the lanes' that are in none yet; lane 0 has the most recent one.
-  __device__ void take_followers(int64_t token, bool is_new) {
+  // Fills slots with the distinct followers among the lanes' that are in none yet; lane 0 has the most recent one. What
+  // takes long to tell is asked of those alone that may be new.
+  __device__ void take_followers(int64_t position, int64_t token, bool is_new) {
     if (!__any_sync(kWholeWarp, is_new)) return;
     int32_t* const found = ids_ + first_ngram_slot();
     for (int64_t slot = 0; slot < n_found_; ++slot) is_new = is_new && token != found[slot];
+    is_new = is_new && may_penalize(token) && follows_key(position);
     unsigned lanes = __ballot_sync(kWholeWarp, is_new);
     for (; lanes != 0 && n_found_ < a_.ngram_slots; lanes = __ballot_sync(kWholeWarp, is_new)) {
       const int32_t newest = __shfl_sync(kWholeWarp, int32_t(token), __ffs(int(lanes)) - 1);
@@ -185,11 +208,12 @@ class RowCandidates {
   __device__ void put_immediate() {
     if (lane_ != 0) return;
     if (run_ >= a_.immediate_repetition_threshold && run_ > 0 && last_ != target_ && may_penalize(last_))
-      put(0, last_, weight(0) * fmin(pow(weight(1), double(run_ - 1)), kMostRunFactor));
+      put(0, last_, weight(0) * fmin(power(weight(1), run_ - 1), kMostRunFactor));
     else
       put(0, -1, 0);
   }
   __device__ void put_eos() {
+#pragma unroll 1
     for (int64_t i = lane_; i < a_.n_eos; i += 32) {
       if (is_early_)
         put(a_.use_immediate_repetition_penalty + i, a_.eos_ids[i], weight(2));
@@ -212,7 +236,7 @@ class RowCandidates {
 };
 
 template <class Weight>
-__global__ void __launch_bounds__(32 * kRepetitionWarps)
+__global__ void __launch_bounds__(32 * kRepetitionWarps, 4)
     repetition_kernel(const RepetitionArguments<Weight> arguments) {
   const int64_t n_tiles = (arguments.n_tokens + kRepetitionRowsPerBlock - 1) / kRepetitionRowsPerBlock;
   const int64_t sequence = blockIdx.x / n_tiles, first = blockIdx.x % n_tiles * kRepetitionRowsPerBlock;

@@ -7,7 +7,11 @@
 namespace ava {
 
 // Blocks that a multiprocessor has registers for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kRouterBlocks = 1;  // two would spill there
+#else
 constexpr int kRouterBlocks = 2;
+#endif
 
 // 1 / x by the special function unit, 1 ulp, of an ordinary number.
 __device__ __forceinline__ float fast_reciprocal(float x) {

@@ -93,22 +93,47 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
         [&](int column, float value) { row.store_column(column, value); });
 }
 
-// rows *= factors, in place; a row whose factor is 1 or whose target is ignored is not touched. grid: rows, parts
+// rows *= factors, in place; a row whose factor is 1 or whose target is ignored is not touched: most calls touch none.
+// So a few blocks stay, each takes every gridDim.x-th unit, and looks up the factors of many at once. Unit u is part
+// u % cluster_size of row u / cluster_size.
 template <class Element>
 __global__ void __launch_bounds__(kPartThreads) scale_rows_kernel(const RowArguments a) {
-  const int64_t row_index = blockIdx.x;
-  const float factor = static_cast<const float*>(a.row_weights)[row_index];
-  if (factor == 1 || (a.targets && a.targets[row_index] == a.ignore_index)) return;
-  const RowSlice<Element> row(a, RowPart<Element>(a, blockIdx.x, int(blockIdx.y)));
-  VectorsAhead<Element> ahead;
-  ahead.load(row, row.first + int(threadIdx.x));
-  for_vectors(row, ahead, [&](int vector, uint4 bits) {
-    float values[kVectorSize<Element>];
-    unpack<Element>(bits, values);
+  AVA_SHARED(float, factors, kPartThreads);
+  AVA_SHARED(bool, has_work, kPartThreads / 32);  // of the units that one warp has looked up
+  const unsigned n_parts = unsigned(a.cluster_size), n_units = unsigned(a.n_rows) * n_parts;
+  for (unsigned first = blockIdx.x; first < n_units; first += kPartThreads * gridDim.x) {
+    const unsigned own = first + threadIdx.x * gridDim.x;
+    float factor = 1;
+    if (own < n_units) {
+      const unsigned row = own / n_parts;
+      factor = static_cast<const float*>(a.row_weights)[row];
+      if (a.targets && a.targets[row] == a.ignore_index) factor = 1;
+    }
+    factors[threadIdx.x] = factor;
+    const bool any = __any_sync(kWholeWarp, factor != 1);
+    if (threadIdx.x % 32 == 0) has_work[threadIdx.x / 32] = any;
+    __syncthreads();
+    for (unsigned k = 0; k < kPartThreads; ++k) {
+      if (!has_work[k / 32]) {
+        k |= 31;
+        continue;
+      }
+      factor = factors[k];
+      if (factor == 1) continue;
+      const unsigned unit = first + k * gridDim.x;
+      const RowSlice<Element> row(a, RowPart<Element>(a, unit / n_parts, int(unit % n_parts)));
+      VectorsAhead<Element> ahead;
+      ahead.load(row, row.first + int(threadIdx.x));
+      for_vectors(row, ahead, [&](int vector, uint4 bits) {
+        float values[kVectorSize<Element>];
+        unpack<Element>(bits, values);
 #pragma unroll
-    for (int k = 0; k < kVectorSize<Element>; ++k) values[k] *= factor;
-    row.store(vector, pack<Element>(values));
-  });
+        for (int i = 0; i < kVectorSize<Element>; ++i) values[i] *= factor;
+        row.store(vector, pack<Element>(values));
+      });
+    }
+    __syncthreads();
+  }
 }
 
 }  // namespace ava

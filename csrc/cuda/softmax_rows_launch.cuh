@@ -105,8 +105,10 @@ void launch_row_gradient(const char* op, RowArguments arguments, const DeviceLim
 }
 
 template <class Element>
-void launch_scale_rows(const char* op, RowArguments arguments, const DeviceLimits&, Stream stream) {
-  const LaunchShape shape = elementwise_shape<Element>(arguments);
+void launch_scale_rows(const char* op, RowArguments arguments, const DeviceLimits& device, Stream stream) {
+  LaunchShape shape = elementwise_shape<Element>(arguments);
+  const int64_t n_units = arguments.n_rows * arguments.cluster_size, at_once = 8 * int64_t(device.n_multiprocessors);
+  shape.grid = dim3(unsigned(std::clamp<int64_t>(at_once, 1, n_units)));
   launch(op, scale_rows_kernel<Element>, shape, stream, arguments);
 }
 
