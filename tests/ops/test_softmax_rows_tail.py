@@ -69,6 +69,8 @@ def test_the_tail_of_a_sure_row(device, where, dtype):
         bound = (rounding + exact) * expected_gradient.abs() + smallest
         if where == "of the tail":  # p_j q' - p_j q' / p' cancels in a column of a tail that has nearly everything
             bound = bound + 1e-6 * logits.detach().double().softmax(-1)
+        if dtype != torch.float64:
+            bound[0, ids[0]] += 1e-7  # p_c - q_c of numbers near 1/2
         assert (error <= bound).all(), (gap, (error / bound).max())
         if where == "of the named" and gap > 8:
             assert gradient[0, 6] < -1e-7
