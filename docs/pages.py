@@ -24,7 +24,7 @@ PAGES = {
 }
 GUIDE = "USAGE_GUIDE.md"
 FENCE = re.compile(r"^(```+).*?^\1$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\\.)*)\]\(([^()\s]*)\)")
+LINK = re.compile(r"(!?)\[((?:[^\[\]\\]|\\.)*)\]\(([^()\s]*)\)")
 # left out of the guide's pages: a page of its own says more
 NO_PAGE = ("All options",)
 
