@@ -337,7 +337,7 @@ def _spread(values: list[float], column: Column) -> str:
 def readings(results: dict[str, Any]) -> str:
     """The first prompts, and how every arm (its first seed) goes on."""
     arms = {"before fine-tuning": results["before"]}
-    arms |= {name: next(iter(seeds.values()))["after"] for name, seeds in results["arms"].items()}
+    arms |= {name: seeds[min(seeds)]["after"] for name, seeds in results["arms"].items()}
     found = []
     for index, (prefix, _) in enumerate(results["before"]["same_kind"]["texts"]):
         found.append(f"*{_plain(prefix)}* ...\n")

@@ -88,8 +88,7 @@ class Candidates(NamedTuple):
     With RowFlags.SOFT_TARGETS those of the last group are pulled up: -sum_c weight_c log p_c. The row's own target may
     be among those, and is left out of all others. With RowFlags.TARGET_WEIGHTS the first group is one absent id (-1):
     its weight multiplies the target's term. With RowFlags.TAIL the first of the soft targets may be TAIL_ID,
-    of weight w': it stands for all columns that the others do not name, -w' log(1 - sum_c p_c). The CUDA kernels have
-    no tail: there it wants the whole logits, and inplace_gradient=False.
+    of weight w': it stands for all columns that the others do not name, -w' log(1 - sum_c p_c).
     """
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent

@@ -85,7 +85,8 @@ inline Features features_of(int32_t flags) {
 
 template <class Element>
 void launch_row_loss(const char* op, RowArguments arguments, const DeviceLimits& device, Stream stream) {
-  if (arguments.flags & (kColumnWeightFlags | kRanks)) return launch_scalar_rows<Element>(op, arguments, false, stream);
+  if (arguments.flags & (kColumnWeightFlags | kRanks | kTail))
+    return launch_scalar_rows<Element>(op, arguments, false, stream);
   switch (features_of(arguments.flags)) {
     case Features::plain: return launch_row_loss_with<Element, Features::plain>(op, arguments, device, stream);
     case Features::dense: return launch_row_loss_with<Element, Features::dense>(op, arguments, device, stream);
@@ -95,7 +96,7 @@ void launch_row_loss(const char* op, RowArguments arguments, const DeviceLimits&
 
 template <class Element>
 void launch_row_gradient(const char* op, RowArguments arguments, const DeviceLimits& device, Stream stream) {
-  if (arguments.flags & kColumnWeightFlags) return launch_scalar_rows<Element>(op, arguments, true, stream);
+  if (arguments.flags & (kColumnWeightFlags | kTail)) return launch_scalar_rows<Element>(op, arguments, true, stream);
   switch (features_of(arguments.flags)) {
     case Features::plain: return launch_row_gradient_with<Element, Features::plain>(op, arguments, device, stream);
     case Features::dense: return launch_row_gradient_with<Element, Features::dense>(op, arguments, device, stream);

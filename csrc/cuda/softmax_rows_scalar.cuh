@@ -1,9 +1,10 @@
 // One block for a row, one column after another, the scalar text of softmax_rows.h. Right rather than fast. For rows of
-// float64, which gradcheck runs through, and for rows of every type that come with weights of their columns or want
-// ranks: those are read up to three times, mostly from the caches.
+// float64, which gradcheck runs through, and for rows of every type that come with weights of their columns, want ranks
+// or have a tail: those are read up to three times, mostly from the caches.
 #pragma once
 #include "softmax_rows_measure.cuh"
 #include "softmax_rows_sparse.cuh"
+#include "softmax_rows_tail.cuh"
 
 namespace ava {
 
@@ -44,24 +45,28 @@ template <class Real>
 struct SecondLook {
   ColumnWeightSums<Real> weights;
   Real n_greater;  // columns whose logit is greater than the target's
+  Real tail_mass;  // sum of e^u over the columns of the tail
 };
 template <class Real>
 __device__ __forceinline__ SecondLook<Real> sum_of_lanes(SecondLook<Real> mine) {
   return {{warp_total(mine.weights.rest), warp_total(mine.weights.at_maximum), warp_total(mine.weights.weighted)},
-          warp_total(mine.n_greater)};
+          warp_total(mine.n_greater),
+          warp_total(mine.tail_mass)};
 }
 template <class Element, class Real>
 __device__ __forceinline__ SecondLook<Real> second_look(const RowArguments& a, const RowOptions<Real>& options,
                                                         int64_t row_index, const Element* x,
-                                                        const RowStatistics<Real>& row, int32_t target) {
+                                                        const RowStatistics<Real>& row, int32_t target, int tail) {
   SecondLook<Real> mine{};
   const bool are_probabilities = a.all_flags & kTargetProbabilities;
   const Real of_target = a.all_flags & kRanks ? to_real(x[target]) : Real(0);
   for (int column = threadIdx.x; column < a.vocab_size; column += kScalarThreads) {
     const Real logit = to_real(x[column]);
     if (a.all_flags & kRanks && (logit > of_target || of_target != of_target)) mine.n_greater += 1;
-    if (!a.column_weights) continue;
     const bool is_masked = logit == Real(-INFINITY);
+    if (!is_masked && is_in_tail(a, row_index, tail, column))
+      mine.tail_mass += exp_of((scalar_logit(a, options, logit) - row.max) * (1 / options.temperature));
+    if (!a.column_weights) continue;
     const Real q = is_masked && !are_probabilities ? Real(0) : column_weight<Element>(a, row_index, column);
     (column == int32_t(row.argmax) ? mine.weights.at_maximum : mine.weights.rest) += q;
     if (q != 0)
@@ -100,16 +105,21 @@ __device__ __forceinline__ void take_column_weights(const RowArguments& a, const
   }
   __syncwarp();
 }
-// ... and in the gradient at a column, whose other shares are there
+// What the weight of a column and the tail add to its gradient. outside: coefficient of p_j of the columns of the tail.
 template <class Element, class Real>
-__device__ __forceinline__ Real share_of_weight(const RowArguments& a, const RowOptions<Real>& options,
-                                                int64_t row_index, const RowScratch<Real>* scratch, int32_t column,
-                                                Real logit) {
+__device__ __forceinline__ Real further_gradient(const RowArguments& a, const RowOptions<Real>& options,
+                                                 int64_t row_index, const RowScratch<Real>* scratch, int tail,
+                                                 Real outside, int32_t column, Real logit) {
   const RowStatistics<Real>& row = scratch->statistics;
-  if (logit == Real(-INFINITY)) return 0;
-  const Real own = scratch->evaluation.coefficients.maximum * column_weight<Element>(a, row_index, column);
-  return own * (column == int32_t(row.argmax) ? row.rest / (1 + row.rest) : Real(1)) * (1 / options.temperature) *
-         scalar_cap_slope(a, options, logit);
+  if (row.count == 0 || logit == Real(-INFINITY)) return 0;
+  const bool is_argmax = column == int32_t(row.argmax);
+  Real gradient = 0;
+  if (a.column_weights)
+    gradient += scratch->evaluation.coefficients.maximum * column_weight<Element>(a, row_index, column) *
+                (is_argmax ? row.rest / (1 + row.rest) : Real(1));
+  if (is_in_tail(a, row_index, tail, column))
+    gradient += outside * exp_of(scalar_u(a, options, row, column, logit)) / (1 + row.rest);
+  return gradient * (1 / options.temperature) * scalar_cap_slope(a, options, logit);
 }
 
 // `given`: statistics and coefficients come from outside (row_gradient), else from here (row_loss, row_statistics)
@@ -119,6 +129,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
   AVA_DYNAMIC_SHARED(shared);
   AVA_SHARED(RowStatistics<Real>, partials, kScalarWarps);
   AVA_SHARED(SecondLook<Real>, looks, kScalarWarps);
+  AVA_SHARED(Real, of_tail, 1);  // coefficient of p_j of its columns
   auto* const scratch = reinterpret_cast<RowScratch<Real>*>(shared);
   auto* const entries = reinterpret_cast<SparseEntry<Real>*>(scratch + 1);  // [1 + n_ids]
   const int64_t row_index = blockIdx.x;
@@ -154,8 +165,10 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
     row = lane < kScalarWarps ? partials[lane] : empty_statistics<Real>();
     row = finished(merge_lanes(row, inverse_temperature), true);
   }
-  if (!given && (a.column_weights || a.all_flags & kRanks)) {
-    const SecondLook<Real> look = sum_of_lanes(second_look(a, options, row_index, x, row, target));
+  const int tail = tail_of<Real>(a, row_index, given);
+  const bool looks_again = !given && (a.column_weights || a.all_flags & kRanks || tail > 0);
+  if (looks_again) {
+    const SecondLook<Real> look = sum_of_lanes(second_look(a, options, row_index, x, row, target, tail));
     if (lane == 0) looks[warp] = look;
     __syncthreads();
   }
@@ -175,24 +188,32 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
     else
       evaluate_row(a, options, weight_of<Real>(a, row_index), row, entries, scratch, lane);
     __syncwarp();
-    if (a.column_weights || a.all_flags & kRanks) {
-      SecondLook<Real> look{};
-      if (!given) look = sum_of_lanes(lane < kScalarWarps ? looks[lane] : look);
+    SecondLook<Real> look{};
+    if (looks_again) look = sum_of_lanes(lane < kScalarWarps ? looks[lane] : look);
+    if (tail > 0 && a.summaries) {
+      if (lane == 0)
+        static_cast<Real*>(a.id_log_probs)[row_index * a.n_ids + tail - 1] =
+            row.count == 0 ? Real(-INFINITY) : log_of(look.tail_mass) - log_total(row);
+    } else if (tail > 0) {
+      if (lane == 0) of_tail[0] = take_tail(a, options, row_index, row, tail, given, look.tail_mass, entries, scratch);
+      __syncwarp();
+    }
+    if (a.column_weights) {
       if (row.count == 0) look.weights = {0, 0, a.all_flags & kTargetProbabilities ? Real(-INFINITY) : Real(0)};
-      if (a.column_weights)
-        take_column_weights<Element>(a, options, row_index, row, look.weights, given, scratch, lane);
-      if (lane == 0 && a.all_flags & kRanks && a.row_loss) {
-        ranks[kRankMetric * a.n_rows] = 1 + look.n_greater;
-        ranks[kArgmaxMetric * a.n_rows] = 1 + row.argmax;
-      }
+      take_column_weights<Element>(a, options, row_index, row, look.weights, given, scratch, lane);
+    }
+    if (lane == 0 && a.all_flags & kRanks && a.row_loss) {
+      ranks[kRankMetric * a.n_rows] = 1 + look.n_greater;
+      ranks[kArgmaxMetric * a.n_rows] = 1 + row.argmax;
     }
     if (a.row_loss) write_loss(a, row_index, weight_of<Real>(a, row_index), entries, scratch, lane);
     __syncwarp();
-    if (a.column_weights)  // their penalties are written: the share of the column's weight takes the place
+    if (out && (a.column_weights || tail > 0))  // their penalties are written: a further gradient takes the place
       for (int k = lane; k <= a.n_ids; k += 32)
-        entries[k].loss = entries[k].column < 0 ? Real(0)
-                                                : share_of_weight<Element>(a, options, row_index, scratch,
-                                                                           entries[k].column, entries[k].logit);
+        entries[k].loss = entries[k].column < 0
+                              ? Real(0)
+                              : further_gradient<Element>(a, options, row_index, scratch, tail, of_tail[0],
+                                                          entries[k].column, entries[k].logit);
   }
   if (!out) return;
   __syncthreads();
@@ -209,7 +230,8 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
                                    scratch->others) *
                    inverse_temperature;
       gradient *= scalar_cap_slope(a, options, logit);
-      if (a.column_weights) gradient += share_of_weight<Element>(a, options, row_index, scratch, column, logit);
+      if (a.column_weights || tail > 0)
+        gradient += further_gradient<Element>(a, options, row_index, scratch, tail, of_tail[0], column, logit);
     }
     out[column] = from_real<Element>(gradient);
   }
@@ -218,7 +240,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
     write_entries(
         a, options, entries, scratch, lane, [](int) { return true; },
         [&](int column, Real value) {
-          for (int k = 0; a.column_weights && k <= a.n_ids; ++k)
+          for (int k = 0; (a.column_weights || tail > 0) && k <= a.n_ids; ++k)
             if (entries[k].column == column) {
               value += entries[k].loss;
               break;

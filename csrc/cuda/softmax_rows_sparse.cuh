@@ -29,7 +29,7 @@ __device__ __forceinline__ int32_t id_of(const RowArguments& a, int64_t row, int
   const int32_t* const words = a.ids + ((row * a.n_ids + k) << a.ids_are_wide);
   const int32_t id = words[0], high = words[a.ids_are_wide];  // of 32 bits: the same word twice
   const bool is_int32 = high == id >> (31 * a.ids_are_wide);
-  const int32_t lowest = a.flags & kIdsArePresent ? 0 : -1;
+  const int32_t lowest = a.flags & kIdsArePresent ? 0 : a.flags & kTail ? kTailId : -1;
   AVA_DEVICE_CHECK((is_int32 && id >= lowest && id < a.vocab_size) &&
                    "row operators: expected ids in [0, vocab_size) or -1");
   return id;

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from support.strategies import Numbers
 
-from ava_ext.ops import Candidates, LinearLogits, RowFlags, row_loss, row_options, softmax_rows
+from ava_ext.ops import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.row_fields import TAIL_ID
 
-pytestmark = pytest.mark.devices("cpu", "pytorch")  # what the CUDA kernels lack is the last test's
 V = 9
 
 
@@ -70,6 +69,8 @@ def test_the_tail_of_a_sure_row(device, where, dtype):
         bound = (rounding + exact) * expected_gradient.abs() + smallest
         if where == "of the tail":  # p_j q' - p_j q' / p' cancels in a column of a tail that has nearly everything
             bound = bound + 1e-6 * logits.detach().double().softmax(-1)
+        if dtype != torch.float64:
+            bound[0, ids[0]] += 1e-7  # p_c - q_c of numbers near 1/2
         assert (error <= bound).all(), (gap, (error / bound).max())
         if where == "of the named" and gap > 8:
             assert gradient[0, 6] < -1e-7
@@ -141,11 +142,10 @@ def test_the_gradient_of_the_tail_by_differences(device, reading):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.devices("cpu", "cuda-emulated", "cuda")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_what_cuda_does_is_the_same(monkeypatch, device, reduction, dtype):
-    """From statistics in more passes: ordinary rows, sure ones, ignored ones, a soft cap, padding of the vocabulary."""
+def test_rows_of_all_kinds(device, reduction, dtype):
+    """Ordinary rows, sure ones, ignored ones, a soft cap, padding of the vocabulary."""
     numbers, vocab_size = Numbers(9), 40
     base = numbers.normal(6, vocab_size, scale=2.0)
     base[1, 3] = base[2, 7] = 60.0  # sure of a column that is named, and of one that is not
@@ -160,7 +160,6 @@ def test_what_cuda_does_is_the_same(monkeypatch, device, reduction, dtype):
     options = row_options(logits, temperature=0.8, logit_softcap=50.0)
     row_weights = numbers.uniform(6).to(options)
     candidates = Candidates(ids, weights, (2, 5))
-    monkeypatch.setattr(softmax_rows, "lacks_tail", lambda logits: True)
     arguments = {"row_weights": row_weights, "candidates": candidates, "vocab_size": vocab_size - 1}
     got = row_loss(logits, targets, options, flags=flags, reduction=reduction, **arguments)
     whole = base.to(dtype).double().nan_to_num(0).requires_grad_()
@@ -189,17 +188,6 @@ def test_what_cuda_does_is_the_same(monkeypatch, device, reduction, dtype):
     torch.testing.assert_close(got.loss.sum().double().cpu(), (loss + row_weights * tail).sum().detach(), **bound)
     rounding = {"rtol": 0.05, "atol": 0.02} if dtype == torch.bfloat16 else bound
     torch.testing.assert_close(gradient.double().cpu(), expected, **rounding)
-
-
-def test_hidden_states_are_refused_where_the_kernels_have_no_tail(monkeypatch):
-    monkeypatch.setattr(softmax_rows, "lacks_tail", lambda logits: True)
-    candidates = Candidates(torch.tensor([[TAIL_ID, 1]]), torch.tensor([[0.5, 0.5]]), (2,))
-    arguments = {"flags": int(RowFlags.SOFT_TARGETS | RowFlags.TAIL), "candidates": candidates}
-    logits, targets = LinearLogits(torch.zeros(1, 2), torch.zeros(3, 2)), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(NotImplementedError, match="the tail of soft targets on CUDA needs the whole logits"):
-        row_loss(logits, targets, row_options(torch.zeros(1)), **arguments)
-    with pytest.raises(NotImplementedError, match="and inplace_gradient=False with"):
-        row_loss(torch.zeros(1, 3), targets, row_options(torch.zeros(1)), inplace_gradient=True, **arguments)
 
 
 def test_compiled():
