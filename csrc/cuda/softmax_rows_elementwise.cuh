@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
 template <class Element>
 __global__ void __launch_bounds__(kPartThreads) scale_rows_kernel(const RowArguments a) {
   AVA_SHARED(float, factors, kPartThreads);
-  AVA_SHARED(bool, has_work, kPartThreads / 32);  // of the units that one warp has looked up
+  AVA_SHARED(int, has_work, kPartThreads / 32);  // 0 or 1, of the units that one warp has looked up
   const unsigned n_parts = unsigned(a.cluster_size), n_units = unsigned(a.n_rows) * n_parts;
   for (unsigned first = blockIdx.x; first < n_units; first += kPartThreads * gridDim.x) {
     const unsigned own = first + threadIdx.x * gridDim.x;
