@@ -14,14 +14,15 @@ struct LaneGroup {
 
   __device__ explicit LaneGroup(int n_lanes)
       : n(n_lanes),
-        n_bits(__ffs(n_lanes) - 1),
         own(int(threadIdx.x) & (n_lanes - 1)),
         offset16(n_lanes > 16 ? 16 : 0),
         offset2(n_lanes > 2 ? 2 : 0),
         offset1(n_lanes > 1 ? 1 : 0),
         once(n_lanes == 16 ? 0.5f
              : n_lanes < 4 ? float(n_lanes) / 4
-                           : 1.f) {}
+                           : 1.f) {
+    n_bits = __ffs(n_lanes) - 1;  // not above: nvcc's pass over the host's code looks at what stands there
+  }
 
   // step(value, offset) for every offset of a butterfly
   template <class Value, class Step>
