@@ -15,7 +15,7 @@ from ava_ext.ops.softmax_statistics import softmax_statistics
 ops = torch.ops.ava_ext
 TARGETS = [[3, 0, 10], [-100, 7, 7]]
 # without token reweighting, whose weight is a constant to autograd
-EVERY_TERM = sum(RowFlags) - RowFlags.TARGET_WEIGHTS - RowFlags.DFT - RowFlags.EAFT
+EVERY_TERM = sum(RowFlags) - RowFlags.TAIL - RowFlags.TARGET_WEIGHTS - RowFlags.DFT - RowFlags.EAFT
 SINGLE_TERMS = {
     "cross_entropy": RowFlags.CROSS_ENTROPY,
     "focal": RowFlags.CROSS_ENTROPY | RowFlags.FOCAL,

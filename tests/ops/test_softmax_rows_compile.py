@@ -8,7 +8,7 @@ from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 ops = torch.ops.ava_ext
-EVERY_TERM = int(sum(RowFlags) - RowFlags.TARGET_WEIGHTS)
+EVERY_TERM = int(sum(RowFlags) - RowFlags.TAIL - RowFlags.TARGET_WEIGHTS)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from ava_ext.ops.softmax_statistics import token_log_probs
 
 ops = torch.ops.ava_ext
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-EVERY_TERM = sum(RowFlags) - RowFlags.TARGET_WEIGHTS - RowFlags.SOFTCAP
+EVERY_TERM = sum(RowFlags) - RowFlags.TAIL - RowFlags.TARGET_WEIGHTS - RowFlags.SOFTCAP
 
 
 def loss_and_gradient(logits, targets, flags=RowFlags.CROSS_ENTROPY, **keywords):

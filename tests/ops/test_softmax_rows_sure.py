@@ -14,7 +14,7 @@ from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_options
 
 ops = torch.ops.ava_ext
 # of a row whose candidates are all pushed down
-EVERY_TERM = sum(RowFlags) - RowFlags.SOFT_TARGETS - RowFlags.TARGET_WEIGHTS
+EVERY_TERM = sum(RowFlags) - RowFlags.TAIL - RowFlags.SOFT_TARGETS - RowFlags.TARGET_WEIGHTS
 
 
 def row_loss(logits, targets, ids, weights, terms=0, **coefficients):

@@ -13,7 +13,8 @@ from test_softmax_rows import assert_right, fused, in_place, split
 from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
 
 PLAIN = int(RowFlags.CROSS_ENTROPY)
-LEFT_OUT = RowFlags.TARGET_WEIGHTS | RowFlags.SOFTCAP | RowFlags.EXCLUDE_TARGET | RowFlags.ENTROPY
+# a tail is for another kernel: test_tail
+LEFT_OUT = RowFlags.TARGET_WEIGHTS | RowFlags.SOFTCAP | RowFlags.EXCLUDE_TARGET | RowFlags.ENTROPY | RowFlags.TAIL
 EVERY_TERM = int(sum(RowFlags) - LEFT_OUT)
 CAPPED = int(RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP)
 TERMS = {"plain": PLAIN, "every term": EVERY_TERM, "capped": CAPPED}

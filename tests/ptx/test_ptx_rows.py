@@ -24,6 +24,7 @@ from row_cases import (
 from support.assertions import assert_bitwise_equal, assert_within
 from support.row_oracle import expected_row_loss
 from test_softmax_rows import assert_right
+from test_softmax_rows_tail import expected_with_tail, with_tail
 
 from ava_ext import reference
 from ava_ext.ops import RowFlags, row_options
@@ -173,3 +174,25 @@ def test_errors_of_exp2(path, dtype):
 def test_a_target_out_of_range_is_a_device_assert():
     with on_device(H100), pytest.raises(Exception, match=r"device assert: .*expected targets in \[0, vocab_size\)"):
         loss_and_gradient(torch.zeros(3, 10), torch.tensor([0, 10, 1]), PLAIN)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tail(dtype, architecture):
+    """Of soft targets: an ordinary row, and one that is sure of what is named."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 300, generator=random).to(dtype)
+    ids, q = torch.tensor([[7, 150, 299], [3, 4, 5]]), torch.tensor([[0.5, 0.25, 0.125]] * 2)
+    logits[1, 3:6] = torch.tensor([24.0, 23.5, 23.0], dtype=dtype)
+    logits.requires_grad_()
+    q = q.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    with on_device(H100, architecture) as device:
+        loss = with_tail(logits, ids, q)
+        (gradient,) = torch.autograd.grad(loss, logits, torch.ones(2, dtype=loss.dtype))
+    device.require_no_findings()
+    assert "scalar_rows_kernel" in device.launches[0].kernel.name
+    expected, expected_gradient = expected_with_tail(logits, ids, q)
+    exact = 1e-12 if dtype == torch.float64 else 4e-6
+    torch.testing.assert_close(loss.double(), expected, rtol=exact, atol=0)
+    rounding = 2**-8 if dtype == torch.bfloat16 else exact
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=rounding, atol=1e-7)

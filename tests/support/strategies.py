@@ -405,8 +405,9 @@ VOCABULARIES = [1, 2, 3, 7, 16, 31, 33, 64, 100, 255, 513, 1023, 1024, 1025, 150
 
 @st.composite
 def row_flags(draw):
-    """Any subset of the terms."""
-    return sum(draw(st.lists(st.sampled_from(list(RowFlags)), unique=True).map(lambda flags: [int(f) for f in flags])))
+    """Any subset of the terms, but for the tail of soft targets: on CUDA its rows take another kernel."""
+    terms = [int(flag) for flag in RowFlags if flag != RowFlags.TAIL]
+    return sum(draw(st.lists(st.sampled_from(terms), unique=True)))
 
 
 def draw_logits(draw, generator, shape, temperature):
