@@ -68,7 +68,7 @@ MUTANTS = [
            "first + i <= arguments.n_tokens", "heap-buffer-overflow"),
     Mutant("no_wait_in_a_row", "none", SOFTMAX_SUMS, "if (stage == 0) cp_async_wait<3>();", "", "expected"),
     Mutant("no_cluster_sync_for_partials", "none", SOFTMAX_ROWS, "cluster_sync();\n    else", ";\n    else",
-           "expected"),
+           ""),  # what it takes for partials sends it anywhere: the program may end without a word
 ]  # fmt: skip
 
 

@@ -249,11 +249,23 @@ def calls(request, monkeypatch):
     return calls, calls_expected
 
 
+def add_product(*problem):
+    linear_rows._add_product(*problem, is_first=False)
+
+
+@pytest.mark.parametrize("calls", [KERNEL, pytest.param(False, id="fallback")], indirect=True)
+def test_the_first_product_does_not_read_what_is_there(calls):
+    grad_weight, *product = make_problem(7, 67, 5000, 40)
+    got = torch.full_like(grad_weight, torch.nan)
+    linear_rows._add_product(got, *product, is_first=True)
+    assert_exact(got, torch.zeros_like(grad_weight), *product)
+
+
 @pytest.mark.parametrize("calls", [KERNEL, pytest.param(False, id="fallback")], indirect=True)
 @pytest.mark.parametrize("of_states", ["contiguous", "transposed"])
 def test_linear_rows_add_the_product(calls, of_states):
     problem = make_problem(7, 67, 5000, 40, "columns of a wider tensor", of_states)
-    assert_exact(after(linear_rows._add_product, *problem), *problem)
+    assert_exact(after(add_product, *problem), *problem)
     assert len(calls[0]) == calls[1]
 
 
@@ -261,7 +273,7 @@ def test_linear_rows_add_the_product(calls, of_states):
 def test_float16_has_no_products_of_its_own(calls):
     grad_weight, grad_logits, hidden_states = make_problem(8, 30, 50, 40)
     problem = grad_weight, grad_logits.half(), hidden_states.half()
-    assert_exact(after(linear_rows._add_product, *problem), *problem)
+    assert_exact(after(add_product, *problem), *problem)
     assert not calls[0]
 
 
