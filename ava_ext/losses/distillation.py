@@ -11,8 +11,7 @@ With distillation_tail, all tokens that are not named are one more target:
 
 where 1 - sum q is taken for 0 if it is negative. This is least where the model gives the named tokens what the teacher
 gives them; without the tail it is least where they have everything. 1 - sum p is the sum of the other tokens' own
-probabilities, so that value and gradient are right however sure the model is. On CUDA it takes two more passes over the
-logits and a copy of them, so hidden states in their place are refused.
+probabilities, so that value and gradient are right however sure the model is.
 
 The metric teacher_kl is sum_c q_c (log q_c - log p_c), the tail included where it is on: the mean over the rows that
 count, without weight and Td^2.
