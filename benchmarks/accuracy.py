@@ -167,7 +167,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--print", action="store_true", help="the table of the results that are there")
+    parser.add_argument("--print", action="store_true", help="the table of the existing results")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not options.print:

@@ -301,7 +301,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
 }
 
 // Sums over the weights q_j of the columns. u_i* is 0, so that i* has no part in `weighted`. A masked column has none in
-// any, but that its probability above 0 makes the loss infinite.
+// any, except that its probability above 0 makes the loss infinite.
 template <class Real>
 struct ColumnWeightSums {
   Real rest;        // sum over j != i* of q_j

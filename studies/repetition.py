@@ -2,7 +2,7 @@
 
     python studies/repetition.py --arms cross-entropy token --seeds 1     a part; goes on where it stopped
     python studies/repetition.py --quick                                  minutes: does everything run?
-    python studies/repetition.py --print                                  the table of the results that are there
+    python studies/repetition.py --print                                  the table of the existing results
 
 All arms of a seed see the same data in the same order, take the same number of updates and start from the same weights.
 The text is the standard library's docstrings, every fifteenth held out; text of another kind is the language reference.
@@ -360,7 +360,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in Setting()._asdict().items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value))
     parser.add_argument("--quick", action="store_true", help="a few updates of one layer, two arms, one seed")
-    parser.add_argument("--print", action="store_true", help="the table of the results that are there")
+    parser.add_argument("--print", action="store_true", help="the table of the existing results")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument(
         "--cache", type=Path, default=Path("build/study"), help="the float32 model, and states to resume"
