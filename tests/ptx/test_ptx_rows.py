@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -121,6 +122,24 @@ def test_rows_that_are_not_numbers(path, dtype):
         assert not gradient[4].any() and not gradient[2, torch.arange(n_columns) != 11].any()
         if terms == PLAIN:
             assert loss[2] == 0 and loss[5] <= 1e-20
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_gradient_of_a_slice_is_written_16_bytes_at_a_time(first):
+    """An odd number of columns, without the first or the last of 9 tokens: no vector but those at the rows' ends goes
+    element by element."""
+    base = torch.randn(2, 9, 2001, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits, targets = base[:, first : first + 8], torch.zeros(2, 8, dtype=torch.int64)
+    with on_device(H100) as device:
+        _, gradient = loss_and_gradient(logits, targets, PLAIN)
+    device.require_no_findings()
+    stores = device.launches[0].thread_instructions
+    n_wide = sum(n for opcode, n in stores.items() if opcode.startswith("st.global.v4"))
+    n_single = sum(n for opcode, n in stores.items() if re.fullmatch(r"st\.global\.[bu]16", opcode))
+    assert n_wide >= 16 * (2001 // 8 - 1) and n_single <= 16 * (2 * 7 + 1)
+    expected = torch.softmax(logits.double(), -1)
+    expected[..., 0] -= 1
+    torch.testing.assert_close(gradient.double(), expected, rtol=2**-8, atol=1e-7)
 
 
 @pytest.mark.parametrize("terms", [RowFlags.ENTROPY, RowFlags.ENTROPY | RowFlags.SOFTCAP], ids=["dense", "capped"])
