@@ -56,8 +56,9 @@ def _is_compact(
     """Whether elements do not overlap and lie close together."""
     extent: _Int = 1  # of the dimensions inside
     n_elements: _Int = 1
-    dims = [(stride, n) for stride, n in zip(strides, sizes, strict=True) if not _holds(n == 1)]
-    for stride, n in sorted(dims, key=cmp_to_key(lambda a, b: -1 if _holds(a[0] < b[0]) else 1)):
+    dims: list[tuple[_Int, _Int]] = [pair for pair in zip(strides, sizes, strict=True) if not _holds(pair[1] == 1)]
+    dims.sort(key=cmp_to_key(lambda a, b: -1 if _holds(a[0] < b[0]) else 1))
+    for stride, n in dims:
         if _holds(stride < extent) or _holds(8 * stride > 9 * n_elements):
             return False
         extent, n_elements = stride * n, n_elements * n
