@@ -57,9 +57,12 @@ def _is_compact(
     extent: _Int = 1  # of the dimensions inside
     n_elements: _Int = 1
     dims: list[tuple[_Int, _Int]] = [pair for pair in zip(strides, sizes, strict=True) if not _holds(pair[1] == 1)]
-    dims.sort(key=cmp_to_key(lambda a, b: -1 if _holds(a[0] < b[0]) else 1))
-    for stride, n in dims:
+    for stride, n in sorted(dims, key=cmp_to_key(_innermost_first)):
         if _holds(stride < extent) or _holds(8 * stride > 9 * n_elements):
             return False
         extent, n_elements = stride * n, n_elements * n
     return True
+
+
+def _innermost_first(one: tuple[_Int, _Int], other: tuple[_Int, _Int]) -> int:
+    return -1 if _holds(one[0] < other[0]) else 1

@@ -1,4 +1,4 @@
-"""Where a gradient lies: its rows begin where those of the logits do, modulo 16 bytes, wherever that is cheap; fakes too."""
+"""Where a gradient lies: its rows begin where the logits' do, modulo 16 bytes, wherever that is cheap; fakes too."""
 
 import pytest
 import torch
