@@ -50,7 +50,7 @@ ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
     "alone": 3,  # cycles for an instruction of a warp that has several independent ones: a row in registers
-    "loops": 12,  # that a thread enters for a row: four stages of three passes
+    "loops": 5,  # that a thread enters for a row: two stages of maximum and gradient, and the sum
     "loop": 30,  # instructions to enter one
     "stretch": 700,  # instructions of one warp between a row's barriers; tests/ptx executes 600 to 870
     "barrier": 40,  # cycles of a block's barrier

@@ -11,11 +11,27 @@ AVA_HOST_DEVICE float exp_of(float value) { return expf(value); }
 AVA_HOST_DEVICE double exp_of(double value) { return exp(value); }
 AVA_HOST_DEVICE float log_of(float value) { return logf(value); }
 AVA_HOST_DEVICE double log_of(double value) { return log(value); }
+// Of 2 and more, where the fast logarithm of a GPU is off by 3 units in the last place.
+AVA_HOST_DEVICE float log_of_count(float count) {
+#ifdef __CUDA_ARCH__
+  return __logf(count);
+#else
+  return logf(count);
+#endif
+}
+AVA_HOST_DEVICE double log_of_count(double count) { return log(count); }
 AVA_HOST_DEVICE float log1p_of(float value) { return log1pf(value); }
 AVA_HOST_DEVICE double log1p_of(double value) { return log1p(value); }
-AVA_HOST_DEVICE float expm1_of(float value) { return expm1f(value); }
-AVA_HOST_DEVICE double expm1_of(double value) { return expm1(value); }
-AVA_HOST_DEVICE float power_of(float base, float exponent) { return powf(base, exponent); }
+// base^exponent, base >= 0. float on a GPU: by its special functions, in 6 instructions instead of 150. 2^(exponent log2
+// base), with a relative error of at most (|exponent| max(1, |log2 base|) + 2) 2^-22: no more than rounding the base to
+// float means for a base that was computed as e^-x.
+AVA_HOST_DEVICE float power_of(float base, float exponent) {
+#ifdef __CUDA_ARCH__
+  return exponent == 0 ? 1.f : __powf(base, exponent);
+#else
+  return powf(base, exponent);
+#endif
+}
 AVA_HOST_DEVICE double power_of(double base, double exponent) { return pow(base, exponent); }
 AVA_HOST_DEVICE float tanh_of(float value) { return tanhf(value); }
 AVA_HOST_DEVICE double tanh_of(double value) { return tanh(value); }

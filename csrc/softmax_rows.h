@@ -252,6 +252,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
                                              Real target_weight = 1) {
   RowEvaluation<Real> out{};
   const Real total = log_total(row), mean_u = row.weighted / (1 + row.rest);
+  const Real log_count = flags & (kEaft | kConfidencePenalty) ? log_of_count(row.count) : Real(0);
   const Real nll = target_is_argmax ? total : total - target_u;
   out.terms[kCrossEntropyMetric] = nll;
   out.terms[kEntropyMetric] = total - mean_u;
@@ -260,16 +261,17 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
   if (flags & kCrossEntropy) {
     Real weight = flags & kTargetWeights ? target_weight : Real(1);
     if (flags & (kDft | kEaft) && options.reweighting_exponent != 0) {
-      // by its logarithm: a second power would take registers that the GPU kernels do not have
-      Real log_base = -nll;
-      if (flags & kEaft) log_base = row.count > 1 ? log_of((total - mean_u) / log_of(row.count)) : -Real(INFINITY);
-      weight *= exp_of(options.reweighting_exponent * log_base);
+      if (flags & kEaft)
+        weight *= row.count > 1 ? power_of((total - mean_u) / log_count, options.reweighting_exponent) : Real(0);
+      else
+        weight *= exp_of(options.reweighting_exponent * -nll);
     }
     Real hard = nll, slope = 1;  // of the target's term, and its derivative by nll
     if (flags & kFocal) {
       // alpha o^gamma nll with o = 1 - p_t; its derivative alpha o^gamma (1 + gamma p_t nll / o) has no o^(gamma - 1)
-      const Real other = target_is_argmax ? row.rest / (1 + row.rest) : -expm1_of(-nll);
-      const Real modulation = options.focal_alpha * power_of(other, options.focal_gamma), p = exp_of(-nll);
+      // p_t <= 1/2 where the target is not the maximum, so that 1 - p_t does not cancel
+      const Real other = target_is_argmax ? row.rest / (1 + row.rest) : 1 - exp_of(-nll), p = 1 - other;
+      const Real modulation = options.focal_alpha * power_of(other, options.focal_gamma);
       const Real ratio = nll < Real(1e-6) ? Real(1) : nll / other;
       hard = modulation * nll;
       slope = modulation * (1 + (p == 0 ? Real(0) : options.focal_gamma * p * ratio));  // p = 0: nll may be inf
@@ -282,9 +284,10 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     out.terms[kMainLoss] = smoothing == 1 ? Real(0) : (1 - smoothing) * hard;
     out.target_coefficient = -(1 - smoothing) * slope;
     if ((flags & (kLabelSmoothing | kSmoothingWeights)) == kLabelSmoothing) {
-      out.terms[kMainLoss] += smoothing * (total - row.sum / row.count);
+      const Real of_column = smoothing / row.count;
+      out.terms[kMainLoss] += smoothing * total - of_column * row.sum;
       out.coefficients.probability += smoothing;
-      out.coefficients.constant = -smoothing / row.count;
+      out.coefficients.constant = -of_column;
     }
   }
   if (flags & kZLoss) {
@@ -293,7 +296,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     out.coefficients.probability += 2 * options.z_loss_weight * lse;
   }
   if (flags & kConfidencePenalty && row.count > 1) {
-    const Real slope = options.confidence_penalty_weight / log_of(row.count);
+    const Real slope = options.confidence_penalty_weight / log_count;
     out.terms[kConfidencePenaltyTerm] = options.confidence_penalty_weight - slope * (total - mean_u);
     out.coefficients.entropy = slope;
   }
@@ -342,11 +345,10 @@ AVA_HOST_DEVICE DenseGradient<Real> dense_gradient(
     const RowStatistics<Real>& row, const RowCoefficients<Real>& coefficients,
     Real log_prob_coefficients,  // sum of s_c over all columns, i* included
     Real inverse_temperature) {
-  const Real total = 1 + row.rest, mean_u = row.weighted / total;
-  return {
-      (coefficients.probability - log_prob_coefficients - coefficients.entropy * mean_u) * inverse_temperature / total,
-      coefficients.entropy * inverse_temperature * inverse_temperature / total,
-      coefficients.constant * inverse_temperature};
+  const Real inverse_total = 1 / (1 + row.rest), mean_u = row.weighted * inverse_total,
+             by_x = inverse_temperature * inverse_total;
+  return {(coefficients.probability - log_prob_coefficients - coefficients.entropy * mean_u) * by_x,
+          coefficients.entropy * inverse_temperature * by_x, coefficients.constant * inverse_temperature};
 }
 
 // (1) at a column that has an s_c, by z.

@@ -114,6 +114,7 @@ __device__ __forceinline__ Type warp_sum(Type value) {
   return value;
 }
 // One instruction for each, not five rounds of shuffles.
+__device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(kWholeWarp, value); }
 __device__ __forceinline__ int warp_min(int value) { return __reduce_min_sync(kWholeWarp, value); }
 // Of floats by integers in the same order. There must be no nan.
 __device__ __forceinline__ int ordered(int bits) { return bits < 0 ? bits ^ 0x7fffffff : bits; }

@@ -28,13 +28,17 @@ struct LogitScale {
   float factor, factor_low;  // log2(e) / T in two floats
   float lowest_difference;   // at or below it e^u is 0
   float inverse_temperature;
-  float softcap, cap_factor;  // c, and 2 log2(e) / c
+  float softcap, inverse_softcap, cap_factor;  // c, 1 / c, 2 log2(e) / c
 };
 __device__ __forceinline__ LogitScale logit_scale(const RowOptions<float>& options) {
   const float inverse_temperature = 1 / options.temperature, factor = kLog2e * inverse_temperature;
-  return {factor,           fmaf(kLog2e, inverse_temperature, -factor) + kLog2eLow * inverse_temperature,
-          -1000.f / factor, inverse_temperature,
-          options.softcap,  2 * kLog2e / options.softcap};
+  return {factor,
+          fmaf(kLog2e, inverse_temperature, -factor) + kLog2eLow * inverse_temperature,
+          -1000.f / factor,
+          inverse_temperature,
+          options.softcap,
+          1 / options.softcap,
+          2 * kLog2e / options.softcap};
 }
 
 // softcap(x) and a quarter of its derivative.
@@ -46,8 +50,8 @@ __device__ __forceinline__ LogitScale logit_scale(const RowOptions<float>& optio
 //   r (1 - r) (2 |x| / c 2^-23 + 2^-22) + r (2^-24 + 2^-23) <= 2^-22.7
 //
 // so that c tanh is off by at most 2.5 2^-23 c: beside what a rounding of the logit to 16 bits makes of it, and of the
-// result 2^-24 c itself, nothing. 1 - 2 r cancels for a small x, which only a relative error would show. The derivative,
-// also where it is small, is off by 1.5 2^-22 of itself and the rounding of the exponent.
+// result 2^-24 c itself, nothing. 1 - 2 r cancels for a small x, which only a relative error shows: see capped_maximum.
+// The derivative, also where it is small, is off by 1.5 2^-22 of itself and the rounding of the exponent.
 struct CappedLogit {
   float value, quarter_slope;
 };
@@ -56,6 +60,12 @@ __device__ __forceinline__ CappedLogit capped_logit(float logit, const LogitScal
   if constexpr (kFeatures != Features::capped) return {logit, 0.25f};
   const float r = reciprocal_fast(1 + exp2_fast(fabsf(logit) * scale.cap_factor));
   return {copysignf(fmaf(-2 * scale.softcap, r, scale.softcap), logit), fmaf(-r, r, r)};
+}
+// The same value to 2 ulp, of a maximum: it is a part of lse, whose square a loss may be, and beside it the target's
+// logit is measured (scalar_u in softmax_rows_sparse.cuh).
+template <Features kFeatures>
+__device__ __forceinline__ float capped_maximum(float logit, const LogitScale& scale) {
+  return kFeatures == Features::capped ? scale.softcap * tanhf(logit * scale.inverse_softcap) : logit;
 }
 // A masked logit stays -inf.
 template <Features kFeatures, bool kMayBeMasked>

@@ -18,20 +18,20 @@ struct Sums {
 };
 
 // One vector. `excluded` is the place of the maximum in it, or -1; only vectors that may have one are compared with it.
-// Where a soft cap is flat several logits may be equal to the reference: `argmax` becomes the lowest column of those (R is
-// the same whichever of them is left out).
+// Where a soft cap is flat several logits may have its value `at_maximum`: `argmax` becomes the lowest column of those (R
+// is the same whichever of them is left out).
 template <bool kExcludes, class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize]
                                            int first_column, int excluded,
-                                           const Exponent<Element, kFeatures, kCareful>& exponent, Sums& sums,
-                                           int& argmax) {
+                                           const Exponent<Element, kFeatures, kCareful>& exponent, float at_maximum,
+                                           Sums& sums, int& argmax) {
   constexpr int kSize = kVectorSize<Element>;
   float rest[kSize], weighted = 0, sum = 0;
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
     const float x = capped_logit_or_masked<kFeatures, kCareful>(logits[k], exponent.scale).value;
     if constexpr (kFeatures == Features::capped && kCareful)
-      if (x == exponent.reference && first_column + k < argmax) argmax = first_column + k;
+      if (x == at_maximum && first_column + k < argmax) argmax = first_column + k;
     float steps, e = exponent.exponential(x, steps);
     if constexpr (kExcludes) e = k == excluded ? 0.f : e;
     rest[k] = e;
@@ -122,7 +122,7 @@ __device__ __forceinline__ RowStatistics<Real> merge_lanes(const RowStatistics<R
   if constexpr (kDense) {
     row.weighted = warp_sum(row.weighted);
     row.sum = warp_sum(row.sum);
-    row.count = warp_sum(row.count);
+    row.count = Real(warp_sum(int(row.count)));  // below 2^24, and never a nan
   }
   return row;
 }
@@ -141,6 +141,37 @@ __device__ __forceinline__ RowStatistics<Real> finished(RowStatistics<Real> row,
   return row;
 }
 
+// The lowest element of all vectors that a thread has looked at; of 16 bits in pairs to the end.
+template <class Element>
+struct Lowest {
+  using Pair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
+  std::conditional_t<sizeof(Element) == 2, Pair, float> lowest;
+
+  __device__ __forceinline__ Lowest() {
+    if constexpr (sizeof(Element) == 2)
+      lowest = {from_float<Element>(INFINITY), from_float<Element>(INFINITY)};
+    else
+      lowest = INFINITY;
+  }
+  __device__ __forceinline__ void look_at(uint4 bits) {
+    if constexpr (sizeof(Element) == 2) {
+      Pair pairs[4];
+      memcpy(static_cast<void*>(pairs), &bits, 16);
+      lowest = __hmin2(lowest, __hmin2(__hmin2(pairs[0], pairs[1]), __hmin2(pairs[2], pairs[3])));
+    } else {
+      float high, low;
+      vector_range<Element>(bits, high, low);
+      lowest = fminf(lowest, low);
+    }
+  }
+  __device__ __forceinline__ float value() const {
+    if constexpr (sizeof(Element) == 2)
+      return fminf(to_float(lowest.x), to_float(lowest.y));
+    else
+      return lowest;
+  }
+};
+
 // Statistics of this warp's vectors: steps 1 and 2 of row_loss_kernel, with `gather` between them. `careful` is set where
 // some logit of the warp needs the careful exponent.
 template <class Element, Residence kResidence, Features kFeatures, class Gather>
@@ -149,21 +180,21 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
                                                              const LogitScale& scale, int n_slots, Gather gather,
                                                              bool& careful) {
   const int thread = threadIdx.x, n_threads = blockDim.x, n_mine = row.all.of(thread);
-  float best = -INFINITY, lowest = INFINITY;
+  float best = -INFINITY;
   int best_slot = -1;
+  Lowest<Element> lowest;
   for (int stage = 0; stage < kStages<kResidence>; ++stage) {
     if constexpr (Kept<Element, kResidence>::kStaged) {
-      if (stage == 0) cp_async_wait<3>();
-      if (stage == 1) cp_async_wait<2>();
-      if (stage == 2) cp_async_wait<1>();
-      if (stage == 3) cp_async_wait<0>();
+      if (stage == 0) cp_async_wait<1>();
+      if (stage == 1) cp_async_wait<0>();
     }
     const SlotRange range = slots_of_stage<kResidence>(n_slots, stage);
     for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(range.begin, min(range.end, n_mine), [&](int i) {
+      const uint4 bits = kept.get(row, i, 0);
       float high, low;
-      vector_range<Element>(kept.get(row, i, 0), high, low);
+      vector_range<Element>(bits, high, low);
       if (high > best) best = high, best_slot = i;
-      lowest = fminf(lowest, low);
+      if constexpr (kFeatures != Features::plain) lowest.look_at(bits);
     });
   }
   gather();
@@ -173,8 +204,8 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
   const int winner = warp_min(may_win ? best_vector : kNoColumn);  // the first that holds the maximum
   const int winner_slot = may_win && best_vector == winner ? best_slot : -1;
   const CappedLogit capped_best = capped_logit<kFeatures>(warp_best, scale);
-  const float reference = warp_best == -INFINITY ? 0.f : capped_best.value;
-  if constexpr (kFeatures != Features::plain) careful = __any_sync(kWholeWarp, lowest < kLowestOrdinary);
+  const float reference = warp_best == -INFINITY ? 0.f : capped_maximum<kFeatures>(warp_best, scale);
+  if constexpr (kFeatures != Features::plain) careful = __any_sync(kWholeWarp, lowest.value() < kLowestOrdinary);
   if constexpr (kFeatures == Features::capped) careful = careful || is_flat(capped_best);
 
   const auto sum_up = [&](auto is_careful) {
@@ -191,7 +222,7 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
         excluded = first_equal<Element>(logits, warp_best);
         argmax = first_column + excluded < argmax ? first_column + excluded : argmax;
       }
-      accumulate<kMayHoldMaximum>(logits, first_column, excluded, exponent, sums, argmax);
+      accumulate<kMayHoldMaximum>(logits, first_column, excluded, exponent, capped_best.value, sums, argmax);
     };
     if constexpr (kResidence == Residence::registers) {
       for_slots<kResidence, 1>(0, n_mine, [&](int i) { add(i, std::true_type()); });
@@ -232,12 +263,13 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
     vector_range<Element>(bits, high, low);
     unpack<Element>(bits, logits);
     const bool is_empty = high == -INFINITY;
-    const float reference = is_empty ? 0.f : capped_logit<kFeatures>(high, scale).value;
+    const float reference = is_empty ? 0.f : capped_maximum<kFeatures>(high, scale);
     const Exponent<Element, kFeatures, true> exponent(scale, reference);
     const int excluded = is_empty ? -1 : first_equal<Element>(logits, high);
     int argmax = is_empty ? kNoColumn : row.column(vector) + excluded;
     Sums sums;
-    accumulate<true>(logits, row.column(vector), excluded, exponent, sums, argmax);
+    accumulate<true>(logits, row.column(vector), excluded, exponent, capped_logit<kFeatures>(high, scale).value, sums,
+                     argmax);
     partial =
         merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax), scale.inverse_temperature);
   }

@@ -145,9 +145,10 @@ struct Kept {
   }
 };
 
-// The maximum of a quarter of the row is taken while the rest still arrives.
+// The maximum of half of the row is taken while the rest still arrives. More stages would hide a little more of that
+// time; but each is a loop to enter, in every pass of every thread.
 template <Residence kResidence>
-constexpr int kStages = kResidence == Residence::shared || kResidence == Residence::clusters ? 4 : 1;
+constexpr int kStages = kResidence == Residence::shared || kResidence == Residence::clusters ? 2 : 1;
 struct SlotRange {
   int begin, end;
 };

@@ -94,6 +94,9 @@ int reduce(uint32_t mask, int value, Pick pick, Place place) {
 inline int __reduce_min_sync(uint32_t mask, int value, cuda_emulator::Place place = cuda_emulator::Place::current()) {
   return cuda_emulator::reduce(mask, value, [](int a, int b) { return a < b ? a : b; }, place);
 }
+inline int __reduce_add_sync(uint32_t mask, int value, cuda_emulator::Place place = cuda_emulator::Place::current()) {
+  return cuda_emulator::reduce(mask, value, [](int a, int b) { return a + b; }, place);
+}
 inline int __reduce_max_sync(uint32_t mask, int value, cuda_emulator::Place place = cuda_emulator::Place::current()) {
   return cuda_emulator::reduce(mask, value, [](int a, int b) { return a > b ? a : b; }, place);
 }

@@ -193,6 +193,7 @@ SIMPLE = {
     "brev": lambda kind, suffixes, a: f"reverse_bits({a})",
     "sqrt": lambda kind, suffixes, a: f"np.sqrt({a})",
     "rcp": _rcp,
+    "lg2": lambda kind, suffixes, a: f"np.log2({a}.astype(np.float64)).astype(np.float32)",
     # the sign of a on the magnitude of b
     "copysign": lambda kind, suffixes, a, b: f"np.copysign({b}, {a})",
 }

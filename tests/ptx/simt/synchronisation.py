@@ -140,10 +140,11 @@ class Synchronisation:
             self._set_values(operands[0], threads, {"any": votes.any(), "all": votes.all(), "ballot": ballot}[mode])
         elif instruction.name == "redux":
             mode, kind = instruction.suffixes[1:3]
-            if kind not in ("s32", "u32") or mode not in ("min", "max"):
+            if kind not in ("s32", "u32") or mode not in ("min", "max", "add"):
                 raise NotImplementedError(instruction.text)
             values = self._values(operands[1], threads, np.int32 if kind == "s32" else np.uint32)
-            result = np.full(threads.size, values.min() if mode == "min" else values.max())
+            reduced = {"min": np.min, "max": np.max, "add": np.sum}[mode](values)  # add: without a carry beyond 32 bits
+            result = np.full(threads.size, reduced.astype(values.dtype))
             self._set_values(operands[0], threads, result)
         else:
             self._shuffle(instruction, threads, lane)
