@@ -44,8 +44,8 @@ GPUS = (
     Gpu("H200", "90", 132, 1.755e9, 4.3e12, 0.65e15),
     Gpu("B200", "100", 148, 1.85e9, 6.9e12, 1.45e15),
 )
-# of every multiprocessor since Volta: schedulers, and cycles that an exponential keeps one busy
-SCHEDULERS, EXPONENTIAL_CYCLES = 4, 8
+# of every multiprocessor since Volta: schedulers, and cycles that an exponential or a reciprocal keeps one busy
+SCHEDULERS, SPECIAL_CYCLES = 4, 8
 ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
@@ -74,9 +74,9 @@ def bounds(demands: Sequence[float], delay: float, n_customers: int) -> tuple[fl
     return least, most
 
 
-def issue_cycles(n_instructions: float, n_exponentials: float) -> float:
+def issue_cycles(n_instructions: float, n_special: float) -> float:
     """Cycles in which a multiprocessor issues these instructions of warps."""
-    return max(n_instructions / ASSUMED["issue"], n_exponentials * EXPONENTIAL_CYCLES) / SCHEDULERS
+    return max(n_instructions / ASSUMED["issue"], n_special * SPECIAL_CYCLES) / SCHEDULERS
 
 
 # -- Rows of logits
@@ -121,6 +121,7 @@ class RowInstructions:
     sum: float
     gradient: float
     row: float
+    special: float = 0.0  # of a vector's: exponentials and reciprocals
 
     @property
     def vector(self) -> float:
@@ -133,6 +134,7 @@ _LONGEST_LOOP = 1500  # over vectors; the loop over rows has thousands of instru
 def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstructions:
     """Of row_loss_kernel, where the row is kept in shared memory."""
     least = {"maximum": math.inf, "sum": math.inf, "gradient": math.inf}
+    special = 0.0
     for loop in kernel.loops():
         if not any("128" in opcode for opcode in kernel.opcodes(loop)) or loop.last - loop.first > _LONGEST_LOOP:
             continue
@@ -143,9 +145,10 @@ def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstru
         n_stored, n_fetched = path.count(r"STG.*128"), path.count("LDGSTS")
         if n_kept and not (n_exponentials or n_stored or n_fetched):
             kind, n_vectors = "maximum", n_kept
-        elif n_kept and n_exponentials == vector_size * n_kept and not (n_stored or n_fetched):
+        elif n_kept and n_exponentials in _exponentials(vector_size * n_kept) and not (n_stored or n_fetched):
             kind, n_vectors = "sum", n_kept
-        elif n_stored and n_exponentials == vector_size * n_stored and n_fetched == n_stored:
+            special = 2 * path.count("MUFU") / n_vectors  # the gradient has as many
+        elif n_stored and n_exponentials in _exponentials(vector_size * n_stored) and n_fetched == n_stored:
             kind, n_vectors = "gradient", n_stored
         else:
             continue
@@ -155,19 +158,25 @@ def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstru
     rows = max(
         kernel.loops(), key=lambda loop: (sum(kernel.opcodes(loop)[o] for o in BARRIERS), loop.last - loop.first)
     )
-    return RowInstructions(**least, row=kernel.path(rows, " BAR| UCGABAR", lambda inner: 0).n_instructions)
+    row = kernel.path(rows, " BAR| UCGABAR", lambda inner: 0).n_instructions
+    return RowInstructions(**least, row=row, special=special)
+
+
+def _exponentials(n_elements: int) -> tuple[int, int]:
+    """Of so many elements: one each, and one more under a soft cap."""
+    return n_elements, 2 * n_elements
 
 
 BARRIERS = ("BAR.SYNC.DEFER_BLOCKING", "UCGABAR_WAIT")
 
 
-def row_times(plan: Plan, counts: RowInstructions, vector_size: int, n_rows: int, gpu: Gpu) -> tuple[float, float]:
+def row_times(plan: Plan, counts: RowInstructions, n_rows: int, gpu: Gpu) -> tuple[float, float]:
     """Seconds of one read, one gradient and all sums: least and likely most."""
     n_warps, n_slots = plan.n_threads / 32, math.ceil(plan.capacity / plan.n_threads)
     of_row = counts.row + ASSUMED["loops"] * ASSUMED["loop"]
     issue = issue_cycles(
         n_warps * (n_slots * counts.vector + of_row) + ASSUMED["stretch"],
-        n_warps * n_slots * 2 * vector_size,
+        n_warps * n_slots * counts.special,
     )
     barrier = ASSUMED["cluster barrier" if plan.cluster_size > 1 else "barrier"]
     delay = ASSUMED["stretch"] * ASSUMED["dependent"] + barrier + 2 * ASSUMED["barrier"]

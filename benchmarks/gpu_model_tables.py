@@ -41,7 +41,8 @@ def find_cuobjdump() -> str:
     return found
 
 
-_PLAIN_ROWS = r"row_loss_kernelI{type}LNS_9ResidenceE{residence}ELNS_8FeaturesE0E"
+_ROWS = r"row_loss_kernelI{type}LNS_9ResidenceE{residence}ELNS_8FeaturesE{features}E"
+PLAIN, CAPPED = 0, 2  # Features in csrc/cuda
 
 
 @functools.cache
@@ -58,10 +59,10 @@ def _range(low: float, high: float, digits: int = 0) -> str:
 
 
 @functools.cache
-def _plain_row_instructions(residence: int, vector_size: int, architecture: str) -> RowInstructions | None:
-    """Of plain cross-entropy; None where a row is in registers, which has no loop over vectors."""
+def _row_instructions(residence: int, vector_size: int, architecture: str, features: int) -> RowInstructions | None:
+    """None where a row is in registers, which has no loop over vectors."""
     stem, type_name = ("bfloat16", "13__nv_bfloat16") if vector_size == 8 else ("float32", "f")
-    pattern = _PLAIN_ROWS.format(type=type_name, residence=residence)
+    pattern = _ROWS.format(type=type_name, residence=residence, features=features)
     try:
         (kernel,) = _functions(f"softmax_rows_{stem}", architecture, pattern)
         return count_row_instructions(kernel, vector_size)
@@ -70,24 +71,25 @@ def _plain_row_instructions(residence: int, vector_size: int, architecture: str)
 
 
 def row_table(n_rows: int = 8192) -> list[str]:
-    """Loss and gradient of rows, plain cross-entropy."""
+    """Loss and gradient of rows: plain cross-entropy, and one under a soft cap."""
     lines = [
         f"| {n_rows} rows | GPU | cluster x parts | instructions a vector: maximum, sum, gradient; a row | copy ms"
         " | kernel ms | share of copy |",
         "|---|---|---|---|---|---|---|",
     ]
     for dtype, size in (("bf16", 8), ("fp32", 4)):
-        for n_columns in (128256, 50257, 32000, 4096):
+        for n_columns, features in ((128256, PLAIN), (50257, PLAIN), (32000, PLAIN), (4096, PLAIN), (128256, CAPPED)):
+            case = f"{dtype} {n_columns}" + ", soft cap" * (features == CAPPED)
             for gpu in GPUS:
                 plan = plan_rows(n_columns, 16 // size, gpu)
-                counts = _plain_row_instructions(plan.residence, size, gpu.architecture)
+                counts = _row_instructions(plan.residence, size, gpu.architecture, features)
                 if counts is None:
-                    lines.append(f"| {dtype} {n_columns} | {gpu.name} |" + " not modelled |" * 5)
+                    lines.append(f"| {case} | {gpu.name} |" + " not modelled |" * 5)
                     continue
                 copy = 2 * n_rows * n_columns * 16 / size / gpu.copy
-                least, most = row_times(plan, counts, size, n_rows, gpu)
+                least, most = row_times(plan, counts, n_rows, gpu)
                 lines.append(
-                    f"| {dtype} {n_columns} | {gpu.name} | {plan.cluster_size} x {plan.blocks} | {counts.maximum:.1f},"
+                    f"| {case} | {gpu.name} | {plan.cluster_size} x {plan.blocks} | {counts.maximum:.1f},"
                     f" {counts.sum:.1f}, {counts.gradient:.1f}; {counts.row:.0f} | {copy * 1e3:.2f}"
                     f" | {_range(least * 1e3, most * 1e3, 2)} | {_range(100 * copy / most, 100 * copy / least)}% |"
                 )
@@ -130,10 +132,10 @@ def linear_table(n_rows: int = 8192, n_columns: int = 128256, hidden_size: int =
     n_chunks = math.ceil(n_rows / chunk_rows)
     for gpu in GPUS:
         plan = plan_rows(n_columns, 2, gpu)
-        counts = _plain_row_instructions(plan.residence, 8, gpu.architecture)
+        counts = _row_instructions(plan.residence, 8, gpu.architecture, PLAIN)
         if counts is None:
             continue
-        _, rows = row_times(plan, counts, 8, n_rows, gpu)
+        _, rows = row_times(plan, counts, n_rows, gpu)
         products = 3 * 2 * n_rows * n_columns * hidden_size / gpu.products
         # the float32 accumulator is written once, then read and written for every chunk, and copied to bfloat16
         sums = n_columns * hidden_size * (2 if n_chunks == 1 else 4 + 8 * (n_chunks - 1) + 6) / gpu.copy

@@ -17,6 +17,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return result;
 }
 
+// 1 / x by the special function unit, 1 ulp; 0 for inf, and inf below 2^-126.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The larger one; a nan wins, which fmaxf's does not.
 __device__ __forceinline__ float max_keep_nan(float x, float y) {
   float result;
