@@ -54,17 +54,6 @@ struct LaneGroup {
   }
 };
 
-// 1 << shift, and 0 for a shift of 32 and more, as the instruction has it.
-__device__ __forceinline__ uint32_t bit_at(unsigned shift) {
-#ifdef __CUDACC__
-  uint32_t bit;
-  asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(shift));
-  return bit;
-#else
-  return shift < 32 ? 1u << shift : 0;
-#endif
-}
-
 // Which items of a lane were chosen: item i is bit 2 i.
 struct ChosenItems {
   uint32_t bits = 0, repeated = 0;  // repeated: those that were chosen before

@@ -13,17 +13,6 @@ constexpr int kRouterBlocks = 1;  // two would spill there
 constexpr int kRouterBlocks = 2;
 #endif
 
-// 1 / x by the special function unit, 1 ulp, of an ordinary number.
-__device__ __forceinline__ float fast_reciprocal(float x) {
-#ifdef __CUDACC__
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return 1 / x;
-#endif
-}
-
 // log(1 + rest), as log1p_of_rest, with fast divisions.
 __device__ __forceinline__ float fast_log1p_of_rest(float rest) {
   const float total = 1.f + rest;
