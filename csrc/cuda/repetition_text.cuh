@@ -13,8 +13,8 @@ struct TextFacts {
 };
 constexpr int kTextFacts = 3;
 
-constexpr int kTextThreads = 1024, kTextWarps = kTextThreads / 32;
-constexpr int kTextItems = 4;  // positions of a thread; a tile has those of all threads
+constexpr int kTextThreads = 256, kTextWarps = kTextThreads / 32;
+constexpr int kTextItems = 8;  // positions of a thread; a tile has those of all threads
 
 // Inclusive, over the lanes of a warp.
 __device__ inline int scan_max(int value) {
@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(kTextThreads)
     }
     __syncthreads();
     // lane i has what warp i has
-    const int text_of_warps = scan_max(shared[lane]), run_of_warps = scan_max(shared[kTextWarps + lane]),
-              count_of_warps = scan_sum(shared[2 * kTextWarps + lane]);
+    const auto of_warp = [&](int fact) { return lane < kTextWarps ? shared[fact * kTextWarps + lane] : 0; };
+    const int text_of_warps = scan_max(of_warp(0)), run_of_warps = scan_max(of_warp(1)),
+              count_of_warps = scan_sum(of_warp(2));
     // before this thread: what is before the tile, the warp, the lane
     const auto before = [&](int of_tile, int of_warps, int of_lanes, auto join) {
       const int of_other_warps = __shfl_sync(kWholeWarp, of_warps, warp > 0 ? warp - 1 : 0);

@@ -64,12 +64,16 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   ChoiceCounts choices;
   RowScalars scalars;
   const bool chooses = arguments.choice != nullptr, is_biased = arguments.expert_bias != nullptr;
+  const bool is_for_all_at_once = arguments.k >= kLeastBest && arguments.k <= kBest;
   lanes.for_rows([&](int turn, int row, bool counts) {
     float weights[kItems], y[kItems];
     ChosenItems chosen;
     if (chooses && !is_biased) {
       lanes.read(turn, y);
-      chosen = lanes.template choose<ScoreKey>(row, counts, y);
+      if (sizeof(Element) == 2 && is_for_all_at_once)
+        chosen = lanes.choose_best(row, counts, y);
+      else
+        chosen = lanes.template choose<ScoreKey>(row, counts, y);
     }
     RouterRow<float> of_logits{};
     if constexpr (kSigmoid) {
