@@ -28,7 +28,7 @@ std::array<Tensor, 2> sort_keys(const Tensor& keys) {
 }
 
 // Tokens that the rows may read one by one, for each multiprocessor: what takes no longer than the linear way's launches.
-constexpr double kMostReads = 1 << 18;
+constexpr double kMostReads = 1 << 19;
 
 template <class Weight>
 void write_candidates_of_device(RepetitionArguments<Weight> arguments, const Tensor& tokens,
