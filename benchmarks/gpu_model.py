@@ -202,10 +202,10 @@ def count_router_instructions(
 ) -> RouterInstructions:
     """Of the kernels over bfloat16, softmax.
 
-    is_given: the caller brings the choices; else they are made.
+    is_given: the caller brings the choices; else they are made, all at once.
     """
-
-    n_shuffles = 2 if n_lanes <= 4 else 5  # of a loop over choices of one's own: it is there twice
+    if not is_given and k != BEST_CHOICES:
+        raise ValueError(f"gpu_model: expected k = {BEST_CHOICES}, whose stores are known, got {k}")
 
     def path(stem: str, keys: str, n_sums: int) -> float:
         (kernel,) = [f for f in kernels if re.search(stem, f.name)]
@@ -214,9 +214,10 @@ def count_router_instructions(
 
         def trips(inner: sass.Loop) -> float:
             opcodes = kernel.opcodes(inner)
-            if opcodes["STG.E"]:  # one choice after another; by 64 bits where there is a bias
-                is_ours = not is_given and opcodes["SHFL.BFLY"] == n_shuffles and sum(opcodes.values()) < 100
-                return k if is_ours else math.inf
+            if opcodes["STG.E"]:  # one choice after another: more than kBest of them, a bias, logits of 32 bits
+                return math.inf
+            if opcodes["SHFL.BFLY"] == BEST_CHOICES:  # the best of both lanes of a pair
+                return math.inf if is_given else n_lanes.bit_length() - 1
             if not opcodes["SHFL.IDX"]:
                 return 1
             if opcodes["SHFL.IDX"] == 1 or not is_given:  # experts chosen twice
@@ -224,15 +225,17 @@ def count_router_instructions(
             n_reads = math.ceil(k / n_lanes)
             return n_reads if any(o.startswith("LDG") for o in opcodes) else k / n_reads / opcodes["SHFL.IDX"]
 
-        found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|STG.*128|{keys}", trips)
-        if found is None or ("STG" in keys and not found.count("STG.E$")):
+        found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|{keys}", trips)
+        if found is None or ("STG" in keys and found.count("STG.*128") != 2):  # 16 elements, or 8 choices
             raise ValueError(f"gpu_model: expected a path through the choices of {kernel.name}")
         more_steps = max(0, n_lanes.bit_length() - 3) + (n_lanes == 16)  # of a sum over more than 4 lanes
         return found.n_instructions + 2 * n_sums * more_steps
 
     # importance is added where bits in predicates say so
-    choices = "SHFL.IDX|R2P" if is_given else "STG.E$|R2P"
-    return RouterInstructions(path("router_statistics_kernel", choices, 3), path("router_gradient_kernel", "none", 4))
+    choices = "SHFL.IDX|R2P" if is_given else "VIMNMX|STG.*128|R2P"  # comparisons of keys
+    return RouterInstructions(
+        path("router_statistics_kernel", choices, 3), path("router_gradient_kernel", "STG.*128", 4)
+    )
 
 
 def _is_over_rows(opcodes: Counter[str]) -> bool:
@@ -241,6 +244,7 @@ def _is_over_rows(opcodes: Counter[str]) -> bool:
 
 ROUTER = r"I13__nv_bfloat16Li16ELb0E"  # in a kernel's name: bfloat16, more than 8 experts, softmax
 ROUTER_BLOCK = 256  # threads
+BEST_CHOICES = 8  # kBest in csrc/cuda/router_rows_choice.cuh
 REGISTERS = 65536  # of a multiprocessor
 
 

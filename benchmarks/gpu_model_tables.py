@@ -25,6 +25,9 @@ from gpu_model import (
     router_times,
     row_times,
 )
+from gpu_model_repetition import TEXTS, reading_milliseconds
+from gpu_model_repetition import count as count_repetition
+from gpu_model_repetition import milliseconds as repetition_milliseconds
 
 from ava_ext.ops.linear_logits import rows_of_a_chunk
 
@@ -146,7 +149,25 @@ def linear_table(n_rows: int = 8192, n_columns: int = 128256, hidden_size: int =
     return lines
 
 
-TABLES = {"rows": row_table, "linear": linear_table, "router": router_table}
+def repetition_table() -> list[str]:
+    """N-grams, immediate repetition and early EOS; needs nvcc, and a minute."""
+    lines = [
+        "| text | GPU | [1, 131072] ms | by reading | [8, 8192] ms | by reading |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in TEXTS:
+        executed = count_repetition(kind)
+        for gpu in GPUS:
+            times = [
+                f"{time(executed, *shape, gpu):.2f}"
+                for shape in ((1, 131072), (8, 8192))
+                for time in (repetition_milliseconds, reading_milliseconds)
+            ]
+            lines.append(f"| {kind} | {gpu.name} | {' | '.join(times)} |")
+    return lines
+
+
+TABLES = {"rows": row_table, "linear": linear_table, "router": router_table, "repetition": repetition_table}
 
 
 def with_tables(page: str, tables: dict[str, list[str]]) -> str:

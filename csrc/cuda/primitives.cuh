@@ -31,6 +31,13 @@ __device__ __forceinline__ float max_keep_nan(float x, float y) {
   return result;
 }
 
+// 1 << shift, and 0 for a shift of 32 and more, as the instruction has it.
+__device__ __forceinline__ uint32_t bit_at(unsigned shift) {
+  uint32_t bit;
+  asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(shift));
+  return bit;
+}
+
 // The same value, of unknown origin to the compiler: what is made of it is computed again instead of kept in registers.
 __device__ __forceinline__ unsigned computed_again(unsigned value) {
   asm volatile("" : "+r"(value));
