@@ -248,10 +248,10 @@ void test_every_residence(const SoftmaxRowsLaunchers& kernels) {
                       {kH200, 300 * kScale, Residence::registers, 1},
                       {small_device(4608, 8), 701 * kScale, Residence::shared, 1},
                       {small_device(20480, 1, 8), 3401 * kScale, Residence::shared, 1},
-                      {small_device(4096, 8), 1001 * kScale, Residence::clusters, 2},
+                      {small_device(5120, 8), 1001 * kScale, Residence::clusters, 2},
                       {small_device(10240, 8, 8), 3401 * kScale, Residence::clusters, 2},
-                      {small_device(6144, 8), 2501 * kScale, Residence::clusters, 4},
-                      {small_device(10496, 8), 7101 * kScale, Residence::clusters, 8},
+                      {small_device(7424, 8), 2501 * kScale, Residence::clusters, 4},
+                      {small_device(14080, 8), 9601 * kScale, Residence::clusters, 8},
                       {small_device(4096, 1), 1100 * kScale, Residence::streamed, 1}};
   const int flags[] = {kCrossEntropy, kCrossEntropy | kFocal | kLabelSmoothing | kZLoss | kConfidencePenalty,
                        kCrossEntropy | kLabelSmoothing | kSoftcap | kEaft,

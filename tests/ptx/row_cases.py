@@ -44,10 +44,10 @@ PATHS = [
     Path("registers", 1, DeviceLimits(0, *[getattr(H100, n) for n, _ in H100._fields_[1:]]), 1801),
     Path("shared", 1, small_device(4608), 701),
     Path("shared", 1, small_device(20480, blocks=8), 3401),
-    Path("clusters", 2, small_device(4096), 1001),
-    Path("clusters", 4, small_device(6144), 2501),
+    Path("clusters", 2, small_device(5120), 1001),
+    Path("clusters", 4, small_device(7424), 2501),
     Path("clusters", 2, small_device(10240, blocks=8), 3401),
-    Path("clusters", 4, small_device(10752, blocks=8), 6803),
+    Path("clusters", 4, small_device(12288, blocks=8), 6803),
     Path("streamed", 1, small_device(4096, largest_cluster=1), 1100),
     Path("streamed", 1, small_device(4096, largest_cluster=1), 4403),
 ]
