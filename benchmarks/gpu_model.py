@@ -49,7 +49,7 @@ SCHEDULERS, EXPONENTIAL_CYCLES = 4, 8
 ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
-    "alone": 3,  # cycles for an instruction of a warp that has several independent ones: a row in registers
+    "alone": 3,  # cycles for an instruction of a warp that has several independent ones
     "loops": 12,  # that a thread enters for a row: four stages of three passes
     "loop": 30,  # instructions to enter one
     "stretch": 700,  # instructions of one warp between a row's barriers; tests/ptx executes 600 to 870
@@ -174,7 +174,12 @@ def row_times(plan: Plan, counts: RowInstructions, vector_size: int, n_rows: int
     exchange = ASSUMED["exchange" if plan.cluster_size > 1 else "barrier"]
     delay = ASSUMED["stretch"] * ASSUMED["dependent"] + exchange + 2 * ASSUMED["barrier"]
     delay += ASSUMED["latency"] * gpu.hertz  # of the row's first vectors
-    cycles = bounds([gpu.cycles(2 * 16 * plan.capacity), issue], delay, plan.blocks)
+    # a warp does not go faster than its own instructions, however few others there are
+    alone = (n_slots * counts.vector + of_row) * ASSUMED["alone"] + ASSUMED["stretch"] * ASSUMED["dependent"]
+    cycles = [
+        max(bound, alone / plan.blocks)
+        for bound in bounds([gpu.cycles(2 * 16 * plan.capacity), issue], delay, plan.blocks)
+    ]
     parts = n_rows * plan.cluster_size / gpu.n_multiprocessors
     return cycles[0] * parts / gpu.hertz, cycles[1] * parts / gpu.hertz
 
