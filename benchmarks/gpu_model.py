@@ -49,12 +49,14 @@ SCHEDULERS, SPECIAL_CYCLES = 4, 8
 ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
-    "alone": 3,  # cycles for an instruction of a warp that has several independent ones: a row in registers
+    "alone": 3,  # cycles for an instruction of a warp that has several independent ones
     "loops": 12,  # that a thread enters for a row: four stages of three passes
     "loop": 30,  # instructions to enter one
     "stretch": 700,  # instructions of one warp between a row's barriers; tests/ptx executes 600 to 870
     "barrier": 40,  # cycles of a block's barrier
-    "cluster barrier": 900,  # of a cluster's, with what it does to the caches
+    # from a store into another multiprocessor's shared memory until a warp there has woken up: 180 that the way takes
+    # (measured on Hopper, arXiv 2402.13499), and as long again for counting the bytes and the warp
+    "exchange": 360,
     "latency": 0.7e-6,  # seconds of a load from memory
 }
 
@@ -158,7 +160,7 @@ def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstru
     rows = max(
         kernel.loops(), key=lambda loop: (sum(kernel.opcodes(loop)[o] for o in BARRIERS), loop.last - loop.first)
     )
-    row = kernel.path(rows, " BAR| UCGABAR", lambda inner: 0).n_instructions
+    row = kernel.path(rows, " BAR| STAS", lambda inner: 0).n_instructions
     return RowInstructions(**least, row=row, special=special)
 
 
@@ -167,7 +169,7 @@ def _exponentials(n_elements: int) -> tuple[int, int]:
     return n_elements, 2 * n_elements
 
 
-BARRIERS = ("BAR.SYNC.DEFER_BLOCKING", "UCGABAR_WAIT")
+BARRIERS = ("BAR.SYNC.DEFER_BLOCKING",)
 
 
 def row_times(plan: Plan, counts: RowInstructions, n_rows: int, gpu: Gpu) -> tuple[float, float]:
@@ -178,10 +180,15 @@ def row_times(plan: Plan, counts: RowInstructions, n_rows: int, gpu: Gpu) -> tup
         n_warps * (n_slots * counts.vector + of_row) + ASSUMED["stretch"],
         n_warps * n_slots * counts.special,
     )
-    barrier = ASSUMED["cluster barrier" if plan.cluster_size > 1 else "barrier"]
-    delay = ASSUMED["stretch"] * ASSUMED["dependent"] + barrier + 2 * ASSUMED["barrier"]
+    exchange = ASSUMED["exchange" if plan.cluster_size > 1 else "barrier"]
+    delay = ASSUMED["stretch"] * ASSUMED["dependent"] + exchange + 2 * ASSUMED["barrier"]
     delay += ASSUMED["latency"] * gpu.hertz  # of the row's first vectors
-    cycles = bounds([gpu.cycles(2 * 16 * plan.capacity), issue], delay, plan.blocks)
+    # a warp does not go faster than its own instructions, however few others there are
+    alone = (n_slots * counts.vector + of_row) * ASSUMED["alone"] + ASSUMED["stretch"] * ASSUMED["dependent"]
+    cycles = [
+        max(bound, alone / plan.blocks)
+        for bound in bounds([gpu.cycles(2 * 16 * plan.capacity), issue], delay, plan.blocks)
+    ]
     parts = n_rows * plan.cluster_size / gpu.n_multiprocessors
     return cycles[0] * parts / gpu.hertz, cycles[1] * parts / gpu.hertz
 

@@ -81,7 +81,8 @@ def row_table(n_rows: int = 8192) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for dtype, size in (("bf16", 8), ("fp32", 4)):
-        for n_columns, features in ((128256, PLAIN), (50257, PLAIN), (32000, PLAIN), (4096, PLAIN), (128256, CAPPED)):
+        sizes = [(n_columns, PLAIN) for n_columns in (128256, 50257, 32000, 8192, 4096, 1024)]
+        for n_columns, features in (*sizes, (128256, CAPPED)):
             case = f"{dtype} {n_columns}" + ", soft cap" * (features == CAPPED)
             for gpu in GPUS:
                 plan = plan_rows(n_columns, 16 // size, gpu)
@@ -91,10 +92,11 @@ def row_table(n_rows: int = 8192) -> list[str]:
                     continue
                 copy = 2 * n_rows * n_columns * 16 / size / gpu.copy
                 least, most = row_times(plan, counts, n_rows, gpu)
+                digits = 2 if copy > 1e-4 else 3
                 lines.append(
                     f"| {case} | {gpu.name} | {plan.cluster_size} x {plan.blocks} | {counts.maximum:.1f},"
-                    f" {counts.sum:.1f}, {counts.gradient:.1f}; {counts.row:.0f} | {copy * 1e3:.2f}"
-                    f" | {_range(least * 1e3, most * 1e3, 2)} | {_range(100 * copy / most, 100 * copy / least)}% |"
+                    f" {counts.sum:.1f}, {counts.gradient:.1f}; {counts.row:.0f} | {copy * 1e3:.{digits}f}"
+                    f" | {_range(least * 1e3, most * 1e3, digits)} | {_range(100 * copy / most, 100 * copy / least)}% |"
                 )
     return lines
 
