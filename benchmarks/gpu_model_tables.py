@@ -25,6 +25,9 @@ from gpu_model import (
     router_times,
     row_times,
 )
+from gpu_model_repetition import TEXTS, reading_milliseconds
+from gpu_model_repetition import count as count_repetition
+from gpu_model_repetition import milliseconds as repetition_milliseconds
 
 from ava_ext.ops.linear_logits import rows_of_a_chunk
 
@@ -78,7 +81,8 @@ def row_table(n_rows: int = 8192) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for dtype, size in (("bf16", 8), ("fp32", 4)):
-        for n_columns, features in ((128256, PLAIN), (50257, PLAIN), (32000, PLAIN), (4096, PLAIN), (128256, CAPPED)):
+        sizes = [(n_columns, PLAIN) for n_columns in (128256, 50257, 32000, 8192, 4096, 1024)]
+        for n_columns, features in (*sizes, (128256, CAPPED)):
             case = f"{dtype} {n_columns}" + ", soft cap" * (features == CAPPED)
             for gpu in GPUS:
                 plan = plan_rows(n_columns, 16 // size, gpu)
@@ -88,10 +92,11 @@ def row_table(n_rows: int = 8192) -> list[str]:
                     continue
                 copy = 2 * n_rows * n_columns * 16 / size / gpu.copy
                 least, most = row_times(plan, counts, n_rows, gpu)
+                digits = 2 if copy > 1e-4 else 3
                 lines.append(
                     f"| {case} | {gpu.name} | {plan.cluster_size} x {plan.blocks} | {counts.maximum:.1f},"
-                    f" {counts.sum:.1f}, {counts.gradient:.1f}; {counts.row:.0f} | {copy * 1e3:.2f}"
-                    f" | {_range(least * 1e3, most * 1e3, 2)} | {_range(100 * copy / most, 100 * copy / least)}% |"
+                    f" {counts.sum:.1f}, {counts.gradient:.1f}; {counts.row:.0f} | {copy * 1e3:.{digits}f}"
+                    f" | {_range(least * 1e3, most * 1e3, digits)} | {_range(100 * copy / most, 100 * copy / least)}% |"
                 )
     return lines
 
@@ -146,7 +151,25 @@ def linear_table(n_rows: int = 8192, n_columns: int = 128256, hidden_size: int =
     return lines
 
 
-TABLES = {"rows": row_table, "linear": linear_table, "router": router_table}
+def repetition_table() -> list[str]:
+    """N-grams, immediate repetition and early EOS; needs nvcc, and a minute."""
+    lines = [
+        "| text | GPU | [1, 131072] ms | by reading | [8, 8192] ms | by reading |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in TEXTS:
+        executed = count_repetition(kind)
+        for gpu in GPUS:
+            times = [
+                f"{time(executed, *shape, gpu):.2f}"
+                for shape in ((1, 131072), (8, 8192))
+                for time in (repetition_milliseconds, reading_milliseconds)
+            ]
+            lines.append(f"| {kind} | {gpu.name} | {' | '.join(times)} |")
+    return lines
+
+
+TABLES = {"rows": row_table, "linear": linear_table, "router": router_table, "repetition": repetition_table}
 
 
 def with_tables(page: str, tables: dict[str, list[str]]) -> str:

@@ -40,7 +40,7 @@ GRID = list(itertools.product(PATHS, TERMS, WAYS, DTYPES))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("number", "case"), of_grid(list(enumerate(GRID)), every=11))
+@pytest.mark.parametrize(("number", "case"), of_grid(list(enumerate(GRID)), every=13))
 def test_against_the_reference(number, case, architecture):
     path, terms, way, dtype = case
     if path.cluster_size > 1 and ARCHITECTURES[architecture]:

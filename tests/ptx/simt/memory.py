@@ -107,7 +107,7 @@ class Accesses:
         """[n_places, granules of an access]"""
         return places[:, None] // self.granule + np.arange(max(1, n_bytes // self.granule))
 
-    def _unordered_writers(self, granules: np.ndarray, threads: np.ndarray, clocks: np.ndarray) -> np.ndarray:
+    def unordered_writers(self, granules: np.ndarray, threads: np.ndarray, clocks: np.ndarray) -> np.ndarray:
         writer = self.writer[granules]
         other = (writer >= 0) & (writer != threads[:, None])
         if not other.any():
@@ -117,9 +117,15 @@ class Accesses:
         written = self.write_clock[granules]
         return other & np.where(warp == writer_warp, seen <= written, seen < written)
 
+    def is_unordered(self, granules: np.ndarray, seen: np.ndarray) -> bool:
+        """Whether a writer that has seen these clocks races: with a write, or with a read."""
+        writer, n_warps = self.writer[granules], self.read_clock.shape[1]
+        is_written = (writer >= 0) & (seen[np.maximum(writer, 0) // WARP] < self.write_clock[granules])
+        return bool(is_written.any() or (self.read_clock[granules] > seen[:n_warps]).any())
+
     def read(self, granules: np.ndarray, threads: np.ndarray, clocks: np.ndarray) -> np.ndarray:
         """Where a read races, [n_threads, granules of an access]."""
-        race = self._unordered_writers(granules, threads, clocks)
+        race = self.unordered_writers(granules, threads, clocks)
         warp = np.broadcast_to(threads[:, None] // WARP, granules.shape)
         lanes = np.broadcast_to((threads % WARP).astype(np.int16)[:, None], granules.shape)
         now = clocks[warp, warp]
@@ -133,11 +139,11 @@ class Accesses:
 
     def write(self, granules: np.ndarray, threads: np.ndarray, clocks: np.ndarray) -> np.ndarray:
         """Where a write races, [n_threads, granules of an access]."""
-        race = self._unordered_writers(granules, threads, clocks)
+        race = self.unordered_writers(granules, threads, clocks)
         warp = threads // WARP
         read = self.read_clock[granules]  # [n_threads, granules of an access, n_warps]
         if read.any():
-            unseen = read > clocks[warp][:, None, :]
+            unseen = read > clocks[warp][:, None, : read.shape[-1]]
             own = np.take_along_axis(read, np.broadcast_to(warp[:, None, None], (*granules.shape, 1)), 2)[..., 0]
             reader = self.reader[granules, warp[:, None]]
             same_warp = (own == clocks[warp, warp][:, None]) & (own > 0) & (reader != (threads % WARP)[:, None])
