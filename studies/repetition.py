@@ -45,6 +45,7 @@ class Arm(NamedTuple):
 
     options: dict[str, Any]  # of UnifiedLoss
     sequence_weight: float = 0.0
+    rollout_ngram: int | None = None  # None: the setting's
 
 
 TOKEN = {"use_ngram_penalty": True, "ngram_size": 1, "ngram_slots": 128, "ngram_penalty_weight": 1.0}
@@ -53,7 +54,7 @@ ARMS = {
     "sequence, weight 0.25": Arm({}, 0.25),
     "sequence, weight 0.5": Arm({}, 0.5),
     "sequence, weight 1": Arm({}, 1.0),
-    "sequence, weight 2": Arm({}, 2.0),
+    "sequence, weight 1, n = 8": Arm({}, 1.0, 8),
     "token": Arm(TOKEN),
     "both": Arm(TOKEN, 0.25),
     "n-gram, weight 0.5": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 0.5}),
@@ -64,8 +65,8 @@ ARMS = {
 class Setting(NamedTuple):
     """What all runs share."""
 
-    updates: int = 120
-    learning_rate: float = 1.5e-4  # at its highest; falls to 0
+    updates: int = 64
+    learning_rate: float = 3e-4  # at its highest; falls to 0
     n_layers: int = 10
     batch_size: int = 4
     n_tokens: int = 128  # of a training text
@@ -74,10 +75,10 @@ class Setting(NamedTuple):
     prefix_length: int = 32
     rollout_length: int = 64
     rollout_ngram: int = 4
-    n_prompts: int = 64  # half of them where the text is of another kind, or sampled
+    n_prompts: int = 48  # half of them where the text is of another kind, or sampled
     n_new_tokens: int = 100
-    n_windows: int = 64  # held-out passages of n_tokens
-    validation_updates: int = 20  # between two looks at the validation part
+    n_windows: int = 48  # held-out passages of n_tokens
+    validation_updates: int = 16  # between two looks at the validation part
 
 
 QUICK = Setting(
@@ -90,6 +91,7 @@ QUICK = Setting(
     n_prompts=4,
     n_new_tokens=24,
     n_windows=4,
+    validation_updates=2,
 )
 
 
@@ -223,7 +225,7 @@ def train(
                 written = smollm2.continuations(model, prefixes, setting.rollout_length)
                 split = zip(*(part.split(setting.n_rollouts) for part in written), strict=True)
                 rollouts = [smollm2.Continuation(*parts) for parts in split]
-            loss, repeated = sequence_loss(model, rollouts.pop(), setting.rollout_ngram)
+            loss, repeated = sequence_loss(model, rollouts.pop(), arm.rollout_ngram or setting.rollout_ngram)
             (arm.sequence_weight * loss).backward()
             line |= {"sequence_loss": float(loss.detach()), "repeated": float(repeated)}
         line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0))
@@ -300,6 +302,23 @@ def rollout_table(results: dict[str, Any]) -> str:
         cells = [f"{100 * first:.0f} %, {100 * last:.0f} %" for first, last in [shares]]
         cells += [f"{first:.2f}, {last:.2f}" for first, last in [losses, [1 - math.exp(-loss) for loss in losses]]]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def validation_table(results: dict[str, Any]) -> str:
+    """Perplexity and greedy seq-rep-4 of the validation part along the updates, mean over the seeds."""
+    arms = results["arms"]
+    history = next(iter(next(iter(arms.values())).values()))["history"]
+    updates = [number for number, line in enumerate(history) if "validation_perplexity" in line]
+    titles = ["loss", *(f"after {number + 1} updates" for number in updates)]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    for name, seeds in arms.items():
+        cells = [name]
+        for number in updates:
+            found = [run["history"][number] for run in seeds.values()]
+            mean = {key: statistics.mean(line[key] for line in found) for key in found[0] if key.startswith("valid")}
+            cells.append(f"{mean['validation_perplexity']:.2f}, {100 * mean['validation_seq_rep_4']:.1f} %")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -401,7 +420,7 @@ def main() -> None:
     options = parse_arguments()
     if options.print:
         results = json.loads(options.output.read_text())
-        print(table(results), rollout_table(results), sep="\n", end="")
+        print(table(results), validation_table(results), rollout_table(results), sep="\n", end="")
         return
     if missing := smollm2.missing_packages():
         raise SystemExit(f"studies/repetition.py: expected {', '.join(missing)} to be installed; `make study` does it")

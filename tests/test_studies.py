@@ -26,6 +26,7 @@ STUDIES = ROOT / "docs" / "studies"
 SHOWN = {
     "moe": (STUDIES / "moe_balance.md", "moe_balance", moe_balance.table),
     "repetition": (STUDIES / "repetition.md", "repetition", repetition.table),
+    "validation": (STUDIES / "repetition.md", "repetition", repetition.validation_table),
     "rollouts": (STUDIES / "repetition.md", "repetition", repetition.rollout_table),
     "readings": (STUDIES / "repetition.md", "repetition", repetition.readings),
     "real-model": (ROOT / "README.md", "repetition", repetition.short_table),
@@ -227,6 +228,7 @@ def test_quick_run_of_the_real_model(tmp_path):
     assert plain[0]["total_loss"] == pytest.approx(sequence[0]["total_loss"])  # the same weights and data
     assert all(line["repeated"] >= 0 for line in sequence) and max(line["sequence_loss"] for line in sequence) > 0
     assert results["before"]["same_kind"]["perplexity"] > 1
+    assert [0 <= line.get("validation_seq_rep_4", -1) <= 1 for line in sequence] == [False, True, False, True]
     # goes on where it stopped: nothing is left to do
     before = (tmp_path / "repetition.json").stat().st_mtime_ns
     run("repetition.py", "--quick", "--output", tmp_path / "repetition.json", "--cache", tmp_path / "cache")
