@@ -31,8 +31,10 @@ class Mutant:
 
 
 ROW_SUM, REPETITION = "tests/cuda_emulator/kernels/row_sum.cuh", "csrc/cuda/repetition.cuh"
+REPETITION_LISTS, REPETITION_TEXT = "csrc/cuda/repetition_arguments.cuh", "csrc/cuda/repetition_text.cuh"
+REPETITION_ORDER = "csrc/cuda/repetition_order.cuh"
 ROW_WEIGHTS = "csrc/cuda/row_weights.cuh"
-SOFTMAX_ROWS, SOFTMAX_SUMS = "csrc/cuda/softmax_rows_kernels.cuh", "csrc/cuda/softmax_rows_measure.cuh"
+SOFTMAX_SUMS, EXCHANGE = "csrc/cuda/softmax_rows_measure.cuh", "csrc/cuda/softmax_rows_exchange.cuh"
 MUTANTS = [
     Mutant("barrier_removed", "thread", ROW_SUM, "__syncthreads();", "", "data race"),
     Mutant("barrier_removed_nan", "none", ROW_SUM, "__syncthreads();", "", "nan, expected"),
@@ -55,20 +57,42 @@ MUTANTS = [
            "cp_async16: expected addresses aligned to 16 bytes at row_sum.cuh"),
     Mutant("no_wait_for_copies", "none", ROW_SUM, "cp_async_wait<0>();", "", "nan, expected"),
     Mutant("one_copy_too_few", "none", ROW_SUM, "cp_async_wait<0>();", "cp_async_wait<1>();", "nan, expected"),
-    Mutant("no_first_cluster_sync", "none", ROW_SUM, "cluster_sync();  // the other", "  // the other",
-           "the other block has not begun"),
-    Mutant("no_last_cluster_sync", "none", ROW_SUM, "cluster_sync();\n  if (rank == 0", "if (rank == 0",
-           "the other block has ended"),
+    Mutant("no_cluster_sync", "none", ROW_SUM, "cluster_sync();", "", "a cluster_sync is missing"),
+    Mutant("no_wait_for_stores", "none", ROW_SUM, "mbarrier_wait(mbarriers + turn % 2, turn / 2 % 2);", "",
+           "nobody has waited for the phase before"),
+    Mutant("no_last_wait", "none", ROW_SUM, "mbarrier_wait(mbarriers",
+           "if (row + n_clusters < n_rows) mbarrier_wait(mbarriers", "has ended before the bytes arrived"),
+    Mutant("too_few_bytes", "none", ROW_SUM, "kRowSumCluster * 16)", "16)",
+           "has ended before the bytes arrived"),
+    Mutant("too_many_bytes", "none", ROW_SUM, "kRowSumCluster * 16)", "kRowSumCluster * 32)",
+           "waits in mbarrier_wait at row_sum.cuh"),
+    Mutant("phase_not_flipped", "none", ROW_SUM, "turn / 2 % 2", "0", "more arrivals than the phase has"),
+    Mutant("one_slot", "none", ROW_SUM, "of_blocks + turn % 2 * kRowSumCluster", "of_blocks", "expected"),
+    Mutant("one_slot_race", "thread", ROW_SUM, "of_blocks + turn % 2 * kRowSumCluster", "of_blocks", "data race"),
     Mutant("sums_without_barrier", "thread", ROW_WEIGHTS, "__syncthreads();", "", "data race"),
     Mutant("sums_of_other_warps", "none", ROW_WEIGHTS, "threadIdx.x % kRowWeightsWarps", "threadIdx.x / 32",
            "test_row_weights.cpp"),
     Mutant("no_syncwarp", "thread", REPETITION, "__syncwarp();", "", "data race"),
-    Mutant("past_the_list", "address", REPETITION, "i < chunk.n_ids", "i <= chunk.n_ids", "heap-buffer-overflow"),
+    Mutant("past_the_list", "address", REPETITION_LISTS, "i < chunk.n_ids", "i <= chunk.n_ids", "heap-buffer-overflow"),
     Mutant("past_the_last_row", "address", REPETITION, "first + i < arguments.n_tokens",
            "first + i <= arguments.n_tokens", "heap-buffer-overflow"),
+    Mutant("text_without_barrier", "thread", REPETITION_TEXT, "__syncthreads();", "", "data race"),
+    Mutant("tiles_share_totals", "thread", REPETITION_TEXT, "shared == totals ? kTextFacts * kTextWarps : 0", "0",
+           "data race"),
+    Mutant("run_of_its_tile", "none", REPETITION_TEXT, "run_start = larger(run_start, ", "larger(run_start, ",
+           "weights"),
+    Mutant("no_list_for_the_target", "none", REPETITION_ORDER, "most_(int(n_slots) + 1)", "most_(int(n_slots))",
+           "ids"),
+    Mutant("no_spans_before", "none", REPETITION_ORDER, "is_open && before >= 0", "is_open && before > span", "ids"),
+    Mutant("no_collisions_of_texts", "none", REPETITION_ORDER,
+           " || facts_.text_start[row] != facts_.text_start[other]", "", "collides"),
     Mutant("no_wait_in_a_row", "none", SOFTMAX_SUMS, "if (stage == 0) cp_async_wait<3>();", "", "expected"),
-    Mutant("no_cluster_sync_for_partials", "none", SOFTMAX_ROWS, "cluster_sync();\n    else", ";\n    else",
-           ""),  # what it takes for partials sends it anywhere: the program may end without a word
+    # what they take for partials sends them anywhere: the program may end without a word
+    Mutant("no_wait_for_partials", "none", EXCHANGE, "if (every_warp || threadIdx.x < 32) mbarrier_wait(",
+           "static_cast<void>(", ""),
+    Mutant("too_few_bytes_of_partials", "none", EXCHANGE, "cluster_size * kVectors * 16", "16", ""),
+    Mutant("phase_of_partials_not_flipped", "none", EXCHANGE, "row / 2 % 2", "0", ""),
+    Mutant("only_the_first_warp_waits", "none", EXCHANGE, "every_warp || ", "", "row_loss[row]"),
 ]  # fmt: skip
 
 

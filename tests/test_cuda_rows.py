@@ -40,15 +40,17 @@ def device_of(shared_per_block, largest_cluster, blocks=2):
 
 # where the kernels keep a row of so many bytes and more: a device, and the bytes
 REGISTERS = device_of(227 * 1024, 8), 4
+SHARED_BY_ONE_WARP = device_of(227 * 1024, 8), 1100
 SHARED = device_of(8192, 1), 600
 SHARED_IN_SLOTS = device_of(20480, 1, blocks=8), 13600
-CLUSTERS_OF_2 = device_of(4096, 8), 3400
+CLUSTERS_OF_2 = device_of(5120, 8), 3800
 CLUSTERS_IN_SLOTS = device_of(10240, 8, blocks=8), 13600
-CLUSTERS_OF_4 = device_of(6144, 8), 8900
-CLUSTERS_OF_8 = device_of(10496, 8), 28000
+CLUSTERS_OF_4 = device_of(7424, 8), 10240
+CLUSTERS_OF_8 = device_of(14080, 8), 38400
 STREAMED = device_of(4096, 1), 3700
 DEVICES = {
     "registers": REGISTERS,
+    "shared, one warp": SHARED_BY_ONE_WARP,
     "shared": SHARED,
     "shared, several vectors a thread": SHARED_IN_SLOTS,
     "clusters of 2": CLUSTERS_OF_2,

@@ -17,11 +17,25 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return result;
 }
 
+// 1 / x by the special function unit, 1 ulp; 0 for inf, and inf below 2^-126.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The larger one; a nan wins, which fmaxf's does not.
 __device__ __forceinline__ float max_keep_nan(float x, float y) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
   return result;
+}
+
+// 1 << shift, and 0 for a shift of 32 and more, as the instruction has it.
+__device__ __forceinline__ uint32_t bit_at(unsigned shift) {
+  uint32_t bit;
+  asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(shift));
+  return bit;
 }
 
 // The same value, of unknown origin to the compiler: what is made of it is computed again instead of kept in registers.
@@ -75,17 +89,64 @@ __device__ __forceinline__ void cluster_sync() {
   __trap();
 #endif
 }
-// The same place in the shared memory of another block of the cluster. That block has to have started (a cluster_sync
-// before) and must not have ended (one behind).
-template <class Type>
-__device__ __forceinline__ Type* cluster_map(Type* shared, unsigned rank) {
+// An mbarrier: eight bytes of shared memory that count arrivals of this block's threads and bytes that were stored into
+// the block from anywhere in its cluster. A phase is over when every arrival and every expected byte is there; then the
+// next one begins. Bytes may come before anybody has expected them: their count goes below zero meanwhile.
+__device__ __forceinline__ void mbarrier_init(uint64_t* mbarrier, int n_arrivals) {
 #if __CUDA_ARCH__ >= 900
-  Type* mapped;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
-  return mapped;
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(mbarrier))),
+               "r"(n_arrivals)
+               : "memory");
 #else
   __trap();
-  return shared;
+#endif
+}
+// One arrival, which makes the phase expect so many bytes more. Releases what this thread did before.
+__device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t* mbarrier, int n_bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   unsigned(__cvta_generic_to_shared(mbarrier))),
+               "r"(n_bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+// Until the phase of this parity is over: 0 for the first, 1 for the second, 0 for the third. It must be the current one
+// or the last. Acquires within the block: what arrives lies in the block's own shared memory, of which there is no copy.
+// Within the cluster, the compiler would throw away the multiprocessor's first cache behind every wait.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* mbarrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+  unsigned is_over;
+  do {
+    asm volatile(
+        "{\n.reg .pred is_over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 is_over, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, is_over;\n}"
+        : "=r"(is_over)
+        : "r"(unsigned(__cvta_generic_to_shared(mbarrier))), "r"(parity)
+        : "memory");
+  } while (!is_over);
+#else
+  __trap();
+#endif
+}
+// Stores 16 bytes into the shared memory of block `rank` of the cluster, to the place where this block has `shared`, and
+// then counts them at its mbarrier. That block has to have set up its mbarrier (a cluster_sync behind), and must not end
+// before it has waited for them. No fence: these bytes wait for no other store of this thread, and none waits for them.
+__device__ __forceinline__ void store_async16(void* shared, uint4 value, uint64_t* mbarrier, int rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 place, counter;\n"
+      "mapa.shared::cluster.u32 place, %0, %6;\n"
+      "mapa.shared::cluster.u32 counter, %5, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [place], {%1, %2, %3, %4}, [counter];\n}" ::"r"(
+          unsigned(__cvta_generic_to_shared(shared))),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(unsigned(__cvta_generic_to_shared(mbarrier))),
+      "r"(rank)
+      : "memory");
+#else
+  __trap();
 #endif
 }
 

@@ -2,7 +2,8 @@
 // row:
 //
 //   1. warp maximum, while the vectors arrive     2. sums against the warp's own maximum (never rescaled)
-//   3. warp partials to every block of the cluster -> barrier -> warp 0 merges, evaluates, differentiates -> barrier
+//   3. warp partials to every block of the cluster; warp 0 of each waits for all, merges, evaluates, differentiates
+//      -> barrier
 //   4. gradient; as soon as a vector is used, its place is filled with the next row of this block -> barrier
 //   5. warp 0 writes the few target and candidate columns over it, in full precision, and the outputs of the row
 //
@@ -15,6 +16,7 @@
 //
 // The order of every sum depends on the row's length, its address modulo 16 and the device's limits alone.
 #pragma once
+#include "softmax_rows_exchange.cuh"
 #include "softmax_rows_measure.cuh"
 #include "softmax_rows_slice.cuh"
 #include "softmax_rows_sparse.cuh"
@@ -26,7 +28,8 @@ template <class Element>
 struct RowHeader {
   RowPart<Element> part;
   unsigned index;
-  int32_t target;  // -1: the row is left out; kNoRow
+  unsigned number;  // among the rows of this block that count
+  int32_t target;   // -1: the row is left out; kNoRow
   float weight;
 };
 // In place of a target: behind the last row.
@@ -34,18 +37,18 @@ constexpr int32_t kNoRow = -2;
 
 // What the threads of a block tell each other, in shared memory; behind it partials and entries.
 template <class Element>
-struct RowBoard {
+struct alignas(16) RowBoard {
   static constexpr int kHeaders = 4;  // this row, the next, the one behind it; the last, which warp 0 may still read
   RowHeader<Element> headers[kHeaders];
   LogitScale scale;
   RowOptions<float> options;
   RowScratch<float> scratch;
+  uint64_t mbarriers[2];  // of a cluster
 };
 
 inline size_t row_shared_bytes(bool kept_in_shared, int capacity, int cluster_size, int n_threads, int n_ids) {
   return (kept_in_shared ? size_t(capacity) * 16 : 0) + sizeof(RowBoard<float>) +
-         size_t(2) * cluster_size * (n_threads / 32) * sizeof(RowStatistics<float>) +
-         size_t(n_ids + 1) * sizeof(SparseEntry<float>);
+         size_t(2) * cluster_size * (n_threads / 32) * sizeof(Partial) + size_t(n_ids + 1) * sizeof(SparseEntry<float>);
 }
 
 // Writes the gradient of this row, whose vectors gradient_of(i, vector) makes, and fills their places with the next row.
@@ -99,9 +102,10 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
   const bool differentiates = a.grad_logits != nullptr;
 
   auto* const board = reinterpret_cast<RowBoard<Element>*>(shared + (kStaged ? size_t(a.capacity) * 16 : 0));
-  auto* const partials = reinterpret_cast<RowStatistics<float>*>(board + 1);  // [2, cluster_size, n_warps]
+  auto* const partials = reinterpret_cast<Partial*>(board + 1);  // [2, cluster_size, n_warps]
   auto* const entries = reinterpret_cast<SparseEntry<float>*>(partials + 2 * cluster_size * n_warps);  // [1 + n_ids]
   RowScratch<float>* const scratch = &board->scratch;
+  const PartialExchange<kClustered, kFeatures != Features::plain> exchange{partials, board->mbarriers, cluster_size};
 
   Kept<Element, kResidence> kept;
   kept.slots = reinterpret_cast<uint4*>(shared) + thread;
@@ -124,6 +128,8 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       header.target = kNoRow;
       return;
     }
+    const RowHeader<Element>& last = board->headers[(turn + board->kHeaders - 1) % board->kHeaders];
+    header.number = turn == 0 ? 0 : last.number + (last.target >= 0);
     header.weight = weight_of<float>(a, index);
     header.part = RowPart<Element>(a, index, rank);
     header.index = index;
@@ -136,13 +142,9 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
     board->options = *static_cast<const RowOptions<float>*>(a.options);
     board->scale = logit_scale(board->options);
   }
-  if constexpr (kClustered)
-    cluster_sync();  // shared memory may be written from outside once its block runs
-  else
-    __syncthreads();
+  exchange.begin();
   if (board->headers[0].target >= 0) fetch_row(board->headers[0]);
 
-  int parity = 0;  // of the rows that count: their partials alternate, so that one barrier for a row is enough
   for (unsigned turn = 0;; ++turn) {
     const RowHeader<Element>& header = board->headers[turn % board->kHeaders];
     const RowHeader<Element>& next = board->headers[(turn + 1) % board->kHeaders];
@@ -184,23 +186,12 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       }
     }
     if (!differentiates && next.target >= 0) fetch_row(next);
-    // pushed, not pulled: after the barrier every block has all partials in its own shared memory
-    RowStatistics<float>* const now = partials + parity * cluster_size * n_warps;
-    parity ^= 1;
-    if (lane < cluster_size) {
-      RowStatistics<float>* const slot = now + rank * n_warps + warp;
-      *(kClustered ? cluster_map(slot, lane) : slot) = partial;
-    }
-    if constexpr (kClustered)
-      cluster_sync();
-    else
-      __syncthreads();
+    exchange.push(header.number, partial, rank);
+    exchange.wait(header.number, !differentiates);
 
     if (warp == 0) {
       const float inverse_temperature = board->scale.inverse_temperature;
-      RowStatistics<float> total = lane < cluster_size * n_warps ? now[lane] : empty_statistics<float>();
-#pragma unroll 1
-      for (int i = lane + 32; i < cluster_size * n_warps; i += 32) total = merge(total, now[i], inverse_temperature);
+      RowStatistics<float> total = exchange.merged_of_lane(header.number, inverse_temperature);
       total = merge_lanes<kFeatures != Features::plain>(total, inverse_temperature);
       total = finished(total, kFeatures != Features::plain);
       if (a.summaries) {
@@ -238,7 +229,6 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       __syncwarp();
     }
   }
-  // no closing cluster_sync: partials are pushed, so nobody touches a block's shared memory behind the last barrier
 }
 
 }  // namespace ava

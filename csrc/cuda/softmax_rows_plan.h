@@ -4,6 +4,10 @@
 // Bytes under way hide the memory's latency: on an H200 4.3 TB/s times 0.7 us over 132 multiprocessors are 23 KB, which
 // any part of a long row exceeds. What is scarce is *overlap*: while a part is summed, or waits at a barrier, it asks
 // for nothing. So two to four parts on a multiprocessor, at different stages, come before one large one.
+//
+// A short row is bound by what it costs besides its elements: some 500 instructions of every warp, and as many again of
+// one warp alone between two barriers, one after the other. So it gets few warps, one where possible, and many rows are
+// on a multiprocessor at the same time.
 #pragma once
 #include "softmax_rows_kernels.cuh"
 
@@ -24,11 +28,14 @@ struct RowPlan {
   }
 };
 
-constexpr int kMostRegisterThreads = 256, kThreadsPerMultiprocessor = 1024;  // at 64 registers
+constexpr int kThreadsPerMultiprocessor = 1024;  // at 64 registers
+constexpr int kMostRegisterThreads = 32, kMostShortThreads = 96;
+constexpr int kMostLongBlocks = 8;
+constexpr int kEnoughShortThreads = 640;  // on a multiprocessor: five warps for each of its schedulers
 
 inline int whole_warps(int n_threads) { return (n_threads + 31) / 32 * 32; }
 
-// One block for a row, a row of up to 8 KB in registers.
+// One warp for a row of up to 1 KB.
 inline bool plan_registers(RowPlan& plan, int row_vectors, int n_ids, const DeviceLimits& device) {
   if (row_vectors > kRegisterVectors * kMostRegisterThreads) return false;
   // never binds on a GPU; a small limit moves shorter rows to the other kernels, which is how the tests reach them
@@ -42,6 +49,25 @@ inline bool plan_registers(RowPlan& plan, int row_vectors, int n_ids, const Devi
   return true;
 }
 
+// One block for a row, the smallest of which enough fit to keep a multiprocessor busy.
+inline bool plan_short(RowPlan& plan, int row_vectors, int n_ids, const DeviceLimits& device) {
+  for (int n_threads = 32; n_threads <= kMostShortThreads; n_threads += 32) {
+    const size_t bytes = row_shared_bytes(true, row_vectors, 1, n_threads, n_ids);
+    if (bytes > size_t(device.shared_per_block)) return false;
+    const int fit = int(device.shared_per_multiprocessor / (bytes + device.shared_reserved_per_block));
+    const int n_blocks = fit < kThreadsPerMultiprocessor / n_threads ? fit : kThreadsPerMultiprocessor / n_threads;
+    if (n_blocks <= kMostLongBlocks || n_blocks * n_threads < kEnoughShortThreads) continue;
+    plan.residence = Residence::shared;
+    plan.cluster_size = 1;
+    plan.capacity = row_vectors;
+    plan.n_threads = n_threads;
+    plan.blocks_per_multiprocessor = n_blocks;
+    plan.shared_bytes = bytes;
+    return true;
+  }
+  return false;
+}
+
 // The smallest cluster that leaves room for `wanted` parts on a multiprocessor.
 inline bool plan_shared(RowPlan& plan, int row_vectors, int n_ids, const DeviceLimits& device, int wanted) {
   for (int cluster = 1; cluster <= device.largest_cluster; cluster *= 2) {
@@ -53,7 +79,7 @@ inline bool plan_shared(RowPlan& plan, int row_vectors, int n_ids, const DeviceL
     plan.residence = cluster > 1 ? Residence::clusters : Residence::shared;
     plan.cluster_size = cluster;
     plan.capacity = capacity;
-    plan.blocks_per_multiprocessor = fit < 8 ? fit : 8;
+    plan.blocks_per_multiprocessor = fit < kMostLongBlocks ? fit : kMostLongBlocks;
     plan.n_threads = kThreadsPerMultiprocessor / plan.blocks_per_multiprocessor / 32 * 32;
     plan.shared_bytes = row_shared_bytes(true, capacity, cluster, plan.n_threads, n_ids);
     return true;
@@ -66,6 +92,7 @@ inline RowPlan plan_rows(int n_columns, int element_bytes, int n_ids, const Devi
   const int row_vectors = (n_columns + size - 1) / size + 1;  // one more where a row straddles a boundary
   RowPlan plan{};
   if (plan_registers(plan, row_vectors, n_ids, device)) return plan;
+  if (plan_short(plan, row_vectors, n_ids, device)) return plan;
   if (plan_shared(plan, row_vectors, n_ids, device, 2)) return plan;
   if (plan_shared(plan, row_vectors, n_ids, device, 1)) return plan;
   plan.residence = Residence::streamed;  // the second time partly from L2

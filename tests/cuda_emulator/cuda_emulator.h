@@ -7,13 +7,17 @@
 //                    or any (random, by a seed). Whatever order is left open by the kernel is thus really tried.
 //   barriers         __syncthreads() and cluster_sync() wait for every thread. Threads at two different barriers, or a
 //                    thread that has ended, are an error that names both places.
+//   mbarriers        count arrivals and bytes, phase by phase. Errors: none set up at the place, more arrivals than a
+//                    phase has, an arrival though nobody has waited for the phase before.
 //   warps            shuffles, votes and __syncwarp() wait for the lanes of their mask. A lane outside its own mask, and
 //                    lanes of one mask in different operations, are errors; a value from outside the mask is all ones.
 //   shared memory    fresh for every block, filled with nan, with red zones around each array whose bytes are compared
 //                    when the block ends; AddressSanitizer sees reads beyond the end as well.
 //   cp.async         the bytes arrive in wait(), not earlier; until then the place holds nan. So a missing wait shows.
-//   clusters         blocks of a cluster run at the same time and see each other's shared memory. A block that has not
-//                    begun, or has ended, must not be looked at; an error says which.
+//   store_async16    the bytes arrive when nothing else can go on, one store after the other (forward: the first, reverse:
+//                    the last), or at any time (random); until then the place holds nan.
+//   clusters         blocks of a cluster run at the same time and store into each other's shared memory. A block that has
+//                    not begun must not be stored into, and none may end before what is stored into it has arrived.
 //   launch limits    threads, shared memory, cluster size, as DeviceLimits says: tests set them, to reach kernels for
 //                    other devices and rows of other lengths.
 //   memory           under AddressSanitizer and UndefinedBehaviorSanitizer: out of bounds, alignment. ThreadSanitizer

@@ -48,6 +48,7 @@ const char* name(WarpOperation operation) {
 std::string where(const Request& request) {
   const char* what = request.reason == Reason::block_barrier     ? "__syncthreads"
                      : request.reason == Reason::cluster_barrier ? "cluster_sync"
+                     : request.reason == Reason::mbarrier        ? "mbarrier_wait"
                                                                  : name(request.operation);
   return std::string(what) + " at " + text(request.place);
 }
@@ -147,6 +148,10 @@ class Device {
     set_up(cluster, threads_[kThreadSanitizer ? turn % 2 : 0]);
     launch_begins_.release();
     while (n_running_ > 0) {
+      if (!stores_.empty() && (ready_.empty() || (options().order == Order::random && random_below(32) == 0))) {
+        deliver_store();
+        continue;
+      }
       if (ready_.empty()) throw Failure{describe_deadlock()};
       Thread& thread = next_thread();
       current = &thread;
@@ -170,6 +175,7 @@ class Device {
     blocks_.clear();
     cluster_threads_.clear();
     cluster_barrier_.waiting.clear();
+    stores_.clear();
     for (unsigned rank = 0; rank < n_blocks; ++rank) {
       blocks_.push_back(std::make_unique<Block>(shape_->shared_bytes, n_threads));
       for (unsigned index = 0; index < n_threads; ++index) {
@@ -225,6 +231,7 @@ class Device {
         return arrive(thread, block.barrier, unsigned(cluster_threads_.size() / blocks_.size()));
       case Reason::cluster_barrier: return arrive(thread, cluster_barrier_, unsigned(cluster_threads_.size()));
       case Reason::warp: return arrive(thread, block.warps[thread.index / 32]);
+      case Reason::mbarrier: return operate(thread);
       case Reason::failed:
         throw Failure{std::string(thread.request.message) + " at " + text(thread.request.place) + ", " + name(thread)};
       case Reason::ended:
@@ -232,8 +239,73 @@ class Device {
         if (--block.n_running > 0) return;
         if (!block.shared.red_zones_intact())
           throw Failure{"a write outside the arrays of shared memory in block " + std::to_string(thread.block_index.x)};
+        for (const AsyncStore& store : stores_)
+          if (store.block == &block)
+            throw Failure{"store_async16 at " + text(store.place) + ": block " + std::to_string(thread.block_index.x) +
+                          " has ended before the bytes arrived (a wait is missing)"};
         block.shared.end();
     }
+  }
+
+  void operate(Thread& thread) {
+    const Request& request = thread.request;
+    Mbarrier* const mbarrier = request.mbarrier;
+    const auto require = [&](bool condition, const char* message) {
+      if (!condition) throw Failure{std::string(message) + " at " + text(request.place) + ", " + name(thread)};
+    };
+    switch (request.at_mbarrier) {
+      case MbarrierOperation::init: {
+        require(request.amount > 0, "mbarrier_init: expected at least one arrival");
+        Mbarrier made{};
+        made.place = request.mbarrier_place;
+        made.n_expected = made.n_pending = request.amount;
+        thread.block->mbarriers.push_back(made);
+        break;
+      }
+      case MbarrierOperation::arrive:
+        require(mbarrier->n_pending > 0, "mbarrier_arrive_expecting: more arrivals than the phase has");
+        require(mbarrier->was_waited_for, "mbarrier_arrive_expecting: nobody has waited for the phase before");
+        --mbarrier->n_pending;
+        mbarrier->n_bytes += request.amount;
+        require(mbarrier->n_bytes < kMostBytes, "mbarrier_arrive_expecting: too many bytes");
+        finish_phase(*mbarrier);
+        break;
+      case MbarrierOperation::wait:
+        if (mbarrier->phase % 2 == unsigned(request.amount)) {
+          mbarrier->waiting.push_back(&thread);
+          return;
+        }
+        mbarrier->was_waited_for = true;
+        break;
+      case MbarrierOperation::store:
+        stores_.push_back({request.stores_in, request.stores_at, request.stored, mbarrier, request.place});
+        break;
+    }
+    ready_.push_back(&thread);
+  }
+
+  void finish_phase(Mbarrier& mbarrier) {
+    if (mbarrier.n_pending > 0 || mbarrier.n_bytes != 0) return;
+    ++mbarrier.phase;
+    mbarrier.n_pending = mbarrier.n_expected;
+    mbarrier.was_waited_for = !mbarrier.waiting.empty();
+    make_ready(mbarrier.waiting);
+    mbarrier.waiting.clear();
+  }
+
+  // No function of libc here: to ThreadSanitizer the store is what the thread did when it asked for it.
+  void deliver_store() {
+    const size_t which = options().order == Order::forward   ? 0
+                         : options().order == Order::reverse ? stores_.size() - 1
+                                                             : random_below(stores_.size());
+    const AsyncStore store = stores_[which];
+    stores_.erase(stores_.begin() + which);
+    const uint32_t words[4] = {store.value.x, store.value.y, store.value.z, store.value.w};
+    for (int i = 0; i < 4; ++i) static_cast<volatile uint32_t*>(store.there)[i] = words[i];
+    store.mbarrier->n_bytes -= 16;
+    if (store.mbarrier->n_bytes <= -kMostBytes)
+      throw Failure{"store_async16 at " + text(store.place) + ": too many bytes"};
+    finish_phase(*store.mbarrier);
   }
 
   void arrive(Thread& thread, Barrier& barrier, unsigned n_expected) {
@@ -311,6 +383,7 @@ class Device {
   void finish() {
     launch_ends_.acquire();
     current = nullptr;
+    stores_.clear();
     blocks_.clear();
     kept_blocks_.clear();
   }
@@ -325,9 +398,11 @@ class Device {
   std::vector<std::unique_ptr<Thread>> threads_[2];
   std::vector<std::unique_ptr<Block>> blocks_, kept_blocks_;
   std::vector<Thread*> cluster_threads_, ready_, lanes_;
+  std::vector<AsyncStore> stores_;
   unsigned n_running_ = 0;
   Barrier cluster_barrier_;
   Sync launch_begins_, launch_ends_;
+  static constexpr int kMostBytes = 1 << 20;  // that an mbarrier counts
 };
 
 }  // namespace
@@ -391,12 +466,60 @@ void* static_shared(const void* key, size_t bytes) {
 
 void* map_shared(void* pointer, unsigned rank, Place place) {
   const Block* const other = Device::instance().block_of_cluster(rank);
-  require(other, "cluster_map: expected a rank below the size of the cluster", place);
-  require(running().block->shared.has_dynamic(pointer), "cluster_map: expected a place in dynamic shared memory",
+  require(other, "store_async16: expected a rank below the size of the cluster", place);
+  require(running().block->shared.has_dynamic(pointer), "store_async16: expected a place in dynamic shared memory",
           place);
-  require(other->has_begun, "cluster_map: the other block has not begun (a cluster_sync is missing before)", place);
-  require(other->n_running > 0, "cluster_map: the other block has ended (a cluster_sync is missing behind)", place);
+  require(other->has_begun, "store_async16: the other block has not begun (a cluster_sync is missing before)", place);
+  require(other->n_running > 0, "store_async16: the other block has ended (it has to wait for the bytes)", place);
   return other->shared.dynamic() + (static_cast<unsigned char*>(pointer) - running().dynamic_shared);
+}
+
+static Request& request_at_mbarrier(MbarrierOperation operation, Block& block, void* place_of_mbarrier, int amount,
+                                    Place place) {
+  Mbarrier* found = nullptr;
+  for (Mbarrier& mbarrier : block.mbarriers)
+    if (mbarrier.place == place_of_mbarrier) found = &mbarrier;
+  require(!found == (operation == MbarrierOperation::init),
+          found ? "mbarrier_init: there is an mbarrier already"
+                : "expected an mbarrier: nobody has set one up here (or a cluster_sync is missing)",
+          place);
+  Request& request = running().request;
+  request.reason = Reason::mbarrier;
+  request.place = place;
+  request.at_mbarrier = operation;
+  request.mbarrier_place = place_of_mbarrier;
+  request.mbarrier = found;
+  request.amount = amount;
+  return request;
+}
+
+void init_mbarrier(void* mbarrier, int n_arrivals, Place place) {
+  request_at_mbarrier(MbarrierOperation::init, *running().block, mbarrier, n_arrivals, place);
+  Device::instance().give_up_control();
+}
+
+void arrive_at_mbarrier(void* mbarrier, int n_bytes, Place place) {
+  request_at_mbarrier(MbarrierOperation::arrive, *running().block, mbarrier, n_bytes, place).mbarrier->sync.release();
+  Device::instance().give_up_control();
+}
+
+void wait_at_mbarrier(void* mbarrier, unsigned parity, Place place) {
+  require(parity < 2, "mbarrier_wait: expected a parity of 0 or 1", place);
+  Sync& sync =
+      request_at_mbarrier(MbarrierOperation::wait, *running().block, mbarrier, int(parity), place).mbarrier->sync;
+  Device::instance().give_up_control();
+  sync.acquire();
+}
+
+void store_async(void* there, uint4 value, void* mbarrier, unsigned rank, Place place) {
+  require(Device::instance().block_of_cluster(1), "store_async16: expected a cluster of several blocks", place);
+  Block& block = *Device::instance().block_of_cluster(rank);
+  Request& request = request_at_mbarrier(MbarrierOperation::store, block, mbarrier, 0, place);
+  request.stores_at = there;
+  request.stores_in = &block;
+  request.stored = value;
+  request.mbarrier->sync.release();
+  Device::instance().give_up_control();
 }
 
 void copy_async(void* shared, const void* global, int bytes, Place) {

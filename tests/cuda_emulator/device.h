@@ -64,6 +64,12 @@ uint64_t warp_operation(WarpOperation operation, uint32_t mask, uint64_t value, 
 void* static_shared(const void* key, size_t bytes);  // a shared array of this block
 void* map_shared(void* pointer, unsigned rank, Place place);
 
+// Of this thread's block; a store is counted at the mbarrier of block `rank`, where its place is too.
+void init_mbarrier(void* mbarrier, int n_arrivals, Place place);
+void arrive_at_mbarrier(void* mbarrier, int n_bytes, Place place);
+void wait_at_mbarrier(void* mbarrier, unsigned parity, Place place);
+void store_async(void* there, uint4 value, void* mbarrier, unsigned rank, Place place);
+
 void copy_async(void* shared, const void* global, int bytes, Place place);
 void commit_copies();
 void wait_for_copies(int n_pending);

@@ -12,8 +12,10 @@ inline float exp2_fast(float x) {
   const float result = std::exp2(x);
   return result < 1.17549435e-38f ? 0.0f : result;
 }
+inline float reciprocal_fast(float x) { return 1 / x; }
 inline float max_keep_nan(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
 
+inline uint32_t bit_at(unsigned shift) { return shift < 32 ? 1u << shift : 0; }
 inline unsigned computed_again(unsigned value) { return value; }
 
 inline bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -39,9 +41,27 @@ inline void cp_async_wait() {
 
 inline unsigned cluster_rank() { return cuda_emulator::current->cluster_rank; }
 inline void cluster_sync(Place place = Place::current()) { cuda_emulator::cluster_barrier(place); }
-template <class Type>
-inline Type* cluster_map(Type* shared, unsigned rank, Place place = Place::current()) {
-  return static_cast<Type*>(cuda_emulator::map_shared(shared, rank, place));
+
+// The eight bytes themselves are written once, so that ThreadSanitizer sees a use that nothing orders behind it.
+inline void mbarrier_init(uint64_t* mbarrier, int n_arrivals, Place place = Place::current()) {
+  *mbarrier = 0;
+  cuda_emulator::init_mbarrier(mbarrier, n_arrivals, place);
+}
+inline void mbarrier_arrive_expecting(uint64_t* mbarrier, int n_bytes, Place place = Place::current()) {
+  static_cast<void>(*static_cast<const volatile uint64_t*>(mbarrier));
+  cuda_emulator::arrive_at_mbarrier(mbarrier, n_bytes, place);
+}
+inline void mbarrier_wait(uint64_t* mbarrier, unsigned parity, Place place = Place::current()) {
+  static_cast<void>(*static_cast<const volatile uint64_t*>(mbarrier));
+  cuda_emulator::wait_at_mbarrier(mbarrier, parity, place);
+}
+inline void store_async16(void* shared, uint4 value, uint64_t* mbarrier, int rank, Place place = Place::current()) {
+  cuda_emulator::require(is_aligned16(shared), "store_async16: expected a place aligned to 16 bytes", place);
+  void* const there = cuda_emulator::map_shared(shared, unsigned(rank), place);
+  void* const counter = cuda_emulator::map_shared(mbarrier, unsigned(rank), place);
+  static_cast<void>(*static_cast<const volatile uint64_t*>(counter));
+  *static_cast<uint4*>(there) = {~0u, ~0u, ~0u, ~0u};  // until the bytes arrive
+  cuda_emulator::store_async(there, value, counter, unsigned(rank), place);
 }
 
 }  // namespace ava

@@ -120,27 +120,41 @@ static void test_copies_arrive_when_they_are_waited_for() {
   EXPECT(out[0].x == 0xffffffffu);
 }
 
-__global__ void cluster_kernel(int* out) {  // [gridDim.x]
+constexpr int kRounds = 7;
+struct Mailbox {  // in dynamic shared memory
+  uint4 of_blocks[2][4];
+  uint64_t mbarriers[2];
+};
+__global__ void cluster_kernel(int* out) {  // [kRounds, gridDim.x]
   AVA_DYNAMIC_SHARED(shared);
-  int* const of_blocks = reinterpret_cast<int*>(shared);
+  Mailbox* const mine = reinterpret_cast<Mailbox*>(shared);
   const unsigned rank = cluster_rank();
+  if (threadIdx.x < 2) mbarrier_init(mine->mbarriers + threadIdx.x, 1);
   cluster_sync();
-  // every block hands its index to every other one
-  if (threadIdx.x < 4) cluster_map(of_blocks, threadIdx.x)[rank] = int(blockIdx.x);
-  cluster_sync();
-  if (threadIdx.x == 0) out[blockIdx.x] = of_blocks[0] + 10 * of_blocks[1] + 100 * of_blocks[2] + 1000 * of_blocks[3];
+  for (unsigned round = 0; round < kRounds; ++round) {  // every block hands a number to every one
+    uint4* const now = mine->of_blocks[round % 2];
+    uint64_t* const mbarrier = mine->mbarriers + round % 2;
+    if (threadIdx.x < 4) store_async16(now + rank, {blockIdx.x + round, 0, 0, 7}, mbarrier, threadIdx.x);
+    if (threadIdx.x == 9) mbarrier_arrive_expecting(mbarrier, 4 * 16);  // the bytes may be there already
+    mbarrier_wait(mbarrier, round / 2 % 2);
+    if (threadIdx.x == 0)
+      out[round * gridDim.x + blockIdx.x] = int(now[0].x + 10 * now[1].x + 100 * now[2].x + 1000 * now[3].x * now[3].w);
+    __syncwarp();
+  }
 }
 static LaunchShape cluster_shape(unsigned n_blocks) {
   LaunchShape shape{dim3(n_blocks), dim3(32)};
-  shape.shared_bytes = 4 * sizeof(int);
+  shape.shared_bytes = sizeof(Mailbox);
   shape.cluster_size = 4;
   return shape;
 }
 static void test_clusters() {
   cuda_emulator::under_every_schedule([] {
-    std::vector<int> out(8);
+    std::vector<int> out(kRounds * 8);
     launch("test", cluster_kernel, cluster_shape(8), nullptr, out.data());
-    for (int block = 0; block < 8; ++block) EXPECT_CLOSE(out[block], block < 4 ? 3210 : 7654, 0);
+    for (int round = 0; round < kRounds; ++round)
+      for (int block = 0; block < 8; ++block)
+        EXPECT_CLOSE(out[round * 8 + block], (block < 4 ? 21210 : 49654) + 7111 * round, 0);
   });
 }
 
@@ -169,14 +183,34 @@ __global__ void two_operations_kernel() {
 }
 __global__ void check_kernel(int n) { AVA_DEVICE_CHECK(int(threadIdx.x) < n); }
 __global__ void unaligned_kernel(char* bytes) { store16(bytes + 4, {}); }
-__global__ void absent_block_kernel() {
+// A cluster of four blocks in which something about its mbarriers is wrong.
+enum Mistake { kNoSync, kNotSetUp, kTwice, kEarly, kTooMany, kEnded, kBytes, kArrivals, kPast };
+template <Mistake kMistake>
+__global__ void mistaken_kernel(unsigned* out) {
   AVA_DYNAMIC_SHARED(shared);
-  *cluster_map(shared, (cluster_rank() + 1) % 4) = 0;
+  Mailbox* const mine = reinterpret_cast<Mailbox*>(shared);
+  uint64_t* const mbarrier = mine->mbarriers;
+  const unsigned rank = cluster_rank();
+  uint4* const slot = mine->of_blocks[0] + rank;
+  if (threadIdx.x == 0) mbarrier_init(mbarrier, 2);
+  if (kMistake == kTwice && threadIdx.x == 0) mbarrier_init(mbarrier, 2);
+  if (kMistake != kNoSync) cluster_sync();
+  if (threadIdx.x > 0) return;
+  if (kMistake == kPast) return store_async16(slot, {}, mbarrier, 4);
+  store_async16(slot, {rank, 0, 0, 0}, mbarrier + (kMistake == kNotSetUp), (rank + 1) % 4);
+  if (kMistake == kEnded) return;
+  mbarrier_arrive_expecting(mbarrier, kMistake == kBytes ? 32 : 16);
+  if (kMistake != kArrivals) mbarrier_arrive_expecting(mbarrier, 0);
+  if (kMistake == kTooMany) mbarrier_arrive_expecting(mbarrier, 16);
+  if (kMistake != kEarly) mbarrier_wait(mbarrier, 0);
+  out[rank] = mine->of_blocks[0][(rank + 3) % 4].x;
+  if (kMistake == kEarly) mbarrier_wait(mbarrier, 0);
 }
-__global__ void ended_block_kernel() {
-  AVA_DYNAMIC_SHARED(shared);
-  cluster_sync();
-  if (cluster_rank() == 0 && threadIdx.x == 0) *cluster_map(shared, 3) = 0;
+__global__ void phase_that_nobody_saw_kernel() {
+  AVA_SHARED(uint64_t, mbarrier, 1);
+  mbarrier_init(mbarrier, 1);
+  mbarrier_arrive_expecting(mbarrier, 0);
+  mbarrier_arrive_expecting(mbarrier, 0);
 }
 __global__ void past_the_end_kernel(int n) {
   AVA_SHARED(int, values, 8);
@@ -185,6 +219,7 @@ __global__ void past_the_end_kernel(int n) {
 }
 
 static void test_reports() {
+  unsigned out[4] = {};
   using cuda_emulator::Order;
   for (Order order : {Order::forward, Order::reverse, Order::random}) {
     cuda_emulator::options().order = order;
@@ -202,11 +237,25 @@ static void test_reports() {
                   "block 0 thread 31");
     alignas(16) char bytes[32];
     EXPECT_REPORT(launch("an_op", unaligned_kernel, one_warp, nullptr, bytes), "store16: expected an address aligned");
-    EXPECT_REPORT(launch("an_op", absent_block_kernel, cluster_shape(4), nullptr), "has not begun");
+    const LaunchShape cluster = cluster_shape(4);
+    EXPECT_REPORT(launch("an_op", mistaken_kernel<kNoSync>, cluster, nullptr, out), "a cluster_sync is missing");
+    EXPECT_REPORT(launch("an_op", mistaken_kernel<kNotSetUp>, cluster, nullptr, out), "nobody has set one up",
+                  "test_device.cpp:");
+    EXPECT_REPORT(launch("an_op", mistaken_kernel<kTwice>, cluster, nullptr, out), "there is an mbarrier already");
+    EXPECT_REPORT(launch("an_op", mistaken_kernel<kEnded>, cluster, nullptr, out), "has ended");
+    EXPECT_REPORT(launch("an_op", mistaken_kernel<kBytes>, cluster, nullptr, out), "deadlock",
+                  "waits in mbarrier_wait");
+    EXPECT_REPORT(launch("an_op", mistaken_kernel<kArrivals>, cluster, nullptr, out), "deadlock",
+                  "waits in mbarrier_wait");
+    EXPECT_REPORT(launch("an_op", mistaken_kernel<kPast>, cluster, nullptr, out), "a rank below the size");
   }
-  cuda_emulator::options().order = Order::reverse;
-  EXPECT_REPORT(launch("an_op", ended_block_kernel, cluster_shape(4), nullptr), "has ended", "block 0 thread 0");
   cuda_emulator::options().order = Order::forward;
+#ifndef __SANITIZE_THREAD__  // which reports the read
+  launch("an_op", mistaken_kernel<kEarly>, cluster_shape(4), nullptr, out);
+  EXPECT(out[0] == 0xffffffffu);  // bytes arrive as late as they may
+#endif
+  EXPECT_REPORT(launch("an_op", mistaken_kernel<kTooMany>, cluster_shape(4), nullptr, out), "more arrivals");
+  EXPECT_REPORT(launch("an_op", phase_that_nobody_saw_kernel, {dim3(1), dim3(1)}, nullptr), "nobody has waited");
 #ifndef __SANITIZE_ADDRESS__  // which ends the program at the write
   const LaunchShape with_shared{dim3(1), dim3(1), 32};
   for (int n : {8, 12, 20, 0, -3, -9})
@@ -216,7 +265,7 @@ static void test_reports() {
 }
 
 static void test_limits_of_a_launch() {
-  std::vector<int> out(8);
+  std::vector<int> out(kRounds * 8);
   const auto try_shape = [&](LaunchShape shape) { launch("an_op", cluster_kernel, shape, nullptr, out.data()); };
   EXPECT_REPORT(try_shape({dim3(1), dim3(1025)}), "expected 1 to 1024 threads, got 1025");
   EXPECT_REPORT(try_shape({dim3(0), dim3(32)}), "expected a block at least");

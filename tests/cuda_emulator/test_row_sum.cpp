@@ -8,7 +8,7 @@
 
 template <class Element>
 static void test_sums(int n_columns) {
-  constexpr int n_rows = 3;
+  constexpr int n_rows = 7;  // the phases of the mbarriers turn
   // not one element more than the kernel may touch, so that AddressSanitizer sees the next one
   std::vector<Element> rows(n_rows * n_columns);
   std::vector<double> expected(n_rows, 0.0);

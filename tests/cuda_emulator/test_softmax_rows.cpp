@@ -212,6 +212,7 @@ DeviceLimits small_device(int shared_per_block, int largest_cluster, int blocks 
 }
 
 constexpr DeviceLimits kH200{132, 228 * 1024, 227 * 1024, 1024, 8}, kA100{108, 164 * 1024, 163 * 1024, 1024, 1};
+constexpr DeviceLimits kOneBlock{0, 228 * 1024, 227 * 1024, 1024, 8};  // an H200 where one block takes all rows
 
 void test_plans() {
   const auto expect_plan = [](const DeviceLimits& device, int n_columns, int element_bytes, Residence residence,
@@ -224,7 +225,8 @@ void test_plans() {
     EXPECT(int64_t(plan.capacity) * cluster_size * 16 >= int64_t(n_columns) * element_bytes);
     EXPECT(plan.clusters_at_once(device) >= 1);
   };
-  expect_plan(kH200, 4000, 2, Residence::registers, 1);
+  expect_plan(kH200, 504, 2, Residence::registers, 1);
+  expect_plan(kH200, 505, 2, Residence::shared, 1);
   expect_plan(kH200, 32000, 2, Residence::shared, 1);
   expect_plan(kH200, 50257, 2, Residence::shared, 1);
   expect_plan(kH200, 128256, 2, Residence::clusters, 4);
@@ -233,6 +235,23 @@ void test_plans() {
   expect_plan(kH200, 600000, 4, Residence::streamed, 1);
   expect_plan(kA100, 32000, 2, Residence::shared, 1);
   expect_plan(kA100, 128256, 2, Residence::streamed, 1);
+
+  // short rows: few warps for each, and enough rows at once
+  const auto expect_threads = [](int n_columns, int n_threads, int n_blocks) {
+    const RowPlan plan = plan_rows(n_columns, 2, 0, kH200);
+    EXPECT(plan.n_threads == n_threads && plan.blocks_per_multiprocessor == n_blocks);
+  };
+  expect_threads(504, 32, 24);
+  expect_threads(505, 32, 32);
+  expect_threads(4096, 32, 23);
+  expect_threads(6000, 64, 16);
+  expect_threads(12000, 96, 9);
+  expect_threads(14000, 128, 7);
+  for (int n_columns = 1; n_columns < 20000; n_columns += 7) {  // everything that is planned for is there
+    const RowPlan plan = plan_rows(n_columns, 2, 8, kH200);
+    EXPECT(plan.blocks_per_multiprocessor * plan.n_threads <= kThreadsPerMultiprocessor);
+    EXPECT(plan.blocks_per_multiprocessor * (int(plan.shared_bytes) + 1024) <= kH200.shared_per_multiprocessor);
+  }
 }
 
 template <class Element>
@@ -245,13 +264,16 @@ void test_every_residence(const SoftmaxRowsLaunchers& kernels) {
   };
   constexpr int kScale = 4 / int(sizeof(Element));  // the same bytes for every type
   const Way ways[] = {{kH200, 1, Residence::registers, 1},
-                      {kH200, 300 * kScale, Residence::registers, 1},
+                      {kOneBlock, 250 * kScale, Residence::registers, 1},
+                      {kOneBlock, 253 * kScale, Residence::shared, 1},   // one warp
+                      {kOneBlock, 2051 * kScale, Residence::shared, 1},  // one warp, several vectors a thread
+                      {kOneBlock, 3001 * kScale, Residence::shared, 1},  // two
                       {small_device(4608, 8), 701 * kScale, Residence::shared, 1},
                       {small_device(20480, 1, 8), 3401 * kScale, Residence::shared, 1},
-                      {small_device(4096, 8), 1001 * kScale, Residence::clusters, 2},
+                      {small_device(5120, 8), 1001 * kScale, Residence::clusters, 2},
                       {small_device(10240, 8, 8), 3401 * kScale, Residence::clusters, 2},
-                      {small_device(6144, 8), 2501 * kScale, Residence::clusters, 4},
-                      {small_device(10496, 8), 7101 * kScale, Residence::clusters, 8},
+                      {small_device(7424, 8), 2501 * kScale, Residence::clusters, 4},
+                      {small_device(14080, 8), 9601 * kScale, Residence::clusters, 8},
                       {small_device(4096, 1), 1100 * kScale, Residence::streamed, 1}};
   const int flags[] = {kCrossEntropy, kCrossEntropy | kFocal | kLabelSmoothing | kZLoss | kConfidencePenalty,
                        kCrossEntropy | kLabelSmoothing | kSoftcap | kEaft,

@@ -39,17 +39,19 @@ class Path(NamedTuple):
     n_columns: int
 
 
+ONE_BLOCK = DeviceLimits(0, *[getattr(H100, n) for n, _ in H100._fields_[1:]])  # an H100 where one block takes all rows
 PATHS = [
-    Path("registers", 1, H100, 300),
-    Path("registers", 1, DeviceLimits(0, *[getattr(H100, n) for n, _ in H100._fields_[1:]]), 1801),
+    Path("registers", 1, H100, 250),
+    Path("registers", 1, ONE_BLOCK, 247),
     Path("shared", 1, small_device(4608), 701),
     Path("shared", 1, small_device(20480, blocks=8), 3401),
-    Path("clusters", 2, small_device(4096), 1001),
-    Path("clusters", 4, small_device(6144), 2501),
+    Path("clusters", 2, small_device(5120), 1001),
+    Path("clusters", 4, small_device(7424), 2501),
     Path("clusters", 2, small_device(10240, blocks=8), 3401),
-    Path("clusters", 4, small_device(10752, blocks=8), 6803),
+    Path("clusters", 4, small_device(12288, blocks=8), 6803),
     Path("streamed", 1, small_device(4096, largest_cluster=1), 1100),
     Path("streamed", 1, small_device(4096, largest_cluster=1), 4403),
+    Path("shared", 1, ONE_BLOCK, 1801),
 ]
 # registers, shared memory, a cluster and none of them, with several vectors a thread
 MAIN_PATHS = [PATHS[1], PATHS[3], PATHS[6], PATHS[9]]

@@ -1,6 +1,7 @@
 """The interpreter notices when a barrier, or a wait for copies, is taken out of the PTX of a kernel.
 
-A mutant lacks one instruction. It is noticed by a finding, a fault, or a wrong result.
+A mutant lacks one instruction, or has another number in one on mbarriers. It is noticed by a finding, a fault, or a
+wrong result.
 """
 
 import re
@@ -65,7 +66,7 @@ class Case(NamedTuple):
 ROW_LOSS = "row_loss_kernelI13__nv_bfloat16.*ResidenceE{}E.*FeaturesE{}E"
 THREE_WAYS = ["fused", "row_loss_", "no gradient"]
 CASES = {
-    "registers": Case(ROW_LOSS.format(0, 0), PATHS[1].device, rows(3000, PLAIN, THREE_WAYS)),
+    "registers": Case(ROW_LOSS.format(0, 0), PATHS[1].device, rows(493, PLAIN, THREE_WAYS)),
     "shared": Case(ROW_LOSS.format(1, 1), small_device(20480, blocks=8), rows(6802, EVERY_TERM, THREE_WAYS)),
     "clusters": Case(ROW_LOSS.format(2, 1), small_device(10240, blocks=8), rows(6802, EVERY_TERM, THREE_WAYS)),
     "streamed": Case(ROW_LOSS.format(3, 1), small_device(4096, 1), rows(2200, EVERY_TERM, THREE_WAYS)),
@@ -81,6 +82,7 @@ CASES = {
     "router": Case("router_statistics_kernelI13__nv_bfloat16Li16ELb0E", H100, router),
     "group sums": Case("group_sums_kernelIfE", H100, router),
     "repetition": Case("repetition_kernelIfE", H100, repetition),
+    "texts": Case("text_facts_kernelIfE", DeviceLimits(0, 228 * 1024, 227 * 1024, 1024, 8), repetition),
 }
 
 
@@ -110,6 +112,28 @@ def is_noticed(case: Case, plain: str, mutant: Kernel) -> bool:
     except (AssertionError, KernelFault):
         return True
     return False
+
+
+EXCHANGE = {  # what is wrong: a line of the PTX, and what stands there instead
+    "no wait": (r"mbarrier\.try_wait\S* (\w+), \[(%r\d+)\], %r\d+;", r"setp.eq.s32 \1, \2, \2;"),
+    "a phase that is not flipped": (r"(mbarrier\.try_wait\S* \w+, \[%r\d+\]), %r\d+;", r"\1, 0;"),
+    "too few bytes": (r"(mbarrier\.arrive\.expect_tx\S* _, \[%r\d+\]), %r\d+;", r"\1, 16;"),
+    "too many bytes": (r"(mbarrier\.arrive\.expect_tx\S* _, \[%r\d+\]), %r\d+;", r"\1, 48;"),
+    "too few arrivals": (r"(mbarrier\.init\S* \[%r\d+\]), %r\d+;", r"\1, 1;"),
+    "another block's mbarrier": (r"(mapa\S* counter, %r\d+), %r\d+;", r"\1, 0;"),
+    "no store": (r"st\.async[^;]*;", ""),
+}
+
+
+@pytest.mark.parametrize("what", EXCHANGE)
+def test_mutants_of_the_exchange(what):
+    case = Case(ROW_LOSS.format(2, 0), small_device(5120), rows(2002, PLAIN, ["fused", "no gradient"]))
+    (plain,) = [kernel for kernel in stems_of_kernels() if re.search(case.kernel, kernel)]
+    kernel = find_kernel(plain)
+    broken, n = re.subn(*EXCHANGE[what], kernel.module.functions[kernel.name].body)
+    assert n == 1
+    assert not is_noticed(case, plain, kernel)
+    assert is_noticed(case, plain, kernel.module.mutated(kernel.name, broken))
 
 
 @pytest.mark.parametrize("name", CASES)

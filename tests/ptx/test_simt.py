@@ -140,3 +140,83 @@ def test_memory_that_is_not_there():
         run("st.global.u32 [%rd2+2], %r1;", block=1, inputs=np.zeros(4, np.uint32))
     with pytest.raises(KernelFault, match="deadlock"):
         run("setp.lt.s32 %p1, %r1, 3; @%p1 bra END; bar.warp.sync -1; bar.sync 0; END: bar.warp.sync -1;", block=32)
+
+
+# Two blocks of a warp, each of which stores 5 + its rank into both.
+INIT = "@%p1 mbarrier.init.shared::cta.b64 [%r20], 1;"
+CLUSTER_BARRIER = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+ARRIVE = "@%p1 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r20], 32;"
+WAIT = "WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r20], 0; @!%p3 bra WAIT;"
+EXCHANGE = f"""
+mov.u32 %r21, %cluster_ctarank; add.s32 %r20, %r2, 256; setp.eq.s32 %p1, %r1, 0; setp.lt.s32 %p2, %r1, 2;
+{INIT} {CLUSTER_BARRIER}
+shl.b32 %r22, %r21, 4; add.s32 %r23, %r2, %r22; add.s32 %r26, %r21, 5; bar.warp.sync -1;
+mapa.shared::cluster.u32 %r24, %r23, %r1; mapa.shared::cluster.u32 %r25, %r20, %r1;
+@%p2 st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%r24], {{%r26, %r1, %r1, %r1}}, [%r25];
+{ARRIVE} {WAIT}
+ld.shared.u32 %r12, [%r2]; ld.shared.u32 %r13, [%r2+16]; shl.b32 %r13, %r13, 4; add.s32 %r12, %r12, %r13;
+mov.u32 %r30, %ctaid.x; shl.b32 %r31, %r30, 7; cvt.u64.u32 %rd7, %r31; add.s64 %rd8, %rd4, %rd7;
+st.global.u32 [%rd8], %r12;
+"""
+
+
+def exchange(body, seed):
+    text = HEADER + f".visible .entry k(.param .u64 out)\n{{\n{DECLARATIONS}\n{body}\nret;\n}}"
+    memory = Memory(1 << 16)
+    out = memory.put(np.zeros(64, np.uint32))
+    launch = Launch(Module(text).kernel("k"), memory, (2, 1), 32, cluster_size=2, seed=seed)
+    launch.run(np.array([out], np.uint64).tobytes())
+    return memory.get(out, np.zeros(64, np.uint32)), {text.split(":")[0] for text in launch.findings}
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_mbarriers_count_stores(seed):
+    got, findings = exchange(EXCHANGE, seed)
+    assert (got == 5 + 16 * 6).all() and not findings
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("right", "wrong", "finds"),
+    [
+        (WAIT, "", {"pending copy", "race", "uninitialised"}),
+        (WAIT, WAIT.replace("], 0", "], 1"), {"pending copy", "race", "uninitialised"}),
+        (ARRIVE, ARRIVE.replace("32", "16"), {"pending copy", "race", "uninitialised"}),
+    ],
+)
+def test_stores_are_waited_for(right, wrong, finds, seed):
+    """Noticed, whenever the stores land."""
+    try:
+        _, findings = exchange(EXCHANGE.replace(right, wrong), seed)
+    except KernelFault as fault:
+        assert "lands in a block that has ended" in str(fault) or "deadlock" in str(fault)
+    else:
+        assert findings & finds
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "fault"),
+    [
+        (ARRIVE, ARRIVE.replace("32", "48"), "deadlock"),
+        (ARRIVE, ARRIVE.replace("@%p1 ", ""), "more arrivals than expected"),
+        (ARRIVE, ARRIVE.replace("32", "1048576"), "a tx-count"),
+        (INIT, "", "no mbarrier there"),
+        (INIT, INIT + INIT, "there is an mbarrier already"),
+        (INIT, INIT.replace("1;", "0;"), "a count of 0"),
+        ("[%r24]", "[%r23]", "in two blocks"),
+        ("[%r24]", "[%r24+8]", "misaligned"),
+        ("[%r24]", "[%r24+16777216]", "unmapped"),
+        (ARRIVE, ARRIVE.replace("32", "0").replace("@%p1 ", "@%p2 ") + ARRIVE, "nobody has waited|more arrivals"),
+    ],
+)
+def test_faults_of_mbarriers(right, wrong, fault):
+    assert right in EXCHANGE
+    with pytest.raises(KernelFault, match=fault):
+        exchange(EXCHANGE.replace(right, wrong, 1), None)
+
+
+def test_an_mbarrier_is_set_up_before_others_use_it():
+    body = EXCHANGE.replace(CLUSTER_BARRIER, "")
+    with pytest.raises(KernelFault, match="no mbarrier there"):
+        exchange(body, 1)
+    assert "race with mbarrier.init" in exchange(body, None)[1]  # which happened to come first

@@ -21,17 +21,19 @@ What it reports in `findings`, and then goes on:
   shared memory   of another block of the cluster, which has ended or may have
   collectives     lanes that are missing in a shuffle or a vote; lanes of one warp at different block barriers
 
+mbarriers and st.async: mbarriers.py says what is modelled.
+
 What raises KernelFault: an access to memory that is not mapped or not aligned, a device assert, a deadlock (also of
 lanes that wait for the rest of their warp at an aligned barrier).
 
 What a GPU may do and this does not: fuse mul and add that are not marked .rn, round approximations in another way (ex2
 and rcp give the exact value rounded; `ex2_error` adds relative errors), caches. An access that a missing fence leaves
 unordered is a race here. Clusters run one after another. What nvcc has not written for the kernels at hand (textures,
-atomics, mbarrier, wgmma, local memory) raises NotImplementedError when the kernel is translated.
+atomics, wgmma, local memory) raises NotImplementedError when the kernel is translated.
 
 Files, in reading order: module.py (text to basic blocks), memory.py (global memory, who touched what),
 translation.py and instructions.py (basic blocks to Python), arithmetic.py (what numpy lacks), launch.py (threads and
-their schedule), synchronisation.py (barriers, shuffles, votes), access.py (loads, stores, copies).
+their schedule), synchronisation.py (barriers, shuffles, votes), access.py (loads, stores, copies), mbarriers.py.
 """
 
 from simt.launch import KernelFault, Launch

@@ -10,6 +10,8 @@ from simt.module import Instruction
 # generic addresses of shared memory, far from those of a process: a window for each block of the cluster
 SHARED_BASE = 1 << 56
 SHARED_WINDOW = 1 << 24
+# addresses of 32 bits in shared::cluster: those of the own block as they are, then a window for each block
+CLUSTER_WINDOW = 1 << 24
 
 
 class KernelFault(Exception):
@@ -25,10 +27,18 @@ class MemoryAccess:
         window = (address - np.uint64(SHARED_BASE)) % np.uint64(SHARED_WINDOW)
         return np.uint64(SHARED_BASE) + rank.astype(np.uint64) * np.uint64(SHARED_WINDOW) + window
 
+    def map_cluster(self, address: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        return (rank + np.uint32(1)) * np.uint32(CLUSTER_WINDOW) + address % np.uint32(CLUSTER_WINDOW)
+
     def _place(self, space: str, address: np.ndarray, threads: np.ndarray) -> tuple[str, np.ndarray]:
         """The memory, and places in it."""
         if space == "shared":
             return "shared", np.where(address < 0, -1, self.block_of[threads] * self.shared_stride + address)
+        if space == "shared::cluster":
+            window = address // CLUSTER_WINDOW
+            rank = np.where(window == 0, self.block_of[threads], window - 1)
+            is_there = (address >= 0) & (rank < self.cluster_size)
+            return "shared", np.where(is_there, rank * self.shared_stride + address % CLUSTER_WINDOW, -1)
         if space == "generic":
             is_shared = (address >= SHARED_BASE) & (address < SHARED_BASE + SHARED_WINDOW * self.cluster_size)
             if is_shared.all():

@@ -49,8 +49,9 @@ class Computations:
         self.write(operands[0], "u64", f"({source}).copy()")
 
     def do_mapa(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
-        address, rank = self.read(operands[1], "u64"), self.read(operands[2], "u32")
-        self.write(operands[0], "u64", f"launch.map_shared({address}, {rank})")
+        kind, method = ("u32", "map_cluster") if "shared::cluster" in suffixes else ("u64", "map_shared")
+        address, rank = self.read(operands[1], kind), self.read(operands[2], "u32")
+        self.write(operands[0], kind, f"launch.{method}({address}, {rank})")
 
     def do_cvt(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         target, source = suffixes[-2:]

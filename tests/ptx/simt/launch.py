@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from simt.access import SHARED_BASE, SHARED_WINDOW, KernelFault, MemoryAccess
+from simt.mbarriers import Mbarriers
 from simt.memory import RED_ZONE, RESERVED, WARP, Accesses, Memory
 from simt.module import Instruction, Kernel
 from simt.synchronisation import EXITED, RUNNING, Synchronisation
@@ -21,7 +22,7 @@ def program_of(kernel: Kernel) -> Program:
     return Program(kernel)
 
 
-class Launch(Synchronisation, MemoryAccess):
+class Launch(Synchronisation, Mbarriers, MemoryAccess):
     """A launch of `grid` blocks of `block` threads.
 
     Args:
@@ -117,6 +118,7 @@ class Launch(Synchronisation, MemoryAccess):
             "global": Accesses(self.memory.end + RED_ZONE, 2, self.n_warps),
         }
         self.start_copy_groups()
+        self.start_mbarriers()
         self.start_clocks()
         self.pc = np.zeros(n, np.int32)  # number of a basic block
         self.status = np.full(n, RUNNING, np.int8)
@@ -126,6 +128,8 @@ class Launch(Synchronisation, MemoryAccess):
         for _ in range(MOST_STEPS):
             threads = np.flatnonzero((self.status == RUNNING) & scheduled)
             if self.seed is not None and (steps_left <= 0 or threads.size == 0):
+                if self.stores and self.random.random() < 0.5:
+                    self.land_store()
                 ready = np.unique(self.warp_of[self.status == RUNNING])
                 if ready.size:
                     size = int(self.random.choice([1, 1, 1, (ready.size + 1) // 2, ready.size]))
@@ -133,6 +137,9 @@ class Launch(Synchronisation, MemoryAccess):
                     steps_left = int(self.random.integers(1, 200))
                     threads = np.flatnonzero((self.status == RUNNING) & scheduled)
             steps_left -= 1
+            if threads.size == 0 and self.stores:
+                self.land_store()  # as late as may be
+                continue
             if threads.size == 0:
                 if (self.status == EXITED).all():
                     return
@@ -177,13 +184,14 @@ class Launch(Synchronisation, MemoryAccess):
 
     def _end_block(self, rank: int) -> None:
         """The shared memory of a block goes with it: the other blocks have to be done with it by then."""
+        self.require_no_stores_to(rank)
         accesses, per_block = self.accesses["shared"], self.shared_stride // 4
         own = slice(rank * per_block, (rank + 1) * per_block)
         seen = self.clocks[np.unique(self.warp_of[self.block_of == rank])].max(0)
-        writer = accesses.writer[own]
-        unseen = (writer >= 0) & (accesses.write_clock[own] > seen[self.warp_of[np.maximum(writer, 0)]])
-        unseen &= self.block_of[np.maximum(writer, 0)] != rank
-        if unseen.any() or (accesses.read_clock[own] > seen).any():
+        writer = np.maximum(accesses.writer[own], 0)
+        unseen = (accesses.writer[own] >= 0) & (accesses.write_clock[own] > seen[writer // WARP])
+        unseen &= writer // self.block != rank  # mbarriers come behind all threads
+        if unseen.any() or (accesses.read_clock[own] > seen[: self.n_warps]).any():
             self.find("shared memory is accessed from outside while its block may end", None)
 
     def trap(self, threads: np.ndarray) -> None:

@@ -43,11 +43,13 @@ class Memory:
         return first
 
     def _tensor(self, n_elements: int, dtype: torch.dtype, shift: int) -> tuple[Tensor, Tensor]:
-        """A tensor over uninitialised memory, and the states of its bytes."""
+        """A tensor over uninitialised memory, `shift` bytes behind the beginning of its storage, and the states of its
+        bytes."""
         first = self._reserve(n_elements * dtype.itemsize, shift)
         place = slice(first, first + n_elements * dtype.itemsize)
         self.tensors.append((place, dtype.itemsize))
-        return torch.from_numpy(self.bytes[place]).view(dtype), torch.from_numpy(self.state[place])
+        storage = torch.from_numpy(self.bytes[first - shift : place.stop]).view(dtype)
+        return storage[shift // dtype.itemsize :], torch.from_numpy(self.state[place])
 
     def empty(self, size: list[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in this memory."""
@@ -64,7 +66,7 @@ class Memory:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True)) if tensor.numel() else 0
         copy, state = self._tensor(extent, tensor.dtype, tensor.data_ptr() % 64)
         state.as_strided((*size, itemsize), (*(itemsize * stride for stride in strides), 1)).fill_(RESERVED)
-        return copy.as_strided(size, strides).copy_(tensor)
+        return copy.as_strided(size, strides, copy.storage_offset()).copy_(tensor)
 
     def put(self, array: np.ndarray, shift: int = 0) -> int:
         """The address of a copy of a contiguous array; `shift` bytes behind a multiple of ALIGNMENT."""
@@ -105,7 +107,7 @@ class Accesses:
         """[n_places, granules of an access]"""
         return places[:, None] // self.granule + np.arange(max(1, n_bytes // self.granule))
 
-    def _unordered_writers(self, granules: np.ndarray, threads: np.ndarray, clocks: np.ndarray) -> np.ndarray:
+    def unordered_writers(self, granules: np.ndarray, threads: np.ndarray, clocks: np.ndarray) -> np.ndarray:
         writer = self.writer[granules]
         other = (writer >= 0) & (writer != threads[:, None])
         if not other.any():
@@ -115,9 +117,15 @@ class Accesses:
         written = self.write_clock[granules]
         return other & np.where(warp == writer_warp, seen <= written, seen < written)
 
+    def is_unordered(self, granules: np.ndarray, seen: np.ndarray) -> bool:
+        """Whether a writer that has seen these clocks races: with a write, or with a read."""
+        writer, n_warps = self.writer[granules], self.read_clock.shape[1]
+        is_written = (writer >= 0) & (seen[np.maximum(writer, 0) // WARP] < self.write_clock[granules])
+        return bool(is_written.any() or (self.read_clock[granules] > seen[:n_warps]).any())
+
     def read(self, granules: np.ndarray, threads: np.ndarray, clocks: np.ndarray) -> np.ndarray:
         """Where a read races, [n_threads, granules of an access]."""
-        race = self._unordered_writers(granules, threads, clocks)
+        race = self.unordered_writers(granules, threads, clocks)
         warp = np.broadcast_to(threads[:, None] // WARP, granules.shape)
         lanes = np.broadcast_to((threads % WARP).astype(np.int16)[:, None], granules.shape)
         now = clocks[warp, warp]
@@ -131,11 +139,11 @@ class Accesses:
 
     def write(self, granules: np.ndarray, threads: np.ndarray, clocks: np.ndarray) -> np.ndarray:
         """Where a write races, [n_threads, granules of an access]."""
-        race = self._unordered_writers(granules, threads, clocks)
+        race = self.unordered_writers(granules, threads, clocks)
         warp = threads // WARP
         read = self.read_clock[granules]  # [n_threads, granules of an access, n_warps]
         if read.any():
-            unseen = read > clocks[warp][:, None, :]
+            unseen = read > clocks[warp][:, None, : read.shape[-1]]
             own = np.take_along_axis(read, np.broadcast_to(warp[:, None, None], (*granules.shape, 1)), 2)[..., 0]
             reader = self.reader[granules, warp[:, None]]
             same_warp = (own == clocks[warp, warp][:, None]) & (own > 0) & (reader != (threads % WARP)[:, None])

@@ -31,8 +31,8 @@ TYPES = {
     "f64": np.float64,
 }
 NAMES = {kind: np.dtype(dtype).name for kind, dtype in TYPES.items()}  # of numpy
-# threads wait for others in these; each is a basic block of its own
-WAITING = ("bar", "barrier", "shfl", "vote", "activemask", "match", "redux")
+# threads wait for others in these, or for memory; each is a basic block of its own
+WAITING = ("bar", "barrier", "shfl", "vote", "activemask", "match", "redux", "mbarrier")
 
 
 @dataclass(eq=False)
@@ -45,6 +45,10 @@ class Instruction:
 
     def __post_init__(self) -> None:
         self.name, *self.suffixes = self.opcode.split(".")
+
+    @property
+    def is_block(self) -> bool:
+        return self.name in WAITING or self.opcode.startswith("st.async")
 
 
 class Function(NamedTuple):
@@ -236,9 +240,9 @@ def _basic_blocks(code: list[Instruction | str]) -> tuple[list[list[Instruction]
             blocks += [[]] if blocks[-1] else []
             labels[item] = len(blocks) - 1
             continue
-        if item.name in WAITING and blocks[-1]:
+        if item.is_block and blocks[-1]:
             blocks.append([])
         blocks[-1].append(item)
-        if item.name in (*WAITING, "bra", "ret", "exit", "trap"):
+        if item.is_block or item.name in ("bra", "ret", "exit", "trap"):
             blocks.append([])
     return (blocks if blocks[-1] else blocks[:-1]), labels

@@ -12,7 +12,8 @@ from simt.memory import WARP
 from simt.module import Instruction, Kernel
 from simt.translation import Program
 
-RUNNING, AT_BARRIER, AT_CLUSTER, AT_WARP, EXITED = range(5)
+MOST_MBARRIERS = 16  # of a cluster here
+RUNNING, AT_BARRIER, AT_CLUSTER, AT_WARP, AT_MBARRIER, EXITED = range(6)
 
 
 class Synchronisation:
@@ -22,13 +23,16 @@ class Synchronisation:
     program: Program
 
     def start_clocks(self) -> None:
-        self.clocks = np.zeros((self.n_warps, self.n_warps), np.int32)
+        # behind the warps come the mbarriers, which have clocks too
+        self.clocks = np.zeros((self.n_warps, self.n_warps + MOST_MBARRIERS), np.int32)
         np.fill_diagonal(self.clocks, 1)
         self.arrivals = np.zeros(self.n_threads, np.int64)  # at the cluster's barrier, of each thread
-        self.release = np.zeros(self.n_warps, np.int32)  # what those know who have arrived
+        self.release = np.zeros(self.clocks.shape[1], np.int32)  # what those know who have arrived
 
     def wait(self, number: int, instruction: Instruction, threads: np.ndarray) -> None:
         """Threads come to an instruction, the basic block `number`, in which they wait for others."""
+        if instruction.name in ("mbarrier", "st"):
+            return self.operate(number, instruction, threads)
         if instruction.guard:
             raise NotImplementedError(instruction.text)
         operation = (instruction.name, *instruction.suffixes[:1])

@@ -202,7 +202,7 @@ class Translator(Computations):
     def do_bar(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         self.ending = Ending("wait", i)
 
-    do_barrier = do_shfl = do_vote = do_redux = do_bar
+    do_barrier = do_shfl = do_vote = do_redux = do_mbarrier = do_bar
 
     def do_membar(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         """Nothing: barriers order all memory here."""
@@ -234,6 +234,8 @@ class Translator(Computations):
     do_ldu = do_ld
 
     def do_st(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
+        if i.is_block:
+            return self.do_bar(i, suffixes, operands)
         space, _, kind = self._access(suffixes)
         names = split_operands(operands[1][1:-1]) if operands[1].startswith("{") else [operands[1]]
         values = ", ".join(self.read(x, kind) for x in names)
@@ -241,6 +243,7 @@ class Translator(Computations):
             f"launch.store({space!r}, {self.address(operands[0])}, np.dtype(np.{NAMES[kind]}), [{values}], threads, "
             f"{self.guard() if i.guard else None}, {self._number(i)})"
         )
+        return None
 
     def do_cp(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         if suffixes[0] != "async" or "bulk" in suffixes:
