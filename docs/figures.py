@@ -162,6 +162,26 @@ def repetition() -> Figure | None:
     return figure
 
 
+def repetition_updates() -> Figure | None:
+    """The validation part over the updates: mean of the seeds."""
+    path = STUDIES / "repetition.json"
+    if not path.exists():
+        return None
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots(1, 2)
+    titles = {"validation_perplexity": "perplexity", "validation_seq_rep_4": "seq-rep-4, greedy"}
+    for (name, seeds), colour in zip(load(path)["arms"].items(), LINES, strict=False):
+        for axis, (key, title) in zip(axes, titles.items(), strict=True):
+            updates = [number for number, line in enumerate(next(iter(seeds.values()))["history"], 1) if key in line]
+            runs = [[line[key] for line in run["history"] if key in line] for run in seeds.values()]
+            middle = [mean(values) for values in zip(*runs, strict=True)]
+            axis.plot(updates, middle, color=colour, label=name, marker="o", markersize=3, linewidth=1.4)
+            axis.set(title=f"validation part: {title}", xlabel="update")
+    axes[1].set_ylim(0, None)
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
 def _canvas(width: float, height: float) -> tuple[Figure, Any]:
     """An empty sheet; one unit is a tenth of an inch."""
     figure = Figure(figsize=(width, height))
@@ -229,7 +249,8 @@ def without_logits() -> Figure:
 
 FIGURES: dict[str, Callable[[], Figure | None]] = {
     "rows": rows, "memory": memory, "router": router, "accuracy": accuracy, "moe_balance": moe_balance,
-    "repetition": repetition, "one_pass": one_pass, "without_logits": without_logits,
+    "repetition": repetition, "repetition_updates": repetition_updates, "one_pass": one_pass,
+    "without_logits": without_logits,
 }  # fmt: skip
 
 

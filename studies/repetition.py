@@ -5,7 +5,9 @@
     python studies/repetition.py --print                                  the table of the existing results
 
 All arms of a seed see the same data in the same order, take the same number of updates and start from the same weights.
-The text is the standard library's docstrings, every fifteenth held out; text of another kind is the language reference.
+The text is the standard library's long docstrings: whole documents are held out, and every passage and prompt lies
+within one. Text of another kind is the language reference. Every few updates a small validation part, held out too, is
+measured; choices go by that, the table by the rest.
 With sequence-level unlikelihood (Welleck et al. 2019), the model also continues prefixes greedily, and every token of a
 repeated n-gram gets -log(1 - p): cross-entropy of the text and this, of the rollouts, make one update. Results are
 written after every arm and seed, and a state every few updates. Several processes may run different arms or seeds.
@@ -30,12 +32,12 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import smollm2
-from measures import measures
+from measures import measures, ngrams
 
 from ava_ext import LinearLogits, SequenceUnlikelihoodLoss, UnifiedLoss
 
-END = "<|im_end|>"  # of a text, to this model
 RESULTS = Path(__file__).parent / "results" / "repetition.json"
+MIN_CHARACTERS = 1200  # of a document
 
 
 class Arm(NamedTuple):
@@ -43,6 +45,7 @@ class Arm(NamedTuple):
 
     options: dict[str, Any]  # of UnifiedLoss
     sequence_weight: float = 0.0
+    rollout_ngram: int | None = None  # None: the setting's
 
 
 TOKEN = {"use_ngram_penalty": True, "ngram_size": 1, "ngram_slots": 128, "ngram_penalty_weight": 1.0}
@@ -51,7 +54,7 @@ ARMS = {
     "sequence, weight 0.25": Arm({}, 0.25),
     "sequence, weight 0.5": Arm({}, 0.5),
     "sequence, weight 1": Arm({}, 1.0),
-    "sequence, weight 2": Arm({}, 2.0),
+    "sequence, weight 1, n = 8": Arm({}, 1.0, 8),
     "token": Arm(TOKEN),
     "both": Arm(TOKEN, 0.25),
     "n-gram, weight 0.5": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 0.5}),
@@ -62,19 +65,20 @@ ARMS = {
 class Setting(NamedTuple):
     """What all runs share."""
 
-    updates: int = 48
-    learning_rate: float = 6e-4  # at its highest; falls to 0
-    n_layers: int = 6
+    updates: int = 64
+    learning_rate: float = 3e-4  # at its highest; falls to 0
+    n_layers: int = 10
     batch_size: int = 4
     n_tokens: int = 128  # of a training text
-    n_rollouts: int = 2  # per update
+    n_rollouts: int = 4  # per update
     rollout_updates: int = 8  # that share one round of rollouts: a large batch costs less per token
     prefix_length: int = 32
     rollout_length: int = 64
     rollout_ngram: int = 4
-    n_prompts: int = 32  # half of them where the text is of another kind, or sampled
+    n_prompts: int = 48  # half of them where the text is of another kind, or sampled
     n_new_tokens: int = 100
-    n_windows: int = 32  # held-out texts of n_tokens
+    n_windows: int = 48  # held-out passages of n_tokens
+    validation_updates: int = 16  # between two looks at the validation part
 
 
 QUICK = Setting(
@@ -87,49 +91,68 @@ QUICK = Setting(
     n_prompts=4,
     n_new_tokens=24,
     n_windows=4,
+    validation_updates=2,
 )
 
 
 class Texts(NamedTuple):
-    """Token ids [n_tokens] of three streams."""
+    """Whole documents, each a tensor of token ids [n_tokens]."""
 
-    train: Tensor
-    same_kind: Tensor
-    other_kind: Tensor
+    train: list[Tensor]
+    validation: list[Tensor]  # of the same kind: for choices of the setting
+    same_kind: list[Tensor]  # held out
+    other_kind: list[Tensor]
 
 
 def texts(tokenizer: Tokenizer, limit: int | None) -> Texts:
-    """Docstrings, held-out docstrings, and the language reference."""
+    """Long docstrings, in three parts, and the language reference."""
     import pydoc_data.topics
 
     from text_corpus import standard_library_documentation
 
     topics = {" ".join(text.split()) for text in pydoc_data.topics.topics.values()}
-    documentation = [text for text in standard_library_documentation() if text not in topics]
-    held_out = documentation[::15]
-    train = [text for index, text in enumerate(documentation) if index % 15]
-    reference = [text for text in sorted(topics) if len(text) > 500]
+    docstrings = [text for text in standard_library_documentation(MIN_CHARACTERS) if text not in topics]
 
-    def ids(documents: list[str]) -> Tensor:
-        encoded = tokenizer.encode_batch([text + END for text in documents])
-        return torch.tensor([token for encoding in encoded for token in encoding.ids])
+    def ids(documents: list[str]) -> list[Tensor]:
+        return [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(documents[:limit])]
 
-    return Texts(ids(train[:limit]), ids(held_out[:limit]), ids(reference[:limit]))
+    new = without_copies(docstrings)
+    train = [text for index, text in enumerate(new) if index % 4]
+    reference = [text for text in sorted(topics) if len(text) >= MIN_CHARACTERS]
+    return Texts(ids(train), ids(new[4::8]), ids(new[::8]), ids(without_copies(reference)))
 
 
-def prefixes_of(tokens: Tensor, length: int, count: int, seed: int) -> Tensor:  # [n] -> [count, length]
-    """From anywhere in the text."""
-    starts = torch.randint(len(tokens) - length, (count, 1), generator=torch.Generator().manual_seed(seed))
-    return tokens[starts + torch.arange(length)]
+def without_copies(documents: list[str], n_words: int = 12) -> list[str]:
+    """Leaves out what mostly stands in an earlier document: the standard library has modules in C and in Python."""
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for document in documents:
+        found = set(ngrams(document.split(), n_words))
+        if len(found & seen) <= 0.1 * len(found):
+            kept.append(document)
+            seen |= found
+    return kept
+
+
+def passages(documents: list[Tensor], length: int, count: int, seed: int) -> Tensor:  # [count, length]
+    """From anywhere in the text, each within one document."""
+    n_places = torch.tensor([max(len(document) - length + 1, 0) for document in documents])
+    ends = n_places.cumsum(0)
+    places = torch.randint(int(ends[-1]), (count,), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.searchsorted(ends, places, right=True)
+    starts = places - (ends - n_places)[chosen]
+    pairs = zip(chosen.tolist(), starts.tolist(), strict=True)
+    return torch.stack([documents[number][start : start + length] for number, start in pairs])
 
 
 class Windows:
-    """Neighbouring passages of a text, and what the frozen layers make of them: computed once, kept in a file."""
+    """Neighbouring passages, each within one document, and what the frozen layers make of them: computed once, kept in
+    a file."""
 
-    def __init__(self, model: smollm2.SmolLM2, tokens: Tensor, n_tokens: int, path: Path) -> None:
-        self.model, n_windows = model, (len(tokens) - 1) // n_tokens
-        self.inputs = tokens[: n_windows * n_tokens].view(n_windows, n_tokens)
-        self.targets = tokens[1 : n_windows * n_tokens + 1].view(n_windows, n_tokens)
+    def __init__(self, model: smollm2.SmolLM2, documents: list[Tensor], n_tokens: int, path: Path) -> None:
+        whole = torch.cat([tokens.unfold(0, n_tokens + 1, n_tokens) for tokens in documents if len(tokens) > n_tokens])
+        self.model, n_windows = model, len(whole)
+        self.inputs, self.targets = whole[:, :-1], whole[:, 1:]
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (n_windows, n_tokens, model.sizes.hidden_size)
         self.states = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=model.dtype).view(shape)
@@ -168,7 +191,8 @@ def train(
     model: smollm2.SmolLM2,
     arm: Arm,
     text: Windows,
-    train_tokens: Tensor,
+    documents: Texts,
+    validation: Windows,
     setting: Setting,
     seed: int,
     title: str,
@@ -197,17 +221,19 @@ def train(
         if arm.sequence_weight:
             if not rollouts:
                 n_rollouts, step_seed = setting.n_rollouts * setting.rollout_updates, 100_000 * seed + update
-                prefixes = prefixes_of(train_tokens, setting.prefix_length, n_rollouts, step_seed)
+                prefixes = passages(documents.train, setting.prefix_length, n_rollouts, step_seed)
                 written = smollm2.continuations(model, prefixes, setting.rollout_length)
                 split = zip(*(part.split(setting.n_rollouts) for part in written), strict=True)
                 rollouts = [smollm2.Continuation(*parts) for parts in split]
-            loss, repeated = sequence_loss(model, rollouts.pop(), setting.rollout_ngram)
+            loss, repeated = sequence_loss(model, rollouts.pop(), arm.rollout_ngram or setting.rollout_ngram)
             (arm.sequence_weight * loss).backward()
             line |= {"sequence_loss": float(loss.detach()), "repeated": float(repeated)}
         line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0))
         optimizer.step()
         optimizer.zero_grad()
         history.append(line)
+        if (update + 1) % setting.validation_updates == 0:
+            line |= validate(model, validation, documents.validation, setting)
         progress.set_postfix({name: f"{line[name]:.2f}" for name in ("total_loss", "repeated") if name in line})
         if not rollouts and (update + 1) % setting.rollout_updates == 0 and update + 1 < setting.updates:
             state.parent.mkdir(parents=True, exist_ok=True)
@@ -221,32 +247,37 @@ def train(
 
 
 @torch.no_grad()
-def perplexity(model: smollm2.SmolLM2, text: Windows, setting: Setting) -> float:
+def perplexity(model: smollm2.SmolLM2, text: Windows, setting: Setting, n_windows: int) -> float:
     """Of n_windows passages, evenly from the whole text."""
-    chosen = torch.linspace(0, len(text) - 1, setting.n_windows).long()
+    chosen = torch.linspace(0, len(text) - 1, n_windows).long()
     loss_fn = UnifiedLoss(len(model.head), primary_loss_type="standard", reduction="sum").eval()
     total, head = 0.0, model.head.float()
     for part in chosen.split(setting.batch_size):
         states, targets = text[part]
         total += float(loss_fn(targets=targets, hidden_states=model.hidden_states(states), lm_head_weight=head))
-    return math.exp(total / (setting.n_windows * setting.n_tokens))
+    return math.exp(total / (n_windows * setting.n_tokens))
 
 
-def passages(tokens: Tensor, setting: Setting) -> list[list[int]]:
-    """Of the text itself, as long as what the model writes: how much of it repeats?"""
-    return prefixes_of(tokens, setting.n_new_tokens, setting.n_prompts, seed=2).tolist()
+def validate(model: smollm2.SmolLM2, text: Windows, documents: list[Tensor], setting: Setting) -> dict[str, float]:
+    """A quarter of what `evaluate` measures, on text for choices."""
+    prefixes = passages(documents, setting.prefix_length, setting.n_prompts // 4, seed=1)
+    written = smollm2.continuations(model, prefixes, setting.n_new_tokens).tokens
+    return {
+        "validation_perplexity": perplexity(model, text, setting, setting.n_windows // 4),
+        "validation_seq_rep_4": measures(written.tolist())["seq_rep_4"],
+    }
 
 
 def evaluate(
-    model: smollm2.SmolLM2, tokenizer: Tokenizer, data: Texts, texts: dict[str, Windows], setting: Setting
+    model: smollm2.SmolLM2, tokenizer: Tokenizer, documents: Texts, texts: dict[str, Windows], setting: Setting
 ) -> dict[str, Any]:
     """Perplexity and measures of repetition on held-out text of both kinds, and three continuations to read."""
     result: dict[str, Any] = {}
     for kind, ways in (("same_kind", ("greedy", "sampled")), ("other_kind", ("greedy",))):
-        result[kind] = {"perplexity": perplexity(model, texts[kind], setting)}
+        result[kind] = {"perplexity": perplexity(model, texts[kind], setting, setting.n_windows)}
         for way in ways:
             n_prompts = setting.n_prompts if (kind, way) == ("same_kind", "greedy") else setting.n_prompts // 2
-            prefixes = prefixes_of(getattr(data, kind), setting.prefix_length, n_prompts, seed=2)
+            prefixes = passages(getattr(documents, kind), setting.prefix_length, n_prompts, seed=2)
             written = smollm2.continuations(model, prefixes, setting.n_new_tokens, sample=way == "sampled").tokens
             result[kind][way] = measures(written.tolist())
             if way == "greedy":
@@ -271,6 +302,23 @@ def rollout_table(results: dict[str, Any]) -> str:
         cells = [f"{100 * first:.0f} %, {100 * last:.0f} %" for first, last in [shares]]
         cells += [f"{first:.2f}, {last:.2f}" for first, last in [losses, [1 - math.exp(-loss) for loss in losses]]]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def validation_table(results: dict[str, Any]) -> str:
+    """Perplexity and greedy seq-rep-4 of the validation part along the updates, mean over the seeds."""
+    arms = results["arms"]
+    history = next(iter(next(iter(arms.values())).values()))["history"]
+    updates = [number for number, line in enumerate(history) if "validation_perplexity" in line]
+    titles = ["loss", *(f"after {number + 1} updates" for number in updates)]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    for name, seeds in arms.items():
+        cells = [name]
+        for number in updates:
+            found = [run["history"][number] for run in seeds.values()]
+            mean = {key: statistics.mean(line[key] for line in found) for key in found[0] if key.startswith("valid")}
+            cells.append(f"{mean['validation_perplexity']:.2f}, {100 * mean['validation_seq_rep_4']:.1f} %")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -372,7 +420,7 @@ def main() -> None:
     options = parse_arguments()
     if options.print:
         results = json.loads(options.output.read_text())
-        print(table(results), rollout_table(results), sep="\n", end="")
+        print(table(results), validation_table(results), rollout_table(results), sep="\n", end="")
         return
     if missing := smollm2.missing_packages():
         raise SystemExit(f"studies/repetition.py: expected {', '.join(missing)} to be installed; `make study` does it")
@@ -388,25 +436,28 @@ def main() -> None:
     left = [(seed, name) for seed in seeds for name in arms if str(seed) not in results["arms"].get(name, {})]
     if left or not results["before"] or not results.get("text"):
         model, tokenizer = smollm2.load(options.cache / "smollm2", setting.n_layers)
-        data = texts(tokenizer, limit=40 if options.quick else None)
+        documents = texts(tokenizer, limit=8 if options.quick else None)
         windows = {}
-        for kind, tokens in data._asdict().items():
-            name = f"{kind}_{len(tokens)}_{setting.n_tokens}_{model.n_frozen}"
-            windows[kind] = Windows(model, tokens, setting.n_tokens, options.cache / "frozen_states" / name)
-        results["text"] = {
-            kind: measures(passages(getattr(data, kind), setting)) for kind in ("same_kind", "other_kind")
-        }
+        for kind, part in documents._asdict().items():
+            name = f"{kind}_{sum(map(len, part))}_{setting.n_tokens}_{model.n_frozen}"
+            windows[kind] = Windows(model, part, setting.n_tokens, options.cache / "frozen_states" / name)
+        results["text"] = {}  # as long as what the model writes: how much of it repeats?
+        for kind in ("same_kind", "other_kind"):
+            found = passages(getattr(documents, kind), setting.n_new_tokens, setting.n_prompts, seed=2)
+            results["text"][kind] = measures(found.tolist())
         for seed, name in left:
             model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
             state = options.cache / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{setting.updates}.pt"
             title = f"{name}, seed {seed}"
-            history = train(model, ARMS[name], windows["train"], data.train, setting, seed, title, state)
-            after = evaluate(model, tokenizer, data, windows, setting)
+            history = train(
+                model, ARMS[name], windows["train"], documents, windows["validation"], setting, seed, title, state
+            )
+            after = evaluate(model, tokenizer, documents, windows, setting)
             results["arms"].setdefault(name, {})[str(seed)] = {"history": history, "after": after}
             _write(results, options.output)
         if results["before"] is None:
             model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
-            results["before"] = evaluate(model, tokenizer, data, windows, setting)
+            results["before"] = evaluate(model, tokenizer, documents, windows, setting)
         _write(results, options.output)
     print(table(results), end="")
 

@@ -85,7 +85,7 @@ MUTANTS = [
            "ids"),
     Mutant("no_spans_before", "none", REPETITION_ORDER, "is_open && before >= 0", "is_open && before > span", "ids"),
     Mutant("no_collisions_of_texts", "none", REPETITION_ORDER,
-           " || facts_.text_start[row] != facts_.text_start[other]", "", "collides"),
+           " || facts_.text_start[place.row] != facts_.text_start[other]", "", "collides"),
     Mutant("no_wait_in_a_row", "none", SOFTMAX_SUMS, "if (stage == 0) cp_async_wait<1>();", "", "expected"),
     # what they take for partials sends them anywhere: the program may end without a word
     Mutant("no_wait_for_partials", "none", EXCHANGE, "if (every_warp || threadIdx.x < 32) mbarrier_wait(",

@@ -26,6 +26,7 @@ STUDIES = ROOT / "docs" / "studies"
 SHOWN = {
     "moe": (STUDIES / "moe_balance.md", "moe_balance", moe_balance.table),
     "repetition": (STUDIES / "repetition.md", "repetition", repetition.table),
+    "validation": (STUDIES / "repetition.md", "repetition", repetition.validation_table),
     "rollouts": (STUDIES / "repetition.md", "repetition", repetition.rollout_table),
     "readings": (STUDIES / "repetition.md", "repetition", repetition.readings),
     "real-model": (ROOT / "README.md", "repetition", repetition.short_table),
@@ -110,15 +111,32 @@ def test_sequence_loss_is_unlikelihood_of_what_repeats_over_all_that_was_written
 
 
 def test_windows_keep_what_the_frozen_layers_made(tmp_path, monkeypatch):
-    model, tokens = tiny_model(), torch.arange(31) % 40
-    windows = repetition.Windows(model, tokens, 10, tmp_path / "states")
-    chosen = torch.tensor([2, 0])
+    model, documents = tiny_model(), [torch.arange(31) % 40, torch.arange(10), torch.arange(20, 32)]
+    windows = repetition.Windows(model, documents, 10, tmp_path / "states")
+    chosen = torch.tensor([2, 0, 3])
     states, targets = windows[chosen]
-    assert len(windows) == 3 and targets.tolist() == [list(range(21, 31)), list(range(1, 11))]
-    torch.testing.assert_close(states, model.frozen_states(tokens[:-1].view(3, 10)[chosen]))
+    assert len(windows) == 4  # the second document is too short: no window reaches from one into the next
+    assert targets.tolist() == [list(range(21, 31)), list(range(1, 11)), list(range(21, 31))]
+    inputs = torch.stack([documents[0][20:30], documents[0][:10], documents[2][:10]])
+    torch.testing.assert_close(states, model.frozen_states(inputs))
     monkeypatch.setattr(model, "frozen_states", None)  # what is in the file is not computed again
-    again, _ = repetition.Windows(model, tokens, 10, tmp_path / "states")[chosen]
+    again, _ = repetition.Windows(model, documents, 10, tmp_path / "states")[chosen]
     assert torch.equal(again, states)
+
+
+def test_passages_lie_within_one_document_and_come_from_everywhere():
+    documents = [torch.arange(0, 6), torch.arange(100, 103), torch.arange(200, 204)]
+    found = repetition.passages(documents, 4, 200, seed=0)
+    assert torch.equal(found, found[:, :1] + torch.arange(4))
+    assert set(found[:, 0].tolist()) == {0, 1, 2, 200}  # every place, and none in the document that is too short
+    assert torch.equal(found, repetition.passages(documents, 4, 200, seed=0))
+    assert not torch.equal(found, repetition.passages(documents, 4, 200, seed=1))
+
+
+def test_copies_of_documents_are_left_out():
+    words = [f"word{number}" for number in range(40)]
+    first, copy, other = " ".join(words), " ".join([*words[2:], "and", "more"]), " ".join(words[::-1])
+    assert repetition.without_copies([first, copy, other, first]) == [first, other]
 
 
 class Interrupted(Exception):
@@ -127,14 +145,15 @@ class Interrupted(Exception):
 
 def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """A stopped run that goes on gives what a run in one piece gives: weights, optimizer and data are the same."""
-    streams = torch.randint(40, (3, 400), generator=torch.Generator().manual_seed(3))
+    documents = torch.randint(40, (4, 2, 200), generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(smollm2, "missing_packages", list)
     monkeypatch.setattr(smollm2, "load", lambda cache, n: (tiny_model(n), SimpleNamespace(decode=str)))
-    monkeypatch.setattr(repetition, "texts", lambda tokenizer, limit: repetition.Texts(*streams))
+    monkeypatch.setattr(repetition, "texts", lambda tokenizer, limit: repetition.Texts(*map(list, documents)))
 
     def study(name, arm="both", stop_at=None):
         sizes = "--updates 12 --n-layers 1 --batch-size 2 --n-tokens 12 --prefix-length 4 --rollout-length 9"
-        sizes += " --rollout-updates 4 --rollout-ngram 2 --n-prompts 4 --n-new-tokens 8 --n-windows 2 --seeds 1"
+        sizes += " --rollout-updates 4 --rollout-ngram 2 --n-prompts 4 --n-new-tokens 8 --n-windows 4 --seeds 1"
+        sizes += " --validation-updates 6"
         files = ["--output", str(tmp_path / f"{name}.json"), "--cache", str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", ["repetition.py", *sizes.split(), "--arms", arm, *files])
         calls = []
@@ -158,7 +177,9 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "stopped").glob("*.pt"))) == 1
     again, n_calls = study("stopped")
     assert n_calls == 8
-    assert again == whole and len(whole["arms"]["both"]["0"]["history"]) == 12
+    history = whole["arms"]["both"]["0"]["history"]
+    assert again == whole and len(history) == 12
+    assert [line["validation_perplexity"] > 1 for line in history if "validation_perplexity" in line] == [True, True]
     assert not list((tmp_path / "stopped").glob("*.pt"))
     assert "| both | 1 |" in capsys.readouterr().out
     plain = study("whole", "cross-entropy")[0]["arms"]  # another arm joins what is there, over the same data
@@ -207,6 +228,7 @@ def test_quick_run_of_the_real_model(tmp_path):
     assert plain[0]["total_loss"] == pytest.approx(sequence[0]["total_loss"])  # the same weights and data
     assert all(line["repeated"] >= 0 for line in sequence) and max(line["sequence_loss"] for line in sequence) > 0
     assert results["before"]["same_kind"]["perplexity"] > 1
+    assert [0 <= line.get("validation_seq_rep_4", -1) <= 1 for line in sequence] == [False, True, False, True]
     # goes on where it stopped: nothing is left to do
     before = (tmp_path / "repetition.json").stat().st_mtime_ns
     run("repetition.py", "--quick", "--output", tmp_path / "repetition.json", "--cache", tmp_path / "cache")

@@ -46,36 +46,44 @@ class Keys {
 
   // With a key of no tokens the row's own token, though it is read, is still the one that follows.
   __device__ bool follows_itself() const { return a_.tokens_include_row && length_ == 0; }
-  // Where a row's key ends and its follower stands.
-  __device__ int64_t end_of(int64_t row) const { return row % a_.n_tokens + ahead_; }
+  // A row and where its key ends and its follower stands.
+  struct Place {
+    int64_t row, sequence, end;
+  };
+  __device__ Place place_of(int64_t row) const {
+    const int64_t sequence = row / a_.n_tokens;
+    return {row, sequence, row - sequence * a_.n_tokens + ahead_};
+  }
   // end of the row's context - end of its key
   __device__ int64_t end_of_context() const { return a_.tokens_include_row - int64_t(ahead_); }
 
-  __device__ int64_t hash(int64_t row_of_all, uint64_t bits) const {
-    const int64_t sequence = row_of_all / a_.n_tokens, end = end_of(row_of_all), start = facts_.text_start[row_of_all];
-    if (end - length_ < start) return kNoKey;
-    uint64_t hash = mixed(mixed(0x9e3779b97f4a7c15ull, sequence), start);
+  __device__ int64_t hash(const Place& place, uint64_t bits) const {
+    const int64_t start = facts_.text_start[place.row];
+    if (place.end - length_ < start) return kNoKey;
+    uint64_t hash = mixed(mixed(0x9e3779b97f4a7c15ull, place.sequence), start);
 #pragma unroll 1
-    for (int64_t position = end - length_; position < end; ++position) {
-      const int64_t token = a_.tokens.at(sequence, position);
+    for (int64_t position = place.end - length_; position < place.end; ++position) {
+      const int64_t token = a_.tokens.at(place.sequence, position);
       if (token == a_.ignore_index) return kNoKey;
       hash = mixed(hash, token);
     }
     return int64_t((hash & bits) >> 2);  // below kNoKey
   }
-  __device__ bool same(int64_t row, int64_t other) const {
-    const int64_t sequence = row / a_.n_tokens;
-    if (sequence != other / a_.n_tokens || facts_.text_start[row] != facts_.text_start[other]) return false;
+  // Whether a row and another have the same key, in the same text.
+  __device__ bool same(const Place& place, int64_t other) const {
+    const int64_t other_end = place.end + (other - place.row), other_row = other_end - ahead_;
+    if (other_row < 0 || other_row >= a_.n_tokens || facts_.text_start[place.row] != facts_.text_start[other])
+      return false;
 #pragma unroll 1
     for (int64_t k = 1; k <= length_; ++k)
-      if (a_.tokens.at(sequence, end_of(row) - k) != a_.tokens.at(sequence, end_of(other) - k)) return false;
+      if (a_.tokens.at(place.sequence, place.end - k) != a_.tokens.at(place.sequence, other_end - k)) return false;
     return true;
   }
   // What follows the row's key in its text, if it may be penalised; else -1.
-  __device__ int32_t follower(int64_t row) const {
-    const int64_t position = end_of(row);
-    if (position >= a_.n_tokens || (ahead_ && facts_.text_start[row + 1] != facts_.text_start[row])) return -1;
-    const int64_t token = a_.tokens.at(row / a_.n_tokens, position);
+  __device__ int32_t follower(const Place& place) const {
+    if (place.end >= a_.n_tokens || (ahead_ && facts_.text_start[place.row + 1] != facts_.text_start[place.row]))
+      return -1;
+    const int64_t token = a_.tokens.at(place.sequence, place.end);
     return a_.may_penalize(token) ? int32_t(token) : -1;
   }
 
@@ -164,7 +172,9 @@ template <class Weight>
 __global__ void __launch_bounds__(256)
     key_hashes_kernel(const RepetitionArguments<Weight> arguments, const TextFacts facts, const RowOrder order) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row < order.n_rows) order.hashes[row] = Keys<Weight>(arguments, facts).hash(row, order.hash_bits);
+  if (row >= order.n_rows) return;
+  const Keys<Weight> keys(arguments, facts);
+  order.hashes[row] = keys.hash(keys.place_of(row), order.hash_bits);
 }
 
 __device__ inline bool starts_group(const RowOrder& order, int64_t place) {
@@ -186,15 +196,15 @@ __global__ void __launch_bounds__(32 * kOrderWarps)
   bool begins = false, collides = false;
 #pragma unroll 1
   for (int64_t newest = end - 1; newest >= first; newest -= 32) {
-    const int64_t place = newest - lane;
-    const bool starts = place >= first && starts_group(order, place);
-    if (place >= first && !starts) collides |= !keys.same(order.rows[place], order.rows[place - 1]);
+    const int64_t at = newest - lane;
+    const bool is_inside = at >= first, starts = is_inside && starts_group(order, at);
+    const auto place = keys.place_of(is_inside ? order.rows[at] : 0);
+    if (is_inside && !starts) collides |= !keys.same(place, order.rows[at - 1]);
     const unsigned starting = __ballot_sync(kWholeWarp, starts);
     if (begins || list.is_full()) continue;
-    const bool in_group = place >= first && (starting == 0 || lane < __ffs(int(starting)));
-    const int64_t row = in_group ? order.rows[place] : 0;
-    const bool has_key = in_group && order.sorted[place] != kNoKey;
-    list.append(has_key ? keys.follower(row) : -1, int32_t(keys.end_of(row)));
+    const bool in_group = is_inside && (starting == 0 || lane < __ffs(int(starting)));
+    const bool has_key = in_group && order.sorted[at] != kNoKey;
+    list.append(has_key ? keys.follower(place) : -1, int32_t(place.end));
     begins = starting != 0;
   }
   list.store(order, chunk, begins);
@@ -247,22 +257,21 @@ __global__ void __launch_bounds__(32 * kOrderWarps)
 #pragma unroll 1
   for (int64_t first = chunk * kChunkRows; first < end; first += 32) {
     const int n = end - first < 32 ? int(end - first) : 32;
-    int64_t row = 0;
+    const auto place = keys.place_of(lane < n ? order.rows[first + lane] : 0);
     int32_t follower = -1, target = kNoTarget;
     bool starts = false;
     if (lane < n) {
-      row = order.rows[first + lane];
       starts = starts_group(order, first + lane);
-      if (order.sorted[first + lane] != kNoKey) follower = keys.follower(row);
-      const int64_t wide = a.targets.at(row / a.n_tokens, row % a.n_tokens);
+      if (order.sorted[first + lane] != kNoKey) follower = keys.follower(place);
+      const int64_t wide = a.targets.at(place.sequence, place.row - place.sequence * a.n_tokens);
       target = wide == a.ignore_index ? kNotCounted : wide >= 0 && wide < a.vocab_size ? int32_t(wide) : kNoTarget;
     }
-    const int32_t key_end = int32_t(keys.end_of(row));
+    const int32_t key_end = int32_t(place.end);
     const unsigned starting = __ballot_sync(kWholeWarp, starts);
 #pragma unroll 1
     for (int i = 0; i < n; ++i) {
       if (starting >> i & 1) list.clear();
-      const int64_t row_here = __shfl_sync(kWholeWarp, row, i);
+      const int64_t row_here = __shfl_sync(kWholeWarp, place.row, i);
       const int32_t follower_here = __shfl_sync(kWholeWarp, follower, i),
                     end_here = __shfl_sync(kWholeWarp, key_end, i), target_here = __shfl_sync(kWholeWarp, target, i);
       if (keys.follows_itself() && follower_here >= 0) list.move_to_front(follower_here, end_here);
