@@ -64,7 +64,8 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`, or one target.
-        TypeError: there is no such option. IndexError: a target is out of range.
+        TypeError: there is no such option.
+        IndexError: a target is out of range.
 
     Example:
         >>> rows = logits.flatten(0, 1)  # [n_rows, n_columns]

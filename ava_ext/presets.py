@@ -415,7 +415,8 @@ class AuxiliaryFreeMoEBalancer(MoEBalancer):
         The dict has "total_loss" and, detached, "moe_balancing_term", "moe_cv" and "moe_max_violation".
 
         Raises:
-            ValueError: shapes do not fit, or expert_indices are missing. IndexError: an expert index is out of range.
+            ValueError: shapes do not fit, or expert_indices are missing.
+            IndexError: an expert index is out of range.
         """
         balance = super().forward(gate_logits, expert_indices, row_mask)
         if not return_detailed:

@@ -51,7 +51,8 @@ class UnifiedLoss(nn.Module):
         options: see `UnifiedLossConfig`, which documents each.
 
     Raises:
-        TypeError: there is no such option. ValueError: an option is out of range, or two contradict each other.
+        TypeError: there is no such option.
+        ValueError: an option is out of range, or two contradict each other.
 
     Example:
         >>> loss_fn = UnifiedLoss(32000, primary_loss_type="standard", use_ngram_penalty=True)
@@ -231,7 +232,8 @@ class UnifiedLoss(nn.Module):
 
         Raises:
             ValueError: an input is missing, superfluous, or of the wrong shape.
-            TypeError: an input is not a tensor. IndexError: a counted target is out of range (CPU).
+            TypeError: an input is not a tensor.
+            IndexError: a counted target is out of range (CPU).
         """
         row_pass = self.row_pass
         call = Call(
@@ -444,7 +446,8 @@ def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
     """UnifiedLoss from a dict of options, such as a configuration file holds.
 
     Raises:
-        TypeError: there is no such option. ValueError: an option is out of range.
+        TypeError: there is no such option.
+        ValueError: an option is out of range.
 
     Example:
         >>> loss_fn = create_unified_loss({"vocab_size": 32000, "label_smoothing": 0.1})

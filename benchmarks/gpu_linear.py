@@ -13,7 +13,7 @@ from row_loss import DTYPES, Variant
 from targets import Verdict
 from torch import Tensor
 
-from ava_ext import LinearLogits
+from ava_ext.ops.linear_rows import by_chunks
 
 SIZES = ((8192, 4096, 128256),)  # n_rows, hidden_size, vocab_size
 _OVER_PRODUCTS = 1.05
@@ -22,23 +22,17 @@ _YARDSTICKS = ("products", "products_chunked", "products_whole", "ours_terms", "
 
 
 def _own_products(case: linear.Case) -> Callable[[], object]:
-    """The products of ours and nothing else: chunk by chunk, the weight's gradient summed in float32."""
+    """The products of ours and nothing else: the layer's own plan of chunks and sums, with no kernel between them."""
     states, weight = case.hidden_states.detach(), case.weight.detach()
-    chunk_rows = LinearLogits(states, weight).chunk_rows(None)
-    real = torch.float64 if states.dtype == torch.float64 else torch.float32
+    with_states_and_weight = [True, True, False]
+
+    def no_kernel(logits: Tensor, rows: slice | Tensor) -> None:
+        pass
 
     def call() -> tuple[Tensor, Tensor]:
-        grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight, dtype=real)
-        logits = states.new_empty(chunk_rows, case.vocab_size)
-        for begin in range(0, len(states), chunk_rows):
-            rows = slice(begin, begin + chunk_rows)
-            chunk = logits[: len(states[rows])]
-            torch.mm(states[rows], weight.t(), out=chunk)
-            torch.mm(chunk, weight, out=grad_states[rows])
-            if states.is_cuda and states.dtype != real:
-                torch.addmm(grad_weight, chunk.t(), states[rows], out_dtype=real, out=grad_weight)
-            else:
-                grad_weight.addmm_(chunk.t().to(real), states[rows].to(real))
+        grad_states, grad_weight, _ = by_chunks(
+            states, weight, None, None, weight.dtype, with_states_and_weight, no_kernel, None, None
+        )
         return grad_states, grad_weight
 
     return call

@@ -44,8 +44,8 @@ GPUS = (
     Gpu("H200", "90", 132, 1.755e9, 4.3e12, 0.65e15),
     Gpu("B200", "100", 148, 1.85e9, 6.9e12, 1.45e15),
 )
-# of every multiprocessor since Volta: schedulers, and cycles that an exponential keeps one busy
-SCHEDULERS, EXPONENTIAL_CYCLES = 4, 8
+# of every multiprocessor since Volta: schedulers, and cycles that an exponential or a reciprocal keeps one busy
+SCHEDULERS, SPECIAL_CYCLES = 4, 8
 ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
@@ -76,9 +76,9 @@ def bounds(demands: Sequence[float], delay: float, n_customers: int) -> tuple[fl
     return least, most
 
 
-def issue_cycles(n_instructions: float, n_exponentials: float) -> float:
+def issue_cycles(n_instructions: float, n_special: float) -> float:
     """Cycles in which a multiprocessor issues these instructions of warps."""
-    return max(n_instructions / ASSUMED["issue"], n_exponentials * EXPONENTIAL_CYCLES) / SCHEDULERS
+    return max(n_instructions / ASSUMED["issue"], n_special * SPECIAL_CYCLES) / SCHEDULERS
 
 
 # -- Rows of logits
@@ -123,6 +123,7 @@ class RowInstructions:
     sum: float
     gradient: float
     row: float
+    special: float = 0.0  # of a vector's: exponentials and reciprocals
 
     @property
     def vector(self) -> float:
@@ -135,6 +136,7 @@ _LONGEST_LOOP = 1500  # over vectors; the loop over rows has thousands of instru
 def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstructions:
     """Of row_loss_kernel, where the row is kept in shared memory."""
     least = {"maximum": math.inf, "sum": math.inf, "gradient": math.inf}
+    special = 0.0
     for loop in kernel.loops():
         if not any("128" in opcode for opcode in kernel.opcodes(loop)) or loop.last - loop.first > _LONGEST_LOOP:
             continue
@@ -145,9 +147,10 @@ def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstru
         n_stored, n_fetched = path.count(r"STG.*128"), path.count("LDGSTS")
         if n_kept and not (n_exponentials or n_stored or n_fetched):
             kind, n_vectors = "maximum", n_kept
-        elif n_kept and n_exponentials == vector_size * n_kept and not (n_stored or n_fetched):
+        elif n_kept and n_exponentials in _exponentials(vector_size * n_kept) and not (n_stored or n_fetched):
             kind, n_vectors = "sum", n_kept
-        elif n_stored and n_exponentials == vector_size * n_stored and n_fetched == n_stored:
+            special = 2 * path.count("MUFU") / n_vectors  # the gradient has as many
+        elif n_stored and n_exponentials in _exponentials(vector_size * n_stored) and n_fetched == n_stored:
             kind, n_vectors = "gradient", n_stored
         else:
             continue
@@ -157,19 +160,25 @@ def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstru
     rows = max(
         kernel.loops(), key=lambda loop: (sum(kernel.opcodes(loop)[o] for o in BARRIERS), loop.last - loop.first)
     )
-    return RowInstructions(**least, row=kernel.path(rows, " BAR| STAS", lambda inner: 0).n_instructions)
+    row = kernel.path(rows, " BAR| STAS", lambda inner: 0).n_instructions
+    return RowInstructions(**least, row=row, special=special)
+
+
+def _exponentials(n_elements: int) -> tuple[int, int]:
+    """Of so many elements: one each, and one more under a soft cap."""
+    return n_elements, 2 * n_elements
 
 
 BARRIERS = ("BAR.SYNC.DEFER_BLOCKING",)
 
 
-def row_times(plan: Plan, counts: RowInstructions, vector_size: int, n_rows: int, gpu: Gpu) -> tuple[float, float]:
+def row_times(plan: Plan, counts: RowInstructions, n_rows: int, gpu: Gpu) -> tuple[float, float]:
     """Seconds of one read, one gradient and all sums: least and likely most."""
     n_warps, n_slots = plan.n_threads / 32, math.ceil(plan.capacity / plan.n_threads)
     of_row = counts.row + ASSUMED["loops"] * ASSUMED["loop"]
     issue = issue_cycles(
         n_warps * (n_slots * counts.vector + of_row) + ASSUMED["stretch"],
-        n_warps * n_slots * 2 * vector_size,
+        n_warps * n_slots * counts.special,
     )
     exchange = ASSUMED["exchange" if plan.cluster_size > 1 else "barrier"]
     delay = ASSUMED["stretch"] * ASSUMED["dependent"] + exchange + 2 * ASSUMED["barrier"]
@@ -200,10 +209,10 @@ def count_router_instructions(
 ) -> RouterInstructions:
     """Of the kernels over bfloat16, softmax.
 
-    is_given: the caller brings the choices; else they are made.
+    is_given: the caller brings the choices; else they are made, all at once.
     """
-
-    n_shuffles = 2 if n_lanes <= 4 else 5  # of a loop over choices of one's own: it is there twice
+    if not is_given and k != BEST_CHOICES:
+        raise ValueError(f"gpu_model: expected k = {BEST_CHOICES}, whose stores are known, got {k}")
 
     def path(stem: str, keys: str, n_sums: int) -> float:
         (kernel,) = [f for f in kernels if re.search(stem, f.name)]
@@ -212,9 +221,10 @@ def count_router_instructions(
 
         def trips(inner: sass.Loop) -> float:
             opcodes = kernel.opcodes(inner)
-            if opcodes["STG.E"]:  # one choice after another; by 64 bits where there is a bias
-                is_ours = not is_given and opcodes["SHFL.BFLY"] == n_shuffles and sum(opcodes.values()) < 100
-                return k if is_ours else math.inf
+            if opcodes["STG.E"]:  # one choice after another: more than kBest of them, a bias, logits of 32 bits
+                return math.inf
+            if opcodes["SHFL.BFLY"] == BEST_CHOICES:  # the best of both lanes of a pair
+                return math.inf if is_given else n_lanes.bit_length() - 1
             if not opcodes["SHFL.IDX"]:
                 return 1
             if opcodes["SHFL.IDX"] == 1 or not is_given:  # experts chosen twice
@@ -222,15 +232,17 @@ def count_router_instructions(
             n_reads = math.ceil(k / n_lanes)
             return n_reads if any(o.startswith("LDG") for o in opcodes) else k / n_reads / opcodes["SHFL.IDX"]
 
-        found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|STG.*128|{keys}", trips)
-        if found is None or ("STG" in keys and not found.count("STG.E$")):
+        found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|{keys}", trips)
+        if found is None or ("STG" in keys and found.count("STG.*128") != 2):  # 16 elements, or 8 choices
             raise ValueError(f"gpu_model: expected a path through the choices of {kernel.name}")
         more_steps = max(0, n_lanes.bit_length() - 3) + (n_lanes == 16)  # of a sum over more than 4 lanes
         return found.n_instructions + 2 * n_sums * more_steps
 
     # importance is added where bits in predicates say so
-    choices = "SHFL.IDX|R2P" if is_given else "STG.E$|R2P"
-    return RouterInstructions(path("router_statistics_kernel", choices, 3), path("router_gradient_kernel", "none", 4))
+    choices = "SHFL.IDX|R2P" if is_given else "VIMNMX|STG.*128|R2P"  # comparisons of keys
+    return RouterInstructions(
+        path("router_statistics_kernel", choices, 3), path("router_gradient_kernel", "STG.*128", 4)
+    )
 
 
 def _is_over_rows(opcodes: Counter[str]) -> bool:
@@ -239,6 +251,7 @@ def _is_over_rows(opcodes: Counter[str]) -> bool:
 
 ROUTER = r"I13__nv_bfloat16Li16ELb0E"  # in a kernel's name: bfloat16, more than 8 experts, softmax
 ROUTER_BLOCK = 256  # threads
+BEST_CHOICES = 8  # kBest in csrc/cuda/router_rows_choice.cuh
 REGISTERS = 65536  # of a multiprocessor
 
 

@@ -25,6 +25,9 @@ from gpu_model import (
     router_times,
     row_times,
 )
+from gpu_model_repetition import TEXTS, reading_milliseconds
+from gpu_model_repetition import count as count_repetition
+from gpu_model_repetition import milliseconds as repetition_milliseconds
 
 from ava_ext.ops.linear_logits import rows_of_a_chunk
 
@@ -41,7 +44,8 @@ def find_cuobjdump() -> str:
     return found
 
 
-_PLAIN_ROWS = r"row_loss_kernelI{type}LNS_9ResidenceE{residence}ELNS_8FeaturesE0E"
+_ROWS = r"row_loss_kernelI{type}LNS_9ResidenceE{residence}ELNS_8FeaturesE{features}E"
+PLAIN, CAPPED = 0, 2  # Features in csrc/cuda
 
 
 @functools.cache
@@ -58,10 +62,10 @@ def _range(low: float, high: float, digits: int = 0) -> str:
 
 
 @functools.cache
-def _plain_row_instructions(residence: int, vector_size: int, architecture: str) -> RowInstructions | None:
-    """Of plain cross-entropy; None where a row is in registers, which has no loop over vectors."""
+def _row_instructions(residence: int, vector_size: int, architecture: str, features: int) -> RowInstructions | None:
+    """None where a row is in registers, which has no loop over vectors."""
     stem, type_name = ("bfloat16", "13__nv_bfloat16") if vector_size == 8 else ("float32", "f")
-    pattern = _PLAIN_ROWS.format(type=type_name, residence=residence)
+    pattern = _ROWS.format(type=type_name, residence=residence, features=features)
     try:
         (kernel,) = _functions(f"softmax_rows_{stem}", architecture, pattern)
         return count_row_instructions(kernel, vector_size)
@@ -70,25 +74,27 @@ def _plain_row_instructions(residence: int, vector_size: int, architecture: str)
 
 
 def row_table(n_rows: int = 8192) -> list[str]:
-    """Loss and gradient of rows, plain cross-entropy."""
+    """Loss and gradient of rows: plain cross-entropy, and one under a soft cap."""
     lines = [
         f"| {n_rows} rows | GPU | cluster x parts | instructions a vector: maximum, sum, gradient; a row | copy ms"
         " | kernel ms | share of copy |",
         "|---|---|---|---|---|---|---|",
     ]
     for dtype, size in (("bf16", 8), ("fp32", 4)):
-        for n_columns in (128256, 50257, 32000, 8192, 4096, 1024):
+        sizes = [(n_columns, PLAIN) for n_columns in (128256, 50257, 32000, 8192, 4096, 1024)]
+        for n_columns, features in (*sizes, (128256, CAPPED)):
+            case = f"{dtype} {n_columns}" + ", soft cap" * (features == CAPPED)
             for gpu in GPUS:
                 plan = plan_rows(n_columns, 16 // size, gpu)
-                counts = _plain_row_instructions(plan.residence, size, gpu.architecture)
+                counts = _row_instructions(plan.residence, size, gpu.architecture, features)
                 if counts is None:
-                    lines.append(f"| {dtype} {n_columns} | {gpu.name} |" + " not modelled |" * 5)
+                    lines.append(f"| {case} | {gpu.name} |" + " not modelled |" * 5)
                     continue
                 copy = 2 * n_rows * n_columns * 16 / size / gpu.copy
-                least, most = row_times(plan, counts, size, n_rows, gpu)
+                least, most = row_times(plan, counts, n_rows, gpu)
                 digits = 2 if copy > 1e-4 else 3
                 lines.append(
-                    f"| {dtype} {n_columns} | {gpu.name} | {plan.cluster_size} x {plan.blocks} | {counts.maximum:.1f},"
+                    f"| {case} | {gpu.name} | {plan.cluster_size} x {plan.blocks} | {counts.maximum:.1f},"
                     f" {counts.sum:.1f}, {counts.gradient:.1f}; {counts.row:.0f} | {copy * 1e3:.{digits}f}"
                     f" | {_range(least * 1e3, most * 1e3, digits)} | {_range(100 * copy / most, 100 * copy / least)}% |"
                 )
@@ -131,10 +137,10 @@ def linear_table(n_rows: int = 8192, n_columns: int = 128256, hidden_size: int =
     n_chunks = math.ceil(n_rows / chunk_rows)
     for gpu in GPUS:
         plan = plan_rows(n_columns, 2, gpu)
-        counts = _plain_row_instructions(plan.residence, 8, gpu.architecture)
+        counts = _row_instructions(plan.residence, 8, gpu.architecture, PLAIN)
         if counts is None:
             continue
-        _, rows = row_times(plan, counts, 8, n_rows, gpu)
+        _, rows = row_times(plan, counts, n_rows, gpu)
         products = 3 * 2 * n_rows * n_columns * hidden_size / gpu.products
         # the float32 accumulator is written once, then read and written for every chunk, and copied to bfloat16
         sums = n_columns * hidden_size * (2 if n_chunks == 1 else 4 + 8 * (n_chunks - 1) + 6) / gpu.copy
@@ -145,7 +151,25 @@ def linear_table(n_rows: int = 8192, n_columns: int = 128256, hidden_size: int =
     return lines
 
 
-TABLES = {"rows": row_table, "linear": linear_table, "router": router_table}
+def repetition_table() -> list[str]:
+    """N-grams, immediate repetition and early EOS; needs nvcc, and a minute."""
+    lines = [
+        "| text | GPU | [1, 131072] ms | by reading | [8, 8192] ms | by reading |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in TEXTS:
+        executed = count_repetition(kind)
+        for gpu in GPUS:
+            times = [
+                f"{time(executed, *shape, gpu):.2f}"
+                for shape in ((1, 131072), (8, 8192))
+                for time in (repetition_milliseconds, reading_milliseconds)
+            ]
+            lines.append(f"| {kind} | {gpu.name} | {' | '.join(times)} |")
+    return lines
+
+
+TABLES = {"rows": row_table, "linear": linear_table, "router": router_table, "repetition": repetition_table}
 
 
 def with_tables(page: str, tables: dict[str, list[str]]) -> str:

@@ -26,6 +26,13 @@ inline RowLayout layout_of(const char* op, const char* name, const Tensor& tenso
   return layout;
 }
 
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0; stride *= sizes[dim] > 1 ? sizes[dim] : 1) strides[dim] = stride;
+  return strides;
+}
+
 inline int64_t n_rows_of(const Tensor& tensor) {  // [..., n_columns]
   int64_t n_rows = 1;
   for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) n_rows *= tensor.size(dim);

@@ -31,6 +31,8 @@ class Mutant:
 
 
 ROW_SUM, REPETITION = "tests/cuda_emulator/kernels/row_sum.cuh", "csrc/cuda/repetition.cuh"
+REPETITION_LISTS, REPETITION_TEXT = "csrc/cuda/repetition_arguments.cuh", "csrc/cuda/repetition_text.cuh"
+REPETITION_ORDER = "csrc/cuda/repetition_order.cuh"
 ROW_WEIGHTS = "csrc/cuda/row_weights.cuh"
 SOFTMAX_SUMS, EXCHANGE = "csrc/cuda/softmax_rows_measure.cuh", "csrc/cuda/softmax_rows_exchange.cuh"
 MUTANTS = [
@@ -71,9 +73,19 @@ MUTANTS = [
     Mutant("sums_of_other_warps", "none", ROW_WEIGHTS, "threadIdx.x % kRowWeightsWarps", "threadIdx.x / 32",
            "test_row_weights.cpp"),
     Mutant("no_syncwarp", "thread", REPETITION, "__syncwarp();", "", "data race"),
-    Mutant("past_the_list", "address", REPETITION, "i < chunk.n_ids", "i <= chunk.n_ids", "heap-buffer-overflow"),
+    Mutant("past_the_list", "address", REPETITION_LISTS, "i < chunk.n_ids", "i <= chunk.n_ids", "heap-buffer-overflow"),
     Mutant("past_the_last_row", "address", REPETITION, "first + i < arguments.n_tokens",
            "first + i <= arguments.n_tokens", "heap-buffer-overflow"),
+    Mutant("text_without_barrier", "thread", REPETITION_TEXT, "__syncthreads();", "", "data race"),
+    Mutant("tiles_share_totals", "thread", REPETITION_TEXT, "shared == totals ? kTextFacts * kTextWarps : 0", "0",
+           "data race"),
+    Mutant("run_of_its_tile", "none", REPETITION_TEXT, "run_start = larger(run_start, ", "larger(run_start, ",
+           "weights"),
+    Mutant("no_list_for_the_target", "none", REPETITION_ORDER, "most_(int(n_slots) + 1)", "most_(int(n_slots))",
+           "ids"),
+    Mutant("no_spans_before", "none", REPETITION_ORDER, "is_open && before >= 0", "is_open && before > span", "ids"),
+    Mutant("no_collisions_of_texts", "none", REPETITION_ORDER,
+           " || facts_.text_start[row] != facts_.text_start[other]", "", "collides"),
     Mutant("no_wait_in_a_row", "none", SOFTMAX_SUMS, "if (stage == 0) cp_async_wait<3>();", "", "expected"),
     # what they take for partials sends them anywhere: the program may end without a word
     Mutant("no_wait_for_partials", "none", EXCHANGE, "if (every_warp || threadIdx.x < 32) mbarrier_wait(",

@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gpu_model
+import gpu_model_repetition
 import gpu_model_tables
 import sass
 
@@ -89,3 +90,14 @@ def test_tables_go_between_their_marks():
         gpu_model_tables.with_tables(page, {"linear": []})
     marks = [f"<!-- {name} -->" for name in gpu_model_tables.TABLES]
     assert all(gpu_model_tables.PAGE.read_text().count(mark) == 1 for mark in marks)
+
+
+def test_repetition_grows_with_its_tokens_alone():
+    """But for what reads: twice the tokens take no more than twice the time, once launches are little beside them."""
+    executed = gpu_model_repetition.Executed(text=15, rest=300, step=100, read=0.1)
+    for gpu in gpu_model.GPUS:
+        short, long = (gpu_model_repetition.milliseconds(executed, 1, n, gpu) for n in (1 << 20, 1 << 21))
+        assert short < long < 2 * short
+        assert gpu_model_repetition.reading_milliseconds(executed, 8, 512, gpu) == pytest.approx(
+            4 * gpu_model_repetition.reading_milliseconds(executed, 8, 256, gpu)
+        )

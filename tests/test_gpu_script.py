@@ -25,6 +25,8 @@ import linear
 import row_loss
 from row_loss import Variant
 
+from ava_ext.ops import linear_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 YARDSTICKS = {"copy", *gpu_linear._YARDSTICKS, "ours_operator"}
@@ -67,11 +69,14 @@ def test_variants_of_the_linear_layer_agree():
     assert_same_values(variants, references, rtol=1e-9, atol=1e-13)
 
 
-def test_products_are_those_of_one_chunk_or_many(monkeypatch):
+@pytest.mark.parametrize("chunk_rows", [7, 40])
+def test_products_follow_the_plan_of_the_layer(monkeypatch, chunk_rows):
     case = linear.Case(40, 8, 70, torch.float64, CPU)
-    monkeypatch.setattr(gpu_linear.LinearLogits, "chunk_rows", lambda self, chunk_bytes: 7)
-    whole, chunked = gpu_linear._whole_products(case)(), gpu_linear._own_products(case)()
-    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=0)
+    planned = []
+    monkeypatch.setattr(linear_rows, "rows_of_a_chunk", lambda *plan: planned.append(plan) or chunk_rows)
+    whole, own = gpu_linear._whole_products(case)(), gpu_linear._own_products(case)()
+    torch.testing.assert_close(own, whole, rtol=1e-12, atol=0)
+    assert len(planned) == 1
 
 
 def test_variants_of_the_router_agree():

@@ -34,8 +34,8 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
         The binding; `remove()` takes the hooks away.
 
     Raises:
-        ValueError: a loss without balancing, or for other numbers of layers or experts. TypeError: a router that does
-            not return router logits and the experts it chose.
+        ValueError: a loss without balancing, or for other numbers of layers or experts.
+        TypeError: a router that does not return router logits and the experts it chose.
 
     Example:
         >>> options = {"use_moe_balancing": True, "gradient_balance_weight": 0.0, "auto_step": False}

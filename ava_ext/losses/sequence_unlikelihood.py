@@ -85,7 +85,8 @@ class SequenceUnlikelihoodLoss(nn.Module):
             max_counted_rows: at most so many tokens repeat; see `ops.row_loss`.
 
         Raises:
-            ValueError: shapes do not fit, or num_items_in_batch is negative. TypeError: it is no number.
+            ValueError: shapes do not fit, or num_items_in_batch is negative.
+            TypeError: it is no number.
         """
         if logits.shape[:-1] != tokens.shape or logits.shape[-1] < self.config.vocab_size:
             raise ValueError(

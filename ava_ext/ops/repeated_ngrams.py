@@ -32,7 +32,8 @@ def repeated_ngram_mask(
         [batch_size, n_tokens] bool.
 
     Raises:
-        ValueError: ngram_size is below 1, or shapes or types do not fit. TypeError: tokens are no tensor.
+        ValueError: ngram_size is below 1, or shapes or types do not fit.
+        TypeError: tokens are no tensor.
 
     Example:
         >>> repeated_ngram_mask(torch.tensor([[1, 2, 3, 4, 1, 2, 3, 5]]), 3).int()

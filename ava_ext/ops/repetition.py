@@ -78,8 +78,8 @@ def repetition_candidates(
       ngram_size - 1 tokens, most recent first, weight = weights[3].
 
     The first and the last kind never hold the row's own target, what may repeat, or ids outside [0, vocab_size).
-    Time and memory are linear in the number of tokens for every text; on CUDA, n-grams cost up to the number of tokens
-    times `ngram_window_size`, so give one where texts are long. Not differentiable.
+    Time and memory are linear in the number of tokens for every text. Not so on CUDA with more than 31 ngram_slots:
+    n-grams then cost up to the number of tokens times `ngram_window_size`. Not differentiable.
 
     Args:
         tokens: [batch_size, n_tokens] integers, any strides. ignore_index marks a masked position: it matches nothing,

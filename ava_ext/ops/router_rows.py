@@ -83,7 +83,8 @@ def router_statistics(
     Raises:
         ValueError: shapes that do not fit, neither expert_indices nor k, k > n_experts, an unknown score.
         IndexError: an expert index of a counted row outside [0, n_experts), a segment not below n_segments.
-        RuntimeError: on double backward. NotImplementedError: on forward-mode derivatives.
+        RuntimeError: on double backward.
+        NotImplementedError: on forward-mode derivatives.
 
     Example:
         >>> statistics = router_statistics(torch.zeros(1, 6, 4), torch.arange(6).remainder(4)[None, :, None], None, k=1)

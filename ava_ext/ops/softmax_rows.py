@@ -23,6 +23,7 @@ from ava_ext.ops.derivatives import (
     without_second_derivative,
 )
 from ava_ext.ops.dtensor_logits import local_logits, whole_beside
+from ava_ext.ops.gradient_layout import new_gradient
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import linear_row_loss
 from ava_ext.ops.row_fields import (
@@ -400,7 +401,7 @@ def _(
     return (
         logits.new_empty(rows, dtype=real),
         logits.new_empty((n_terms(groups, flags), *rows), dtype=real),
-        logits.new_empty(logits.shape if with_gradient else (0,)),
+        new_gradient(logits) if with_gradient else logits.new_empty(0),
         logits.new_empty((*rows, N_STATISTICS) if with_statistics else (0,), dtype=real),
         logits.new_empty((*rows, N_ROW_COEFFICIENTS + 1 + n_ids) if with_statistics else (0,), dtype=real),
     )
@@ -417,7 +418,7 @@ def _(
 
 @torch.library.register_fake("ava_ext::row_gradient")
 def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size, column_weights=None):
-    return logits.new_empty(logits.shape)
+    return new_gradient(logits)
 
 
 @torch.library.register_fake("ava_ext::row_gradient_")

@@ -73,9 +73,11 @@ def softmax_statistics(
 
     Raises:
         ValueError: on a temperature out of range or that requires grad, ids that are no integers, LinearLogits that do
-            not fit. TypeError: on what is no tensor. IndexError: on ids out of range.
-        RuntimeError: on other wrong shapes and types; on double backward. NotImplementedError: on forward-mode
-            derivatives.
+            not fit.
+        TypeError: on what is no tensor.
+        IndexError: on ids out of range.
+        RuntimeError: on other wrong shapes and types; on double backward.
+        NotImplementedError: on forward-mode derivatives.
 
     Example:
         >>> s = softmax_statistics(logits, targets.unsqueeze(-1))

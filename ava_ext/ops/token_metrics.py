@@ -54,7 +54,8 @@ def token_metrics(
         rank and argmax int64, -1 there. Of several greatest logits argmax is the lowest, and nan is none of them.
 
     Raises:
-        As `row_loss`. NotImplementedError: the columns are spread over ranks.
+        As `row_loss`.
+        NotImplementedError: the columns are spread over ranks.
 
     Example:
         >>> metrics = token_metrics(logits, targets)

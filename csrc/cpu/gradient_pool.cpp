@@ -97,19 +97,18 @@ int64_t free_idle_blocks() {
   return idle[0].bytes + idle[1].bytes;
 }
 
-torch::stable::Tensor pooled_empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type,
+torch::stable::Tensor pooled_empty(const TensorLayout& layout, torch::headeronly::ScalarType type,
                                    int64_t element_bytes) {
-  int64_t bytes = element_bytes;
-  for (const int64_t size : sizes) bytes *= size;
+  const int64_t bytes = element_bytes * layout.n_elements();
   const bool is_pooled = bytes >= kSmallestPooled && torch_from_blob;
   Block block = take(is_pooled ? bytes : 0);
-  if (!is_pooled) return empty_tensor(sizes, type);
+  if (!is_pooled) return empty_tensor(layout, type);
   if (!block.data) block = allocate(bytes);
-  const std::vector<int64_t> strides = contiguous_strides(sizes);
   AtenTensorHandle handle = nullptr;
-  const auto error = torch_from_blob(
-      block.data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, shim_type(type), aoti_torch_device_type_cpu(),
-      -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(intptr_t(block.bytes)));
+  const auto error = torch_from_blob(block.data, int64_t(layout.sizes.size()), layout.sizes.data(),
+                                     layout.strides.data(), layout.offset, shim_type(type),
+                                     aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+                                     give_back, reinterpret_cast<void*>(intptr_t(block.bytes)));
   if (error != TORCH_SUCCESS) {
     give_back(block.data, reinterpret_cast<void*>(intptr_t(block.bytes)));
     fail_out_of_memory("a new tensor");

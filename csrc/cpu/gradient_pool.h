@@ -2,9 +2,7 @@
 // kernel at [1024, 50257] float32: 15 ms into warm memory, 25 to 80 ms into fresh); the next step wants the same size
 // again.
 #pragma once
-#include <vector>
-
-#include "../torch_stable.h"
+#include "../gradient_layout.h"
 
 namespace ava {
 
@@ -13,7 +11,7 @@ namespace ava {
 //
 // The pool keeps at most two idle blocks, and none that kIdleRequests gradients in a row have had no use for: sizes
 // that are gone for good leave nothing behind. Where memory is short they go at once.
-torch::stable::Tensor pooled_empty(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type,
+torch::stable::Tensor pooled_empty(const TensorLayout& layout, torch::headeronly::ScalarType type,
                                    int64_t element_bytes);
 
 constexpr int64_t kIdleRequests = 32;

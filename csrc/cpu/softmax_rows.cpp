@@ -98,7 +98,7 @@ struct CpuRows {
     return empty_tensor(sizes, type);
   }
   static Tensor new_gradient(const Tensor& logits) {
-    return pooled_empty(shape_of(logits), logits.scalar_type(), int64_t(logits.element_size()));
+    return pooled_empty(gradient_layout(logits), logits.scalar_type(), int64_t(logits.element_size()));
   }
   static void set_groups(const char*, Arguments& arguments, const std::vector<int64_t>& sizes) {
     arguments.group_sizes = sizes.data();

@@ -1,4 +1,4 @@
-// The columns of one row that have an s_c of their own: its target, its candidates. Included by softmax_rows_kernels.h.
+// The columns of one row that have an s_c of their own: its target, its candidates. Included by softmax_rows_gradient.h.
 #pragma once
 #include "softmax_rows_arguments.h"
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../error.h"
-#include "../torch_stable.h"
+#include "../gradient_layout.h"
 
 namespace ava {
 
@@ -20,19 +20,20 @@ inline int32_t shim_type(torch::headeronly::ScalarType type) {
   }
 }
 
-inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t dim = sizes.size(); dim-- > 0; stride *= sizes[dim] > 1 ? sizes[dim] : 1) strides[dim] = stride;
-  return strides;
-}
-
-inline torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
+inline torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                                          torch::headeronly::ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  const auto error = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), contiguous_strides(sizes).data(),
-                                              shim_type(type), aoti_torch_device_type_cpu(), 0, &handle);
+  const auto error = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), shim_type(type),
+                                              aoti_torch_device_type_cpu(), 0, &handle);
   if (error != TORCH_SUCCESS) fail_out_of_memory("a new tensor");  // the one thing that can be wrong here
   return torch::stable::Tensor(handle);
+}
+inline torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
+  return empty_tensor(sizes, contiguous_strides(sizes), type);
+}
+inline torch::stable::Tensor empty_tensor(const TensorLayout& layout, torch::headeronly::ScalarType type) {
+  if (layout.offset == 0) return empty_tensor(layout.sizes, layout.strides, type);
+  return with_layout(empty_tensor({layout.n_elements()}, type), layout);
 }
 
 }  // namespace ava

@@ -17,11 +17,25 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return result;
 }
 
+// 1 / x by the special function unit, 1 ulp; 0 for inf, and inf below 2^-126.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The larger one; a nan wins, which fmaxf's does not.
 __device__ __forceinline__ float max_keep_nan(float x, float y) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
   return result;
+}
+
+// 1 << shift, and 0 for a shift of 32 and more, as the instruction has it.
+__device__ __forceinline__ uint32_t bit_at(unsigned shift) {
+  uint32_t bit;
+  asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(shift));
+  return bit;
 }
 
 // The same value, of unknown origin to the compiler: what is made of it is computed again instead of kept in registers.

@@ -1,10 +1,13 @@
-// repetition_candidates on CUDA. The kernel is in repetition.cuh.
+// repetition_candidates on CUDA: few tokens by one kernel that reads (repetition.cuh), more in linear time
+// (repetition_text.cuh, repetition_order.cuh).
 #include "repetition.cuh"
 
+#include <array>
 #include <optional>
 
 #include "../repetition_operators.h"
 #include "launch.h"
+#include "repetition_order.cuh"
 
 namespace ava {
 namespace {
@@ -12,6 +15,65 @@ namespace {
 TokenMatrix token_matrix(const Tensor& tokens) {  // [batch_size or 1, n_tokens]
   return {tokens.const_data_ptr(), tokens.scalar_type() == ScalarType::Int, tokens.size(0) == 1 ? 0 : tokens.stride(0),
           tokens.stride(1)};
+}
+
+// aten::sort of keys [n], stable: the keys in order, and where each of them was.
+std::array<Tensor, 2> sort_keys(const Tensor& keys) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const int64_t first_dim = 0;
+  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(first_dim), from(false)};
+  check_torch("aten::sort", torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+// Tokens that the rows may read one by one, for each multiprocessor: what takes no longer than the linear way's launches.
+constexpr double kMostReads = 1 << 19;
+
+template <class Weight>
+void write_candidates_of_device(RepetitionArguments<Weight> arguments, const Tensor& tokens,
+                                const DeviceScope& device) {
+  const int64_t n_rows = tokens.numel();
+  if (n_rows == 0 || arguments.n_slots() == 0) return;
+  const auto may_read = [&](int64_t n_tokens) {
+    return double(n_rows) * double(n_tokens) <= kMostReads * device.limits().n_multiprocessors;
+  };
+  if (may_read(arguments.n_tokens)) return write_candidates(arguments, device.stream());
+
+  const auto new_ints = [&](int64_t rows, int64_t columns) {
+    return new_tensor(tokens, {rows, columns}, ScalarType::Int);
+  };
+  const auto ints = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
+  const Tensor memory = new_ints(kTextFacts, n_rows);
+  const TextFacts facts{ints(memory), ints(memory) + n_rows, ints(memory) + 2 * n_rows};
+  write_text_facts(arguments, facts, device.stream());
+  write_run_slots(arguments, facts, device.stream());
+  if (arguments.ngram_size == 0) return;
+  arguments.reads_runs = false;
+  const int64_t window = arguments.ngram_window_size > 0 ? arguments.ngram_window_size : arguments.n_tokens;
+  if (arguments.ngram_slots > kMostSlotsByOrder || may_read(std::min(window, arguments.n_tokens)))
+    return write_candidates(arguments, device.stream());
+
+  const Tensor hashes = new_tensor(tokens, {n_rows}, ScalarType::Long);
+  RowOrder order{};
+  order.n_rows = n_rows;
+  order.hash_bits = ~uint64_t(0);
+  order.hashes = static_cast<int64_t*>(hashes.mutable_data_ptr());
+  write_key_hashes(arguments, facts, order, device.stream());
+  const std::array<Tensor, 2> sorted = sort_keys(hashes);
+  order.sorted = static_cast<const int64_t*>(sorted[0].const_data_ptr());
+  order.rows = static_cast<const int64_t*>(sorted[1].const_data_ptr());
+  const int64_t n_lists = order.n_chunks() + order.n_spans();
+  const Tensor list_tokens = new_ints(n_lists, 32), list_positions = new_ints(n_lists, 32),
+               of_lists = new_ints(2, n_lists);
+  order.tokens = ints(list_tokens);
+  order.positions = ints(list_positions);
+  order.lengths = ints(of_lists);
+  order.collisions = ints(of_lists) + n_lists;
+  write_ngram_slots(arguments, facts, order, device.stream());
+  arguments.collisions = order.collisions + order.n_chunks();
+  arguments.n_collisions = order.n_spans();
+  write_candidates(arguments, device.stream());
 }
 
 template <class Weight>
@@ -23,7 +85,7 @@ void write_candidates(const RepetitionOptions& options,
                       const Tensor& id_lists,                 // [n_allowed + n_eos]
                       const Tensor& ids,                      // [batch_size, n_tokens, n_slots]
                       const Tensor& candidate_weights,        // [batch_size, n_tokens, n_slots]
-                      Stream stream) {
+                      const DeviceScope& device) {
   RepetitionArguments<Weight> arguments{};
   arguments.tokens = token_matrix(tokens);
   arguments.targets = token_matrix(targets);
@@ -47,7 +109,7 @@ void write_candidates(const RepetitionOptions& options,
   arguments.use_immediate_repetition_penalty = options.use_immediate_repetition_penalty;
   arguments.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
   arguments.candidate_weights = static_cast<Weight*>(candidate_weights.mutable_data_ptr());
-  write_candidates(arguments, stream);
+  write_candidates_of_device(arguments, tokens, device);
 }
 
 void run_repetition_candidates(const RepetitionOptions& options,
@@ -63,7 +125,7 @@ void run_repetition_candidates(const RepetitionOptions& options,
   const Tensor id_lists = new_tensor(tokens, {int64_t(lists.size())}, ScalarType::Int);
   if (ids.numel() > 0) store_ids(lists, static_cast<int32_t*>(id_lists.mutable_data_ptr()), device.stream());
   const auto write = weights.scalar_type() == ScalarType::Double ? write_candidates<double> : write_candidates<float>;
-  write(options, tokens, targets, segments, weights, id_lists, ids, candidate_weights, device.stream());
+  write(options, tokens, targets, segments, weights, id_lists, ids, candidate_weights, device);
 }
 
 }  // namespace

@@ -1,64 +1,20 @@
-// Repetition candidates on the device; what they are is in ../repetition.h.
+// Repetition candidates on the device, by reading: what they are is in ../repetition.h.
 //
 // One warp per row, which reads the row's context backwards, 32 tokens at a time, until every slot is decided: the run
 // that ends the context, the counted rows before, the followers of the row's key. Most recent first is the order in
 // which they are met, so there is nothing to sort; a follower that is in a slot already is left out. No hashes, so
 // nothing to verify: every match compares the tokens themselves, the key's last one first, which the next lane has
-// already; penalties are looked up for followers that are new. A run is read until its weight grows no more. With
-// n-grams, a row whose slots stay open reads its whole window: time grows with length times window, and without a window
-// with the square of the length (a row of 8192 tokens reads 256 times).
+// already; penalties are looked up for followers that are new. A run is read until its weight grows no more. A row whose
+// n-gram slots stay open reads its whole window: time grows with length times window. So this is for few tokens; where
+// rows would read too many, repetition_order.cuh finds the same in linear time, and this is what it falls back on.
 #pragma once
 #include <cmath>
 
-#include "../repetition.h"
-#include "primitives.cuh"
+#include "repetition_arguments.cuh"
 
 namespace ava {
 
 constexpr int kRepetitionWarps = 8, kRepetitionRowsPerBlock = 32;
-constexpr double kMostRunFactor = 4;  // by which a run's weight grows at most
-
-// base^exponent, exponent >= 0. pow is a call, over which registers are spilled.
-__device__ inline double power(double base, int64_t exponent) {
-  double result = 1;
-#pragma unroll 1
-  for (; exponent > 0; exponent >>= 1, base *= base)
-    if (exponent & 1) result *= base;
-  return result;
-}
-
-// A [batch_size, n_tokens] tensor of int32 or int64 with any strides; batch size 1 stands for every sequence.
-struct TokenMatrix {
-  const void* data;
-  bool is_int32;
-  int64_t batch_stride, stride;  // in elements
-
-  __device__ int64_t at(int64_t sequence, int64_t position) const {
-    const int64_t offset = sequence * batch_stride + position * stride;
-    return is_int32 ? static_cast<const int32_t*>(data)[offset] : static_cast<const int64_t*>(data)[offset];
-  }
-};
-
-template <class Weight>
-struct RepetitionArguments {
-  TokenMatrix tokens, targets, segments;  // segments.data may be null
-  const Weight* weights;                  // [kRepetitionWeights]: immediate, growth, EOS, n-gram
-  int64_t weight_stride;
-  const int32_t* repetition_allow_list;  // [n_allowed], sorted
-  const int32_t* eos_ids;                // [n_eos]
-  int64_t n_allowed, n_eos;
-  int64_t n_sequences, n_tokens;
-  // as in RepetitionOptions
-  int64_t vocab_size, ignore_index, immediate_repetition_threshold, ngram_size, ngram_window_size, ngram_slots,
-      min_sequence_length;
-  bool tokens_include_row, use_immediate_repetition_penalty;
-  int32_t* ids;               // [n_sequences, n_tokens, n_slots]
-  Weight* candidate_weights;  // [n_sequences, n_tokens, n_slots]
-
-  __host__ __device__ int64_t n_slots() const {
-    return use_immediate_repetition_penalty + n_eos + (ngram_size > 0 ? ngram_slots : 0);
-  }
-};
 
 // One row, as the lanes of a warp see it.
 template <class Weight>
@@ -79,16 +35,17 @@ class RowCandidates {
 
   // Every lane of the warp calls it.
   __device__ void write() {
-    if (target_ == a_.ignore_index) return put_absent(0, a_.n_slots());
+    const int64_t first = a_.reads_runs ? 0 : a_.first_ngram_slot();
+    if (target_ == a_.ignore_index) return put_absent(first, a_.n_slots());
     read_context();
-    if (a_.use_immediate_repetition_penalty) put_immediate();
-    put_eos();
-    if (a_.ngram_size > 0) put_absent(first_ngram_slot() + n_found_, a_.n_slots());
+    if (a_.reads_runs) {
+      if (a_.use_immediate_repetition_penalty) put_immediate();
+      put_eos();
+    }
+    if (a_.ngram_size > 0) put_absent(a_.first_ngram_slot() + n_found_, a_.n_slots());
   }
 
  private:
-  __device__ int64_t first_ngram_slot() const { return a_.use_immediate_repetition_penalty + a_.n_eos; }
-  __device__ double weight(int index) const { return double(a_.weights[index * a_.weight_stride]); }
   __device__ void put(int64_t slot, int64_t id, double value) {
     ids_[slot] = int32_t(id);
     weights_[slot] = Weight(value);
@@ -98,23 +55,6 @@ class RowCandidates {
     for (int64_t slot = first + lane_; slot < last; slot += 32) put(slot, -1, 0);
   }
 
-  __device__ bool may_penalize(int64_t token) const {
-    if (token < 0 || token >= a_.vocab_size || token == a_.ignore_index) return false;
-    int64_t first = 0, last = a_.n_allowed;  // the first excluded id that is not below the token
-    while (first < last) {
-      const int64_t middle = (first + last) / 2;
-      if (a_.repetition_allow_list[middle] < token)
-        first = middle + 1;
-      else
-        last = middle;
-    }
-    return first == a_.n_allowed || a_.repetition_allow_list[first] != token;
-  }
-  __device__ bool is_eos(int64_t token) const {
-    for (int64_t i = 0; i < a_.n_eos; ++i)
-      if (a_.eos_ids[i] == token) return true;
-    return false;
-  }
   // of the row's segment, if every position from here to the row is
   __device__ bool in_segment(int64_t position) const {
     return position >= 0 && (!a_.segments.data || a_.segments.at(sequence_, position) == segment_);
@@ -149,15 +89,15 @@ class RowCandidates {
 
   // whether a longer run has this run's weight, bit by bit: a text of one token ends here
   __device__ bool run_weight_stays() const {
-    const double growth = weight(1), factor = power(growth, run_ - 1);
+    const double growth = a_.weight(1), factor = power(growth, run_ - 1);
     return run_ >= a_.immediate_repetition_threshold &&
            (growth == 1 || (growth > 1 && factor >= kMostRunFactor) || (growth >= 0 && factor == 0));
   }
 
   __device__ void read_context() {
     last_ = in_segment(end_ - 1) ? a_.tokens.at(sequence_, end_ - 1) : a_.ignore_index;
-    bool run_is_open = a_.use_immediate_repetition_penalty && last_ != a_.ignore_index;
-    const bool may_be_early = a_.n_eos > 0 && a_.min_sequence_length > 0 && !is_eos(target_);
+    bool run_is_open = a_.reads_runs && a_.use_immediate_repetition_penalty && last_ != a_.ignore_index;
+    const bool may_be_early = a_.reads_runs && a_.n_eos > 0 && a_.min_sequence_length > 0 && !a_.is_eos(target_);
     bool count_is_open = may_be_early;
     bool slots_are_open = a_.ngram_size > 0 && has_key();
     const int64_t oldest = a_.ngram_window_size > 0 ? end_ - a_.ngram_window_size : 0;
@@ -192,13 +132,13 @@ class RowCandidates {
   // takes long to tell is asked of those alone that may be new.
   __device__ void take_followers(int64_t position, int64_t token, bool is_new) {
     if (!__any_sync(kWholeWarp, is_new)) return;
-    int32_t* const found = ids_ + first_ngram_slot();
+    int32_t* const found = ids_ + a_.first_ngram_slot();
     for (int64_t slot = 0; slot < n_found_; ++slot) is_new = is_new && token != found[slot];
-    is_new = is_new && may_penalize(token) && follows_key(position);
+    is_new = is_new && a_.may_penalize(token) && follows_key(position);
     unsigned lanes = __ballot_sync(kWholeWarp, is_new);
     for (; lanes != 0 && n_found_ < a_.ngram_slots; lanes = __ballot_sync(kWholeWarp, is_new)) {
       const int32_t newest = __shfl_sync(kWholeWarp, int32_t(token), __ffs(int(lanes)) - 1);
-      if (lane_ == 0) put(first_ngram_slot() + n_found_, newest, weight(3));
+      if (lane_ == 0) put(a_.first_ngram_slot() + n_found_, newest, a_.weight(3));
       is_new = is_new && token != newest;
       ++n_found_;
     }
@@ -207,8 +147,8 @@ class RowCandidates {
 
   __device__ void put_immediate() {
     if (lane_ != 0) return;
-    if (run_ >= a_.immediate_repetition_threshold && run_ > 0 && last_ != target_ && may_penalize(last_))
-      put(0, last_, weight(0) * fmin(power(weight(1), run_ - 1), kMostRunFactor));
+    if (run_ >= a_.immediate_repetition_threshold && run_ > 0 && last_ != target_ && a_.may_penalize(last_))
+      put(0, last_, a_.weight(0) * fmin(power(a_.weight(1), run_ - 1), kMostRunFactor));
     else
       put(0, -1, 0);
   }
@@ -216,7 +156,7 @@ class RowCandidates {
 #pragma unroll 1
     for (int64_t i = lane_; i < a_.n_eos; i += 32) {
       if (is_early_)
-        put(a_.use_immediate_repetition_penalty + i, a_.eos_ids[i], weight(2));
+        put(a_.use_immediate_repetition_penalty + i, a_.eos_ids[i], a_.weight(2));
       else
         put(a_.use_immediate_repetition_penalty + i, -1, 0);
     }
@@ -238,6 +178,11 @@ class RowCandidates {
 template <class Weight>
 __global__ void __launch_bounds__(32 * kRepetitionWarps, 4)
     repetition_kernel(const RepetitionArguments<Weight> arguments) {
+  if (arguments.collisions) {
+    bool has_one = false;
+    for (int64_t i = threadIdx.x % 32; i < arguments.n_collisions; i += 32) has_one |= arguments.collisions[i] != 0;
+    if (!__any_sync(kWholeWarp, has_one)) return;
+  }
   const int64_t n_tiles = (arguments.n_tokens + kRepetitionRowsPerBlock - 1) / kRepetitionRowsPerBlock;
   const int64_t sequence = blockIdx.x / n_tiles, first = blockIdx.x % n_tiles * kRepetitionRowsPerBlock;
   for (int64_t i = threadIdx.x / 32; i < kRepetitionRowsPerBlock && first + i < arguments.n_tokens;
@@ -252,30 +197,6 @@ void write_candidates(const RepetitionArguments<Weight>& arguments, Stream strea
   if (n_blocks == 0 || arguments.n_slots() == 0) return;
   launch("repetition_candidates", repetition_kernel<Weight>, {dim3(unsigned(n_blocks)), dim3(32 * kRepetitionWarps)},
          stream, arguments);
-}
-
-// Lists of ids travel to the device as arguments of a launch: a copy from host memory could neither be captured in a
-// CUDA graph nor outlive the call.
-constexpr int kIdsPerLaunch = 512;
-struct IdChunk {
-  int32_t ids[kIdsPerLaunch];
-  int n_ids;
-};
-
-static __global__ void store_ids_kernel(const IdChunk chunk,
-                                        int32_t* out) {  // [chunk.n_ids]
-  for (int i = threadIdx.x; i < chunk.n_ids; i += blockDim.x) out[i] = chunk.ids[i];
-}
-
-inline void store_ids(const std::vector<int32_t>& ids,
-                      int32_t* out,  // [ids.size()], on the device
-                      Stream stream) {
-  for (size_t first = 0; first < ids.size(); first += kIdsPerLaunch) {
-    IdChunk chunk;
-    chunk.n_ids = int(std::min<size_t>(kIdsPerLaunch, ids.size() - first));
-    std::copy_n(ids.begin() + first, chunk.n_ids, chunk.ids);
-    launch("repetition_candidates", store_ids_kernel, {dim3(1), dim3(128)}, stream, chunk, out + first);
-  }
 }
 
 }  // namespace ava

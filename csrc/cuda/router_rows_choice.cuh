@@ -54,17 +54,6 @@ struct LaneGroup {
   }
 };
 
-// 1 << shift, and 0 for a shift of 32 and more, as the instruction has it.
-__device__ __forceinline__ uint32_t bit_at(unsigned shift) {
-#ifdef __CUDACC__
-  uint32_t bit;
-  asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(shift));
-  return bit;
-#else
-  return shift < 32 ? 1u << shift : 0;
-#endif
-}
-
 // Which items of a lane were chosen: item i is bit 2 i.
 struct ChosenItems {
   uint32_t bits = 0, repeated = 0;  // repeated: those that were chosen before
@@ -106,6 +95,45 @@ __device__ Key choice_key(float score, int expert) {
 template <class Key>
 __device__ int expert_of_key(Key key) {
   return (1 << kExpertBits) - 1 - int(key & ((1 << kExpertBits) - 1));
+}
+
+// The same for scores of 16 bits, signed, which takes fewer instructions: the float's own bits in the order of integers.
+__device__ __forceinline__ int signed_choice_key(float score, int expert) {
+  constexpr int kRankBits = INT32_MAX ^ ((1 << kExpertBits) - 1);
+  int bits = __float_as_int(score + 0.f);  // -0 is 0
+  if (score != score) bits = kRankBits;
+  return (bits ^ (bits >> 31 & kRankBits)) + ((1 << kExpertBits) - 1 - expert);
+}
+
+// The largest keys that a lane holds, largest first. They are found for all choices at once, by networks of comparisons:
+// in the lane, then of both lanes of a pair until all lanes of the row have the same.
+constexpr int kBest = 8, kLeastBest = 3;  // for fewer choices one after the other is cheaper
+
+__device__ __forceinline__ void put_larger_first(int& x, int& y) {
+  const int larger = max(x, y);
+  y = min(x, y);
+  x = larger;
+}
+__device__ __forceinline__ void sort_best(int* keys) {  // [kBest]
+  constexpr int kPairs[][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 4}, {1, 5}, {2, 6}, {3, 7}, {0, 1}, {2, 3},
+                               {4, 5}, {6, 7}, {2, 4}, {3, 5}, {1, 4}, {3, 6}, {1, 2}, {3, 4}, {5, 6}};
+#pragma unroll
+  for (int i = 0; i < 19; ++i) put_larger_first(keys[kPairs[i][0]], keys[kPairs[i][1]]);
+}
+// `keys` become the best of both, sorted as they were.
+template <class OtherOf>
+__device__ __forceinline__ void merge_best(int* keys, OtherOf other_of) {  // [kBest]
+  int both[kBest];
+#pragma unroll
+  for (int i = 0; i < kBest; ++i) both[i] = max(keys[i], other_of(kBest - 1 - i));  // they rise, then fall
+#pragma unroll
+  for (int distance = kBest / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < kBest; ++i)
+      if ((i & distance) == 0) put_larger_first(both[i], both[i + distance]);
+  }
+#pragma unroll
+  for (int i = 0; i < kBest; ++i) keys[i] = both[i];
 }
 
 }  // namespace ava

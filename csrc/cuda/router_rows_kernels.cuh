@@ -13,25 +13,14 @@ constexpr int kRouterBlocks = 1;  // two would spill there
 constexpr int kRouterBlocks = 2;
 #endif
 
-// 1 / x by the special function unit, 1 ulp, of an ordinary number.
-__device__ __forceinline__ float fast_reciprocal(float x) {
-#ifdef __CUDACC__
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return 1 / x;
-#endif
-}
-
 // log(1 + rest), as log1p_of_rest, with fast divisions.
 __device__ __forceinline__ float fast_log1p_of_rest(float rest) {
   const float total = 1.f + rest;
   const uint32_t shifted = float_to_bits(total) - 0x3f3504f3u;  // sqrt(1/2)
   const float exponent = float(int32_t(shifted) >> 23), m = bits_to_float((shifted & 0x7fffffu) + 0x3f3504f3u);
-  const float s = (m - 1.f) * fast_reciprocal(m + 1.f), square = s * s;
+  const float s = (m - 1.f) * reciprocal_fast(m + 1.f), square = s * s;
   const float series = (((square * (1.f / 9) + 1.f / 7) * square + 1.f / 5) * square + 1.f / 3) * square;
-  const float lost = (rest - (total - 1.f)) * fast_reciprocal(total);
+  const float lost = (rest - (total - 1.f)) * reciprocal_fast(total);
   return exponent * kLn2 + ((2.f * s) * series + (2.f * s)) + lost;
 }
 
@@ -75,12 +64,16 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   ChoiceCounts choices;
   RowScalars scalars;
   const bool chooses = arguments.choice != nullptr, is_biased = arguments.expert_bias != nullptr;
+  const bool is_for_all_at_once = arguments.k >= kLeastBest && arguments.k <= kBest;
   lanes.for_rows([&](int turn, int row, bool counts) {
     float weights[kItems], y[kItems];
     ChosenItems chosen;
     if (chooses && !is_biased) {
       lanes.read(turn, y);
-      chosen = lanes.template choose<ScoreKey>(row, counts, y);
+      if (sizeof(Element) == 2 && is_for_all_at_once)
+        chosen = lanes.choose_best(row, counts, y);
+      else
+        chosen = lanes.template choose<ScoreKey>(row, counts, y);
     }
     RouterRow<float> of_logits{};
     if constexpr (kSigmoid) {
@@ -91,7 +84,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     const RouterRow<float> measured = lanes.template measure<true>(y, weights);
     if constexpr (!kSigmoid) of_logits = measured;
     scalars.keep(lanes.lanes(), turn, counts, measured, of_logits);
-    const float inverse = fast_reciprocal(1 + measured.rest);
+    const float inverse = reciprocal_fast(1 + measured.rest);
     if (chooses && is_biased) {  // by p, or by sigmoids before they are normalised
       const float scale = kSigmoid ? exp_of(measured.max) : inverse;
       const float* const bias = arguments.expert_bias + lanes.layer() * arguments.n_experts;
@@ -246,13 +239,13 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     mean = lanes.lanes().sum(mean);
     if (row < 0) return;
 
-    const float inverse = fast_reciprocal(1 + measured.rest);
+    const float inverse = reciprocal_fast(1 + measured.rest);
     const float of_lse = 2 * grad_lse_squared * (of_logits.max + fast_log1p_of_rest(of_logits.rest));
     // what is added to ((v - w) - eta u) / (1 + R)
     const float constant =
         inverse * (grad_entropy * measured.weighted * inverse - mean * inverse + (kSigmoid ? 0.f : of_lse));
     const float of_u = -grad_entropy * inverse;
-    const float of_softmax = kSigmoid ? of_lse * fast_reciprocal(1 + of_logits.rest) : 0.f;
+    const float of_softmax = kSigmoid ? of_lse * reciprocal_fast(1 + of_logits.rest) : 0.f;
     float gradient[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) gradient[i] = weights[i] * fmaf(v[i], inverse, fmaf(of_u, u[i], constant));

@@ -149,6 +149,53 @@ class RouterLanes {
     }
     return chosen;
   }
+  // The same for scores of 16 bits, where there are at most kBest choices.
+  __device__ ChosenItems choose_best(int row, bool counts, const float* scores) const {
+    int keys[kItems], best[kBest];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) keys[i] = signed_choice_key(scores[i], expert_at(i));
+#pragma unroll
+    for (int i = 0; i < kBest; ++i) best[i] = keys[i];
+    sort_best(best);
+    if constexpr (kItems > kBest) {
+      int others[kBest];
+#pragma unroll
+      for (int i = 0; i < kBest; ++i) others[i] = keys[kBest + i];
+      sort_best(others);
+      merge_best(best, [&](int i) { return others[i]; });
+    }
+#pragma unroll 1
+    for (int offset = 1; offset < lanes_.n; offset *= 2)
+      merge_best(best, [&](int i) { return __shfl_xor_sync(kWholeWarp, best[i], offset); });
+
+    const int k = int(a_.k);
+    int last = best[kBest - 1];
+    if (k < kBest) {
+#pragma unroll
+      for (int i = kLeastBest; i < kBest; ++i)
+        if (i == k) last = best[i - 1];
+    }
+    ChosenItems chosen;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if (keys[i] >= last) chosen.bits |= 1u << 2 * i;
+    if (lanes_.own == 0 && row >= 0) {
+      int32_t* const choice = a_.choice + row_of_all(row) * k;
+      const unsigned absent = counts ? 0 : ~0u;
+      unsigned experts[kBest];
+#pragma unroll
+      for (int i = 0; i < kBest; ++i) experts[i] = unsigned(expert_of_key(best[i])) | absent;
+      if (k == kBest && reinterpret_cast<uintptr_t>(choice) % 16 == 0) {
+        store16(choice, {experts[0], experts[1], experts[2], experts[3]});
+        store16(choice + 4, {experts[4], experts[5], experts[6], experts[7]});
+      } else {
+#pragma unroll
+        for (int i = 0; i < kBest; ++i)
+          if (i < k) choice[i] = int32_t(experts[i]);
+      }
+    }
+    return chosen;
+  }
   // use(chosen) for the row's choices that were given; one at a time where a row chose an expert twice.
   template <bool kChecked, class Use>
   __device__ void for_given(int row, bool counts, Use use) const {

@@ -16,6 +16,7 @@
 //   softmax_rows_plan.h              which of the kernels a row is for;  softmax_rows_launch.cuh starts it
 #include "../softmax_rows_operators.h"
 
+#include "../gradient_layout.h"
 #include "../new_tensor.h"
 #include "launch.h"
 #include "softmax_rows_arguments.h"
@@ -59,7 +60,8 @@ struct CudaRows {
     return ava::new_tensor(logits, sizes, type);
   }
   static Tensor new_gradient(const Tensor& logits) {
-    return new_tensor(logits, shape_of(logits), logits.scalar_type());
+    const TensorLayout layout = gradient_layout(logits);
+    return with_layout(new_tensor(logits, {layout.n_elements()}, logits.scalar_type()), layout);
   }
   static void set_groups(const char* op, Arguments& arguments, const std::vector<int64_t>& sizes) {
     AVA_CHECK(sizes.size() <= kMostGroups, op, ": expected at most ", kMostGroups, " groups of candidates, got ",

@@ -70,18 +70,17 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
   __syncthreads();
 
   const LogitScale scale = logit_scale(options);
-  constexpr bool kUsual = kFeatures == Features::capped;  // see with_care
-  const Exponent<Element, kFeatures, kUsual> usual(scale, statistics.max);
+  const Exponent<Element, kFeatures, false> usual(scale, statistics.max);
   const GradientScalars scalars = gradient_scalars(scratch->dense, usual);
   const bool all_careful = needs_care(statistics.max, scale);
   for_vectors(row, ahead, [&](int vector, uint4 logits) {
     [[maybe_unused]] float high, low = 0;  // without b and k, e = 0 is all that a masked or low column needs
-    if constexpr (kFeatures == Features::dense) vector_range<Element>(logits, high, low);
+    if constexpr (kFeatures != Features::plain) vector_range<Element>(logits, high, low);
     with_care<Element, kFeatures>(all_careful || low < kLowestOrdinary, [&](auto is_careful) {
-      if constexpr (decltype(is_careful)::value == kUsual) {
+      if constexpr (!decltype(is_careful)::value) {
         row.store(vector, gradient_vector(logits, scalars, usual));
       } else {
-        const Exponent<Element, kFeatures, !kUsual> exponent(scale, statistics.max);
+        const Exponent<Element, kFeatures, true> exponent(scale, statistics.max);
         row.store(vector, gradient_vector(logits, gradient_scalars(scratch->dense, exponent), exponent));
       }
     });

@@ -8,7 +8,8 @@
 //   for that.
 // * 16 bits: one fused multiply-add, t = x factor - (reference factor, rounded). What that rounding adds to every t of
 //   the row, `excess`, is known exactly and taken out once for the row, not for each element.
-// * kCareful: the difference first and bounded below, for rows with masked or huge logits.
+// * under a soft cap: the same, whatever the type. The cap's own error is larger than what float32 would keep.
+// * kCareful: the difference first and bounded below, for rows with masked or huge logits, and where a soft cap is flat.
 #pragma once
 #include "../softmax_rows.h"
 #include "primitives.cuh"
@@ -27,25 +28,44 @@ struct LogitScale {
   float factor, factor_low;  // log2(e) / T in two floats
   float lowest_difference;   // at or below it e^u is 0
   float inverse_temperature;
-  float softcap, inverse_softcap;
+  float softcap, cap_factor;  // c, and 2 log2(e) / c
 };
 __device__ __forceinline__ LogitScale logit_scale(const RowOptions<float>& options) {
   const float inverse_temperature = 1 / options.temperature, factor = kLog2e * inverse_temperature;
   return {factor,           fmaf(kLog2e, inverse_temperature, -factor) + kLog2eLow * inverse_temperature,
           -1000.f / factor, inverse_temperature,
-          options.softcap,  1 / options.softcap};
+          options.softcap,  2 * kLog2e / options.softcap};
 }
 
-// softcap(x) and its derivative; a masked logit stays -inf
+// softcap(x) and a quarter of its derivative.
+//
+// With r = 1 / (1 + e^{2 |x| / c}), which is in [0, 1/2], tanh(|x| / c) = 1 - 2 r, and its derivative is 4 r (1 - r) / c.
+// What counts here is the absolute error of c tanh, e^u has as large a relative one: with the exponent rounded twice,
+// exp2_fast off by 2^-22, 1 + e rounded, and reciprocal_fast off by 2^-23, r is off by
+//
+//   r (1 - r) (2 |x| / c 2^-23 + 2^-22) + r (2^-24 + 2^-23) <= 2^-22.7
+//
+// so that c tanh is off by at most 2.5 2^-23 c: beside what a rounding of the logit to 16 bits makes of it, and of the
+// result 2^-24 c itself, nothing. 1 - 2 r cancels for a small x, which only a relative error would show. The derivative,
+// also where it is small, is off by 1.5 2^-22 of itself and the rounding of the exponent.
 struct CappedLogit {
-  float value, slope;
+  float value, quarter_slope;
 };
 template <Features kFeatures>
 __device__ __forceinline__ CappedLogit capped_logit(float logit, const LogitScale& scale) {
-  if constexpr (kFeatures != Features::capped) return {logit, 1.f};
-  const float t = tanhf(logit * scale.inverse_softcap);
-  return {logit == -INFINITY ? logit : scale.softcap * t, fmaf(-t, t, 1.f)};
+  if constexpr (kFeatures != Features::capped) return {logit, 0.25f};
+  const float r = reciprocal_fast(1 + exp2_fast(fabsf(logit) * scale.cap_factor));
+  return {copysignf(fmaf(-2 * scale.softcap, r, scale.softcap), logit), fmaf(-r, r, r)};
 }
+// A masked logit stays -inf.
+template <Features kFeatures, bool kMayBeMasked>
+__device__ __forceinline__ CappedLogit capped_logit_or_masked(float logit, const LogitScale& scale) {
+  CappedLogit capped = capped_logit<kFeatures>(logit, scale);
+  if (kFeatures == Features::capped && kMayBeMasked && logit == -INFINITY) capped.value = logit;
+  return capped;
+}
+// Where the cap is so flat that unequal logits may have equal values: what is the maximum has to be looked at again.
+__device__ __forceinline__ bool is_flat(const CappedLogit& capped) { return capped.quarter_slope < 2e-4f; }
 
 // Logits below are masked, or so low that t e^u needs care.
 constexpr float kLowestOrdinary = -1e30f;
@@ -56,7 +76,7 @@ __device__ __forceinline__ bool needs_care(float reference, const LogitScale& sc
 
 template <class Element, Features kFeatures, bool kCareful>
 struct Exponent {
-  static constexpr bool kExact = kCareful || sizeof(Element) == 4;
+  static constexpr bool kExact = kCareful || (sizeof(Element) == 4 && kFeatures != Features::capped);
   static constexpr bool kBounded = kCareful || (kExact && kFeatures == Features::plain);
   const LogitScale& scale;
   float reference, offset, excess;
@@ -76,7 +96,7 @@ struct Exponent {
     float difference = x - reference;
     if constexpr (kBounded) difference = max_keep_nan(difference, scale.lowest_difference);
     steps = difference * scale.factor;
-    if constexpr (kFeatures == Features::capped) return exp2_fast(steps);  // the cap's own rounding is larger
+    if constexpr (kFeatures == Features::capped) return exp2_fast(steps);
     const float lost = fmaf(difference, scale.factor_low, fmaf(difference, scale.factor, -steps));
     const float e = exp2_fast(steps);
     return fmaf(e, lost * kLn2, e);
@@ -89,12 +109,10 @@ struct Exponent {
 };
 
 // body(std::bool_constant<careful>()), compiled only for what can come. Plain float32 rows bound every difference
-// anyway; under a soft cap the hyperbolic tangent costs far more than the care.
+// anyway.
 template <class Element, Features kFeatures, class Body>
 __device__ __forceinline__ auto with_care(bool careful, Body body) {
-  if constexpr (kFeatures == Features::capped)
-    return body(std::true_type());
-  else if constexpr (kFeatures == Features::plain && sizeof(Element) == 4)
+  if constexpr (kFeatures == Features::plain && sizeof(Element) == 4)
     return body(std::false_type());
   else
     return careful ? body(std::true_type()) : body(std::false_type());

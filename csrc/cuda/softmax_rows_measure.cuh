@@ -7,10 +7,9 @@ namespace ava {
 
 constexpr int kNoColumn = INT32_MAX;
 
-// Vectors of one thread that are summed side by side. Two with hyperbolic tangents would spill; of float32, two come to
-// no more than one of 16 bits.
+// Vectors of one thread that are summed side by side. Of float32, two come to no more than one of 16 bits.
 template <class Element, Features kFeatures>
-constexpr int kSlotsAtOnce = kFeatures == Features::capped || sizeof(Element) == 4 ? 1 : 2;
+constexpr int kSlotsAtOnce = sizeof(Element) == 4 ? 1 : 2;
 
 // Sums of e, t e, and u in the exponent's units; without the maximum's e.
 struct Sums {
@@ -19,8 +18,8 @@ struct Sums {
 };
 
 // One vector. `excluded` is the place of the maximum in it, or -1; only vectors that may have one are compared with it.
-// Under a soft cap several logits may be equal to the reference: `argmax` becomes the lowest column of those (R is the
-// same whichever of them is left out).
+// Where a soft cap is flat several logits may be equal to the reference: `argmax` becomes the lowest column of those (R is
+// the same whichever of them is left out).
 template <bool kExcludes, class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize]
                                            int first_column, int excluded,
@@ -30,8 +29,8 @@ __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize
   float rest[kSize], weighted = 0, sum = 0;
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
-    const float x = capped_logit<kFeatures>(logits[k], exponent.scale).value;
-    if constexpr (kFeatures == Features::capped)
+    const float x = capped_logit_or_masked<kFeatures, kCareful>(logits[k], exponent.scale).value;
+    if constexpr (kFeatures == Features::capped && kCareful)
       if (x == exponent.reference && first_column + k < argmax) argmax = first_column + k;
     float steps, e = exponent.exponential(x, steps);
     if constexpr (kExcludes) e = k == excluded ? 0.f : e;
@@ -86,7 +85,9 @@ template <class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ GradientScalars gradient_scalars(const DenseGradient<float>& dense,
                                                             const Exponent<Element, kFeatures, kCareful>& exponent) {
   const float undo = exponent.undo(), slope = dense.slope / exponent.scale.factor;
-  return {(dense.factor - slope * exponent.excess) * undo, slope * undo, dense.constant};
+  constexpr float kOfSlope = kFeatures == Features::capped ? 4.f : 1.f;  // whose quarter is there
+  return {(dense.factor - slope * exponent.excess) * undo * kOfSlope, slope * undo * kOfSlope,
+          dense.constant * kOfSlope};
 }
 
 template <class Element, Features kFeatures, bool kCareful>
@@ -96,12 +97,12 @@ __device__ __forceinline__ uint4 gradient_vector(uint4 logits, const GradientSca
   unpack<Element>(logits, values);
 #pragma unroll
   for (int k = 0; k < kVectorSize<Element>; ++k) {
-    const CappedLogit x = capped_logit<kFeatures>(values[k], exponent.scale);
+    const CappedLogit x = capped_logit_or_masked<kFeatures, kCareful>(values[k], exponent.scale);
     float steps;
     const float e = exponent.exponential(x.value, steps);
     float gradient = e * row.factor;
     if constexpr (kFeatures != Features::plain) gradient = fmaf(e, fmaf(steps, row.slope, row.factor), row.constant);
-    if constexpr (kFeatures == Features::capped) gradient *= x.slope;
+    if constexpr (kFeatures == Features::capped) gradient *= x.quarter_slope;
     if constexpr (kFeatures != Features::plain && kCareful) gradient = x.value == -INFINITY ? 0.f : gradient;
     values[k] = gradient;
   }
@@ -171,8 +172,10 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
   const int best_vector = row.first + best_slot * n_threads + thread;
   const int winner = warp_min(may_win ? best_vector : kNoColumn);  // the first that holds the maximum
   const int winner_slot = may_win && best_vector == winner ? best_slot : -1;
-  const float reference = warp_best == -INFINITY ? 0.f : capped_logit<kFeatures>(warp_best, scale).value;
+  const CappedLogit capped_best = capped_logit<kFeatures>(warp_best, scale);
+  const float reference = warp_best == -INFINITY ? 0.f : capped_best.value;
   if constexpr (kFeatures != Features::plain) careful = __any_sync(kWholeWarp, lowest < kLowestOrdinary);
+  if constexpr (kFeatures == Features::capped) careful = careful || is_flat(capped_best);
 
   const auto sum_up = [&](auto is_careful) {
     const Exponent<Element, kFeatures, decltype(is_careful)::value> exponent(scale, reference);
@@ -205,7 +208,7 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
       sums.sum = warp_sum(sums.sum);
       sums.count = warp_sum(sums.count);
     }
-    if constexpr (kFeatures == Features::capped)
+    if constexpr (kFeatures == Features::capped && decltype(is_careful)::value)
       argmax = warp_min(argmax);
     else  // n_threads is a multiple of 32
       argmax = __shfl_sync(kWholeWarp, argmax, winner - row.first);
@@ -220,7 +223,7 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
                                                                  int n_slots) {
   const int thread = threadIdx.x, n_threads = blockDim.x;
   RowStatistics<float> partial = empty_statistics<float>();
-#pragma unroll(kFeatures == Features::capped ? 1 : 2)
+#pragma unroll 2
   for (int i = 0; i < n_slots; ++i) {
     const int vector = row.first + i * n_threads + thread;
     if (vector >= row.last) break;

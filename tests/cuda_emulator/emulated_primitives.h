@@ -12,8 +12,10 @@ inline float exp2_fast(float x) {
   const float result = std::exp2(x);
   return result < 1.17549435e-38f ? 0.0f : result;
 }
+inline float reciprocal_fast(float x) { return 1 / x; }
 inline float max_keep_nan(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
 
+inline uint32_t bit_at(unsigned shift) { return shift < 32 ? 1u << shift : 0; }
 inline unsigned computed_again(unsigned value) { return value; }
 
 inline bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

@@ -256,9 +256,44 @@ void test_slots_have_room_for_every_segment() {
   }
 }
 
+void test_keys_are_in_the_order_of_scores() {
+  std::vector<float> scores = {NAN, -NAN, INFINITY, -INFINITY, 0.f, -0.f, 1.f, -1.f, 1e-40f, -1e-40f, 3e38f, -3e38f};
+  for (float& score : scores) score = to_float(from_float<__nv_bfloat16>(score));
+  for (float score : scores)
+    for (float other : scores)
+      for (int expert : {0, 7, 511})
+        for (int other_expert : {0, 7, 511}) {
+          const int key = signed_choice_key(score, expert), other_key = signed_choice_key(other, other_expert);
+          EXPECT((key > other_key) == ranks_before(score, expert, other, other_expert));
+          EXPECT(expert_of_key(key) == expert);
+        }
+}
+
+// A network that sorts every sequence of zeros and ones sorts all.
+void test_networks_sort() {
+  for (int bits = 0; bits < 256; ++bits) {
+    int keys[kBest];
+    for (int i = 0; i < kBest; ++i) keys[i] = bits >> i & 1;
+    sort_best(keys);
+    for (int i = 0; i < kBest; ++i) EXPECT(keys[i] == (i < __builtin_popcount(unsigned(bits))));
+  }
+  for (int ones = 0; ones <= kBest; ++ones)
+    for (int other_ones = 0; other_ones <= kBest; ++other_ones) {
+      int keys[kBest];
+      for (int i = 0; i < kBest; ++i) keys[i] = i < ones;
+      merge_best(keys, [&](int i) { return int(i < other_ones); });
+      for (int i = 0; i < kBest; ++i) EXPECT(keys[i] == (i < ones + other_ones));
+    }
+}
+
 }  // namespace
 
 int main() {
+  test_keys_are_in_the_order_of_scores();
+  test_networks_sort();
+  test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0}, 1);
+  test_problem<__half, true>({1, 40, 250, 5, 2, 1});
+  test_problem<__nv_bfloat16, false>({1, 40, 8, 8, 0});
   test_problem<float, false>({2, 70, 8, 2, 0}, 1);
   test_problem<float, true>({1, 300, 64, 2, 3, 0, false}, 1);
   test_problem<__nv_bfloat16, false>({1, 300, 60, 4, 0, 3}, 1);

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import emulated_cuda
 
 from ava_ext.ops.repetition import repetition_candidates
 
@@ -145,6 +146,55 @@ def test_long_text(ngram_size, tokens_include_row):
     )  # fmt: skip
     assert_agrees(text, text.roll(-1, 1), **options)
     assert_agrees(text, text.roll(-1, 1), segments=segments, ngram_window_size=40, **options)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+@pytest.mark.devices("cuda-emulated")
+def test_many_tokens_agree_with_the_definition(problem):
+    """What CUDA does where rows would read too many tokens one by one, with few of them."""
+    tokens, targets, options = problem
+    with emulated_cuda.device_limits(n_multiprocessors=0):
+        assert_agrees(tokens, targets, **options)
+
+
+def ngrams_in_order(text, size, n_slots):
+    """What oracle finds for targets = tokens = text, fast enough for many tokens: lists that followers move in."""
+    followers, rows = {}, []
+    for row, target in enumerate(text):
+        key = tuple(text[row - size + 1 : row]) if row >= size - 1 else None
+        found = followers.setdefault(key, [])
+        kept = [token for token in found[: n_slots + 1] if token != target][:n_slots]
+        rows.append(kept + [-1] * (n_slots - len(kept)))
+        if target in found:
+            found.remove(target)
+        if key is not None:
+            found.insert(0, target)
+    return rows
+
+
+@pytest.mark.devices("cpu", "cuda-emulated", "cuda")
+@pytest.mark.parametrize("kind", ["constant", "two", "periodic", "random", "late"])
+@pytest.mark.parametrize("n_slots", [3, 40])
+def test_many_tokens(kind, n_slots):
+    """So many that no row may read its context: of any text, and with more slots than a warp has lanes."""
+    n_tokens = 7000 if n_slots < 32 else 700
+    random = torch.Generator().manual_seed(0)
+    text = {
+        "constant": torch.ones(n_tokens, dtype=torch.int64),
+        "two": torch.randint(2, (n_tokens,), generator=random),
+        "periodic": torch.arange(n_tokens) % 37,
+        "random": torch.randint(50, (n_tokens,), generator=random),
+        "late": torch.cat([torch.arange(50), torch.randint(2, (n_tokens - 50,), generator=random)]),
+    }[kind]
+    text = torch.stack([text, text.flip(0)])
+    for ngram_size in (1, 2, 4):
+        ids = repetition_candidates(
+            text, text, weights=four_weights(), vocab_size=50, use_ngram_penalty=True, ngram_size=ngram_size,
+            ngram_slots=n_slots, use_immediate_repetition_penalty=True,
+        ).ids  # fmt: skip
+        expected = torch.tensor([ngrams_in_order(row, ngram_size, n_slots) for row in text.tolist()])
+        assert torch.equal(ids[..., 1:].cpu().long(), expected.cpu())
 
 
 @pytest.mark.parametrize("threshold", [1, 40, 90])

@@ -82,6 +82,7 @@ CASES = {
     "router": Case("router_statistics_kernelI13__nv_bfloat16Li16ELb0E", H100, router),
     "group sums": Case("group_sums_kernelIfE", H100, router),
     "repetition": Case("repetition_kernelIfE", H100, repetition),
+    "texts": Case("text_facts_kernelIfE", DeviceLimits(0, 228 * 1024, 227 * 1024, 1024, 8), repetition),
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuda_operators import H100, on_device
 from grid import IS_FULL
+from support.emulated_cuda import DeviceLimits
 from test_repetition import assert_agrees
 from test_row_weights import definition
 
@@ -50,6 +51,32 @@ def test_repetition(ngram_size, n_tokens, dtype, architecture):
                 min_sequence_length=40,
             )
         device.require_no_findings()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("ngram_size", "n_tokens", "includes_row"), [(0, 75, False), (1, 75, True), (3, 300, True)])
+def test_repetition_of_many_tokens(ngram_size, n_tokens, includes_row, architecture):
+    """In linear time, as on a device so small that no row may read its context."""
+    random = torch.Generator().manual_seed(n_tokens + ngram_size)
+    text = torch.randint(3, (2, n_tokens), generator=random)
+    text[:, n_tokens // 2 :] = 1
+    text[1, 5] = IGNORED
+    with on_device(DeviceLimits(0, 228 * 1024, 227 * 1024, 1024, 8), architecture, seed=ngram_size) as device:
+        assert_agrees(
+            text,
+            text.roll(-1, 1),
+            weights=torch.tensor([0.5, 1.5, 0.05, 0.1]),
+            vocab_size=5,
+            segments=(torch.arange(n_tokens) > 20).long()[None],
+            tokens_include_row=includes_row,
+            use_immediate_repetition_penalty=True,
+            use_ngram_penalty=ngram_size > 0,
+            ngram_size=max(ngram_size, 1),
+            ngram_slots=3,
+            eos_token_id=[0],
+            min_sequence_length=40,
+        )
+    device.require_no_findings()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

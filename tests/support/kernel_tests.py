@@ -12,6 +12,7 @@ FILES_OF_KERNELS = {
         "test_column_weights.py",
         "test_token_metrics.py",
         "test_derivatives.py",
+        "test_gradient_layout.py",
         "test_softmax_rows.py",
         "test_softmax_rows_autograd.py",
         "test_softmax_rows_edges.py",
@@ -26,6 +27,7 @@ FILES_OF_KERNELS = {
 WITHOUT_KERNELS = {
     "test_column_weights.py",
     "test_derivatives.py",
+    "test_gradient_layout.py",
     "test_repetition.py",
     "test_router_rows.py",
     "test_router_rows_properties.py",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ava_ext.ops.gradient_layout import new_gradient
 from ava_ext.ops.row_evaluation import ColumnWeightSums, RowOptions, RowStatistics, evaluate_rows
 from ava_ext.ops.row_fields import (
     COLUMN_WEIGHT_FLAGS,
@@ -220,7 +221,10 @@ def _gradient(
         gradient = gradient * columns.cap_slope
     left_out = (columns.u == -math.inf) | (row.n_present == 0).unsqueeze(-1)
     padding = logits.shape[-1] - columns.u.shape[-1]
-    return torch.nn.functional.pad(gradient.masked_fill(left_out, 0).to(logits.dtype), (0, padding))
+    gradient = torch.nn.functional.pad(gradient.masked_fill(left_out, 0).to(logits.dtype), (0, padding))
+    placed = new_gradient(logits)
+    is_in_place = placed.stride() == gradient.stride() and placed.storage_offset() == 0
+    return gradient if is_in_place else placed.copy_(gradient)
 
 
 def row_loss(

@@ -43,11 +43,13 @@ class Memory:
         return first
 
     def _tensor(self, n_elements: int, dtype: torch.dtype, shift: int) -> tuple[Tensor, Tensor]:
-        """A tensor over uninitialised memory, and the states of its bytes."""
+        """A tensor over uninitialised memory, `shift` bytes behind the beginning of its storage, and the states of its
+        bytes."""
         first = self._reserve(n_elements * dtype.itemsize, shift)
         place = slice(first, first + n_elements * dtype.itemsize)
         self.tensors.append((place, dtype.itemsize))
-        return torch.from_numpy(self.bytes[place]).view(dtype), torch.from_numpy(self.state[place])
+        storage = torch.from_numpy(self.bytes[first - shift : place.stop]).view(dtype)
+        return storage[shift // dtype.itemsize :], torch.from_numpy(self.state[place])
 
     def empty(self, size: list[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in this memory."""
@@ -64,7 +66,7 @@ class Memory:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True)) if tensor.numel() else 0
         copy, state = self._tensor(extent, tensor.dtype, tensor.data_ptr() % 64)
         state.as_strided((*size, itemsize), (*(itemsize * stride for stride in strides), 1)).fill_(RESERVED)
-        return copy.as_strided(size, strides).copy_(tensor)
+        return copy.as_strided(size, strides, copy.storage_offset()).copy_(tensor)
 
     def put(self, array: np.ndarray, shift: int = 0) -> int:
         """The address of a copy of a contiguous array; `shift` bytes behind a multiple of ALIGNMENT."""
