@@ -2,7 +2,8 @@
 
 * every file of csrc/cuda compiles without a warning;
 * all kernels keep everything in registers: no spills, no local memory;
-* those over rows read and write them 16 bytes at a time.
+* those over rows read and write them 16 bytes at a time;
+* those of rows with a loss have no fence of all memory but the one of a cluster before its first row.
 
     python tests/cuda_gates.py [--architectures 80 90 100] [--table]
 
@@ -28,6 +29,8 @@ ARCHITECTURES = ["80", "90", "100"]
 KERNELS = re.compile(r"(softmax_rows_(float32|bfloat16|float16|float64)|router_rows|repetition|temperature)$")
 # those that must move 16 bytes at a time
 WIDE = re.compile(r"(row_loss|row_gradient|scale_rows|\d+router_gradient)_kernel")
+# what a cluster's barrier becomes: a wait for every store, and a first cache thrown away
+FENCE = re.compile(r"MEMBAR\.\w+\.GPU|CCTL\.IVALL")
 # Residence::clusters, by its mangled value: below sm_90, where no plan asks for it, nothing but a trap
 CLUSTERS = re.compile(r"row_loss_kernel.*ResidenceE2E")
 
@@ -43,6 +46,7 @@ class Kernel:
     loads: set[str] = field(default_factory=set)  # SASS instructions that move 128 bits
     stores: set[str] = field(default_factory=set)
     local_instructions: int = 0
+    fences: int = 0
 
     def faults(self, has_clusters: bool = True) -> list[str]:
         found: list[str] = []
@@ -51,6 +55,8 @@ class Kernel:
                 f"{self.local_bytes} bytes of local memory, {self.spill_bytes} bytes spilled, "
                 f"{self.local_instructions} instructions on them"
             )
+        if "row_loss_kernel" in self.name and self.fences > (2 if CLUSTERS.search(self.name) else 0):
+            found.append(f"{self.fences} fences of all memory")
         if WIDE.search(self.name) and (has_clusters or not CLUSTERS.search(self.name)):
             found += ["no 128-bit load"] * (not self.loads) + ["no 128-bit store"] * (not self.stores)
         return found
@@ -120,6 +126,8 @@ def add_instructions(kernels: dict[str, Kernel], sass: str) -> None:
             instruction = match[1]
             if re.match(r"(LDL|STL)\b", instruction):
                 current.local_instructions += 1
+            elif FENCE.match(instruction):
+                current.fences += 1
             elif re.match(r"(LDG|LDGSTS)\..*128", instruction):
                 current.loads.add(instruction)
             elif re.match(r"STG\..*128", instruction):

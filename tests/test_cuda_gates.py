@@ -17,9 +17,16 @@ SASS = """\
 """
 
 
-def faults(stack=0, spilled=0, store="STG.E.128"):
+FENCES = """\
+        /*0040*/                   MEMBAR.ALL.GPU ;                  /* 0x0000000000007992 */
+        /*0050*/                   UCGABAR_WAIT ;                    /* 0x0000000000007dc7 */
+        /*0060*/               @P0 CCTL.IVALL ;                      /* 0x00000000ff00798f */
+"""
+
+
+def faults(stack=0, spilled=0, store="STG.E.128", end=""):
     kernels = cuda_gates.kernels_of_report(REPORT.format(stack=stack, spilled=spilled))
-    cuda_gates.add_instructions(kernels, SASS.format(store=store))
+    cuda_gates.add_instructions(kernels, SASS.format(store=store) + end)
     (kernel,) = kernels.values()
     assert kernel.registers == 64 and kernel.loads == {"LDGSTS.E.BYPASS.128"}
     return kernel.faults()
@@ -34,6 +41,15 @@ def test_what_is_wrong_is_found():
     assert "8 bytes of local memory" in faults(stack=8)[0]
     assert "12 bytes spilled" in faults(spilled=12)[0]
     assert "1 instructions" in faults(store="STL.64")[0]
+    assert faults(end=FENCES) == ["2 fences of all memory"]
+
+
+def test_one_barrier_of_a_cluster_is_for_its_beginning():
+    name = "_ZN3ava15row_loss_kernelIfLNS_9ResidenceE2ELNS_8FeaturesE0EEEvNS_12RowArgumentsE"
+    for n, found in ((1, []), (2, ["4 fences of all memory"])):
+        kernel = cuda_gates.Kernel(name, loads={"LDG.E.128"}, stores={"STG.E.128"})
+        cuda_gates.add_instructions({name: kernel}, f"\t\tFunction : {name}\n" + FENCES * n)
+        assert kernel.faults() == found
 
 
 def test_kernels_for_clusters_are_excused_where_there_are_none():

@@ -10,6 +10,7 @@
 //   softmax_rows_slice.cuh           how a row is cut into 16-byte vectors, and where a thread keeps its share
 //   softmax_rows_exponent.cuh        e^u of a logit
 //   softmax_rows_measure.cuh         sums over vectors, and the gradient of one
+//   softmax_rows_exchange.cuh        how the warps that share a row, in one block or in several, learn of each other's
 //   softmax_rows_kernels.cuh         row_loss and row_statistics: one read and one write of the row
 //   softmax_rows_elementwise.cuh     row_gradient and scale_rows_
 //   softmax_rows_plan.h              which of the kernels a row is for;  softmax_rows_launch.cuh starts it

@@ -11,8 +11,8 @@
 // together without more buffers. Where no gradient is wanted, steps 4 and 5 are left out, and the places are filled
 // again before step 3.
 //
-// In place is safe: a logit is overwritten by the thread that read it, behind the barrier before which warp 0 gathered
-// the target's and the candidates' logits.
+// In place is safe: a logit is overwritten by the thread that read it, behind step 3, before which warp 0 of every block
+// gathered the target's and the candidates' logits.
 //
 // The order of every sum depends on the row's length, its address modulo 16 and the device's limits alone.
 #pragma once
