@@ -17,7 +17,7 @@ from ava_ext.losses.component import Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
 from ava_ext.model_config import options_of
-from ava_ext.ops.committed import is_first_run
+from ava_ext.ops.committed import is_exporting, is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.process_group import resolve
@@ -303,7 +303,7 @@ class UnifiedLoss(nn.Module):
         states = self._learned()
         for state in states:
             state.check_device(call.rows.weights.device)
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if torch.is_grad_enabled() and not is_exporting():
             first_run = is_first_run(call.rows.weights)
             for state in states:
                 state.begin(first_run, targets)

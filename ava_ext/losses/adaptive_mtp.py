@@ -20,7 +20,7 @@ from ava_ext.losses.depths import (
     no_means,
 )
 from ava_ext.losses.learned_state import LearnedState
-from ava_ext.ops.committed import is_first_run
+from ava_ext.ops.committed import is_exporting, is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
 
@@ -346,7 +346,7 @@ class AdaptiveMTP(LearnedState, Part):
             per_row=per_row,
         )
         if recording is None:
-            learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            learns = self.training and torch.is_grad_enabled() and not is_exporting()
             recording = learns and is_first_run(row_weights)
         if recording is not False and mtp_active is not False:
             values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])

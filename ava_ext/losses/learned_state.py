@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.ops.committed import CallMemory, committed, is_checkpointed
+from ava_ext.ops.committed import CallMemory, committed, is_checkpointed, is_exporting
 from ava_ext.process_group import resolve
 
 
@@ -118,7 +118,7 @@ class LearnedState(Float32Buffers):
     def read(self, name: str) -> Tensor:
         """The committed tensor of this name, as this call sees it. Copy it where a backward needs it."""
         value = getattr(self, name)
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return value
         if torch.compiler.is_compiling() and not self.auto_step:
             return committed(value, value)  # nothing moves it before the backward, in which a graph may read it again

@@ -14,7 +14,7 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.quantile_balancing import N_BINS, count_required_bias, quantile_bias
 from ava_ext.losses.router import load_variation, max_violation, measure_router, router_of_call
-from ava_ext.ops.committed import is_first_run
+from ava_ext.ops.committed import is_exporting, is_first_run
 from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices, with_router
 from ava_ext.ops.router_rows import RouterStatistics
 
@@ -185,7 +185,7 @@ class MoEBalancer(LearnedState, Part):
         layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router("gate_logits", gate_logits)
         if layers:
             self.check_device(layers[0].device, "moe_balancer")
-        if torch.is_grad_enabled() and layers and not torch.compiler.is_exporting():
+        if torch.is_grad_enabled() and layers and not is_exporting():
             first_run = is_first_run(layers[0])
             self.begin(first_run, layers[0])
             recording = first_run if self.training else False

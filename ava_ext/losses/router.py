@@ -45,7 +45,7 @@ def measure_router(
     """
     layers = layered_gate_logits(gate_logits, n_layers)
     layer_count, n_rows, columns = layers_shape(layers)
-    if n_experts not in (None, columns):
+    if n_experts is not None and n_experts != columns:
         raise ValueError(f"{owner}: expected gate_logits with num_experts = {n_experts} columns, got {columns}")
     if expert_indices is not None:
         expert_indices = stack_expert_indices(expert_indices, layer_count, n_rows, k)

@@ -12,6 +12,10 @@ from torch import Tensor
 # what a chunk of logits may take, by default
 CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 64_000_000, 1_000_000_000
 CUDA_TILE_ROWS = 256  # of a matrix product
+# asked once: dynamo cannot trace the question before torch 2.13. Asked for meta, it raises
+_AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(device)
+)
 
 
 class LinearLogits(NamedTuple):
@@ -84,15 +88,14 @@ class LinearLogits(NamedTuple):
 def _dtype_in_products(part: Tensor) -> torch.dtype:
     """The type that torch.nn.functional.linear would take this tensor in."""
     device_type = part.device.type
-    # meta has no autocast, and asking for it raises
-    if part.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if part.dtype == torch.float64 or device_type not in _AUTOCAST_DEVICES:
         return part.dtype
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else part.dtype
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Where a product in the tensors' own type is meant, whatever region the caller is in."""
-    has_autocast = torch.amp.is_autocast_available(device.type)
+    has_autocast = device.type in _AUTOCAST_DEVICES
     return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
