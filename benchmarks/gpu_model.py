@@ -52,7 +52,10 @@ ASSUMED = {
     "alone": 3,  # cycles for an instruction of a warp that has several independent ones
     "loops": 5,  # that a thread enters for a row: two stages of maximum and gradient, and the sum
     "loop": 30,  # instructions to enter one
-    "stretch": 700,  # instructions of one warp between a row's barriers; tests/ptx executes 600 to 870
+    # instructions of one warp between a row's barriers, as tests/ptx executes them: of plain cross-entropy, and of
+    # every term with four candidates
+    "stretch": 310,
+    "stretch of every term": 600,
     "barrier": 40,  # cycles of a block's barrier
     # from a store into another multiprocessor's shared memory until a warp there has woken up: 180 that the way takes
     # (measured on Hopper, arXiv 2402.13499), and as long again for counting the bytes and the warp
@@ -172,19 +175,22 @@ def _exponentials(n_elements: int) -> tuple[int, int]:
 BARRIERS = ("BAR.SYNC.DEFER_BLOCKING",)
 
 
-def row_times(plan: Plan, counts: RowInstructions, n_rows: int, gpu: Gpu) -> tuple[float, float]:
+def row_times(
+    plan: Plan, counts: RowInstructions, n_rows: int, gpu: Gpu, has_every_term: bool = False
+) -> tuple[float, float]:
     """Seconds of one read, one gradient and all sums: least and likely most."""
+    stretch = ASSUMED["stretch of every term" if has_every_term else "stretch"]
     n_warps, n_slots = plan.n_threads / 32, math.ceil(plan.capacity / plan.n_threads)
     of_row = counts.row + ASSUMED["loops"] * ASSUMED["loop"]
     issue = issue_cycles(
-        n_warps * (n_slots * counts.vector + of_row) + ASSUMED["stretch"],
+        n_warps * (n_slots * counts.vector + of_row) + stretch,
         n_warps * n_slots * counts.special,
     )
     exchange = ASSUMED["exchange" if plan.cluster_size > 1 else "barrier"]
-    delay = ASSUMED["stretch"] * ASSUMED["dependent"] + exchange + 2 * ASSUMED["barrier"]
+    delay = stretch * ASSUMED["dependent"] + exchange + 2 * ASSUMED["barrier"]
     delay += ASSUMED["latency"] * gpu.hertz  # of the row's first vectors
     # a warp does not go faster than its own instructions, however few others there are
-    alone = (n_slots * counts.vector + of_row) * ASSUMED["alone"] + ASSUMED["stretch"] * ASSUMED["dependent"]
+    alone = (n_slots * counts.vector + of_row) * ASSUMED["alone"] + stretch * ASSUMED["dependent"]
     cycles = [
         max(bound, alone / plan.blocks)
         for bound in bounds([gpu.cycles(2 * 16 * plan.capacity), issue], delay, plan.blocks)

@@ -45,7 +45,7 @@ def find_cuobjdump() -> str:
 
 
 _ROWS = r"row_loss_kernelI{type}LNS_9ResidenceE{residence}ELNS_8FeaturesE{features}E"
-PLAIN, CAPPED = 0, 2  # Features in csrc/cuda
+PLAIN, DENSE, CAPPED = 0, 1, 2  # Features in csrc/cuda
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def _row_instructions(residence: int, vector_size: int, architecture: str, featu
 
 
 def row_table(n_rows: int = 8192) -> list[str]:
-    """Loss and gradient of rows: plain cross-entropy, and one under a soft cap."""
+    """Loss and gradient of rows: plain cross-entropy, every term, and every term under a soft cap."""
     lines = [
         f"| {n_rows} rows | GPU | cluster x parts | instructions a vector: maximum, sum, gradient; a row | copy ms"
         " | kernel ms | share of copy |",
@@ -82,8 +82,8 @@ def row_table(n_rows: int = 8192) -> list[str]:
     ]
     for dtype, size in (("bf16", 8), ("fp32", 4)):
         sizes = [(n_columns, PLAIN) for n_columns in (128256, 50257, 32000, 8192, 4096, 1024)]
-        for n_columns, features in (*sizes, (128256, CAPPED)):
-            case = f"{dtype} {n_columns}" + ", soft cap" * (features == CAPPED)
+        for n_columns, features in (*sizes, (128256, DENSE), (128256, CAPPED)):
+            case = f"{dtype} {n_columns}" + ("", ", every term", ", soft cap")[features]
             for gpu in GPUS:
                 plan = plan_rows(n_columns, 16 // size, gpu)
                 counts = _row_instructions(plan.residence, size, gpu.architecture, features)
@@ -91,7 +91,7 @@ def row_table(n_rows: int = 8192) -> list[str]:
                     lines.append(f"| {case} | {gpu.name} |" + " not modelled |" * 5)
                     continue
                 copy = 2 * n_rows * n_columns * 16 / size / gpu.copy
-                least, most = row_times(plan, counts, n_rows, gpu)
+                least, most = row_times(plan, counts, n_rows, gpu, features != PLAIN)
                 digits = 2 if copy > 1e-4 else 3
                 lines.append(
                     f"| {case} | {gpu.name} | {plan.cluster_size} x {plan.blocks} | {counts.maximum:.1f},"
