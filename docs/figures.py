@@ -145,20 +145,18 @@ def repetition() -> Figure | None:
     if not path.exists():
         return None
     result = load(path)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    titles = {"same_kind": "held-out text of the same kind", "other_kind": "text of another kind"}
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        before = result["before"][kind]
-        axis.scatter(before["perplexity"], before["greedy"]["seq_rep_4"], marker="*", color="black", label="before")
-        for (name, seeds), colour in zip(result["arms"].items(), LINES, strict=False):
-            runs = [run["after"][kind] for run in seeds.values()]
-            x, y = [run["perplexity"] for run in runs], [run["greedy"]["seq_rep_4"] for run in runs]
-            axis.scatter(x, y, color=colour, label=name, s=18)
-            if len(runs) > 1:
-                axis.errorbar(mean(x), mean(y), xerr=stdev(x), yerr=stdev(y), color=colour, alpha=0.5)
-        axis.set(title=title, xlabel="perplexity", ylabel="seq-rep-4, greedy", ylim=(0, None))
-    axes[0].legend(frameon=False, fontsize=7)
+    figure = Figure(figsize=(5.5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    before = result["before"]
+    axis.scatter(before["perplexity"], before["greedy"]["seq_rep_4"], marker="*", color="black", label="before")
+    for (name, seeds), colour in zip(result["arms"].items(), LINES, strict=False):
+        runs = [run["after"] for run in seeds.values()]
+        x, y = [run["perplexity"] for run in runs], [run["greedy"]["seq_rep_4"] for run in runs]
+        axis.scatter(x, y, color=colour, label=name, s=18)
+        if len(runs) > 1:
+            axis.errorbar(mean(x), mean(y), xerr=stdev(x), yerr=stdev(y), color=colour, alpha=0.5)
+    axis.set(xlabel="perplexity", ylabel="seq-rep-4, greedy", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=7)
     return figure
 
 

@@ -5,9 +5,9 @@
     python studies/repetition.py --print                                  the table of the existing results
 
 All arms of a seed see the same data in the same order, take the same number of updates and start from the same weights.
-The text is the standard library's long docstrings: whole documents are held out, and every passage and prompt lies
-within one. Text of another kind is the language reference. Every few updates a small validation part, held out too, is
-measured; choices go by that, the table by the rest.
+The text is the standard library's documentation, long docstrings and sections of the language reference. Whole
+documents are held out, and every passage and prompt lies within one. Every few updates a small validation part, held
+out too, is measured; choices go by that, the table by the rest.
 With sequence-level unlikelihood (Welleck et al. 2019), the model also continues prefixes greedily, and every token of a
 repeated n-gram gets -log(1 - p): cross-entropy of the text and this, of the rollouts, make one update. Results are
 written after every arm and seed, and a state every few updates. Several processes may run different arms or seeds.
@@ -65,7 +65,7 @@ ARMS = {
 class Setting(NamedTuple):
     """What all runs share."""
 
-    updates: int = 64
+    updates: int = 256
     learning_rate: float = 3e-4  # at its highest; falls to 0
     n_layers: int = 10
     batch_size: int = 4
@@ -75,10 +75,10 @@ class Setting(NamedTuple):
     prefix_length: int = 32
     rollout_length: int = 64
     rollout_ngram: int = 4
-    n_prompts: int = 48  # half of them where the text is of another kind, or sampled
+    n_prompts: int = 48  # half of them where the continuation is sampled
     n_new_tokens: int = 100
     n_windows: int = 48  # held-out passages of n_tokens
-    validation_updates: int = 16  # between two looks at the validation part
+    validation_updates: int = 32  # between two looks at the validation part
 
 
 QUICK = Setting(
@@ -99,27 +99,20 @@ class Texts(NamedTuple):
     """Whole documents, each a tensor of token ids [n_tokens]."""
 
     train: list[Tensor]
-    validation: list[Tensor]  # of the same kind: for choices of the setting
-    same_kind: list[Tensor]  # held out
-    other_kind: list[Tensor]
+    validation: list[Tensor]  # held out, for choices of the setting
+    held_out: list[Tensor]  # for the table
 
 
 def texts(tokenizer: Tokenizer, limit: int | None) -> Texts:
-    """Long docstrings, in three parts, and the language reference."""
-    import pydoc_data.topics
-
+    """Long documents, in three parts."""
     from text_corpus import standard_library_documentation
-
-    topics = {" ".join(text.split()) for text in pydoc_data.topics.topics.values()}
-    docstrings = [text for text in standard_library_documentation(MIN_CHARACTERS) if text not in topics]
 
     def ids(documents: list[str]) -> list[Tensor]:
         return [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(documents[:limit])]
 
-    new = without_copies(docstrings)
-    train = [text for index, text in enumerate(new) if index % 4]
-    reference = [text for text in sorted(topics) if len(text) >= MIN_CHARACTERS]
-    return Texts(ids(train), ids(new[4::8]), ids(new[::8]), ids(without_copies(reference)))
+    found = without_copies(standard_library_documentation(MIN_CHARACTERS))
+    train = [text for index, text in enumerate(found) if index % 4]
+    return Texts(ids(train), ids(found[4::8]), ids(found[::8]))
 
 
 def without_copies(documents: list[str], n_words: int = 12) -> list[str]:
@@ -271,18 +264,15 @@ def validate(model: smollm2.SmolLM2, text: Windows, documents: list[Tensor], set
 def evaluate(
     model: smollm2.SmolLM2, tokenizer: Tokenizer, documents: Texts, texts: dict[str, Windows], setting: Setting
 ) -> dict[str, Any]:
-    """Perplexity and measures of repetition on held-out text of both kinds, and three continuations to read."""
-    result: dict[str, Any] = {}
-    for kind, ways in (("same_kind", ("greedy", "sampled")), ("other_kind", ("greedy",))):
-        result[kind] = {"perplexity": perplexity(model, texts[kind], setting, setting.n_windows)}
-        for way in ways:
-            n_prompts = setting.n_prompts if (kind, way) == ("same_kind", "greedy") else setting.n_prompts // 2
-            prefixes = passages(getattr(documents, kind), setting.prefix_length, n_prompts, seed=2)
-            written = smollm2.continuations(model, prefixes, setting.n_new_tokens, sample=way == "sampled").tokens
-            result[kind][way] = measures(written.tolist())
-            if way == "greedy":
-                pairs = zip(prefixes[:3].tolist(), written[:3].tolist(), strict=True)
-                result[kind]["texts"] = [[tokenizer.decode(a), tokenizer.decode(b)] for a, b in pairs]
+    """Perplexity and measures of repetition on held-out text, and three continuations to read."""
+    result: dict[str, Any] = {"perplexity": perplexity(model, texts["held_out"], setting, setting.n_windows)}
+    for way, n_prompts in (("greedy", setting.n_prompts), ("sampled", setting.n_prompts // 2)):
+        prefixes = passages(documents.held_out, setting.prefix_length, n_prompts, seed=2)
+        written = smollm2.continuations(model, prefixes, setting.n_new_tokens, sample=way == "sampled").tokens
+        result[way] = measures(written.tolist())
+        if way == "greedy":
+            pairs = zip(prefixes[:3].tolist(), written[:3].tolist(), strict=True)
+            result["texts"] = [[tokenizer.decode(a), tokenizer.decode(b)] for a, b in pairs]
     return result
 
 
@@ -324,24 +314,21 @@ def validation_table(results: dict[str, Any]) -> str:
 
 class Column(NamedTuple):
     title: str
-    kind: str  # of held-out text
     name: str  # of the measure
     way: str = ""  # of the continuations
     is_short: bool = False  # also in the short table
 
 
 COLUMNS = (
-    Column("perplexity", "same_kind", "perplexity", is_short=True),
-    Column("seq-rep-4, greedy", "same_kind", "seq_rep_4", "greedy", is_short=True),
-    Column("ends in a loop", "same_kind", "ends_in_loop", "greedy", is_short=True),
-    Column("seq-rep-4, sampled", "same_kind", "seq_rep_4", "sampled"),
-    Column("perplexity, other kind", "other_kind", "perplexity"),
-    Column("seq-rep-4, other kind", "other_kind", "seq_rep_4", "greedy"),
+    Column("perplexity", "perplexity", is_short=True),
+    Column("seq-rep-4, greedy", "seq_rep_4", "greedy", is_short=True),
+    Column("ends in a loop", "ends_in_loop", "greedy", is_short=True),
+    Column("seq-rep-4, sampled", "seq_rep_4", "sampled"),
 )
 
 
 def table(results: dict[str, Any], short: bool = False) -> str:
-    """Held-out text of both kinds, mean ± standard deviation over the seeds; other arms against cross-entropy's."""
+    """Held-out text, mean ± standard deviation over the seeds; other arms against cross-entropy's."""
     columns = [column for column in COLUMNS if column.is_short or not short]
     titles = ["loss", "seeds", *(column.title for column in columns)]
     titles.insert(3, "against cross-entropy")
@@ -361,7 +348,7 @@ def table(results: dict[str, Any], short: bool = False) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     cells = ["the text itself", "-", "-"]
     for column in columns:
-        measured = results["text"][column.kind] if column.way == "greedy" else {}
+        measured = results["text"] if column.way == "greedy" else {}
         cells.append(_spread([100 * measured[column.name]], column) if column.name in measured else "-")
     lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -372,8 +359,7 @@ def short_table(results: dict[str, Any]) -> str:
 
 
 def _value(run: dict[str, Any], column: Column) -> float:
-    measured = run[column.kind]
-    return 100 * measured[column.way][column.name] if column.way else measured[column.name]
+    return 100 * run[column.way][column.name] if column.way else run[column.name]
 
 
 def _spread(values: list[float], column: Column) -> str:
@@ -387,9 +373,9 @@ def readings(results: dict[str, Any]) -> str:
     arms = {"before fine-tuning": results["before"]}
     arms |= {name: seeds[min(seeds)]["after"] for name, seeds in results["arms"].items()}
     found = []
-    for index, (prefix, _) in enumerate(results["before"]["same_kind"]["texts"]):
+    for index, (prefix, _) in enumerate(results["before"]["texts"]):
         found.append(f"*{_plain(prefix)}* ...\n")
-        found += [f"* **{name}**: {_plain(run['same_kind']['texts'][index][1])}" for name, run in arms.items()]
+        found += [f"* **{name}**: {_plain(run['texts'][index][1])}" for name, run in arms.items()]
         found.append("")
     return "\n".join(found)
 
@@ -441,10 +427,8 @@ def main() -> None:
         for kind, part in documents._asdict().items():
             name = f"{kind}_{sum(map(len, part))}_{setting.n_tokens}_{model.n_frozen}"
             windows[kind] = Windows(model, part, setting.n_tokens, options.cache / "frozen_states" / name)
-        results["text"] = {}  # as long as what the model writes: how much of it repeats?
-        for kind in ("same_kind", "other_kind"):
-            found = passages(getattr(documents, kind), setting.n_new_tokens, setting.n_prompts, seed=2)
-            results["text"][kind] = measures(found.tolist())
+        found = passages(documents.held_out, setting.n_new_tokens, setting.n_prompts, seed=2)
+        results["text"] = measures(found.tolist())  # as long as what the model writes: how much of it repeats?
         for seed, name in left:
             model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
             state = options.cache / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{setting.updates}.pt"
