@@ -164,7 +164,8 @@ def test_inplace_gradient():
     assert logits._version == version
     (gradient,) = torch.autograd.grad(3 * loss.sum(), logits, retain_graph=True)
     assert gradient.data_ptr() == logits.data_ptr() and logits._version == version + 1
-    torch.testing.assert_close(gradient, 3 * expected, rtol=2e-6, atol=1e-7)
+    # addends of up to 15 cancel in some entries: two units in the last place of those
+    torch.testing.assert_close(gradient, 3 * expected, rtol=2e-6, atol=2e-6)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss.sum(), logits)
 
