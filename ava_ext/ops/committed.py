@@ -18,7 +18,7 @@ _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_h
 
 
 def is_exporting() -> bool:
-    """torch.compiler.is_exporting(), which before torch 2.13 says yes to every graph that torch.compile traces."""
+    """torch.compiler.is_exporting(), which in torch 2.10 and 2.11 says yes to every graph that torch.compile traces."""
     return torch.compiler._is_exporting_flag
 
 

@@ -12,10 +12,9 @@ from torch import Tensor
 # what a chunk of logits may take, by default
 CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 64_000_000, 1_000_000_000
 CUDA_TILE_ROWS = 256  # of a matrix product
-# asked once: dynamo cannot trace the question before torch 2.13. Asked for meta, it raises
-_AUTOCAST_DEVICES = frozenset(
-    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(device)
-)
+# To ask for their autocast raises. Listed, since dynamo cannot trace torch.amp.is_autocast_available in torch 2.10 and
+# 2.11; and not the devices that have it, of which a backend of somebody else's (PrivateUse1) gets its name later.
+_WITHOUT_AUTOCAST = frozenset(("meta", "vulkan", "ve", "fpga", "lazy", "hip", "mkldnn", "opengl", "opencl", "ideep"))
 
 
 class LinearLogits(NamedTuple):
@@ -88,15 +87,16 @@ class LinearLogits(NamedTuple):
 def _dtype_in_products(part: Tensor) -> torch.dtype:
     """The type that torch.nn.functional.linear would take this tensor in."""
     device_type = part.device.type
-    if part.dtype == torch.float64 or device_type not in _AUTOCAST_DEVICES:
+    if part.dtype == torch.float64 or device_type in _WITHOUT_AUTOCAST:
         return part.dtype
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else part.dtype
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Where a product in the tensors' own type is meant, whatever region the caller is in."""
-    has_autocast = device.type in _AUTOCAST_DEVICES
-    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
+    if device.type in _WITHOUT_AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def rows_of_a_chunk(

@@ -9,6 +9,7 @@ from support.assertions import relative_error
 from support.strategies import Numbers
 from torch._subclasses import FakeTensorMode
 
+from ava_ext.ops import linear_logits
 from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.softmax_rows import accumulation_dtype, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
@@ -208,3 +209,9 @@ def test_no_groups_may_be_none():
         )
         results.append((total, losses, terms))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "xla", "maia", "privateuseone", "meta", "vulkan", "hip"])
+def test_which_devices_have_no_autocast(device_type):
+    has_autocast = device_type not in linear_logits._WITHOUT_AUTOCAST
+    assert has_autocast == torch.amp.is_autocast_available(device_type)

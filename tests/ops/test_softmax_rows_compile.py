@@ -161,7 +161,7 @@ def test_double_backward_under_compile_raises():
         return row_loss(logits, targets, row_options(logits)).loss.sum()
 
     (gradient,) = torch.autograd.grad(loss(logits), logits, create_graph=True)
-    # before torch 2.13, a compiled backward has no graph at all
+    # in torch 2.11, a compiled backward has no graph at all
     with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
         gradient.square().sum().backward()
 
