@@ -131,6 +131,16 @@ def test_copies_are_waited_for(wait, is_found, late_copies):
     assert is_found or (got[:32] == np.arange(32) * 4 + 1).all()
 
 
+def test_instructions_of_warps_are_counted():
+    """All but mov and bra, up to each barrier of a block."""
+    body = "setp.lt.s32 %p1, %r1, 32; @%p1 bra END; mov.u32 %r9, %r1; add.s32 %r12, %r9, 1; add.s32 %r12, %r12, 1;"
+    body += "END: bar.sync 0; bar.sync 0;"
+    text = HEADER + f".visible .entry k(.param .u64 out)\n{{\n{DECLARATIONS}\n{body}\nret;\n}}"
+    launch = Launch(Module(text).kernel("k"), Memory(1 << 10), (1, 1), 64).run(bytes(8))
+    first, second = launch.issued_at_barriers
+    assert first[1] == first[0] + 2 and (second - first == 1).all()
+
+
 def test_memory_that_is_not_there():
     assert "uninitialised" in run("ld.shared.u32 %r12, [%r4]; st.global.u32 [%rd4], %r12;")[1]
     for offset in (256, 257):  # behind the array; across two words
