@@ -73,7 +73,7 @@ __device__ __forceinline__ void write_row(const RowArguments& a, const RowHeader
   constexpr bool kStaged = Kept<Element, kResidence>::kStaged;
   const int thread = threadIdx.x, n_threads = blockDim.x;
   const bool has_next = next_header.target >= 0;
-  const RowSlice<Element> row(a, header.part), next(a, (has_next ? next_header : header).part);
+  const RowSlice<Element> row(a, header.part), next(a, next_header.part);
   const int first = row.first + thread, n_mine = row.all.of(thread), n_next = has_next ? next.all.of(thread) : 0;
   const auto write_slot = [&](int i) {
     if (i < n_mine) row.store(first + i * n_threads, gradient_of(i, first + i * n_threads));
@@ -89,14 +89,16 @@ __device__ __forceinline__ void write_row(const RowArguments& a, const RowHeader
     for (int i = begin > 0 ? 0 : end; i < last; i = i + 1 == begin ? end : i + 1) write_slot(i);  // in the first stage
     auto* const gradient = reinterpret_cast<uint4*>(row.gradient);
     const auto* const source = reinterpret_cast<const uint4*>(next.address(next.first - row.first));
+    int from = begin, to = min(end, slots_of_stage<kResidence>(a, 0).end);
 #pragma unroll 1
     for (int stage = 0; stage < kStages<kResidence>; ++stage) {
-      const SlotRange range = slots_of_stage<kResidence>(a, stage);
-      for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(max(begin, range.begin), min(end, range.end), [&](int i) {
+      for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(from, to, [&](int i) {
         const int vector = first + i * n_threads;
         store16(gradient + vector, gradient_of(i, vector));
         if constexpr (kStaged) cp_async16(kept.slots + i * n_threads, source + vector);
       });
+      from = to;
+      to = end;
       if constexpr (kStaged) cp_async_commit();
     }
   }
@@ -139,6 +141,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
     const unsigned index = blockIdx.x / cluster_size + turn * a.row_step;
     if (index >= unsigned(a.n_rows)) {
       header.target = kNoRow;
+      header.part = last.part;  // looked at by all, used by nobody
     } else {
       header.number = turn == 0 ? 0 : last.number + (last.target >= 0);
       header.weight = weight_of<float>(a, index);

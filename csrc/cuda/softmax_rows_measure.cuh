@@ -219,13 +219,13 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
   Lowest<Element> lowest;
   constexpr int kGroup =
       kResidence == Residence::registers ? 1 : kSlotsAtOnce<Element, kFeatures>;  // looked at together
-  for (int stage = 0; stage < kStages<kResidence>; ++stage) {
+  for (int stage = 0, begin = 0; stage < kStages<kResidence>; ++stage) {
     if constexpr (Kept<Element, kResidence>::kStaged) {
       if (stage == 0) cp_async_wait<1>();
       if (stage == 1) cp_async_wait<0>();
     }
-    const SlotRange range = slots_of_stage<kResidence>(row.arguments, stage);
-    const int end = min(range.end, n_mine);
+    const int end =
+        stage + 1 < kStages<kResidence> ? min(slots_of_stage<kResidence>(row.arguments, 0).end, n_mine) : n_mine;
     const auto look_at = [&](int i, auto... more) {  // slots, of which it is the first that is remembered
       const uint4 vectors[] = {kept.get(row, i, 0), kept.get(row, more, 0)...};
       const float high = largest<Element>(vectors);
@@ -234,11 +234,12 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
         for (const uint4 bits : vectors) lowest.look_at(bits);
     };
     if constexpr (kGroup == 1) {
-      for_slots<kResidence, 1>(range.begin, end, look_at);
+      for_slots<kResidence, 1>(begin, end, look_at);
     } else {
 #pragma unroll 1
-      for (int i = range.begin; i < end; i += kGroup) look_at(i, min(i + 1, end - 1));
+      for (int i = begin; i < end; i += kGroup) look_at(i, min(i + 1, end - 1));
     }
+    begin = end;
   }
   gather();
   const float warp_best = warp_max(best);
@@ -274,12 +275,15 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
       for_slots<kResidence, 1>(0, n_mine, [&](int i) { add(i, std::true_type()); });
     } else {
       // the winner's slot apart: in all others nothing is compared with the maximum, or asked
+      int begin = 0, end = min(winner_slot, n_mine);
 #pragma unroll 1
-      for (int part = 0; part < 2; ++part)
-        for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(part == 0 ? 0 : winner_slot + 1,
-                                                                part == 0 ? min(winner_slot, n_mine) : n_mine,
-                                                                [&](int i) { add(i, std::false_type()); });
-      if (winner_slot >= 0 && winner_slot < n_mine) add(winner_slot, std::true_type());
+      for (;;) {
+        for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(begin, end, [&](int i) { add(i, std::false_type()); });
+        if (end == n_mine) break;
+        begin = winner_slot + 1;
+        end = n_mine;
+      }
+      if (unsigned(winner_slot) < unsigned(n_mine)) add(winner_slot, std::true_type());
     }
     sums.rest = warp_sum(sums.rest);
     int count = 0;

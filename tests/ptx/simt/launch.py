@@ -59,7 +59,7 @@ class Launch(Synchronisation, Mbarriers, MemoryAccess):
         self.findings: dict[str, tuple[int, str]] = {}  # text: how often, and where first
         self.block_threads = np.zeros(len(kernel.blocks), np.int64)  # how many threads ran each basic block
         self.block_warps = np.zeros(len(kernel.blocks), np.int64)
-        # instructions that each warp of a cluster has issued: all but mov and bra, most of which the assembler takes away
+        # instructions that each warp of a cluster has issued, but for mov and bra, most of which the assembler drops
         self.issued = np.zeros(self.n_warps, np.int64)
         self.issued_at_barriers: list[np.ndarray] = []  # behind each barrier of a block
         self._lengths = [sum(i.name not in ("mov", "bra") for i in block) for block in kernel.blocks]
