@@ -50,10 +50,10 @@ ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
     "alone": 3,  # cycles for an instruction of a warp that has several independent ones
-    "loops": 5,  # that a thread enters for a row: two stages of maximum and gradient, and the sum
+    "loops": 6,  # that a thread enters for a row: two stages of maximum and gradient, two parts of the sum
     "loop": 30,  # instructions to enter one
-    # instructions of one warp between a row's barriers, as tests/ptx executes them: of plain cross-entropy, and of
-    # every term with four candidates
+    # instructions of PTX of one warp between a row's barriers, as tests/ptx executes them, mov and bra among them: of
+    # plain cross-entropy, and of every term with four candidates
     "stretch": 310,
     "stretch of every term": 600,
     "barrier": 40,  # cycles of a block's barrier
