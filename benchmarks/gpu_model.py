@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sass
@@ -221,7 +221,8 @@ def count_router_instructions(
         raise ValueError(f"gpu_model: expected k = {BEST_CHOICES}, whose stores are known, got {k}")
 
     def path(stem: str, keys: str, n_sums: int) -> float:
-        (kernel,) = [f for f in kernels if re.search(stem, f.name)]
+        (found,) = [f for f in kernels if re.search(stem, f.name)]
+        kernel = _of_ordinary_rows(found, n_lanes)
         loops = [loop for loop in kernel.loops() if _is_over_rows(kernel.opcodes(loop))]
         over_rows = min(loops, key=lambda loop: loop.last - loop.first)
 
@@ -239,16 +240,27 @@ def count_router_instructions(
             return n_reads if any(o.startswith("LDG") for o in opcodes) else k / n_reads / opcodes["SHFL.IDX"]
 
         found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|{keys}", trips)
-        if found is None or ("STG" in keys and found.count("STG.*128") != 2):  # 16 elements, or 8 choices
+        if found is None or (stem == "router_gradient_kernel" and found.count("STG.*128") != 2):
             raise ValueError(f"gpu_model: expected a path through the choices of {kernel.name}")
         more_steps = max(0, n_lanes.bit_length() - 3) + (n_lanes == 16)  # of a sum over more than 4 lanes
         return found.n_instructions + 2 * n_sums * more_steps
 
     # importance is added where bits in predicates say so
-    choices = "SHFL.IDX|R2P" if is_given else "VIMNMX|STG.*128|R2P"  # comparisons of keys
+    choices = "SHFL.IDX|R2P" if is_given else "VIMNMX"  # comparisons of keys
     return RouterInstructions(
-        path("router_statistics_kernel", choices, 3), path("router_gradient_kernel", "STG.*128", 4)
+        path("router_statistics_kernel", choices, 2), path("router_gradient_kernel", "STG.*128", 3)
     )
+
+
+def _of_ordinary_rows(kernel: sass.Function, n_lanes: int) -> sass.Function:
+    """The kernel without ways through code for other rows, which bounds u, and merges of lists of more lanes."""
+    merges = [f", {offset:#x}," for lanes, offset in ((8, 6), (16, 12), (32, 20)) if lanes > n_lanes]
+
+    def is_elsewhere(i: sass.Instruction) -> bool:
+        return i.opcode == "FMNMX.NAN" or (i.opcode == "SHFL.BFLY" and any(merge in i.operands for merge in merges))
+
+    kept = [replace(i, opcode="EXIT", guard="") if is_elsewhere(i) else i for i in kernel.instructions]
+    return sass.Function(kernel.name, kept)
 
 
 def _is_over_rows(opcodes: Counter[str]) -> bool:

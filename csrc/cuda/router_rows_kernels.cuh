@@ -37,13 +37,25 @@ class RowScalars {
     if (lanes.own == keeper && counts) row_ = row, of_logits_ = of_logits, is_kept_ = true;
     if (keeper == lanes.n - 1) evaluate();
   }
-  __device__ void evaluate() {
-    if (!is_kept_) return;
-    const float lse = of_logits_.max + log1p_of_rest(of_logits_.rest);
-    lse_squared += lse * lse;
-    entropies += entropy(row_);
+  // An ordinary row that counts; `weighted` is this lane's part of sum p t.
+  __device__ void add_ordinary(const LaneGroup& lanes, float max, float excess, float total, float weighted) {
+    entropies = fmaf(-kLn2, weighted, entropies);
+    if (lanes.own != 0) return;
+    const float log_total = log2_fast(total), lse = fmaf(log_total - excess, kLn2, max);
+    lse_squared = fmaf(lse, lse, lse_squared);
+    entropies = fmaf(kLn2, log_total, entropies);
     ++n_counted;
+  }
+  __device__ void evaluate() {
+    if (is_kept_) add(row_, of_logits_);
     is_kept_ = false;
+  }
+  // One at once.
+  __device__ void add(const RouterRow<float>& row, const RouterRow<float>& of_logits) {
+    const float lse = of_logits.max + log1p_of_rest(of_logits.rest);
+    lse_squared += lse * lse;
+    entropies += entropy(row);
+    ++n_counted;
   }
 
  private:
@@ -64,17 +76,25 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   ChoiceCounts choices;
   RowScalars scalars;
   const bool chooses = arguments.choice != nullptr, is_biased = arguments.expert_bias != nullptr;
-  const bool is_for_all_at_once = arguments.k >= kLeastBest && arguments.k <= kBest;
-  lanes.for_rows([&](int turn, int row, bool counts) {
-    float weights[kItems], y[kItems];
-    ChosenItems chosen;
-    if (chooses && !is_biased) {
-      lanes.read(turn, y);
-      if (sizeof(Element) == 2 && is_for_all_at_once)
-        chosen = lanes.choose_best(row, counts, y);
-      else
-        chosen = lanes.template choose<ScoreKey>(row, counts, y);
+  const bool is_for_all_at_once = !is_biased && arguments.k >= kLeastBest && arguments.k <= kBest;
+  // Of ordinary rows: weights, and what they are multiplied by to be p. False where a row of the warp is not.
+  const auto measure_ordinary = [&](const typename Lanes::Turn& turn, float* weights, float& inverse) {
+    float steps[kItems], total = 0, weighted = 0;
+    const auto shift = lanes.weigh(turn, steps, weights);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      total += weights[i];
+      weighted = fmaf(weights[i], steps[i], weighted);
     }
+    total = lanes.lanes().sum(total);
+    if (__any_sync(kWholeWarp, !lanes.is_ordinary(shift.max, total, weighted))) return false;
+    inverse = reciprocal_fast(total);
+    if (turn.counts) scalars.add_ordinary(lanes.lanes(), shift.max, shift.excess(), total, weighted * inverse);
+    return true;
+  };
+  // Of any; `scale` makes a weight a score that a bias is added to: p, or a sigmoid before it is normalised.
+  const auto measure = [&](const typename Lanes::Turn& turn, float* weights, float& inverse, float& scale) {
+    float y[kItems];
     RouterRow<float> of_logits{};
     if constexpr (kSigmoid) {
       lanes.read(turn, y);
@@ -83,32 +103,52 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     lanes.read_effective(turn, y);
     const RouterRow<float> measured = lanes.template measure<true>(y, weights);
     if constexpr (!kSigmoid) of_logits = measured;
-    scalars.keep(lanes.lanes(), turn, counts, measured, of_logits);
-    const float inverse = reciprocal_fast(1 + measured.rest);
-    if (chooses && is_biased) {  // by p, or by sigmoids before they are normalised
-      const float scale = kSigmoid ? exp_of(measured.max) : inverse;
-      const float* const bias = arguments.expert_bias + lanes.layer() * arguments.n_experts;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const int expert = lanes.expert_at(i);
-        y[i] = expert < arguments.n_experts ? weights[i] * scale + bias[expert] : -INFINITY;
-      }
-      chosen = lanes.template choose<uint64_t>(row, counts, y);
+    if constexpr (!Lanes::kQuick)
+      scalars.keep(lanes.lanes(), turn.number, turn.counts, measured, of_logits);
+    else if (turn.counts && lanes.lanes().own == 0)
+      scalars.add(measured, of_logits);
+    inverse = reciprocal_fast(1 + measured.rest);
+    scale = kSigmoid ? exp_of(measured.max) : inverse;
+  };
+
+  lanes.for_rows([&](const typename Lanes::Turn& turn) {
+    float weights[kItems], inverse, scale;
+    bool is_done = false;
+    if constexpr (Lanes::kQuick) {
+      is_done = measure_ordinary(turn, weights, inverse);
+      scale = inverse;
     }
-    const auto add_chosen = [&](const ChosenItems& some) {
-      if (!counts) return;
-      choices.add(some);
+    if (!is_done) measure(turn, weights, inverse, scale);
+    const float added = turn.counts ? inverse : 0.f;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) probability[i] = fmaf(weights[i], added, probability[i]);
+    const auto add_chosen = [&](const ChosenItems& chosen) {
+      if (!turn.counts) return;
+      choices.add(chosen);
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
-        if (some.has(i)) importance[i] = fmaf(weights[i], inverse, importance[i]);
+        if (chosen.has(i)) importance[i] = fmaf(weights[i], inverse, importance[i]);
     };
-    if (chooses)
-      add_chosen(chosen);
-    else
-      lanes.template for_given<true>(row, counts, add_chosen);
-    if (!counts) return;
+    if (!chooses) return lanes.template for_given<true>(turn, add_chosen);
+    if constexpr (sizeof(Element) == 2) {
+      if (is_for_all_at_once)
+        return lanes.choose_best(turn, [&](int i) {
+          importance[i] = fmaf(weights[i], inverse, importance[i]);
+          choices.add(i);
+        });
+    }
+    float scores[kItems];
+    if (!is_biased) {
+      lanes.read(turn, scores);
+      return add_chosen(lanes.template choose<ScoreKey>(turn, scores));
+    }
+    const float* const bias = arguments.expert_bias + lanes.layer() * arguments.n_experts;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) probability[i] = fmaf(weights[i], inverse, probability[i]);
+    for (int i = 0; i < kItems; ++i) {
+      const int expert = lanes.expert_at(i);
+      scores[i] = expert < arguments.n_experts ? weights[i] * scale + bias[expert] : -INFINITY;
+    }
+    add_chosen(lanes.template choose<uint64_t>(turn, scores));
   });
   scalars.evaluate();
   float lse_squared = scalars.lse_squared, entropies = scalars.entropies;
@@ -181,12 +221,15 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   const int n_experts = int(arguments.n_experts);
   const auto of_group = [&](const float* scalars) { return is_in_group && scalars ? scalars[group] : 0.f; };
   const float grad_lse_squared = of_group(arguments.grad_lse_squared), grad_entropy = of_group(arguments.grad_entropy);
-  // v of the group, without what is of a row's choices: [expert], in shared memory, which spares registers
-  AVA_SHARED(uint4, common, kMostExpertsOfLanes / 4);
   const auto of_expert = [&](const float* vectors, int i) {
     const int expert = lanes.expert_at(i);
     return is_in_group && expert < n_experts && vectors ? vectors[group * n_experts + expert] : 0.f;
   };
+  // Of this lane's experts, four by four, in shared memory, which spares registers: v of the group without what is of a
+  // row's choices, and what each choice adds.
+  AVA_SHARED(uint4, common, 32 * kItems / 4);
+  AVA_SHARED(uint4, of_choices, 32 * kItems / 4);
+  const int own = lanes.lanes().own;
   float mean_of_group = 0;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) mean_of_group += of_expert(arguments.grad_probability, i);
@@ -197,14 +240,52 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
       float four[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) four[j] = of_expert(arguments.grad_probability, i + j) - mean_of_group;
-      common[lanes.expert_at(i) / 4] = pack<float>(four);
+      common[i / 4 * 32 + own] = pack<float>(four);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) four[j] = of_expert(arguments.grad_importance, i + j);
+      of_choices[i / 4 * 32 + own] = pack<float>(four);
     }
   }
   __syncthreads();
 
-  Element* const grad_logits = static_cast<Element*>(arguments.grad_logits) + lanes.row_of_all(0) * n_experts;
-  lanes.for_rows([&](int turn, int row, bool counts) {
-    float weights[kItems], u[kItems];
+  // of a row: with what its choices add
+  const auto read_upstream = [&](const typename Lanes::Turn& turn, float* v) {
+#pragma unroll
+    for (int i = 0; i < kItems; i += 4) unpack<float>(common[i / 4 * 32 + own], v + i);
+    if (!arguments.grad_importance) return;
+    lanes.template for_given<false>(turn, [&](const ChosenItems& chosen) {
+      float more[kItems];
+#pragma unroll
+      for (int i = 0; i < kItems; i += 4) unpack<float>(of_choices[i / 4 * 32 + own], more + i);
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        if (chosen.has(i)) v[i] += more[i];
+    });
+  };
+  // An ordinary row's; false where a row of the warp is not.
+  const auto differentiate_ordinary = [&](const typename Lanes::Turn& turn, float* gradient) {
+    float v[kItems], weights[kItems], steps[kItems];
+    read_upstream(turn, v);
+    const auto shift = lanes.weigh(turn, steps, weights);
+    // (v_j - eta u_j) without its mean over p is both v_j and u_j without theirs
+    float total = 0, mean = 0;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      steps[i] = fmaf(-grad_entropy * kLn2, steps[i], v[i]);
+      total += weights[i];
+      mean = fmaf(weights[i], steps[i], mean);
+    }
+    lanes.lanes().sum(total, mean);
+    if (__any_sync(kWholeWarp, !lanes.is_ordinary(shift.max, total, mean))) return false;
+    const float inverse = turn.counts ? reciprocal_fast(total) : 0.f;
+    const float lse = fmaf(log2_fast(total) - shift.excess(), kLn2, shift.max);
+    const float of_row = inverse * fmaf(-mean, inverse, 2 * grad_lse_squared * lse);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) gradient[i] = weights[i] * fmaf(steps[i], inverse, of_row);
+    return true;
+  };
+  const auto differentiate = [&](const typename Lanes::Turn& turn, float* gradient) {
+    float v[kItems], weights[kItems], u[kItems];
     RouterRow<float> of_logits{};
     if constexpr (kSigmoid) {
       lanes.read(turn, u);
@@ -213,16 +294,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     lanes.read_effective(turn, u);
     const RouterRow<float> measured = lanes.template measure<true>(u, weights);
     if constexpr (!kSigmoid) of_logits = measured;
-
-    float v[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; i += 4) unpack<float>(common[lanes.expert_at(i) / 4], v + i);
-    if (arguments.grad_importance)
-      lanes.template for_given<false>(row, counts, [&](const ChosenItems& chosen) {
-#pragma unroll
-        for (int i = 0; i < kItems; ++i)
-          if (chosen.has(i)) v[i] += of_expert(arguments.grad_importance, i);
-      });
+    read_upstream(turn, v);
     const bool is_sure = measured.rest < kSureRest<float>;
     if (__any_sync(kWholeWarp, is_sure)) {
       float of_largest = 0;
@@ -237,7 +309,6 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
 #pragma unroll
     for (int i = 0; i < kItems; ++i) mean = fmaf(weights[i], v[i], mean);
     mean = lanes.lanes().sum(mean);
-    if (row < 0) return;
 
     const float inverse = reciprocal_fast(1 + measured.rest);
     const float of_lse = 2 * grad_lse_squared * (of_logits.max + fast_log1p_of_rest(of_logits.rest));
@@ -246,7 +317,6 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
         inverse * (grad_entropy * measured.weighted * inverse - mean * inverse + (kSigmoid ? 0.f : of_lse));
     const float of_u = -grad_entropy * inverse;
     const float of_softmax = kSigmoid ? of_lse * reciprocal_fast(1 + of_logits.rest) : 0.f;
-    float gradient[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) gradient[i] = weights[i] * fmaf(v[i], inverse, fmaf(of_u, u[i], constant));
     if constexpr (kSigmoid) {
@@ -257,20 +327,32 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
         gradient[i] = fmaf(of_logit, of_softmax, gradient[i] * log_sigmoid_slope(u[i]));
       }
     }
-    Element* const out = grad_logits + int64_t(row) * n_experts;
-    const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
 #pragma unroll
-    for (int vector = 0; vector < Lanes::kVectors; ++vector) {
-      const int first = lanes.expert_at(vector * Lanes::kSize);
-      const uint4 bits = pack<Element>(gradient + vector * Lanes::kSize);
-      if (aligned && first + Lanes::kSize <= n_experts) {
-        store16(out + first, counts ? bits : uint4{0, 0, 0, 0});
-      } else {
+    for (int i = 0; i < kItems; ++i)
+      if (!turn.counts) gradient[i] = 0;
+  };
+
+  Element* const grad_logits =
+      computed_once(static_cast<Element*>(arguments.grad_logits) + lanes.row_of_all(0) * n_experts + lanes.expert_at(0));
+  // whole vectors at multiples of 16 bytes
+  const bool is_regular = computed_once(n_experts % Lanes::kSize == 0 && lanes.expert_at(kItems - 1) < n_experts &&
+                                        reinterpret_cast<uintptr_t>(grad_logits) % 16 == 0);
+  lanes.for_rows([&](const typename Lanes::Turn& turn) {
+    float gradient[kItems];
+    bool is_done = false;
+    if constexpr (Lanes::kQuick) is_done = differentiate_ordinary(turn, gradient);
+    if (!is_done) differentiate(turn, gradient);
+    if (turn.row == Lanes::kNoRow) return;
+    Element* const out = grad_logits + uint64_t(unsigned(turn.row)) * unsigned(n_experts);
+    if (is_regular) {
 #pragma unroll
-        for (int i = 0; i < Lanes::kSize; ++i)
-          if (first + i < n_experts)
-            out[first + i] = from_float<Element>(counts ? gradient[vector * Lanes::kSize + i] : 0.f);
-      }
+      for (int vector = 0; vector < Lanes::kVectors; ++vector)
+        store16(out + vector * n_lanes * Lanes::kSize, pack<Element>(gradient + vector * Lanes::kSize));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        if (lanes.expert_at(i) < n_experts)
+          out[lanes.expert_at(i) - lanes.expert_at(0)] = from_float<Element>(gradient[i]);
     }
   });
 }

@@ -21,12 +21,33 @@ inline size_t router_row_bytes(int64_t n_experts, int element_bytes) {
   return size_t(kRowStages) * kRouterThreads * items_of_lane(n_experts) * element_bytes;
 }
 
+// A nan loses.
+template <class Element, int kVectors>
+__device__ __forceinline__ float largest_of(const uint4* bits) {  // [kVectors] of 16-bit elements
+  using Pair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
+  Pair pairs[4 * kVectors];
+  memcpy(static_cast<void*>(pairs), bits, 16 * kVectors);
+#pragma unroll
+  for (int n = 2 * kVectors; n > 0; n /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) pairs[i] = __hmax2(pairs[i], pairs[i + n]);
+  }
+  return fmaxf(to_float(pairs[0].x), to_float(pairs[0].y));
+}
+
 // kItems: logits that a lane holds, 16 where there are more than 8 experts: what a row costs besides its logits is shared
 // by more of them
 template <class Element, int kItems, bool kSigmoid>
 class RouterLanes {
  public:
   static constexpr int kSize = kVectorSize<Element>, kVectors = kItems / kSize;
+  // Ordinary rows of 16 bits are done with fewer instructions (weigh); the others as those of 32 bits and of sigmoids.
+  static constexpr bool kQuick = sizeof(Element) == 2 && !kSigmoid;
+  // What stands behind the last expert. Where rows may be ordinary: the lowest number whose t is finite; a lower one
+  // makes its row another one.
+  static constexpr float kPadding = !kQuick ? -INFINITY : std::is_same<Element, __half>::value ? -65504.f : -0x1.62p127f;
+  static constexpr float kLargestOrdinary = 1024;
+  static constexpr int kNoRow = INT32_MAX;
 
   // rows: router_row_bytes of shared memory
   __device__ RouterLanes(const RouterArguments<float>& arguments, int n_lanes, unsigned char* rows)
@@ -34,13 +55,22 @@ class RouterLanes {
         lanes_(n_lanes),
         n_experts_(int(arguments.n_experts)),
         layer_(arguments.first_layer + blockIdx.y),
-        logits_(static_cast<const Element*>(arguments.logits[blockIdx.y])),
         slots_(reinterpret_cast<uint4*>(rows) + threadIdx.x) {
     const RouterSlot slot = arguments.rows_of_slot(blockIdx.x);
     segment_ = int(slot.segment);
-    begin_ = int(slot.begin);
-    end_ = int(slot.end);
-    counted_end_ = slot.segment < arguments.n_segments ? end_ : begin_;
+    begin_ = unsigned(slot.begin);
+    end_ = unsigned(slot.end);
+    counted_end_ = slot.segment < arguments.n_segments ? end_ : 0;
+    const int64_t first_choice = row_of_all(0) * arguments.k;
+    if (arguments.choice) choices_ = computed_once(arguments.choice + first_choice);
+    if (arguments.indices) given_ = computed_once(arguments.indices + first_choice);
+    if (arguments.wide_indices) given_ = computed_once(arguments.wide_indices + first_choice);
+    const RowLayout& layout = arguments.layout;
+    const int64_t row_bytes = layout.n_dims ? layout.strides[0] * int64_t(sizeof(Element)) : 0;
+    own_logits_ = static_cast<const unsigned char*>(arguments.logits[blockIdx.y]) + lanes_.own * 16;
+    const bool is_regular = layout.n_dims <= 1 && row_bytes % 16 == 0 && row_bytes >= 0 && row_bytes <= INT32_MAX &&
+                            reinterpret_cast<uintptr_t>(own_logits_) % 16 == 0 && n_experts_ % kSize == 0;
+    row_bytes_ = is_regular && expert_at(kItems - 1) < n_experts_ ? int(row_bytes) : -1;
   }
 
   // Neighbouring lanes hold neighbouring vectors.
@@ -48,36 +78,77 @@ class RouterLanes {
   __device__ const LaneGroup& lanes() const { return lanes_; }
   __device__ int64_t layer() const { return layer_; }
   __device__ int64_t group() const { return layer_ * a_.n_segments + segment_; }
-  __device__ bool is_in_group() const { return counted_end_ > begin_; }
+  __device__ bool is_in_group() const { return counted_end_ != 0; }
   __device__ bool has_rows() const { return begin_ < end_; }
   // of all layers
   __device__ int64_t row_of_all(int row) const { return layer_ * a_.n_rows + row; }
 
-  // body(turn, row, counts): every row of the slot, the next three under way meanwhile. All lanes of the warp come along,
-  // so that they can shuffle; row is -1 for those that have none. Logits are 0 in rows that do not count: those are not
-  // fetched.
+  // A row of this thread's. Lanes of a warp come along where they have none, so that they can shuffle.
+  struct Turn {
+    int number;
+    int row;            // kNoRow: none
+    bool counts;        // else its logits are 0: they are not fetched
+    const uint4* slot;  // of its first vector
+  };
+  // body(turn) for every row of the slot, the next three under way meanwhile.
   template <class Body>
   __device__ void for_rows(Body body) const {
-    const int step = kRouterThreads / lanes_.n, n_turns = (end_ - begin_ + step - 1) / step;
-    const int first = begin_ + int(threadIdx.x) / lanes_.n;
+    const unsigned step = unsigned(kRouterThreads / lanes_.n);
+    const int n_turns = int((end_ - begin_ + step - 1) / step);
+    unsigned place = begin_ + threadIdx.x / unsigned(lanes_.n);
+    int rows[kRowStages] = {};  // those under way, see fetch
 #pragma unroll 1
-    for (int turn = -kRowsAhead; turn < n_turns; ++turn) {
-      const int ahead = turn + kRowsAhead;
-      if (ahead < n_turns) {
-        const int place = first + ahead * step, row = row_at(place);
-        fetch(row, counts(place, row), ahead);
-      }
+    for (int turn = -kRowsAhead; turn < n_turns; ++turn, place += step) {
+#pragma unroll
+      for (int i = 0; i < kRowsAhead; ++i) rows[i] = rows[i + 1];
+      rows[kRowsAhead] = fetch(place, slot_of(turn + kRowsAhead));
       cp_async_commit();
       if (turn < 0) continue;
-      const int place = first + turn * step, row = row_at(place);
       cp_async_wait<kRowsAhead>();
-      body(turn, row, counts(place, row));
+      body(Turn{turn, rows[0] ^ (rows[0] >> 31), rows[0] >= 0, slot_of(turn)});
     }
   }
   // The row's logits, in the body, as often as they are wanted: cheaper than registers that keep them.
-  __device__ void read(int turn, float* z) const {
+  __device__ static void read_bits(const Turn& turn, uint4* bits) {
 #pragma unroll
-    for (int vector = 0; vector < kVectors; ++vector) unpack<Element>(slot(turn, vector), z + vector * kSize);
+    for (int vector = 0; vector < kVectors; ++vector) bits[vector] = turn.slot[vector * kRouterThreads];
+  }
+  __device__ void read(const Turn& turn, float* z) const {
+    uint4 bits[kVectors];
+    read_bits(turn, bits);
+#pragma unroll
+    for (int vector = 0; vector < kVectors; ++vector) unpack<Element>(bits[vector], z + vector * kSize);
+    if (kQuick && is_padded()) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        if (expert_at(i) >= n_experts_) z[i] = -INFINITY;
+    }
+  }
+
+  // What a row needs to be ordinary: t is finite also where e^u underflows, nobody is so sure that R has lost digits,
+  // and the rounded shift leaves 2^excess near 1.
+  __device__ static bool is_ordinary(float max, float total, float weighted) {
+    return total >= 1 + kSureRest<float> && fabsf(max) <= kLargestOrdinary && weighted == weighted;
+  }
+  // One fused multiply-add for each t = z log2(e) - shift, where shift is that of the maximum, rounded: e^u is
+  // 2^(t - excess), the excess known exactly. It is the same for the whole row, so that no p knows of it.
+  struct Shift {
+    float max, shift;
+    __device__ float excess() const { return fmaf(max, kLog2e, -shift); }
+  };
+  __device__ Shift weigh(const Turn& turn, float* steps, float* weights) const {
+    uint4 bits[kVectors];
+    read_bits(turn, bits);
+    const float max = lanes_.max(largest_of<Element, kVectors>(bits)), shift = max * kLog2e;
+    float z[kItems];
+#pragma unroll
+    for (int vector = 0; vector < kVectors; ++vector) unpack<Element>(bits[vector], z + vector * kSize);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      steps[i] = fmaf(z[i], kLog2e, -shift);
+      weights[i] = exp2_fast(steps[i]);
+    }
+    return {max, shift};
   }
 
   // u, bounded so that 0 * u is 0 where a logit is -inf; a nan stays one
@@ -117,7 +188,7 @@ class RouterLanes {
     }
     return {max, rest, weighted};
   }
-  __device__ void read_effective(int turn, float* y) const {
+  __device__ void read_effective(const Turn& turn, float* y) const {
     read(turn, y);
     if constexpr (kSigmoid) {
 #pragma unroll
@@ -127,33 +198,54 @@ class RouterLanes {
 
   // The k best of `scores`, -inf behind the last expert, which also go to `choice`.
   template <class Key>
-  __device__ ChosenItems choose(int row, bool counts, const float* scores) const {
-    Key keys[kItems];
+  __device__ ChosenItems choose(const Turn& turn, const float* scores) const {
+    uint32_t ranks[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) keys[i] = choice_key<Key>(scores[i], expert_at(i));
-    int32_t* const choice = a_.choice + row_of_all(row) * a_.k;
-    const bool writes = lanes_.own == 0 && row >= 0;
+    for (int i = 0; i < kItems; ++i) ranks[i] = uint32_t(rank_of(scores[i])) ^ 0x80000000u;
+    // keys of 64 bits do not stay in registers, of which there are too few
+    const auto key = [&](int i) {
+      return choice_key<Key>(sizeof(Key) == 4 ? ranks[i] : computed_again(ranks[i]), expert_at(i));
+    };
+    int32_t* const choice = choice_of(turn);
     const int k = int(a_.k);
     ChosenItems chosen;
     Key last = kAboveKeys<Key>;
 #pragma unroll 1
     for (int which = 0; which < k; ++which) {
       // the largest key below the last one: below it differences wrap around to the top
-      Key best = keys[0] - last;
+      Key best = key(0) - last;
 #pragma unroll
-      for (int i = 1; i < kItems; ++i) best = keys[i] - last > best ? keys[i] - last : best;
+      for (int i = 1; i < kItems; ++i) {
+        const Key other = key(i) - last;
+        best = other > best ? other : best;
+      }
       last += lanes_.largest(best);
       const int expert = expert_of_key(last);
       chosen.add(twice_position(expert) - 2 * lanes_.own * kItems);
-      if (writes) choice[which] = counts ? expert : -1;
+      if (lanes_.own == 0 && turn.row != kNoRow) choice[which] = turn.counts ? expert : -1;
     }
     return chosen;
   }
-  // The same for scores of 16 bits, where there are at most kBest choices.
-  __device__ ChosenItems choose_best(int row, bool counts, const float* scores) const {
+  // The same for scores of 16 bits, where there are at most kBest choices: add(item) for those of rows that count.
+  template <class Add>
+  __device__ void choose_best(const Turn& turn, Add add) const {
+    uint4 bits[kVectors];
+    read_bits(turn, bits);
     int keys[kItems], best[kBest];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) keys[i] = signed_choice_key(scores[i], expert_at(i));
+    for (int vector = 0; vector < kVectors; ++vector) {
+      const uint32_t words[4] = {bits[vector].x, bits[vector].y, bits[vector].z, bits[vector].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int item = vector * kSize + 2 * i;
+        pair_of_keys<Element>(words[i], expert_at(item), keys + item);
+      }
+    }
+    if (is_padded()) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        if (expert_at(i) >= n_experts_) keys[i] = INT32_MIN;
+    }
 #pragma unroll
     for (int i = 0; i < kBest; ++i) best[i] = keys[i];
     sort_best(best);
@@ -164,60 +256,55 @@ class RouterLanes {
       sort_best(others);
       merge_best(best, [&](int i) { return others[i]; });
     }
-#pragma unroll 1
-    for (int offset = 1; offset < lanes_.n; offset *= 2)
-      merge_best(best, [&](int i) { return __shfl_xor_sync(kWholeWarp, best[i], offset); });
-
-    const int k = int(a_.k);
-    int last = best[kBest - 1];
-    if (k < kBest) {
+    const int last = BestOfLanes(lanes_).merge(best, [&](auto n_keys, const int* own, int place) {
+      constexpr int kKeys = decltype(n_keys)::value;
+      const int k = int(a_.k);
+      int32_t* const choice = choice_of(turn);
+      const bool writes = turn.row != kNoRow && lanes_.own < kBest / kKeys;
+      int last = own[0];
 #pragma unroll
-      for (int i = kLeastBest; i < kBest; ++i)
-        if (i == k) last = best[i - 1];
-    }
-    ChosenItems chosen;
+      for (int i = 0; i < kKeys; ++i) {
+        if (i <= (k - 1) % kKeys) last = own[i];
+        if (writes && place + i < k) choice[place + i] = turn.counts ? expert_of_key(own[i]) : -1;
+      }
+      return lanes_.broadcast(last, BestOfLanes::lane_of<kKeys>(k - 1));
+    });
+    const int least = turn.counts ? last : INT32_MAX;
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
-      if (keys[i] >= last) chosen.bits |= 1u << 2 * i;
-    if (lanes_.own == 0 && row >= 0) {
-      int32_t* const choice = a_.choice + row_of_all(row) * k;
-      const unsigned absent = counts ? 0 : ~0u;
-      unsigned experts[kBest];
-#pragma unroll
-      for (int i = 0; i < kBest; ++i) experts[i] = unsigned(expert_of_key(best[i])) | absent;
-      if (k == kBest && reinterpret_cast<uintptr_t>(choice) % 16 == 0) {
-        store16(choice, {experts[0], experts[1], experts[2], experts[3]});
-        store16(choice + 4, {experts[4], experts[5], experts[6], experts[7]});
-      } else {
-#pragma unroll
-        for (int i = 0; i < kBest; ++i)
-          if (i < k) choice[i] = int32_t(experts[i]);
-      }
-    }
-    return chosen;
+      if (keys[i] >= least) add(i);
   }
   // use(chosen) for the row's choices that were given; one at a time where a row chose an expert twice.
   template <bool kChecked, class Use>
-  __device__ void for_given(int row, bool counts, Use use) const {
+  __device__ void for_given(const Turn& turn, Use use) const {
     const int k = int(a_.k);
-    const int64_t at = row_of_all(row) * k + lanes_.own;
+    const uint64_t at = uint64_t(unsigned(turn.row)) * unsigned(k) + unsigned(lanes_.own);
     // each(twice the item of this lane, or beyond) for every choice; each lane reads one of them at a time
-    const auto for_each = [&](auto unrolled, auto each) {
+    const auto for_each = [&](auto n_at_once, auto each) {
 #pragma unroll 1
       for (int first = 0; first < k; first += lanes_.n) {
-        const int n = k - first < lanes_.n ? k - first : lanes_.n;
         int own = -1;  // in no lane
-        if (counts && lanes_.own < n) {
-          const int64_t expert = a_.wide_indices ? a_.wide_indices[at + first] : a_.indices[at + first];
+        if (turn.counts && first + lanes_.own < k) {
+          const int64_t expert = a_.wide_indices ? static_cast<const int64_t*>(given_)[at + unsigned(first)]
+                                                 : static_cast<const int32_t*>(given_)[at + unsigned(first)];
           if constexpr (kChecked) AVA_DEVICE_CHECK(expert >= 0 && expert < a_.n_experts);
           own = twice_position(int(expert));
         }
-#pragma unroll(decltype(unrolled)::value)
-        for (int which = 0; which < n; ++which) each(lanes_.broadcast(own, which) - 2 * lanes_.own * kItems);
+        const int n = k - first < lanes_.n ? k - first : lanes_.n;
+#pragma unroll 1
+        for (int which = 0; which < n; which += decltype(n_at_once)::value) {
+#pragma unroll
+          for (int i = 0; i < decltype(n_at_once)::value; ++i)
+            each(lanes_.broadcast(own, which + i) - 2 * lanes_.own * kItems);
+        }
       }
     };
     ChosenItems all;
-    for_each(std::integral_constant<int, 4>(), [&](int twice_item) { all.add(twice_item); });
+    const auto add = [&](int twice_item) { all.add(twice_item); };
+    if (lanes_.n >= 4)
+      for_each(std::integral_constant<int, 4>(), add);
+    else
+      for_each(std::integral_constant<int, 1>(), add);
     if (!__any_sync(kWholeWarp, all.repeated != 0)) return use(all);
     for_each(std::integral_constant<int, 1>(), [&](int twice_item) {
       ChosenItems one;
@@ -227,6 +314,9 @@ class RouterLanes {
   }
 
  private:
+  __device__ int32_t* choice_of(const Turn& turn) const {  // own ones
+    return choices_ + uint64_t(unsigned(turn.row)) * unsigned(a_.k);
+  }
   // Twice the number of an expert's logit among those of the row's lanes, lane by lane.
   __device__ int twice_position(int expert) const {
     const unsigned vector = unsigned(expert) / kSize;
@@ -234,38 +324,53 @@ class RouterLanes {
     return 2 * int(lane * kItems + of_lane * kSize + unsigned(expert) % kSize);
   }
 
-  __device__ int row_at(int place) const { return place < end_ ? int(a_.row_at(place)) : -1; }
-  __device__ bool counts(int place, int row) const { return place < counted_end_ && a_.counts_row(layer_, row); }
-
-  __device__ uint4& slot(int turn, int vector) const {
-    return slots_[(unsigned(turn) % kRowStages * kVectors + vector) * kRouterThreads];
+  __device__ bool is_padded() const { return n_experts_ < lanes_.n * kItems; }  // more items than experts
+  __device__ uint4* slot_of(int turn) const { return slots_ + unsigned(turn) % kRowStages * kVectors * kRouterThreads; }
+  // Sends for the row at this place; returns it, as ~row where it does not count, ~kNoRow where there is none.
+  __device__ int fetch(unsigned place, uint4* slot) const {
+    int row = kNoRow;
+    if (place < end_) row = a_.order ? int(a_.order[place]) : int(place);
+    const bool counts = place < counted_end_ && a_.counts_row(layer_, row);
+    if (counts && row_bytes_ >= 0) {
+      const unsigned char* const own = own_logits_ + int64_t(row) * row_bytes_;
+#pragma unroll
+      for (int vector = 0; vector < kVectors; ++vector)
+        cp_async16(slot + vector * kRouterThreads, own + vector * lanes_.n * 16);
+    } else {
+      fetch_elements(row, counts, slot);
+    }
+    return counts ? row : ~row;
   }
-  __device__ void fetch(int row, bool counts, int turn) const {
-    const Element* const z = logits_ + (counts ? row_offset(a_.layout, uint32_t(row)) : 0);
+  __device__ void fetch_elements(int row, bool counts, uint4* slot) const {
+    const Element* const z =
+        reinterpret_cast<const Element*>(own_logits_ - lanes_.own * 16) +
+        (counts ? row_offset(a_.layout, uint32_t(row)) : 0);
     const bool aligned = counts && reinterpret_cast<uintptr_t>(z) % 16 == 0;
 #pragma unroll
     for (int vector = 0; vector < kVectors; ++vector) {
       const int first = expert_at(vector * kSize);
       if (aligned && first + kSize <= n_experts_) {
-        cp_async16(&slot(turn, vector), z + first);
+        cp_async16(slot + vector * kRouterThreads, z + first);
       } else {
         float values[kSize];
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
-          values[i] = first + i >= n_experts_ ? -INFINITY : counts ? to_float(z[first + i]) : 0.f;
-        slot(turn, vector) = pack<Element>(values);
+          values[i] = first + i >= n_experts_ ? kPadding : counts ? to_float(z[first + i]) : 0.f;
+        slot[vector * kRouterThreads] = pack<Element>(values);
       }
     }
   }
-
   const RouterArguments<float>& a_;
   const LaneGroup lanes_;
   const int n_experts_;
   const int64_t layer_;
-  const Element* const logits_;  // of the layer
   uint4* const slots_;           // this thread's, one in kRouterThreads
-  int segment_, begin_, end_;    // the slot's rows
-  int counted_end_;              // begin_, if they are in no group
+  int segment_;
+  unsigned begin_, end_, counted_end_;  // the slot's rows; counted_end_: 0 if they are in no group
+  int32_t* choices_ = nullptr;   // of the layer
+  const void* given_ = nullptr;  // of the layer, 64 or 32 bits
+  const unsigned char* own_logits_;  // of the layer, from this lane's first vector on
+  int row_bytes_;                    // between rows whose vectors are whole and aligned; else -1
 };
 
 }  // namespace ava

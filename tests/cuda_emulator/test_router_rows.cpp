@@ -212,6 +212,44 @@ void test_problem(const Case& shape, int n_random = 0) {
   cuda_emulator::under_every_schedule([&] { problem.check(); }, n_random);
 }
 
+// Rows of few different scores, so that most are equal, also of infinities, of both zeros, and of nan.
+template <class Element>
+void test_choices(int64_t n_experts, int64_t k) {
+  constexpr int64_t kRows = 40;
+  const float values[] = {1, -1, 0.f, -0.f, -INFINITY, 2, -1e-40f, INFINITY, NAN};
+  std::mt19937_64 random(uint64_t(n_experts * 16 + k));
+  std::vector<Element> logits(kRows * n_experts);
+  for (int64_t row = 0; row < kRows; ++row) {
+    const size_t n_values = row % 4 == 0 ? 9 : row % 4 == 1 ? 2 : row % 4 == 2 ? 5 : 7;
+    for (int64_t e = 0; e < n_experts; ++e)
+      logits[row * n_experts + e] = from_float<Element>(
+          row % 8 == 7 ? float(int64_t(random() % 256) - 128) / 16 : values[random() % n_values]);
+  }
+  RouterArguments<float> arguments{};
+  arguments.logits[0] = logits.data();
+  arguments.layout = {1, {kRows}, {n_experts}};
+  arguments.n_rows = kRows;
+  arguments.n_experts = n_experts;
+  arguments.k = k;
+  arguments.n_segments = arguments.n_slots = 1;
+  arguments.rows_in_slot = rows_in_slot(n_experts);
+  std::vector<int32_t> choice(kRows * k, -7), counts(n_experts + 1), expected(k), expected_counts(n_experts + 1);
+  std::vector<float> sums(2 * n_experts + 2);
+  arguments.choice = choice.data();
+  arguments.sums = sums.data();
+  arguments.counts = counts.data();
+  run_router<Element, false>(false, arguments, 1, nullptr);
+  for (int64_t row = 0; row < kRows; ++row) {
+    choose<float>(n_experts, k, [&](int64_t e) { return to_float(logits[row * n_experts + e]); }, expected.data());
+    for (int64_t i = 0; i < k; ++i) {
+      EXPECT(choice[row * k + i] == expected[i]);
+      ++expected_counts[expected[i]];
+    }
+  }
+  expected_counts[n_experts] = kRows;
+  EXPECT(counts == expected_counts);
+}
+
 void test_an_index_out_of_range_is_an_assert() {
   const std::vector<float> logits(3 * 8);
   const std::vector<int32_t> indices = {0, 1, 8};
@@ -256,16 +294,28 @@ void test_slots_have_room_for_every_segment() {
   }
 }
 
+template <class Element>
 void test_keys_are_in_the_order_of_scores() {
-  std::vector<float> scores = {NAN, -NAN, INFINITY, -INFINITY, 0.f, -0.f, 1.f, -1.f, 1e-40f, -1e-40f, 3e38f, -3e38f};
-  for (float& score : scores) score = to_float(from_float<__nv_bfloat16>(score));
+  std::vector<float> scores = {NAN, -NAN, INFINITY, -INFINITY, 0.f, -0.f, 1.f, -1.f, 1e-40f, -1e-40f, 3e4f, -3e4f};
+  for (float& score : scores) score = to_float(from_float<Element>(score));
   for (float score : scores)
     for (float other : scores)
-      for (int expert : {0, 7, 511})
-        for (int other_expert : {0, 7, 511}) {
-          const int key = signed_choice_key(score, expert), other_key = signed_choice_key(other, other_expert);
-          EXPECT((key > other_key) == ranks_before(score, expert, other, other_expert));
-          EXPECT(expert_of_key(key) == expert);
+      for (int expert : {0, 6, 510})
+        for (int other_expert : {0, 6, 510}) {
+          const Element low[2] = {from_float<Element>(score), from_float<Element>(other)};
+          const Element high[2] = {low[1], low[0]};
+          uint32_t words[2];
+          memcpy(&words[0], low, 4);
+          memcpy(&words[1], high, 4);
+          int keys[2], others[2];
+          pair_of_keys<Element>(words[0], expert, keys);
+          pair_of_keys<Element>(words[1], other_expert, others);
+          for (int i = 0; i < 2; ++i)
+            for (int j = 0; j < 2; ++j) {
+              const float x = i ? other : score, y = j ? score : other;
+              EXPECT((keys[i] > others[j]) == ranks_before(x, expert + i, y, other_expert + j));
+              EXPECT(expert_of_key(keys[i]) == expert + i);
+            }
         }
 }
 
@@ -289,7 +339,12 @@ void test_networks_sort() {
 }  // namespace
 
 int main() {
-  test_keys_are_in_the_order_of_scores();
+  test_keys_are_in_the_order_of_scores<__nv_bfloat16>();
+  test_keys_are_in_the_order_of_scores<__half>();
+  for (int64_t n_experts : {3, 8, 16, 20, 32, 60, 64, 128, 200, 256, 500, 512})
+    for (int64_t k : {3, 5, 8}) test_choices<__nv_bfloat16>(n_experts, std::min(k, n_experts));
+  test_choices<__half>(64, 8);
+  test_choices<float>(100, 7);
   test_networks_sort();
   test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0}, 1);
   test_problem<__half, true>({1, 40, 250, 5, 2, 1});
