@@ -220,9 +220,9 @@ def count_router_instructions(
     if not is_given and k != BEST_CHOICES:
         raise ValueError(f"gpu_model: expected k = {BEST_CHOICES}, whose stores are known, got {k}")
 
-    def path(stem: str, keys: str, n_sums: int) -> float:
+    def path(stem: str, keys: str) -> float:
         (found,) = [f for f in kernels if re.search(stem, f.name)]
-        kernel = _of_ordinary_rows(found, n_lanes)
+        kernel = _of_ordinary_rows(found, n_lanes, is_given)
         loops = [loop for loop in kernel.loops() if _is_over_rows(kernel.opcodes(loop))]
         over_rows = min(loops, key=lambda loop: loop.last - loop.first)
 
@@ -230,8 +230,6 @@ def count_router_instructions(
             opcodes = kernel.opcodes(inner)
             if opcodes["STG.E"]:  # one choice after another: more than kBest of them, a bias, logits of 32 bits
                 return math.inf
-            if opcodes["SHFL.BFLY"] == BEST_CHOICES:  # the best of both lanes of a pair
-                return math.inf if is_given else n_lanes.bit_length() - 1
             if not opcodes["SHFL.IDX"]:
                 return 1
             if opcodes["SHFL.IDX"] == 1 or not is_given:  # experts chosen twice
@@ -239,25 +237,27 @@ def count_router_instructions(
             n_reads = math.ceil(k / n_lanes)
             return n_reads if any(o.startswith("LDG") for o in opcodes) else k / n_reads / opcodes["SHFL.IDX"]
 
-        found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|{keys}", trips)
-        if found is None or (stem == "router_gradient_kernel" and found.count("STG.*128") != 2):
+        way = kernel.path(over_rows, rf"MUFU|LDGSTS.*128|SHFL.BFLY|{keys}", trips)
+        if way is None or way.count("STG.*128") != (2 if keys == "STG.*128" else 0):
             raise ValueError(f"gpu_model: expected a path through the choices of {kernel.name}")
-        more_steps = max(0, n_lanes.bit_length() - 3) + (n_lanes == 16)  # of a sum over more than 4 lanes
-        return found.n_instructions + 2 * n_sums * more_steps
+        return way.n_instructions
 
     # importance is added where bits in predicates say so
-    choices = "SHFL.IDX|R2P" if is_given else "VIMNMX"  # comparisons of keys
     return RouterInstructions(
-        path("router_statistics_kernel", choices, 2), path("router_gradient_kernel", "STG.*128", 3)
+        path("router_statistics_kernel", "SHFL.IDX|R2P" if is_given else "SHFL.IDX|STG.E$"),
+        path("router_gradient_kernel", "STG.*128"),
     )
 
 
-def _of_ordinary_rows(kernel: sass.Function, n_lanes: int) -> sass.Function:
-    """The kernel without ways through code for other rows, which bounds u, and merges of lists of more lanes."""
-    merges = [f", {offset:#x}," for lanes, offset in ((8, 6), (16, 12), (32, 20)) if lanes > n_lanes]
+def _of_ordinary_rows(kernel: sass.Function, n_lanes: int, is_given: bool) -> sass.Function:
+    """The kernel without ways through code for other rows, and through shuffles of more lanes than a row has."""
+    shuffles = [offset for offset in (4, 6, 8, 12, 16, 20) if offset >= n_lanes] + [1] * is_given
+    offsets = [f", {offset:#x}," for offset in shuffles]
 
     def is_elsewhere(i: sass.Instruction) -> bool:
-        return i.opcode == "FMNMX.NAN" or (i.opcode == "SHFL.BFLY" and any(merge in i.operands for merge in merges))
+        if i.opcode == "SHFL.BFLY":
+            return any(offset in i.operands for offset in offsets)
+        return i.opcode in ("FMNMX.NAN", "I2F.U32.RP")  # what bounds u, and divides the number of a row
 
     kept = [replace(i, opcode="EXIT", guard="") if is_elsewhere(i) else i for i in kernel.instructions]
     return sass.Function(kernel.name, kept)

@@ -65,6 +65,12 @@ __device__ __forceinline__ Type* computed_once(Type* global) {
   asm volatile("" : "+l"(address));
   return static_cast<Type*>(__cvta_global_to_generic(address));
 }
+template <class Type>
+__device__ __forceinline__ Type* shared_computed_once(Type* shared) {
+  unsigned address = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("" : "+r"(address));
+  return static_cast<Type*>(__cvta_shared_to_generic(address));
+}
 __device__ __forceinline__ int computed_once(int value) {
   asm volatile("" : "+r"(value));
   return value;

@@ -4,23 +4,20 @@
 
 namespace ava {
 
-// The lanes of a warp that share a row: a power of two of neighbours. Shuffles are unrolled, whatever their number: a
-// step over lanes that belong to other rows shuffles with itself instead, which leaves a maximum as it is and doubles a
+// The lanes of a warp that share a row: a power of two of neighbours. The last two shuffles are done whatever their number:
+// a step over lanes that belong to other rows shuffles with itself instead, which leaves a maximum as it is and doubles a
 // sum; `once` takes that back, exactly.
 struct LaneGroup {
-  int n, n_bits, own;              // n = 2^n_bits
-  int offset16, offset2, offset1;  // 0: a step with itself
+  int n, n_bits, own;    // n = 2^n_bits
+  int offset2, offset1;  // 0: a step with itself
   float once;
 
   __device__ explicit LaneGroup(int n_lanes)
       : n(n_lanes),
         own(int(threadIdx.x) & (n_lanes - 1)),
-        offset16(n_lanes > 16 ? 16 : 0),
         offset2(n_lanes > 2 ? 2 : 0),
         offset1(n_lanes > 1 ? 1 : 0),
-        once(n_lanes == 16 ? 0.5f
-             : n_lanes < 4 ? float(n_lanes) / 4
-                           : 1.f) {
+        once(n_lanes < 4 ? float(n_lanes) / 4 : 1.f) {
     n_bits = __ffs(n_lanes) - 1;  // not above: nvcc's pass over the host's code looks at what stands there
   }
 
@@ -28,7 +25,10 @@ struct LaneGroup {
   template <class Value, class Step>
   __device__ __forceinline__ Value butterfly(Value value, Step step) const {
     if (n > 4) {
-      if (n > 8) value = step(step(value, offset16), 8);
+      if (n > 8) {
+        if (n > 16) value = step(value, 16);
+        value = step(value, 8);
+      }
       value = step(value, 4);
     }
     return step(step(value, offset2), offset1);
@@ -164,59 +164,58 @@ __device__ __forceinline__ void merge_best(int* keys, OtherOf other_of) {  // [k
 // only L2 is another one in lane l ^ 1, L1 in l ^ 3, L0 in l ^ 6.
 class BestOfLanes {
  public:
-  __device__ explicit BestOfLanes(const LaneGroup& lanes) : lanes_(lanes) {}
+  // k: of the choices, the last of which is asked for
+  __device__ BestOfLanes(const LaneGroup& lanes, int k) : lanes_(lanes) {
+    unsigned smaller = 0;
+#pragma unroll
+    for (int n_steps = 1; n_steps <= 5; ++n_steps) {
+#pragma unroll
+      for (int bit = 0; bit < 3; ++bit)
+        smaller |= unsigned(__popc(unsigned(lanes.own) % (1u << n_steps) >> (2 - bit)) & 1) << (3 * n_steps + bit);
+    }
+    const int n_bits = lanes.n_bits < 3 ? lanes.n_bits : 3;  // of a place that the lane tells
+    place_ = int(smaller >> 3 * lanes.n_bits & 7) & (8 - (8 >> n_bits));
+    // the bits of a lane from those of a place: l0 = L2 ^ L1, ...
+    const unsigned last = unsigned(k - 1) >> (3 - n_bits);
+    last_lane_ = computed_once(n_bits ? int(__brev(last ^ last << 1) >> (32 - n_bits)) : 0);
+    smaller_ = unsigned(computed_once(int(smaller)));
+    place_ = computed_once(place_);
+  }
+  // of a list's last key, where it has k
+  __device__ int last_lane() const { return last_lane_; }
 
   // finish(std::integral_constant<int, n>(), keys, place): n keys of this lane, the first of which has this place
   template <class Finish>
   __device__ __forceinline__ auto merge(int* keys, Finish finish) const {  // keys: [kBest] of this lane, sorted
-    if (lanes_.n == 1) return finish(std::integral_constant<int, 8>(), keys, 0);
+    if (lanes_.n == 1) return finish(std::integral_constant<int, 8>(), keys, place_);
     halve<8>(keys, 1);
-    exchange<4, true>(keys, 1, larger_at<1>(2));
+    exchange<4, true>(keys, 1, keeps_smaller(1, 2));
     put_larger_first(keys[0], keys[2]);
     put_larger_first(keys[1], keys[3]);
     put_larger_first(keys[0], keys[1]);
     put_larger_first(keys[2], keys[3]);
-    if (lanes_.n == 2) return finish(std::integral_constant<int, 4>(), keys, place<1>());
+    if (lanes_.n == 2) return finish(std::integral_constant<int, 4>(), keys, place_);
     halve<4>(keys, 3);
-    exchange<2, false>(keys, 1, larger_at<2>(2));
-    exchange<2, true>(keys, 3, larger_at<2>(1));
+    exchange<2, false>(keys, 1, keeps_smaller(2, 2));
+    exchange<2, true>(keys, 3, keeps_smaller(2, 1));
     put_larger_first(keys[0], keys[1]);
-    if (lanes_.n == 4) return finish(std::integral_constant<int, 2>(), keys, place<2>());
+    if (lanes_.n == 4) return finish(std::integral_constant<int, 2>(), keys, place_);
     halve<2>(keys, 6);
-    sort_over_lanes<3>(keys);
-    if (lanes_.n == 8) return finish(std::integral_constant<int, 1>(), keys, place<3>());
-    keys[0] = max(keys[0], __shfl_xor_sync(kWholeWarp, keys[0], 12));
-    sort_over_lanes<4>(keys);
-    if (lanes_.n == 16) return finish(std::integral_constant<int, 1>(), keys, place<4>());
-    keys[0] = max(keys[0], __shfl_xor_sync(kWholeWarp, keys[0], 20));
-    sort_over_lanes<5>(keys);
-    return finish(std::integral_constant<int, 1>(), keys, place<5>());
-  }
-  // The lane that has this place, where each has kKeys keys.
-  template <int kKeys>
-  __device__ static int lane_of(int place) {
-    const int bits = place ^ place >> 1;  // L2, L2 ^ L1, L1 ^ L0
-    if constexpr (kKeys == 8) return 0;
-    if constexpr (kKeys == 4) return place >> 2;
-    if constexpr (kKeys == 2) return (bits >> 1 & 1) | (place & 2);
-    return (bits >> 1 & 1) | (bits & 1) << 1 | (place & 1) << 2;
+    sort_over_lanes(keys, 3);
+    if (lanes_.n > 8) {
+      keys[0] = max(keys[0], __shfl_xor_sync(kWholeWarp, keys[0], 12));
+      sort_over_lanes(keys, 4);
+      if (lanes_.n > 16) {
+        keys[0] = max(keys[0], __shfl_xor_sync(kWholeWarp, keys[0], 20));
+        sort_over_lanes(keys, 5);
+      }
+    }
+    return finish(std::integral_constant<int, 1>(), keys, place_);
   }
 
  private:
-  // Lists of 2^kSteps lanes: bit `bit` of a place in this lane.
-  template <int kSteps>
-  __device__ int bit_of_place(int bit) const {
-    return __popc(unsigned(lanes_.own) % (1u << kSteps) >> (2 - bit)) & 1;
-  }
-  template <int kSteps>
-  __device__ bool larger_at(int bit) const {
-    return bit_of_place<kSteps>(bit) == 0;
-  }
-  template <int kSteps>
-  __device__ int place() const {
-    return 4 * bit_of_place<kSteps>(2) + (kSteps > 1 ? 2 * bit_of_place<kSteps>(1) : 0) +
-           (kSteps > 2 ? bit_of_place<kSteps>(0) : 0);
-  }
+  // Whether this bit of a place in this lane is 1, in lists of 2^n_steps lanes.
+  __device__ bool keeps_smaller(int n_steps, int bit) const { return smaller_ >> (3 * n_steps + bit) & 1; }
   // The larger ones of this list and the other.
   template <int kKeys>
   __device__ __forceinline__ static void halve(int* keys, int offset) {
@@ -226,22 +225,23 @@ class BestOfLanes {
   }
   // kReversed: the other lane has the places in the opposite order
   template <int kKeys, bool kReversed>
-  __device__ __forceinline__ static void exchange(int* keys, int offset, bool keeps_larger) {
+  __device__ __forceinline__ static void exchange(int* keys, int offset, bool keeps_smaller) {
     int others[kKeys];
 #pragma unroll
     for (int i = 0; i < kKeys; ++i)
       others[i] = __shfl_xor_sync(kWholeWarp, keys[kReversed ? kKeys - 1 - i : i], offset);
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) keys[i] = keeps_larger ? max(keys[i], others[i]) : min(keys[i], others[i]);
+    for (int i = 0; i < kKeys; ++i) keys[i] = keeps_smaller ? min(keys[i], others[i]) : max(keys[i], others[i]);
   }
-  template <int kSteps>
-  __device__ __forceinline__ void sort_over_lanes(int* key) const {
-    exchange<1, false>(key, 1, larger_at<kSteps>(2));
-    exchange<1, false>(key, 3, larger_at<kSteps>(1));
-    exchange<1, false>(key, 6, larger_at<kSteps>(0));
+  __device__ __forceinline__ void sort_over_lanes(int* key, int n_steps) const {
+    exchange<1, false>(key, 1, keeps_smaller(n_steps, 2));
+    exchange<1, false>(key, 3, keeps_smaller(n_steps, 1));
+    exchange<1, false>(key, 6, keeps_smaller(n_steps, 0));
   }
 
   const LaneGroup& lanes_;
+  unsigned smaller_;
+  int place_, last_lane_;
 };
 
 }  // namespace ava

@@ -37,14 +37,12 @@ class RowScalars {
     if (lanes.own == keeper && counts) row_ = row, of_logits_ = of_logits, is_kept_ = true;
     if (keeper == lanes.n - 1) evaluate();
   }
-  // An ordinary row that counts; `weighted` is this lane's part of sum p t.
-  __device__ void add_ordinary(const LaneGroup& lanes, float max, float excess, float total, float weighted) {
-    entropies = fmaf(-kLn2, weighted, entropies);
-    if (lanes.own != 0) return;
-    const float log_total = log2_fast(total), lse = fmaf(log_total - excess, kLn2, max);
+  // An ordinary row that counts, of log2 sum e^z and of this lane's part of sum z p.
+  __device__ void add_ordinary(const LaneGroup& lanes, float log_total, float weighted) {
+    const float lse = lanes.own == 0 ? log_total * kLn2 : 0.f;  // once for the row
     lse_squared = fmaf(lse, lse, lse_squared);
-    entropies = fmaf(kLn2, log_total, entropies);
-    ++n_counted;
+    entropies += lse - weighted;
+    if (lanes.own == 0) ++n_counted;
   }
   __device__ void evaluate() {
     if (is_kept_) add(row_, of_logits_);
@@ -75,21 +73,26 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   float probability[kItems] = {}, importance[kItems] = {};
   ChoiceCounts choices;
   RowScalars scalars;
-  const bool chooses = arguments.choice != nullptr, is_biased = arguments.expert_bias != nullptr;
-  const bool is_for_all_at_once = !is_biased && arguments.k >= kLeastBest && arguments.k <= kBest;
+  const bool is_biased = arguments.expert_bias != nullptr;
+  enum { kGiven, kBestOnes, kOneByOne };
+  const bool is_at_once = sizeof(Element) == 2 && !is_biased && arguments.k >= kLeastBest && arguments.k <= kBest;
+  const int choice = computed_once(!arguments.choice ? kGiven : is_at_once ? kBestOnes : kOneByOne);
+  bool every_expert_exists = true;
+  const BestOfLanes best_of_lanes(lanes.lanes(), int(arguments.k));
   // Of ordinary rows: weights, and what they are multiplied by to be p. False where a row of the warp is not.
   const auto measure_ordinary = [&](const typename Lanes::Turn& turn, float* weights, float& inverse) {
-    float steps[kItems], total = 0, weighted = 0;
-    const auto shift = lanes.weigh(turn, steps, weights);
+    float z[kItems], total = 0, weighted = 0;
+    const float largest = lanes.exponentiate(turn, z, weights);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       total += weights[i];
-      weighted = fmaf(weights[i], steps[i], weighted);
+      weighted = fmaf(weights[i], z[i], weighted);
     }
     total = lanes.lanes().sum(total);
-    if (__any_sync(kWholeWarp, !lanes.is_ordinary(shift.max, total, weighted))) return false;
+    const float log_total = log2_fast(total);
+    if (__any_sync(kWholeWarp, !lanes.is_ordinary(total, log_total, weighted, largest))) return false;
     inverse = reciprocal_fast(total);
-    if (turn.counts) scalars.add_ordinary(lanes.lanes(), shift.max, shift.excess(), total, weighted * inverse);
+    if (turn.counts()) scalars.add_ordinary(lanes.lanes(), log_total, weighted * inverse);
     return true;
   };
   // Of any; `scale` makes a weight a score that a bias is added to: p, or a sigmoid before it is normalised.
@@ -104,8 +107,8 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     const RouterRow<float> measured = lanes.template measure<true>(y, weights);
     if constexpr (!kSigmoid) of_logits = measured;
     if constexpr (!Lanes::kQuick)
-      scalars.keep(lanes.lanes(), turn.number, turn.counts, measured, of_logits);
-    else if (turn.counts && lanes.lanes().own == 0)
+      scalars.keep(lanes.lanes(), turn.number, turn.counts(), measured, of_logits);
+    else if (turn.counts() && lanes.lanes().own == 0)
       scalars.add(measured, of_logits);
     inverse = reciprocal_fast(1 + measured.rest);
     scale = kSigmoid ? exp_of(measured.max) : inverse;
@@ -119,20 +122,23 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
       scale = inverse;
     }
     if (!is_done) measure(turn, weights, inverse, scale);
-    const float added = turn.counts ? inverse : 0.f;
+    const float added = turn.counts() ? inverse : 0.f;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) probability[i] = fmaf(weights[i], added, probability[i]);
     const auto add_chosen = [&](const ChosenItems& chosen) {
-      if (!turn.counts) return;
+      if (!turn.counts()) return;
       choices.add(chosen);
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
         if (chosen.has(i)) importance[i] = fmaf(weights[i], inverse, importance[i]);
     };
-    if (!chooses) return lanes.template for_given<true>(turn, add_chosen);
+    if (choice == kGiven) {
+      every_expert_exists = lanes.for_given(turn, add_chosen) && every_expert_exists;
+      return;
+    }
     if constexpr (sizeof(Element) == 2) {
-      if (is_for_all_at_once)
-        return lanes.choose_best(turn, [&](int i) {
+      if (choice == kBestOnes)
+        return lanes.choose_best(turn, best_of_lanes, [&](int i) {
           importance[i] = fmaf(weights[i], inverse, importance[i]);
           choices.add(i);
         });
@@ -150,6 +156,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     }
     add_chosen(lanes.template choose<uint64_t>(turn, scores));
   });
+  AVA_DEVICE_CHECK(every_expert_exists);
   scalars.evaluate();
   float lse_squared = scalars.lse_squared, entropies = scalars.entropies;
   int n_counted = scalars.n_counted;
@@ -253,7 +260,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
 #pragma unroll
     for (int i = 0; i < kItems; i += 4) unpack<float>(common[i / 4 * 32 + own], v + i);
     if (!arguments.grad_importance) return;
-    lanes.template for_given<false>(turn, [&](const ChosenItems& chosen) {
+    lanes.for_given(turn, [&](const ChosenItems& chosen) {
       float more[kItems];
 #pragma unroll
       for (int i = 0; i < kItems; i += 4) unpack<float>(of_choices[i / 4 * 32 + own], more + i);
@@ -264,24 +271,24 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   };
   // An ordinary row's; false where a row of the warp is not.
   const auto differentiate_ordinary = [&](const typename Lanes::Turn& turn, float* gradient) {
-    float v[kItems], weights[kItems], steps[kItems];
+    float v[kItems], weights[kItems], z[kItems];
     read_upstream(turn, v);
-    const auto shift = lanes.weigh(turn, steps, weights);
-    // (v_j - eta u_j) without its mean over p is both v_j and u_j without theirs
+    const float largest = lanes.exponentiate(turn, z, weights);
+    // (v_j - eta z_j) without its mean over p is both v_j and u_j without theirs
     float total = 0, mean = 0;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      steps[i] = fmaf(-grad_entropy * kLn2, steps[i], v[i]);
+      v[i] = fmaf(-grad_entropy, z[i], v[i]);
       total += weights[i];
-      mean = fmaf(weights[i], steps[i], mean);
+      mean = fmaf(weights[i], v[i], mean);
     }
     lanes.lanes().sum(total, mean);
-    if (__any_sync(kWholeWarp, !lanes.is_ordinary(shift.max, total, mean))) return false;
-    const float inverse = turn.counts ? reciprocal_fast(total) : 0.f;
-    const float lse = fmaf(log2_fast(total) - shift.excess(), kLn2, shift.max);
-    const float of_row = inverse * fmaf(-mean, inverse, 2 * grad_lse_squared * lse);
+    const float log_total = log2_fast(total);
+    if (__any_sync(kWholeWarp, !lanes.is_ordinary(total, log_total, mean, largest))) return false;
+    const float inverse = turn.counts() ? reciprocal_fast(total) : 0.f;
+    const float of_row = inverse * fmaf(-mean, inverse, 2 * kLn2 * grad_lse_squared * log_total);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) gradient[i] = weights[i] * fmaf(steps[i], inverse, of_row);
+    for (int i = 0; i < kItems; ++i) gradient[i] = weights[i] * fmaf(v[i], inverse, of_row);
     return true;
   };
   const auto differentiate = [&](const typename Lanes::Turn& turn, float* gradient) {
@@ -329,7 +336,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
-      if (!turn.counts) gradient[i] = 0;
+      if (!turn.counts()) gradient[i] = 0;
   };
 
   Element* const grad_logits =
@@ -342,12 +349,12 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     bool is_done = false;
     if constexpr (Lanes::kQuick) is_done = differentiate_ordinary(turn, gradient);
     if (!is_done) differentiate(turn, gradient);
-    if (turn.row == Lanes::kNoRow) return;
-    Element* const out = grad_logits + uint64_t(unsigned(turn.row)) * unsigned(n_experts);
+    if (!turn.has_row()) return;
+    Element* const out = grad_logits + uint64_t(turn.row()) * unsigned(n_experts);
     if (is_regular) {
 #pragma unroll
       for (int vector = 0; vector < Lanes::kVectors; ++vector)
-        store16(out + vector * n_lanes * Lanes::kSize, pack<Element>(gradient + vector * Lanes::kSize));
+        store16(out + unsigned(vector * n_lanes * Lanes::kSize), pack<Element>(gradient + vector * Lanes::kSize));
     } else {
 #pragma unroll
       for (int i = 0; i < kItems; ++i)

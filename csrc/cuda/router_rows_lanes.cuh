@@ -41,12 +41,11 @@ template <class Element, int kItems, bool kSigmoid>
 class RouterLanes {
  public:
   static constexpr int kSize = kVectorSize<Element>, kVectors = kItems / kSize;
-  // Ordinary rows of 16 bits are done with fewer instructions (weigh); the others as those of 32 bits and of sigmoids.
+  // Ordinary rows of 16 bits are done with fewer instructions; the others as those of 32 bits and of sigmoids.
   static constexpr bool kQuick = sizeof(Element) == 2 && !kSigmoid;
-  // What stands behind the last expert. Where rows may be ordinary: the lowest number whose t is finite; a lower one
-  // makes its row another one.
-  static constexpr float kPadding = !kQuick ? -INFINITY : std::is_same<Element, __half>::value ? -65504.f : -0x1.62p127f;
-  static constexpr float kLargestOrdinary = 1024;
+  // What stands behind the last expert; where rows may be ordinary it has to be finite.
+  static constexpr float kPadding = !kQuick ? -INFINITY : std::is_same<Element, __half>::value ? -65504.f : -0x1.fep127f;
+  static constexpr float kLargestOrdinary = 32;
   static constexpr int kNoRow = INT32_MAX;
 
   // rows: router_row_bytes of shared memory
@@ -55,19 +54,20 @@ class RouterLanes {
         lanes_(n_lanes),
         n_experts_(int(arguments.n_experts)),
         layer_(arguments.first_layer + blockIdx.y),
-        slots_(reinterpret_cast<uint4*>(rows) + threadIdx.x) {
+        slots_(shared_computed_once(reinterpret_cast<uint4*>(rows) + threadIdx.x)) {
     const RouterSlot slot = arguments.rows_of_slot(blockIdx.x);
     segment_ = int(slot.segment);
     begin_ = unsigned(slot.begin);
     end_ = unsigned(slot.end);
-    counted_end_ = slot.segment < arguments.n_segments ? end_ : 0;
+    flip_ = computed_once(slot.segment < arguments.n_segments ? 0 : -1);
+    is_plain_ = computed_once(!arguments.order && !arguments.row_mask);
     const int64_t first_choice = row_of_all(0) * arguments.k;
     if (arguments.choice) choices_ = computed_once(arguments.choice + first_choice);
     if (arguments.indices) given_ = computed_once(arguments.indices + first_choice);
     if (arguments.wide_indices) given_ = computed_once(arguments.wide_indices + first_choice);
     const RowLayout& layout = arguments.layout;
     const int64_t row_bytes = layout.n_dims ? layout.strides[0] * int64_t(sizeof(Element)) : 0;
-    own_logits_ = static_cast<const unsigned char*>(arguments.logits[blockIdx.y]) + lanes_.own * 16;
+    own_logits_ = computed_once(static_cast<const unsigned char*>(arguments.logits[blockIdx.y]) + lanes_.own * 16);
     const bool is_regular = layout.n_dims <= 1 && row_bytes % 16 == 0 && row_bytes >= 0 && row_bytes <= INT32_MAX &&
                             reinterpret_cast<uintptr_t>(own_logits_) % 16 == 0 && n_experts_ % kSize == 0;
     row_bytes_ = is_regular && expert_at(kItems - 1) < n_experts_ ? int(row_bytes) : -1;
@@ -78,7 +78,7 @@ class RouterLanes {
   __device__ const LaneGroup& lanes() const { return lanes_; }
   __device__ int64_t layer() const { return layer_; }
   __device__ int64_t group() const { return layer_ * a_.n_segments + segment_; }
-  __device__ bool is_in_group() const { return counted_end_ != 0; }
+  __device__ bool is_in_group() const { return flip_ == 0; }
   __device__ bool has_rows() const { return begin_ < end_; }
   // of all layers
   __device__ int64_t row_of_all(int row) const { return layer_ * a_.n_rows + row; }
@@ -86,9 +86,12 @@ class RouterLanes {
   // A row of this thread's. Lanes of a warp come along where they have none, so that they can shuffle.
   struct Turn {
     int number;
-    int row;            // kNoRow: none
-    bool counts;        // else its logits are 0: they are not fetched
+    int code;           // of the row
     const uint4* slot;  // of its first vector
+
+    __device__ bool counts() const { return code >= 0; }  // else its logits are 0: they are not fetched
+    __device__ unsigned row() const { return unsigned(code ^ code >> 31); }
+    __device__ bool has_row() const { return code != ~kNoRow; }
   };
   // body(turn) for every row of the slot, the next three under way meanwhile.
   template <class Body>
@@ -96,16 +99,17 @@ class RouterLanes {
     const unsigned step = unsigned(kRouterThreads / lanes_.n);
     const int n_turns = int((end_ - begin_ + step - 1) / step);
     unsigned place = begin_ + threadIdx.x / unsigned(lanes_.n);
-    int rows[kRowStages] = {};  // those under way, see fetch
+    int rows[kRowStages] = {};  // those under way, see code_of
 #pragma unroll 1
     for (int turn = -kRowsAhead; turn < n_turns; ++turn, place += step) {
 #pragma unroll
       for (int i = 0; i < kRowsAhead; ++i) rows[i] = rows[i + 1];
-      rows[kRowsAhead] = fetch(place, slot_of(turn + kRowsAhead));
+      rows[kRowsAhead] = code_of(place);
+      fetch(rows[kRowsAhead], slot_of(turn + kRowsAhead));
       cp_async_commit();
       if (turn < 0) continue;
       cp_async_wait<kRowsAhead>();
-      body(Turn{turn, rows[0] ^ (rows[0] >> 31), rows[0] >= 0, slot_of(turn)});
+      body(Turn{turn, rows[0], slot_of(turn)});
     }
   }
   // The row's logits, in the body, as often as they are wanted: cheaper than registers that keep them.
@@ -125,30 +129,21 @@ class RouterLanes {
     }
   }
 
-  // What a row needs to be ordinary: t is finite also where e^u underflows, nobody is so sure that R has lost digits,
-  // and the rounded shift leaves 2^excess near 1.
-  __device__ static bool is_ordinary(float max, float total, float weighted) {
-    return total >= 1 + kSureRest<float> && fabsf(max) <= kLargestOrdinary && weighted == weighted;
+  // An ordinary row is neither so far from 0 that e^z would lose digits or overflow, nor so sure of an expert that 1 - p
+  // has lost digits, nor has it a logit of nan or -inf: sum z e^z would be nan. Its maximum is not needed. Of the log2 of
+  // the row's sum e^z, of this lane's part of sum z e^z, and of this lane's largest e^z.
+  __device__ static bool is_ordinary(float total, float log_total, float weighted, float largest) {
+    return total >= (1 + kSureRest<float>) * largest && fabsf(log_total) <= kLargestOrdinary && weighted == weighted;
   }
-  // One fused multiply-add for each t = z log2(e) - shift, where shift is that of the maximum, rounded: e^u is
-  // 2^(t - excess), the excess known exactly. It is the same for the whole row, so that no p knows of it.
-  struct Shift {
-    float max, shift;
-    __device__ float excess() const { return fmaf(max, kLog2e, -shift); }
-  };
-  __device__ Shift weigh(const Turn& turn, float* steps, float* weights) const {
+  // z and e^z; returns the largest e^z of this lane
+  __device__ static float exponentiate(const Turn& turn, float* z, float* weights) {
     uint4 bits[kVectors];
     read_bits(turn, bits);
-    const float max = lanes_.max(largest_of<Element, kVectors>(bits)), shift = max * kLog2e;
-    float z[kItems];
 #pragma unroll
     for (int vector = 0; vector < kVectors; ++vector) unpack<Element>(bits[vector], z + vector * kSize);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      steps[i] = fmaf(z[i], kLog2e, -shift);
-      weights[i] = exp2_fast(steps[i]);
-    }
-    return {max, shift};
+    for (int i = 0; i < kItems; ++i) weights[i] = exp2_fast(z[i] * kLog2e);
+    return exp2_fast(largest_of<Element, kVectors>(bits) * kLog2e);
   }
 
   // u, bounded so that 0 * u is 0 where a logit is -inf; a nan stays one
@@ -222,13 +217,13 @@ class RouterLanes {
       last += lanes_.largest(best);
       const int expert = expert_of_key(last);
       chosen.add(twice_position(expert) - 2 * lanes_.own * kItems);
-      if (lanes_.own == 0 && turn.row != kNoRow) choice[which] = turn.counts ? expert : -1;
+      if (lanes_.own == 0 && turn.has_row()) choice[which] = turn.counts() ? expert : -1;
     }
     return chosen;
   }
   // The same for scores of 16 bits, where there are at most kBest choices: add(item) for those of rows that count.
   template <class Add>
-  __device__ void choose_best(const Turn& turn, Add add) const {
+  __device__ void choose_best(const Turn& turn, const BestOfLanes& best_of_lanes, Add add) const {
     uint4 bits[kVectors];
     read_bits(turn, bits);
     int keys[kItems], best[kBest];
@@ -256,38 +251,40 @@ class RouterLanes {
       sort_best(others);
       merge_best(best, [&](int i) { return others[i]; });
     }
-    const int last = BestOfLanes(lanes_).merge(best, [&](auto n_keys, const int* own, int place) {
+    const int last = best_of_lanes.merge(best, [&](auto n_keys, const int* own, int place) {
       constexpr int kKeys = decltype(n_keys)::value;
       const int k = int(a_.k);
-      int32_t* const choice = choice_of(turn);
-      const bool writes = turn.row != kNoRow && lanes_.own < kBest / kKeys;
+      int32_t* const choice = choice_of(turn) + place;
+      const int n_written = turn.has_row() && lanes_.own < kBest / kKeys ? k - place : 0;
       int last = own[0];
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
-        if (i <= (k - 1) % kKeys) last = own[i];
-        if (writes && place + i < k) choice[place + i] = turn.counts ? expert_of_key(own[i]) : -1;
+        if (i <= ((k - 1) & (kKeys - 1))) last = own[i];
+        if (i < n_written) choice[i] = turn.counts() ? expert_of_key(own[i]) : -1;
       }
-      return lanes_.broadcast(last, BestOfLanes::lane_of<kKeys>(k - 1));
+      return lanes_.broadcast(last, best_of_lanes.last_lane());
     });
-    const int least = turn.counts ? last : INT32_MAX;
+    const int least = turn.counts() ? last : INT32_MAX;
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
       if (keys[i] >= least) add(i);
   }
   // use(chosen) for the row's choices that were given; one at a time where a row chose an expert twice.
-  template <bool kChecked, class Use>
-  __device__ void for_given(const Turn& turn, Use use) const {
+  // False where there is no such expert.
+  template <class Use>
+  __device__ bool for_given(const Turn& turn, Use use) const {
     const int k = int(a_.k);
-    const uint64_t at = uint64_t(unsigned(turn.row)) * unsigned(k) + unsigned(lanes_.own);
+    const uint64_t at = uint64_t(turn.row()) * unsigned(k) + unsigned(lanes_.own);
+    bool every_expert_exists = true;
     // each(twice the item of this lane, or beyond) for every choice; each lane reads one of them at a time
     const auto for_each = [&](auto n_at_once, auto each) {
 #pragma unroll 1
       for (int first = 0; first < k; first += lanes_.n) {
         int own = -1;  // in no lane
-        if (turn.counts && first + lanes_.own < k) {
+        if (turn.counts() && first + lanes_.own < k) {
           const int64_t expert = a_.wide_indices ? static_cast<const int64_t*>(given_)[at + unsigned(first)]
                                                  : static_cast<const int32_t*>(given_)[at + unsigned(first)];
-          if constexpr (kChecked) AVA_DEVICE_CHECK(expert >= 0 && expert < a_.n_experts);
+          every_expert_exists = every_expert_exists && expert >= 0 && expert < a_.n_experts;
           own = twice_position(int(expert));
         }
         const int n = k - first < lanes_.n ? k - first : lanes_.n;
@@ -305,17 +302,21 @@ class RouterLanes {
       for_each(std::integral_constant<int, 4>(), add);
     else
       for_each(std::integral_constant<int, 1>(), add);
-    if (!__any_sync(kWholeWarp, all.repeated != 0)) return use(all);
-    for_each(std::integral_constant<int, 1>(), [&](int twice_item) {
-      ChosenItems one;
-      one.add(twice_item);
-      use(one);
-    });
+    if (!__any_sync(kWholeWarp, all.repeated != 0)) {
+      use(all);
+    } else {
+      for_each(std::integral_constant<int, 1>(), [&](int twice_item) {
+        ChosenItems one;
+        one.add(twice_item);
+        use(one);
+      });
+    }
+    return every_expert_exists;
   }
 
  private:
   __device__ int32_t* choice_of(const Turn& turn) const {  // own ones
-    return choices_ + uint64_t(unsigned(turn.row)) * unsigned(a_.k);
+    return choices_ + uint64_t(turn.row()) * unsigned(a_.k);
   }
   // Twice the number of an expert's logit among those of the row's lanes, lane by lane.
   __device__ int twice_position(int expert) const {
@@ -326,20 +327,20 @@ class RouterLanes {
 
   __device__ bool is_padded() const { return n_experts_ < lanes_.n * kItems; }  // more items than experts
   __device__ uint4* slot_of(int turn) const { return slots_ + unsigned(turn) % kRowStages * kVectors * kRouterThreads; }
-  // Sends for the row at this place; returns it, as ~row where it does not count, ~kNoRow where there is none.
-  __device__ int fetch(unsigned place, uint4* slot) const {
-    int row = kNoRow;
-    if (place < end_) row = a_.order ? int(a_.order[place]) : int(place);
-    const bool counts = place < counted_end_ && a_.counts_row(layer_, row);
-    if (counts && row_bytes_ >= 0) {
-      const unsigned char* const own = own_logits_ + int64_t(row) * row_bytes_;
+  // The row at a place; as ~row where it does not count, ~kNoRow where there is none.
+  __device__ int code_of(unsigned place) const {
+    if (place >= end_) return ~kNoRow;
+    if (is_plain_) return int(place) ^ flip_;
+    const int row = a_.order ? int(a_.order[place]) : int(place);
+    return flip_ == 0 && a_.counts_row(layer_, row) ? row : ~row;
+  }
+  // Sends for it.
+  __device__ void fetch(int code, uint4* slot) const {
+    if ((code | row_bytes_) < 0) return fetch_elements(code ^ code >> 31, code >= 0, slot);
+    const unsigned char* const own = own_logits_ + uint64_t(unsigned(code)) * unsigned(row_bytes_);
 #pragma unroll
-      for (int vector = 0; vector < kVectors; ++vector)
-        cp_async16(slot + vector * kRouterThreads, own + vector * lanes_.n * 16);
-    } else {
-      fetch_elements(row, counts, slot);
-    }
-    return counts ? row : ~row;
+    for (int vector = 0; vector < kVectors; ++vector)
+      cp_async16(slot + vector * kRouterThreads, own + vector * unsigned(lanes_.n * 16));
   }
   __device__ void fetch_elements(int row, bool counts, uint4* slot) const {
     const Element* const z =
@@ -366,7 +367,9 @@ class RouterLanes {
   const int64_t layer_;
   uint4* const slots_;           // this thread's, one in kRouterThreads
   int segment_;
-  unsigned begin_, end_, counted_end_;  // the slot's rows; counted_end_: 0 if they are in no group
+  unsigned begin_, end_;  // the slot's rows
+  int flip_;              // -1 if they are in no group, else 0
+  int is_plain_;          // rows are at their places, and all count
   int32_t* choices_ = nullptr;   // of the layer
   const void* given_ = nullptr;  // of the layer, 64 or 32 bits
   const unsigned char* own_logits_;  // of the layer, from this lane's first vector on

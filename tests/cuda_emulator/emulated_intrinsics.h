@@ -167,6 +167,11 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __brev(unsigned bits) {
+  unsigned result = 0;
+  for (int i = 0; i < 32; ++i) result |= (bits >> i & 1) << (31 - i);
+  return result;
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(unsigned(bits)) : 32; }
 inline unsigned __float_as_uint(float value) { return ava::float_to_bits(value); }

@@ -23,6 +23,10 @@ template <class Type>
 Type computed_once(Type value) {
   return value;
 }
+template <class Type>
+Type* shared_computed_once(Type* shared) {
+  return shared;
+}
 
 inline bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 inline uint4 load16(const void* global, Place place = Place::current()) {
