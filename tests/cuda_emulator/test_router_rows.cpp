@@ -222,8 +222,8 @@ void test_choices(int64_t n_experts, int64_t k) {
   for (int64_t row = 0; row < kRows; ++row) {
     const size_t n_values = row % 4 == 0 ? 9 : row % 4 == 1 ? 2 : row % 4 == 2 ? 5 : 7;
     for (int64_t e = 0; e < n_experts; ++e)
-      logits[row * n_experts + e] = from_float<Element>(
-          row % 8 == 7 ? float(int64_t(random() % 256) - 128) / 16 : values[random() % n_values]);
+      logits[row * n_experts + e] =
+          from_float<Element>(row % 8 == 7 ? float(int64_t(random() % 256) - 128) / 16 : values[random() % n_values]);
   }
   RouterArguments<float> arguments{};
   arguments.logits[0] = logits.data();
