@@ -13,9 +13,9 @@ namespace {
 
 struct Case {
   int64_t n_layers, n_rows, n_experts, k;
-  int64_t n_segments;        // 0: none are given
-  int64_t more_columns = 0;  // between rows, so that they are aligned to nothing
-  bool own_choice = true, biased = false;
+  int64_t n_segments;                                      // 0: none are given
+  int64_t more_columns = 0;                                // between rows, so that they are aligned to nothing
+  bool own_choice = true, biased = false, masked = false;  // masked: some logits are -inf, and some rows are sure
 };
 
 double value_of(float x) { return x; }
@@ -58,6 +58,10 @@ struct Problem {
     row_stride = shape.n_experts + shape.more_columns;
     const size_t n_all = size_t(shape.n_layers * shape.n_rows);
     logits = draw(n_all * row_stride, [&] { return element_of<Element>(normal(random)); });
+    for (size_t i = 0; shape.masked && i < logits.size(); ++i) {
+      if (i % row_stride == 3 && i / row_stride % 3 == 0) logits[i] = element_of<Element>(random() % 2 ? 12 : 20);
+      if (i % row_stride != 3 && random() % 16 == 0) logits[i] = element_of<Element>(-INFINITY);
+    }
     mask = draw(n_all, [&] { return char(random() % 4 != 0); });
     segment_ids = draw(shape.n_rows, [&] { return int64_t(random() % (n_segments + 1)) - 1; });
     indices = draw(n_all * shape.k, [&] { return int64_t(random() % shape.n_experts); });
@@ -110,7 +114,7 @@ struct Problem {
 
     double entropy = 0, mean = 0;
     for (int64_t e = 0; e < n; ++e) {
-      entropy -= p[e] * (y[e] - lse_of_scores);
+      if (p[e] > 0) entropy -= p[e] * (y[e] - lse_of_scores);
       vectors[0][group * n + e] += p[e];
       v[e] = double(grad_vectors[0][group * n + e]);
     }
@@ -127,7 +131,7 @@ struct Problem {
     for (int64_t e = 0; e < n; ++e) mean += p[e] * v[e];
     const double zeta = double(grad_scalars[0][group]), eta = double(grad_scalars[1][group]);
     for (int64_t e = 0; e < n; ++e) {
-      const double by_y = p[e] * (v[e] - mean - eta * (y[e] - lse_of_scores + entropy));
+      const double by_y = p[e] > 0 ? p[e] * (v[e] - mean - eta * (y[e] - lse_of_scores + entropy)) : 0;
       const double slope = kSigmoid ? 1 / (1 + std::exp(z[e])) : 1;
       gradient[at * n + e] = by_y * slope + 2 * zeta * lse * of_softmax[e];
     }
@@ -347,6 +351,8 @@ int main() {
   test_choices<float>(100, 7);
   test_networks_sort();
   test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0}, 1);
+  test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0, 0, true, false, true});
+  test_problem<__half, false>({1, 40, 100, 3, 2, 0, false, false, true});
   test_problem<__half, true>({1, 40, 250, 5, 2, 1});
   test_problem<__nv_bfloat16, false>({1, 40, 8, 8, 0});
   test_problem<float, false>({2, 70, 8, 2, 0}, 1);
