@@ -269,6 +269,7 @@ def _is_over_rows(opcodes: Counter[str]) -> bool:
 
 ROUTER = r"I13__nv_bfloat16Li16ELb0E"  # in a kernel's name: bfloat16, more than 8 experts, softmax
 ROUTER_BLOCK = 256  # threads
+ROUTER_SPECIAL = 19  # exponentials, a logarithm and a reciprocal of 16 logits
 BEST_CHOICES = 8  # kBest in csrc/cuda/router_rows_choice.cuh
 REGISTERS = 65536  # of a multiprocessor
 
@@ -289,7 +290,7 @@ def router_times(
         # three rows are under way meanwhile: a warp waits only for what the latency exceeds its work on those
         alone = n_instructions * ASSUMED["alone"]
         delay = max(0.0, ASSUMED["latency"] * gpu.hertz - 3 * alone)
-        bound = bounds([gpu.cycles(n_moved), issue_cycles(n_instructions, 18)], delay, n_warps)
+        bound = bounds([gpu.cycles(n_moved), issue_cycles(n_instructions, ROUTER_SPECIAL)], delay, n_warps)
         least, most = least + max(bound[0], alone / n_warps), most + max(bound[1], alone / n_warps)
     return (least, most), gpu.cycles(3 * n_bytes + of_choices)
 

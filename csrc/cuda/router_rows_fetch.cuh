@@ -26,8 +26,8 @@ inline size_t router_row_bytes(int64_t n_experts, int element_bytes) {
 }
 
 // kItems: logits that a lane holds, 16 where there are more than 8 experts: what a row costs besides its logits is shared
-// by more of them. kFinitePadding: what stands behind the last expert is the lowest finite number, not -inf.
-template <class Element, int kItems, bool kFinitePadding>
+// by more of them. kIsQuick: there are quick ways for rows without -inf; what stands behind the last expert is finite.
+template <class Element, int kItems, bool kIsQuick>
 class RouterRowsInFlight {
  public:
   static constexpr int kSize = kVectorSize<Element>, kVectors = kItems / kSize;
@@ -44,16 +44,22 @@ class RouterRowsInFlight {
     segment_ = int(slot.segment);
     begin_ = unsigned(slot.begin);
     end_ = unsigned(slot.end);
-    flip_ = computed_once(slot.segment < arguments.n_segments ? 0 : -1);
-    is_plain_ = computed_once(!arguments.order && !arguments.row_mask);
+    flip_ = kept(slot.segment < arguments.n_segments ? 0 : -1);
+    is_plain_ = kept(!arguments.order && !arguments.row_mask);
     const RowLayout& layout = arguments.layout;
     const int64_t row_bytes = layout.n_dims ? layout.strides[0] * int64_t(sizeof(Element)) : 0;
-    own_logits_ = computed_once(static_cast<const unsigned char*>(arguments.logits[blockIdx.y]) + lanes_.own * 16);
+    own_logits_ = kept(static_cast<const unsigned char*>(arguments.logits[blockIdx.y]) + lanes_.own * 16);
     const bool is_regular = layout.n_dims <= 1 && row_bytes % 16 == 0 && row_bytes >= 0 && row_bytes <= INT32_MAX &&
                             reinterpret_cast<uintptr_t>(own_logits_) % 16 == 0 && n_experts_ % kSize == 0;
     row_bytes_ = is_regular && expert_at(kItems - 1) < n_experts_ ? int(row_bytes) : -1;
   }
 
+  // Computed once for all turns, where there are registers to spare.
+  template <class Value>
+  __device__ static Value kept(Value value) {
+    if constexpr (kIsQuick) return computed_once(value);
+    return value;
+  }
   // Neighbouring lanes hold neighbouring vectors.
   __device__ int expert_at(int item) const { return (item / kSize * lanes_.n + lanes_.own) * kSize + item % kSize; }
   __device__ const LaneGroup& lanes() const { return lanes_; }
@@ -90,7 +96,7 @@ class RouterRowsInFlight {
       cp_async_commit();
       if (turn < 0) continue;
       cp_async_wait<kRowsAhead>();
-      body(Turn{turn, rows[0], slot_of(turn)});
+      body(Turn{turn, kIsQuick ? rows[0] : code_of(place - kRowsAhead * step), slot_of(turn)});
     }
   }
   __device__ bool is_padded() const { return n_experts_ < lanes_.n * kItems; }  // more items than experts
@@ -101,7 +107,7 @@ class RouterRowsInFlight {
   }
 
  private:
-  static constexpr float kPadding = !kFinitePadding                        ? -INFINITY
+  static constexpr float kPadding = !kIsQuick                              ? -INFINITY
                                     : std::is_same<Element, __half>::value ? -65504.f
                                                                            : -0x1.fep127f;
 

@@ -139,11 +139,11 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
       if (!turn.counts()) gradient[i] = 0;
   };
 
-  Element* const grad_logits = computed_once(static_cast<Element*>(arguments.grad_logits) +
-                                             lanes.row_of_all(0) * n_experts + lanes.expert_at(0));
+  Element* const grad_logits =
+      Lanes::kept(static_cast<Element*>(arguments.grad_logits) + lanes.row_of_all(0) * n_experts + lanes.expert_at(0));
   // whole vectors at multiples of 16 bytes
-  const bool is_regular = computed_once(n_experts % Lanes::kSize == 0 && lanes.expert_at(kItems - 1) < n_experts &&
-                                        reinterpret_cast<uintptr_t>(grad_logits) % 16 == 0);
+  const bool is_regular = Lanes::kept(n_experts % Lanes::kSize == 0 && lanes.expert_at(kItems - 1) < n_experts &&
+                                      reinterpret_cast<uintptr_t>(grad_logits) % 16 == 0);
   lanes.for_rows([&](const typename Lanes::Turn& turn) {
     float gradient[kItems];
     bool is_done = false;

@@ -31,16 +31,16 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
  public:
   static constexpr bool kQuick = kMayBeOrdinary<Element, kSigmoid>;
   using Rows = RouterRowsInFlight<Element, kItems, kQuick>;
-  using Rows::expert_at, Rows::is_padded, Rows::kSize, Rows::kVectors, Rows::read_bits, Rows::row_of_all;
+  using Rows::expert_at, Rows::is_padded, Rows::kept, Rows::kSize, Rows::kVectors, Rows::read_bits, Rows::row_of_all;
   using typename Rows::Turn;
   static constexpr float kLargestOrdinary = 32, kLeastOrdinaryRest = 1.f / 128;  // is_ordinary
 
   __device__ RouterLanes(const RouterArguments<float>& arguments, int n_lanes, unsigned char* rows)
       : Rows(arguments, n_lanes, rows) {
     const int64_t first_choice = row_of_all(0) * arguments.k;
-    if (arguments.choice) choices_ = computed_once(arguments.choice + first_choice);
-    if (arguments.indices) given_ = computed_once(arguments.indices + first_choice);
-    if (arguments.wide_indices) given_ = computed_once(arguments.wide_indices + first_choice);
+    if (arguments.choice) choices_ = kept(arguments.choice + first_choice);
+    if (arguments.indices) given_ = kept(arguments.indices + first_choice);
+    if (arguments.wide_indices) given_ = kept(arguments.wide_indices + first_choice);
   }
 
   // The row's logits, in the body, as often as they are wanted: cheaper than registers that keep them.

@@ -13,9 +13,10 @@ namespace {
 
 struct Case {
   int64_t n_layers, n_rows, n_experts, k;
-  int64_t n_segments;                                      // 0: none are given
-  int64_t more_columns = 0;                                // between rows, so that they are aligned to nothing
-  bool own_choice = true, biased = false, masked = false;  // masked: some logits are -inf, and some rows are sure
+  int64_t n_segments;        // 0: none are given
+  int64_t more_columns = 0;  // between rows, so that they are aligned to nothing
+  bool own_choice = true, biased = false;
+  int masked = 0;  // n: every n-th row is sure of an expert, and the others have logits of -inf; 0: none
 };
 
 double value_of(float x) { return x; }
@@ -59,8 +60,9 @@ struct Problem {
     const size_t n_all = size_t(shape.n_layers * shape.n_rows);
     logits = draw(n_all * row_stride, [&] { return element_of<Element>(normal(random)); });
     for (size_t i = 0; shape.masked && i < logits.size(); ++i) {
-      if (i % row_stride == 3 && i / row_stride % 3 == 0) logits[i] = element_of<Element>(random() % 2 ? 12 : 20);
-      if (i % row_stride != 3 && random() % 16 == 0) logits[i] = element_of<Element>(-INFINITY);
+      const bool is_sure = int(i / row_stride) % shape.masked == 0;
+      if (is_sure && i % row_stride == 3) logits[i] = element_of<Element>(20);
+      if (!is_sure && random() % 16 == 0) logits[i] = element_of<Element>(-INFINITY);
     }
     mask = draw(n_all, [&] { return char(random() % 4 != 0); });
     segment_ids = draw(shape.n_rows, [&] { return int64_t(random() % (n_segments + 1)) - 1; });
@@ -351,8 +353,9 @@ int main() {
   test_choices<float>(100, 7);
   test_networks_sort();
   test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0}, 1);
-  test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0, 0, true, false, true});
-  test_problem<__half, false>({1, 40, 100, 3, 2, 0, false, false, true});
+  test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0, 0, true, false, 3});
+  test_problem<__half, false>({1, 40, 100, 3, 2, 0, false, false, 2});
+  test_problem<__nv_bfloat16, false>({1, 40, 128, 8, 0, 0, true, false, 1});
   test_problem<__half, true>({1, 40, 250, 5, 2, 1});
   test_problem<__nv_bfloat16, false>({1, 40, 8, 8, 0});
   test_problem<float, false>({2, 70, 8, 2, 0}, 1);
