@@ -17,12 +17,13 @@ class RowScalars {
     if (lanes.own == keeper && counts) row_ = row, of_logits_ = of_logits, is_kept_ = true;
     if (keeper == lanes.n - 1) evaluate();
   }
-  // An ordinary row that counts, of log2 sum e^z and of this lane's part of sum z p.
-  __device__ void add_ordinary(const LaneGroup& lanes, float log_total, float weighted) {
-    const float lse = lanes.own == 0 ? log_total * kLn2 : 0.f;  // once for the row
+  // An ordinary row: log2 sum e^z, and this lane's part of sum z p, which is 0 in rows that do not count. is_first: this
+  // is the row's first lane, and the row counts.
+  __device__ void add_ordinary(bool is_first, float log_total, float weighted) {
+    const float lse = is_first ? log_total * kLn2 : 0.f;
     lse_squared = fmaf(lse, lse, lse_squared);
     entropies += lse - weighted;
-    if (lanes.own == 0) ++n_counted;
+    n_counted += is_first;
   }
   __device__ void evaluate() {
     if (is_kept_) add(row_, of_logits_);
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     const float log_total = log2_fast(total);
     if (__any_sync(kWholeWarp, !lanes.is_ordinary(total, log_total, weighted, largest))) return false;
     inverse = reciprocal_fast(total);
-    if (turn.counts()) scalars.add_ordinary(lanes.lanes(), log_total, weighted * inverse);
+    scalars.add_ordinary(turn.counts() && lanes.lanes().own == 0, log_total, weighted * inverse);
     return true;
   };
   // Of any; `scale` makes a weight a score that a bias is added to: p, or a sigmoid before it is normalised.
