@@ -26,6 +26,7 @@ STUDIES = ROOT / "docs" / "studies"
 SHOWN = {
     "moe": (STUDIES / "moe_balance.md", "moe_balance", moe_balance.table),
     "repetition": (STUDIES / "repetition.md", "repetition", repetition.table),
+    "other": (STUDIES / "repetition.md", "repetition", repetition.other_table),
     "validation": (STUDIES / "repetition.md", "repetition", repetition.validation_table),
     "rollouts": (STUDIES / "repetition.md", "repetition", repetition.rollout_table),
     "readings": (STUDIES / "repetition.md", "repetition", repetition.readings),
@@ -145,14 +146,16 @@ class Interrupted(Exception):
 
 def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """A stopped run that goes on gives what a run in one piece gives: weights, optimizer and data are the same."""
-    documents = torch.randint(40, (3, 2, 200), generator=torch.Generator().manual_seed(3))
+    both = "token and sequence, n = 2"
+    monkeypatch.setitem(repetition.ARMS, both, repetition.Arm(repetition.TOKEN, 2))
+    documents = torch.randint(40, (4, 2, 200), generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(smollm2, "missing_packages", list)
     monkeypatch.setattr(smollm2, "load", lambda cache, n: (tiny_model(n), SimpleNamespace(decode=str)))
     monkeypatch.setattr(repetition, "texts", lambda tokenizer, limit: repetition.Texts(*map(list, documents)))
 
-    def study(name, arm="both", stop_at=None):
+    def study(name, arm=both, stop_at=None):
         sizes = "--updates 12 --n-layers 1 --batch-size 2 --n-tokens 12 --prefix-length 4 --rollout-length 9"
-        sizes += " --rollout-updates 4 --rollout-ngram 2 --n-prompts 4 --n-new-tokens 8 --n-windows 4 --seeds 1"
+        sizes += " --rollout-updates 4 --n-prompts 4 --n-new-tokens 8 --n-windows 4 --seeds 1"
         sizes += " --validation-updates 6"
         files = ["--output", str(tmp_path / f"{name}.json"), "--cache", str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", ["repetition.py", *sizes.split(), "--arms", arm, *files])
@@ -177,14 +180,14 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "stopped").glob("*.pt"))) == 1
     again, n_calls = study("stopped")
     assert n_calls == 8
-    history = whole["arms"]["both"]["0"]["history"]
+    history = whole["arms"][both]["0"]["history"]
     assert again == whole and len(history) == 12
     assert [line["validation_perplexity"] > 1 for line in history if "validation_perplexity" in line] == [True, True]
     assert not list((tmp_path / "stopped").glob("*.pt"))
-    assert "| both | 1 |" in capsys.readouterr().out
+    assert f"| {both} | 1 |" in capsys.readouterr().out
     plain = study("whole", "cross-entropy")[0]["arms"]  # another arm joins what is there, over the same data
-    losses = [plain["cross-entropy"]["0"]["history"][0]["total_loss"], plain["both"]["0"]["history"][0]["main_loss"]]
-    assert losses[0] == pytest.approx(losses[1]) and plain["both"] == whole["arms"]["both"]
+    losses = [plain["cross-entropy"]["0"]["history"][0]["total_loss"], plain[both]["0"]["history"][0]["main_loss"]]
+    assert losses[0] == pytest.approx(losses[1]) and plain[both] == whole["arms"][both]
 
 
 @pytest.mark.parametrize("mark", SHOWN)
@@ -223,11 +226,11 @@ def test_quick_run_of_the_experts(tmp_path):
 def test_quick_run_of_the_real_model(tmp_path):
     run("repetition.py", "--quick", "--output", tmp_path / "repetition.json", "--cache", tmp_path / "cache")
     results = json.loads((tmp_path / "repetition.json").read_text())
-    assert set(results["arms"]) == {"cross-entropy", "sequence, weight 1"}
+    assert set(results["arms"]) == {"cross-entropy", "sequence, n = 4"}
     plain, sequence = (results["arms"][name]["0"]["history"] for name in results["arms"])
     assert plain[0]["total_loss"] == pytest.approx(sequence[0]["total_loss"])  # the same weights and data
     assert all(line["repeated"] >= 0 for line in sequence) and max(line["sequence_loss"] for line in sequence) > 0
-    assert results["before"]["perplexity"] > 1
+    assert [results["before"][kind]["perplexity"] > 1 for kind in ("held_out", "other")] == [True, True]
     assert [0 <= line.get("validation_seq_rep_4", -1) <= 1 for line in sequence] == [False, True, False, True]
     # goes on where it stopped: nothing is left to do
     before = (tmp_path / "repetition.json").stat().st_mtime_ns
