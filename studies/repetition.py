@@ -161,6 +161,16 @@ class Windows:
         return self.states[chosen], self.targets[chosen]
 
 
+def windows_of(
+    model: smollm2.SmolLM2, documents: Texts, setting: Setting, cache: Path
+) -> dict[str, Windows]:  # of each field of Texts
+    windows = {}
+    for kind, part in documents._asdict().items():
+        name = f"{kind}_{sum(map(len, part))}_{setting.n_tokens}_{model.n_frozen}"
+        windows[kind] = Windows(model, part, setting.n_tokens, cache / "frozen_states" / name)
+    return windows
+
+
 def sequence_loss(
     model: smollm2.SmolLM2,
     written: smollm2.Continuation,
@@ -429,10 +439,7 @@ def main() -> None:
     if left or not results["before"] or not results.get("text"):
         model, tokenizer = smollm2.load(options.cache / "smollm2", setting.n_layers)
         documents = texts(tokenizer, limit=8 if options.quick else None)
-        windows = {}
-        for kind, part in documents._asdict().items():
-            name = f"{kind}_{sum(map(len, part))}_{setting.n_tokens}_{model.n_frozen}"
-            windows[kind] = Windows(model, part, setting.n_tokens, options.cache / "frozen_states" / name)
+        windows = windows_of(model, documents, setting, options.cache)
         results["text"] = {}
         for kind in KINDS:  # as long as what the model writes: how much of it repeats?
             found = passages(getattr(documents, kind), setting.n_new_tokens, setting.n_prompts, seed=2)
