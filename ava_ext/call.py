@@ -107,8 +107,8 @@ class Call:
     class_weights: Tensor | None  # [vocab_size], of the loss
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
-    head_loss: HeadLoss = dataclasses.field(init=False)
-    candidate_loss: CandidateLoss = dataclasses.field(init=False)
+    head_loss: HeadLoss = dataclasses.field(init=False, repr=False)  # not there yet where a check fails
+    candidate_loss: CandidateLoss = dataclasses.field(init=False, repr=False)
     recording: bool | Tensor = dataclasses.field(init=False, default=False)
     made: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
 

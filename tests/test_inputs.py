@@ -227,6 +227,15 @@ def test_what_does_not_fit_is_named(arguments, message):
         UnifiedLoss(V)(**{"logits": logits(), "targets": TARGETS, **arguments})
 
 
+def test_a_call_that_fails_its_checks_can_be_printed():
+    """pytest, and what reports errors, prints what the frames of an exception hold."""
+    with pytest.raises(ValueError, match="expected targets of shape") as caught:
+        UnifiedLoss(V)(torch.zeros(2, 3, V), TARGETS)
+    frames = [entry.frame.f_locals for entry in caught.traceback]
+    printed = [repr(local["call"]) for local in frames if "call" in local]
+    assert printed and all(text.startswith("Call(") for text in printed)
+
+
 def test_a_head_that_does_not_fit_the_hidden_states_is_named():
     with pytest.raises(ValueError, match=r"expected lm_head_weight of shape \[vocab_size, 3\] .*, got \[6, 4\]"):
         UnifiedLoss(V)(targets=TARGETS, hidden_states=torch.zeros(2, 4, 3), lm_head_weight=torch.zeros(V, 4))

@@ -112,7 +112,7 @@ def test_unshifted_labels_are_explicit_slices(case):
     config, arguments = case
     by_label = ("targets", "attention_mask", "token_weights")
     by_row = ("logits", "primary_logits", "hidden_states", "input_ids", "negative_ids", "negative_weights")
-    by_row += ("soft_target_ids", "soft_target_weights")
+    by_row += ("soft_target_ids", "soft_target_weights", "target_probabilities")
     is_flat = arguments["targets"].dim() == 1
     if is_flat or arguments.keys() & {"cu_seqlens", "segment_ids", "position_ids", "confidence_scores"}:
         arguments = {name: value for name, value in arguments.items() if name in (*by_label, *by_row)}

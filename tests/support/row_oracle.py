@@ -78,6 +78,9 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     probability_size, entropy_size = zero, zero
     log_prob_size, own = torch.zeros_like(z), torch.zeros_like(z)
     constant_size = zero
+    # under a cap even equal columns are as far from the rounded maximum as one multiply-add leaves them
+    of_tie = 2 * unit * largest.abs() if on[RowFlags.SOFTCAP] else zero
+    of_mean = zero  # what that leaves of the mean of u
     if on[RowFlags.CROSS_ENTROPY]:
         unweighted = reference.focal(z, targets, alpha, gamma) if on[RowFlags.FOCAL] else nll
         weight, weight_size = zero + 1, zero + 1
@@ -98,6 +101,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
             main = reference.smoothed(hard, z, smoothing, mode)
             hard_size = torch.where(e == 1, 0.0, (1 - e).abs() * reference.reweighted(unweighted, weight_size))
             terms["main_loss"] = main, main.abs() + 2 * hard_size
+            of_mean = e * of_tie
         else:
             terms["main_loss"] = hard, reference.reweighted(unweighted, weight_size)
         size = (1 - e).abs() * weight_size * (alpha * (1 + gamma) if on[RowFlags.FOCAL] else 1)
@@ -151,7 +155,9 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         all_terms = torch.stack([value for value, _ in terms.values()])
         underflow = 0.0 if is_float64 else 1e-34  # of a sum over the columns, times u
         terms_bound = torch.stack([size for _, size in terms.values()]) * of_rest + underflow
-        loss_bound = row_weights.abs() * (sum(terms[name][1] for name in added) * (of_rest + 4 * unit) + underflow)
+        terms_bound[list(terms).index("main_loss")] += of_mean
+        size = sum(terms[name][1] for name in added)
+        loss_bound = row_weights.abs() * (size * (of_rest + 4 * unit) + of_mean + underflow)
         mean_u = (p * u).sum(-1, keepdim=True)
         # s_c at its own column is s_c (1 - p_c): at the maximum that is small, and must not hide what the others give
         at_maximum = torch.zeros_like(present).scatter(-1, z.argmax(-1, keepdim=True), True)
@@ -165,9 +171,7 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         # from one multiply-add, z - largest with the product unrounded, and subtracts what that leaves at the maximum
         of_entropy = 2.0**-48 * (1 + largest.abs()) * entropy_size
         grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
-        if on[RowFlags.SOFTCAP]:  # equal columns are as far from the rounded maximum as one multiply-add leaves them
-            of_tie = 2 * unit * largest.abs() * entropy_size
-            grad_bound = grad_bound + p * of_tie.unsqueeze(-1) * cap_slope
+        grad_bound = grad_bound + p * (of_tie * entropy_size).unsqueeze(-1) * cap_slope
         underflow = (0.0 if is_float64 else 2e-38) * (1 + probability_size + entropy_size.unsqueeze(-1) * 100)
         grad_bound = grad_bound + (underflow + of_entropy.unsqueeze(-1)) * present
         grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature
