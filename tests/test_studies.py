@@ -14,6 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))
 
+import demo
 import measures
 import moe_balance
 import repetition
@@ -188,6 +189,30 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     plain = study("whole", "cross-entropy")[0]["arms"]  # another arm joins what is there, over the same data
     losses = [plain["cross-entropy"]["0"]["history"][0]["total_loss"], plain[both]["0"]["history"][0]["main_loss"]]
     assert losses[0] == pytest.approx(losses[1]) and plain[both] == whole["arms"][both]
+
+
+def test_demo_shows_what_was_before_and_after(tmp_path, monkeypatch, capsys):
+    documents = torch.randint(40, (4, 2, 200), generator=torch.Generator().manual_seed(3))
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(f" {token}" for token in ids))
+    monkeypatch.setattr(smollm2, "missing_packages", list)
+    monkeypatch.setattr(smollm2, "load", lambda cache, n: (tiny_model(n), tokenizer))
+    monkeypatch.setattr(repetition, "texts", lambda tokenizer, limit: repetition.Texts(*map(list, documents)))
+    arguments = ["--quick", "--updates", "6", "--output", str(tmp_path / "demo.json"), "--cache", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    demo.main()
+    found, printed = json.loads((tmp_path / "demo.json").read_text()), capsys.readouterr().out
+    assert found["before"]["perplexity"] != found["after"]["perplexity"]
+    for name in ("before", "after"):
+        assert found[name]["seq_rep_4"] == measures.measures(found[name]["written"])["seq_rep_4"]
+        assert f"{found[name]['perplexity']:.1f}" in printed and f"{found[name]['seq_rep_4']:.1%}" in printed
+        assert f"{name}: {tokenizer.decode(found[name]['written'][0][:9])}" in printed
+
+
+def test_what_repeats_is_red():
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join("abcdefgh"[token] for token in ids))
+    text = demo.coloured(tokenizer, [0, 1, 2, 3, 4, 0, 1, 2, 3, 5])
+    assert text.plain == "abcdeabcdf"
+    assert "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "red") == "abcd"
 
 
 @pytest.mark.parametrize("mark", SHOWN)
