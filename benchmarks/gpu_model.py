@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sass
@@ -50,10 +50,10 @@ ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
     "alone": 3,  # cycles for an instruction of a warp that has several independent ones
-    "loops": 5,  # that a thread enters for a row: two stages of maximum and gradient, and the sum
+    "loops": 6,  # that a thread enters for a row: two stages of maximum and gradient, two parts of the sum
     "loop": 30,  # instructions to enter one
-    # instructions of one warp between a row's barriers, as tests/ptx executes them: of plain cross-entropy, and of
-    # every term with four candidates
+    # instructions of PTX of one warp between a row's barriers, as tests/ptx executes them, mov and bra among them: of
+    # plain cross-entropy, and of every term with four candidates
     "stretch": 310,
     "stretch of every term": 600,
     "barrier": 40,  # cycles of a block's barrier
@@ -220,8 +220,9 @@ def count_router_instructions(
     if not is_given and k != BEST_CHOICES:
         raise ValueError(f"gpu_model: expected k = {BEST_CHOICES}, whose stores are known, got {k}")
 
-    def path(stem: str, keys: str, n_sums: int) -> float:
-        (kernel,) = [f for f in kernels if re.search(stem, f.name)]
+    def path(stem: str, keys: str) -> float:
+        (found,) = [f for f in kernels if re.search(stem, f.name)]
+        kernel = _of_ordinary_rows(found, n_lanes, is_given)
         loops = [loop for loop in kernel.loops() if _is_over_rows(kernel.opcodes(loop))]
         over_rows = min(loops, key=lambda loop: loop.last - loop.first)
 
@@ -229,8 +230,6 @@ def count_router_instructions(
             opcodes = kernel.opcodes(inner)
             if opcodes["STG.E"]:  # one choice after another: more than kBest of them, a bias, logits of 32 bits
                 return math.inf
-            if opcodes["SHFL.BFLY"] == BEST_CHOICES:  # the best of both lanes of a pair
-                return math.inf if is_given else n_lanes.bit_length() - 1
             if not opcodes["SHFL.IDX"]:
                 return 1
             if opcodes["SHFL.IDX"] == 1 or not is_given:  # experts chosen twice
@@ -238,17 +237,30 @@ def count_router_instructions(
             n_reads = math.ceil(k / n_lanes)
             return n_reads if any(o.startswith("LDG") for o in opcodes) else k / n_reads / opcodes["SHFL.IDX"]
 
-        found = kernel.path(over_rows, rf"MUFU.EX2|LDGSTS.*128|{keys}", trips)
-        if found is None or ("STG" in keys and found.count("STG.*128") != 2):  # 16 elements, or 8 choices
+        way = kernel.path(over_rows, rf"MUFU|LDGSTS.*128|SHFL.BFLY|{keys}", trips)
+        if way is None or way.count("STG.*128") != (2 if keys == "STG.*128" else 0):
             raise ValueError(f"gpu_model: expected a path through the choices of {kernel.name}")
-        more_steps = max(0, n_lanes.bit_length() - 3) + (n_lanes == 16)  # of a sum over more than 4 lanes
-        return found.n_instructions + 2 * n_sums * more_steps
+        return way.n_instructions
 
     # importance is added where bits in predicates say so
-    choices = "SHFL.IDX|R2P" if is_given else "VIMNMX|STG.*128|R2P"  # comparisons of keys
     return RouterInstructions(
-        path("router_statistics_kernel", choices, 3), path("router_gradient_kernel", "STG.*128", 4)
+        path("router_statistics_kernel", "SHFL.IDX|R2P" if is_given else "SHFL.IDX|STG.E$"),
+        path("router_gradient_kernel", "STG.*128"),
     )
+
+
+def _of_ordinary_rows(kernel: sass.Function, n_lanes: int, is_given: bool) -> sass.Function:
+    """The kernel without ways through code for other rows, and through shuffles of more lanes than a row has."""
+    shuffles = [offset for offset in (4, 6, 8, 12, 16, 20) if offset >= n_lanes] + [1] * is_given
+    offsets = [f", {offset:#x}," for offset in shuffles]
+
+    def is_elsewhere(i: sass.Instruction) -> bool:
+        if i.opcode == "SHFL.BFLY":
+            return any(offset in i.operands for offset in offsets)
+        return i.opcode in ("FMNMX.NAN", "I2F.U32.RP")  # what bounds u, and divides the number of a row
+
+    kept = [replace(i, opcode="EXIT", guard="") if is_elsewhere(i) else i for i in kernel.instructions]
+    return sass.Function(kernel.name, kept)
 
 
 def _is_over_rows(opcodes: Counter[str]) -> bool:
@@ -257,6 +269,7 @@ def _is_over_rows(opcodes: Counter[str]) -> bool:
 
 ROUTER = r"I13__nv_bfloat16Li16ELb0E"  # in a kernel's name: bfloat16, more than 8 experts, softmax
 ROUTER_BLOCK = 256  # threads
+ROUTER_SPECIAL = 19  # exponentials, a logarithm and a reciprocal of 16 logits
 BEST_CHOICES = 8  # kBest in csrc/cuda/router_rows_choice.cuh
 REGISTERS = 65536  # of a multiprocessor
 
@@ -277,7 +290,7 @@ def router_times(
         # three rows are under way meanwhile: a warp waits only for what the latency exceeds its work on those
         alone = n_instructions * ASSUMED["alone"]
         delay = max(0.0, ASSUMED["latency"] * gpu.hertz - 3 * alone)
-        bound = bounds([gpu.cycles(n_moved), issue_cycles(n_instructions, 18)], delay, n_warps)
+        bound = bounds([gpu.cycles(n_moved), issue_cycles(n_instructions, ROUTER_SPECIAL)], delay, n_warps)
         least, most = least + max(bound[0], alone / n_warps), most + max(bound[1], alone / n_warps)
     return (least, most), gpu.cycles(3 * n_bytes + of_choices)
 

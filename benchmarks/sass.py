@@ -29,6 +29,7 @@ class Instruction:
     guard: str  # "@!P0", or ""
     opcode: str  # "LDS.128"
     target: int  # of a branch, else -1
+    operands: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def functions(listing: Iterable[str], names: str = "") -> Iterator[Function]:
             of_operands = re.match(r"\s*(!?U?P\d+)\s*,", operands)  # BRA P0, 0x10
             guard = guard or (of_operands[1] if of_operands and opcode.startswith("BRA") else "")
             place = int(target[1], 16) if target else -1
-            current.instructions.append(Instruction(int(address, 16), guard, opcode, place))
+            current.instructions.append(Instruction(int(address, 16), guard, opcode, place, operands))
     if current:
         yield current
 

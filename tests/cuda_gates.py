@@ -7,7 +7,7 @@
 
     python tests/cuda_gates.py [--architectures 80 90 100] [--table]
 
-Compiled again only after an edit (build/cuda_gates). Ends with 0 where all is well, or where there is no nvcc.
+Compiled again only after an edit (build/ptx, build/cuda_gates). Ends with 0 where all is well, or where no nvcc is.
 """
 
 import argparse
@@ -20,10 +20,8 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from support.cuda_compiler import assemble, find_nvcc
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "build" / "cuda_gates"
 ARCHITECTURES = ["80", "90", "100"]
 # rows of each type of logits (float64 is simple, not fast, but must not spill either), and what takes no logits
 KERNELS = re.compile(r"(softmax_rows_(float32|bfloat16|float16|float64)|router_rows|repetition|temperature)$")
@@ -62,11 +60,6 @@ class Kernel:
         return found
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-
-
 def find_cuobjdump(nvcc: str) -> str:
     """The toolkit's own, or PyPI's nvidia-cuda-cuobjdump, which the extra `test` brings."""
     folders = [str(Path(os.path.realpath(nvcc)).parent)]
@@ -75,28 +68,6 @@ def find_cuobjdump(nvcc: str) -> str:
     if found is None:
         raise SystemExit("cuda_gates: expected cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     return found
-
-
-def compile_all(nvcc: str, architectures: list[str]) -> list[Path]:
-    """An object and ptxas' report beside it for each source and architecture."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    include = Path(torch.__file__).parent / "include"
-    flags = "-std=c++20 -O3 -cubin -Xptxas -v -Werror=all-warnings --compiler-options=-Wall,-Wextra"
-    lines = [
-        f"rule compile\n  command = {nvcc} {flags} -isystem {include} -arch=sm_$sm -MD -MF $out.d -o $out $in"
-        " > $out.log 2>&1 || (cat $out.log && false)",
-        "  depfile = $out.d\n  deps = gcc\n  description = nvcc sm_$sm $in",
-    ]
-    objects = []
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        for architecture in architectures:
-            objects.append(FOLDER / f"{source.stem}.sm_{architecture}.cubin")
-            lines.append(f"build {objects[-1].name}: compile ../../{source.relative_to(ROOT)}\n  sm = {architecture}")
-    (FOLDER / "build.ninja").write_text("\n".join(lines) + "\n")
-    environment = {**os.environ, "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]}
-    if subprocess.run(["ninja"], cwd=FOLDER, env=environment).returncode != 0:
-        raise SystemExit("cuda_gates: nvcc failed")
-    return objects
 
 
 def kernels_of_report(text: str) -> dict[str, Kernel]:
@@ -169,7 +140,7 @@ def main() -> int:
     if nvcc is None:
         print("cuda_gates: no nvcc on PATH or in CUDA_HOME: nothing to look at")
         return 0
-    objects = compile_all(nvcc, options.architectures)
+    objects = assemble([f"sm_{number}" for number in options.architectures])
     return int(check(objects, find_cuobjdump(nvcc), options.table) > 0)
 
 

@@ -35,6 +35,8 @@ REPETITION_LISTS, REPETITION_TEXT = "csrc/cuda/repetition_arguments.cuh", "csrc/
 REPETITION_ORDER = "csrc/cuda/repetition_order.cuh"
 ROW_WEIGHTS = "csrc/cuda/row_weights.cuh"
 SOFTMAX_SUMS, EXCHANGE = "csrc/cuda/softmax_rows_measure.cuh", "csrc/cuda/softmax_rows_exchange.cuh"
+ROUTER_CHOICE, ROUTER_LANES = "csrc/cuda/router_rows_choice.cuh", "csrc/cuda/router_rows_lanes.cuh"
+ROUTER_FETCH = "csrc/cuda/router_rows_fetch.cuh"
 MUTANTS = [
     Mutant("barrier_removed", "thread", ROW_SUM, "__syncthreads();", "", "data race"),
     Mutant("barrier_removed_nan", "none", ROW_SUM, "__syncthreads();", "", "nan, expected"),
@@ -87,6 +89,16 @@ MUTANTS = [
     Mutant("no_collisions_of_texts", "none", REPETITION_ORDER,
            " || facts_.text_start[place.row] != facts_.text_start[other]", "", "collides"),
     Mutant("no_wait_in_a_row", "none", SOFTMAX_SUMS, "if (stage == 0) cp_async_wait<1>();", "", "expected"),
+    Mutant("zeros_of_both_signs_differ", "none", ROUTER_CHOICE, "pair = __hadd2(pair, Pair{});", "",
+           "test_router_rows.cpp"),
+    Mutant("lists_of_other_lanes", "none", ROUTER_CHOICE, "halve<2>(keys, 6);", "halve<2>(keys, 4);",
+           "test_router_rows.cpp"),
+    Mutant("padding_is_chosen", "none", ROUTER_LANES, "keys[i] = INT32_MIN;", ";", "test_router_rows.cpp"),
+    Mutant("masked_rows_are_ordinary", "none", ROUTER_LANES, " && weighted == weighted", "", "test_router_rows.cpp"),
+    Mutant("sure_rows_are_ordinary", "none", ROUTER_LANES, "total >= (1 + kLeastOrdinaryRest) * largest && ", "",
+           "test_router_rows.cpp"),
+    Mutant("no_wait_for_rows", "none", ROUTER_FETCH, "cp_async_wait<kRowsAhead>();", "cp_async_wait<kRowStages>();",
+           "test_router_rows.cpp"),
     # what they take for partials sends them anywhere: the program may end without a word
     Mutant("no_wait_for_partials", "none", EXCHANGE, "if (every_warp || threadIdx.x < 32) mbarrier_wait(",
            "static_cast<void>(", ""),
@@ -107,7 +119,7 @@ def run_test_of(kernel, folder, sanitizer):
         SANITIZERS[sanitizer],
     )
     emulator, program = folder / "tests/cuda_emulator", folder / "program"
-    stems = ("row_sum", "row_weights", "repetition", "softmax_rows")
+    stems = ("row_sum", "row_weights", "repetition", "softmax_rows", "router_rows")
     stem = next(stem for stem in stems if Path(kernel).stem.startswith(stem))
     # launchers that are compiled files of their own, one for each type of element
     launchers = [f"-xc++ {path} -xnone" for path in sorted((folder / "csrc/cuda").glob(f"{stem}_*.cu"))]

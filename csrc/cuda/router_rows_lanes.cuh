@@ -1,83 +1,76 @@
-// A router's row in the registers of 1 to 32 lanes, for up to 512 experts of 16 or 32 bits: fetched once, 16 bytes at a
-// time where it is aligned, three rows ahead. A warp takes 32 / n_lanes rows at once, so that few experts do not mean
-// idle lanes.
+// A router's row in the registers of 1 to 32 lanes, for up to 512 experts of 16 or 32 bits. A warp takes 32 / n_lanes
+// rows at once, so that few experts do not mean idle lanes.
 #pragma once
-#include "router_rows_choice.cuh"
+#include "router_rows_fetch.cuh"
 #include "softmax_rows_exponent.cuh"
 
 namespace ava {
 
 constexpr int64_t kMostExpertsOfLanes = 512;
-constexpr int kRowsAhead = 3, kRowStages = kRowsAhead + 1;  // copies under way hide the memory's latency
 
-inline int items_of_lane(int64_t n_experts) { return n_experts <= 8 ? 8 : 16; }
-inline int lanes_of_row(int64_t n_experts) {
-  int n_lanes = 1;
-  while (n_lanes * items_of_lane(n_experts) < n_experts) n_lanes *= 2;
-  return n_lanes;
-}
-// of the rows that are under way
-inline size_t router_row_bytes(int64_t n_experts, int element_bytes) {
-  return size_t(kRowStages) * kRouterThreads * items_of_lane(n_experts) * element_bytes;
+// A nan loses.
+template <class Element, int kVectors>
+__device__ __forceinline__ float largest_of(const uint4* bits) {  // [kVectors] of 16-bit elements
+  using Pair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
+  Pair pairs[4 * kVectors];
+  memcpy(static_cast<void*>(pairs), bits, 16 * kVectors);
+#pragma unroll
+  for (int n = 2 * kVectors; n > 0; n /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) pairs[i] = __hmax2(pairs[i], pairs[i + n]);
+  }
+  return fmaxf(to_float(pairs[0].x), to_float(pairs[0].y));
 }
 
-// kItems: logits that a lane holds, 16 where there are more than 8 experts: what a row costs besides its logits is shared
-// by more of them
+// Ordinary rows of 16 bits are done with fewer instructions; the others as those of 32 bits and of sigmoids.
+template <class Element, bool kSigmoid>
+constexpr bool kMayBeOrdinary = sizeof(Element) == 2 && !kSigmoid;
+
 template <class Element, int kItems, bool kSigmoid>
-class RouterLanes {
+class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<Element, kSigmoid>> {
  public:
-  static constexpr int kSize = kVectorSize<Element>, kVectors = kItems / kSize;
+  static constexpr bool kQuick = kMayBeOrdinary<Element, kSigmoid>;
+  using Rows = RouterRowsInFlight<Element, kItems, kQuick>;
+  using Rows::expert_at, Rows::is_padded, Rows::kept, Rows::kSize, Rows::kVectors, Rows::read_bits, Rows::row_of_all;
+  using typename Rows::Turn;
+  static constexpr float kLargestOrdinary = 32, kLeastOrdinaryRest = 1.f / 128;  // is_ordinary
 
-  // rows: router_row_bytes of shared memory
   __device__ RouterLanes(const RouterArguments<float>& arguments, int n_lanes, unsigned char* rows)
-      : a_(arguments),
-        lanes_(n_lanes),
-        n_experts_(int(arguments.n_experts)),
-        layer_(arguments.first_layer + blockIdx.y),
-        logits_(static_cast<const Element*>(arguments.logits[blockIdx.y])),
-        slots_(reinterpret_cast<uint4*>(rows) + threadIdx.x) {
-    const RouterSlot slot = arguments.rows_of_slot(blockIdx.x);
-    segment_ = int(slot.segment);
-    begin_ = int(slot.begin);
-    end_ = int(slot.end);
-    counted_end_ = slot.segment < arguments.n_segments ? end_ : begin_;
+      : Rows(arguments, n_lanes, rows) {
+    const int64_t first_choice = row_of_all(0) * arguments.k;
+    if (arguments.choice) choices_ = kept(arguments.choice + first_choice);
+    if (arguments.indices) given_ = kept(arguments.indices + first_choice);
+    if (arguments.wide_indices) given_ = kept(arguments.wide_indices + first_choice);
   }
 
-  // Neighbouring lanes hold neighbouring vectors.
-  __device__ int expert_at(int item) const { return (item / kSize * lanes_.n + lanes_.own) * kSize + item % kSize; }
-  __device__ const LaneGroup& lanes() const { return lanes_; }
-  __device__ int64_t layer() const { return layer_; }
-  __device__ int64_t group() const { return layer_ * a_.n_segments + segment_; }
-  __device__ bool is_in_group() const { return counted_end_ > begin_; }
-  __device__ bool has_rows() const { return begin_ < end_; }
-  // of all layers
-  __device__ int64_t row_of_all(int row) const { return layer_ * a_.n_rows + row; }
-
-  // body(turn, row, counts): every row of the slot, the next three under way meanwhile. All lanes of the warp come along,
-  // so that they can shuffle; row is -1 for those that have none. Logits are 0 in rows that do not count: those are not
-  // fetched.
-  template <class Body>
-  __device__ void for_rows(Body body) const {
-    const int step = kRouterThreads / lanes_.n, n_turns = (end_ - begin_ + step - 1) / step;
-    const int first = begin_ + int(threadIdx.x) / lanes_.n;
-#pragma unroll 1
-    for (int turn = -kRowsAhead; turn < n_turns; ++turn) {
-      const int ahead = turn + kRowsAhead;
-      if (ahead < n_turns) {
-        const int place = first + ahead * step, row = row_at(place);
-        fetch(row, counts(place, row), ahead);
-      }
-      cp_async_commit();
-      if (turn < 0) continue;
-      const int place = first + turn * step, row = row_at(place);
-      cp_async_wait<kRowsAhead>();
-      body(turn, row, counts(place, row));
+  // The row's logits, in the body, as often as they are wanted: cheaper than registers that keep them.
+  __device__ void read(const Turn& turn, float* z) const {
+    uint4 bits[kVectors];
+    read_bits(turn, bits);
+#pragma unroll
+    for (int vector = 0; vector < kVectors; ++vector) unpack<Element>(bits[vector], z + vector * kSize);
+    if (kQuick && is_padded()) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        if (expert_at(i) >= n_experts_) z[i] = -INFINITY;
     }
   }
-  // The row's logits, in the body, as often as they are wanted: cheaper than registers that keep them.
-  __device__ void read(int turn, float* z) const {
+
+  // An ordinary row is neither so far from 0 that e^z would lose digits or overflow, nor so sure of an expert that 1 - p
+  // would lose more digits than 16 bits have to spare, nor has it a logit of nan or -inf: sum z e^z would be nan. It is
+  // done without its maximum. Of the row's sum e^z and its log2, of this lane's part of sum z e^z and its largest e^z.
+  __device__ static bool is_ordinary(float total, float log_total, float weighted, float largest) {
+    return total >= (1 + kLeastOrdinaryRest) * largest && fabsf(log_total) <= kLargestOrdinary && weighted == weighted;
+  }
+  // z and e^z; returns the largest e^z of this lane
+  __device__ static float exponentiate(const Turn& turn, float* z, float* weights) {
+    uint4 bits[kVectors];
+    read_bits(turn, bits);
 #pragma unroll
-    for (int vector = 0; vector < kVectors; ++vector) unpack<Element>(slot(turn, vector), z + vector * kSize);
+    for (int vector = 0; vector < kVectors; ++vector) unpack<Element>(bits[vector], z + vector * kSize);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) weights[i] = exp2_fast(z[i] * kLog2e);
+    return exp2_fast(largest_of<Element, kVectors>(bits) * kLog2e);
   }
 
   // u, bounded so that 0 * u is 0 where a logit is -inf; a nan stays one
@@ -117,7 +110,7 @@ class RouterLanes {
     }
     return {max, rest, weighted};
   }
-  __device__ void read_effective(int turn, float* y) const {
+  __device__ void read_effective(const Turn& turn, float* y) const {
     read(turn, y);
     if constexpr (kSigmoid) {
 #pragma unroll
@@ -127,33 +120,54 @@ class RouterLanes {
 
   // The k best of `scores`, -inf behind the last expert, which also go to `choice`.
   template <class Key>
-  __device__ ChosenItems choose(int row, bool counts, const float* scores) const {
-    Key keys[kItems];
+  __device__ ChosenItems choose(const Turn& turn, const float* scores) const {
+    uint32_t ranks[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) keys[i] = choice_key<Key>(scores[i], expert_at(i));
-    int32_t* const choice = a_.choice + row_of_all(row) * a_.k;
-    const bool writes = lanes_.own == 0 && row >= 0;
+    for (int i = 0; i < kItems; ++i) ranks[i] = uint32_t(rank_of(scores[i])) ^ 0x80000000u;
+    // keys of 64 bits do not stay in registers, of which there are too few
+    const auto key = [&](int i) {
+      return choice_key<Key>(sizeof(Key) == 4 ? ranks[i] : computed_again(ranks[i]), expert_at(i));
+    };
+    int32_t* const choice = choice_of(turn);
     const int k = int(a_.k);
     ChosenItems chosen;
     Key last = kAboveKeys<Key>;
 #pragma unroll 1
     for (int which = 0; which < k; ++which) {
       // the largest key below the last one: below it differences wrap around to the top
-      Key best = keys[0] - last;
+      Key best = key(0) - last;
 #pragma unroll
-      for (int i = 1; i < kItems; ++i) best = keys[i] - last > best ? keys[i] - last : best;
+      for (int i = 1; i < kItems; ++i) {
+        const Key other = key(i) - last;
+        best = other > best ? other : best;
+      }
       last += lanes_.largest(best);
       const int expert = expert_of_key(last);
       chosen.add(twice_position(expert) - 2 * lanes_.own * kItems);
-      if (writes) choice[which] = counts ? expert : -1;
+      if (lanes_.own == 0 && turn.has_row()) choice[which] = turn.counts() ? expert : -1;
     }
     return chosen;
   }
-  // The same for scores of 16 bits, where there are at most kBest choices.
-  __device__ ChosenItems choose_best(int row, bool counts, const float* scores) const {
+  // The same for scores of 16 bits, where there are at most kBest choices: add(item) for those of rows that count.
+  template <class Add>
+  __device__ void choose_best(const Turn& turn, const BestOfLanes& best_of_lanes, Add add) const {
+    uint4 bits[kVectors];
+    read_bits(turn, bits);
     int keys[kItems], best[kBest];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) keys[i] = signed_choice_key(scores[i], expert_at(i));
+    for (int vector = 0; vector < kVectors; ++vector) {
+      const uint32_t words[4] = {bits[vector].x, bits[vector].y, bits[vector].z, bits[vector].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int item = vector * kSize + 2 * i;
+        pair_of_keys<Element>(words[i], expert_at(item), keys + item);
+      }
+    }
+    if (is_padded()) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+        if (expert_at(i) >= n_experts_) keys[i] = INT32_MIN;
+    }
 #pragma unroll
     for (int i = 0; i < kBest; ++i) best[i] = keys[i];
     sort_best(best);
@@ -164,69 +178,73 @@ class RouterLanes {
       sort_best(others);
       merge_best(best, [&](int i) { return others[i]; });
     }
-#pragma unroll 1
-    for (int offset = 1; offset < lanes_.n; offset *= 2)
-      merge_best(best, [&](int i) { return __shfl_xor_sync(kWholeWarp, best[i], offset); });
-
-    const int k = int(a_.k);
-    int last = best[kBest - 1];
-    if (k < kBest) {
+    const int last = best_of_lanes.merge(best, [&](auto n_keys, const int* own, int place) {
+      constexpr int kKeys = decltype(n_keys)::value;
+      const int k = int(a_.k);
+      int32_t* const choice = choice_of(turn) + place;
+      const int n_written = turn.has_row() && lanes_.own < kBest / kKeys ? k - place : 0;
+      int last = own[0];
 #pragma unroll
-      for (int i = kLeastBest; i < kBest; ++i)
-        if (i == k) last = best[i - 1];
-    }
-    ChosenItems chosen;
+      for (int i = 0; i < kKeys; ++i) {
+        if (i <= ((k - 1) & (kKeys - 1))) last = own[i];
+        if (i < n_written) choice[i] = turn.counts() ? expert_of_key(own[i]) : -1;
+      }
+      return lanes_.broadcast(last, best_of_lanes.last_lane());
+    });
+    const int least = turn.counts() ? last : INT32_MAX;
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
-      if (keys[i] >= last) chosen.bits |= 1u << 2 * i;
-    if (lanes_.own == 0 && row >= 0) {
-      int32_t* const choice = a_.choice + row_of_all(row) * k;
-      const unsigned absent = counts ? 0 : ~0u;
-      unsigned experts[kBest];
-#pragma unroll
-      for (int i = 0; i < kBest; ++i) experts[i] = unsigned(expert_of_key(best[i])) | absent;
-      if (k == kBest && reinterpret_cast<uintptr_t>(choice) % 16 == 0) {
-        store16(choice, {experts[0], experts[1], experts[2], experts[3]});
-        store16(choice + 4, {experts[4], experts[5], experts[6], experts[7]});
-      } else {
-#pragma unroll
-        for (int i = 0; i < kBest; ++i)
-          if (i < k) choice[i] = int32_t(experts[i]);
-      }
-    }
-    return chosen;
+      if (keys[i] >= least) add(i);
   }
   // use(chosen) for the row's choices that were given; one at a time where a row chose an expert twice.
-  template <bool kChecked, class Use>
-  __device__ void for_given(int row, bool counts, Use use) const {
+  // False where there is no such expert.
+  template <class Use>
+  __device__ bool for_given(const Turn& turn, Use use) const {
     const int k = int(a_.k);
-    const int64_t at = row_of_all(row) * k + lanes_.own;
+    const uint64_t at = uint64_t(turn.row()) * unsigned(k) + unsigned(lanes_.own);
+    bool every_expert_exists = true;
     // each(twice the item of this lane, or beyond) for every choice; each lane reads one of them at a time
-    const auto for_each = [&](auto unrolled, auto each) {
+    const auto for_each = [&](auto n_at_once, auto each) {
 #pragma unroll 1
       for (int first = 0; first < k; first += lanes_.n) {
-        const int n = k - first < lanes_.n ? k - first : lanes_.n;
         int own = -1;  // in no lane
-        if (counts && lanes_.own < n) {
-          const int64_t expert = a_.wide_indices ? a_.wide_indices[at + first] : a_.indices[at + first];
-          if constexpr (kChecked) AVA_DEVICE_CHECK(expert >= 0 && expert < a_.n_experts);
+        if (turn.counts() && first + lanes_.own < k) {
+          const int64_t expert = a_.wide_indices ? static_cast<const int64_t*>(given_)[at + unsigned(first)]
+                                                 : static_cast<const int32_t*>(given_)[at + unsigned(first)];
+          every_expert_exists = every_expert_exists && expert >= 0 && expert < a_.n_experts;
           own = twice_position(int(expert));
         }
-#pragma unroll(decltype(unrolled)::value)
-        for (int which = 0; which < n; ++which) each(lanes_.broadcast(own, which) - 2 * lanes_.own * kItems);
+        const int n = k - first < lanes_.n ? k - first : lanes_.n;
+#pragma unroll 1
+        for (int which = 0; which < n; which += decltype(n_at_once)::value) {
+#pragma unroll
+          for (int i = 0; i < decltype(n_at_once)::value; ++i)
+            each(lanes_.broadcast(own, which + i) - 2 * lanes_.own * kItems);
+        }
       }
     };
     ChosenItems all;
-    for_each(std::integral_constant<int, 4>(), [&](int twice_item) { all.add(twice_item); });
-    if (!__any_sync(kWholeWarp, all.repeated != 0)) return use(all);
-    for_each(std::integral_constant<int, 1>(), [&](int twice_item) {
-      ChosenItems one;
-      one.add(twice_item);
-      use(one);
-    });
+    const auto add = [&](int twice_item) { all.add(twice_item); };
+    if (lanes_.n >= 4)
+      for_each(std::integral_constant<int, 4>(), add);
+    else
+      for_each(std::integral_constant<int, 1>(), add);
+    if (!__any_sync(kWholeWarp, all.repeated != 0)) {
+      use(all);
+    } else {
+      for_each(std::integral_constant<int, 1>(), [&](int twice_item) {
+        ChosenItems one;
+        one.add(twice_item);
+        use(one);
+      });
+    }
+    return every_expert_exists;
   }
 
  private:
+  __device__ int32_t* choice_of(const Turn& turn) const {  // own ones
+    return choices_ + uint64_t(turn.row()) * unsigned(a_.k);
+  }
   // Twice the number of an expert's logit among those of the row's lanes, lane by lane.
   __device__ int twice_position(int expert) const {
     const unsigned vector = unsigned(expert) / kSize;
@@ -234,38 +252,9 @@ class RouterLanes {
     return 2 * int(lane * kItems + of_lane * kSize + unsigned(expert) % kSize);
   }
 
-  __device__ int row_at(int place) const { return place < end_ ? int(a_.row_at(place)) : -1; }
-  __device__ bool counts(int place, int row) const { return place < counted_end_ && a_.counts_row(layer_, row); }
-
-  __device__ uint4& slot(int turn, int vector) const {
-    return slots_[(unsigned(turn) % kRowStages * kVectors + vector) * kRouterThreads];
-  }
-  __device__ void fetch(int row, bool counts, int turn) const {
-    const Element* const z = logits_ + (counts ? row_offset(a_.layout, uint32_t(row)) : 0);
-    const bool aligned = counts && reinterpret_cast<uintptr_t>(z) % 16 == 0;
-#pragma unroll
-    for (int vector = 0; vector < kVectors; ++vector) {
-      const int first = expert_at(vector * kSize);
-      if (aligned && first + kSize <= n_experts_) {
-        cp_async16(&slot(turn, vector), z + first);
-      } else {
-        float values[kSize];
-#pragma unroll
-        for (int i = 0; i < kSize; ++i)
-          values[i] = first + i >= n_experts_ ? -INFINITY : counts ? to_float(z[first + i]) : 0.f;
-        slot(turn, vector) = pack<Element>(values);
-      }
-    }
-  }
-
-  const RouterArguments<float>& a_;
-  const LaneGroup lanes_;
-  const int n_experts_;
-  const int64_t layer_;
-  const Element* const logits_;  // of the layer
-  uint4* const slots_;           // this thread's, one in kRouterThreads
-  int segment_, begin_, end_;    // the slot's rows
-  int counted_end_;              // begin_, if they are in no group
+  using Rows::a_, Rows::lanes_, Rows::n_experts_;
+  int32_t* choices_ = nullptr;   // of the layer
+  const void* given_ = nullptr;  // of the layer, 64 or 32 bits
 };
 
 }  // namespace ava

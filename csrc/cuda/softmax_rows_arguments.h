@@ -47,10 +47,11 @@ struct RowArguments {
   int32_t all_flags;                 // of the kernel of scalars, which evaluates the main term by itself
 
   // Of the plan. Here they are in constant memory, where they cost a kernel no registers.
-  int32_t cluster_size;  // parts that a row is cut into, one for each block
-  int32_t capacity;      // 16-byte vectors in a part at most
-  int32_t n_slots;       // of them for a thread
-  uint32_t row_step;     // rows that are worked on at the same time
+  int32_t cluster_size;   // parts that a row is cut into, one for each block
+  int32_t capacity;       // 16-byte vectors in a part at most
+  int32_t n_slots;        // of them for a thread
+  int32_t n_slots_first;  // of those in the first of two stages
+  uint32_t row_step;      // rows that are worked on at the same time
 };
 
 // A column that may have an s_c of its own. Entry 0 of a row is its target, or, where coefficients are given, i*; the

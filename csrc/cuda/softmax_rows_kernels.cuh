@@ -23,6 +23,9 @@
 
 namespace ava {
 
+// In place of a target: behind the last row.
+constexpr int32_t kNoRow = -2;
+
 // What a block knows of a row before it has seen a logit.
 template <class Element>
 struct RowHeader {
@@ -31,9 +34,20 @@ struct RowHeader {
   unsigned number;  // among the rows of this block that count
   int32_t target;   // -1: the row is left out; kNoRow
   float weight;
+  // Of this row and of the next, whose vectors take the places of this one's: the vectors of the longer one; and those that
+  // move 16 bytes at once in the logits, the gradient and the next row, but for the first if that is an edge of either.
+  // Where no row follows that counts none does: the last row of a block may take a little longer.
+  Share all, whole;
+  int32_t begins_with_edge;
+
+  __device__ __forceinline__ void join(const RowHeader& next, bool is_staged) {
+    const bool has_next = next.target >= 0;
+    all = has_next ? larger(part.all, next.part.all) : part.all;
+    whole = has_next ? smaller(part.whole, next.part.whole) : part.whole;
+    begins_with_edge = part.begins_with_edge() || (has_next && next.part.begins_with_edge());
+    if (part.n_whole_in_gradient == 0 || (is_staged && !has_next)) whole = {0, 0};
+  }
 };
-// In place of a target: behind the last row.
-constexpr int32_t kNoRow = -2;
 
 // What the threads of a block tell each other, in shared memory; behind it partials and entries.
 template <class Element>
@@ -53,38 +67,38 @@ inline size_t row_shared_bytes(bool kept_in_shared, int capacity, int cluster_si
 
 // Writes the gradient of this row, whose vectors gradient_of(i, vector) makes, and fills their places with the next row.
 template <class Element, Residence kResidence, Features kFeatures, class GradientOf>
-__device__ __forceinline__ void write_row(const RowSlice<Element>& row, const RowSlice<Element>& next, bool has_next,
-                                          Kept<Element, kResidence>& kept, int n_slots, GradientOf gradient_of) {
+__device__ __forceinline__ void write_row(const RowArguments& a, const RowHeader<Element>& header,
+                                          const RowHeader<Element>& next_header, Kept<Element, kResidence>& kept,
+                                          GradientOf gradient_of) {
   constexpr bool kStaged = Kept<Element, kResidence>::kStaged;
   const int thread = threadIdx.x, n_threads = blockDim.x;
+  const bool has_next = next_header.target >= 0;
+  const RowSlice<Element> row(a, header.part), next(a, next_header.part);
   const int first = row.first + thread, n_mine = row.all.of(thread), n_next = has_next ? next.all.of(thread) : 0;
   const auto write_slot = [&](int i) {
     if (i < n_mine) row.store(first + i * n_threads, gradient_of(i, first + i * n_threads));
     if (i < n_next) kept.fetch(next, i, next.first + thread + i * n_threads);
   };
   if constexpr (kResidence == Residence::registers) {
-    for_slots<kResidence, 1>(0, n_slots, write_slot);
+    for_slots<kResidence, 1>(0, a.n_slots, write_slot);
   } else {
-    // slots [begin, end) move 16 bytes at once in all three places: nothing is asked there
-    int begin = row.begin_whole(thread), end = row.n_whole_in_gradient > 0 ? row.end_whole(thread) : 0;
-    if (has_next) {
-      begin = max(begin, next.begin_whole(thread));
-      end = min(end, next.end_whole(thread));
-    }
-    end = max(begin, end);
+    // in slots [begin, end) nothing is asked
+    const int begin = thread == 0 ? header.begins_with_edge : 0, end = max(begin, header.whole.of(thread));
+    const int last = header.all.of(thread);
 #pragma unroll 1
-    for (int i = begin > 0 ? 0 : end; i < n_slots; i = i + 1 == begin ? end : i + 1)
-      write_slot(i);  // in the first stage
-    const Element* const source = next.address(next.first - row.first);
+    for (int i = begin > 0 ? 0 : end; i < last; i = i + 1 == begin ? end : i + 1) write_slot(i);  // in the first stage
+    auto* const gradient = reinterpret_cast<uint4*>(row.gradient);
+    const auto* const source = reinterpret_cast<const uint4*>(next.address(next.first - row.first));
+    int from = begin, to = min(end, slots_of_stage<kResidence>(a, 0).end);
 #pragma unroll 1
     for (int stage = 0; stage < kStages<kResidence>; ++stage) {
-      const SlotRange range = slots_of_stage<kResidence>(n_slots, stage);
-      for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(max(begin, range.begin), min(end, range.end), [&](int i) {
+      for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(from, to, [&](int i) {
         const int vector = first + i * n_threads;
-        const int64_t offset = int64_t(vector) * RowSlice<Element>::kSize;
-        store16(row.gradient + offset, gradient_of(i, vector));
-        if (kStaged && has_next) cp_async16(kept.slots + i * n_threads, source + offset);
+        store16(gradient + vector, gradient_of(i, vector));
+        if constexpr (kStaged) cp_async16(kept.slots + i * n_threads, source + vector);
       });
+      from = to;
+      to = end;
       if constexpr (kStaged) cp_async_commit();
     }
   }
@@ -113,7 +127,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
     const RowSlice<Element> row(a, header.part);
 #pragma unroll 1
     for (int stage = 0; stage < kStages<kResidence>; ++stage) {
-      const SlotRange range = slots_of_stage<kResidence>(a.n_slots, stage);
+      const SlotRange range = slots_of_stage<kResidence>(a, stage);
       for_slots<kResidence, 1>(range.begin, range.end,
                                [&](int i) { kept.fetch(row, i, row.first + i * n_threads + thread); });
       if constexpr (kStaged) cp_async_commit();
@@ -123,17 +137,19 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
   const auto announce = [&](unsigned turn) {
     if (thread != n_threads - 1) return;
     RowHeader<Element>& header = board->headers[turn % board->kHeaders];
+    RowHeader<Element>& last = board->headers[(turn + board->kHeaders - 1) % board->kHeaders];
     const unsigned index = blockIdx.x / cluster_size + turn * a.row_step;
     if (index >= unsigned(a.n_rows)) {
       header.target = kNoRow;
-      return;
+      header.part = last.part;  // looked at by all, used by nobody
+    } else {
+      header.number = turn == 0 ? 0 : last.number + (last.target >= 0);
+      header.weight = weight_of<float>(a, index);
+      header.part = RowPart<Element>(a, index, rank);
+      header.index = index;
+      header.target = counted_target(a, index);
     }
-    const RowHeader<Element>& last = board->headers[(turn + board->kHeaders - 1) % board->kHeaders];
-    header.number = turn == 0 ? 0 : last.number + (last.target >= 0);
-    header.weight = weight_of<float>(a, index);
-    header.part = RowPart<Element>(a, index, rank);
-    header.index = index;
-    header.target = counted_target(a, index);
+    if (turn > 0 && last.target != kNoRow) last.join(header, kStaged);
   };
 
   announce(0);
@@ -149,16 +165,14 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
     const RowHeader<Element>& header = board->headers[turn % board->kHeaders];
     const RowHeader<Element>& next = board->headers[(turn + 1) % board->kHeaders];
     if (header.target == kNoRow) return;
-    const auto write_with = [&](const RowSlice<Element>& row, auto gradient_of) {
-      const bool has_next = next.target >= 0;
-      const RowSlice<Element> next_row(a, (has_next ? next : header).part);
-      write_row<Element, kResidence, kFeatures>(row, next_row, has_next, kept, a.n_slots, gradient_of);
+    const auto write_with = [&](auto gradient_of) {
+      write_row<Element, kResidence, kFeatures>(a, header, next, kept, gradient_of);
     };
 
     if (header.target < 0) {  // the same for the whole cluster; the logits are not looked at
       announce(turn + 2);
       if (differentiates)
-        write_with(RowSlice<Element>(a, header.part), [](int, int) { return uint4{0, 0, 0, 0}; });
+        write_with([](int, int) { return uint4{0, 0, 0, 0}; });
       else if (next.target >= 0)
         fetch_row(next);
       if (rank == 0 && warp == 0) write_nothing<float>(a, header.index, lane);
@@ -180,9 +194,9 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       };
       if constexpr (kResidence == Residence::streamed) {
         gather();
-        partial = measure_streamed<Element, kFeatures>(row, scale, a.n_slots);
+        partial = measure_streamed<Element, kFeatures>(row, scale);
       } else {
-        partial = measure_kept<Element, kResidence, kFeatures>(row, kept, scale, a.n_slots, gather, careful);
+        partial = measure_kept<Element, kResidence, kFeatures>(row, kept, scale, gather, careful);
       }
     }
     if (!differentiates && next.target >= 0) fetch_row(next);
@@ -211,8 +225,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       const auto differentiate = [&](auto is_careful) {
         const Exponent<Element, kFeatures, decltype(is_careful)::value> exponent(scale, reference);
         const GradientScalars scalars = gradient_scalars(scratch->dense, exponent);
-        write_with(row,
-                   [&](int i, int vector) { return gradient_vector(kept.get(row, i, vector), scalars, exponent); });
+        write_with([&](int i, int vector) { return gradient_vector(kept.get(row, i, vector), scalars, exponent); });
       };
       if constexpr (kResidence == Residence::streamed)
         differentiate(std::true_type());

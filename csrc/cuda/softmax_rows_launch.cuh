@@ -41,6 +41,7 @@ inline void launch_persistent(const char* op, void (*kernel)(RowArguments), cons
   arguments.cluster_size = plan.cluster_size;
   arguments.capacity = plan.capacity;
   arguments.n_slots = (plan.capacity + plan.n_threads - 1) / plan.n_threads;
+  arguments.n_slots_first = (arguments.n_slots + 1) / 2;
   arguments.row_step = unsigned(n_clusters);
   launch(op, kernel, shape, stream, arguments);
 }

@@ -14,8 +14,17 @@ constexpr int kSlotsAtOnce = sizeof(Element) == 4 ? 1 : 2;
 // Sums of e, t e, and u in the exponent's units; without the maximum's e.
 struct Sums {
   float rest = 0, weighted = 0, sum = 0;
-  int count = 0;
+  int n_masked = 0;
 };
+
+template <int kSize>
+__device__ __forceinline__ float sum_of(float* values) {  // [kSize], which it uses up
+#pragma unroll
+  for (int width = kSize / 2; width > 0; width /= 2)
+#pragma unroll
+    for (int k = 0; k < width; ++k) values[k] += values[k + width];
+  return values[0];
+}
 
 // One vector. `excluded` is the place of the maximum in it, or -1; only vectors that may have one are compared with it.
 // Where a soft cap is flat several logits may have its value `at_maximum`: `argmax` becomes the lowest column of those (R
@@ -26,7 +35,7 @@ __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize
                                            const Exponent<Element, kFeatures, kCareful>& exponent, float at_maximum,
                                            Sums& sums, int& argmax) {
   constexpr int kSize = kVectorSize<Element>;
-  float rest[kSize], weighted = 0, sum = 0;
+  float rest[kSize], summands[kSize], weighted = 0;
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
     const float x = capped_logit_or_masked<kFeatures, kCareful>(logits[k], exponent.scale).value;
@@ -37,29 +46,25 @@ __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize
     rest[k] = e;
     if constexpr (kFeatures != Features::plain) {
       weighted = fmaf(steps, e, weighted);
-      if (!kCareful || x != -INFINITY) {
-        sum += exponent.summand(x, steps);
-        sums.count++;
-      }
+      const bool is_masked = kCareful && x == -INFINITY;
+      summands[k] = is_masked ? 0.f : exponent.summand(x, steps);
+      sums.n_masked += is_masked;
     }
   }
-#pragma unroll
-  for (int width = kSize / 2; width > 0; width /= 2)
-#pragma unroll
-    for (int k = 0; k < width; ++k) rest[k] += rest[k + width];
-  sums.rest += rest[0];
-  sums.weighted += weighted;
-  sums.sum += sum;
+  sums.rest += sum_of<kSize>(rest);
+  if constexpr (kFeatures != Features::plain) {
+    sums.weighted += weighted;
+    sums.sum += sum_of<kSize>(summands);
+  }
 }
 
-// Takes the rounding of the reference back out of the sums.
+// Takes the rounding of the reference back out of the sums. count: V
 template <class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ RowStatistics<float> to_statistics(const Sums& sums,
                                                               const Exponent<Element, kFeatures, kCareful>& exponent,
-                                                              float max, int argmax) {
+                                                              float max, int argmax, float count) {
   const float undo = exponent.undo(), column = argmax == kNoColumn ? -1.f : float(argmax);
   if constexpr (kFeatures == Features::plain) return {max, column, sums.rest * undo, 0.f, 0.f, 0.f};
-  const float count = float(sums.count);
   return {max,
           column,
           sums.rest * undo,
@@ -141,34 +146,64 @@ __device__ __forceinline__ RowStatistics<Real> finished(RowStatistics<Real> row,
   return row;
 }
 
-// The lowest element of all vectors that a thread has looked at; of 16 bits in pairs to the end.
+// Of 16 bits two elements at once, one pair after the other: a GPU compares three in one instruction. A nan loses.
+template <class Element>
+using ElementPair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
+
+// The largest element of some vectors.
+template <class Element, int kVectors>
+__device__ __forceinline__ float largest(const uint4 (&vectors)[kVectors]) {
+  constexpr int kPairs = 4 * kVectors;
+  float values[kVectorSize<Element>];
+  if constexpr (sizeof(Element) == 2) {
+    ElementPair<Element> pairs[kPairs];
+    memcpy(static_cast<void*>(pairs), vectors, sizeof(pairs));
+#pragma unroll
+    for (int k = 1; k < kPairs; ++k) pairs[0] = __hmax2(pairs[0], pairs[k]);
+    uint4 last{};
+    memcpy(static_cast<void*>(&last.x), pairs, 4);
+    unpack<Element>(last, values);
+    return fmaxf(values[0], values[1]);
+  } else {
+    float high = 0;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      unpack<Element>(vectors[k], values);
+      const float highest = fmaxf(fmaxf(values[0], values[1]), fmaxf(values[2], values[3]));
+      high = k == 0 ? highest : fmaxf(high, highest);
+    }
+    return high;
+  }
+}
+
+// The lowest element of all vectors that a thread has looked at.
 template <class Element>
 struct Lowest {
-  using Pair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
-  std::conditional_t<sizeof(Element) == 2, Pair, float> lowest;
+  unsigned lowest = 0;  // bits of a float, or of a pair, which two variables of 16 bits would be packed to every time
 
   __device__ __forceinline__ Lowest() {
-    if constexpr (sizeof(Element) == 2)
-      lowest = {from_float<Element>(INFINITY), from_float<Element>(INFINITY)};
-    else
-      lowest = INFINITY;
+    const Element infinity = from_float<Element>(INFINITY);
+    memcpy(static_cast<void*>(&lowest), &infinity, sizeof(infinity));
+    if constexpr (sizeof(Element) == 2) lowest = (lowest & 0xffff) * 0x10001;
   }
   __device__ __forceinline__ void look_at(uint4 bits) {
     if constexpr (sizeof(Element) == 2) {
-      Pair pairs[4];
+      ElementPair<Element> pairs[5];
       memcpy(static_cast<void*>(pairs), &bits, 16);
-      lowest = __hmin2(lowest, __hmin2(__hmin2(pairs[0], pairs[1]), __hmin2(pairs[2], pairs[3])));
+      memcpy(static_cast<void*>(pairs + 4), &lowest, 4);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) pairs[4] = __hmin2(pairs[4], pairs[k]);
+      memcpy(static_cast<void*>(&lowest), pairs + 4, 4);
     } else {
       float high, low;
       vector_range<Element>(bits, high, low);
-      lowest = fminf(lowest, low);
+      lowest = __float_as_uint(fminf(__uint_as_float(lowest), low));
     }
   }
   __device__ __forceinline__ float value() const {
-    if constexpr (sizeof(Element) == 2)
-      return fminf(to_float(lowest.x), to_float(lowest.y));
-    else
-      return lowest;
+    float values[kVectorSize<Element>];
+    unpack<Element>({lowest, 0, 0, 0}, values);
+    return sizeof(Element) == 2 ? fminf(values[0], values[1]) : values[0];
   }
 };
 
@@ -177,32 +212,44 @@ struct Lowest {
 template <class Element, Residence kResidence, Features kFeatures, class Gather>
 __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Element>& row,
                                                              const Kept<Element, kResidence>& kept,
-                                                             const LogitScale& scale, int n_slots, Gather gather,
-                                                             bool& careful) {
+                                                             const LogitScale& scale, Gather gather, bool& careful) {
   const int thread = threadIdx.x, n_threads = blockDim.x, n_mine = row.all.of(thread);
   float best = -INFINITY;
   int best_slot = -1;
   Lowest<Element> lowest;
-  for (int stage = 0; stage < kStages<kResidence>; ++stage) {
+  constexpr int kGroup =
+      kResidence == Residence::registers ? 1 : kSlotsAtOnce<Element, kFeatures>;  // looked at together
+  for (int stage = 0, begin = 0; stage < kStages<kResidence>; ++stage) {
     if constexpr (Kept<Element, kResidence>::kStaged) {
       if (stage == 0) cp_async_wait<1>();
       if (stage == 1) cp_async_wait<0>();
     }
-    const SlotRange range = slots_of_stage<kResidence>(n_slots, stage);
-    for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(range.begin, min(range.end, n_mine), [&](int i) {
-      const uint4 bits = kept.get(row, i, 0);
-      float high, low;
-      vector_range<Element>(bits, high, low);
+    const int end =
+        stage + 1 < kStages<kResidence> ? min(slots_of_stage<kResidence>(row.arguments, 0).end, n_mine) : n_mine;
+    const auto look_at = [&](int i, auto... more) {  // slots, of which it is the first that is remembered
+      const uint4 vectors[] = {kept.get(row, i, 0), kept.get(row, more, 0)...};
+      const float high = largest<Element>(vectors);
       if (high > best) best = high, best_slot = i;
-      if constexpr (kFeatures != Features::plain) lowest.look_at(bits);
-    });
+      if constexpr (kFeatures != Features::plain)
+        for (const uint4 bits : vectors) lowest.look_at(bits);
+    };
+    if constexpr (kGroup == 1) {
+      for_slots<kResidence, 1>(begin, end, look_at);
+    } else {
+#pragma unroll 1
+      for (int i = begin; i < end; i += kGroup) look_at(i, min(i + 1, end - 1));
+    }
+    begin = end;
   }
   gather();
   const float warp_best = warp_max(best);
   const bool may_win = best == warp_best && best_slot >= 0;
+  if (kGroup > 1 && may_win && largest<Element>({kept.get(row, best_slot, 0)}) != warp_best) ++best_slot;
   const int best_vector = row.first + best_slot * n_threads + thread;
   const int winner = warp_min(may_win ? best_vector : kNoColumn);  // the first that holds the maximum
-  const int winner_slot = may_win && best_vector == winner ? best_slot : -1;
+  const bool wins = may_win && best_vector == winner;
+  // every lane knows its slot; -1: nothing but masked columns. (n_threads is a multiple of 32)
+  const int winner_lane = winner - row.first, winner_slot = __shfl_sync(kWholeWarp, best_slot, winner_lane);
   const CappedLogit capped_best = capped_logit<kFeatures>(warp_best, scale);
   const float reference = warp_best == -INFINITY ? 0.f : capped_maximum<kFeatures>(warp_best, scale);
   if constexpr (kFeatures != Features::plain) careful = __any_sync(kWholeWarp, lowest.value() < kLowestOrdinary);
@@ -218,7 +265,7 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
       float logits[kVectorSize<Element>];
       unpack<Element>(kept.get(row, i, 0), logits);
       int excluded = -1;
-      if (kMayHoldMaximum && i == winner_slot) {
+      if (kMayHoldMaximum && wins && i == winner_slot) {
         excluded = first_equal<Element>(logits, warp_best);
         argmax = first_column + excluded < argmax ? first_column + excluded : argmax;
       }
@@ -227,35 +274,41 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
     if constexpr (kResidence == Residence::registers) {
       for_slots<kResidence, 1>(0, n_mine, [&](int i) { add(i, std::true_type()); });
     } else {
-      // the winner's vector apart: no other one is compared with the maximum, element by element
-      for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(0, n_mine, [&](int i) {
-        if (i != winner_slot) add(i, std::false_type());
-      });
-      if (winner_slot >= 0) add(winner_slot, std::true_type());
+      // the winner's slot apart: in all others nothing is compared with the maximum, or asked
+      int begin = 0, end = min(winner_slot, n_mine);
+#pragma unroll 1
+      for (;;) {
+        for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(begin, end, [&](int i) { add(i, std::false_type()); });
+        if (end == n_mine) break;
+        begin = winner_slot + 1;
+        end = n_mine;
+      }
+      if (unsigned(winner_slot) < unsigned(n_mine)) add(winner_slot, std::true_type());
     }
     sums.rest = warp_sum(sums.rest);
+    int count = 0;
     if constexpr (kFeatures != Features::plain) {
       sums.weighted = warp_sum(sums.weighted);
       sums.sum = warp_sum(sums.sum);
-      sums.count = warp_sum(sums.count);
+      count = warp_sum(n_mine * kVectorSize<Element> - sums.n_masked);
     }
     if constexpr (kFeatures == Features::capped && decltype(is_careful)::value)
       argmax = warp_min(argmax);
-    else  // n_threads is a multiple of 32
-      argmax = __shfl_sync(kWholeWarp, argmax, winner - row.first);
-    return to_statistics(sums, exponent, warp_best == -INFINITY ? warp_best : reference, argmax);
+    else
+      argmax = __shfl_sync(kWholeWarp, argmax, winner_lane);
+    return to_statistics(sums, exponent, warp_best == -INFINITY ? warp_best : reference, argmax, float(count));
   };
   return with_care<Element, kFeatures>(careful || needs_care(reference, scale), sum_up);
 }
 
 // The same for a row that is not kept: every vector is a part of its own.
 template <class Element, Features kFeatures>
-__device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<Element>& row, const LogitScale& scale,
-                                                                 int n_slots) {
+__device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<Element>& row,
+                                                                 const LogitScale& scale) {
   const int thread = threadIdx.x, n_threads = blockDim.x;
   RowStatistics<float> partial = empty_statistics<float>();
 #pragma unroll 2
-  for (int i = 0; i < n_slots; ++i) {
+  for (int i = 0; i < row.arguments.n_slots; ++i) {
     const int vector = row.first + i * n_threads + thread;
     if (vector >= row.last) break;
     const uint4 bits = row.load(vector);
@@ -270,8 +323,9 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
     Sums sums;
     accumulate<true>(logits, row.column(vector), excluded, exponent, capped_logit<kFeatures>(high, scale).value, sums,
                      argmax);
-    partial =
-        merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax), scale.inverse_temperature);
+    const float count = float(kVectorSize<Element> - sums.n_masked);
+    partial = merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax, count),
+                    scale.inverse_temperature);
   }
   return merge_lanes(partial, scale.inverse_temperature);
 }

@@ -15,7 +15,12 @@ struct Share {
   int each, more;  // every thread has `each`, and the first `more` of them one more
 
   __device__ __forceinline__ int of(int thread) const { return each + (thread < more); }
+  __device__ __forceinline__ bool is_below(const Share& other) const {
+    return each < other.each || (each == other.each && more < other.more);
+  }
 };
+__device__ __forceinline__ Share smaller(const Share& a, const Share& b) { return a.is_below(b) ? a : b; }
+__device__ __forceinline__ Share larger(const Share& a, const Share& b) { return a.is_below(b) ? b : a; }
 __device__ __forceinline__ Share share_of(int n_vectors) {
   const unsigned n = n_vectors > 0 ? unsigned(n_vectors) : 0u;
   return {int(n / blockDim.x), int(n % blockDim.x)};
@@ -57,9 +62,7 @@ struct RowPart {
   __device__ __forceinline__ float logit(int column) const { return to_float(logits[phase + column]); }
   __device__ __forceinline__ bool is_whole(int vector) const { return unsigned(vector - first_whole()) < n_whole; }
   __device__ __forceinline__ const Element* address(int vector) const { return logits + int64_t(vector) * kSize; }
-  // A thread's slots [begin_whole, end_whole) are whole in the logits.
-  __device__ __forceinline__ int begin_whole(int thread) const { return thread == 0 && first < first_whole(); }
-  __device__ __forceinline__ int end_whole(int thread) const { return whole.of(thread); }
+  __device__ __forceinline__ bool begins_with_edge() const { return first < first_whole(); }
   __device__ __forceinline__ void store_column(int column, float value) const {
     gradient[phase + column] = from_float<Element>(value);
   }
@@ -153,9 +156,9 @@ struct SlotRange {
   int begin, end;
 };
 template <Residence kResidence>
-__device__ __forceinline__ SlotRange slots_of_stage(int n_slots, int stage) {
-  const int per_stage = (n_slots + kStages<kResidence> - 1) / kStages<kResidence>, begin = stage * per_stage;
-  return {begin, begin + per_stage < n_slots ? begin + per_stage : n_slots};
+__device__ __forceinline__ SlotRange slots_of_stage(const RowArguments& a, int stage) {
+  if (kStages<kResidence> == 1) return {0, a.n_slots};
+  return stage == 0 ? SlotRange{0, a.n_slots_first} : SlotRange{a.n_slots_first, a.n_slots};
 }
 
 // Register arrays need indices known at compile time; shared memory a rolled loop.

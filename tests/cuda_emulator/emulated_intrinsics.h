@@ -159,7 +159,19 @@ inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+// Four of the eight bytes, of x from 0 on, of y from 4 on.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __brev(unsigned bits) {
+  unsigned result = 0;
+  for (int i = 0; i < 32; ++i) result |= (bits >> i & 1) << (31 - i);
+  return result;
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(unsigned(bits)) : 32; }
 inline unsigned __float_as_uint(float value) { return ava::float_to_bits(value); }

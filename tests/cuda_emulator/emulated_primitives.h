@@ -12,11 +12,21 @@ inline float exp2_fast(float x) {
   const float result = std::exp2(x);
   return result < 1.17549435e-38f ? 0.0f : result;
 }
+inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 inline float max_keep_nan(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
 
 inline uint32_t bit_at(unsigned shift) { return shift < 32 ? 1u << shift : 0; }
+inline uint32_t sign_masks(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }
 inline unsigned computed_again(unsigned value) { return value; }
+template <class Type>
+Type computed_once(Type value) {
+  return value;
+}
+template <class Type>
+Type* shared_computed_once(Type* shared) {
+  return shared;
+}
 
 inline bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 inline uint4 load16(const void* global, Place place = Place::current()) {

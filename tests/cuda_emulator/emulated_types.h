@@ -71,6 +71,22 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) { return {__bfloat162float(pair.x), __bfloat162float(pair.y)}; }
 
+// Both halves of a sum; every nan is the same one.
+inline __half __hadd(__half x, __half y) {
+  const float sum = __half2float(x) + __half2float(y);
+  __half result = __float2half_rn(sum);
+  if (sum != sum) result.number.bits = 0x7fff;
+  return result;
+}
+inline __nv_bfloat16 __hadd(__nv_bfloat16 x, __nv_bfloat16 y) {
+  const float sum = __bfloat162float(x) + __bfloat162float(y);
+  __nv_bfloat16 result = __float2bfloat16_rn(sum);
+  if (sum != sum) result.number.bits = 0x7fff;
+  return result;
+}
+inline __half2 __hadd2(__half2 a, __half2 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
+
 // The larger and the smaller of each half; a nan loses.
 inline __half larger(__half x, __half y) {
   const float a = __half2float(x), b = __half2float(y);

@@ -16,6 +16,7 @@ struct Case {
   int64_t n_segments;        // 0: none are given
   int64_t more_columns = 0;  // between rows, so that they are aligned to nothing
   bool own_choice = true, biased = false;
+  int masked = 0;  // n: every n-th row is sure of an expert, and the others have logits of -inf; 0: none
 };
 
 double value_of(float x) { return x; }
@@ -58,6 +59,11 @@ struct Problem {
     row_stride = shape.n_experts + shape.more_columns;
     const size_t n_all = size_t(shape.n_layers * shape.n_rows);
     logits = draw(n_all * row_stride, [&] { return element_of<Element>(normal(random)); });
+    for (size_t i = 0; shape.masked && i < logits.size(); ++i) {
+      const bool is_sure = int(i / row_stride) % shape.masked == 0;
+      if (is_sure && i % row_stride == 3) logits[i] = element_of<Element>(20);
+      if (!is_sure && random() % 16 == 0) logits[i] = element_of<Element>(-INFINITY);
+    }
     mask = draw(n_all, [&] { return char(random() % 4 != 0); });
     segment_ids = draw(shape.n_rows, [&] { return int64_t(random() % (n_segments + 1)) - 1; });
     indices = draw(n_all * shape.k, [&] { return int64_t(random() % shape.n_experts); });
@@ -110,7 +116,7 @@ struct Problem {
 
     double entropy = 0, mean = 0;
     for (int64_t e = 0; e < n; ++e) {
-      entropy -= p[e] * (y[e] - lse_of_scores);
+      if (p[e] > 0) entropy -= p[e] * (y[e] - lse_of_scores);
       vectors[0][group * n + e] += p[e];
       v[e] = double(grad_vectors[0][group * n + e]);
     }
@@ -127,7 +133,7 @@ struct Problem {
     for (int64_t e = 0; e < n; ++e) mean += p[e] * v[e];
     const double zeta = double(grad_scalars[0][group]), eta = double(grad_scalars[1][group]);
     for (int64_t e = 0; e < n; ++e) {
-      const double by_y = p[e] * (v[e] - mean - eta * (y[e] - lse_of_scores + entropy));
+      const double by_y = p[e] > 0 ? p[e] * (v[e] - mean - eta * (y[e] - lse_of_scores + entropy)) : 0;
       const double slope = kSigmoid ? 1 / (1 + std::exp(z[e])) : 1;
       gradient[at * n + e] = by_y * slope + 2 * zeta * lse * of_softmax[e];
     }
@@ -212,6 +218,44 @@ void test_problem(const Case& shape, int n_random = 0) {
   cuda_emulator::under_every_schedule([&] { problem.check(); }, n_random);
 }
 
+// Rows of few different scores, so that most are equal, also of infinities, of both zeros, and of nan.
+template <class Element>
+void test_choices(int64_t n_experts, int64_t k) {
+  constexpr int64_t kRows = 40;
+  const float values[] = {1, -1, 0.f, -0.f, -INFINITY, 2, -1e-40f, INFINITY, NAN};
+  std::mt19937_64 random(uint64_t(n_experts * 16 + k));
+  std::vector<Element> logits(kRows * n_experts);
+  for (int64_t row = 0; row < kRows; ++row) {
+    const size_t n_values = row % 4 == 0 ? 9 : row % 4 == 1 ? 2 : row % 4 == 2 ? 5 : 7;
+    for (int64_t e = 0; e < n_experts; ++e)
+      logits[row * n_experts + e] =
+          from_float<Element>(row % 8 == 7 ? float(int64_t(random() % 256) - 128) / 16 : values[random() % n_values]);
+  }
+  RouterArguments<float> arguments{};
+  arguments.logits[0] = logits.data();
+  arguments.layout = {1, {kRows}, {n_experts}};
+  arguments.n_rows = kRows;
+  arguments.n_experts = n_experts;
+  arguments.k = k;
+  arguments.n_segments = arguments.n_slots = 1;
+  arguments.rows_in_slot = rows_in_slot(n_experts);
+  std::vector<int32_t> choice(kRows * k, -7), counts(n_experts + 1), expected(k), expected_counts(n_experts + 1);
+  std::vector<float> sums(2 * n_experts + 2);
+  arguments.choice = choice.data();
+  arguments.sums = sums.data();
+  arguments.counts = counts.data();
+  run_router<Element, false>(false, arguments, 1, nullptr);
+  for (int64_t row = 0; row < kRows; ++row) {
+    choose<float>(n_experts, k, [&](int64_t e) { return to_float(logits[row * n_experts + e]); }, expected.data());
+    for (int64_t i = 0; i < k; ++i) {
+      EXPECT(choice[row * k + i] == expected[i]);
+      ++expected_counts[expected[i]];
+    }
+  }
+  expected_counts[n_experts] = kRows;
+  EXPECT(counts == expected_counts);
+}
+
 void test_an_index_out_of_range_is_an_assert() {
   const std::vector<float> logits(3 * 8);
   const std::vector<int32_t> indices = {0, 1, 8};
@@ -256,16 +300,28 @@ void test_slots_have_room_for_every_segment() {
   }
 }
 
+template <class Element>
 void test_keys_are_in_the_order_of_scores() {
-  std::vector<float> scores = {NAN, -NAN, INFINITY, -INFINITY, 0.f, -0.f, 1.f, -1.f, 1e-40f, -1e-40f, 3e38f, -3e38f};
-  for (float& score : scores) score = to_float(from_float<__nv_bfloat16>(score));
+  std::vector<float> scores = {NAN, -NAN, INFINITY, -INFINITY, 0.f, -0.f, 1.f, -1.f, 1e-40f, -1e-40f, 3e4f, -3e4f};
+  for (float& score : scores) score = to_float(from_float<Element>(score));
   for (float score : scores)
     for (float other : scores)
-      for (int expert : {0, 7, 511})
-        for (int other_expert : {0, 7, 511}) {
-          const int key = signed_choice_key(score, expert), other_key = signed_choice_key(other, other_expert);
-          EXPECT((key > other_key) == ranks_before(score, expert, other, other_expert));
-          EXPECT(expert_of_key(key) == expert);
+      for (int expert : {0, 6, 510})
+        for (int other_expert : {0, 6, 510}) {
+          const Element low[2] = {from_float<Element>(score), from_float<Element>(other)};
+          const Element high[2] = {low[1], low[0]};
+          uint32_t words[2];
+          memcpy(&words[0], low, 4);
+          memcpy(&words[1], high, 4);
+          int keys[2], others[2];
+          pair_of_keys<Element>(words[0], expert, keys);
+          pair_of_keys<Element>(words[1], other_expert, others);
+          for (int i = 0; i < 2; ++i)
+            for (int j = 0; j < 2; ++j) {
+              const float x = i ? other : score, y = j ? score : other;
+              EXPECT((keys[i] > others[j]) == ranks_before(x, expert + i, y, other_expert + j));
+              EXPECT(expert_of_key(keys[i]) == expert + i);
+            }
         }
 }
 
@@ -289,9 +345,17 @@ void test_networks_sort() {
 }  // namespace
 
 int main() {
-  test_keys_are_in_the_order_of_scores();
+  test_keys_are_in_the_order_of_scores<__nv_bfloat16>();
+  test_keys_are_in_the_order_of_scores<__half>();
+  for (int64_t n_experts : {3, 8, 16, 20, 32, 60, 64, 128, 200, 256, 500, 512})
+    for (int64_t k : {3, 5, 8}) test_choices<__nv_bfloat16>(n_experts, std::min(k, n_experts));
+  test_choices<__half>(64, 8);
+  test_choices<float>(100, 7);
   test_networks_sort();
   test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0}, 1);
+  test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0, 0, true, false, 3});
+  test_problem<__half, false>({1, 40, 100, 3, 2, 0, false, false, 2});
+  test_problem<__nv_bfloat16, false>({1, 40, 128, 8, 0, 0, true, false, 1});
   test_problem<__half, true>({1, 40, 250, 5, 2, 1});
   test_problem<__nv_bfloat16, false>({1, 40, 8, 8, 0});
   test_problem<float, false>({2, 70, 8, 2, 0}, 1);

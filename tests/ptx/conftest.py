@@ -7,7 +7,7 @@ import platform
 import sys
 
 import pytest
-from cuda_operators import find_nvcc
+from support.cuda_compiler import find_nvcc
 from support.ninja_library import ROOT
 
 sys.path.insert(0, str(ROOT / "tests/ops"))  # the router's tests, of which some run here too

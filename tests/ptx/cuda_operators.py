@@ -12,14 +12,9 @@ An element with the bits of `uninitialised` counts as never written: a kernel th
 """
 
 import ctypes
-import fcntl
 import functools
-import os
 import re
-import shutil
 import subprocess
-import sysconfig
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +24,12 @@ import torch
 from simt import Launch, Memory, Module
 from simt.memory import UNINITIALISED
 from simt.module import Kernel
+from support.cuda_compiler import SOURCES, compile_ptx
 from support.emulated_cuda import DeviceLimits, cpu_kernels_replaced, has_kernel
-from support.ninja_library import ROOT, build_library
+from support.ninja_library import build_library
 from torch.utils._pytree import tree_map
 
 NAMESPACE = "ava_ext_ptx"  # of the operators, as in host/emulated_launch.h
-SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 _TORCH = Path(torch.__file__).parent
 _RunKernel = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -52,31 +47,7 @@ H100 = H200 = DeviceLimits(132, 228 * 1024, 227 * 1024, 1024, 8)
 B200 = DeviceLimits(148, 228 * 1024, 227 * 1024, 1024, 8)
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-
-
 # -- The PTX
-
-
-def compile_ptx(architecture: str, stems: Sequence[str] = ()) -> Path:
-    """The folder with the <stem>.ptx of these sources, or of all, for "sm_90"; compiles what has changed."""
-    folder = ROOT / "build" / "ptx" / architecture
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = f"-std=c++20 -O3 -ptx -arch={architecture} -isystem {_TORCH}/include"
-    lines = [f"rule compile\n  command = {find_nvcc()} {flags} -MD -MF $out.d -o $out $in", "  depfile = $out.d"]
-    lines += ["  deps = gcc"]
-    lines += [f"build {source.stem}.ptx: compile ../../../{source}" for source in SOURCES]
-    environment = {**os.environ, "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]}
-    with (folder / "lock").open("w") as lock:  # the workers of pytest-xdist come at the same time
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        command = ["ninja", *(f"{stem}.ptx" for stem in stems)]
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(result.stdout)
-    return folder
 
 
 @functools.cache

@@ -74,6 +74,12 @@ def test_fma_rounds_once():
          np.full(64, 0x3F800001)),
         ("mov.f32 %f1, 0f3F808000; mov.f32 %f2, 0f3F818000; cvt.rn.bf16x2.f32 %r12, %f1, %f2;",
          np.full(64, 0x3F803F82)),
+        ("mov.u32 %r10, 0x80017F02; prmt.b32 %r12, %r10, 0, 0xbb99;", np.full(64, 0xFFFF0000)),
+        ("mov.u32 %r10, 0x77665544; mov.u32 %r11, 0xBBAA9988; prmt.b32 %r12, %r10, %r11, 0x5410;",
+         np.full(64, 0x99885544)),
+        ("mov.u32 %r10, 0xFFC18000; add.bf16x2 %r12, %r10, 0;", np.full(64, 0x7FFF0000)),
+        ("mov.u32 %r10, 0xFE018000; add.f16x2 %r12, %r10, 0;", np.full(64, 0x7FFF0000)),
+        ("mov.u32 %r10, 0x3F803F81; mov.u32 %r11, 0x3C003B81; add.bf16x2 %r12, %r10, %r11;", np.full(64, 0x3F813F82)),
         ("shfl.sync.bfly.b32 %r12|%p1, %r1, 5, 31, -1;", THREADS ^ 5),
         ("shfl.sync.idx.b32 %r12|%p1, %r1, 3, 31, -1;", THREADS // 32 * 32 + 3),
         ("sub.s32 %r9, %r1, 35; redux.sync.max.s32 %r12, %r9, -1;", np.uint32(THREADS // 32 * 32 + 31 - 35)),
@@ -129,6 +135,16 @@ def test_copies_are_waited_for(wait, is_found, late_copies):
     got, findings = run(body, block=32, inputs=np.arange(128, dtype=np.uint32), late_copies=late_copies)
     assert ("pending copy" in findings) == is_found
     assert is_found or (got[:32] == np.arange(32) * 4 + 1).all()
+
+
+def test_instructions_of_warps_are_counted():
+    """All but mov and bra, up to each barrier of a block."""
+    body = "setp.lt.s32 %p1, %r1, 32; @%p1 bra END; mov.u32 %r9, %r1; add.s32 %r12, %r9, 1; add.s32 %r12, %r12, 1;"
+    body += "END: bar.sync 0; bar.sync 0;"
+    text = HEADER + f".visible .entry k(.param .u64 out)\n{{\n{DECLARATIONS}\n{body}\nret;\n}}"
+    launch = Launch(Module(text).kernel("k"), Memory(1 << 10), (1, 1), 64).run(bytes(8))
+    first, second = launch.issued_at_barriers
+    assert first[1] == first[0] + 2 and (second - first == 1).all()
 
 
 def test_memory_that_is_not_there():

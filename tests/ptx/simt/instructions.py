@@ -18,7 +18,7 @@ class Computations:
         """An instruction whose operands all have the type of its last suffix."""
         kind = i.suffixes[-1] if i.suffixes else ""
         simple = SIMPLE.get(i.name)
-        if simple is None or (kind.endswith(("x2", "f16")) and i.name not in ("min", "max")):
+        if simple is None or (kind.endswith(("x2", "f16")) and i.name not in ("add", "min", "max")):
             raise NotImplementedError(i.text)
         self.write(i.operands[0], kind, simple(kind, i.suffixes, *[self.read(x, kind) for x in i.operands[1:]]))
 
@@ -126,6 +126,12 @@ class Computations:
         shifted = f"funnel_shift({low}, {high}, {count}, {suffixes[0] == 'l'}, {suffixes[1] == 'wrap'})"
         self.write(operands[0], "b32", shifted)
 
+    def do_prmt(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
+        if suffixes != ["b32"]:
+            raise NotImplementedError(i.text)
+        low, high, selector = (self.read(operand, "b32") for operand in operands[1:])
+        self.write(operands[0], "b32", f"permute_bytes({low}, {high}, {selector})")
+
     def do_bfi(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         kind = suffixes[-1]
         a, b = self.read(operands[1], kind), self.read(operands[2], kind)
@@ -155,6 +161,9 @@ def _fma(kind: str, suffixes: list[str], a: str, b: str, c: str) -> str:
 
 
 def _add(kind: str, suffixes: list[str], a: str, b: str) -> str:
+    if kind.endswith("x2"):  # rounded twice as once: float32 has more than twice the digits
+        half = kind[:-2]
+        return f"of_pairs(np.add, {half}_to_f32, f32_to_{half}, {a}, {b})"
     return f"add_rz_f32({a}, {b})" if "rz" in suffixes else f"{a} + {b}"
 
 

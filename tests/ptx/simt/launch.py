@@ -59,6 +59,10 @@ class Launch(Synchronisation, Mbarriers, MemoryAccess):
         self.findings: dict[str, tuple[int, str]] = {}  # text: how often, and where first
         self.block_threads = np.zeros(len(kernel.blocks), np.int64)  # how many threads ran each basic block
         self.block_warps = np.zeros(len(kernel.blocks), np.int64)
+        # instructions that each warp of a cluster has issued, but for mov and bra, most of which the assembler drops
+        self.issued = np.zeros(self.n_warps, np.int64)
+        self.issued_at_barriers: list[np.ndarray] = []  # behind each barrier of a block
+        self._lengths = [sum(i.name not in ("mov", "bra") for i in block) for block in kernel.blocks]
 
     def find(self, what: str, instruction: Instruction | None, detail: str = "") -> None:
         text = f"{what}: {instruction.text if instruction else 'ret'}"
@@ -153,7 +157,10 @@ class Launch(Synchronisation, Mbarriers, MemoryAccess):
     def _step(self, number: int, threads: np.ndarray) -> None:
         """Runs a basic block in these threads."""
         self.block_threads[number] += threads.size
-        self.block_warps[number] += np.count_nonzero(np.diff(threads // WARP)) + 1
+        warps = self.warp_of[threads]
+        warps = warps[np.diff(warps, prepend=-1) != 0]  # each once
+        self.block_warps[number] += warps.size
+        self.issued[warps] += self._lengths[number]
         ending = self.program.endings[number]
         if ending.kind == "wait":
             return self.wait(number, ending.target, threads)

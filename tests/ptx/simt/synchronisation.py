@@ -21,6 +21,8 @@ class Synchronisation:
 
     kernel: Kernel
     program: Program
+    issued: np.ndarray
+    issued_at_barriers: list[np.ndarray]
 
     def start_clocks(self) -> None:
         # behind the warps come the mbarriers, which have clocks too
@@ -61,6 +63,7 @@ class Synchronisation:
             self.clocks[warps, warps] += 1
             self.status[waiting] = RUNNING
             self.pc[waiting] += 1
+            self.issued_at_barriers.append(self.issued.copy())
 
     # clusters
     def _wait_in_cluster(self, number: int, instruction: Instruction, threads: np.ndarray) -> None:

@@ -1,0 +1,67 @@
+"""How many instructions of PTX a row costs: its vectors, one warp's work between the barriers, and all the rest.
+
+Counted is all that a warp issues but mov and bra, most of which the assembler takes away. docs/gpu_model.md quotes the
+numbers, which `python -m pytest tests/ptx/test_ptx_row_counts.py -n0 -s` prints.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from cuda_operators import DeviceLimits, on_device
+from row_cases import EVERY_TERM, ONE_BLOCK, PLAIN, WAYS, problem_of, small_device
+
+ROW = 1  # of three: one that has a row before it and one behind
+
+
+def issued(terms: int, n_columns: int, n_ids: int, device: DeviceLimits, likely: float = 0.0) -> np.ndarray:
+    """[3, n_warps]: what each warp of a block issues up to the row's sums, its coefficients, its gradient.
+
+    likely: the logit of the first candidate, beside others of about 0
+    """
+    problem = problem_of(torch.bfloat16, n_columns, terms, n_rows=3, n_ids=n_ids)
+    problem.base.copy_(torch.randn(problem.base.shape, generator=torch.Generator().manual_seed(1)))
+    if n_ids:
+        problem.base[torch.arange(3), problem.candidates.ids[:, 0].long()] = likely
+    with on_device(device, check_races=False) as ran_on:
+        WAYS["fused"](problem)
+    (launch,) = ran_on.launches
+    assert launch.grid == (1, 1)
+    between = np.diff(launch.issued_at_barriers, axis=0)  # the first barrier is before all rows
+    return between.reshape(3, 3, launch.n_warps)[ROW]
+
+
+class RowCounts(NamedTuple):
+    """What a warp issues for a row that does nothing for the others."""
+
+    vector: float  # for each of its vectors
+    bookkeeping: float  # besides
+
+
+def count_row(terms: int) -> RowCounts:
+    """Of 10 warps, the plan of an H100 and an H200: as many vectors for every thread, in two lengths."""
+    few, many = 11, 13
+    short, long = (issued(terms, n * 320 * 8, 0, ONE_BLOCK).sum(0)[1:-1].mean() for n in (few, many))
+    vector = (long - short) / (many - few)
+    return RowCounts(vector, short - few * vector)
+
+
+@pytest.mark.parametrize(("terms", "most"), [(PLAIN, (99, 250)), (EVERY_TERM, (127, 305))], ids=["plain", "every term"])
+def test_vectors_and_bookkeeping(terms, most):
+    counts = count_row(terms)
+    print(counts)
+    assert counts <= most
+
+
+CANDIDATES = {"no": (0, 0.0), "four": (4, 0.0), "four, one likely": (4, 8.0), "four, one the maximum": (4, 15.0)}
+
+
+@pytest.mark.parametrize("candidates", CANDIDATES)
+@pytest.mark.parametrize("terms", [PLAIN, EVERY_TERM], ids=["plain", "every term"])
+def test_between_the_barriers(terms, candidates):
+    """One warp alone evaluates a row, while the others wait."""
+    n_ids, likely = CANDIDATES[candidates]
+    _, stretch, _ = issued(terms, 3584, n_ids, small_device(18432, blocks=8), likely)
+    print(stretch[0] - stretch[-1])
+    assert stretch[0] - stretch[-1] <= 400
