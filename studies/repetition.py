@@ -61,6 +61,9 @@ ARMS = {
 }
 
 
+TO_READ = ("cross-entropy", "token", "sequence, n = 6")  # the texts of all would be too many
+
+
 class Setting(NamedTuple):
     """What all runs share."""
 
@@ -385,9 +388,9 @@ def _spread(values: list[float], column: Column) -> str:
 
 
 def readings(results: dict[str, Any]) -> str:
-    """The first prompts, and how every arm (its first seed) goes on."""
+    """The first prompts, and how some arms (their first seed) go on."""
     arms = {"before fine-tuning": results["before"]}
-    arms |= {name: seeds[min(seeds)]["after"] for name, seeds in results["arms"].items()}
+    arms |= {name: seeds[min(seeds)]["after"] for name, seeds in results["arms"].items() if name in TO_READ}
     found = []
     for index, (prefix, _) in enumerate(results["before"]["held_out"]["texts"]):
         found.append(f"*{_plain(prefix)}* ...\n")
