@@ -48,6 +48,11 @@ struct LaneGroup {
     first = once * sums.first;
     second = once * sums.second;
   }
+  // In every lane of the row.
+  __device__ __forceinline__ bool all(bool value) const {
+    const unsigned lanes_of_row = (n < 32 ? (1u << n) - 1 : ~0u) << (threadIdx.x % 32 - own);
+    return (~__ballot_sync(kWholeWarp, value) & lanes_of_row) == 0;
+  }
   // A nan loses.
   __device__ __forceinline__ float max(float value) const {
     return butterfly(value, [](float max, int offset) { return fmaxf(max, __shfl_xor_sync(kWholeWarp, max, offset)); });

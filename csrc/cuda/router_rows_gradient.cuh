@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
         if (chosen.has(i)) v[i] += more[i];
     });
   };
-  // An ordinary row's; false where a row of the warp is not.
+  // An ordinary row's; false where this lane's part says that the row is another one.
   const auto differentiate_ordinary = [&](const typename Lanes::Turn& turn, float* gradient) {
     float v[kItems], weights[kItems], z[kItems];
     read_upstream(turn, v);
@@ -84,12 +84,11 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     }
     lanes.lanes().sum(total, mean);
     const float log_total = log2_fast(total);
-    if (__any_sync(kWholeWarp, !lanes.is_ordinary(total, log_total, mean, largest))) return false;
     const float inverse = turn.counts() ? reciprocal_fast(total) : 0.f;
     const float of_row = inverse * fmaf(-mean, inverse, 2 * kLn2 * grad_lse_squared * log_total);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) gradient[i] = weights[i] * fmaf(v[i], inverse, of_row);
-    return true;
+    return lanes.is_ordinary(total, log_total, mean, largest);
   };
   const auto differentiate = [&](const typename Lanes::Turn& turn, float* gradient) {
     float v[kItems], weights[kItems], u[kItems];
@@ -144,11 +143,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   // whole vectors at multiples of 16 bytes
   const bool is_regular = Lanes::kept(n_experts % Lanes::kSize == 0 && lanes.expert_at(kItems - 1) < n_experts &&
                                       reinterpret_cast<uintptr_t>(grad_logits) % 16 == 0);
-  lanes.for_rows([&](const typename Lanes::Turn& turn) {
-    float gradient[kItems];
-    bool is_done = false;
-    if constexpr (Lanes::kQuick) is_done = differentiate_ordinary(turn, gradient);
-    if (!is_done) differentiate(turn, gradient);
+  const auto store = [&](const typename Lanes::Turn& turn, const float* gradient) {
     if (!turn.has_row()) return;
     Element* const out = grad_logits + uint64_t(turn.row()) * unsigned(n_experts);
     if (is_regular) {
@@ -161,6 +156,21 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
         if (lanes.expert_at(i) < n_experts)
           out[lanes.expert_at(i) - lanes.expert_at(0)] = from_float<Element>(gradient[i]);
     }
+  };
+  lanes.for_rows([&](const typename Lanes::Turn& turn) {
+    float gradient[kItems];
+    if constexpr (Lanes::kQuick) {
+      const bool is_ordinary = differentiate_ordinary(turn, gradient);
+      if (!__any_sync(kWholeWarp, !is_ordinary)) return store(turn, gradient);
+      // The warp comes along, but what a row gets does not depend on the others.
+      const bool is_stored = lanes.lanes().all(is_ordinary);
+      if (is_stored) store(turn, gradient);
+      differentiate(turn, gradient);
+      if (is_stored) return;
+    } else {
+      differentiate(turn, gradient);
+    }
+    store(turn, gradient);
   });
 }
 

@@ -60,24 +60,9 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   const int choice = computed_once(!arguments.choice ? kGiven : is_at_once ? kBestOnes : kOneByOne);
   bool every_expert_exists = true;
   const BestOfLanes best_of_lanes(lanes.lanes(), int(arguments.k));
-  // Of ordinary rows: weights, and what they are multiplied by to be p. False where a row of the warp is not.
-  const auto measure_ordinary = [&](const typename Lanes::Turn& turn, float* weights, float& inverse) {
-    float z[kItems], total = 0, weighted = 0;
-    const float largest = lanes.exponentiate(turn, z, weights);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      total += weights[i];
-      weighted = fmaf(weights[i], z[i], weighted);
-    }
-    total = lanes.lanes().sum(total);
-    const float log_total = log2_fast(total);
-    if (__any_sync(kWholeWarp, !lanes.is_ordinary(total, log_total, weighted, largest))) return false;
-    inverse = reciprocal_fast(total);
-    scalars.add_ordinary(turn.counts() && lanes.lanes().own == 0, log_total, weighted * inverse);
-    return true;
-  };
-  // Of any; `scale` makes a weight a score that a bias is added to: p, or a sigmoid before it is normalised.
-  const auto measure = [&](const typename Lanes::Turn& turn, float* weights, float& inverse, float& scale) {
+  // A row's weights, what they are multiplied by to be p, and what makes a weight a score that a bias is added to: p, or a
+  // sigmoid before it is normalised. adds: also what is one number for the row.
+  const auto measure = [&](const typename Lanes::Turn& turn, bool adds, float* weights, float& inverse, float& scale) {
     float y[kItems];
     RouterRow<float> of_logits{};
     if constexpr (kSigmoid) {
@@ -89,20 +74,46 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     if constexpr (!kSigmoid) of_logits = measured;
     if constexpr (!Lanes::kQuick)
       scalars.keep(lanes.lanes(), turn.number, turn.counts(), measured, of_logits);
-    else if (turn.counts() && lanes.lanes().own == 0)
+    else if (adds && turn.counts() && lanes.lanes().own == 0)
       scalars.add(measured, of_logits);
     inverse = reciprocal_fast(1 + measured.rest);
     scale = kSigmoid ? exp_of(measured.max) : inverse;
   };
+  // The same, where an ordinary row is done as such; what a row gets does not depend on the others of the warp.
+  const auto measure_quickly = [&](const typename Lanes::Turn& turn, float* weights, float& inverse) {
+    float z[kItems], total = 0, weighted = 0;
+    const float largest = lanes.exponentiate(turn, z, weights);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      total += weights[i];
+      weighted = fmaf(weights[i], z[i], weighted);
+    }
+    total = lanes.lanes().sum(total);
+    const float log_total = log2_fast(total);
+    const bool is_ordinary = lanes.is_ordinary(total, log_total, weighted, largest);
+    inverse = reciprocal_fast(total);
+    const auto add = [&] {
+      scalars.add_ordinary(turn.counts() && lanes.lanes().own == 0, log_total, weighted * inverse);
+    };
+    if (!__any_sync(kWholeWarp, !is_ordinary)) return add();
+    const bool is_done = lanes.lanes().all(is_ordinary);
+    if (is_done) add();
+    float other, scale;
+    measure(turn, !is_done, weights, other, scale);
+    if (is_done)
+      lanes.exponentiate(turn, z, weights);  // again: there are too few registers to keep them
+    else
+      inverse = other;
+  };
 
   lanes.for_rows([&](const typename Lanes::Turn& turn) {
     float weights[kItems], inverse, scale;
-    bool is_done = false;
     if constexpr (Lanes::kQuick) {
-      is_done = measure_ordinary(turn, weights, inverse);
+      measure_quickly(turn, weights, inverse);
       scale = inverse;
+    } else {
+      measure(turn, true, weights, inverse, scale);
     }
-    if (!is_done) measure(turn, weights, inverse, scale);
     const float added = turn.counts() ? inverse : 0.f;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) probability[i] = fmaf(weights[i], added, probability[i]);

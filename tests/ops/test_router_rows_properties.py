@@ -1,5 +1,7 @@
 """Router statistics and their gradient against float64 autograd, over shapes, dtypes, masks, segments and layers."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -235,3 +237,24 @@ def test_bitwise_the_same_whatever_the_threads_and_the_neighbours(n_experts):
     alone = [run(logits[:1, segments == segment])[:-1] for segment in range(3)]
     for number, statistic in enumerate(results[0][:-1]):
         assert torch.equal(statistic[:3], torch.cat([one[number] for one in alone]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_experts", [8, 64])
+def test_a_row_is_the_same_beside_rows_that_are_sure_or_masked(n_experts, dtype):
+    """A GPU does ordinary rows, those that are sure of an expert and those with masked ones in different ways."""
+    logits = torch.randn(1, 96, n_experts).to(dtype)
+    upstream = [torch.randn(1, n_experts) for _ in range(2)] + [torch.randn(1) for _ in range(2)]
+
+    def gradient_of(logits):
+        leaf = logits.clone().requires_grad_()
+        got = router_statistics(leaf, k=2)
+        torch.autograd.backward([got[i] for i in (1, 2, 3, 4)], upstream)
+        return leaf.grad
+
+    other = torch.zeros(96, dtype=torch.bool)
+    other[::5] = other[1::7] = True
+    beside = logits.clone()
+    beside[:, ::5, 0] += 60
+    beside[:, 1::7, 1] = -math.inf
+    assert torch.equal(gradient_of(beside)[:, ~other], gradient_of(logits)[:, ~other])
