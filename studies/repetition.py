@@ -248,7 +248,7 @@ def train(
             )
             state.with_suffix(".new").replace(state)  # in one step: a stopped run finds the old or the new one, whole
     state.unlink(missing_ok=True)
-    return history
+    return [{name: float(f"{value:.5g}") for name, value in line.items()} for line in history]  # enough for curves
 
 
 @torch.no_grad()
