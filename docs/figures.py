@@ -147,10 +147,10 @@ def repetition() -> Figure | None:
     result = load(path)
     figure = Figure(figsize=(5.5, 3.4), layout="constrained")
     axis = figure.subplots()
-    before = result["before"]
+    before = result["before"]["held_out"]
     axis.scatter(before["perplexity"], before["greedy"]["seq_rep_4"], marker="*", color="black", label="before")
     for (name, seeds), colour in zip(result["arms"].items(), LINES, strict=False):
-        runs = [run["after"] for run in seeds.values()]
+        runs = [run["after"]["held_out"] for run in seeds.values()]
         x, y = [run["perplexity"] for run in runs], [run["greedy"]["seq_rep_4"] for run in runs]
         axis.scatter(x, y, color=colour, label=name, s=18)
         if len(runs) > 1:

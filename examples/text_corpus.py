@@ -1,7 +1,7 @@
-"""Real text that every Python carries with it: the documentation of its own standard library, as tokens.
+"""Real text that is there already, as tokens: the documentation of Python's standard library, and of torch.nn.
 
-That is the language reference of `pydoc_data.topics` and the docstrings of the standard library's modules, read from
-their sources without importing them. It differs a little from one Python version to the next.
+The first is the language reference of `pydoc_data.topics` and the docstrings of the standard library's modules. All
+docstrings are read from the sources, without importing them. They differ a little from one version to the next.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pydoc_data.topics
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,16 +24,21 @@ UNDERLINE = re.compile(r"([-=*~^#_.+])\1{3,}")
 
 
 def standard_library_documentation(min_characters: int = 150) -> list[str]:
-    """Each topic and each docstring of at least `min_characters`, once, whitespace collapsed and underlines removed.
+    """Each topic and each docstring of at least `min_characters`."""
+    topics = list(pydoc_data.topics.topics.values())
+    return _cleaned([*topics, *_docstrings_of(_standard_library_sources())], min_characters)
+
+
+def torch_nn_documentation(min_characters: int = 150) -> list[str]:
+    """Each docstring of torch.nn of at least `min_characters`: layers and losses, with formulas and shapes."""
+    return _cleaned(_docstrings_of(sorted(Path(torch.nn.__file__).parent.rglob("*.py"))), min_characters)
+
+
+def _cleaned(texts: Iterable[str], min_characters: int) -> list[str]:
+    """Each text once, whitespace collapsed and underlines removed.
 
     Runs of spaces, newlines, "=====" and "*****" would count as repetition when nobody reads them.
     """
-    texts = list(pydoc_data.topics.topics.values())
-    for path in _standard_library_sources():
-        try:
-            texts.extend(_docstrings(ast.parse(path.read_bytes())))
-        except (SyntaxError, ValueError):
-            continue  # a few modules carry templates that are no Python
     collapsed = (" ".join(UNDERLINE.sub(" ", text).split()) for text in texts)
     return list(dict.fromkeys(text for text in collapsed if len(text) >= min_characters))
 
@@ -45,6 +50,14 @@ def _standard_library_sources() -> list[Path]:
         sources += [folder / f"{module}.py", *sorted((folder / module).rglob("*.py"))]
     not_documentation = {"test", "tests", "idle_test"}
     return [path for path in sources if path.is_file() and not_documentation.isdisjoint(path.parts)]
+
+
+def _docstrings_of(sources: Iterable[Path]) -> Iterator[str]:
+    for path in sources:
+        try:
+            yield from _docstrings(ast.parse(path.read_bytes()))
+        except (SyntaxError, ValueError):
+            continue  # a few modules carry templates that are no Python
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:

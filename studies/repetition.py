@@ -7,7 +7,7 @@
 All arms of a seed see the same data in the same order, take the same number of updates and start from the same weights.
 The text is the standard library's documentation, long docstrings and sections of the language reference. Whole
 documents are held out, and every passage and prompt lies within one. Every few updates a small validation part, held
-out too, is measured; choices go by that, the table by the rest.
+out too, is measured; choices go by that, the tables by the rest and by text of another kind, torch.nn's documentation.
 With sequence-level unlikelihood (Welleck et al. 2019), the model also continues prefixes greedily, and every token of a
 repeated n-gram gets -log(1 - p): cross-entropy of the text and this, of the rollouts, make one update. Results are
 written after every arm and seed, and a state every few updates. Several processes may run different arms or seeds.
@@ -36,6 +36,7 @@ from measures import measures, ngrams
 
 from ava_ext import LinearLogits, SequenceUnlikelihoodLoss, UnifiedLoss
 
+KINDS = ("held_out", "other")  # of the texts that the tables are about
 RESULTS = Path(__file__).parent / "results" / "repetition.json"
 MIN_CHARACTERS = 1200  # of a document
 
@@ -44,22 +45,23 @@ class Arm(NamedTuple):
     """What differs between two runs."""
 
     options: dict[str, Any]  # of UnifiedLoss
-    sequence_weight: float = 0.0
-    rollout_ngram: int | None = None  # None: the setting's
+    rollout_ngram: int | None = None  # of the sequence-level loss; None: without
 
 
 TOKEN = {"use_ngram_penalty": True, "ngram_size": 1, "ngram_slots": 128, "ngram_penalty_weight": 1.0}
 ARMS = {
     "cross-entropy": Arm({}),
-    "sequence, weight 0.25": Arm({}, 0.25),
-    "sequence, weight 0.5": Arm({}, 0.5),
-    "sequence, weight 1": Arm({}, 1.0),
-    "sequence, weight 1, n = 8": Arm({}, 1.0, 8),
+    "sequence, n = 4": Arm({}, 4),
+    "sequence, n = 6": Arm({}, 6),
+    "sequence, n = 8": Arm({}, 8),
     "token": Arm(TOKEN),
-    "both": Arm(TOKEN, 0.25),
+    "token and sequence, n = 6": Arm(TOKEN, 6),
     "n-gram, weight 0.5": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 0.5}),
     "n-gram, weight 4": Arm({"use_ngram_penalty": True, "ngram_size": 4, "ngram_penalty_weight": 4.0}),
 }
+
+
+TO_READ = ("cross-entropy", "token", "sequence, n = 6")  # the texts of all would be too many
 
 
 class Setting(NamedTuple):
@@ -74,7 +76,7 @@ class Setting(NamedTuple):
     rollout_updates: int = 8  # that share one round of rollouts: a large batch costs less per token
     prefix_length: int = 32
     rollout_length: int = 64
-    rollout_ngram: int = 4
+    sequence_weight: float = 1.0
     n_prompts: int = 48  # half of them where the continuation is sampled
     n_new_tokens: int = 100
     n_windows: int = 48  # held-out passages of n_tokens
@@ -101,18 +103,20 @@ class Texts(NamedTuple):
     train: list[Tensor]
     validation: list[Tensor]  # held out, for choices of the setting
     held_out: list[Tensor]  # for the table
+    other: list[Tensor]  # of another kind, for the table
 
 
 def texts(tokenizer: Tokenizer, limit: int | None) -> Texts:
-    """Long documents, in three parts."""
-    from text_corpus import standard_library_documentation
+    """Long documents, without copies."""
+    from text_corpus import standard_library_documentation, torch_nn_documentation
 
     def ids(documents: list[str]) -> list[Tensor]:
         return [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(documents[:limit])]
 
     found = without_copies(standard_library_documentation(MIN_CHARACTERS))
     train = [text for index, text in enumerate(found) if index % 4]
-    return Texts(ids(train), ids(found[4::8]), ids(found[::8]))
+    other = without_copies(torch_nn_documentation(MIN_CHARACTERS))
+    return Texts(ids(train), ids(found[4::8]), ids(found[::8]), ids(other))
 
 
 def without_copies(documents: list[str], n_words: int = 12) -> list[str]:
@@ -160,6 +164,16 @@ class Windows:
         return self.states[chosen], self.targets[chosen]
 
 
+def windows_of(
+    model: smollm2.SmolLM2, documents: Texts, setting: Setting, cache: Path
+) -> dict[str, Windows]:  # of each field of Texts
+    windows = {}
+    for kind, part in documents._asdict().items():
+        name = f"{kind}_{sum(map(len, part))}_{setting.n_tokens}_{model.n_frozen}"
+        windows[kind] = Windows(model, part, setting.n_tokens, cache / "frozen_states" / name)
+    return windows
+
+
 def sequence_loss(
     model: smollm2.SmolLM2,
     written: smollm2.Continuation,
@@ -171,12 +185,10 @@ def sequence_loss(
     all loops at the start.
     """
     n_tokens = written.tokens.shape[1]
-    states = model.hidden_states(written.frozen_states)[:, -n_tokens:].to(
-        model.dtype
-    )  # those that predict what was written
+    predicting = model.hidden_states(written.frozen_states)[:, -n_tokens:].to(model.dtype)
     loss_fn = SequenceUnlikelihoodLoss(len(model.head), ngram_size)
     repeated = loss_fn.repeats(written.tokens).float().mean()
-    logits = LinearLogits(states, model.head)
+    logits = LinearLogits(predicting, model.head)
     return loss_fn(logits, written.tokens, num_items_in_batch=written.tokens.numel()), repeated
 
 
@@ -211,15 +223,15 @@ def train(
         parts = loss_fn(targets=targets, hidden_states=hidden, lm_head_weight=model.head, return_detailed=True)
         parts["total_loss"].backward()
         line = {name: float(value.detach()) for name, value in parts.items()}
-        if arm.sequence_weight:
+        if arm.rollout_ngram:
             if not rollouts:
                 n_rollouts, step_seed = setting.n_rollouts * setting.rollout_updates, 100_000 * seed + update
                 prefixes = passages(documents.train, setting.prefix_length, n_rollouts, step_seed)
                 written = smollm2.continuations(model, prefixes, setting.rollout_length)
                 split = zip(*(part.split(setting.n_rollouts) for part in written), strict=True)
                 rollouts = [smollm2.Continuation(*parts) for parts in split]
-            loss, repeated = sequence_loss(model, rollouts.pop(), arm.rollout_ngram or setting.rollout_ngram)
-            (arm.sequence_weight * loss).backward()
+            loss, repeated = sequence_loss(model, rollouts.pop(), arm.rollout_ngram)
+            (setting.sequence_weight * loss).backward()
             line |= {"sequence_loss": float(loss.detach()), "repeated": float(repeated)}
         line["gradient_norm"] = float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0))
         optimizer.step()
@@ -236,7 +248,7 @@ def train(
             )
             state.with_suffix(".new").replace(state)  # in one step: a stopped run finds the old or the new one, whole
     state.unlink(missing_ok=True)
-    return history
+    return [{name: float(f"{value:.5g}") for name, value in line.items()} for line in history]  # enough for curves
 
 
 @torch.no_grad()
@@ -262,17 +274,20 @@ def validate(model: smollm2.SmolLM2, text: Windows, documents: list[Tensor], set
 
 
 def evaluate(
-    model: smollm2.SmolLM2, tokenizer: Tokenizer, documents: Texts, texts: dict[str, Windows], setting: Setting
-) -> dict[str, Any]:
-    """Perplexity and measures of repetition on held-out text, and three continuations to read."""
-    result: dict[str, Any] = {"perplexity": perplexity(model, texts["held_out"], setting, setting.n_windows)}
-    for way, n_prompts in (("greedy", setting.n_prompts), ("sampled", setting.n_prompts // 2)):
-        prefixes = passages(documents.held_out, setting.prefix_length, n_prompts, seed=2)
-        written = smollm2.continuations(model, prefixes, setting.n_new_tokens, sample=way == "sampled").tokens
-        result[way] = measures(written.tolist())
-        if way == "greedy":
-            pairs = zip(prefixes[:3].tolist(), written[:3].tolist(), strict=True)
-            result["texts"] = [[tokenizer.decode(a), tokenizer.decode(b)] for a, b in pairs]
+    model: smollm2.SmolLM2, tokenizer: Tokenizer, documents: Texts, windows: dict[str, Windows], setting: Setting
+) -> dict[str, dict[str, Any]]:
+    """Of each kind of held-out text: perplexity, measures of repetition, and three continuations to read."""
+    result: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        found: dict[str, Any] = {"perplexity": perplexity(model, windows[kind], setting, setting.n_windows)}
+        for way, n_prompts in (("greedy", setting.n_prompts), ("sampled", setting.n_prompts // 2)):
+            prefixes = passages(getattr(documents, kind), setting.prefix_length, n_prompts, seed=2)
+            written = smollm2.continuations(model, prefixes, setting.n_new_tokens, sample=way == "sampled").tokens
+            found[way] = measures(written.tolist())
+            if way == "greedy":
+                pairs = zip(prefixes[:3].tolist(), written[:3].tolist(), strict=True)
+                found["texts"] = [[tokenizer.decode(a), tokenizer.decode(b)] for a, b in pairs]
+        result[kind] = found
     return result
 
 
@@ -327,8 +342,8 @@ COLUMNS = (
 )
 
 
-def table(results: dict[str, Any], short: bool = False) -> str:
-    """Held-out text, mean ± standard deviation over the seeds; other arms against cross-entropy's."""
+def table(results: dict[str, Any], kind: str = "held_out", short: bool = False) -> str:
+    """Mean ± standard deviation over the seeds; other arms against cross-entropy's."""
     columns = [column for column in COLUMNS if column.is_short or not short]
     titles = ["loss", "seeds", *(column.title for column in columns)]
     titles.insert(3, "against cross-entropy")
@@ -336,11 +351,11 @@ def table(results: dict[str, Any], short: bool = False) -> str:
     plain = results["arms"].get("cross-entropy", {})
     arms = {"before fine-tuning": {"": {"after": results["before"]}}} if results["before"] else {}
     for name, seeds in {**arms, **results["arms"]}.items():
-        runs = {seed: run["after"] for seed, run in seeds.items()}
+        runs = {seed: run["after"][kind] for seed, run in seeds.items()}
         cells = [name, str(len(seeds)) if name in results["arms"] else "-"]
         cells += [_spread([_value(run, column) for run in runs.values()], column) for column in columns]
         ratios = [
-            100 * (_value(run, COLUMNS[0]) / _value(plain[seed]["after"], COLUMNS[0]) - 1)
+            100 * (_value(run, COLUMNS[0]) / _value(plain[seed]["after"][kind], COLUMNS[0]) - 1)
             for seed, run in runs.items()
             if seed in plain and name != "cross-entropy"
         ]
@@ -348,10 +363,14 @@ def table(results: dict[str, Any], short: bool = False) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     cells = ["the text itself", "-", "-"]
     for column in columns:
-        measured = results["text"] if column.way == "greedy" else {}
+        measured = results["text"][kind] if column.way == "greedy" else {}
         cells.append(_spread([100 * measured[column.name]], column) if column.name in measured else "-")
     lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def other_table(results: dict[str, Any]) -> str:
+    return table(results, "other")
 
 
 def short_table(results: dict[str, Any]) -> str:
@@ -369,13 +388,13 @@ def _spread(values: list[float], column: Column) -> str:
 
 
 def readings(results: dict[str, Any]) -> str:
-    """The first prompts, and how every arm (its first seed) goes on."""
+    """The first prompts, and how some arms (their first seed) go on."""
     arms = {"before fine-tuning": results["before"]}
-    arms |= {name: seeds[min(seeds)]["after"] for name, seeds in results["arms"].items()}
+    arms |= {name: seeds[min(seeds)]["after"] for name, seeds in results["arms"].items() if name in TO_READ}
     found = []
-    for index, (prefix, _) in enumerate(results["before"]["texts"]):
+    for index, (prefix, _) in enumerate(results["before"]["held_out"]["texts"]):
         found.append(f"*{_plain(prefix)}* ...\n")
-        found += [f"* **{name}**: {_plain(run['texts'][index][1])}" for name, run in arms.items()]
+        found += [f"* **{name}**: {_plain(run['held_out']['texts'][index][1])}" for name, run in arms.items()]
         found.append("")
     return "\n".join(found)
 
@@ -406,14 +425,14 @@ def main() -> None:
     options = parse_arguments()
     if options.print:
         results = json.loads(options.output.read_text())
-        print(table(results), validation_table(results), rollout_table(results), sep="\n", end="")
+        print(table(results), other_table(results), validation_table(results), rollout_table(results), sep="\n", end="")
         return
     if missing := smollm2.missing_packages():
         raise SystemExit(f"studies/repetition.py: expected {', '.join(missing)} to be installed; `make study` does it")
     setting = QUICK if options.quick else Setting()
     given = {name: getattr(options, name) for name in Setting._fields if getattr(options, name) is not None}
     setting = setting._replace(**given)
-    arms = ["cross-entropy", "sequence, weight 1"] if options.quick else options.arms
+    arms = ["cross-entropy", "sequence, n = 4"] if options.quick else options.arms
     seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
 
     results: dict[str, Any] = {"setting": setting._asdict(), "text": None, "before": None, "arms": {}}
@@ -423,15 +442,14 @@ def main() -> None:
     if left or not results["before"] or not results.get("text"):
         model, tokenizer = smollm2.load(options.cache / "smollm2", setting.n_layers)
         documents = texts(tokenizer, limit=8 if options.quick else None)
-        windows = {}
-        for kind, part in documents._asdict().items():
-            name = f"{kind}_{sum(map(len, part))}_{setting.n_tokens}_{model.n_frozen}"
-            windows[kind] = Windows(model, part, setting.n_tokens, options.cache / "frozen_states" / name)
-        found = passages(documents.held_out, setting.n_new_tokens, setting.n_prompts, seed=2)
-        results["text"] = measures(found.tolist())  # as long as what the model writes: how much of it repeats?
+        windows = windows_of(model, documents, setting, options.cache)
+        results["text"] = {}
+        for kind in KINDS:  # as long as what the model writes: how much of it repeats?
+            found = passages(getattr(documents, kind), setting.n_new_tokens, setting.n_prompts, seed=2)
+            results["text"][kind] = measures(found.tolist())
         for seed, name in left:
             model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
-            state = options.cache / f"{name.replace(' ', '_').replace(',', '')}_{seed}_{setting.updates}.pt"
+            state = options.cache / f"{re.sub(r'[^a-z0-9]+', '_', name)}_{seed}_{setting.updates}.pt"
             title = f"{name}, seed {seed}"
             history = train(
                 model, ARMS[name], windows["train"], documents, windows["validation"], setting, seed, title, state
@@ -443,7 +461,7 @@ def main() -> None:
             model, _ = smollm2.load(options.cache / "smollm2", setting.n_layers)
             results["before"] = evaluate(model, tokenizer, documents, windows, setting)
         _write(results, options.output)
-    print(table(results), end="")
+    print(table(results), other_table(results), sep="\n", end="")
 
 
 def _write(results: dict[str, Any], path: Path) -> None:

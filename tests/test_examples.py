@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers", reason="needs the extra: pip install '.[exampl
 
 from evaluation import repeated_ngram_rate, validation_perplexity
 from small_gpt import SmallGPT
-from text_corpus import Corpus, segments_of, standard_library_documentation
+from text_corpus import Corpus, segments_of, standard_library_documentation, torch_nn_documentation
 
 CONTEXT = 16
 
@@ -48,6 +48,17 @@ def test_documentation_is_long_distinct_and_collapsed():
         assert "****" not in text and "====" not in text
     assert any('The "assert" statement' in text for text in texts)  # a topic
     assert any("Serialize ``obj`` to a JSON formatted" in text for text in texts)  # a docstring: json.dumps
+
+
+def test_documentation_of_torch_nn_is_another_text():
+    texts = torch_nn_documentation(1200)
+    assert sum(map(len, texts)) > 100_000 and any("computes the cross entropy loss" in text for text in texts)
+
+    def passages(documents):  # of 13 words
+        words = [document.split() for document in documents]
+        return {tuple(text[i : i + 13]) for text in words for i in range(len(text) - 12)}
+
+    assert not passages(texts) & passages(standard_library_documentation(1200))
 
 
 def test_tokens_give_the_texts_back(corpus, texts):

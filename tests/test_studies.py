@@ -14,6 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))
 
+import demo
 import measures
 import moe_balance
 import repetition
@@ -26,6 +27,7 @@ STUDIES = ROOT / "docs" / "studies"
 SHOWN = {
     "moe": (STUDIES / "moe_balance.md", "moe_balance", moe_balance.table),
     "repetition": (STUDIES / "repetition.md", "repetition", repetition.table),
+    "other": (STUDIES / "repetition.md", "repetition", repetition.other_table),
     "validation": (STUDIES / "repetition.md", "repetition", repetition.validation_table),
     "rollouts": (STUDIES / "repetition.md", "repetition", repetition.rollout_table),
     "readings": (STUDIES / "repetition.md", "repetition", repetition.readings),
@@ -145,14 +147,16 @@ class Interrupted(Exception):
 
 def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """A stopped run that goes on gives what a run in one piece gives: weights, optimizer and data are the same."""
-    documents = torch.randint(40, (3, 2, 200), generator=torch.Generator().manual_seed(3))
+    both = "token and sequence, n = 2"
+    monkeypatch.setitem(repetition.ARMS, both, repetition.Arm(repetition.TOKEN, 2))
+    documents = torch.randint(40, (4, 2, 200), generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(smollm2, "missing_packages", list)
     monkeypatch.setattr(smollm2, "load", lambda cache, n: (tiny_model(n), SimpleNamespace(decode=str)))
     monkeypatch.setattr(repetition, "texts", lambda tokenizer, limit: repetition.Texts(*map(list, documents)))
 
-    def study(name, arm="both", stop_at=None):
+    def study(name, arm=both, stop_at=None):
         sizes = "--updates 12 --n-layers 1 --batch-size 2 --n-tokens 12 --prefix-length 4 --rollout-length 9"
-        sizes += " --rollout-updates 4 --rollout-ngram 2 --n-prompts 4 --n-new-tokens 8 --n-windows 4 --seeds 1"
+        sizes += " --rollout-updates 4 --n-prompts 4 --n-new-tokens 8 --n-windows 4 --seeds 1"
         sizes += " --validation-updates 6"
         files = ["--output", str(tmp_path / f"{name}.json"), "--cache", str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", ["repetition.py", *sizes.split(), "--arms", arm, *files])
@@ -177,14 +181,38 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "stopped").glob("*.pt"))) == 1
     again, n_calls = study("stopped")
     assert n_calls == 8
-    history = whole["arms"]["both"]["0"]["history"]
+    history = whole["arms"][both]["0"]["history"]
     assert again == whole and len(history) == 12
     assert [line["validation_perplexity"] > 1 for line in history if "validation_perplexity" in line] == [True, True]
     assert not list((tmp_path / "stopped").glob("*.pt"))
-    assert "| both | 1 |" in capsys.readouterr().out
+    assert f"| {both} | 1 |" in capsys.readouterr().out
     plain = study("whole", "cross-entropy")[0]["arms"]  # another arm joins what is there, over the same data
-    losses = [plain["cross-entropy"]["0"]["history"][0]["total_loss"], plain["both"]["0"]["history"][0]["main_loss"]]
-    assert losses[0] == pytest.approx(losses[1]) and plain["both"] == whole["arms"]["both"]
+    losses = [plain["cross-entropy"]["0"]["history"][0]["total_loss"], plain[both]["0"]["history"][0]["main_loss"]]
+    assert losses[0] == pytest.approx(losses[1]) and plain[both] == whole["arms"][both]
+
+
+def test_demo_shows_what_was_before_and_after(tmp_path, monkeypatch, capsys):
+    documents = torch.randint(40, (4, 2, 200), generator=torch.Generator().manual_seed(3))
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(f" {token}" for token in ids))
+    monkeypatch.setattr(smollm2, "missing_packages", list)
+    monkeypatch.setattr(smollm2, "load", lambda cache, n: (tiny_model(n), tokenizer))
+    monkeypatch.setattr(repetition, "texts", lambda tokenizer, limit: repetition.Texts(*map(list, documents)))
+    arguments = ["--quick", "--updates", "6", "--output", str(tmp_path / "demo.json"), "--cache", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    demo.main()
+    found, printed = json.loads((tmp_path / "demo.json").read_text()), capsys.readouterr().out
+    assert found["before"]["perplexity"] != found["after"]["perplexity"]
+    for name in ("before", "after"):
+        assert found[name]["seq_rep_4"] == measures.measures(found[name]["written"])["seq_rep_4"]
+        assert f"{found[name]['perplexity']:.1f}" in printed and f"{found[name]['seq_rep_4']:.1%}" in printed
+        assert f"{name}: {tokenizer.decode(found[name]['written'][0][:9])}" in printed
+
+
+def test_what_repeats_is_red():
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join("abcdefgh"[token] for token in ids))
+    text = demo.coloured(tokenizer, [0, 1, 2, 3, 4, 0, 1, 2, 3, 5])
+    assert text.plain == "abcdeabcdf"
+    assert "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "red") == "abcd"
 
 
 @pytest.mark.parametrize("mark", SHOWN)
@@ -221,13 +249,17 @@ def test_quick_run_of_the_experts(tmp_path):
     bool(smollm2.missing_packages()), reason=f"`make study` installs {', '.join(smollm2.missing_packages())}"
 )
 def test_quick_run_of_the_real_model(tmp_path):
+    read_before = ROOT / "build" / "study" / "smollm2"  # GGUF takes half a minute to read
+    if (read_before / "weights.pt").exists():
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "smollm2").symlink_to(read_before)
     run("repetition.py", "--quick", "--output", tmp_path / "repetition.json", "--cache", tmp_path / "cache")
     results = json.loads((tmp_path / "repetition.json").read_text())
-    assert set(results["arms"]) == {"cross-entropy", "sequence, weight 1"}
+    assert set(results["arms"]) == {"cross-entropy", "sequence, n = 4"}
     plain, sequence = (results["arms"][name]["0"]["history"] for name in results["arms"])
     assert plain[0]["total_loss"] == pytest.approx(sequence[0]["total_loss"])  # the same weights and data
     assert all(line["repeated"] >= 0 for line in sequence) and max(line["sequence_loss"] for line in sequence) > 0
-    assert results["before"]["perplexity"] > 1
+    assert [results["before"][kind]["perplexity"] > 1 for kind in ("held_out", "other")] == [True, True]
     assert [0 <= line.get("validation_seq_rep_4", -1) <= 1 for line in sequence] == [False, True, False, True]
     # goes on where it stopped: nothing is left to do
     before = (tmp_path / "repetition.json").stat().st_mtime_ns

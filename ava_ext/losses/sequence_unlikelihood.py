@@ -22,7 +22,8 @@ class SequenceUnlikelihoodLoss(nn.Module):
 
     Args:
         vocab_size: real columns of the logits; columns beyond it are padding. At least 2.
-        ngram_size: n.
+        ngram_size: n. 4 as in the paper; on a real model (docs/studies/repetition.md) 6 cost less perplexity for nearly
+            the same effect, because honest text repeats short n-grams.
         reduction: "mean" over the tokens that repeat (or num_items_in_batch, where given), "sum" or "none".
         initial_temperature, logit_softcap, linear_chunk_bytes: as in `UnifiedLossConfig`.
 
