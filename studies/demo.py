@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 ARM = "sequence, n = 4"
-SETTING = repetition.Setting(updates=64, n_prompts=32, n_windows=32, validation_updates=64)
+SETTING = repetition.Setting(updates=56, n_prompts=32, n_windows=32, validation_updates=1000)  # none
 # a measure -> how it is shown, and its format
 ROWS = {
     "perplexity": ("perplexity", "{:.1f}"),
