@@ -1,15 +1,12 @@
 """What nvcc makes of csrc/cuda: PTX, which tests/ptx runs, and from that the machine code that cuda_gates.py reads."""
 
-import fcntl
 import os
 import shutil
-import subprocess
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from support.ninja_library import ROOT
+from support.ninja_library import ROOT, run_ninja
 
 SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 _INCLUDE = Path(torch.__file__).parent / "include"
@@ -51,12 +48,6 @@ def assemble(architectures: Sequence[str]) -> list[Path]:
 
 
 def _ninja(folder: Path, lines: list[str], targets: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    # the ninja of this Python's environment, also where that is not activated
-    environment = {**os.environ, "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]}
-    with (folder / "lock").open("w") as lock:  # the workers of pytest-xdist come at the same time
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        result = subprocess.run(["ninja", *targets], cwd=folder, env=environment, capture_output=True, text=True)
+    result = run_ninja(folder, lines, targets)
     if result.returncode != 0:
         raise RuntimeError(result.stdout)
