@@ -1,13 +1,9 @@
 """Two processes with half of the batch each do what one process does with all of it."""
 
-import gc
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from support.processes import on_ranks
 from support.strategies import HIDDEN_SIZE, Numbers
 
 from ava_ext import UnifiedLoss
@@ -74,19 +70,12 @@ def run(model, rows, factor, n_steps=12):
     return {name: parameter.grad.clone() for name, parameter in names.items()} | kept
 
 
-def worker(rank, folder, is_fused):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
+def on_rank(rank, is_fused):
     model = Model(is_fused, torch.distributed.group.WORLD)
     model = torch.nn.parallel.DistributedDataParallel(model)
     half = slice(2 * rank, 2 * rank + 2)
     # as documented: N over all ranks, and the averaging of DistributedDataParallel undone by the world size
-    torch.save(run(model, half, WORLD_SIZE), Path(folder) / f"{rank}.pt")
-    # the reducer of DistributedDataParallel must not be the last to hold the group: it would wait for the group's
-    # thread with the interpreter's lock in hand, for which that thread may be waiting
-    del model
-    gc.collect()
-    torch.distributed.destroy_process_group()
+    return run(model, half, WORLD_SIZE)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -94,9 +83,7 @@ def worker(rank, folder, is_fused):
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_two_processes_train_as_one(is_fused):
     expected = run(Model(not is_fused), slice(0, 4), 1)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(worker, (folder, is_fused), WORLD_SIZE, start_method="fork")
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    ranks = on_ranks(WORLD_SIZE, on_rank, is_fused)
     assert expected["loss_fn.temperature.value"] != 1.0
     assert expected["loss_fn.moe_balancer.expert_bias"].abs().sum() > 0
     for found in ranks:

@@ -1,12 +1,8 @@
 """DistributedDataParallel at its defaults, accumulation without no_sync: the state is that of one process."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
+from support.processes import on_ranks
 from support.strategies import HIDDEN_SIZE, Numbers
 
 from ava_ext import LossMeter, UnifiedLoss
@@ -78,20 +74,13 @@ def train(model, rank=None):
     return {"state": state, "calls": calls, "meter": meter.compute()}
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-    model = torch.nn.parallel.DistributedDataParallel(Model("world"))
-    torch.save(train(model, rank), Path(folder) / f"{rank}.pt")
-    del model
-    torch.distributed.destroy_process_group()
+def train_on_rank(rank):
+    return train(torch.nn.parallel.DistributedDataParallel(Model("world")), rank)
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(worker, (folder,), WORLD_SIZE, start_method="fork")
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    return on_ranks(WORLD_SIZE, train_on_rank)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from processes import on_ranks
+from support.processes import on_ranks
 
 from ava_ext import METRICS, UnifiedLoss
 

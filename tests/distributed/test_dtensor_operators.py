@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from processes import on_ranks
+from support.processes import on_ranks
 from torch.nn import functional as F
 
 from ava_ext import LinearLogits, functional

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import on_ranks
+from support.processes import on_ranks
 
 from ava_ext import LinearLogits, UnifiedLoss
 from ava_ext.distributed import FusedHead, ShardedLogits

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import on_ranks
+from support.processes import on_ranks
 
 from ava_ext import UnifiedLoss
 

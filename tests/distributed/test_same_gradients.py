@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 import torch
-from processes import on_ranks
+from support.processes import on_ranks
 
 from ava_ext import LossMeter, UnifiedLoss
 from ava_ext.distributed import FusedHead, pipeline_loss

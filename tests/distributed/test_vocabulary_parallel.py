@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import on_ranks
+from support.processes import on_ranks
 
 from ava_ext.distributed import ShardedLogits
 from ava_ext.ops import LinearLogits, RowFlags, row_loss, row_options, softmax_statistics, token_log_probs

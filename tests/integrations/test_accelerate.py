@@ -1,15 +1,12 @@
 """A loop with accelerate: the loss times accumulation steps (and ranks), since Accelerator.backward divides by them."""
 
 import copy
-import gc
 import os
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from support.processes import on_new_ranks
 from tiny_models import batch, gradients, own_loss, tiny
 
 from ava_ext import UnifiedLoss
@@ -79,14 +76,10 @@ def trained(put, rows, process_group=None):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def worker(rank, folder, put):
-    torch.set_num_threads(1)
+def train_on_rank(rank, put):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(trained(put, [2 * rank, 2 * rank + 1], "world"), Path(folder) / f"{rank}.pt")
-    gc.collect()  # before its process group: see test_data_parallel.py
-    torch.distributed.destroy_process_group()
+    return trained(put, [2 * rank, 2 * rank + 1], "world")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -95,8 +88,5 @@ def worker(rank, folder, put):
 def test_two_processes_train_as_one(put):
     """2 ranks x 2 micro-batches of 1 = 4 micro-batches of 1."""
     expected = trained(put, [0, 1, 2, 3])
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(worker, (folder, put), 2, start_method="fork")
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
-    for found in ranks:
+    for found in on_new_ranks(2, train_on_rank, put):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

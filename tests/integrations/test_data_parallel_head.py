@@ -1,14 +1,11 @@
 """DistributedDataParallel and FSDP2 around a model with the loss in its forward, with the heads that the loss owns."""
 
 import contextlib
-import gc
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from support.processes import on_ranks
 from tiny_models import batch, tiny
 
 from ava_ext import UnifiedLoss
@@ -62,14 +59,8 @@ def wrapped(model, way):
     return fully_shard(model)
 
 
-def worker(rank, folder, put, way):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-    model = wrapped(model_with_loss(put, "world"), way)
-    torch.save(run(model, [2 * rank, 2 * rank + 1], WORLD_SIZE), Path(folder) / f"{rank}.pt")
-    del model  # before its process group: see test_data_parallel.py
-    gc.collect()
-    torch.distributed.destroy_process_group()
+def run_on_rank(rank, put, way):
+    return run(wrapped(model_with_loss(put, "world"), way), [2 * rank, 2 * rank + 1], WORLD_SIZE)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -81,8 +72,5 @@ def test_two_processes_train_as_one(put, way):
     expected = run(model_with_loss(put, None), [0, 1, 2, 3], 1)
     begin = model_with_loss(put, None).state_dict()
     assert all(not torch.equal(expected[name], begin[name]) for name in expected if "mtp.heads" in name)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(worker, (folder, put, way), WORLD_SIZE, start_method="fork")
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD_SIZE)]
-    for found in ranks:
+    for found in on_ranks(WORLD_SIZE, run_on_rank, put, way):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)  # buffers are float32

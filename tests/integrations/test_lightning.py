@@ -1,17 +1,13 @@
 """Lightning trains as a plain loop, steps the loss once per optimizer step, logs its parts, and resumes exactly."""
 
 import copy
-import gc
 import os
-import socket
-import tempfile
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from support.processes import on_new_ranks
 from tiny_models import batch, tiny
 
 from ava_ext import UnifiedLoss
@@ -205,29 +201,23 @@ def trained(folder, rows, process_group=None, **options):
     return {name: p.detach().clone() for name, p in module.named_parameters()}, dict(fit.callback_metrics)
 
 
-def worker(rank, folder, port):
-    torch.set_num_threads(1)
+def train_on_rank(rank, folder):
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    variables |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 1,
+        "TORCHELASTIC_RUN_ID": "test",
+    }  # the group is there already
     os.environ |= {name: str(value) for name, value in variables.items()}
     strategy = lightning.pytorch.strategies.DDPStrategy(process_group_backend="gloo")
-    found = trained(folder, [2 * rank, 2 * rank + 1], "world", devices=2, strategy=strategy)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    gc.collect()  # before its process group: see test_data_parallel.py
-    torch.distributed.destroy_process_group()
+    return trained(folder, [2 * rank, 2 * rank + 1], "world", devices=2, strategy=strategy)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_train_as_one(tmp_path):
     """2 ranks x 2 micro-batches of 1 = 4 micro-batches of 1."""
     expected, expected_metrics = trained(tmp_path, [0, 1, 2, 3])
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-        server.close()
-        torch.multiprocessing.start_processes(worker, (folder, port), 2, start_method="fork")
-        ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
-    for found, metrics in ranks:
+    for found, metrics in on_new_ranks(2, train_on_rank, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
         for name in ("cross_entropy_epoch", "n_tokens_epoch"):  # over the rows of both
             torch.testing.assert_close(metrics[name], expected_metrics[name])

@@ -1,15 +1,12 @@
 """Trainer trains the same with the built-in loss, with trainer_loss, and with the loss in the model; runs resume."""
 
 import copy
-import gc
-import socket
-import tempfile
-from pathlib import Path
+import os
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from support.processes import on_new_ranks
 from tiny_models import V, batch, tiny
 
 from ava_ext import UnifiedLoss
@@ -306,25 +303,14 @@ def test_n_is_that_of_the_loss(tmp_path):
 TWO_PROCESSES = [with_trainer_loss, with_mixin]
 
 
-def worker(rank, folder):
-    import os
-
+def train_on_rank(rank, folder):
     from accelerate.state import AcceleratorState
 
-    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": (Path(folder) / "port").read_text(), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
-    torch.save([trained(make, folder, **options) for make in TWO_PROCESSES], Path(folder) / f"{rank}.pt")
-    gc.collect()
-    torch.distributed.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    return [trained(make, folder, **options) for make in TWO_PROCESSES]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -332,11 +318,7 @@ def free_port():
 def test_two_processes_train_as_one(tmp_path):
     """2 ranks x 2 micro-batches of 1 = 1 batch of 4; every rank logs the metrics of all of them."""
     expected = [trained(make, tmp_path, per_device_train_batch_size=4) for make in TWO_PROCESSES]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "port").write_text(str(free_port()))
-        torch.multiprocessing.start_processes(worker, (folder,), 2, start_method="fork")
-        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    for rank in ranks:
+    for rank in on_new_ranks(2, train_on_rank, tmp_path):
         for (found, log), (expected_weights, expected_log) in zip(rank, expected, strict=True):
             torch.testing.assert_close(found, expected_weights, rtol=1e-5, atol=1e-7)
             for name in ("loss", "cross_entropy", "n_tokens"):

@@ -1,9 +1,8 @@
 """MoE balancing: the steering term against its formula, and the state across micro-steps, resets and casts."""
 
-import multiprocessing
-
 import pytest
 import torch
+from support.processes import on_ranks
 from torch import distributed
 
 from ava_ext import UnifiedLoss
@@ -307,9 +306,7 @@ def test_compiles_without_a_graph_break_and_updates_its_state(backend):
         torch.testing.assert_close(value, other, msg=name)
 
 
-def run_rank(rank, path):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def balance_on_rank(rank):
     group = distributed.group.WORLD
     options = {"num_experts": 2, "num_experts_per_token": 1, "num_moe_layers": 1, "expert_bias_rate": 0.0}
     balancer = make_balancer(**options)
@@ -326,21 +323,11 @@ def run_rank(rank, path):
     loss_fn = AuxiliaryLoss(1, load_balancing_weight=1.0, router_z_weight=0.0, process_group=group)
     torch.testing.assert_close(loss_fn(gate_logits), torch.tensor(1.0))  # f = 1/2 for both
     assert AuxiliaryLoss(1, load_balancing_weight=1.0, router_z_weight=0.0)(gate_logits) > 1.1
-    distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(
-    not distributed.is_available() or "fork" not in multiprocessing.get_all_start_methods(),
-    reason="needs gloo and fork",
-)
-def test_counts_are_summed_over_the_process_group(tmp_path):
-    context = multiprocessing.get_context("fork")  # a fresh import of torch takes longer than all other tests
-    ranks = [context.Process(target=run_rank, args=(rank, tmp_path / "store")) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without torch.distributed")
+def test_counts_are_summed_over_the_process_group():
+    on_ranks(2, balance_on_rank)
 
 
 def test_bad_input_is_named():

@@ -1,10 +1,10 @@
 """Quantile balancing: the bias against exact quantiles in float64, and the parts of a step against the whole."""
 
 import math
-import multiprocessing
 
 import pytest
 import torch
+from support.processes import on_ranks
 from support.strategies import Numbers
 from torch import distributed
 
@@ -97,9 +97,7 @@ def test_micro_batches_are_the_whole_batch(sizes):
         assert torch.equal(parts.expert_bias, whole.expert_bias)
 
 
-def run_rank(rank, path):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def balance_on_rank(rank):
     logits, mask = gate_logits()
     whole, part = make_balancer(), make_balancer()
     rows = slice(0, 1000) if rank == 0 else slice(1000, N_ROWS)
@@ -109,15 +107,11 @@ def run_rank(rank, path):
         part(logits[:, rows], None, mask[rows])
         part.step(distributed.group.WORLD)
     assert torch.equal(part.expert_bias, whole.expert_bias)
-    distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(
-    not distributed.is_available() or "fork" not in multiprocessing.get_all_start_methods(),
-    reason="needs torch.distributed and fork",
-)
-def test_ranks_are_the_whole_batch(tmp_path):
-    torch.multiprocessing.start_processes(run_rank, (str(tmp_path / "store"),), nprocs=2, start_method="fork")
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without torch.distributed")
+def test_ranks_are_the_whole_batch():
+    on_ranks(2, balance_on_rank)
 
 
 def test_in_the_whole_loss():

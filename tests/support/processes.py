@@ -1,11 +1,13 @@
 """A function in several processes with a process group, and what each of them returned.
 
-The processes are kept for the next call: to start them takes longer than most tests do.
+The processes are forked from one that may have computed with several threads. OpenMP's do not come along, and a child
+that asks for more than one waits for them for ever: each has one thread, and tells the libraries that choose a number.
 """
 
 import gc
 import io
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -14,13 +16,14 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-TIMEOUT = 60  # seconds for one call or collective; only a hang takes so long
+TIMEOUT = 120  # seconds for one call or collective; only a hang takes so long
 
 _pools = {}
 
 
 def on_ranks(world_size, function, *arguments):
-    """[function(rank, *arguments) of each rank]; raises where a rank raises, and where one hangs."""
+    """[function(rank, *arguments) of each rank]; raises where a rank raises, and where one hangs. The processes are
+    kept for the next call: to start them takes longer than most tests do."""
     if world_size not in _pools:
         _pools[world_size] = Pool(world_size)
     try:
@@ -28,6 +31,15 @@ def on_ranks(world_size, function, *arguments):
     except BaseException:
         _pools.pop(world_size).kill()  # the others may wait for the one that has failed
         raise
+
+
+def on_new_ranks(world_size, function, *arguments):
+    """The same in processes of its own, for what leaves something behind: environment variables, a library's state."""
+    pool = Pool(world_size)
+    try:
+        return pool.run(function, arguments)
+    finally:
+        pool.kill()
 
 
 class Pool:
@@ -76,6 +88,7 @@ def _unpacked(packed):
 
 def _serve(folder, rank, world_size, connection):
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate and Lightning ask for as many as there are cores
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
