@@ -72,7 +72,8 @@ def with_probability_gradient(
     ignore_index: int,
     chunk_bytes: int | None,
 ) -> Tensor:  # as loss
-    """loss, whose derivative by the probabilities is row weight times (1 - e) times -log p.
+    """loss, whose derivative by a probability is row weight times (1 - e) times -log p, or 0 where the probability is 0
+    and its column masked.
 
     Backward makes it with plain PyTorch; forward costs nothing.
     """
@@ -104,7 +105,8 @@ class _ProbabilityGradient(torch.autograd.Function):
         if flags & RowFlags.LABEL_SMOOTHING:
             factors = factors * (1 - RowOptions(*options.unbind()).label_smoothing)
         factors, counted = factors.reshape(-1, 1), counted.reshape(-1, 1)
-        gradient = probabilities.new_zeros(len(factors), probabilities.shape[-1])
+        flat_probabilities = probabilities.reshape(-1, probabilities.shape[-1])
+        gradient = probabilities.new_zeros(flat_probabilities.shape)
         states = parts[0].detach().reshape(-1, parts[0].shape[-1])
         n_rows = rows_of_a_chunk(len(factors), vocab_size, dtype, gradient.device, chunk_bytes)
         for begin in range(0, len(factors), n_rows):
@@ -116,6 +118,8 @@ class _ProbabilityGradient(torch.autograd.Function):
                     if parts[2] is not None:
                         logits = logits + parts[2].detach()[:vocab_size].to(dtype)
             log_probs = _log_probs(logits[:, :vocab_size], options, flags)
+            has_no_part = (log_probs == -math.inf) & (flat_probabilities[rows, :vocab_size] == 0)
+            log_probs = log_probs.masked_fill(has_no_part, 0)
             of_rows = torch.where(counted[rows], -log_probs * factors[rows], 0)
             gradient[rows, :vocab_size] = of_rows.to(gradient.dtype)
         gradient = without_second_derivative(gradient.view(probabilities.shape), probabilities)

@@ -221,10 +221,10 @@ def cross_entropy_of_probabilities(
     z: Tensor,  # [..., vocab]
     probabilities: Tensor,  # [..., vocab], or fewer columns: the others are padding
 ) -> Tensor:
-    """-sum_j q_j log p_j, [...]; a term with q_j = 0 is left out, also where it is infinite."""
+    """-sum_j q_j log p_j, [...]; a masked column with q_j = 0 has no part in it."""
     q = _of_columns(probabilities, z)
     log_probs = z - log_normaliser(z).unsqueeze(-1)
-    return -(q * torch.where(q == 0, 0.0, log_probs)).sum(-1)
+    return -(q * torch.where((q == 0) & (z == -math.inf), 0.0, log_probs)).sum(-1)
 
 
 def cross_entropy(

@@ -172,7 +172,7 @@ def test_of_linear_logits(case, reduction, chunk_bytes):
 
 @given(cases(kinds=(True,)), st.sampled_from(["sum", "none"]), st.booleans())
 def test_the_gradient_by_the_probabilities(case, reduction, is_linear):
-    if case.mask.any():  # -log p is infinite there
+    if is_linear and case.mask.any():  # no product of finite states is -inf
         return
     probabilities, logits = case.weights.clone().requires_grad_(), case.logits
     keywords = {**case.keywords, "target_probabilities": probabilities, "reduction": reduction}
@@ -210,12 +210,15 @@ def test_a_row_that_is_sure_keeps_its_digits(dtype):
 
 
 def test_masked_columns():
-    logits = torch.tensor([[1.0, -math.inf, 2.0]], requires_grad=True)
-    for q, is_infinite in (([[0.5, 0.0, 0.5]], False), ([[0.5, 0.1, 0.4]], True)):
-        found = row_loss(logits, torch.tensor([0]), row_options(logits), target_probabilities=torch.tensor(q))
+    logits = torch.tensor([[1.0, -math.inf, 2.0, 0.0]], requires_grad=True)
+    for q, is_infinite in (([[0.5, 0.0, 0.5, 0.0]], False), ([[0.5, 0.1, 0.4, 0.0]], True)):
+        q = torch.tensor(q, requires_grad=True)
+        found = row_loss(logits, torch.tensor([0]), row_options(logits), target_probabilities=q)
         assert found.loss.isinf().all() == is_infinite and not found.loss.isnan().any()
-        (gradient,) = torch.autograd.grad(found.loss.sum(), logits)
+        gradient, by_probabilities = torch.autograd.grad(found.loss.sum(), (logits, q))
         assert gradient[0, 1] == 0 and gradient.isfinite().all()
+        expected = -torch.log_softmax(logits.detach(), -1)
+        torch.testing.assert_close(by_probabilities, expected.masked_fill((q == 0) & expected.isinf(), 0))
 
 
 def test_layouts_are_not_copied():
