@@ -63,6 +63,7 @@ def test_export_with_dynamic_shapes(model, strict):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.slow
 def test_a_package_of_aot_inductor(model, tmp_path):
     program = exported(model, False)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "losses.pt2"))

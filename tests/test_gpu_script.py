@@ -165,6 +165,7 @@ def test_small_entries_of_a_gradient_are_compared_by_themselves():
         gpu_check.assert_gradient("gradient", without, gradient, 0.01)
 
 
+@pytest.mark.slow
 def test_the_whole_script_runs_dry(tmp_path):
     """Every step but the build, which the tests run in the result of; compute-sanitizer is a stand-in."""
     sanitizer = tmp_path / "bin/compute-sanitizer"
@@ -265,6 +266,7 @@ def test_a_working_device_is_not_lost():
     gpu_timing.require_device(CPU, "nothing")
 
 
+@pytest.mark.slow
 def test_the_bundle_is_found(tmp_path):
     """In a copy of the repository without a library: that of the bundle, and its packages."""
     for name in ("ava_ext", "benchmarks"):

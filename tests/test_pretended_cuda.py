@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from support.ninja_library import ROOT
 
 # the fixed cases of these files. Hypothesis' tests draw from the same strategies; those left out by name take minutes
@@ -22,6 +23,7 @@ def run_python(*arguments):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_tests_keep_to_their_device():
     options = ["-q", "-n0", "-p", "no:cacheprovider", "-p", "support.pretended_cuda", "--tb=short"]
     names = " and ".join(["cuda", *(f"not {name}" for name in LEFT_OUT)])

@@ -234,6 +234,7 @@ def run(script, *arguments):
     return result
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_experts(tmp_path):
     pytest.importorskip("tokenizers", reason="the text needs the extra [examples]")
     printed = run("moe_balance.py", "--quick", "--output", tmp_path / "moe.json").stdout
@@ -248,6 +249,7 @@ def test_quick_run_of_the_experts(tmp_path):
 @pytest.mark.skipif(
     bool(smollm2.missing_packages()), reason=f"`make study` installs {', '.join(smollm2.missing_packages())}"
 )
+@pytest.mark.slow
 def test_quick_run_of_the_real_model(tmp_path):
     read_before = ROOT / "build" / "study" / "smollm2"  # GGUF takes half a minute to read
     if (read_before / "weights.pt").exists():

@@ -34,6 +34,7 @@ F64 = torch.float64
 # -- against the reference
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(cases(), st.booleans())
 def test_equals_the_reference(case, training):

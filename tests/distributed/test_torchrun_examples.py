@@ -31,6 +31,7 @@ def losses(name):
     return torch.tensor([[float(number) for number in line] for line in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_example(name):
     found = losses(name)

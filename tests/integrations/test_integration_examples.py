@@ -31,6 +31,7 @@ def needs(*names):
 
 
 @needs("transformers", "accelerate")
+@pytest.mark.slow
 def test_trainer():
     small = ["--vocab-size", "300", "--hidden-size", "32", "--tokens", "16", "--batch-size", "2", "--steps", "3"]
     printed = run("trainer_fused_head.py", *small)
