@@ -181,17 +181,18 @@ AVA_HOST_DEVICE Real complement(const RowStatistics<Real>& row, bool is_argmax, 
   return is_argmax ? row.rest / (1 + row.rest) : 1 - probability;
 }
 
-// log(1 - p) for p <= 1/2. The series of float: relative error below 5e-10 for p <= 1/16, where most candidates are, at
+// log1p(odds), odds >= 0. The series of float: relative error below 5e-10 for odds <= 1/16, which most candidates have, at
 // a third of the time.
-AVA_HOST_DEVICE double log_complement(double p) { return log1p(-p); }
-AVA_HOST_DEVICE float log_complement(float p) {
-  if (!(p <= 0.0625f)) return log1pf(-p);
+AVA_HOST_DEVICE double log1p_of_odds(double odds) { return log1p(odds); }
+AVA_HOST_DEVICE float log1p_of_odds(float odds) {
+  if (!(odds <= 0.0625f)) return log1pf(odds);
   float series = 1.f / 7;
-  for (int power = 6; power >= 1; --power) series = series * p + 1.f / float(power);
-  return -p * series;
+  for (int power = 6; power >= 1; --power) series = 1.f / float(power) - series * odds;
+  return odds * series;
 }
 
-// A candidate's penalty -w log(1 - p_c), and its s_c.
+// A candidate's penalty -w log(1 - p_c) = w log1p(odds), and its s_c = w odds, with the odds p_c / (1 - p_c), of the
+// maximum 1 / R.
 template <class Real>
 struct CandidateShare {
   Real loss, log_prob_coefficient;
@@ -199,11 +200,9 @@ struct CandidateShare {
 template <class Real>
 AVA_HOST_DEVICE CandidateShare<Real> unlikelihood(const RowStatistics<Real>& row, bool is_argmax, Real probability,
                                                   Real weight) {
-  if (is_argmax) {
-    const Real rest = row.rest < smallest_rest<Real>() ? smallest_rest<Real>() : row.rest;  // a nan passes
-    return {weight * log1p_of(1 / rest), weight / rest};  // -log(R / S); log1p(R) - log(R) cancels for a large R
-  }
-  return {-weight * log_complement(probability), weight * probability / (1 - probability)};
+  const Real rest = row.rest < smallest_rest<Real>() ? smallest_rest<Real>() : row.rest;  // a nan passes
+  const Real odds = (is_argmax ? Real(1) : probability) / (is_argmax ? rest : 1 - probability);
+  return {weight * log1p_of_odds(odds), weight * odds};
 }
 
 // A soft target's term -q log p_c, and its s_c. A masked column's is inf, as a target's is.

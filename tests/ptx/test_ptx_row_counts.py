@@ -15,15 +15,15 @@ from row_cases import EVERY_TERM, ONE_BLOCK, PLAIN, WAYS, problem_of, small_devi
 ROW = 1  # of three: one that has a row before it and one behind
 
 
-def issued(terms: int, n_columns: int, n_ids: int, device: DeviceLimits, likely: float = 0.0) -> np.ndarray:
+def issued(terms: int, n_columns: int, n_ids: int, device: DeviceLimits, likely: tuple[float, ...] = ()) -> np.ndarray:
     """[3, n_warps]: what each warp of a block issues up to the row's sums, its coefficients, its gradient.
 
-    likely: the logit of the first candidate, beside others of about 0
+    likely: the logits of the first candidates, beside others of about 0
     """
     problem = problem_of(torch.bfloat16, n_columns, terms, n_rows=3, n_ids=n_ids)
     problem.base.copy_(torch.randn(problem.base.shape, generator=torch.Generator().manual_seed(1)))
-    if n_ids:
-        problem.base[torch.arange(3), problem.candidates.ids[:, 0].long()] = likely
+    for k, logit in enumerate(likely):
+        problem.base[torch.arange(3), problem.candidates.ids[:, k].long()] = logit
     with on_device(device, check_races=False) as ran_on:
         WAYS["fused"](problem)
     (launch,) = ran_on.launches
@@ -54,7 +54,13 @@ def test_vectors_and_bookkeeping(terms, most):
     assert counts <= most
 
 
-CANDIDATES = {"no": (0, 0.0), "four": (4, 0.0), "four, one likely": (4, 8.0), "four, one the maximum": (4, 15.0)}
+CANDIDATES = {
+    "no": (0, ()),
+    "four": (4, ()),
+    "four, one likely": (4, (8.0,)),
+    "four, one the maximum": (4, (15.0,)),
+    "four, one the maximum and one likely": (4, (15.0, 14.0)),
+}
 
 
 @pytest.mark.parametrize("candidates", CANDIDATES)
