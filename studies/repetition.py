@@ -91,7 +91,7 @@ QUICK = Setting(
     rollout_updates=2,
     rollout_length=24,
     n_prompts=4,
-    n_new_tokens=24,
+    n_new_tokens=12,
     n_windows=4,
     validation_updates=2,
 )
