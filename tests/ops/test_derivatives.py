@@ -136,18 +136,22 @@ def test_forward_mode_of_what_has_no_derivative_raises(name):
         )
 
 
+# by us, or by the compiler, which from torch 2.14 on takes no dual tensor
+REFUSED = r"forward-mode derivatives|Observed exception|wrap a dual tensor input"
+
+
 @pytest.mark.parametrize("name", ["rows", "entropy", "lse"])
 def test_forward_mode_of_compiled_code_raises(name):
     torch._dynamo.reset()
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
     logits, tangent = make_logits(), make_logits(1)
     torch.testing.assert_close(compiled(logits), FUNCTIONS[name](logits))
-    with forward_ad.dual_level(), pytest.raises(Exception, match=r"forward-mode derivatives|Observed exception"):
+    with forward_ad.dual_level(), pytest.raises(Exception, match=REFUSED):
         compiled(forward_ad.make_dual(logits, tangent))
     of_jvp = torch.compile(
         lambda x: torch.func.jvp(FUNCTIONS[name], (x,), (tangent,)), fullgraph=True, backend="aot_eager"
     )
-    with pytest.raises(Exception, match=r"forward-mode derivatives|Observed exception"):
+    with pytest.raises(Exception, match=REFUSED):
         of_jvp(logits)
     torch._dynamo.reset()
 
