@@ -11,12 +11,11 @@ Two things make it so, however many tokens the texts of a process have:
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as distributed
-from distributed_text import SmallModel, train
+from distributed_text import SmallModel, in_process_group, train
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,12 +34,5 @@ def run() -> None:
     train(step, torch.optim.AdamW(model.parameters(), lr=3e-3), LossMeter("world"))
 
 
-def main() -> None:
-    distributed.init_process_group("gloo")
-    run()  # what it has made is gone before the group goes: a reducer must not outlive it
-    gc.collect()  # also where it is part of a cycle
-    distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    in_process_group(run)

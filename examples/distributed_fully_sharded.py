@@ -13,15 +13,14 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as distributed
-from distributed_text import SmallModel, train
+from distributed_text import SmallModel, in_process_group, train
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from ava_ext import LossMeter
 
 
-def main() -> None:
-    distributed.init_process_group("gloo")
+def run() -> None:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     mesh = distributed.init_device_mesh("cpu", (world_size,))
     model = SmallModel()
@@ -34,8 +33,7 @@ def main() -> None:
         return parts
 
     train(step, torch.optim.AdamW(model.parameters(), lr=3e-3), LossMeter("world"))
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    in_process_group(run)

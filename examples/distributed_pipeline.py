@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as distributed
-from distributed_text import BATCH_SIZE, SmallModel, train
+from distributed_text import BATCH_SIZE, SmallModel, in_process_group, train
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
@@ -46,8 +46,7 @@ class LastStage(nn.Module):
         return self.lm_head(self.norm(self.block(hidden)[0]))
 
 
-def main() -> None:
-    distributed.init_process_group("gloo")
+def run() -> None:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if world_size != 2:
         raise SystemExit(f"distributed_pipeline: expected 2 processes, one for each stage, got {world_size}")
@@ -66,8 +65,7 @@ def main() -> None:
             schedule.step(target=targets)
 
     train(step, torch.optim.AdamW(module.parameters(), lr=3e-3), meter)
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    in_process_group(run)

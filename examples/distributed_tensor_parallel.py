@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as distributed
-from distributed_text import SmallModel, train
+from distributed_text import SmallModel, in_process_group, train
 from torch import Tensor
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -20,8 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from ava_ext import LossMeter
 
 
-def main() -> None:
-    distributed.init_process_group("gloo")
+def run() -> None:
     mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
     model = SmallModel()
     plan = {
@@ -38,8 +37,7 @@ def main() -> None:
         return parts
 
     train(step, torch.optim.AdamW(model.parameters(), lr=3e-3), LossMeter())
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    in_process_group(run)

@@ -5,6 +5,7 @@ The examples spread the same batches over processes in different ways, and print
 
 from __future__ import annotations
 
+import gc
 import pydoc_data.topics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,15 @@ from ava_ext.distributed import FusedHead
 END_OF_TEXT = 256
 VOCAB_SIZE = 257  # bytes, and the end: no multiple of the number of processes
 CONTEXT, BATCH_SIZE, WIDTH, N_STEPS = 64, 8, 64, 30
+
+
+def in_process_group(run: Callable[[], None]) -> None:
+    """run(), between the beginning and the end of the default group. What run has made is gone before the group goes: a
+    model that outlives the group it talks through may abort its process."""
+    torch.distributed.init_process_group("gloo")
+    run()
+    gc.collect()  # also what is part of a cycle
+    torch.distributed.destroy_process_group()
 
 
 def make_loss(**options: Any) -> UnifiedLoss:
