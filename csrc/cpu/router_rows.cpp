@@ -16,6 +16,8 @@ namespace {
 
 // Blocks are cut by the group's own rows, so that a result does not depend on the number of threads.
 constexpr int64_t kRowsInBlock = 512;
+// A second thread pays from about 1000 rows on, and where its core is busy it costs milliseconds.
+constexpr int64_t kRowsOfThread = 512;
 
 const RouterRowsKernels& router_kernels() {
 #ifdef AVA_X86
@@ -93,9 +95,12 @@ struct RouterRows {
   template <class Work>
   void for_blocks(Work work) const {
     const int64_t n_blocks = int64_t(blocks.size());
-    const int64_t n_threads = std::min<int64_t>(n_blocks, torch::stable::get_num_threads());
-    std::atomic<int64_t> next{0};
     if (n_blocks == 0) return;
+    int64_t n_rows = 0;
+    for (const RouterBlock& block : blocks) n_rows += block.end - block.begin;
+    const int64_t worth_it = std::max<int64_t>(1, n_rows / kRowsOfThread);
+    const int64_t n_threads = std::min<int64_t>({n_blocks, worth_it, torch::stable::get_num_threads()});
+    std::atomic<int64_t> next{0};
     in_threads(n_threads, [&] {
       constexpr size_t kAlignment = 64;  // of a register that lies in one cache line
       size_t bytes = router_scratch_bytes(arguments.n_experts) + kAlignment;
