@@ -41,11 +41,14 @@ limit_of() {
 
 has_module() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
-# the library is there and, for a GPU, has CUDA kernels
-is_built() {
-  "$PYTHON" -c '
+# has_library: whether the library is there and, for a GPU, has CUDA kernels
+look_for_library() {
+  has_library=no
+  if "$PYTHON" -c '
 import sys, ava_ext
-sys.exit(sys.argv[1] == "cuda" and ava_ext.build_info()["cuda"].startswith("none"))' "$DEVICE" 2>/dev/null
+sys.exit(sys.argv[1] == "cuda" and ava_ext.build_info()["cuda"].startswith("none"))' "$DEVICE" 2>/dev/null; then
+    has_library=yes
+  fi
 }
 
 # what is missing, and what it is for; fails where nothing can be done without it
@@ -63,11 +66,13 @@ look_around() {
     fi
     command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
   fi
-  if ! is_built && [ -f "$BUNDLE/_C.abi3.so" ]; then
+  look_for_library
+  if [ $has_library = no ] && [ -f "$BUNDLE/_C.abi3.so" ]; then
     echo "the library of $BUNDLE"
     cp "$BUNDLE/_C.abi3.so" ava_ext/
+    look_for_library
   fi
-  if [[ " $STEPS " == *" build "* ]] && ! is_built; then
+  if [[ " $STEPS " == *" build "* ]] && [ $has_library = no ]; then
     if [ "$DEVICE" = cuda ]; then
       command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/nowhere}/bin/nvcc" ] || missing+=("nvcc on PATH, or CUDA_HOME")
     fi
@@ -104,7 +109,7 @@ step() {
 }
 
 build() {
-  if is_built; then
+  if [ $has_library = yes ]; then
     results+=("build: left out, there is a library")
     return
   fi
