@@ -1,5 +1,6 @@
 """Gradients of a megabyte and more come from a small pool: reused once released, never while anyone holds them."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -111,6 +112,30 @@ def test_memory_of_sizes_that_are_gone_is_freed(shape):
     gc.collect()
     assert before - resident_bytes() > 2 * 1024 * 9001 * 4 * 0.8  # both blocks
     assert empty_cache() < 1024 * 9001 * 4
+
+
+@pytest.fixture
+def free_heap():
+    """400 MB that malloc has on its heap, free, so that it takes blocks from there and not from the system."""
+    malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+    malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    free(malloc(31 << 20))  # glibc: blocks of up to so much come from the heap from now on
+    *places, behind = [malloc(30 << 20) for _ in range(15)]
+    for place in places:  # without the last: malloc returns free memory at the end of its heap
+        free(place)
+    yield range(min(places), max(places))
+    free(behind)
+
+
+def test_memory_of_the_heap_is_returned(free_heap):
+    empty_cache()
+    gradient = gradient_of(random_logits((1024, 9001), 0))
+    assert gradient.data_ptr() in free_heap
+    del gradient
+    gc.collect()
+    before = resident_bytes()
+    freed = empty_cache()
+    assert before - resident_bytes() > freed * 0.9 > 0
 
 
 def test_memory_of_sizes_in_turn_is_kept():

@@ -34,7 +34,7 @@ struct Pool {
   int64_t n_requests = 0;
 
   // an idle block with room for so much, or none; `dropped` gets what has been idle for too long
-  Block take(int64_t bytes, void* (&dropped)[2]) {
+  Block take(int64_t bytes, Block (&dropped)[2]) {
     const std::lock_guard<std::mutex> lock(mutex);
     ++n_requests;
     Block taken = {};
@@ -44,17 +44,17 @@ struct Pool {
         taken = block;
         block = {};
       } else if (block.data && n_requests - block.since > kIdleRequests) {
-        dropped[i] = block.data;
+        dropped[i] = block;
         block = {};
       }
     }
     return taken;
   }
-  void* give_back(Block block) {
+  Block give_back(Block block) {
     const std::lock_guard<std::mutex> lock(mutex);
     block.since = n_requests;
     if (!idle[0].data) std::swap(idle[0], idle[1]);  // the more recent one is in front
-    void* const dropped = idle[1].data;
+    const Block dropped = idle[1];
     idle[1] = idle[0];
     idle[0] = block;
     return dropped;
@@ -65,10 +65,16 @@ Pool& pool() {
   return *shared;
 }
 
+void release(const Block& block) {
+  if (!block.data) return;
+  madvise(block.data, block.bytes, MADV_DONTNEED);  // what lies within malloc's heap, it would keep
+  std::free(block.data);
+}
+
 Block take(int64_t bytes) {  // 0: no block, only a request that the idle ones were of no use to
-  void* dropped[2] = {};
+  Block dropped[2] = {};
   const Block taken = pool().take(bytes, dropped);
-  for (void* data : dropped) std::free(data);
+  for (const Block& block : dropped) release(block);
   return taken;
 }
 
@@ -82,7 +88,7 @@ Block allocate(int64_t bytes) {
 }
 
 void give_back(void* data, void* bytes) {
-  std::free(pool().give_back({data, int64_t(reinterpret_cast<intptr_t>(bytes)), 0}));
+  release(pool().give_back({data, int64_t(reinterpret_cast<intptr_t>(bytes)), 0}));
 }
 
 }  // namespace
@@ -93,7 +99,7 @@ int64_t free_idle_blocks() {
     const std::lock_guard<std::mutex> lock(pool().mutex);
     std::swap(idle, pool().idle);
   }
-  for (const Block& block : idle) std::free(block.data);
+  for (const Block& block : idle) release(block);
   return idle[0].bytes + idle[1].bytes;
 }
 
