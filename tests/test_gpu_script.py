@@ -275,8 +275,8 @@ def test_the_bundle_is_found(tmp_path):
     (bundle / "packages").mkdir(parents=True)
     (tmp_path / "ava_ext/_C.abi3.so").rename(bundle / "_C.abi3.so")
     # Python imports it when it starts, if the script has put the packages on its path
-    report = "import atexit, sys\natexit.register(lambda: print(getattr(sys.modules.get('ava_ext'), '__file__', '-')))\n"
-    (bundle / "packages/sitecustomize.py").write_text(report)
+    report = "lambda: print(getattr(sys.modules.get('ava_ext'), '__file__', '-'))"
+    (bundle / "packages/sitecustomize.py").write_text(f"import atexit, sys\natexit.register({report})\n")
     environment = {**os.environ, "GPU_DEVICE": "cpu", "GPU_STEPS": "build router", "PYTHON": sys.executable}
     environment |= {"OUT": str(tmp_path / "out")}
     environment.pop("PYTHONPATH", None)
