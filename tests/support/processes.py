@@ -87,6 +87,7 @@ def _unpacked(packed):
 
 
 def _serve(folder, rank, world_size, connection):
+    gc.freeze()  # what is there already, all of the tests, would be looked through at every collection below
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate and Lightning ask for as many as there are cores
     torch.distributed.init_process_group(
