@@ -90,7 +90,8 @@ def run_case(
     on_progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[Outcome, dict[str, Variant], int]:
     """What was measured, the variants, and the bytes of both gradients."""
-    torch.compiler.reset()
+    if with_compiled:
+        torch.compiler.reset()
     case = linear.Case(n_rows, hidden_size, vocab_size, DTYPES[dtype], device)
     variants, absent = make_variants(case, with_compiled)
     references = {name: "eager" for name in variants if name not in _YARDSTICKS and name != "eager"}

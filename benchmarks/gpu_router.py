@@ -117,7 +117,8 @@ def run_case(
     on_progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[Outcome, dict[str, Variant], float]:
     """What was measured, the variants, and the bytes that have to move, as a fraction of those of the copy."""
-    torch.compiler.reset()
+    if with_compiled:
+        torch.compiler.reset()
     case = Case(n_layers, n_rows, n_experts, k, DTYPES[dtype], device)
     variants, absent = make_variants(case, with_compiled)
     references = {name: "eager" for name in ("compiled", "ours")}

@@ -57,7 +57,8 @@ def run_case(
     on_progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[Outcome, dict[str, Variant], int]:
     """What was measured, the variants, and the bytes of the logits."""
-    torch.compiler.reset()  # sizes of earlier cases would count against the limit of recompilations
+    if with_compiled:
+        torch.compiler.reset()  # sizes of earlier cases would count against the limit of recompilations
     case = row_loss.Case(n_rows, vocab_size, row_loss.DTYPES[dtype], device, n_sequences)
     variants, absent = make_variants(case, is_whole, with_compiled)
     references = {name: reference_of(name) for name in variants if name != "copy" and name != reference_of(name)}
