@@ -34,7 +34,8 @@ class UnifiedLoss(nn.Module):
 
     One pass over a row of logits computes all terms of it, gradient included. Each component is a module of
     `ava_ext.losses`, and `ava_ext/losses/__init__.py` lists them. `UnifiedLoss(V, primary_loss_type="standard")` equals
-    torch.nn.functional.cross_entropy, except that a batch in which no row counts gives 0 instead of nan.
+    torch.nn.functional.cross_entropy, except that a batch in which no row counts gives 0 instead of nan, and that the
+    loss of logits in half precision is float32.
 
     Every token term is divided by the same N (`ava_ext.reduction.count_rows`). If something averages gradients over
     ranks, count num_items_in_batch over all ranks and multiply the loss by the world size.
@@ -120,13 +121,16 @@ class UnifiedLoss(nn.Module):
         group: Any = None,
         *,
         position_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
-    ) -> Tensor:  # [] int64; with class_weights float32
-        """N of exactly this loss: how many rows of these targets count, or the sum of their classes' weights.
+        segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
+        cu_seqlens: Tensor | None = None,  # [n_segments + 1]
+        token_weights: Tensor | None = None,  # as targets
+    ) -> Tensor:  # [] int64; with token_weights or class_weights float32
+        """N of exactly this loss: how many rows of these targets count, or the sum of their weights.
 
         Nothing waits for the device.
 
         Args:
-            targets, attention_mask, position_ids: as forward gets them.
+            targets, attention_mask, position_ids, segment_ids, cu_seqlens, token_weights: as forward gets them.
             group: process group over which to add up; "world": the default one; None: this process alone.
 
         Example:
@@ -134,8 +138,16 @@ class UnifiedLoss(nn.Module):
             >>> loss_fn.count_items(torch.tensor([[7, 8, -100, 9]]))
             tensor(2)
         """
-        rows = rows_of_targets(self.config, targets, attention_mask=attention_mask, position_ids=position_ids)
-        n_items = rows.weights.count_nonzero()
+        rows = rows_of_targets(
+            self.config,
+            targets,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            cu_seqlens=cu_seqlens,
+            token_weights=token_weights,
+        )
+        n_items = rows.weights.count_nonzero() if token_weights is None else rows.weights.sum()
         if self.row_pass.class_weights is not None:
             n_items = (rows.weights * classes_of(rows.targets, self.row_pass.class_weights)).sum()
         if resolve(group) is not None:

@@ -73,11 +73,17 @@ def test_scale_of_the_logits(name, value):
 TARGETS = torch.tensor([[3, 5, -100, 7, 0], [-100, 1, 2, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]])
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0], [0, 1, 0, 1, 2]])
+SEGMENTS = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 1, 1, 1]])
+ENDS = torch.tensor([0, 4, 5, 7, 10])  # of the same texts, in one
 
 
 @pytest.mark.parametrize("labels_are_shifted", [False, True])
 @pytest.mark.parametrize("pad_token_id", [None, 0])
-@pytest.mark.parametrize("given", [{}, {"attention_mask": MASK}, {"position_ids": POSITIONS}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"attention_mask": MASK}, {"position_ids": POSITIONS}, {"segment_ids": SEGMENTS}, {"cu_seqlens": ENDS}],
+    ids=lambda given: next(iter(given), "nothing"),
+)
 def test_items_are_those_that_the_loss_counts(labels_are_shifted, pad_token_id, given):
     options = {"labels_are_shifted": labels_are_shifted, "pad_token_id": pad_token_id}
     loss_fn = UnifiedLoss(8, primary_loss_type="standard", **options)
@@ -86,6 +92,15 @@ def test_items_are_those_that_the_loss_counts(labels_are_shifted, pad_token_id, 
     assert n_items.dtype == torch.int64 and n_items.dim() == 0
     assert n_items == loss_fn(logits, TARGETS, return_detailed=True, **given)["n_tokens"]
     with_items = loss_fn(logits, TARGETS, num_items_in_batch=n_items, **given)
+    torch.testing.assert_close(with_items, loss_fn(logits, TARGETS, **given))
+
+
+@pytest.mark.parametrize("class_weights", [None, [0.5, 1.0, 0.0, 2.0, 1.5, 1.0, 3.0, 0.1]])
+def test_items_with_token_weights_are_a_sum_of_weights(class_weights):
+    options = {"labels_are_shifted": False, "class_weights": class_weights}
+    loss_fn = UnifiedLoss(8, primary_loss_type="standard", **options)
+    logits, given = torch.randn(2, 5, 8), {"token_weights": torch.rand(2, 5), "segment_ids": SEGMENTS}
+    with_items = loss_fn(logits, TARGETS, num_items_in_batch=loss_fn.count_items(TARGETS, **given), **given)
     torch.testing.assert_close(with_items, loss_fn(logits, TARGETS, **given))
 
 
