@@ -124,7 +124,7 @@ class UnifiedLossConfig:
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
     class_weights: tuple[float, ...] | None = _option(
-        None, _NUMBERS, "weight of each class, in label smoothing too; N is the sum of the targets', as in PyTorch"
+        None, _NUMBERS, "weight of each class, in label smoothing too; N is then the sum of the targets' weights"
     )
     token_reweighting: str | None = _option(
         None,

@@ -17,10 +17,10 @@ class LossMeter:
     """Adds up the dicts of return_detailed=True over calls and ranks, and reads them once.
 
     It adds total_loss and the components: with num_items_in_batch they are shares of the whole batch, and their sum
-    over micro-batches and ranks is the loss of the batch. Metrics are means over the rows of a call, so it averages
-    them with n_tokens as weights, which gives those of the whole batch. The balance of experts and the metrics of a
-    depth are no means over these rows, so theirs is an average over calls. It adds n_tokens and focal_loss. perplexity
-    is exp of the mean cross_entropy, temperature that of the last call.
+    over micro-batches and ranks is the loss of the batch. It adds n_tokens and focal_loss, too. Every other metric is
+    averaged with n_tokens as weights. Those that are means over the rows of a call become means over all rows; the
+    balance of experts and the metrics of a depth are none, and what is given is an average over calls. perplexity is
+    exp of the mean cross_entropy, temperature that of the last call.
 
     Args:
         group: the process group that compute() adds up over; "world": the default group; None: this process alone.

@@ -182,6 +182,7 @@ MISTAKES = [
     lambda: _loss()(LOGITS, TARGETS[:, 1:]),
     lambda: _loss()(LOGITS[..., :9], TARGETS),
     lambda: _loss()(LOGITS, TARGETS.float()),
+    lambda: _loss()(LOGITS, LOGITS.softmax(-1)),
     lambda: _loss()(LOGITS, TARGETS * 10),
     lambda: _loss()(None, TARGETS),
     lambda: _loss()(LOGITS, TARGETS, lm_head_weight=torch.zeros(10, 4)),

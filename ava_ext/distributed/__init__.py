@@ -21,8 +21,8 @@ so do repetition_candidates and repeated_ngram_mask of tokens in Shard(0), and r
 Partial). With this module imported, the operators torch.ops.ava_ext take DTensors too: whole rows, spread in any way.
 
 N, what the loss is divided by, is that of all rows in every placement: num_items_in_batch where it is given, else the
-rows that count (or their weights) on all ranks. A rank with some of the rows is as a micro-batch of such a batch: its
-metrics are means over its rows, LossMeter(group) adds up over ranks, and the gradients are those of one process.
+rows that count (or their weights) on all ranks. A rank that holds some of the rows acts like one micro-batch: its
+metrics are means over its own rows, LossMeter(group) adds them up, and the gradients are those of one process.
 Averaging over processes is not undone here: under DistributedDataParallel and FSDP2 multiply the loss by their number.
 """
 

@@ -40,8 +40,8 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     The model's forward takes, beside its own arguments: num_items_in_batch (N, see UnifiedLoss), shift_labels
     (labels that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the loss, such as
     token_weights). attention_mask and position_ids reach the loss where they are [batch_size, n_tokens]. A loss that
-    needs router logits gets them. What the model itself adds to its loss (the load balancing of a mixture of experts)
-    is added here too, times the share of num_items_in_batch that this call has.
+    needs router logits gets them. If the model adds a loss of its own (the load balancing of a mixture of experts), it
+    is kept; with num_items_in_batch it is multiplied by this call's share of them.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).

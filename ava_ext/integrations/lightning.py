@@ -1,7 +1,7 @@
 """UnifiedLoss with Lightning: one step() per optimizer step, and the parts of the loss in the log.
 
 The loss is a module of the LightningModule, or of a model in it (`fuse_lm_head`): Lightning then optimizes its
-parameters and keeps its state in checkpoints. Who divides by what: `ava_ext.integrations.transformers` has the table.
+parameters and keeps its state in checkpoints. Who divides by what: the guide's section "Training stacks" has the table.
 Lightning divides by accumulate_grad_batches what training_step returns, and DistributedDataParallel by the ranks.
 
     class Model(lightning.LightningModule):
@@ -31,9 +31,9 @@ class UnifiedLossCallback(Callback):
     """Steps every UnifiedLoss of a LightningModule once per optimizer step, and logs what it is made of.
 
     The parts are those under "loss_parts" in what training_step or validation_step returns (the dict of
-    return_detailed=True), or `loss_parts` of a model with the loss in its forward. Each batch's go to log_dict as
-    they are, tensors on the device. At the end of an epoch, the metrics over all rows of all micro-batches and ranks
-    are logged as <prefix><name>_epoch, with one synchronisation (`ava_ext.LossMeter`).
+    return_detailed=True), or `loss_parts` of a model with the loss in its forward, after `model.report_parts = True`.
+    Each batch's go to log_dict as they are, tensors on the device. At the end of an epoch, the metrics over all rows of
+    all micro-batches and ranks are logged as <prefix><name>_epoch, with one synchronisation (`ava_ext.LossMeter`).
 
     Args:
         prefix: of the names in the log; validation's have "val_" before it.

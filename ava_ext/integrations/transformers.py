@@ -164,8 +164,8 @@ class UnifiedLossTrainerMixin:
     (`ava_ext.METRICS`) over all rows of all ranks since the last log; in evaluation the same with the prefix eval_.
 
     Args:
-        loss_fn: of UnifiedLoss.from_model(model, auto_step=False); process_group="world" where it learns and there are
-            several ranks.
+        loss_fn: of UnifiedLoss.from_model(model). One that learns (by default, its temperature) needs auto_step=False,
+            and process_group="world" where there are several ranks.
         fuse: fuse_lm_head, or attach_loss.
         arguments, options: Trainer's.
 

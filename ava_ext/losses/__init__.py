@@ -64,8 +64,8 @@ METRICS = _MetricNames(
     ["cross_entropy", "perplexity", "n_tokens", "accuracy", "entropy", "temperature", "focal_loss", "teacher_kl"]
     + [name for part in PARTS for name in part.METRICS]
 )
-"""Entries of the detailed dict that are not part of the sum total_loss; mtp_loss_depth_k and accuracy_top_k are, for
-every k."""
+"""Names of the entries of the detailed dict that do not add up to total_loss. mtp_loss_depth_k and accuracy_top_k are
+among them for every k."""
 
 METRICS_THAT_ADD_UP = frozenset({"n_tokens", "focal_loss"})
 """Those of METRICS that add up over micro-batches, as components do; the others are means over the rows of a call."""
