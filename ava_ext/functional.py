@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import ROW_TERMS
+from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowFlags, accumulation_dtype, row_options, target_weights
 from ava_ext.ops.softmax_rows import row_loss
@@ -53,7 +55,9 @@ def cross_entropy(
         size_average, reduce: deprecated in torch; use reduction.
         ignore_index: target of a row that does not count. With probabilities every row counts.
         reduction: "mean" over the rows that count, "sum" or "none".
-        label_smoothing: probability mass spread over the classes; with weight, each has its weight there too.
+        label_smoothing: probability mass spread over the classes; with weight, each has its weight there too. Columns
+            beyond vocab_size and those masked by a logit of -inf (with probabilities, weight and LinearLogits: by a
+            bias of -inf) get none.
         options: initial_temperature, smoothing_mode, logit_scale, logit_softcap, z_loss_weight,
             confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, token_reweighting,
             reweighting_exponent, vocab_size (columns beyond it are padding), inplace_gradient and linear_chunk_bytes,
@@ -134,7 +138,9 @@ def _row_loss(
     probabilities = None
     if target.is_floating_point():
         _check_probabilities(owner, target, logits, ignore_index, options)
-        probabilities, label_smoothing = _weighted_probabilities(target, weight, label_smoothing)
+        probabilities, label_smoothing = _weighted_probabilities(
+            target, weight, label_smoothing, logits, options.get("vocab_size")
+        )
         target = target.new_zeros(target.shape[:-1], dtype=torch.int64)
         weight = None
     if reduction not in REDUCTIONS:
@@ -199,15 +205,36 @@ def _weighted_probabilities(
     probabilities: Tensor,  # [..., n_columns]
     weight: Tensor | None,  # [n_columns]
     label_smoothing: float,
+    logits: Tensor | LinearLogits,  # [..., n_columns]
+    vocab_size: int | None,
 ) -> tuple[Tensor, float]:
-    """w_c ((1 - e) q_c + e/V), and the smoothing that is left to the kernel: without weights, all of it."""
+    """w_c ((1 - e) q_c + e/V), and the smoothing that is left to the kernel: without weights, all of it.
+
+    e/V is 0 on the columns that are not there, and V the number of those that are, as in the kernel.
+    """
     if weight is None:
         return probabilities, label_smoothing
     dtype = accumulation_dtype(probabilities.dtype)
     smoothed = probabilities.to(dtype)
     if label_smoothing > 0:
-        smoothed = smoothed * (1 - label_smoothing) + label_smoothing / probabilities.shape[-1]
+        is_there = _columns_that_are_there(logits, vocab_size)
+        share = label_smoothing / is_there.sum(-1, keepdim=True).clamp_min(1).to(dtype)
+        smoothed = smoothed * (1 - label_smoothing) + torch.where(is_there, share, 0)
     return smoothed * weight.to(dtype), 0.0
+
+
+def _columns_that_are_there(
+    logits: Tensor | LinearLogits,  # [..., n_columns]
+    vocab_size: int | None,
+) -> Tensor:  # [..., n_columns], or [n_columns] of LinearLogits
+    """Not padding, and not masked by a logit of -inf; of LinearLogits, whose logits do not exist, by a bias of -inf."""
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    is_there = columns < (logits.shape[-1] if vocab_size is None else vocab_size)
+    masked_by = logits.bias if isinstance(logits, LinearLogits) else logits
+    if masked_by is None:
+        return is_there
+    is_masked = masked_by.detach() == -math.inf
+    return is_there & ~(is_masked.full_tensor() if is_dtensor(is_masked) else is_masked)
 
 
 def _check_weight(

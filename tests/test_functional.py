@@ -88,6 +88,58 @@ def test_probabilities_of_lower_precision(label_smoothing, dtype):
                 torch.testing.assert_close(got.double(), want, rtol=4e-6, atol=0)
 
 
+# beside weights, and whether the columns of padding are known by vocab_size or by their logits
+@pytest.mark.parametrize("known_by", ["vocab_size", "logits", "both"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
+def test_weighted_probabilities_are_smoothed_over_the_real_columns(function, reduction, label_smoothing, known_by):
+    numbers, size = Numbers(8), V - 3
+    states, head_weight, bias = leaves = head(numbers, 5)
+    probabilities = numbers.uniform(5, V)
+    keywords = {"reduction": reduction, "label_smoothing": label_smoothing}
+    options = {**keywords, "weight": numbers.uniform(V)}
+    offsets = bias
+    if known_by != "vocab_size":  # also one column in the middle
+        masked = torch.arange(V) >= size
+        masked[2] = True
+        offsets, probabilities = bias.masked_fill(masked, -torch.inf), probabilities.masked_fill(masked, 0)
+    if known_by != "logits":
+        options["vocab_size"] = size
+    kept = [column for column in range(size) if column != 2 or known_by == "vocab_size"]
+    probabilities.requires_grad_()
+    logits = F.linear(states, head_weight, offsets)
+    want = F.cross_entropy(logits[:, kept], probabilities[:, kept], options["weight"][kept], **keywords)
+    if function == "cross_entropy":
+        got = cross_entropy(logits, probabilities, **options)
+    else:
+        got = linear_cross_entropy(states, head_weight, probabilities, linear_bias=offsets, **options)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    upstream = numbers.normal(*want.shape)
+    wanted = (*leaves, probabilities)
+    gradients = (torch.autograd.grad(value, wanted, upstream, retain_graph=True) for value in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+def test_weighted_probabilities_take_each_rows_own_columns():
+    numbers = Numbers(10)
+    probabilities, weight = numbers.uniform(6, V), numbers.uniform(V)
+    masked = numbers.true(0.3, 6, V)
+    logits = numbers.normal(6, V).masked_fill(masked, -torch.inf).requires_grad_()
+    probabilities = probabilities.masked_fill(masked, 0).requires_grad_()
+    got = cross_entropy(logits, probabilities, weight, reduction="none", label_smoothing=0.3)
+    want = torch.stack(
+        [
+            F.cross_entropy(row[columns], q[columns], weight[columns], label_smoothing=0.3)
+            for row, q, columns in zip(logits, probabilities, ~masked, strict=True)
+        ]
+    )
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    upstream = numbers.normal(6)
+    gradients = (torch.autograd.grad(value, (logits, probabilities), upstream) for value in (got, want))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("flags", [(True, True), (False, True), (False, False), (None, False)])
 def test_deprecated_reductions_are_those_of_torch(flags):
     logits, targets = Numbers(4).normal(6, V), torch.arange(6)
