@@ -216,7 +216,7 @@ class UnifiedLossConfig:
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            value = _plain(getattr(self, option.name))
+            value = plain(getattr(self, option.name))
             values = option.metadata["values"]
             if not (value is None and option.default is None) and not values.holds(value):
                 raise _bad(option.name, values.expected + (" or None" if option.default is None else ""), value)
@@ -360,11 +360,11 @@ def _short(value: Any) -> str:
     return repr(value)
 
 
-def _plain(value: Any) -> Any:
-    """value as Python's own bool, int, float and tuple: numpy gives others, and JSON knows lists only."""
+def plain(value: Any) -> Any:
+    """value as Python's own bool, int, float and tuple: numpy and torch give others, and JSON knows lists only."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _bad(name: str, expected: str, got: object) -> ValueError:

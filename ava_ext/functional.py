@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself reads the deprecated flags with
 
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
@@ -20,6 +21,7 @@ from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import classes_of
 
 REDUCTIONS = ("mean", "sum", "none")
+_PYTHON = (float, int, bool, str, type(None))
 # options of UnifiedLossConfig that say something of a row of logits; label_smoothing has a keyword of its own
 ROW_OPTIONS = frozenset(
     {
@@ -61,7 +63,8 @@ def cross_entropy(
         options: initial_temperature, smoothing_mode, logit_scale, logit_softcap, z_loss_weight,
             confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, token_reweighting,
             reweighting_exponent, vocab_size (columns beyond it are padding), inplace_gradient and linear_chunk_bytes,
-            as in `UnifiedLossConfig`.
+            as in `UnifiedLossConfig`. They and label_smoothing may be numbers of numpy or tensors on the CPU, which are
+            read at every call; in a graph of torch.compile, numbers of Python alone.
 
     Returns:
         [], or with reduction="none" one for each row; float32, or float64 for float64 input.
@@ -133,21 +136,25 @@ def _row_loss(
     label_smoothing: float,
     options: dict[str, Any],
 ) -> Tensor:  # [] or [...]
+    options = {name: _number(owner, name, value) for name, value in options.items()}
+    ignore_index = _number(owner, "ignore_index", ignore_index)
+    label_smoothing = _number(owner, "label_smoothing", label_smoothing)
+    terms = _row_terms(owner, label_smoothing, **options)
     if weight is not None:
         _check_weight(owner, weight, logits)
     probabilities = None
     if target.is_floating_point():
         _check_probabilities(owner, target, logits, ignore_index, options)
-        probabilities, label_smoothing = _weighted_probabilities(
-            target, weight, label_smoothing, logits, options.get("vocab_size")
-        )
+        probabilities = target
+        if weight is not None:
+            probabilities = _weighted_probabilities(target, weight, label_smoothing, logits, terms.vocab_size)
+            terms = _row_terms(owner, 0.0, **options)
         target = target.new_zeros(target.shape[:-1], dtype=torch.int64)
         weight = None
     if reduction not in REDUCTIONS:
         raise ValueError(f"{owner}: expected reduction to be one of {REDUCTIONS}, got {reduction!r}")
     if target.shape != logits.shape[:-1]:
         raise ValueError(f"{owner}: expected target of shape {list(logits.shape[:-1])}, got {list(target.shape)}")
-    terms = _row_terms(owner, label_smoothing, tuple(sorted(options.items())))
     dtype = accumulation_dtype(logits.dtype)
     target = target.long()
     row_weights = candidates = smoothing_weights = None
@@ -203,24 +210,22 @@ def _check_probabilities(
 
 def _weighted_probabilities(
     probabilities: Tensor,  # [..., n_columns]
-    weight: Tensor | None,  # [n_columns]
+    weight: Tensor,  # [n_columns]
     label_smoothing: float,
     logits: Tensor | LinearLogits,  # [..., n_columns]
     vocab_size: int | None,
-) -> tuple[Tensor, float]:
-    """w_c ((1 - e) q_c + e/V), and the smoothing that is left to the kernel: without weights, all of it.
+) -> Tensor:  # [..., n_columns]
+    """w_c ((1 - e) q_c + e/V), which leaves no smoothing to the kernel.
 
     e/V is 0 on the columns that are not there, and V the number of those that are, as in the kernel.
     """
-    if weight is None:
-        return probabilities, label_smoothing
     dtype = accumulation_dtype(probabilities.dtype)
     smoothed = probabilities.to(dtype)
     if label_smoothing > 0:
         is_there = _columns_that_are_there(logits, vocab_size)
         share = label_smoothing / is_there.sum(-1, keepdim=True).clamp_min(1).to(dtype)
         smoothed = smoothed * (1 - label_smoothing) + torch.where(is_there, share, 0)
-    return smoothed * weight.to(dtype), 0.0
+    return smoothed * weight.to(dtype)
 
 
 def _columns_that_are_there(
@@ -258,9 +263,24 @@ class _RowTerms(NamedTuple):
     linear_chunk_bytes: int | None
 
 
-@functools.lru_cache(maxsize=1024)
-def _make_row_terms(owner: str, label_smoothing: float, options: tuple[tuple[str, Any], ...]) -> _RowTerms:
-    given = dict(options)
+def _number(owner: str, name: str, value: Any) -> Any:
+    """The option as Python's own number, as UnifiedLossConfig keeps it, and as it is at this call."""
+    if type(value) in _PYTHON:
+        return value
+    is_tensor = isinstance(value, Tensor)
+    if is_tensor and value.requires_grad:
+        raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for it")
+    if is_tensor and value.device.type != "cpu":  # to read it would wait for the device at every call
+        raise ValueError(
+            f"{owner}: expected {name} to be a number of Python, or a tensor on the CPU, got one on {value.device.type}"
+        )
+    if torch.compiler.is_compiling() and hasattr(value, "tolist"):  # in a graph it has no value, or that of now forever
+        raise ValueError(f"{owner}: expected {name} to be a number of Python in a compiled graph")
+    return plain(value)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _make_row_terms(owner: str, label_smoothing: float, /, **given: Any) -> _RowTerms:
     UnifiedLossConfig.check_names(given, owner)
     for name in given:
         if name not in ROW_OPTIONS:
@@ -278,8 +298,10 @@ def _make_row_terms(owner: str, label_smoothing: float, options: tuple[tuple[str
     )
 
 
-def _row_terms(owner: str, label_smoothing: float, options: tuple[tuple[str, Any], ...]) -> _RowTerms:
-    return _make_row_terms(owner, label_smoothing, options)
+def _row_terms(owner: str, label_smoothing: float, /, **options: Any) -> _RowTerms:
+    is_hashable = all(isinstance(value, Hashable) for value in (label_smoothing, *options.values()))
+    make = _make_row_terms if is_hashable else _make_row_terms.__wrapped__  # which names what is out of its range
+    return make(owner, label_smoothing, **options)
 
 
 # while a graph is traced the options are checked, not traced. This is what torch.compiler.assume_constant_result sets;

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,6 +200,62 @@ def test_two_calls_with_other_options_do_not_mix():
     torch.testing.assert_close(smoothed, F.cross_entropy(logits, targets, label_smoothing=0.3))
 
 
+@pytest.mark.parametrize("make", [np.float64, np.float32, np.array, torch.tensor], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", ["z_loss_weight", "label_smoothing", "logit_softcap"])
+def test_an_option_may_be_a_number_of_numpy_or_a_tensor(name, make):
+    logits, targets = Numbers(18).normal(6, V), torch.arange(6)
+    for number in (0.25, 0.5):
+        got = cross_entropy(logits, targets, **{name: make(number)})
+        assert got == cross_entropy(logits, targets, **{name: number})
+
+
+@pytest.mark.parametrize("make", [np.int64, np.array, torch.tensor], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", ["vocab_size", "ignore_index"])
+def test_an_option_may_be_an_integer_of_numpy_or_a_tensor(name, make):
+    logits, targets = Numbers(18).normal(6, V), torch.arange(6)
+    for number in (V - 1, 4) if name == "ignore_index" else (V, V - 2):
+        got = cross_entropy(logits, targets, **{name: make(number)})
+        assert got == cross_entropy(logits, targets, **{name: number})
+
+
+def test_an_option_that_changes_in_place_is_read_at_every_call():
+    (states, weight, _), targets = head(Numbers(18), 6), torch.arange(6)
+    for value in (torch.tensor(0.25), np.array(0.25)):
+        for number in (0.25, 0.5, 0.0):
+            value[...] = number
+            for name in ("z_loss_weight", "label_smoothing"):
+                got = linear_cross_entropy(states, weight, targets, **{name: value})
+                assert got == linear_cross_entropy(states, weight, targets, **{name: number})
+
+
+def test_equal_values_of_other_types_are_checked_apart():
+    logits, targets = Numbers(18).normal(6, V), torch.arange(6)
+    cross_entropy(logits, targets, use_focal_loss=True, z_loss_weight=1)
+    with pytest.raises(ValueError, match="expected use_focal_loss to be True or False, got 1"):
+        cross_entropy(logits, targets, use_focal_loss=1, z_loss_weight=1)
+
+
+def with_option(logits, targets, value):
+    return cross_entropy(logits, targets, z_loss_weight=value, label_smoothing=value)
+
+
+@pytest.mark.parametrize("make", [float, np.float64, np.array, torch.tensor], ids=lambda make: make.__name__)
+def test_a_compiled_function_does_not_keep_an_old_option(make):
+    logits, targets = Numbers(18).normal(6, V), torch.arange(6)
+    torch._dynamo.reset()
+    compiled = torch.compile(with_option, backend="eager")
+    for number in (0.25, 0.5, 0.125):
+        assert compiled(logits, targets, make(number)) == with_option(logits, targets, number)
+
+
+@pytest.mark.parametrize("make", [np.float64, np.array, torch.tensor], ids=lambda make: make.__name__)
+def test_an_option_that_would_break_a_graph_is_named(make):
+    torch._dynamo.reset()
+    compiled = torch.compile(with_option, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="expected z_loss_weight to be a number of Python"):
+        compiled(Numbers(18).normal(6, V), torch.arange(6), make(0.25))
+
+
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "classes"])
 @pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
 def test_compiles_without_a_graph_break(function, kind):
@@ -235,6 +292,20 @@ def test_bad_input_is_named():
             {"reduction": "average"},
         ),
         (ValueError, r"expected weight of shape \[13\], got \[12\]", {"weight": torch.ones(V - 1)}),
+        (ValueError, "expected z_loss_weight to be a number >= 0, got {}", {"z_loss_weight": {}}),
+        (ValueError, r"expected z_loss_weight to be a number >= 0, got \(0.1,\)", {"z_loss_weight": [0.1]}),
+        (ValueError, "expected label_smoothing to be a number", {"label_smoothing": "0.1"}),
+        (
+            ValueError,
+            "linear_cross_entropy: expected z_loss_weight without requires_grad",
+            {"z_loss_weight": torch.tensor(0.1, requires_grad=True)},
+        ),
+        (
+            ValueError,
+            "linear_cross_entropy: expected label_smoothing to be a number of Python, or a tensor on the CPU, got one "
+            "on meta",
+            {"label_smoothing": torch.tensor(0.1, device="meta")},
+        ),
         (ValueError, "expected weight without requires_grad", {"weight": torch.ones(V, requires_grad=True)}),
     ):
         with pytest.raises(error, match=message):
