@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
+from ava_ext.ops.linear_logits import without_autocast
 
 # similarities held at a time; backward computes a block again, so this bounds the memory of both passes
 BLOCK_ELEMENTS = 2**22
@@ -86,10 +87,12 @@ def _info_nce_block(
     is_candidate = mask.expand(len(rows), -1)
     if document_ids is not None:
         is_candidate = is_candidate & (document_ids[start : start + len(rows)].unsqueeze(1) != document_ids)
-    similarity = queries @ keys.T / temperature
+    with without_autocast(queries.device):
+        similarity = queries @ keys.T / temperature
     # the partner always stays, so that no row is empty
     lse = similarity.masked_fill(~(is_candidate | is_partner), -torch.inf).logsumexp(dim=1)
-    partner = (queries * keys[start : start + len(rows)]).sum(dim=1) / temperature
+    # of the same product as lse: where a row is sure, the two cancel, in the gradient too
+    partner = torch.where(is_partner, similarity, 0.0).sum(dim=1)
     return ((lse - partner) * mask[start : start + len(rows)]).sum()
 
 
@@ -164,7 +167,9 @@ def _simctg_block(
     start: int,
     margin: float,
 ) -> Tensor:
-    excess = torch.relu(margin - 1 + queries @ keys.transpose(1, 2))
+    with without_autocast(queries.device):
+        cosines = queries @ keys.transpose(1, 2)
+    excess = torch.relu(margin - 1 + cosines)
     return (excess * _pairs(mask, segments, start, start + queries.shape[1])).sum()
 
 

@@ -165,3 +165,36 @@ def test_bad_input_is_named():
         ContrastiveLoss()(torch.zeros(4, 3), torch.zeros(4, 3), document_ids=torch.zeros(3))
     with pytest.raises(ValueError, match="temperature > 0, got 0"):
         ContrastiveLoss(temperature=0)
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing_where_every_row_is_sure(dtype, backward_inside):
+    first = random_vectors(64, 32).float().requires_grad_()
+    second = first.detach().clone().requires_grad_()
+    loss = ContrastiveLoss(temperature=0.06)(first, second)
+    expected = torch.autograd.grad(loss, (first, second))
+    exact = info_nce(first.double(), second.double(), temperature=0.06)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-3, atol=0)
+    with torch.autocast("cpu", dtype):
+        got = ContrastiveLoss(temperature=0.06)(first, second)
+        gradients = torch.autograd.grad(got, (first, second)) if backward_inside else None
+    torch.testing.assert_close(got, loss, rtol=0, atol=0)
+    gradients = gradients or torch.autograd.grad(got, (first, second))
+    # what runs backward within the region has its products in the lower precision, as everything in PyTorch
+    bound = 0.02 if backward_inside else 0.0
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient - wanted).norm() <= bound * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing_at_the_margin(dtype):
+    base = random_vectors(1, 1, 32).float()
+    states = (base + 1e-3 * random_vectors(2, 9, 32, seed=1).float()).requires_grad_()
+    margin = 1e-5  # less than the cosines differ from 1 in lower precision
+    loss = simctg(states, margin=margin)
+    with torch.autocast("cpu", dtype):
+        got = simctg(states, margin=margin)
+    torch.testing.assert_close(got, loss, rtol=0, atol=0)
+    gradients = (torch.autograd.grad(value, states)[0] for value in (got, loss))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ava_ext.ops.linear_logits import without_autocast
 from ava_ext.ops.softmax_rows import accumulation_dtype
 from ava_ext.ops.without_kernels.dtypes import widest_dtype
 
@@ -51,7 +52,8 @@ def router_statistics(
         ],
         -1,
     )
-    sums = _segments(segment_ids, n_segments, z).T @ values  # a product, not an index_add: the order is fixed
+    with without_autocast(z.device):
+        sums = _segments(segment_ids, n_segments, z).T @ values  # a product, not an index_add: the order is fixed
     sums = sums.flatten(0, 1)  # [n_groups, ...]
     probability, importance, counts, scalars = sums.split([z.shape[-1]] * 3 + [3], -1)
     lse_squared, entropy_sum, n_rows = scalars.unbind(-1)
@@ -87,7 +89,8 @@ def router_gradient(
     segments = _segments(segment_ids, n_segments, z)
 
     def of_rows(gradient: Tensor) -> Tensor:  # [n_groups, any] -> [n_layers, n_rows, any]
-        return segments @ gradient.to(z.dtype).view(z.shape[0], n_segments, -1)
+        with without_autocast(z.device):
+            return segments @ gradient.to(z.dtype).view(z.shape[0], n_segments, -1)
 
     p, u_above_mean, _ = _measure(z, is_sigmoid)
     by_expert = torch.zeros_like(z)  # v
