@@ -12,6 +12,7 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DepthMeans,
+    active_weights,
     counted_ahead,
     depth_means,
     depth_metrics,
@@ -76,8 +77,8 @@ def adaptive_mtp_terms(
         head_loss: the cross-entropy of the main term, (logits, targets, row_weights) -> RowLoss: the sum over rows, or
             with per_row the loss of each row, which is 0 where the target is ignore_index.
         confidence_scores: in [0, 1], per sequence or per row. None: c = 1 and no confidence term.
-        mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence.
-            None: on.
+        mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence:
+            a sequence that is off counts as one whose rows have no target. None: on.
         mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
         depth_weights, own_denominator: of the heads' loss; see `depths.depth_rows`.
         per_row: return both terms per row, [batch_size, n_tokens].
@@ -100,12 +101,10 @@ def adaptive_mtp_terms(
         return _switched_off(heads, targets, row_weights, confidence_scores, per_row)
     batch_size, n_tokens = targets.shape
     dtype = torch.float64 if heads[0].dtype == torch.float64 else torch.float32
-    weights = row_weights.detach().to(dtype)
-    if isinstance(mtp_active, Tensor):
-        weights = torch.where(_rows(mtp_active, batch_size, n_tokens, "mtp_active").to(torch.bool), weights, 0.0)
+    weights = active_weights(row_weights.detach().to(dtype), mtp_active)
     confidence = None
     if confidence_scores is not None:
-        confidence = _rows(confidence_scores, batch_size, n_tokens, "confidence_scores").to(dtype)
+        confidence = _rows(confidence_scores, batch_size, n_tokens).to(dtype)
     head_weights: float | Tensor = mtp_weight / len(heads)
     if confidence is not None and use_confidence_weighting:
         head_weights = head_weights * confidence.detach()
@@ -161,17 +160,17 @@ def _heads(additional_logits: Heads, targets: Tensor) -> list[Logits]:
     return heads
 
 
-def _rows(values: Tensor, batch_size: int, n_tokens: int, name: str) -> Tensor:  # [batch_size, n_tokens]
+def _rows(values: Tensor, batch_size: int, n_tokens: int) -> Tensor:  # [batch_size, n_tokens]
     shape = list(values.shape)
     if shape == [batch_size, n_tokens, 1]:
         return values.squeeze(-1)
     if shape in ([batch_size], [batch_size, 1]):
         return values.reshape(batch_size, 1).expand(batch_size, n_tokens)
-    if shape == [batch_size, n_tokens] or (not shape and name == "mtp_active"):
-        return values.expand(batch_size, n_tokens)
+    if shape == [batch_size, n_tokens]:
+        return values
     raise ValueError(
-        f"adaptive_mtp: expected {name} of shape [{batch_size}], [{batch_size}, 1], [{batch_size}, {n_tokens}] or "
-        f"[{batch_size}, {n_tokens}, 1], got {shape}"
+        f"adaptive_mtp: expected confidence_scores of shape [{batch_size}], [{batch_size}, 1], "
+        f"[{batch_size}, {n_tokens}] or [{batch_size}, {n_tokens}, 1], got {shape}"
     )
 
 
@@ -350,9 +349,8 @@ class AdaptiveMTP(LearnedState, Part):
             recording = learns and is_first_run(row_weights)
         if recording is not False and mtp_active is not False:
             values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])
-            is_seen = (row_weights != 0).any() & values.isfinite().all()  # one nan would stay in the sums for ever
-            if isinstance(mtp_active, Tensor):
-                is_seen = is_seen & mtp_active.any()
+            counts = (active_weights(row_weights, mtp_active) != 0).any()
+            is_seen = counts & values.isfinite().all()  # one nan would stay in the sums for ever
             seen_values = torch.where(is_seen, values, 0.0)
             self.record(recording, pending_sums=seen_values, pending_count=is_seen.to(torch.int64))
         return terms

@@ -118,6 +118,32 @@ def depth_rows(
     return DepthRows(shifted, weights)
 
 
+def active_weights(
+    row_weights: Tensor,  # [batch_size, n_tokens]
+    mtp_active: bool | Tensor | None,  # [] or [batch_size] bool, or numbers that are 0 where it is off
+) -> Tensor:
+    """Weights of the rows whose heads are on, and 0 of the others: to every depth, those then do not count.
+
+    Returns:
+        [batch_size, n_tokens].
+
+    Raises:
+        ValueError: mtp_active of another shape.
+
+    Example:
+        >>> active_weights(torch.tensor([[0.5, 0.5], [1.0, 1.0]]), torch.tensor([True, False]))
+        tensor([[0.5000, 0.5000],
+                [0.0000, 0.0000]])
+    """
+    if not isinstance(mtp_active, Tensor):
+        return row_weights
+    shape, batch_size = list(mtp_active.shape), len(row_weights)
+    if shape not in ([], [batch_size]):
+        raise ValueError(f"multi_token_prediction: expected mtp_active of shape [] or [{batch_size}], got {shape}")
+    is_active = mtp_active.bool()
+    return torch.where(is_active.unsqueeze(1) if shape else is_active, row_weights, 0.0)
+
+
 class DepthLosses(NamedTuple):
     """What the heads of all depths give."""
 

@@ -15,6 +15,7 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DEPTH_METRICS,
     DepthMeans,
+    active_weights,
     depth_means,
     depth_metrics,
     depth_rows,
@@ -149,11 +150,8 @@ class MultiTokenPrediction(Part):
             return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         head = (call.lm_head_weight, call.lm_head_bias) if self.share_head else (None, None)
         hidden_states = call.required("hidden_states", "use_mtp")
-        of_rows = (rows.targets, rows.weights, call.segments)
+        of_rows = (rows.targets, active_weights(rows.weights, active), call.segments)
         loss, means = self(hidden_states, *of_rows, call.head_loss, *head, depth_weights=call.mtp_depth_weights)
-        if isinstance(active, Tensor):
-            loss = torch.where(active, loss, 0.0)
-            means = DepthMeans(*(torch.where(active, values, 0.0) for values in means))
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 
     def forward(
@@ -197,6 +195,9 @@ class MultiTokenPrediction(Part):
             own_denominator=self.own_denominator,
         )
         rows = rows._replace(weights=rows.weights * (self.weight / self.n_depths))
+        # 0 times what a row that predicts nothing holds, which may be nan, would reach the gradients of norms and blocks
+        predicts = (rows.targets != self.ignore_index).any(0).unsqueeze(-1)
+        hidden_states = torch.where(predicts, hidden_states, 0.0)
         normed = self.norm(hidden_states.to(next(self.heads.parameters()).dtype))
         heads: LinearLogits | list[LinearLogits]
         if lm_head_weight is not None and self.share_head:

@@ -10,7 +10,14 @@ from torch import Tensor
 from ava_ext.call import Call, Logits
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
-from ava_ext.losses.depths import depth_means, depth_metrics, depth_rows, losses_of_heads, no_means
+from ava_ext.losses.depths import (
+    active_weights,
+    depth_means,
+    depth_metrics,
+    depth_rows,
+    losses_of_heads,
+    no_means,
+)
 from ava_ext.ops.linear_logits import LinearLogits
 
 
@@ -79,13 +86,9 @@ class HiddenStatesMTP(Part):
             for part in _parts(heads):
                 loss = loss + part[..., :0].sum()
             return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, self.n_depths)))
-        row_weights = rows.weights.detach()
-        if isinstance(active, Tensor):
-            is_active = active.bool().view(-1, 1) if active.dim() else active.bool()
-            row_weights = torch.where(is_active, row_weights, 0.0)
         of_depths = depth_rows(
             rows.targets,
-            row_weights,
+            active_weights(rows.weights.detach(), active),
             call.segments,
             self.n_depths,
             self.ignore_index,
