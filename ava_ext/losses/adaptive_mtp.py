@@ -13,12 +13,14 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DepthMeans,
     active_weights,
+    connected,
     counted_ahead,
     depth_means,
     depth_metrics,
     depth_rows,
     losses_of_heads,
     no_means,
+    parts_of_heads,
 )
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.ops.committed import is_exporting, is_first_run
@@ -187,13 +189,7 @@ def _switched_off(
 ) -> AdaptiveMTPTerms:
     dtype = torch.float64 if row_weights.dtype == torch.float64 else torch.float32
     zeros = torch.zeros(targets.shape if per_row else (), dtype=dtype, device=targets.device)
-    mtp_loss, regularization = zeros, zeros.clone()
-    # sums of nothing: connected to the graph, so that DDP sees a gradient for every parameter, and blind to nan
-    for logits in heads:
-        for part in logits if isinstance(logits, LinearLogits) else (logits,):
-            mtp_loss = mtp_loss if part is None else mtp_loss + part[..., :0].sum()
-    if confidence_scores is not None:
-        regularization = regularization + confidence_scores.reshape(-1)[:0].sum()
+    mtp_loss, regularization = connected(zeros, parts_of_heads(heads)), connected(zeros.clone(), [confidence_scores])
     nothing = torch.zeros((), dtype=dtype, device=targets.device)
     return AdaptiveMTPTerms(mtp_loss, regularization, no_means(nothing, len(heads)), nothing, nothing)
 
@@ -268,14 +264,16 @@ class AdaptiveMTP(LearnedState, Part):
         )
 
     def of_call(self, call: Call) -> Addends:
-        """The terms of the heads that the call gives; none with mtp_active=False."""
+        """The terms of the heads that the call gives; with mtp_active=False zeros, in the graph of the heads."""
         rows, active, confidence = call.rows, call.mtp_active, call.confidence_scores
-        heads = [] if active is False else self._heads_of(call)
+        heads = self._heads_of(call)
         if call.is_flat:
             heads = [head.unsqueeze(0) for head in heads]
             if confidence is not None and len(confidence) == rows.targets.numel():
                 confidence = confidence.unsqueeze(0)
-        if heads and self.use_confidence_weighting and confidence is None:
+        if not heads:
+            active = False
+        if active is not False and self.use_confidence_weighting and confidence is None:
             raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
         terms = self(
             heads,
@@ -284,7 +282,7 @@ class AdaptiveMTP(LearnedState, Part):
             call.segments,
             call.head_loss,
             confidence_scores=confidence if self.use_confidence_weighting else None,
-            mtp_active=active if heads else False,
+            mtp_active=active,
             depth_weights=call.mtp_depth_weights,
             per_row=call.config.reduction == "none",
             recording=call.recording,
@@ -296,11 +294,13 @@ class AdaptiveMTP(LearnedState, Part):
 
     def _heads_of(self, call: Call) -> list[Logits]:
         given = call.additional_logits
-        if given is None and call.mtp_active is None:  # as many heads as are given
+        if given is None and (call.mtp_active is None or call.mtp_active is False):  # as many heads as are given
             return []
         if given is None:
             raise ValueError("unified_loss: mtp_active needs additional_logits, got None")
         heads = [given] if isinstance(given, LinearLogits) else list(given)
+        if not heads and call.mtp_active is False:
+            return []
         if len(heads) != self.n_heads:
             raise ValueError(
                 f"unified_loss: expected num_future_tokens = {self.n_heads} additional_logits, got {len(heads)}"

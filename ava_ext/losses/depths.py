@@ -5,7 +5,7 @@ Their heads take as few passes as there are weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ava_ext.call import HeadLoss, Logits
+from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
 
@@ -226,6 +227,37 @@ def depth_metrics(means: DepthMeans) -> dict[str, Tensor]:
         for name, values in zip(DEPTH_METRICS, means, strict=True)
         for depth, value in enumerate(values.unbind(), start=1)
     }
+
+
+def parts_of_heads(heads: LinearLogits | Sequence[Logits]) -> list[Tensor | None]:
+    """The tensors that the heads are made of."""
+    several = [heads] if isinstance(heads, LinearLogits) else heads
+    return [part for head in several for part in (head if isinstance(head, LinearLogits) else (head,))]
+
+
+def connected(
+    zeros: Tensor,  # [] or [batch_size, n_tokens]
+    parts: Iterable[Tensor | None],  # [...]
+) -> Tensor:
+    """The zeros of heads that are off, in the graph of what they would have read: each gets a gradient of zeros.
+
+    DistributedDataParallel raises where a parameter gets none. Sums of nothing are added: of nan, too, they are 0.
+
+    Returns:
+        As zeros.
+
+    Example:
+        >>> weight = torch.full((2, 3), torch.nan, requires_grad=True)
+        >>> connected(torch.zeros(()), [weight]).backward()
+        >>> weight.grad
+        tensor([[0., 0., 0.],
+                [0., 0., 0.]])
+    """
+    for part in parts:
+        if part is not None:
+            local = part.to_local() if is_dtensor(part) else part
+            zeros = zeros + local.unsqueeze(-1)[..., :0].sum().to(zeros.dtype)
+    return zeros
 
 
 def no_means(like: Tensor, n_depths: int) -> DepthMeans:

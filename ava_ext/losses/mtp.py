@@ -16,6 +16,7 @@ from ava_ext.losses.depths import (
     DEPTH_METRICS,
     DepthMeans,
     active_weights,
+    connected,
     depth_means,
     depth_metrics,
     depth_rows,
@@ -142,13 +143,13 @@ class MultiTokenPrediction(Part):
         )
 
     def of_call(self, call: Call) -> Addends:
-        """The term of the call's hidden states; zeros with mtp_active=False."""
+        """The term of the call's hidden states; with mtp_active=False zeros, in the graph of what it would read."""
         rows, active = call.rows, call.mtp_active
-        if active is False:
-            zeros = torch.zeros_like(rows.weights)
-            loss = zeros if call.config.reduction == "none" else zeros.new_zeros(())
-            return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         head = (call.lm_head_weight, call.lm_head_bias) if self.share_head else (None, None)
+        if active is False:
+            zeros = torch.zeros_like(rows.weights) if call.config.reduction == "none" else rows.weights.new_zeros(())
+            loss = connected(zeros, (*self.parameters(), call.hidden_states, *(() if self.detach_head else head)))
+            return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         hidden_states = call.required("hidden_states", "use_mtp")
         of_rows = (rows.targets, active_weights(rows.weights, active), call.segments)
         loss, means = self(hidden_states, *of_rows, call.head_loss, *head, depth_weights=call.mtp_depth_weights)
@@ -195,7 +196,7 @@ class MultiTokenPrediction(Part):
             own_denominator=self.own_denominator,
         )
         rows = rows._replace(weights=rows.weights * (self.weight / self.n_depths))
-        # 0 times what a row that predicts nothing holds, which may be nan, would reach the gradients of norms and blocks
+        # what a row that predicts nothing holds may be nan: 0 times nan would reach the gradients of norms and blocks
         predicts = (rows.targets != self.ignore_index).any(0).unsqueeze(-1)
         hidden_states = torch.where(predicts, hidden_states, 0.0)
         normed = self.norm(hidden_states.to(next(self.heads.parameters()).dtype))

@@ -6,6 +6,14 @@ import torch
 from ava_ext import LinearLogits, UnifiedLoss
 
 BATCH, LENGTH, HIDDEN, VOCAB, DEPTHS = 4, 4, 8, 11, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_graphs_are_left():
+    yield
+    torch._dynamo.reset()
+
+
 OPTIONS = {
     "own": {},
     "shared": {"mtp_share_head": True},
@@ -119,6 +127,41 @@ def test_nan_of_rows_that_predict_nothing_reaches_nothing(kind):
         loss.backward()
         found.append((loss.detach(), [leaf.grad.clone() for leaf in [*tensors(given), *loss_fn.parameters()]]))
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_that_are_off_stay_in_the_graph(kind, reduction, is_compiled):
+    """DistributedDataParallel raises at the next step where a parameter of its module got no gradient."""
+    main, given = make_inputs(kind)
+    fill_with_nan(given, slice(None))
+    loss_fn = make_loss(kind, reduction=reduction)
+    torch._dynamo.reset()  # each kind is a graph of its own, and so many count as a function that never settles
+    called = torch.compile(loss_fn, fullgraph=True, backend="aot_eager") if is_compiled else loss_fn
+    parts = called(**main, **given, mtp_active=False, return_detailed=True)
+    parts["total_loss"].sum().backward()
+    alone = UnifiedLoss(VOCAB, primary_loss_type="standard", reduction=reduction)(**main)
+    torch.testing.assert_close(parts["total_loss"], alone, rtol=0, atol=0)
+    for leaf in [*tensors(given), *loss_fn.parameters()]:
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+    assert all(parts[f"mtp_loss_depth_{k}"] == 0 for k in range(1, DEPTHS + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_that_are_off_need_not_be_given(kind):
+    main, _ = make_inputs(kind)
+    loss_fn = make_loss(kind)
+    loss_fn(**main, mtp_active=False).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in loss_fn.parameters())
+
+
+def test_detached_shared_head_is_left_alone_by_heads_that_are_off():
+    main, given = make_inputs("shared")
+    make_loss("shared", mtp_detach_head=True)(**main, **given, mtp_active=False).backward()
+    assert given["hidden_states"].grad is not None
+    assert given["lm_head_weight"].grad is None
 
 
 @pytest.mark.parametrize("active", [torch.tensor(0), torch.tensor([False]), torch.tensor([1])])
