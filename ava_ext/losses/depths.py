@@ -97,7 +97,8 @@ def depth_rows(
         n_depths: how many depths there are.
         depth_weights: factor of each depth.
         own_denominator: multiply the weights of depth k by sum_t w_t / sum_t w_{t+k}: what was divided by the number of
-            all rows is then divided by that of the rows which have a target at depth k.
+            all rows is then divided by that of the rows which have a target at depth k. Both sums are those of this
+            call, so micro-batches of a batch of N rows do not add up to it.
 
     Raises:
         ValueError: depth_weights of another shape, or that require grad.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.processes import on_ranks
 
 from ava_ext import LinearLogits, UnifiedLoss
 
@@ -155,6 +156,71 @@ def test_heads_that_are_off_need_not_be_given(kind):
     loss_fn = make_loss(kind)
     loss_fn(**main, mtp_active=False).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in loss_fn.parameters())
+
+
+class Model(torch.nn.Module):
+    """Embedding, head, further heads or depth modules, and the loss: what DistributedDataParallel wraps."""
+
+    def __init__(self, mtp_type):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(VOCAB, HIDDEN)
+        self.head = torch.nn.Linear(HIDDEN, VOCAB)
+        self.loss_fn = UnifiedLoss(VOCAB, HIDDEN, use_mtp=True, mtp_type=mtp_type, num_future_tokens=1)
+        self.confidence, self.further = None, None
+        if mtp_type == "adaptive":
+            self.confidence, self.further = torch.nn.Linear(HIDDEN, 1), torch.nn.Linear(HIDDEN, VOCAB)
+        if mtp_type == "hidden_states":
+            self.further = torch.nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, tokens, mtp_active):
+        hidden_states = self.embedding(tokens)
+        given = {"hidden_states": hidden_states}
+        if self.confidence is not None:
+            given["additional_logits"] = [self.further(hidden_states)]
+            given["confidence_scores"] = self.confidence(hidden_states).sigmoid()
+        elif self.further is not None:
+            given |= {"mtp_hidden_states": [self.further(hidden_states)], "lm_head_weight": self.head.weight}
+        return self.loss_fn(self.head(hidden_states), tokens, mtp_active=mtp_active, **given)
+
+
+def data_parallel_worker(rank, mtp_type):
+    model = torch.nn.parallel.DistributedDataParallel(Model(mtp_type))
+    tokens = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % VOCAB
+    for active in (None, False, torch.tensor([1, 0, 0, 1]), False, None):  # after a parameter that is missed, it raises
+        model(tokens, active).backward()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("mtp_type", ["deepseek", "adaptive", "hidden_states"])
+def test_data_parallel_goes_on(mtp_type):
+    on_ranks(2, data_parallel_worker, mtp_type)
+
+
+def dtensor_worker(rank, kind):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    main, given = make_inputs("hidden_states")
+    of_rows = [distribute_tensor(value.detach(), mesh, [Shard(0)]) for value in given["mtp_hidden_states"]]
+    weight = distribute_tensor(given["lm_head_weight"].detach(), mesh, [Replicate()]).requires_grad_()
+    hidden_states = of_rows[0].requires_grad_()
+    further = {"mtp_hidden_states": [depth.requires_grad_() for depth in of_rows]} if kind == "hidden_states" else {}
+    loss_fn = make_loss(kind)
+    loss = loss_fn(
+        targets=main["targets"], hidden_states=hidden_states, lm_head_weight=weight, mtp_active=False, **further
+    )
+    loss.backward()
+    assert hidden_states.grad.full_tensor().any()  # of the main term
+    assert not further or not of_rows[1].grad.full_tensor().any()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in loss_fn.parameters())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("kind", ["own", "shared", "hidden_states"])
+def test_rows_of_several_ranks(kind):
+    on_ranks(2, dtensor_worker, kind)
 
 
 def test_detached_shared_head_is_left_alone_by_heads_that_are_off():
