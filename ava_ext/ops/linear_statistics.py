@@ -8,7 +8,7 @@ from torch import Tensor
 from ava_ext.ops.arguments import check_devices
 from ava_ext.ops.derivatives import call_operator, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.linear_rows import by_chunks, empty_gradients
+from ava_ext.ops.linear_rows import as_matrix, by_chunks, empty_gradients
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, accumulation_dtype
 from ava_ext.ops.row_statistics import statistics_coefficients
 
@@ -38,10 +38,10 @@ def linear_row_statistics(
     if row_mask is not None and row_mask.shape != rows:
         raise ValueError(f"{owner}: expected row_mask of shape {list(rows)}, got {list(row_mask.shape)}")
     tensors = (
-        logits.hidden_states.flatten(0, -2),
+        as_matrix(logits.hidden_states),
         logits.weight,
         logits.bias,
-        None if ids is None else ids.flatten(0, -2),
+        None if ids is None else as_matrix(ids),
         None if row_mask is None else row_mask.reshape(-1),
         options,
     )
