@@ -245,8 +245,8 @@ class UnifiedLossTrainerMixin:
         if n_rows is None or weights is None:
             return n_rows
         trainer: Any = self
-        n_items = sum(own_items(batch["shift_labels"].to(weights.device), weights, -100) for batch in counted)
-        n_items = n_items.to(device)  # from here as Trainer does with the number of rows
+        own = [own_items(batch["shift_labels"].to(weights.device), weights, -100) for batch in counted]
+        n_items = torch.stack(own).sum().to(device)  # from here as Trainer does with the number of rows
         if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
             n_items = trainer.accelerator.gather(n_items).sum()
         parallelism = getattr(trainer.accelerator, "parallelism_config", None)
