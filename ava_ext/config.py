@@ -154,7 +154,12 @@ class UnifiedLossConfig:
     )
     mtp_share_head: bool = _option(False, _FLAG, "each depth is a residual block in front of the given lm_head_weight")
     mtp_detach_head: bool = _option(False, _FLAG, "the shared head gets no gradient from the depths")
-    mtp_own_denominator: bool = _option(False, _FLAG, "divide each depth by the number of its own rows")
+    mtp_own_denominator: bool = _option(
+        False,
+        _FLAG,
+        "divide each depth by the number of its own rows in this call: with num_items_in_batch, micro-batches do not "
+        "add up to the batch",
+    )
     use_confidence_weighting: bool = _option(True, _FLAG, "adaptive: weight each row by the given confidence")
     confidence_reg_strength: float = _option(
         0.01, _NOT_NEGATIVE, "adaptive: weight of the term that calibrates the confidence"

@@ -204,8 +204,9 @@ class UnifiedLoss(nn.Module):
             primary_logits: for adaptive heads. The main term reads them with primary_loss_type="adaptive_mtp", and with
                 mtp_type="adaptive" if there are no logits.
             additional_logits, confidence_scores, mtp_active: adaptive multi-token prediction, see
-                `losses.adaptive_mtp`. mtp_active=False switches heads of either kind off for this call; None takes the
-                heads that are given. Each head, logits and primary_logits may be LinearLogits(hidden_states, weight,
+                `losses.adaptive_mtp`. mtp_active=False switches heads of any kind off for this call; a tensor, [] or
+                [batch_size], does so on the device, for all or per sequence; None takes the heads that are given. Each
+                head, logits and primary_logits may be LinearLogits(hidden_states, weight,
                 bias).
             mtp_hidden_states: what the depth modules of the model give (mtp_type="hidden_states"), read by
                 lm_head_weight; or additional_logits for heads of their own. See `losses.mtp_hidden_states`.

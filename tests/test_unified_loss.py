@@ -49,6 +49,16 @@ def test_equals_the_reference(case, training):
     assert_equals_reference(loss_fn, arguments)
 
 
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(st.sampled_from(["standard", "adaptive_mtp"]).flatmap(lambda name: cases(primary_loss_type=name, use_mtp=True)))
+def test_heads_of_every_kind_equal_the_reference(case):
+    """Few of the cases of all components have heads, and fewer switch them off for some sequences."""
+    config, arguments = case
+    without_experts = {"use_moe_balancing": False, "use_auxiliary_loss": False}
+    assert_equals_reference(UnifiedLoss(**config.to_dict() | without_experts).double(), arguments)
+
+
 @settings(max_examples=20)
 @given(cases(labels_are_shifted=True, use_contrastive_loss=False), seeds)
 def test_flat_rows_in_one_segment_equal_one_sequence(case, seed):

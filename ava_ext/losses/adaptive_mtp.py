@@ -12,12 +12,15 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DepthMeans,
+    active_weights,
+    connected,
     counted_ahead,
     depth_means,
     depth_metrics,
     depth_rows,
     losses_of_heads,
     no_means,
+    parts_of_heads,
 )
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.ops.committed import is_exporting, is_first_run
@@ -76,8 +79,8 @@ def adaptive_mtp_terms(
         head_loss: the cross-entropy of the main term, (logits, targets, row_weights) -> RowLoss: the sum over rows, or
             with per_row the loss of each row, which is 0 where the target is ignore_index.
         confidence_scores: in [0, 1], per sequence or per row. None: c = 1 and no confidence term.
-        mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence.
-            None: on.
+        mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence:
+            a sequence that is off counts as one whose rows have no target. None: on.
         mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
         depth_weights, own_denominator: of the heads' loss; see `depths.depth_rows`.
         per_row: return both terms per row, [batch_size, n_tokens].
@@ -100,12 +103,10 @@ def adaptive_mtp_terms(
         return _switched_off(heads, targets, row_weights, confidence_scores, per_row)
     batch_size, n_tokens = targets.shape
     dtype = torch.float64 if heads[0].dtype == torch.float64 else torch.float32
-    weights = row_weights.detach().to(dtype)
-    if isinstance(mtp_active, Tensor):
-        weights = torch.where(_rows(mtp_active, batch_size, n_tokens, "mtp_active").to(torch.bool), weights, 0.0)
+    weights = active_weights(row_weights.detach().to(dtype), mtp_active)
     confidence = None
     if confidence_scores is not None:
-        confidence = _rows(confidence_scores, batch_size, n_tokens, "confidence_scores").to(dtype)
+        confidence = _rows(confidence_scores, batch_size, n_tokens).to(dtype)
     head_weights: float | Tensor = mtp_weight / len(heads)
     if confidence is not None and use_confidence_weighting:
         head_weights = head_weights * confidence.detach()
@@ -161,17 +162,17 @@ def _heads(additional_logits: Heads, targets: Tensor) -> list[Logits]:
     return heads
 
 
-def _rows(values: Tensor, batch_size: int, n_tokens: int, name: str) -> Tensor:  # [batch_size, n_tokens]
+def _rows(values: Tensor, batch_size: int, n_tokens: int) -> Tensor:  # [batch_size, n_tokens]
     shape = list(values.shape)
     if shape == [batch_size, n_tokens, 1]:
         return values.squeeze(-1)
     if shape in ([batch_size], [batch_size, 1]):
         return values.reshape(batch_size, 1).expand(batch_size, n_tokens)
-    if shape == [batch_size, n_tokens] or (not shape and name == "mtp_active"):
-        return values.expand(batch_size, n_tokens)
+    if shape == [batch_size, n_tokens]:
+        return values
     raise ValueError(
-        f"adaptive_mtp: expected {name} of shape [{batch_size}], [{batch_size}, 1], [{batch_size}, {n_tokens}] or "
-        f"[{batch_size}, {n_tokens}, 1], got {shape}"
+        f"adaptive_mtp: expected confidence_scores of shape [{batch_size}], [{batch_size}, 1], "
+        f"[{batch_size}, {n_tokens}] or [{batch_size}, {n_tokens}, 1], got {shape}"
     )
 
 
@@ -188,13 +189,7 @@ def _switched_off(
 ) -> AdaptiveMTPTerms:
     dtype = torch.float64 if row_weights.dtype == torch.float64 else torch.float32
     zeros = torch.zeros(targets.shape if per_row else (), dtype=dtype, device=targets.device)
-    mtp_loss, regularization = zeros, zeros.clone()
-    # sums of nothing: connected to the graph, so that DDP sees a gradient for every parameter, and blind to nan
-    for logits in heads:
-        for part in logits if isinstance(logits, LinearLogits) else (logits,):
-            mtp_loss = mtp_loss if part is None else mtp_loss + part[..., :0].sum()
-    if confidence_scores is not None:
-        regularization = regularization + confidence_scores.reshape(-1)[:0].sum()
+    mtp_loss, regularization = connected(zeros, parts_of_heads(heads)), connected(zeros.clone(), [confidence_scores])
     nothing = torch.zeros((), dtype=dtype, device=targets.device)
     return AdaptiveMTPTerms(mtp_loss, regularization, no_means(nothing, len(heads)), nothing, nothing)
 
@@ -269,14 +264,16 @@ class AdaptiveMTP(LearnedState, Part):
         )
 
     def of_call(self, call: Call) -> Addends:
-        """The terms of the heads that the call gives; none with mtp_active=False."""
+        """The terms of the heads that the call gives; with mtp_active=False zeros, in the graph of the heads."""
         rows, active, confidence = call.rows, call.mtp_active, call.confidence_scores
-        heads = [] if active is False else self._heads_of(call)
+        heads = self._heads_of(call)
         if call.is_flat:
             heads = [head.unsqueeze(0) for head in heads]
             if confidence is not None and len(confidence) == rows.targets.numel():
                 confidence = confidence.unsqueeze(0)
-        if heads and self.use_confidence_weighting and confidence is None:
+        if not heads:
+            active = False
+        if active is not False and self.use_confidence_weighting and confidence is None:
             raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
         terms = self(
             heads,
@@ -285,7 +282,7 @@ class AdaptiveMTP(LearnedState, Part):
             call.segments,
             call.head_loss,
             confidence_scores=confidence if self.use_confidence_weighting else None,
-            mtp_active=active if heads else False,
+            mtp_active=active,
             depth_weights=call.mtp_depth_weights,
             per_row=call.config.reduction == "none",
             recording=call.recording,
@@ -297,11 +294,13 @@ class AdaptiveMTP(LearnedState, Part):
 
     def _heads_of(self, call: Call) -> list[Logits]:
         given = call.additional_logits
-        if given is None and call.mtp_active is None:  # as many heads as are given
+        if given is None and (call.mtp_active is None or call.mtp_active is False):  # as many heads as are given
             return []
         if given is None:
             raise ValueError("unified_loss: mtp_active needs additional_logits, got None")
         heads = [given] if isinstance(given, LinearLogits) else list(given)
+        if not heads and call.mtp_active is False:
+            return []
         if len(heads) != self.n_heads:
             raise ValueError(
                 f"unified_loss: expected num_future_tokens = {self.n_heads} additional_logits, got {len(heads)}"
@@ -350,9 +349,8 @@ class AdaptiveMTP(LearnedState, Part):
             recording = learns and is_first_run(row_weights)
         if recording is not False and mtp_active is not False:
             values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])
-            is_seen = (row_weights != 0).any() & values.isfinite().all()  # one nan would stay in the sums for ever
-            if isinstance(mtp_active, Tensor):
-                is_seen = is_seen & mtp_active.any()
+            counts = (active_weights(row_weights, mtp_active) != 0).any()
+            is_seen = counts & values.isfinite().all()  # one nan would stay in the sums for ever
             seen_values = torch.where(is_seen, values, 0.0)
             self.record(recording, pending_sums=seen_values, pending_count=is_seen.to(torch.int64))
         return terms

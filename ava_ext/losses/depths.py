@@ -5,7 +5,7 @@ Their heads take as few passes as there are weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ava_ext.call import HeadLoss, Logits
+from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
 
@@ -96,7 +97,8 @@ def depth_rows(
         n_depths: how many depths there are.
         depth_weights: factor of each depth.
         own_denominator: multiply the weights of depth k by sum_t w_t / sum_t w_{t+k}: what was divided by the number of
-            all rows is then divided by that of the rows which have a target at depth k.
+            all rows is then divided by that of the rows which have a target at depth k. Both sums are those of this
+            call, so micro-batches of a batch of N rows do not add up to it.
 
     Raises:
         ValueError: depth_weights of another shape, or that require grad.
@@ -116,6 +118,32 @@ def depth_rows(
             )
         weights = weights * depth_weights.to(weights).view(-1, 1, 1)
     return DepthRows(shifted, weights)
+
+
+def active_weights(
+    row_weights: Tensor,  # [batch_size, n_tokens]
+    mtp_active: bool | Tensor | None,  # [] or [batch_size] bool, or numbers that are 0 where it is off
+) -> Tensor:
+    """Weights of the rows whose heads are on, and 0 of the others: to every depth, those then do not count.
+
+    Returns:
+        [batch_size, n_tokens].
+
+    Raises:
+        ValueError: mtp_active of another shape.
+
+    Example:
+        >>> active_weights(torch.tensor([[0.5, 0.5], [1.0, 1.0]]), torch.tensor([True, False]))
+        tensor([[0.5000, 0.5000],
+                [0.0000, 0.0000]])
+    """
+    if not isinstance(mtp_active, Tensor):
+        return row_weights
+    shape, batch_size = list(mtp_active.shape), len(row_weights)
+    if shape not in ([], [batch_size]):
+        raise ValueError(f"multi_token_prediction: expected mtp_active of shape [] or [{batch_size}], got {shape}")
+    is_active = mtp_active.bool()
+    return torch.where(is_active.unsqueeze(1) if shape else is_active, row_weights, 0.0)
 
 
 class DepthLosses(NamedTuple):
@@ -200,6 +228,37 @@ def depth_metrics(means: DepthMeans) -> dict[str, Tensor]:
         for name, values in zip(DEPTH_METRICS, means, strict=True)
         for depth, value in enumerate(values.unbind(), start=1)
     }
+
+
+def parts_of_heads(heads: LinearLogits | Sequence[Logits]) -> list[Tensor | None]:
+    """The tensors that the heads are made of."""
+    several = [heads] if isinstance(heads, LinearLogits) else heads
+    return [part for head in several for part in (head if isinstance(head, LinearLogits) else (head,))]
+
+
+def connected(
+    zeros: Tensor,  # [] or [batch_size, n_tokens]
+    parts: Iterable[Tensor | None],  # [...]
+) -> Tensor:
+    """The zeros of heads that are off, in the graph of what they would have read: each gets a gradient of zeros.
+
+    DistributedDataParallel raises where a parameter gets none. Sums of nothing are added: of nan, too, they are 0.
+
+    Returns:
+        As zeros.
+
+    Example:
+        >>> weight = torch.full((2, 3), torch.nan, requires_grad=True)
+        >>> connected(torch.zeros(()), [weight]).backward()
+        >>> weight.grad
+        tensor([[0., 0., 0.],
+                [0., 0., 0.]])
+    """
+    for part in parts:
+        if part is not None:
+            local = part.to_local() if is_dtensor(part) else part
+            zeros = zeros + local.unsqueeze(-1)[..., :0].sum().to(zeros.dtype)
+    return zeros
 
 
 def no_means(like: Tensor, n_depths: int) -> DepthMeans:

@@ -15,6 +15,8 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DEPTH_METRICS,
     DepthMeans,
+    active_weights,
+    connected,
     depth_means,
     depth_metrics,
     depth_rows,
@@ -141,19 +143,16 @@ class MultiTokenPrediction(Part):
         )
 
     def of_call(self, call: Call) -> Addends:
-        """The term of the call's hidden states; zeros with mtp_active=False."""
+        """The term of the call's hidden states; with mtp_active=False zeros, in the graph of what it would read."""
         rows, active = call.rows, call.mtp_active
-        if active is False:
-            zeros = torch.zeros_like(rows.weights)
-            loss = zeros if call.config.reduction == "none" else zeros.new_zeros(())
-            return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         head = (call.lm_head_weight, call.lm_head_bias) if self.share_head else (None, None)
+        if active is False:
+            zeros = torch.zeros_like(rows.weights) if call.config.reduction == "none" else rows.weights.new_zeros(())
+            loss = connected(zeros, (*self.parameters(), call.hidden_states, *(() if self.detach_head else head)))
+            return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         hidden_states = call.required("hidden_states", "use_mtp")
-        of_rows = (rows.targets, rows.weights, call.segments)
+        of_rows = (rows.targets, active_weights(rows.weights, active), call.segments)
         loss, means = self(hidden_states, *of_rows, call.head_loss, *head, depth_weights=call.mtp_depth_weights)
-        if isinstance(active, Tensor):
-            loss = torch.where(active, loss, 0.0)
-            means = DepthMeans(*(torch.where(active, values, 0.0) for values in means))
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 
     def forward(
@@ -197,6 +196,9 @@ class MultiTokenPrediction(Part):
             own_denominator=self.own_denominator,
         )
         rows = rows._replace(weights=rows.weights * (self.weight / self.n_depths))
+        # what a row that predicts nothing holds may be nan: 0 times nan would reach the gradients of norms and blocks
+        predicts = (rows.targets != self.ignore_index).any(0).unsqueeze(-1)
+        hidden_states = torch.where(predicts, hidden_states, 0.0)
         normed = self.norm(hidden_states.to(next(self.heads.parameters()).dtype))
         heads: LinearLogits | list[LinearLogits]
         if lm_head_weight is not None and self.share_head:

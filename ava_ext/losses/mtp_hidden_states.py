@@ -10,7 +10,16 @@ from torch import Tensor
 from ava_ext.call import Call, Logits
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
-from ava_ext.losses.depths import depth_means, depth_metrics, depth_rows, losses_of_heads, no_means
+from ava_ext.losses.depths import (
+    active_weights,
+    connected,
+    depth_means,
+    depth_metrics,
+    depth_rows,
+    losses_of_heads,
+    no_means,
+    parts_of_heads,
+)
 from ava_ext.ops.linear_logits import LinearLogits
 
 
@@ -74,18 +83,12 @@ class HiddenStatesMTP(Part):
         rows, active = call.rows, call.mtp_active
         heads = self._heads_of(call)
         if active is False or heads is None:
-            loss = torch.zeros_like(rows.weights) if call.config.reduction == "none" else rows.weights.new_zeros(())
-            # sums of nothing: connected to the graph, so that DDP sees a gradient for every parameter, and blind to nan
-            for part in _parts(heads):
-                loss = loss + part[..., :0].sum()
+            zeros = torch.zeros_like(rows.weights) if call.config.reduction == "none" else rows.weights.new_zeros(())
+            loss = connected(zeros, () if heads is None else parts_of_heads(heads))
             return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, self.n_depths)))
-        row_weights = rows.weights.detach()
-        if isinstance(active, Tensor):
-            is_active = active.bool().view(-1, 1) if active.dim() else active.bool()
-            row_weights = torch.where(is_active, row_weights, 0.0)
         of_depths = depth_rows(
             rows.targets,
-            row_weights,
+            active_weights(rows.weights.detach(), active),
             call.segments,
             self.n_depths,
             self.ignore_index,
@@ -147,13 +150,3 @@ class HiddenStatesMTP(Part):
             if isinstance(head, LinearLogits):
                 head.check(f"unified_loss: additional_logits[{number}]")
         return [head.unsqueeze(0) for head in heads] if call.is_flat else heads
-
-
-def _parts(heads: LinearLogits | list[Logits] | None) -> list[Tensor]:
-    """The tensors that the heads are made of."""
-    if heads is None:
-        return []
-    several = [heads] if isinstance(heads, LinearLogits) else heads
-    return [
-        part for head in several for part in (head if isinstance(head, LinearLogits) else (head,)) if part is not None
-    ]

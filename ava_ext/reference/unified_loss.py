@@ -25,7 +25,7 @@ def unified_loss(
     primary_logits: Tensor | None = None,  # as logits
     additional_logits: Tensor | Sequence[Tensor] | None = None,  # num_future_tokens of logits' shape
     confidence_scores: Tensor | None = None,  # [B], [B, 1], [B, T] or [B, T, 1]
-    mtp_active: bool | Tensor | None = None,  # [] False switches the heads of both kinds off
+    mtp_active: bool | Tensor | None = None,  # [] or [B]: False switches the heads of every kind off
     gate_logits: Tensor | Sequence[Tensor] | None = None,  # [N, E], [layers, N, E], or [..., E] for one layer
     expert_indices: Tensor | Sequence[Tensor] | None = None,  # [N, k] or [layers, N, k]
     expert_outputs: Tensor | Sequence[Tensor] | None = None,  # [E, N, H] or [E, B, T, H]
@@ -140,7 +140,8 @@ def unified_loss(
     if deepseek_heads or adaptive_heads or model_heads:
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting
-        if mtp_active is None or bool(mtp_active):
+        is_active = torch.as_tensor(True if mtp_active is None else mtp_active).bool().reshape(-1, 1)  # [1 or B, 1]
+        if is_active.any():
             if model_heads and mtp_hidden_states is not None:
                 head = [x if x is None or not config.mtp_detach_head else x.detach() for x in given_head]
                 heads = [F.linear(states, *head) for states in mtp_hidden_states]
@@ -159,7 +160,8 @@ def unified_loss(
                 per_batch_row = scores.reshape(n_batch, n_time if scores.numel() == n_batch * n_time else 1)
                 confidence = per_batch_row.expand(n_batch, n_time)[:, :rows_end]
         is_calibrated = is_weighted and config.confidence_reg_strength > 0
-        terms.append(mtp_terms(rows, [of_rows(x) for x in heads], confidence, is_calibrated, mtp_depth_weights))
+        of_heads = rows._replace(counted=counted & is_active)  # N stays that of all rows
+        terms.append(mtp_terms(of_heads, [of_rows(x) for x in heads], confidence, is_calibrated, mtp_depth_weights))
 
     def kept(n_rows: int) -> Tensor:
         """The rows that are not padding, where the mask has their number; else all. [n_rows] bool"""

@@ -204,6 +204,24 @@ def test_micro_batches_add_up():
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
 
 
+def test_own_denominators_are_those_of_a_micro_batch():
+    """As the guide says: n / N times the mean over its own rows, and 0 where it has none at a depth."""
+    inputs, n_items = make_inputs(), 40
+    inputs["targets"][1, 2:] = -100  # nothing at depths 2 and 3
+    inputs["segment_ids"] = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    for b in range(BATCH):
+        rows = slice(b, b + 1)
+        micro = {name: inputs[name][rows] for name in ("targets", "hidden_states", "segment_ids")}
+        micro["mtp_hidden_states"] = [states[rows] for states in inputs["mtp_hidden_states"]]
+        micro["lm_head_weight"] = inputs["lm_head_weight"]
+        loss_fn = make_loss(mtp_own_denominator=True)
+        parts = loss_fn(**micro, num_items_in_batch=n_items, return_detailed=True)
+        n = int((micro["targets"] != -100).sum())
+        means = sum(parts[f"mtp_loss_depth_{k}"] for k in range(1, DEPTHS + 1))  # 0 where there is no row
+        torch.testing.assert_close(parts["mtp_loss"], 0.3 / DEPTHS * n / n_items * means, rtol=1e-12, atol=0)
+        assert (parts["mtp_loss_depth_3"] == 0) == (b == 1)
+
+
 def test_bad_input_is_named():
     inputs, loss_fn = make_inputs(), make_loss()
     states = inputs.pop("mtp_hidden_states")

@@ -127,7 +127,7 @@ class Numbers:
         return torch.randint(low, high, shape, generator=self.generator)
 
     def true(self, probability, *shape):
-        return torch.rand(*shape, generator=self.generator) < probability
+        return torch.rand(shape, generator=self.generator) < probability
 
 
 def needs_sequences(config: UnifiedLossConfig) -> bool:
@@ -250,9 +250,11 @@ def further_heads(draw, config, shape, numbers, given) -> dict[str, Any]:
     further: dict[str, Any] = {}
     if config.mtp_heads is None:
         return further
-    further["mtp_active"] = draw(st.sampled_from([None, None, True, False, "on", "off"]))
+    further["mtp_active"] = draw(st.sampled_from([None, None, True, False, "all", "per sequence"]))
     if isinstance(further["mtp_active"], str):
-        further["mtp_active"] = torch.tensor(further["mtp_active"] == "on")
+        batch_size = 1 if len(shape) == 1 else shape[0]
+        of_call = numbers.true(0.5, *([] if further["mtp_active"] == "all" else [batch_size]))
+        further["mtp_active"] = of_call.to(draw(st.sampled_from([torch.bool, torch.int64, torch.uint8])))
     further["mtp_depth_weights"] = draw(st.sampled_from([None, numbers.uniform(config.num_future_tokens)]))
     if config.mtp_heads == "own":
         if "hidden_states" not in given:
