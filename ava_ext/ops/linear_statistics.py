@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import check_devices, check_ids_of_rows
 from ava_ext.ops.derivatives import call_operator, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.linear_rows import by_chunks, empty_gradients
+from ava_ext.ops.linear_rows import as_matrix, by_chunks, empty_gradients
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, accumulation_dtype
 from ava_ext.ops.row_statistics import statistics_coefficients
 
@@ -33,15 +33,15 @@ def linear_row_statistics(
     logits.check(owner)
     refuse_transforms(owner, (*logits, options))
     rows = logits.shape[:-1]
-    if ids is not None and ids.shape[:-1] != rows:
-        raise ValueError(f"{owner}: expected ids of shape [{', '.join(map(str, rows))}, n_ids], got {list(ids.shape)}")
+    if ids is not None:
+        check_ids_of_rows(owner, rows, "ids", ids)
     if row_mask is not None and row_mask.shape != rows:
         raise ValueError(f"{owner}: expected row_mask of shape {list(rows)}, got {list(row_mask.shape)}")
     tensors = (
-        logits.hidden_states.flatten(0, -2),
+        as_matrix(logits.hidden_states),
         logits.weight,
         logits.bias,
-        None if ids is None else ids.flatten(0, -2),
+        None if ids is None else as_matrix(ids),
         None if row_mask is None else row_mask.reshape(-1),
         options,
     )
