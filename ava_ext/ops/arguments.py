@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,11 @@ def check_ids_of_rows(
         raise ValueError(f"{owner}: expected {name} of shape [{expected}], got {list(ids.shape)}")
 
 
-def check_devices(owner: str, like: Tensor, **others: Tensor | None) -> None:
+def check_devices(
+    owner: str,
+    like: Any,  # a tensor, or logits of any kind
+    **others: Tensor | None,
+) -> None:
     """Raises RuntimeError where one of the others is not on the device of `like`.
 
     Fakes begin with it: an operator with one tensor on meta is a fake, whose output on the CPU would be garbage.

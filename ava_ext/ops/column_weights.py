@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import check_devices
 from ava_ext.ops.derivatives import refuse_tangents, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_evaluation import RowOptions
@@ -44,6 +45,7 @@ def as_column_weights(
         isinstance(logits, LocalRows) and isinstance(logits.logits, ShardedLogits)
     ):
         raise NotImplementedError(f"row_loss: {name} beside logits whose columns are spread over ranks")
+    check_devices("row_loss", logits, **{name: given})
     rows = () if target_probabilities is None else tuple(logits.shape[:-1])
     size = logits.shape[-1] if vocab_size is None else vocab_size
     if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or given.shape[-1] not in (size, logits.shape[-1]):

@@ -147,6 +147,8 @@ def _(
     max_counted_rows,
     wanted,
 ):
+    others = {"weight": weight, "bias": bias, "statistics": statistics, "row_coefficients": row_coefficients}
+    check_devices("linear_row_gradient", hidden_states, **others, ids=ids, row_mask=row_mask, options=options)
     return empty_gradients(hidden_states, weight, bias, wanted)
 
 

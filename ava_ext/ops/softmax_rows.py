@@ -374,9 +374,14 @@ class _RowLoss(torch.autograd.Function):
 _apply_row_loss = super(torch.autograd.Function, _RowLoss).apply
 
 
-def _check_devices(logits, targets, options, row_weights, ids, weights):
-    others = {"targets": targets, "options": options, "row_weights": row_weights}
+def _check_devices(logits, targets, options, row_weights, ids, weights, column_weights):
+    others = {"targets": targets, "options": options, "row_weights": row_weights, "column_weights": column_weights}
     check_devices("row_loss", logits, **others, candidate_ids=ids, candidate_weights=weights)
+
+
+def _check_devices_of_gradient(logits, statistics, row_coefficients, ids, options, column_weights):
+    others = {"statistics": statistics, "row_coefficients": row_coefficients, "ids": ids, "options": options}
+    check_devices("row_gradient", logits, **others, column_weights=column_weights)
 
 
 @torch.library.register_fake("ava_ext::row_loss")
@@ -395,7 +400,7 @@ def _(
     with_statistics,
     column_weights=None,
 ):
-    _check_devices(logits, targets, options, row_weights, ids, weights)
+    _check_devices(logits, targets, options, row_weights, ids, weights, column_weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     n_ids = 0 if ids is None else ids.shape[-1]
     return (
@@ -411,23 +416,26 @@ def _(
 def _(
     logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index, column_weights=None
 ):
-    _check_devices(logits, targets, options, row_weights, ids, weights)
+    _check_devices(logits, targets, options, row_weights, ids, weights, column_weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     return logits.new_empty(rows, dtype=real), logits.new_empty((n_terms(groups, flags), *rows), dtype=real)
 
 
 @torch.library.register_fake("ava_ext::row_gradient")
 def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size, column_weights=None):
+    _check_devices_of_gradient(logits, statistics, row_coefficients, ids, options, column_weights)
     return new_gradient(logits)
 
 
 @torch.library.register_fake("ava_ext::row_gradient_")
 def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size, column_weights=None):
+    _check_devices_of_gradient(logits, statistics, row_coefficients, ids, options, column_weights)
     return None
 
 
 @torch.library.register_fake("ava_ext::scale_rows_")
 def _(rows, factors, targets=None, ignore_index=-100):
+    check_devices("scale_rows_", rows, factors=factors, targets=targets)
     return None
 
 
