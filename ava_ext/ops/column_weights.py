@@ -45,8 +45,8 @@ def as_column_weights(
         raise ValueError("row_loss: expected target_probabilities or smoothing_weights, got both")
     if target_probabilities is not None and flags & RowFlags.EXCLUDE_TARGET:
         raise ValueError(
-            "row_loss: expected flags without EXCLUDE_TARGET beside target_probabilities, which have no one target, got "
-            f"{RowFlags(flags)!r}"
+            "row_loss: expected flags without EXCLUDE_TARGET beside target_probabilities, which have no one target, "
+            f"got {RowFlags(flags)!r}"
         )
     if isinstance(logits, ShardedLogits) or (
         isinstance(logits, LocalRows) and isinstance(logits.logits, ShardedLogits)

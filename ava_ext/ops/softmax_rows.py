@@ -122,8 +122,8 @@ def row_loss(
 
     Raises:
         ValueError: on weights that require grad, an unknown reduction, inplace_gradient on a leaf or on overlapping
-            memory, targets that are no integers, RowFlags.EXCLUDE_TARGET beside target_probabilities, LinearLogits whose
-            shapes and types do not fit, weights and candidates of other rows beside them.
+            memory, targets that are no integers, RowFlags.EXCLUDE_TARGET beside target_probabilities, LinearLogits
+            whose shapes and types do not fit, weights and candidates of other rows beside them.
         TypeError: on logits or targets that are no tensors.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
