@@ -64,7 +64,7 @@ def text_numbers(
     """
     batch_size, n_tokens = shape
     if segments is None:
-        return torch.arange(batch_size, device=device).repeat_interleave(n_tokens), batch_size
+        return torch.arange(batch_size, device=device).repeat_interleave(n_tokens), max(batch_size, 1)
     starts = torch.ones(shape, dtype=torch.bool, device=device)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     numbers = starts.flatten().cumsum(0) - 1

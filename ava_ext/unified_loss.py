@@ -422,12 +422,13 @@ class UnifiedLoss(nn.Module):
         # a checkpoint of a configuration with extra or missing components loads strictly: their state is left out, or
         # kept as it is
         own = {prefix + name: value for name, value in self.state_dict().items()}
-        for component in ("temperature", *(part.name for part in self.PARTS)):
+        # "schedule" is that of presets.AdaptiveAntiRepetitionLoss, "temperature" every loss has
+        for component in ("temperature", "schedule", *(part.name for part in self.PARTS)):
             begin = f"{prefix}{component}."
             given = [name for name in state_dict if name.startswith(begin)]
             if not given:
                 state_dict.update({name: value for name, value in own.items() if name.startswith(begin)})
-            elif getattr(self, component) is None:
+            elif getattr(self, component, None) is None:
                 for name in given:
                     del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -241,8 +241,8 @@ struct RowEvaluation {
 template <class Real>
 AVA_HOST_DEVICE Real smoothing_of(const RowStatistics<Real>& row, const RowOptions<Real>& options, int64_t flags) {
   const Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
-  if (!(flags & kExcludeTarget)) return smoothing;
-  return row.count > 1 ? smoothing * (row.count / (row.count - 1)) : Real(0);  // V = 1: no others
+  if (!(flags & kExcludeTarget) || smoothing == 0) return smoothing;
+  return row.count > 1 ? smoothing * (row.count / (row.count - 1)) : row.rest;  // V = 1: no others, R = 0, or a nan
 }
 template <class Real>
 AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, const RowOptions<Real>& options,
@@ -261,7 +261,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     Real weight = flags & kTargetWeights ? target_weight : Real(1);
     if (flags & (kDft | kEaft) && options.reweighting_exponent != 0) {
       if (flags & kEaft)
-        weight *= row.count > 1 ? power_of((total - mean_u) / log_count, options.reweighting_exponent) : Real(0);
+        weight *= row.count > 1 ? power_of((total - mean_u) / log_count, options.reweighting_exponent) : row.rest;
       else
         weight *= exp_of(options.reweighting_exponent * -nll);
     }
@@ -282,7 +282,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     const Real smoothing = smoothing_of(row, options, flags);
     out.terms[kMainLoss] = smoothing == 1 ? Real(0) : (1 - smoothing) * hard;
     out.target_coefficient = -(1 - smoothing) * slope;
-    if ((flags & (kLabelSmoothing | kSmoothingWeights)) == kLabelSmoothing) {
+    if ((flags & (kLabelSmoothing | kSmoothingWeights)) == kLabelSmoothing && smoothing != 0) {  // U may be -inf
       const Real of_column = smoothing / row.count;
       out.terms[kMainLoss] += smoothing * total - of_column * row.sum;
       out.coefficients.probability += smoothing;
@@ -294,9 +294,10 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     out.terms[kZLossTerm] = options.z_loss_weight * lse * lse;
     out.coefficients.probability += 2 * options.z_loss_weight * lse;
   }
-  if (flags & kConfidencePenalty && row.count > 1) {
-    const Real slope = options.confidence_penalty_weight / log_count;
-    out.terms[kConfidencePenaltyTerm] = options.confidence_penalty_weight - slope * (total - mean_u);
+  if (flags & kConfidencePenalty) {
+    const Real slope = row.count > 1 ? options.confidence_penalty_weight / log_count : row.rest;
+    out.terms[kConfidencePenaltyTerm] =
+        row.count > 1 ? options.confidence_penalty_weight - slope * (total - mean_u) : row.rest;
     out.coefficients.entropy = slope;
   }
   return out;

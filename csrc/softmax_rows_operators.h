@@ -53,7 +53,8 @@ struct RowCall {
     arguments.flags = decltype(arguments.flags)(flags);
   }
   // Behind what says which rows count: the targets, the mask, the statistics.
-  void set_ids(const char* name, const std::optional<Tensor>& ids) {  // [..., n_ids]
+  // n_own: how many of a row's the library has added to the user's: the target.
+  void set_ids(const char* name, const std::optional<Tensor>& ids, int64_t n_own = 0) {  // [..., n_ids]
     if (!ids) return;
     AVA_CHECK(ids->dim() == logits.dim(), op, ": expected ", name, " of shape ", shape_string(rows), " + [n_ids], got ",
               shape_string(*ids));
@@ -62,7 +63,7 @@ struct RowCall {
     AVA_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": expected ", name,
               " of type int32 or int64, got ", type_name(type));
     check_beside(op, name, *ids, rows_and(n_ids), type, logits);
-    Device::check_n_ids(op, n_ids);
+    Device::check_n_ids(op, n_ids - n_own);
     arguments.n_ids = Columns(n_ids);
     dense(*ids);
     Device::set_ids(*this, name, Tensor(kept.back()));
@@ -167,7 +168,10 @@ struct RowOperators {
       arguments.id_values = call.dense(*candidate_weights);
     }
     int64_t in_groups = 0;
-    for (const int64_t size : candidate_groups) in_groups += size;
+    for (const int64_t size : candidate_groups) {
+      AVA_CHECK(size >= 0, op, ": expected candidate_groups of sizes >= 0, got ", size);
+      in_groups += size;
+    }
     AVA_CHECK(in_groups == arguments.n_ids, op, ": expected candidate_groups to add up to ", arguments.n_ids, ", got ",
               in_groups);
     AVA_CHECK(!(flags & kTargetWeights) || (!candidate_groups.empty() && candidate_groups[0] == 1), op,
@@ -259,7 +263,7 @@ struct RowOperators {
     call.set_column_weights(column_weights, flags);
     check_beside(op, "statistics", statistics, call.rows_and(kRowStatistics), call.real, logits);
     arguments.statistics = const_cast<void*>(call.dense(statistics));
-    call.set_ids("ids", ids);
+    call.set_ids("ids", ids, 1);
     check_beside(op, "row_coefficients", row_coefficients, call.rows_and(kRowCoefficients + arguments.n_ids), call.real,
                  logits);
     arguments.row_coefficients = const_cast<void*>(call.dense(row_coefficients));

@@ -129,6 +129,14 @@ def test_an_older_checkpoint_of_the_schedule_loads(prefix):
     assert other.steps == 3
 
 
+@pytest.mark.parametrize("kinds", [(AntiRepetitionLoss, AdaptiveAntiRepetitionLoss)[::step] for step in (1, -1)])
+def test_a_schedule_more_or_less_loads(kinds):
+    source, destination = (kind(V) for kind in kinds)
+    source.temperature.value.fill_(0.7)
+    destination.load_state_dict(source.state_dict())
+    assert destination.temperature.value == source.temperature.value
+
+
 def test_auto_step_may_be_turned_on():
     loss_fn = AdaptiveAntiRepetitionLoss(V, eos_token_id=5, warmup_steps=10, auto_step=True)
     penalties(loss_fn)

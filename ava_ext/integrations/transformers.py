@@ -46,6 +46,7 @@ from ava_ext.integrations.loss_functions import causal_lm_loss, trainer_loss
 from ava_ext.integrations.loss_in_forward import LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
+from ava_ext.reduction import own_items
 from ava_ext.row_count import rows_of_targets
 from ava_ext.unified_loss import UnifiedLoss
 
@@ -157,7 +158,7 @@ class UnifiedLossTrainerMixin:
     The loss is put into the model (`fuse_lm_head`, or `attach_loss` with fuse=False), unless it is in it already. So
     its parameters are optimized, clipped and reduced over ranks as the model's; attention_mask and position_ids reach
     it; what the model adds to its loss is added, as the model_aux_loss of the log. UnifiedLossCallback steps and saves
-    it. num_items_in_batch is the number of rows that this loss counts. The loss that a subclass computes in its own
+    it. num_items_in_batch is the N of this loss, class weights included. The loss that a subclass computes in its own
     compute_loss (SFTTrainer) is replaced.
 
     The log has, beside loss: every part of the loss, per optimizer step, so that they add up to it, and the metrics
@@ -239,7 +240,17 @@ class UnifiedLossTrainerMixin:
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         counted = [self._with_counted_labels(batch) for batch in batch_samples]
-        return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
+        n_rows = super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
+        weights = self.loss_fn.row_pass.class_weights
+        if n_rows is None or weights is None:
+            return n_rows
+        trainer: Any = self
+        own = [own_items(batch["shift_labels"].to(weights.device), weights, -100) for batch in counted]
+        n_items = torch.stack(own).sum().to(device)  # from here as Trainer does with the number of rows
+        if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
+            n_items = trainer.accelerator.gather(n_items).sum()
+        parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+        return n_items / parallelism.non_data_parallel_size if parallelism else n_items
 
     def _with_counted_labels(self, batch: Any) -> Any:
         """The batch with labels of -100 wherever the loss counts nothing, shifted already: what Trainer counts."""

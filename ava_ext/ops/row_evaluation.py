@@ -65,6 +65,7 @@ def _evaluate(
     """The six terms, the coefficients a, b, k and that of the maximum, and s of the target; all [...]."""
     zero = torch.zeros_like(row.rest)
     total, mean_u = row.rest.log1p(), row.weighted / (1 + row.rest)
+    has_entropy = (row.n_present > 1) | row.rest.isnan()  # a nan beside at most one column is not hidden either
     nll = torch.where(target_is_argmax, total, total - target_u)
     main, z_loss, confidence, own = zero, zero, zero, zero
     probability, entropy, constant, maximum = zero, zero, zero, zero
@@ -83,7 +84,7 @@ def _evaluate(
         if flags & (RowFlags.DFT | RowFlags.EAFT):
             base = (-nll).exp()
             if flags & RowFlags.EAFT:
-                base = torch.where(row.n_present > 1, (total - mean_u) / row.n_present.log(), 0)
+                base = torch.where(has_entropy, (total - mean_u) / row.n_present.log(), 0)
             weight = base.pow(options.reweighting_exponent)
             hard, slope = torch.where(weight == 0, 0, weight * hard), slope * weight
         if flags & TARGET_PROBABILITIES:
@@ -101,7 +102,8 @@ def _evaluate(
             main = main + torch.where(factor == 0, 0, factor * of_columns)
             probability, maximum = probability + factor * column_weights.rest, zero - factor
         if flags & RowFlags.LABEL_SMOOTHING and not flags & SMOOTHING_WEIGHTS:
-            main = main + smoothing * (total - row.total_u / row.n_present)
+            # the sum of u may be -inf
+            main = main + torch.where(smoothing == 0, 0, smoothing * (total - row.total_u / row.n_present))
             probability = probability + smoothing
             constant = -smoothing / row.n_present
     if flags & RowFlags.Z_LOSS:
@@ -109,9 +111,8 @@ def _evaluate(
         z_loss = options.z_loss_weight * lse * lse
         probability = probability + 2 * options.z_loss_weight * lse
     if flags & RowFlags.CONFIDENCE_PENALTY:
-        several = row.n_present > 1
-        entropy = torch.where(several, options.confidence_penalty_weight / row.n_present.log(), 0)
-        confidence = torch.where(several, options.confidence_penalty_weight - entropy * (total - mean_u), 0)
+        entropy = torch.where(has_entropy, options.confidence_penalty_weight / row.n_present.log(), 0)
+        confidence = torch.where(has_entropy, options.confidence_penalty_weight - entropy * (total - mean_u), 0)
     terms = [main, z_loss, confidence, cross_entropy, total - mean_u, target_is_argmax.to(nll.dtype)]
     return terms, [probability, entropy, constant, maximum], own
 

@@ -139,7 +139,7 @@ struct RowReader {
   void add(Lanes& lanes, Register value, Register reference) const {
     Register d = V::sub(value, reference);
     const Register e = exponential(d);
-    lanes.max = V::max(lanes.max, value);
+    lanes.max = V::max(value, lanes.max);  // a nan is left out: the second where either is one
     lanes.rest = V::add(lanes.rest, e);
     if constexpr (kDense) {
       if constexpr (kMasked) {
@@ -199,8 +199,8 @@ struct RowReader {
   Real largest_in(const Element* x, int64_t begin, int64_t end) const {
     Register max = V::set(-Real(INFINITY));
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) max = V::max(max, effective(V::load(x + i)));
-    if (i < end) max = V::max(max, effective(load_part(x + i, end - i)));
+    for (; i + kLanes <= end; i += kLanes) max = V::max(effective(V::load(x + i)), max);
+    if (i < end) max = V::max(effective(load_part(x + i, end - i)), max);
     return V::largest(max);
   }
   int64_t first_equal(const Element* x, int64_t begin, int64_t end, Real wanted) const {
@@ -251,7 +251,7 @@ struct RowReader {
   // to another reference; nothing summed yet: no shift, which may be infinite, by nothing
   static void move(Sums& sums, double shift, double scale) {
     if (sums.rest == 0 && sums.count == 0) return;
-    sums.weighted = scale * (sums.weighted + shift * sums.rest);
+    sums.weighted = scale > 0 ? scale * (sums.weighted + shift * sums.rest) : 0;  // the shift may be infinite
     sums.sum += shift * sums.count;
     sums.rest *= scale;
   }
@@ -276,7 +276,7 @@ struct RowReader {
       if (reference == lowest_finite<Real>()) {
         const Element* block = part.groups ? without_named(x, begin, end - begin, named, buffer) : x + begin;
         const Real first = largest_in(block, 0, end - begin);
-        if (first > lowest_finite<Real>()) reference = first;
+        if (first > lowest_finite<Real>()) change_reference(first);  // blocks of the lowest number may have been summed
       }
       Sums sums = sum_part(part, reference);
       if (sums.max > reference + slack) {

@@ -88,13 +88,14 @@ struct VectorFloat {
   }
 
  private:
-  // The rounded value's upper half, to nearest even. A nan stays one: arithmetic gives quiet nans, whose upper half
-  // does not overflow.
+  // The rounded value's upper half, to nearest even. A nan becomes the usual one: that of all ones, which GPUs give, would
+  // overflow.
   static __m512i round_bf16(Register v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     const __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    return _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
   }
   static __m256i narrow_bf16(Register v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v), 16)); }
   static __m512i narrow_pair(Pair v) {

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
     for (int column = thread; out && column < a.n_columns; column += kScalarThreads)
       out[column] = from_real<Element>(0);
     if (warp == 0 && !given) write_nothing<Real>(a, row_index, lane);
-    if (thread == 0 && a.all_flags & kRanks) ranks[kRankMetric * a.n_rows] = ranks[kArgmaxMetric * a.n_rows] = 0;
+    if (thread == 0 && !given && a.all_flags & kRanks) ranks[kRankMetric * a.n_rows] = ranks[kArgmaxMetric * a.n_rows] = 0;
     return;
   }
 

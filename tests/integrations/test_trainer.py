@@ -274,6 +274,8 @@ def test_what_would_be_left_out_is_refused(tmp_path):
     trainer = with_trainer_loss(model, arguments(tmp_path), train_dataset=dataset())
     with pytest.raises(ValueError, match="auxiliary loss, which Trainer would leave out"):
         trainer.train()
+    with pytest.raises(ValueError, match="expected a loss without class_weights: Trainer divides by the number"):
+        trainer_loss(plain_loss(model, class_weights=[1.0] * V))
     with pytest.raises(ValueError, match="use_auxiliary_loss=True needs the attention_mask"):
         trainer_loss(plain_loss(model, use_auxiliary_loss=True))
     for function in (trainer_loss, causal_lm_loss):
@@ -300,7 +302,25 @@ def test_n_is_that_of_the_loss(tmp_path):
     assert losses(log, "n_tokens")[0] == 4 * (N_TOKENS - 4)
 
 
-TWO_PROCESSES = [with_trainer_loss, with_mixin]
+CLASS_WEIGHTS = [0.1 + token % 3 for token in range(V)]
+
+
+def with_class_weights(model, args, **options):
+    return UnifiedLossTrainer(model, args, loss_fn=plain_loss(model, class_weights=CLASS_WEIGHTS), **options)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_n_is_the_sum_of_class_weights(accumulation, tmp_path):
+    model, data = tiny("Llama", dtype=torch.float32), dataset(4)
+    rows = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    loss_fn = plain_loss(model, fused=False, class_weights=CLASS_WEIGHTS)
+    expected = loss_fn(model(rows["input_ids"], rows["attention_mask"]), rows["labels"], rows["attention_mask"]).item()
+    options = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation}
+    _, log = trained(with_class_weights, tmp_path, model=model, data=data, **options)
+    assert losses(log, "loss")[0] == pytest.approx(expected, rel=1e-4)
+
+
+TWO_PROCESSES = [with_trainer_loss, with_mixin, with_class_weights]
 
 
 def train_on_rank(rank, folder):

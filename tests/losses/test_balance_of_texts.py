@@ -43,6 +43,13 @@ def one_after_the_other(gates, texts):
     return 0.3 * torch.stack(losses).mean()
 
 
+def test_an_empty_batch():
+    logits, gates = torch.randn(0, 5, V, requires_grad=True), torch.randn(0, 5, E, requires_grad=True)
+    loss = make_loss()(logits, torch.zeros(0, 5, dtype=torch.long), gate_logits=gates)
+    loss.backward()
+    assert loss == 0 and gates.grad.shape == (0, 5, E)
+
+
 PACKED = [[(0, 0), (0, 1)], [(0, 2), (0, 3), (0, 4), (0, 5)], [(1, t) for t in range(5)], [(1, 5)]]
 
 

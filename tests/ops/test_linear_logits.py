@@ -215,3 +215,16 @@ def test_no_groups_may_be_none():
 def test_which_devices_have_no_autocast(device_type):
     has_autocast = device_type not in linear_logits._WITHOUT_AUTOCAST
     assert has_autocast == torch.amp.is_autocast_available(device_type)
+
+
+def test_one_row_alone():
+    """As dense logits [n_columns], whatever is asked for."""
+    states, weight = torch.randn(6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    logits = LinearLogits(states, weight)
+    dense = (states @ weight.T).detach().requires_grad_()
+    got, expected = token_log_probs(logits, torch.tensor(3))[0], dense.log_softmax(-1)[3]
+    torch.testing.assert_close(got, expected)
+    found = torch.autograd.grad(got, states)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(expected, dense)[0] @ weight)
+    ids = torch.tensor([3, 7])
+    torch.testing.assert_close(softmax_statistics(logits, ids), softmax_statistics(dense, ids))

@@ -68,6 +68,94 @@ def test_nothing_but_masked_columns(dtype):
     assert not gradient[0].any() and gradient[1, 7] == 1 and gradient[1].count_nonzero() == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_lowest", [1, 63, 64, 700, 1024, 2048, 2500])
+def test_masked_by_the_lowest_number(dtype, n_lowest):
+    """What masked_fill(~allowed, finfo.min) leaves: whole blocks of it before the first other logit, some -inf too."""
+    logits = torch.randn(2, 2600, generator=torch.Generator().manual_seed(2)).to(dtype)
+    logits[:, :n_lowest] = torch.finfo(dtype).min
+    logits[1, : n_lowest // 2] = -math.inf
+    targets = torch.tensor([2550, 2599])
+    for flags in (RowFlags.CROSS_ENTROPY, RowFlags.CROSS_ENTROPY | RowFlags.CONFIDENCE_PENALTY):
+        loss, gradient = loss_and_gradient(logits, targets, flags)
+        x = logits.double()[:, n_lowest:].requires_grad_()  # the others have p = 0
+        log_p = x.log_softmax(-1)
+        expected = -log_p.gather(-1, (targets - n_lowest).unsqueeze(-1)).squeeze(-1)
+        if flags & RowFlags.CONFIDENCE_PENALTY:
+            n_present = (logits > -math.inf).sum(-1)
+            expected = expected + 0.1 * (1 + (log_p.exp() * log_p).sum(-1) / n_present.double().log())
+        expected_gradient = torch.autograd.grad(expected.sum(), x)[0]
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+        tolerance = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(gradient[:, n_lowest:].double(), expected_gradient, rtol=tolerance, atol=1e-7)
+        assert not gradient[:, :n_lowest].any()
+
+
+@pytest.mark.parametrize("flags", list(RowFlags))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_gradient_beside_a_row_that_does_not_count(dtype, flags):
+    """In place, backward reads the coefficients of rows: with ranks, too, which only the forward has a place for."""
+    options = {"with_ranks": True}
+    if flags & RowFlags.SOFT_TARGETS:
+        options["candidates"] = Candidates(torch.tensor([[1, 4]] * 3), torch.full((3, 2), 0.5).to(torch.float32), (2,))
+    if flags & (RowFlags.TAIL | RowFlags.TARGET_WEIGHTS):
+        return  # they come with candidates of their own kind, and have tests of their own
+    if dtype == torch.float64 and "candidates" in options:
+        options["candidates"] = options["candidates"]._replace(weights=options["candidates"].weights.double())
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(3)).to(dtype)
+    targets = torch.tensor([3, -100, 5])
+    _, expected = loss_and_gradient(logits, targets, flags | RowFlags.CROSS_ENTROPY, **options)
+    leaf = logits.clone().requires_grad_()
+    row = row_options(logits, label_smoothing=0.1, z_loss_weight=0.1, confidence_penalty_weight=0.1)
+    given = {"flags": flags | RowFlags.CROSS_ENTROPY, "inplace_gradient": True, **options}
+    row_loss(leaf * 1, targets, row, **given).loss.sum().backward()
+    torch.testing.assert_close(leaf.grad, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert not leaf.grad[1].any()
+
+
+@pytest.mark.parametrize("n_ids", [1024])
+def test_as_many_candidates_as_a_gpu_takes(n_ids):
+    logits = torch.randn(1, 1500).half()
+    candidates = Candidates(torch.arange(n_ids).unsqueeze(0), torch.full((1, n_ids), 0.01), (n_ids,))
+    loss, gradient = loss_and_gradient(logits, torch.tensor([1300]), candidates=candidates)
+    assert loss.isfinite() and gradient.isfinite().all() and gradient[0, 1300] < 0
+
+
+def test_groups_of_negative_size():
+    candidates = Candidates(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), (2_000_000, -1_999_999))
+    with pytest.raises((RuntimeError, ValueError), match="expected candidate_groups of sizes >= 0, got -1999999"):
+        loss_and_gradient(torch.randn(4, 9), torch.zeros(4, dtype=torch.long), candidates=candidates)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_nan_of_a_gpu_stays_one(dtype):
+    """All ones but the sign: to round it as a number would make it -0."""
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    logits = torch.randn(2, 200).to(dtype)
+    _, gradient = loss_and_gradient(logits, torch.tensor([3, 3]), row_weights=torch.stack([nan, torch.tensor(1.0)]))
+    assert gradient[0].isnan().all() and gradient[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [slice(64, 65), slice(0, 1), slice(16, 200)])
+def test_the_maximum_beside_a_nan(dtype, at):
+    """nan is no maximum: argmax and accuracy are those of the other columns."""
+    logits = torch.zeros(1, 200, dtype=dtype)
+    logits[0, 5], logits[0, 128], logits[0, at] = 5.0, 1.0, math.nan
+    found = row_loss(logits, torch.tensor([5]), row_options(logits), with_ranks=True)
+    assert found.terms[-1].item() == 1 + 5 and found.loss.isnan()
+
+
+def test_no_smoothing_beside_the_lowest_number():
+    """A schedule may come to 0 with the flag on; the sum of u has then overflowed."""
+    logits = torch.zeros(1, 40)
+    logits[0, :9] = torch.finfo(torch.float32).min
+    options = row_options(logits, label_smoothing=0.0)
+    flags = RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING
+    got = row_loss(logits, torch.tensor([20]), options, flags=flags).loss
+    torch.testing.assert_close(got, row_loss(logits, torch.tensor([20]), options).loss)
+
+
 def test_extreme_logits_are_exact():
     largest = torch.finfo(torch.float32).max
     logits = torch.tensor([[largest, -largest, 0.0], [1e30, 1e30, -1e30], [-largest, -largest, -largest]])

@@ -81,7 +81,7 @@ def _measure(
     measured: Tensor | None,  # [...] bool
 ) -> tuple[RowStatistics, _Columns]:
     value, cap_slope = _capped(logits, options, flags, vocab_size)
-    present = value > -math.inf  # a nan is not: it travels in R alone
+    present = value > -math.inf  # a nan is not: it travels in R
     sortable = torch.where(present, value, -math.inf)
     argmax = sortable.argmax(-1)
     row_max = sortable.gather(-1, argmax.unsqueeze(-1)).squeeze(-1)
@@ -90,9 +90,12 @@ def _measure(
     exponential = u.exp()
     rest = exponential.masked_fill(is_argmax, 0).sum(-1)
     weighted = torch.where(present, u.clamp_min(LOWEST_U) * exponential, 0).sum(-1)
-    row = RowStatistics(
-        row_max, argmax.to(u.dtype), rest, weighted, torch.where(present, u, 0).sum(-1), present.sum(-1).to(u.dtype)
-    )
+    n_present = present.sum(-1).to(u.dtype)
+    rest = rest.masked_fill(row_max == math.inf, math.nan)  # as in torch
+    # a row of nothing but nan is not left out, as one of nothing but masked columns is
+    is_nan = (n_present == 0) & rest.isnan()
+    row_max, n_present = row_max.masked_fill(is_nan, math.nan), n_present.masked_fill(is_nan, 1)
+    row = RowStatistics(row_max, argmax.to(u.dtype), rest, weighted, torch.where(present, u, 0).sum(-1), n_present)
     if measured is not None:
         nothing = (-math.inf, -1, 0, 0, 0, 0)
         row = RowStatistics(*(torch.where(measured, field, empty) for field, empty in zip(row, nothing, strict=True)))
