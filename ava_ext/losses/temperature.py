@@ -16,6 +16,7 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.learned_state import LearnedState
+from ava_ext.ops.arguments import check_devices
 
 HISTORY = 100  # losses kept: kHistory in csrc/temperature.h
 _step = torch.ops.ava_ext.temperature_step_.default
@@ -110,4 +111,6 @@ class AdaptiveTemperature(LearnedState):
 
 @torch.library.register_fake("ava_ext::temperature_step_")
 def _(value, history, count, pending_loss, pending_rows, initial, gain, low, high):
+    others = {"history": history, "count": count, "pending_loss": pending_loss, "pending_rows": pending_rows}
+    check_devices("temperature_step_", value, **others)
     return None

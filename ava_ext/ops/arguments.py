@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,50 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
 
 
-def check_devices(owner: str, like: Tensor, **others: Tensor | None) -> None:
+def check_beside_rows(
+    owner: str,
+    rows: torch.Size,  # the shape of the rows of the logits
+    *,
+    targets: Tensor,  # [...]
+    row_weights: Tensor | None,  # [...]
+    candidate_ids: Tensor | None,  # [..., n_candidates]
+    candidate_weights: Tensor | None,  # [..., n_candidates]
+) -> None:
+    """Raises ValueError where one of them is of other rows than the logits.
+
+    For what puts all rows in one dimension: reshaped or broadcast, a row would get what is another row's.
+    """
+    for name, tensor in (("targets", targets), ("row_weights", row_weights)):
+        if tensor is not None and tensor.shape != rows:
+            raise ValueError(f"{owner}: expected {name} of shape {list(rows)}, got {list(tensor.shape)}")
+    if candidate_ids is None:
+        return
+    check_ids_of_rows(owner, rows, "candidate_ids", candidate_ids, "n_candidates")
+    if candidate_weights is not None and candidate_weights.shape != candidate_ids.shape:
+        raise ValueError(
+            f"{owner}: expected candidate_weights of shape {list(candidate_ids.shape)}, "
+            f"got {list(candidate_weights.shape)}"
+        )
+
+
+def check_ids_of_rows(
+    owner: str,
+    rows: torch.Size,  # the shape of the rows of the logits
+    name: str,
+    ids: Tensor,  # [..., n_ids]
+    last: str = "n_ids",
+) -> None:
+    """Raises ValueError where ids are not some for each row."""
+    if ids.dim() != len(rows) + 1 or ids.shape[:-1] != rows:
+        expected = ", ".join([*map(str, rows), last])
+        raise ValueError(f"{owner}: expected {name} of shape [{expected}], got {list(ids.shape)}")
+
+
+def check_devices(
+    owner: str,
+    like: Any,  # a tensor, or logits of any kind
+    **others: Tensor | None,
+) -> None:
     """Raises RuntimeError where one of the others is not on the device of `like`.
 
     Fakes begin with it: an operator with one tensor on meta is a fake, whose output on the CPU would be garbage.

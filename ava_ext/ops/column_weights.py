@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import check_devices
 from ava_ext.ops.derivatives import refuse_tangents, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_evaluation import RowOptions
@@ -24,6 +25,7 @@ AnyLogits = Tensor | LinearLogits | ShardedLogits | LocalRows
 
 def as_column_weights(
     logits: AnyLogits,  # [..., n_columns]
+    flags: int,
     vocab_size: int | None,
     target_probabilities: Tensor | None,  # [..., vocab_size]
     smoothing_weights: Tensor | None,  # [vocab_size]
@@ -31,7 +33,8 @@ def as_column_weights(
     """column_weights as the operators take them, in the logits' type or float32 (float64), and the flag of their kind.
 
     Raises:
-        ValueError: shapes do not fit, both are given, smoothing_weights require grad.
+        ValueError: shapes do not fit, both are given, smoothing_weights require grad, or a target is to be left out of
+            the smoothing beside target_probabilities.
         NotImplementedError: columns are spread over ranks.
     """
     given = smoothing_weights if target_probabilities is None else target_probabilities
@@ -40,10 +43,16 @@ def as_column_weights(
     name = "smoothing_weights" if target_probabilities is None else "target_probabilities"
     if target_probabilities is not None and smoothing_weights is not None:
         raise ValueError("row_loss: expected target_probabilities or smoothing_weights, got both")
+    if target_probabilities is not None and flags & RowFlags.EXCLUDE_TARGET:
+        raise ValueError(
+            "row_loss: expected flags without EXCLUDE_TARGET beside target_probabilities, which have no one target, "
+            f"got {RowFlags(flags)!r}"
+        )
     if isinstance(logits, ShardedLogits) or (
         isinstance(logits, LocalRows) and isinstance(logits.logits, ShardedLogits)
     ):
         raise NotImplementedError(f"row_loss: {name} beside logits whose columns are spread over ranks")
+    check_devices("row_loss", logits, **{name: given})
     rows = () if target_probabilities is None else tuple(logits.shape[:-1])
     size = logits.shape[-1] if vocab_size is None else vocab_size
     if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or given.shape[-1] not in (size, logits.shape[-1]):
@@ -73,7 +82,7 @@ def with_probability_gradient(
     chunk_bytes: int | None,
 ) -> Tensor:  # as loss
     """loss, whose derivative by a probability is row weight times (1 - e) times -log p, or 0 where the probability is 0
-    and its column masked.
+    and its column masked. Without RowFlags.CROSS_ENTROPY nothing of the loss is of the probabilities, and it is 0.
 
     Backward makes it with plain PyTorch; forward costs nothing.
     """
@@ -98,6 +107,8 @@ class _ProbabilityGradient(torch.autograd.Function):
         refuse_tangents("row_loss", (grad_loss,))
         probabilities, targets, options, row_weights, *parts = ctx.saved_tensors
         flags, vocab_size, ignore_index, dtype, chunk_bytes = ctx.constants
+        if not flags & RowFlags.CROSS_ENTROPY:
+            return grad_loss, torch.zeros_like(probabilities), None, *(None,) * ctx.n_parts
         counted = targets != ignore_index
         factors = grad_loss.expand(targets.shape)
         if row_weights is not None:

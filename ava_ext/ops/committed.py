@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ava_ext.ops.arguments import check_devices
+
 # private in torch, but what its own checkpointing asks; without it nothing is taken for a recomputation
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
@@ -44,7 +46,12 @@ _LIBRARY.define("committed(Tensor value, Tensor previous) -> Tensor")
 _LIBRARY.impl("is_recomputation", _is_recomputation, "CompositeExplicitAutograd")
 _LIBRARY.impl("committed", _committed, "CompositeExplicitAutograd")
 torch.library.register_fake("ava_ext::is_recomputation", lambda like: like.new_empty((), dtype=torch.bool))
-torch.library.register_fake("ava_ext::committed", lambda value, previous: torch.empty_like(value))
+
+
+@torch.library.register_fake("ava_ext::committed")
+def _(value, previous):
+    check_devices("committed", value, previous=previous)
+    return torch.empty_like(value)
 
 
 def is_first_run(

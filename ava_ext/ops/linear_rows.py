@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import check_beside_rows, check_devices
 from ava_ext.ops.counted_rows import choose_rows
 from ava_ext.ops.derivatives import (
     call_operator,
@@ -59,10 +59,10 @@ def linear_row_loss(
     """`row_loss` of LinearLogits: see there."""
     logits.check("row_loss")
     rows, n_columns = logits.shape[:-1], logits.shape[-1]
-    if targets.shape != rows:
-        raise ValueError(f"row_loss: expected targets of shape {list(rows)}, got {list(targets.shape)}")
-    refuse_transforms("row_loss", (*logits, options, row_weights), vmap_works=True)
     ids, weights, groups = candidates if candidates else (None, None, ())
+    beside = {"row_weights": row_weights, "candidate_ids": ids, "candidate_weights": weights}
+    check_beside_rows("row_loss", rows, targets=targets, **beside)
+    refuse_transforms("row_loss", (*logits, options, row_weights), vmap_works=True)
     in_forward = logits.requires_grad and reduction == "sum" and logits.dtype != torch.float16
     tensors = (
         as_matrix(logits.hidden_states),

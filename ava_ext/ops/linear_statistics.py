@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import check_devices, check_ids_of_rows
 from ava_ext.ops.derivatives import call_operator, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import as_matrix, by_chunks, empty_gradients
@@ -33,8 +33,8 @@ def linear_row_statistics(
     logits.check(owner)
     refuse_transforms(owner, (*logits, options))
     rows = logits.shape[:-1]
-    if ids is not None and ids.shape[:-1] != rows:
-        raise ValueError(f"{owner}: expected ids of shape [{', '.join(map(str, rows))}, n_ids], got {list(ids.shape)}")
+    if ids is not None:
+        check_ids_of_rows(owner, rows, "ids", ids)
     if row_mask is not None and row_mask.shape != rows:
         raise ValueError(f"{owner}: expected row_mask of shape {list(rows)}, got {list(row_mask.shape)}")
     tensors = (
@@ -147,6 +147,8 @@ def _(
     max_counted_rows,
     wanted,
 ):
+    others = {"weight": weight, "bias": bias, "statistics": statistics, "row_coefficients": row_coefficients}
+    check_devices("linear_row_gradient", hidden_states, **others, ids=ids, row_mask=row_mask, options=options)
     return empty_gradients(hidden_states, weight, bias, wanted)
 
 

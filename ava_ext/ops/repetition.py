@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.arguments import check_devices
 from ava_ext.ops.dtensor_rows import of_whole_texts
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor
 from ava_ext.ops.row_fields import Candidates, numbers_like
@@ -210,6 +211,7 @@ def _(
     eos_ids: Sequence[int] | None,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
+    check_devices("repetition_candidates", tokens, targets=targets, segments=segments, weights=weights)
     n_slots = int(use_immediate_repetition_penalty) + len(eos_ids or ()) + (ngram_slots if ngram_size > 0 else 0)
     shape = (*tokens.shape, n_slots)
     return tokens.new_empty(shape, dtype=torch.int32), weights.new_empty(shape)

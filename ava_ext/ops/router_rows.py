@@ -186,10 +186,15 @@ def _check(
         )
 
 
+def _check_devices(owner, gate_logits, **others):
+    layers = {f"gate_logits[{layer}]": logits for layer, logits in enumerate(gate_logits)}
+    check_devices(owner, gate_logits[0], **layers, **others)
+
+
 @torch.library.register_fake("ava_ext::router_statistics")
 def _(gate_logits, expert_indices, row_mask, segment_ids, expert_bias, n_segments, k, is_sigmoid):
     others = {"expert_indices": expert_indices, "row_mask": row_mask, "segment_ids": segment_ids}
-    check_devices("router_statistics", gate_logits[0], **others, expert_bias=expert_bias)
+    _check_devices("router_statistics", gate_logits, **others, expert_bias=expert_bias)
     n_layers, n_rows, n_experts = layers_shape(gate_logits)
     first, real = gate_logits[0], accumulation_dtype(gate_logits[0].dtype)
     vector, scalar = (n_layers * n_segments, n_experts), (n_layers * n_segments,)
@@ -217,6 +222,17 @@ def _(
     n_segments,
     is_sigmoid,
 ):
+    _check_devices(
+        "router_gradient",
+        gate_logits,
+        expert_indices=expert_indices,
+        row_mask=row_mask,
+        segment_ids=segment_ids,
+        grad_probability_sum=grad_probability_sum,
+        grad_importance_sum=grad_importance_sum,
+        grad_lse_squared_sum=grad_lse_squared_sum,
+        grad_entropy_sum=grad_entropy_sum,
+    )
     first = gate_logits[0]
     return first.new_empty((layers_shape(gate_logits)[0], *first.shape[1:]))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import check_devices
+
 _count_rows = torch.ops.ava_ext.count_rows.default
 
 
@@ -28,6 +30,8 @@ def count_rows(
 
 @torch.library.register_fake("ava_ext::count_rows")
 def _(targets, keep, token_weights, class_weights, n_items, ignore_index, is_mean, is_double):
+    others = {"keep": keep, "token_weights": token_weights, "class_weights": class_weights, "n_items": n_items}
+    check_devices("count_rows", targets, **others)
     dtype = torch.float64 if is_double else torch.float32
     shape = targets.shape
     return targets.new_empty(shape), targets.new_empty((), dtype=dtype), targets.new_empty(shape, dtype=dtype)

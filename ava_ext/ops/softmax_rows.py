@@ -22,7 +22,8 @@ from ava_ext.ops.derivatives import (
     refuse_vmap_within_derivatives,
     without_second_derivative,
 )
-from ava_ext.ops.dtensor_logits import local_logits, whole_beside
+from ava_ext.ops.dtensor_logits import has_dtensor, local_logits, whole_beside
+from ava_ext.ops.dtensors import whole
 from ava_ext.ops.gradient_layout import new_gradient
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import linear_row_loss
@@ -121,7 +122,8 @@ def row_loss(
 
     Raises:
         ValueError: on weights that require grad, an unknown reduction, inplace_gradient on a leaf or on overlapping
-            memory, targets that are no integers, LinearLogits whose shapes and types do not fit.
+            memory, targets that are no integers, RowFlags.EXCLUDE_TARGET beside target_probabilities, LinearLogits
+            whose shapes and types do not fit, weights and candidates of other rows beside them.
         TypeError: on logits or targets that are no tensors.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
@@ -134,7 +136,8 @@ def row_loss(
         >>> loss.backward()
     """
     is_plain = type(logits) is type(targets) is Tensor  # a DTensor is a Tensor too
-    if not (is_plain and type(row_weights) in _PLAIN and (candidates is None or type(candidates.ids) is Tensor)):
+    is_plain = is_plain and type(row_weights) in _PLAIN and (candidates is None or type(candidates.ids) is Tensor)
+    if not (is_plain and type(target_probabilities) in _PLAIN and type(smoothing_weights) in _PLAIN):
         given, logits = logits, local_logits("row_loss", logits)
         if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
             check_is_tensor("row_loss", "logits", logits, or_linear=True)
@@ -145,9 +148,12 @@ def row_loss(
                 "row_weights": row_weights,
                 "candidate_ids": ids,
                 "candidate_weights": weights,
+                "target_probabilities": target_probabilities,
             }
-            targets, row_weights, ids, weights = whole_beside("row_loss", given, **of_rows)
+            targets, row_weights, ids, weights, target_probabilities = whole_beside("row_loss", given, **of_rows)
             candidates = None if candidates is None else Candidates(ids, weights, groups)
+        beside = isinstance(logits, LocalRows) or has_dtensor(given)
+        smoothing_weights = whole("row_loss", "smoothing_weights", smoothing_weights, beside)  # of every row
     check_is_tensor("row_loss", "targets", targets)
     _check_constants(options, row_weights, candidates)
     if targets.dtype != torch.int64:
@@ -178,7 +184,8 @@ def row_loss(
         )
         constants = (targets, options, flags, row_weights, vocab_size, ignore_index, chunk_bytes)
         return found._replace(loss=with_probability_gradient(found.loss, target_probabilities, logits, *constants))
-    column_weights, column_flags = as_column_weights(logits, vocab_size, target_probabilities, smoothing_weights)
+    of_columns = (vocab_size, target_probabilities, smoothing_weights)
+    column_weights, column_flags = as_column_weights(logits, flags, *of_columns)
     flags = flags | column_flags | (RANKS if with_ranks else 0)
     arguments = (targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
     if isinstance(logits, Tensor):
@@ -374,9 +381,14 @@ class _RowLoss(torch.autograd.Function):
 _apply_row_loss = super(torch.autograd.Function, _RowLoss).apply
 
 
-def _check_devices(logits, targets, options, row_weights, ids, weights):
-    others = {"targets": targets, "options": options, "row_weights": row_weights}
+def _check_devices(logits, targets, options, row_weights, ids, weights, column_weights):
+    others = {"targets": targets, "options": options, "row_weights": row_weights, "column_weights": column_weights}
     check_devices("row_loss", logits, **others, candidate_ids=ids, candidate_weights=weights)
+
+
+def _check_devices_of_gradient(logits, statistics, row_coefficients, ids, options, column_weights):
+    others = {"statistics": statistics, "row_coefficients": row_coefficients, "ids": ids, "options": options}
+    check_devices("row_gradient", logits, **others, column_weights=column_weights)
 
 
 @torch.library.register_fake("ava_ext::row_loss")
@@ -395,7 +407,7 @@ def _(
     with_statistics,
     column_weights=None,
 ):
-    _check_devices(logits, targets, options, row_weights, ids, weights)
+    _check_devices(logits, targets, options, row_weights, ids, weights, column_weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     n_ids = 0 if ids is None else ids.shape[-1]
     return (
@@ -411,23 +423,26 @@ def _(
 def _(
     logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index, column_weights=None
 ):
-    _check_devices(logits, targets, options, row_weights, ids, weights)
+    _check_devices(logits, targets, options, row_weights, ids, weights, column_weights)
     rows, real = logits.shape[:-1], accumulation_dtype(logits.dtype)
     return logits.new_empty(rows, dtype=real), logits.new_empty((n_terms(groups, flags), *rows), dtype=real)
 
 
 @torch.library.register_fake("ava_ext::row_gradient")
 def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size, column_weights=None):
+    _check_devices_of_gradient(logits, statistics, row_coefficients, ids, options, column_weights)
     return new_gradient(logits)
 
 
 @torch.library.register_fake("ava_ext::row_gradient_")
 def _(logits, statistics, row_coefficients, ids, options, flags, vocab_size, column_weights=None):
+    _check_devices_of_gradient(logits, statistics, row_coefficients, ids, options, column_weights)
     return None
 
 
 @torch.library.register_fake("ava_ext::scale_rows_")
 def _(rows, factors, targets=None, ignore_index=-100):
+    check_devices("scale_rows_", rows, factors=factors, targets=targets)
     return None
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import check_beside_rows, check_ids_of_rows
 from ava_ext.ops.derivatives import without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.linear_rows import as_matrix
 from ava_ext.ops.row_evaluation import RowEvaluation, RowOptions, RowStatistics, evaluate_rows
 from ava_ext.ops.row_fields import (
     IDS_ARE_PRESENT,
@@ -45,7 +47,9 @@ def vocabulary_parallel_row_loss(
 ) -> RowLoss:
     """`row_loss` of ShardedLogits: see there."""
     rows = logits.shape[:-1]
-    _check_rows("row_loss", "targets", targets, rows)
+    given_ids, given_weights, groups = candidates if candidates else (None, None, ())
+    beside = {"row_weights": row_weights, "candidate_ids": given_ids, "candidate_weights": given_weights}
+    check_beside_rows("row_loss", rows, targets=targets, **beside)
     parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
     targets = targets.reshape(-1)
     row_mask = targets != ignore_index
@@ -53,14 +57,11 @@ def vocabulary_parallel_row_loss(
     _check_range("row_loss", "targets", counted, 0, shard.vocab_size)
     ids = targets.masked_fill(~row_mask, -1).to(torch.int32).unsqueeze(-1)
     weights: Tensor | None = None
-    groups: tuple[int, ...] = ()
-    if candidates is not None:
-        _check_rows("row_loss", "candidate ids", candidates.ids, torch.Size((*rows, candidates.ids.shape[-1])))
-        given = candidates.ids.flatten(0, -2)
+    if given_ids is not None and given_weights is not None:
+        given_ids = as_matrix(given_ids).masked_fill(~row_mask.unsqueeze(-1), -1)  # of other rows: not looked at
         lowest = TAIL_ID if flags & RowFlags.TAIL else -1
-        _check_range("row_loss", "candidate ids", given, lowest, shard.vocab_size)
-        ids, groups = torch.cat([ids, given], -1), candidates.groups
-        weights = candidates.weights.flatten(0, -2)
+        _check_range("row_loss", "candidate_ids", given_ids, lowest, shard.vocab_size)
+        ids, weights = torch.cat([ids, given_ids], -1), as_matrix(given_weights)
     if row_weights is not None:
         row_weights = row_weights.reshape(-1)
     arguments = (ids, row_mask, row_weights, weights, groups)
@@ -88,13 +89,15 @@ def vocabulary_parallel_statistics(
     lowest = -1  # absent
     if row_mask is None:
         row_mask = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    _check_rows(owner, "row_mask", row_mask, rows)
+    check_ids_of_rows(owner, rows, "ids", ids)
+    if row_mask.shape != rows:
+        raise ValueError(f"{owner}: expected row_mask of shape {list(rows)}, got {list(row_mask.shape)}")
     ids = ids.masked_fill(~row_mask.unsqueeze(-1), -1)  # what masked rows hold is not looked at
     if flags & IDS_ARE_PRESENT:
         lowest, flags = 0, flags & ~IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent
         shard = shard._replace(flags=flags)
     _check_range(owner, "ids", ids.masked_fill(~row_mask.unsqueeze(-1), lowest), lowest, shard.vocab_size)
-    arguments = (ids.flatten(0, -2), row_mask.reshape(-1))
+    arguments = (as_matrix(ids), row_mask.reshape(-1))
     log_probs, summaries = _StatisticsOfShard.apply(shard, arguments, options, *parts)
     return log_probs.view(ids.shape), summaries.view(N_SUMMARIES, *rows)
 
@@ -118,15 +121,10 @@ def _shard_of(
         local.check("sharded_logits")
         shard = shard._replace(chunk_rows=local.chunk_rows(chunk_bytes))
         states = _SumOfGradients.apply(local.hidden_states, group)
-        return (states.flatten(0, -2), *local[1:]), shard
+        return (as_matrix(states), *local[1:]), shard
     if local.shape[-1] > 1 and local.stride(-1) != 1:
         local = local.contiguous()
-    return (local.flatten(0, -2),), shard
-
-
-def _check_rows(owner: str, name: str, values: Tensor, rows: torch.Size) -> None:
-    if values.shape != rows:
-        raise ValueError(f"{owner}: expected {name} of shape {list(rows)}, got {list(values.shape)}")
+    return (as_matrix(local),), shard
 
 
 def _check_range(

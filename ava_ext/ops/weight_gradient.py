@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext.ops.arguments import check_devices
 
 _ops = torch.ops.ava_ext
 
@@ -51,4 +52,6 @@ def _with_dense_rows(
 
 @torch.library.register_fake("ava_ext::add_weight_gradient_")
 def _(grad_weight, grad_logits, hidden_states):
+    others = {"grad_logits": grad_logits, "hidden_states": hidden_states}
+    check_devices("add_weight_gradient_", grad_weight, **others)
     return None

@@ -189,6 +189,67 @@ def test_a_function_of_hidden_states(name, dimension, of_weight):
             torch.testing.assert_close(values, as_whole(expected), **close)
 
 
+def column_weights_loss(logits, given, name):
+    given = {key: value for key, value in given.items() if key in ("targets", "row_weights", name)}
+    options = row_options(torch.empty(0, dtype=torch.float64), **OPTIONS)
+    return row_loss(logits, given.pop("targets"), options, flags=FLAGS, reduction="sum", **given).loss
+
+
+def column_weights(name):
+    generator = torch.Generator().manual_seed(8)
+    shape = (BATCH_SIZE, N_TOKENS, V) if name == "target_probabilities" else (V,)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def column_weights_worker(rank, name, dimension, is_linear):
+    """Of each placement of the weights beside logits that are spread there: loss, gradient of the logits or states."""
+    mesh, given, found = init_device_mesh("cpu", (2,)), inputs(), []
+    for placement in [Replicate(), Shard(0), Shard(column_weights(name).dim() - 1)]:
+        own = {name: distribute_tensor(column_weights(name), mesh, [placement])}
+        source = given["hidden_states" if is_linear else "logits"]
+        leaf = distribute_tensor(source, mesh, placed(dimension)).detach().requires_grad_()
+        weight = distribute_tensor(given["weight"], mesh, placed(None))
+        loss = column_weights_loss(LinearLogits(leaf, weight) if is_linear else leaf, given | own, name)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad.full_tensor()))
+    return found
+
+
+@pytest.mark.parametrize("is_linear", [False, True])
+@pytest.mark.parametrize("dimension", [None, 0, 1])
+@pytest.mark.parametrize("name", ["target_probabilities", "smoothing_weights"])
+def test_column_weights_that_are_a_dtensor(name, dimension, is_linear):
+    given = inputs() | {name: column_weights(name)}
+    leaf = given["hidden_states" if is_linear else "logits"].requires_grad_()
+    expected = column_weights_loss(LinearLogits(leaf, given["weight"]) if is_linear else leaf, given, name)
+    expected.backward()
+    for of_ranks in zip(*on_ranks(2, column_weights_worker, name, dimension, is_linear), strict=True):
+        losses, gradients = zip(*of_ranks, strict=True)
+        torch.testing.assert_close(sum(losses) / (2 if dimension is None else 1), expected.detach(), **close)
+        for gradient in gradients:
+            torch.testing.assert_close(gradient, leaf.grad, **close)
+
+
+def probability_gradient_worker(rank):
+    mesh, given, name = init_device_mesh("cpu", (2,)), inputs(), "target_probabilities"
+    logits, found = distribute_tensor(given["logits"], mesh, [Replicate()]), []
+    for placement in [Replicate(), Shard(0), Shard(2)]:
+        own = distribute_tensor(column_weights(name), mesh, [placement]).detach().requires_grad_()
+        column_weights_loss(logits, given | {name: own}, name).backward()
+        assert own.grad.placements == own.placements
+        found.append(own.grad.full_tensor())
+    return found
+
+
+def test_the_gradient_of_probabilities_that_are_a_dtensor():
+    given, name = inputs(), "target_probabilities"
+    own = column_weights(name).requires_grad_()
+    column_weights_loss(given["logits"], given | {name: own}, name).backward()
+    for rank in on_ranks(2, probability_gradient_worker):
+        for gradient in rank:
+            torch.testing.assert_close(gradient, own.grad, **close)
+
+
 def cross_entropy_worker(rank, dimension):
     mesh, given = init_device_mesh("cpu", (2,)), inputs()
     logits, targets = given["logits"].flatten(0, 1), given["targets"].flatten()
@@ -433,6 +494,9 @@ def errors_worker(rank):
     with pytest.raises(ValueError, match=r"row_loss: expected candidate_ids as a torch.Tensor beside logits"):
         ids = spread(given["ids"], Shard(0))
         row_loss(logits, targets, options, candidates=Candidates(ids, given["id_weights"], (2,)))
+    for name in ("target_probabilities", "smoothing_weights"):
+        with pytest.raises(ValueError, match=rf"row_loss: expected {name} as a torch.Tensor beside logits"):
+            row_loss(logits, targets, options, **{name: spread(column_weights(name), Shard(0))})
     with pytest.raises(ValueError, match=r"softmax_statistics: expected row_mask as a torch.Tensor beside logits"):
         softmax_statistics(logits, given["ids"], row_mask=spread(targets != -100, Shard(0)))
     with pytest.raises(ValueError, match=r"token_log_probs: expected logits in placements Replicate or Shard, got P"):

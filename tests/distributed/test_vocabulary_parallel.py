@@ -297,8 +297,20 @@ def errors_worker(rank):
     with pytest.raises(ValueError, match=r"targets of shape \[3\], got \[2\]"):
         row_loss(ShardedLogits(logits, "world"), targets[:2], options)
     ids = torch.tensor([[1], [2], [-2]], dtype=torch.int32)
-    with pytest.raises(IndexError, match=r"candidate ids in \[0, 16\), got -2 at position 2"):
+    with pytest.raises(IndexError, match=r"candidate_ids in \[0, 16\), got -2 at position 2"):
         row_loss(ShardedLogits(logits, "world"), targets, options, candidates=Candidates(ids, torch.ones(3, 1), (1,)))
+    ids = torch.zeros(3, 2, dtype=torch.int64)
+    for shape in ((4,), (1, 3), (3, 1), (2,)):  # broadcast or reshaped, they would be other rows'
+        with pytest.raises(ValueError, match=r"expected row_weights of shape \[3\], got"):
+            row_loss(ShardedLogits(logits, "world"), targets, options, row_weights=torch.ones(shape))
+        candidates = Candidates(torch.zeros(*shape, 2).long(), torch.ones(*shape, 2), (2,))
+        with pytest.raises(ValueError, match=r"expected candidate_ids of shape \[3, n_candidates\], got"):
+            row_loss(ShardedLogits(logits, "world"), targets, options, candidates=candidates)
+        with pytest.raises(ValueError, match=r"expected candidate_weights of shape \[3, 2\], got"):
+            row_loss(ShardedLogits(logits, "world"), targets, options, candidates=candidates._replace(ids=ids))
+    for shape in ((2, 2), (1, 2), (3, 1, 2)):
+        with pytest.raises(ValueError, match=r"softmax_statistics: expected ids of shape \[3, n_ids\], got"):
+            softmax_statistics(ShardedLogits(logits, "world"), torch.zeros(shape).long())
     alone = torch.distributed.new_group([0])
     if rank == 1:
         with pytest.raises(ValueError, match="with this rank in it"):
@@ -307,6 +319,56 @@ def errors_worker(rank):
 
 def test_errors():
     on_ranks(2, errors_worker)
+
+
+def rows_that_do_not_count_worker(rank, logits, targets, candidates):
+    options = row_options(logits)
+    return row_loss(ShardedLogits(logits.chunk(2, -1)[rank], "world"), targets, options, candidates=candidates).loss
+
+
+def test_candidates_of_rows_that_do_not_count_are_not_looked_at():
+    logits, targets = torch.randn(3, 16), torch.tensor([3, -100, -100])
+    ids = torch.tensor([[5], [999_999], [-7]])
+    candidates = Candidates(ids, torch.tensor([[1.0], [1.0], [torch.nan]]), (1,))
+    expected = row_loss(logits, targets, row_options(logits), candidates=candidates).loss
+    for found in on_ranks(2, rows_that_do_not_count_worker, logits, targets, candidates):
+        torch.testing.assert_close(found, expected)
+
+
+def single_row_worker(rank, states, weight, target, candidates):
+    """Of one row without a dimension of rows: loss, statistics and gradients, of logits and of a head."""
+    found = []
+    for is_linear in (False, True):
+        local, own = weight.chunk(2)[rank], states.clone().requires_grad_()
+        logits = LinearLogits(own, local) if is_linear else own @ local.T
+        spread, options = ShardedLogits(logits, "world"), row_options(states, **OPTIONS)
+        weights = torch.tensor(0.5, dtype=torch.float64)
+        loss = row_loss(spread, target, options, row_weights=weights, candidates=candidates).loss
+        log_prob, entropy = token_log_probs(spread, target)
+        statistics = softmax_statistics(spread, candidates.ids)
+        total = loss + log_prob + entropy + statistics.log_probs.sum() + statistics.lse
+        (gradient,) = torch.autograd.grad(total, own)
+        if not is_linear:  # a rank's columns have a part of it each
+            torch.distributed.all_reduce(gradient)
+        found.append([value.detach() for value in (loss, log_prob, entropy, *statistics, gradient)])
+    return found
+
+
+def test_a_row_alone():
+    generator = torch.Generator().manual_seed(6)
+    states, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((5,), (16, 5)))
+    candidates = Candidates(torch.tensor([3, 9]), torch.tensor([0.5, 1.0], dtype=torch.float64), (2,))
+    target, own = torch.tensor(12), states.clone().requires_grad_()
+    for logits in (own @ weight.T, LinearLogits(own, weight)):
+        options, row_weights = row_options(states, **OPTIONS), torch.tensor(0.5, dtype=torch.float64)
+        loss = row_loss(logits, target, options, row_weights=row_weights, candidates=candidates).loss
+        log_prob, entropy = token_log_probs(logits, target)
+        statistics = softmax_statistics(logits, candidates.ids)
+        total = loss + log_prob + entropy + statistics.log_probs.sum() + statistics.lse
+        expected = [loss, log_prob, entropy, *statistics, *torch.autograd.grad(total, own)]
+        for rank in on_ranks(2, single_row_worker, states, weight, target, candidates):
+            for found in rank:
+                torch.testing.assert_close(found, [value.detach() for value in expected], rtol=1e-12, atol=1e-12)
 
 
 def test_a_group_that_is_not_there():

@@ -1,5 +1,6 @@
 """What is said of arguments that do not fit: ids out of range, temperatures, devices, and what is no tensor."""
 
+import copy
 import math
 import re
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 
 from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.row_fields import N_OPTIONS, N_ROW_COEFFICIENTS, N_STATISTICS, TARGET_PROBABILITIES, RowFlags
 from ava_ext.ops.row_weights import count_rows
 from ava_ext.ops.softmax_rows import Candidates, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
+from ava_ext.ops.weight_gradient import has_bfloat16_products
 
 V = 30
 LOGITS = {
@@ -164,10 +167,91 @@ def test_another_device_is_named(logits):
         row_loss(logits, targets, options.to("meta"))
     with pytest.raises(RuntimeError, match="row_loss: expected row_weights on cpu, got meta"):
         row_loss(logits, targets, options, row_weights=torch.ones(2, device="meta"))
+    for name, shape in (("target_probabilities", (2, V)), ("smoothing_weights", (V,))):
+        with pytest.raises(RuntimeError, match=f"row_loss: expected {name} on cpu, got meta"):
+            row_loss(logits, targets, options, **{name: torch.ones(shape, device="meta")})
     with pytest.raises(RuntimeError, match="softmax_statistics: expected ids on cpu, got meta"):
         softmax_statistics(logits, targets.unsqueeze(-1).to("meta"))
     with pytest.raises(RuntimeError, match="expected ids on cpu, got meta"):
         token_log_probs(logits, targets.to("meta"))
+
+
+OF_ROWS = {"targets": torch.zeros(2).long(), "options": torch.ones(N_OPTIONS), "row_weights": torch.ones(2)}
+CANDIDATES = {"candidate_ids": torch.zeros(2, 1).long(), "candidate_weights": torch.ones(2, 1), "candidate_groups": [1]}
+OF_LOSS = OF_ROWS | CANDIDATES | {"column_weights": torch.ones(2, V)}
+OF_LOSS |= {"flags": int(RowFlags.CROSS_ENTROPY) | TARGET_PROBABILITIES, "vocab_size": V, "ignore_index": -100}
+LOGITS_OF = {"logits": torch.zeros(2, V)}
+HEAD = {"hidden_states": torch.zeros(2, 4), "weight": torch.zeros(V, 4), "bias": torch.zeros(V)}
+IDS = {"ids": torch.zeros(2, 1, dtype=torch.int32), "options": torch.ones(N_OPTIONS), "flags": 0, "vocab_size": V}
+MASK = {"row_mask": torch.ones(2, dtype=torch.bool)}
+GRADIENT = {"statistics": torch.ones(2, N_STATISTICS), "row_coefficients": torch.ones(2, N_ROW_COEFFICIENTS + 1)}
+WEIGHTED = {"column_weights": torch.ones(2, V), "flags": TARGET_PROBABILITIES}
+CHUNKS = {"chunk_bytes": None, "dtype": torch.float32, "max_counted_rows": None}
+TEXT = torch.zeros(2, 3, dtype=torch.int64)
+ROUTER = {"gate_logits": [torch.zeros(1, 2, 3)] * 2, "expert_indices": torch.zeros(2, 2, 1).long(), **MASK}
+ROUTER |= {"segment_ids": torch.zeros(2).long(), "n_segments": 1, "is_sigmoid": False}
+SEARCH = {
+    "tokens_include_row": False, "vocab_size": V, "ignore_index": -100, "repetition_allow_list": [],
+    "use_immediate_repetition_penalty": True, "immediate_repetition_threshold": 1, "ngram_size": 0,
+    "ngram_window_size": 0, "ngram_slots": 1, "eos_ids": [], "min_sequence_length": 0,
+}  # fmt: skip
+# every operator with all the tensors that it takes
+OPERATORS = {
+    "row_loss": LOGITS_OF | OF_LOSS | {"with_gradient": True, "with_statistics": False},
+    "row_loss_": LOGITS_OF | OF_LOSS,
+    "row_statistics": LOGITS_OF | IDS | MASK,
+    "row_gradient": LOGITS_OF | IDS | GRADIENT | WEIGHTED,
+    "row_gradient_": LOGITS_OF | IDS | GRADIENT | WEIGHTED,
+    "scale_rows_": {"rows": torch.ones(2, V), "factors": torch.ones(2), "targets": torch.zeros(2).long()}
+    | {"ignore_index": -100},
+    "linear_row_loss": HEAD | OF_LOSS | CHUNKS | {"gradients": [False] * 3},
+    "linear_row_statistics": HEAD | IDS | MASK | CHUNKS,
+    "linear_row_gradient": HEAD | IDS | MASK | GRADIENT | CHUNKS | {"gradients": [True] * 3},
+    "router_statistics": ROUTER | {"expert_bias": torch.zeros(2, 3), "k": 1},
+    "router_gradient": ROUTER
+    | {f"grad_{name}_sum": torch.ones(2, 3) for name in ("probability", "importance")}
+    | {f"grad_{name}_sum": torch.ones(2) for name in ("lse_squared", "entropy")},
+    "repetition_candidates": {"tokens": TEXT, "targets": TEXT, "segments": TEXT, "weights": torch.ones(4)} | SEARCH,
+    "count_rows": {"targets": TEXT, "keep": TEXT == 0, "token_weights": torch.ones(2, 3)}
+    | {"class_weights": torch.ones(V), "n_items": torch.tensor(5.0)}
+    | {"ignore_index": -100, "is_mean": True, "is_double": False},
+    "temperature_step_": {name: torch.zeros(()) for name in ("value", "pending_loss", "pending_rows")}
+    | {"history": torch.zeros(100), "count": torch.tensor(0), "initial": 1.0, "gain": 1.0, "low": 1.0, "high": 1.0},
+    "committed": {"value": torch.ones(2), "previous": torch.ones(2)},
+    "add_weight_gradient_": {"grad_weight": torch.zeros(V, 4), "grad_logits": torch.zeros(2, V).bfloat16()}
+    | {"hidden_states": torch.zeros(2, 4).bfloat16()},
+}  # fmt: skip
+
+
+def test_every_operator_of_several_tensors_is_listed():
+    several = {
+        schema.name.removeprefix("ava_ext::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("ava_ext::") and sum("Tensor" in str(a.type) for a in schema.arguments) > 1
+    }
+    assert several == set(OPERATORS)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_one_tensor_on_another_device_is_named(name):
+    """With one tensor on meta an operator is its fake: without a check, its outputs are memory that nobody wrote."""
+    operator = getattr(torch.ops.ava_ext, name).default
+    tensors = [argument.name for argument in operator._schema.arguments if "Tensor" in str(argument.type)]
+    given = OPERATORS[name]
+    assert set(given) == {argument.name for argument in operator._schema.arguments}
+    if name != "add_weight_gradient_" or has_bfloat16_products():
+        operator(**{key: copy.deepcopy(value) for key, value in given.items()})
+    first, *others = tensors
+    for other in others:
+        with pytest.raises(RuntimeError, match=rf"^\w+: expected {other} on cpu, got meta$"):
+            operator(**given | {other: given[other].to("meta")})
+    if isinstance(given[first], list):
+        with pytest.raises(RuntimeError, match=rf"^\w+: expected {first}\[1\] on cpu, got meta$"):
+            operator(**given | {first: [given[first][0], given[first][1].to("meta")]})
+    else:
+        with pytest.raises(RuntimeError, match=rf"^\w+: expected {others[0]} on meta, got cpu$"):
+            operator(**given | {first: given[first].to("meta")})
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,18 @@ def test_the_gradient_by_the_probabilities(case, reduction, is_linear):
             gradient.sum().backward()
 
 
+@pytest.mark.parametrize("is_linear", [False, True])
+@pytest.mark.parametrize("flags", [RowFlags.Z_LOSS, RowFlags.LABEL_SMOOTHING, RowFlags.ENTROPY], ids=str)
+def test_a_loss_without_the_probabilities_has_no_gradient_by_them(flags, is_linear):
+    states, weight = torch.randn(4, 3, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+    logits = LinearLogits(states, weight) if is_linear else states @ weight.T
+    probabilities = torch.rand(4, 9, dtype=torch.float64, requires_grad=True)
+    options = row_options(states, z_loss_weight=0.3, label_smoothing=0.1)
+    keywords = {"flags": int(flags), "target_probabilities": probabilities}
+    loss = row_loss(logits, torch.zeros(4).long(), options, **keywords).loss
+    assert (torch.autograd.grad(loss.sum(), probabilities)[0] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_that_is_sure_keeps_its_digits(dtype):
     """1 - p is 6e-9 here: the gradient at the maximum is that of the others, not 0."""
@@ -300,6 +312,13 @@ def test_bad_input_is_named():
             {"target_probabilities": torch.zeros(4, 9).long()},
         ),
         ("got one that does", {"smoothing_weights": torch.rand(9, requires_grad=True)}),
+        (
+            "expected flags without EXCLUDE_TARGET beside target_probabilities, which have no one target",
+            {
+                "flags": int(RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET),
+                "target_probabilities": torch.rand(4, 9, requires_grad=True),
+            },
+        ),
         ("got both", {"smoothing_weights": torch.rand(9), "target_probabilities": torch.rand(4, 9)}),
     ):
         with pytest.raises(ValueError, match=message):

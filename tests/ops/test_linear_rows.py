@@ -424,6 +424,24 @@ def test_bad_rows_are_named():
         softmax_statistics(LinearLogits(*head[:2]), None, row_mask=torch.ones(5, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("rows", [(5,), (2, 3), ()], ids=str)
+def test_what_belongs_to_other_rows_is_named(rows):
+    """As many numbers in another shape are no less wrong: each row would get another row's."""
+    head, targets = LinearLogits(torch.zeros(*rows, HIDDEN), torch.zeros(V, HIDDEN)), torch.zeros(rows).long()
+    options, shape = row_options(head.weight), ", ".join(map(str, rows))
+    of_ids, of_weights = (", ".join([*map(str, rows), last]) for last in ("n_candidates", "2"))
+    others = [(9,), (3, 2), (6,), (5, 1), (1,)]
+    for other in others:
+        with pytest.raises(ValueError, match=rf"row_loss: expected row_weights of shape \[{shape}\], got"):
+            row_loss(head, targets, options, row_weights=torch.ones(other), reduction="sum")
+        candidates = Candidates(torch.zeros(*other, 2).long(), torch.ones(*other, 2), (2,))
+        with pytest.raises(ValueError, match=rf"row_loss: expected candidate_ids of shape \[{of_ids}\], got"):
+            row_loss(head, targets, options, candidates=candidates)
+        candidates = candidates._replace(ids=torch.zeros(*rows, 2).long())
+        with pytest.raises(ValueError, match=rf"row_loss: expected candidate_weights of shape \[{of_weights}\], got"):
+            row_loss(head, targets, options, candidates=candidates)
+
+
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_first_chunk_overwrites_the_weight_s_gradient(dtype):
