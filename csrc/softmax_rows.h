@@ -241,14 +241,15 @@ struct RowEvaluation {
 template <class Real>
 AVA_HOST_DEVICE Real smoothing_of(const RowStatistics<Real>& row, const RowOptions<Real>& options, int64_t flags) {
   const Real smoothing = flags & kLabelSmoothing ? options.label_smoothing : Real(0);
-  if (!(flags & kExcludeTarget) || smoothing == 0) return smoothing;
-  return row.count > 1 ? smoothing * (row.count / (row.count - 1)) : row.rest;  // V = 1: no others, R = 0, or a nan
+  if (!(flags & kExcludeTarget)) return smoothing;
+  // V = 1: no others, and R is 0, or a nan that has to stay one
+  return smoothing * (row.count > 1 ? row.count / (row.count - 1) : row.rest);
 }
 template <class Real>
 AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, const RowOptions<Real>& options,
                                              int64_t flags, bool target_is_argmax,
                                              Real target_u,  // u of the target; -inf where its column is masked
-                                             Real target_weight = 1) {
+                                             Real target_weight = 1) {  // of its term, 0 beside kTargetProbabilities
   RowEvaluation<Real> out{};
   const Real total = log_total(row), mean_u = row.weighted / (1 + row.rest);
   const Real log_count = flags & (kEaft | kConfidencePenalty) ? log_of_count(row.count) : Real(0);
@@ -258,7 +259,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
   out.terms[kCorrectMetric] = target_is_argmax ? Real(1) : Real(0);
 
   if (flags & kCrossEntropy) {
-    Real weight = flags & kTargetWeights ? target_weight : Real(1);
+    Real weight = target_weight;
     if (flags & (kDft | kEaft) && options.reweighting_exponent != 0) {
       if (flags & kEaft)
         weight *= row.count > 1 ? power_of((total - mean_u) / log_count, options.reweighting_exponent) : row.rest;
@@ -282,7 +283,7 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     const Real smoothing = smoothing_of(row, options, flags);
     out.terms[kMainLoss] = smoothing == 1 ? Real(0) : (1 - smoothing) * hard;
     out.target_coefficient = -(1 - smoothing) * slope;
-    if ((flags & (kLabelSmoothing | kSmoothingWeights)) == kLabelSmoothing && smoothing != 0) {  // U may be -inf
+    if (smoothing != 0 && !(flags & kSmoothingWeights)) {  // 0: U may be -inf
       const Real of_column = smoothing / row.count;
       out.terms[kMainLoss] += smoothing * total - of_column * row.sum;
       out.coefficients.probability += smoothing;
@@ -295,10 +296,13 @@ AVA_HOST_DEVICE RowEvaluation<Real> evaluate(const RowStatistics<Real>& row, con
     out.coefficients.probability += 2 * options.z_loss_weight * lse;
   }
   if (flags & kConfidencePenalty) {
-    const Real slope = row.count > 1 ? options.confidence_penalty_weight / log_count : row.rest;
-    out.terms[kConfidencePenaltyTerm] =
-        row.count > 1 ? options.confidence_penalty_weight - slope * (total - mean_u) : row.rest;
-    out.coefficients.entropy = slope;
+    if (row.count > 1) {
+      const Real slope = options.confidence_penalty_weight / log_count;
+      out.terms[kConfidencePenaltyTerm] = options.confidence_penalty_weight - slope * (total - mean_u);
+      out.coefficients.entropy = slope;
+    } else {
+      out.terms[kConfidencePenaltyTerm] = out.coefficients.entropy = row.rest;  // 0, or a nan
+    }
   }
   return out;
 }
@@ -311,11 +315,6 @@ struct ColumnWeightSums {
   Real at_maximum;  // q_i*
   Real weighted;    // sum of q_j u_j
 };
-
-// The flags with which `evaluate` is called where there are weights of the columns, and the weight of its target.
-AVA_HOST_DEVICE int64_t flags_beside_column_weights(int64_t flags) {
-  return flags & kTargetProbabilities ? flags | kTargetWeights : flags;  // a target of weight 0
-}
 
 // What the weights of the columns add to the terms of a row, and to its coefficients.
 template <class Real>

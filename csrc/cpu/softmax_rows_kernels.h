@@ -69,8 +69,7 @@ struct RowKernel : RowWriter<Vector, Element, kDense, kCapped> {
                                : arguments.flags & kTargetWeights     ? row.id_values[0]
                                                                       : Real(1);
     RowEvaluation<Real>& evaluation = row.evaluation;
-    evaluation = evaluate(row.statistics, options, flags_beside_column_weights(arguments.flags), is_argmax, target_u,
-                          target_weight);
+    evaluation = evaluate(row.statistics, options, arguments.flags, is_argmax, target_u, target_weight);
     if constexpr (kDense)
       if (has_column_weights())
         with_column_weights(row.index, [&](auto of_columns) {

@@ -87,8 +87,7 @@ __device__ __forceinline__ void take_column_weights(const RowArguments& a, const
     if (!given) {
       RowEvaluation<Real> own{};
       if (a.all_flags & kTargetProbabilities)  // smoothing; the launcher has taken the target's term away
-        own = evaluate(row, options, (a.all_flags & (kCrossEntropy | kLabelSmoothing)) | kTargetWeights, false, Real(0),
-                       Real(0));
+        own = evaluate(row, options, a.all_flags & (kCrossEntropy | kLabelSmoothing), false, Real(0), Real(0));
       add_column_weights(row, options, a.all_flags, sums, own);
       const Real row_weight = weight_of<Real>(a, row_index);
       evaluation.terms[kMainLoss] += own.terms[kMainLoss];
@@ -146,7 +145,8 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
     for (int column = thread; out && column < a.n_columns; column += kScalarThreads)
       out[column] = from_real<Element>(0);
     if (warp == 0 && !given) write_nothing<Real>(a, row_index, lane);
-    if (thread == 0 && !given && a.all_flags & kRanks) ranks[kRankMetric * a.n_rows] = ranks[kArgmaxMetric * a.n_rows] = 0;
+    if (thread == 0 && !given && a.all_flags & kRanks)
+      ranks[kRankMetric * a.n_rows] = ranks[kArgmaxMetric * a.n_rows] = 0;
     return;
   }
 
