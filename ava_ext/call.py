@@ -122,6 +122,9 @@ class Call:
             self.lm_head_weight, self.lm_head_bias = (
                 gathered_weight(part) for part in (self.lm_head_weight, self.lm_head_bias)
             )
+        if not isinstance(self.mtp_active, (bool, Tensor, type(None))):  # 0 is not False, and would mean on
+            got = type(self.mtp_active).__name__
+            raise TypeError(f"unified_loss: expected mtp_active to be a bool, a torch.Tensor or None, got {got}")
         self.logits = _logits_of(self)
         if DTENSOR in sys.modules:
             self._take_whole()

@@ -96,8 +96,9 @@ Expected expected_row(const Problem& problem, int row_index) {
   const auto u_of = [&](int j) { return (capped(logits[j]) - row.max) / options.temperature; };
   const auto p_of = [&](int j) { return std::exp(u_of(j)) / (1 + row.rest); };
   const int argmax = int(row.argmax);
-  const RowEvaluation<double> evaluation = evaluate(row, options, problem.flags, target == argmax, u_of(int(target)),
-                                                    double(problem.weights[row_index * kCandidates]));
+  const double target_weight = problem.flags & kTargetWeights ? double(problem.weights[row_index * kCandidates]) : 1;
+  const RowEvaluation<double> evaluation =
+      evaluate(row, options, problem.flags, target == argmax, u_of(int(target)), target_weight);
   expected.loss = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
   std::vector<double> own(vocab_size, 0);  // s_c
   own[target] = evaluation.target_coefficient;

@@ -270,3 +270,11 @@ def test_bad_shape_is_named(kind, shape):
     main, given = make_inputs(kind)
     with pytest.raises(ValueError, match=r"expected mtp_active of shape \[\] or \[4\], got \[" + str(shape[0])):
         make_loss(kind)(**main, **given, mtp_active=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("active", [0, 1, 0.0, "no"])
+def test_what_only_looks_like_a_flag_is_refused(active):
+    loss_fn = UnifiedLoss(11, 8, primary_loss_type="standard", use_mtp=True, num_future_tokens=1)
+    logits, targets = torch.randn(2, 4, 11), torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(TypeError, match="expected mtp_active to be a bool"):
+        loss_fn(logits, targets, hidden_states=torch.randn(2, 4, 8), mtp_active=active)
