@@ -172,7 +172,7 @@ class Call:
         n_items = self.num_items_in_batch
         self.rows = count_rows(config, targets, keep, token_weights, n_items, dtype, self.class_weights)
         if self.placement is not None:
-            self.rows = self.placement.share(self.rows, config.ignore_index, self.class_weights)
+            self.rows = self.placement.share(self.rows, config.ignore_index)
 
     def _take_whole(self) -> None:
         """What is aligned with the rows, as tensors of all rows, where it may be DTensors."""

@@ -15,7 +15,7 @@ from ava_ext.ops.dtensor_logits import Place, PlacedLogits, linear_place, local_
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import LocalRows, RowShard, ShardedLogits
-from ava_ext.reduction import Rows, own_items
+from ava_ext.reduction import Rows
 
 
 def check_is_local(name: str, values: Any) -> None:
@@ -73,22 +73,13 @@ class CallPlacement:
         """Those of this rank's rows."""
         return values if values is None or self.rows is None else self.rows.local(values)
 
-    def share(
-        self,
-        rows: Rows,
-        ignore_index: int,
-        class_weights: Tensor | None,  # [vocab_size]
-    ) -> Rows:
+    def share(self, rows: Rows, ignore_index: int) -> Rows:
         """Rows of all ranks, counted as this rank's share of them."""
         if self.rows is None:
             return rows
-        targets = self.rows.local(rows.targets)
-        own = n_counted = own_items(targets, None, ignore_index).to(rows.n_counted)
-        if rows.n_items is None:
-            return rows._replace(n_counted=n_counted, n_items=rows.n_counted.clamp_min(1), own_items=own)
-        if class_weights is not None:
-            own = own_items(targets, class_weights, ignore_index)
-        return rows._replace(n_counted=n_counted, own_items=own)
+        n_counted = (self.rows.local(rows.targets) != ignore_index).sum().to(rows.n_counted)
+        n_items = rows.n_counted.clamp_min(1) if rows.n_items is None else rows.n_items
+        return rows._replace(n_counted=n_counted, n_items=n_items)
 
     def hidden_states(
         self,

@@ -20,12 +20,11 @@ class Rows(NamedTuple):
     n_counted: Tensor  # [], of the type of weights
     weights: Tensor  # [...]: token weight / N, 0 where a row does not count; float32, or float64 beside float64 logits
     n_items: Tensor | None  # []: N, where it is that of several micro-batches
-    own_items: Tensor  # []: what these rows add to it, see own_items
 
     @property
     def batch_share(self) -> Tensor:
-        """[]: factor of terms of the whole batch: own_items / n_items; without n_items 1, or 0 if no row counts."""
-        return self.n_counted.clamp_max(1) if self.n_items is None else self.own_items / self.n_items
+        """[]: factor of terms of the whole batch: n_counted / n_items; without n_items 1, or 0 if no row counts."""
+        return self.n_counted.clamp_max(1) if self.n_items is None else self.n_counted / self.n_items
 
 
 def keep_rows(
@@ -60,8 +59,9 @@ def count_rows(
     number. If all their classes have weight 0, N is as without class weights. If it is 0, N is 1; the loss is then 0
     and still connected to the graph. Under "sum" and "none", N is 1.
 
-    Terms of the whole batch are multiplied by own_items / N if num_items_in_batch is given, so that micro-batches add
-    up to the whole batch, and by 0 if no row counts.
+    Terms of the whole batch are multiplied by n_counted / N if num_items_in_batch is given, so that micro-batches add
+    up to the whole batch, and by 0 if no row counts. They are means over rows: where N is a sum of class or token
+    weights, they are the larger the smaller the mean weight is.
 
     Raises:
         TypeError: num_items_in_batch is no number.
@@ -75,21 +75,7 @@ def count_rows(
     targets, n_counted, weights = row_weights.count_rows(
         targets, keep, token_weights, class_weights, n_items, config.ignore_index, is_mean, dtype
     )
-    if not is_mean:
-        n_items = None
-    has_own = n_items is not None and class_weights is not None
-    own = own_items(targets, class_weights, config.ignore_index).to(dtype) if has_own else n_counted
-    return Rows(targets, n_counted, weights, n_items, own)
-
-
-def own_items(
-    targets: Tensor,  # [...]; ignore_index where a row does not count
-    class_weights: Tensor | None,  # [vocab_size]
-    ignore_index: int,
-) -> Tensor:  # []
-    """How many rows count, or the sum of their classes' weights. Not of token weights: those may be advantages."""
-    counts = targets != ignore_index
-    return (counts if class_weights is None else counts * classes_of(targets, class_weights)).sum()
+    return Rows(targets, n_counted, weights, n_items if is_mean else None)
 
 
 def classes_of(

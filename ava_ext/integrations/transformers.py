@@ -46,7 +46,7 @@ from ava_ext.integrations.loss_functions import causal_lm_loss, trainer_loss
 from ava_ext.integrations.loss_in_forward import LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
-from ava_ext.reduction import own_items
+from ava_ext.reduction import classes_of
 from ava_ext.row_count import rows_of_targets
 from ava_ext.unified_loss import UnifiedLoss
 
@@ -245,8 +245,9 @@ class UnifiedLossTrainerMixin:
         if n_rows is None or weights is None:
             return n_rows
         trainer: Any = self
-        own = [own_items(batch["shift_labels"].to(weights.device), weights, -100) for batch in counted]
-        n_items = torch.stack(own).sum().to(device)  # from here as Trainer does with the number of rows
+        labels = torch.cat([batch["shift_labels"].flatten() for batch in counted]).to(weights.device)
+        n_items = torch.where(labels == -100, 0.0, classes_of(labels, weights)).sum().to(device)
+        # from here as Trainer does with the number of rows
         if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
             n_items = trainer.accelerator.gather(n_items).sum()
         parallelism = getattr(trainer.accelerator, "parallelism_config", None)

@@ -94,7 +94,7 @@ def _dtype_in_products(part: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Where a product in the tensors' own type is meant, whatever region the caller is in."""
-    if device.type in _WITHOUT_AUTOCAST:
+    if device.type in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -63,7 +63,7 @@ def unified_loss(
       that are only ignore_index: prompts are routed too. In unshifted mode a router over all B T tokens is masked by
       the unshifted mask. moe_ metrics: counts of this call, per layer, then averaged over layers.
     * Terms of a batch are multiplied by n_local / N with num_items_in_batch under "mean" (n_local: number of local rows
-      that count, or the sum of their class weights), else by 1, or 0 where no row counts: the whole loss is 0 then.
+      that count), else by 1, or 0 where no row counts: the whole loss is 0 then.
     * primary "adaptive_mtp" uses the adaptive heads whatever mtp_type says. The depth metrics are the depth's loss
       (with main's smoothing), unweighted, over the rows that count at that depth. BCE rows are weighted and divided by
       N as token terms are.
@@ -124,7 +124,6 @@ def unified_loss(
     dtype = logits.dtype
     weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else of_labels(token_weights).to(dtype)
     of_class = class_weights_of(config, targets, counted).to(dtype)
-    n_local = (counted * of_class).sum()
     if not (counted * weights * of_class).any():  # no class that counts has a weight: N is as without class weights
         of_class = torch.ones_like(of_class)
     n = denominator(config, counted, weights * of_class, num_items_in_batch).to(dtype)
@@ -199,7 +198,7 @@ def unified_loss(
         of_batch["contrastive_loss"] = config.contrastive_weight * contrast
     share = counted.any().to(dtype)
     if num_items_in_batch is not None and config.reduction == "mean":
-        share = n_local / n
+        share = counted.sum() / n
     terms.append(({name: share * value for name, value in of_batch.items()}, {}))
 
     addends = {name: value for term_addends, _ in terms for name, value in term_addends.items()}

@@ -67,23 +67,6 @@ def test_every_token_term_has_the_same_n():
     assert_same_with_gradients(of_step, wanted / 4, logits)
 
 
-def test_terms_of_the_batch_have_the_same_n():
-    """One call with its own N is the call without N; and micro-batches add up."""
-    numbers, targets, weight = problem(4, 4, 6)
-    options = {"use_auxiliary_loss": True, "num_experts": 4, "num_experts_per_token": 2, "load_balancing_weight": 0.5}
-    loss_fn = UnifiedLoss(V, class_weights=WEIGHTS, primary_loss_type="standard", **options)
-    logits, gates = numbers.normal(4, 6, V), numbers.normal(24, 4)
-    whole = loss_fn(logits, targets, gate_logits=gates, return_detailed=True)
-    n = loss_fn.count_items(targets)
-    again = loss_fn(logits, targets, gate_logits=gates, num_items_in_batch=n, return_detailed=True)
-    torch.testing.assert_close(again, whole, rtol=1e-6, atol=0)
-    shares = [weight[part[part != -100]].sum() / n for part in targets.split(1)]
-    for part, share, rows, gate in zip(targets.split(1), shares, logits.split(1), gates.split(6), strict=True):
-        alone = loss_fn(rows, part, gate_logits=gate, return_detailed=True)["aux_load_balancing"]
-        found = loss_fn(rows, part, gate_logits=gate, num_items_in_batch=n, return_detailed=True)["aux_load_balancing"]
-        torch.testing.assert_close(found.double(), alone.double() * share, rtol=1e-6, atol=0)
-
-
 def test_nothing_counts():
     logits = torch.full((2, V), torch.nan, requires_grad=True)
     loss_fn = UnifiedLoss(V, primary_loss_type="standard", class_weights=WEIGHTS)
