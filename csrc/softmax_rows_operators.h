@@ -53,7 +53,7 @@ struct RowCall {
     arguments.flags = decltype(arguments.flags)(flags);
   }
   // Behind what says which rows count: the targets, the mask, the statistics.
-  // n_own: how many of a row's the library has added to the user's: the target.
+  // n_own: ids of each row that this library has added itself: the target.
   void set_ids(const char* name, const std::optional<Tensor>& ids, int64_t n_own = 0) {  // [..., n_ids]
     if (!ids) return;
     AVA_CHECK(ids->dim() == logits.dim(), op, ": expected ", name, " of shape ", shape_string(rows), " + [n_ids], got ",

@@ -206,7 +206,8 @@ class LossInForward(nn.Module):
         loss = loss_fn(**given) if parts is None else parts["total_loss"]
         if added is not None:
             if has_aux_loss and n_items is not None:  # the mean of this call: its share of the whole batch
-                decides = ("attention_mask", "position_ids", "segment_ids", "cu_seqlens", "token_weights")
+                # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
+                decides = ("attention_mask", "position_ids", "segment_ids", "cu_seqlens")
                 n_tokens = loss_fn.count_items(given["targets"], **{name: given.get(name) for name in decides})
                 added = added * (n_tokens.to(loss.dtype) / n_items)
             loss = loss + added.to(loss.dtype)
