@@ -103,6 +103,7 @@ class Call:
     target_probabilities: Tensor | None  # as targets, and [vocab_size]
     contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
     max_counted_rows: int | None
+    labels_are_shifted: bool | None  # None: as the configuration says
 
     class_weights: Tensor | None  # [vocab_size], of the loss
 
@@ -114,6 +115,11 @@ class Call:
 
     def __post_init__(self) -> None:
         config = self.config
+        if self.labels_are_shifted is None:
+            self.labels_are_shifted = config.labels_are_shifted
+        if not isinstance(self.labels_are_shifted, bool):
+            got = type(self.labels_are_shifted).__name__
+            raise TypeError(f"unified_loss: expected labels_are_shifted to be True, False or None, got {got}")
         if isinstance(self.hidden_states, (tuple, list)) and self.hidden_states:  # of every layer
             self.hidden_states = self.hidden_states[-1]  # what the head reads
         if isinstance(self.lm_head_weight, nn.Module):
@@ -155,7 +161,7 @@ class Call:
         attention_mask, token_weights = self.attention_mask, self.token_weights
         keep = keep_rows(config, targets, attention_mask)
         self.keep_tokens = self.keep_targets = keep
-        if not config.labels_are_shifted:
+        if not self.labels_are_shifted:
             targets = shift_left(targets, config.ignore_index)
             attention_mask = None if attention_mask is None else shift_left(attention_mask, 0)
             token_weights = None if token_weights is None else shift_left(token_weights, 0)
@@ -215,7 +221,7 @@ class Call:
         """Row-wise results in the shape that the caller expects: without the row behind the last label, flat for flat
         targets.
         """
-        if not self.config.labels_are_shifted:
+        if not self.labels_are_shifted:
             values = values[..., :-1]
         return values.squeeze(-2) if self.is_flat else values
 
@@ -354,7 +360,7 @@ def _check_shapes(call: Call) -> None:
     if call.prefix_ids is not None:
         if call.prefix_ids.shape[:-1] != shape[:-1] or call.prefix_ids.dim() != len(shape):
             raise _bad_shape("prefix_ids", (*shape[:-1], "n_prefix"), call.prefix_ids)
-        if call.input_ids is None and not call.config.labels_are_shifted:
+        if call.input_ids is None and not call.labels_are_shifted:
             raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
     _check_soft_targets(call, shape)
     _check_probabilities(call, shape)
@@ -402,7 +408,7 @@ def _check_probabilities(call: Call, shape: torch.Size) -> None:
 
 
 def _check_order(call: Call) -> None:
-    wanting = [*call.needs_sequences, *([] if call.config.labels_are_shifted else ["labels_are_shifted=False"])]
+    wanting = [*call.needs_sequences, *([] if call.labels_are_shifted else ["labels_are_shifted=False"])]
     if wanting:
         raise ValueError(
             f"unified_loss: {wanting[0]} needs sequences: expected targets of shape [batch_size, n_tokens], or "

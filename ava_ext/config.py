@@ -220,13 +220,25 @@ class UnifiedLossConfig:
     contrastive_temperature: float = _option(0.07, _POSITIVE, "temperature of InfoNCE")
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            value = plain(getattr(self, option.name))
-            values = option.metadata["values"]
-            if not (value is None and option.default is None) and not values.holds(value):
-                raise _bad(option.name, values.expected + (" or None" if option.default is None else ""), value)
-            object.__setattr__(self, option.name, value)
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        for name, value in self.checked("unified_loss", **given).items():
+            object.__setattr__(self, name, value)
         self._check_contradictions()
+
+    @classmethod
+    def checked(cls, owner: str, **options: Any) -> dict[str, Any]:
+        """These options in Python's own types; ValueError, in the name of owner, for one that is out of its range."""
+        fields = {option.name: option for option in dataclasses.fields(cls)}
+        found = {}
+        for name, given in options.items():
+            values, is_optional = fields[name].metadata["values"], fields[name].default is None
+            expected = values.expected + (" or None" if is_optional else "")
+            if getattr(given, "requires_grad", False):
+                raise _bad(name, f"{expected}, read once", "a tensor that requires grad", owner)
+            value = found[name] = plain(given)
+            if not (value is None and is_optional) and not values.holds(value):
+                raise _bad(name, expected, value, owner)
+        return found
 
     def _check_contradictions(self) -> None:
         if not all(0 <= token < self.vocab_size for token in self.eos_ids):
@@ -372,5 +384,5 @@ def plain(value: Any) -> Any:
     return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _bad(name: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"unified_loss: expected {name} to be {expected}, got {got!r}")
+def _bad(name: str, expected: str, got: object, owner: str = "unified_loss") -> ValueError:
+    return ValueError(f"{owner}: expected {name} to be {expected}, got {got!r}")

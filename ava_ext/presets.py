@@ -359,7 +359,13 @@ class MultiTokenPredictionLoss(nn.Module):
         ignore_index: int = UnifiedLossConfig.ignore_index,
     ) -> None:
         super().__init__()
-        self.config = UnifiedLossConfig(vocab_size=vocab_size, hidden_size=hidden_size, ignore_index=ignore_index)
+        self.config = UnifiedLossConfig(
+            vocab_size,
+            hidden_size,
+            num_future_tokens=num_future_tokens,
+            mtp_weight=mtp_weight,
+            ignore_index=ignore_index,
+        )
         self.mtp = MultiTokenPrediction(
             vocab_size, hidden_size, num_future_tokens, mtp_weight=mtp_weight, ignore_index=ignore_index
         )

@@ -124,6 +124,7 @@ class UnifiedLoss(nn.Module):
         segment_ids: Tensor | None = None,  # as targets, or [1, n_tokens]
         cu_seqlens: Tensor | None = None,  # [n_segments + 1]
         token_weights: Tensor | None = None,  # as targets
+        labels_are_shifted: bool | None = None,
     ) -> Tensor:  # [] int64; with token_weights or class_weights float32
         """N of exactly this loss: how many rows of these targets count, or the sum of their weights.
 
@@ -131,6 +132,7 @@ class UnifiedLoss(nn.Module):
 
         Args:
             targets, attention_mask, position_ids, segment_ids, cu_seqlens, token_weights: as forward gets them.
+            labels_are_shifted: in place of the option of this name.
             group: process group over which to add up; "world": the default one; None: this process alone.
 
         Example:
@@ -146,6 +148,7 @@ class UnifiedLoss(nn.Module):
             segment_ids=segment_ids,
             cu_seqlens=cu_seqlens,
             token_weights=token_weights,
+            labels_are_shifted=labels_are_shifted,
         )
         n_items = rows.weights.count_nonzero() if token_weights is None else rows.weights.sum()
         if self.row_pass.class_weights is not None:
@@ -188,6 +191,7 @@ class UnifiedLoss(nn.Module):
         soft_target_weights: Tensor | None = None,  # as soft_target_ids
         contrastive_pair: tuple[Tensor, Tensor] | None = None,  # two of [n_pairs, hidden_size]
         max_counted_rows: int | None = None,
+        labels_are_shifted: bool | None = None,
         target_probabilities: Tensor | None = None,  # as targets, and [vocab_size]
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with return_detailed a dict of the loss and its parts.
@@ -236,6 +240,7 @@ class UnifiedLoss(nn.Module):
             contrastive_pair: two views of the same things, for InfoNCE.
             max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
                 not count are left out of the matrix products; a GPU leaves them out only with this number.
+            labels_are_shifted: in place of the option of this name, for this call.
 
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
@@ -282,6 +287,7 @@ class UnifiedLoss(nn.Module):
             target_probabilities=target_probabilities,
             contrastive_pair=contrastive_pair,
             max_counted_rows=max_counted_rows,
+            labels_are_shifted=labels_are_shifted,
             class_weights=None if self.config.class_weights is None else row_pass.class_weights,
         )
         if self._learns:

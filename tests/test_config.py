@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from ava_ext import UnifiedLoss, UnifiedLossConfig, create_unified_loss
+from ava_ext import (
+    AuxiliaryFreeMoEBalancer,
+    MultiTokenPredictionLoss,
+    UnifiedLoss,
+    UnifiedLossConfig,
+    create_unified_loss,
+)
 
 OPTIONS = {option.name: option for option in dataclasses.fields(UnifiedLossConfig)}
 
@@ -147,6 +153,20 @@ def test_options_out_of_range_are_named(name, value):
 def test_contradictory_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         UnifiedLoss(10, **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AuxiliaryFreeMoEBalancer(4, expert_bias_update="sgn"), "moe_balancer: expected expert_bias_update"),
+        (lambda: AuxiliaryFreeMoEBalancer(4, moe_momentum=1.5), r"moe_balancer: expected moe_momentum .* got 1\.5"),
+        (lambda: MultiTokenPredictionLoss(10, 4, 0), "expected num_future_tokens to be an integer >= 1, got 0"),
+        (lambda: UnifiedLoss(10, z_loss_weight=torch.ones((), requires_grad=True)), "z_loss_weight .* requires grad"),
+    ],
+)
+def test_single_parts_check_their_options_too(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_an_initial_temperature_beyond_the_bounds_is_fine_where_nothing_adapts():

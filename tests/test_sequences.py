@@ -107,6 +107,26 @@ def test_nothing_leaks_across_texts(seed, labels_are_shifted, with_input_ids):
 
 
 @settings(max_examples=60)
+@given(cases())
+def test_a_call_may_say_whether_its_labels_are_shifted(case):
+    config, arguments = case
+    is_shifted = config.labels_are_shifted
+    loss_fn = UnifiedLoss(**config.to_dict()).double().eval()
+    other = UnifiedLoss(**config.to_dict() | {"labels_are_shifted": not is_shifted}).double().eval()
+    other.load_state_dict(loss_fn.state_dict())
+    expected = loss_fn(**arguments, return_detailed=True)
+    torch.testing.assert_close(
+        other(**arguments, labels_are_shifted=is_shifted, return_detailed=True), expected, **EXACT
+    )
+    decides = ("targets", "attention_mask", "position_ids", "segment_ids", "cu_seqlens")
+    given_rows = {name: arguments.get(name) for name in decides}
+    counted = other.count_items(**given_rows, labels_are_shifted=is_shifted)
+    torch.testing.assert_close(counted, loss_fn.count_items(**given_rows))
+    with pytest.raises(TypeError, match="labels_are_shifted to be True, False or None, got int"):
+        other(**arguments, labels_are_shifted=1)
+
+
+@settings(max_examples=60)
 @given(cases(labels_are_shifted=True, use_moe_balancing=False, use_auxiliary_loss=False, use_diversity_loss=False))
 def test_unshifted_labels_are_explicit_slices(case):
     config, arguments = case

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,10 +40,10 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
             raise ValueError(
                 f"causal_lm_loss: expected ignore_index={config.ignore_index} as the loss, got {ignore_index}"
             )
-        of_call = with_labels_shifted(loss_fn, shift_labels is not None)
-        targets = labels if shift_labels is None else shift_labels
+        is_shifted = shift_labels is not None
+        targets = shift_labels if is_shifted else labels
         # a copy: models add to it in place
-        return of_call(logits, targets, num_items_in_batch=num_items_in_batch).clone()
+        return loss_fn(logits, targets, num_items_in_batch=num_items_in_batch, labels_are_shifted=is_shifted).clone()
 
     return loss
 
@@ -88,9 +86,8 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
                 "trainer_loss: the model computes an auxiliary loss, which Trainer would leave out: use "
                 "UnifiedLossTrainerMixin, which adds it, or set model.config.output_router_logits=False"
             )
-        of_call = with_labels_shifted(loss_fn, False)
         # a copy: Trainer multiplies it in place
-        return of_call(outputs, labels, num_items_in_batch=num_items_in_batch).clone()
+        return loss_fn(outputs, labels, num_items_in_batch=num_items_in_batch, labels_are_shifted=False).clone()
 
     return loss
 
@@ -104,15 +101,6 @@ def refuse_logit_options(config: UnifiedLossConfig, owner: str) -> None:
                 f"{owner}: expected a loss without {option}, got {value}: the logits of a model are capped and scaled "
                 "already. UnifiedLoss.from_model(model, fused=False) leaves both out; fuse_lm_head wants them"
             )
-
-
-def with_labels_shifted(loss_fn: UnifiedLoss, are_shifted: bool) -> UnifiedLoss:
-    """The same loss, its state and parameters included, with this labels_are_shifted."""
-    if loss_fn.config.labels_are_shifted == are_shifted:
-        return loss_fn
-    other = copy.copy(loss_fn)
-    other.config = dataclasses.replace(loss_fn.config, labels_are_shifted=are_shifted)
-    return other
 
 
 def check_same_logits(name: str, config: UnifiedLossConfig, softcap: float | None, scale: float) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ava_ext.integrations.deferred_logits import DeferredLogits
 from ava_ext.integrations.heads import weight_and_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, check_same_logits, with_labels_shifted
+from ava_ext.integrations.loss_functions import causal_lm_loss, check_same_logits
 from ava_ext.model_config import text_config
 from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.unified_loss import UnifiedLoss
@@ -113,7 +113,7 @@ class LossInForward(nn.Module):
         if adds_router:  # asked for by the loss alone, which weighs it itself
             fields.pop("aux_loss", None)
             fields.pop("router_logits", None)
-        fields["loss"] = self._loss(given, shifted is not None, added, "aux_loss" in fields)
+        fields["loss"] = self._loss(given, added, "aux_loss" in fields)
         if not self.is_fused:
             fields["logits"] = logits
         elif not self.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
@@ -159,7 +159,11 @@ class LossInForward(nn.Module):
             )
         shifted = of_loss["shift_labels"]
         labels = options["labels"] if shifted is None else shifted
-        given = {"targets": labels, "num_items_in_batch": of_loss["num_items_in_batch"]}
+        given = {
+            "targets": labels,
+            "num_items_in_batch": of_loss["num_items_in_batch"],
+            "labels_are_shifted": shifted is not None,
+        }
         for argument in ("attention_mask", "position_ids"):
             value = options.get(argument)
             if isinstance(value, Tensor) and value.dim() == 2 and value.shape[-1] == labels.shape[-1]:
@@ -195,19 +199,18 @@ class LossInForward(nn.Module):
     def _loss(
         self,
         given: dict[str, Any],
-        labels_are_shifted: bool,
         added: Tensor | None,  # []
         has_aux_loss: bool,
     ) -> Tensor:  # []
         """The loss, and what the model itself added to its own."""
         n_items = given["num_items_in_batch"]
-        loss_fn = with_labels_shifted(self.unified_loss, labels_are_shifted)
+        loss_fn = self.unified_loss
         parts = loss_fn(**given, return_detailed=True) if self.report_parts else None
         loss = loss_fn(**given) if parts is None else parts["total_loss"]
         if added is not None:
             if has_aux_loss and n_items is not None:  # the mean of this call: its share of the whole batch
                 # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
-                decides = ("attention_mask", "position_ids", "segment_ids", "cu_seqlens")
+                decides = ("attention_mask", "position_ids", "segment_ids", "cu_seqlens", "labels_are_shifted")
                 n_tokens = loss_fn.count_items(given["targets"], **{name: given.get(name) for name in decides})
                 added = added * (n_tokens.to(loss.dtype) / n_items)
             loss = loss + added.to(loss.dtype)

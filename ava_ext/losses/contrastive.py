@@ -247,7 +247,7 @@ class ContrastiveLoss(Part):
             tokens, segments = call.hidden_states, call.segments
             if tokens is None:
                 raise ValueError("unified_loss: use_contrastive_loss needs contrastive_pair or hidden_states, got None")
-            if not call.config.labels_are_shifted:  # the row behind the last label is none
+            if not call.labels_are_shifted:  # the row behind the last label is none
                 tokens, segments = tokens[:, :-1], None if segments is None else segments[:, :-1]
             loss = self(tokens, attention_mask=call.keep_targets, segment_ids=segments)
         return Addends({"contrastive_loss": call.rows.batch_share * loss})

@@ -97,6 +97,18 @@ class MoEBalancer(LearnedState, Part):
         router_score: str = UnifiedLossConfig.router_score,
     ) -> None:
         super().__init__()
+        UnifiedLossConfig.checked(
+            "moe_balancer",
+            num_experts=num_experts,
+            num_experts_per_token=num_experts_per_token,
+            num_moe_layers=num_moe_layers,
+            gradient_balance_weight=gradient_balance_weight,
+            moe_momentum=moe_momentum,
+            expert_bias_rate=expert_bias_rate,
+            expert_bias_update=expert_bias_update,
+            expert_bias_centered=expert_bias_centered,
+            router_score=router_score,
+        )
         if expert_bias_update == "quantile" and router_score != "sigmoid":
             raise ValueError(
                 f"moe_balancer: expert_bias_update='quantile' needs router_score='sigmoid', got {router_score!r}"

@@ -78,7 +78,7 @@ class NegativesWithoutTarget(Part):
         has_any = ((ids != -1) & (ids != own) & (candidates.weights != 0)).any(-1)
         if call.kept_rows is not None:
             has_any = has_any & call.kept_rows
-        if not config.labels_are_shifted:  # behind the last label there is no row
+        if not call.labels_are_shifted:  # behind the last label there is no row
             has_any = has_any & (torch.arange(has_any.shape[1], device=has_any.device) < has_any.shape[1] - 1)
         weights = has_any.to(rows.weights)
         if call.kept_weights is not None:

@@ -210,6 +210,12 @@ def test_compiled():
     torch.testing.assert_close(model.loss_parts["total_loss"], expected[0])
     model.unified_loss.step()
     assert model.unified_loss.get_loss_statistics()["temperature"]["count"] == 1
+    labels = batch()["labels"]
+    shift_labels = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1)
+    given = {name: value for name, value in batch().items() if name != "labels"}
+    model.unified_loss.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**given, shift_labels=shift_labels).loss, expected[0])
 
 
 def test_gradient_checkpointing_and_autocast():
