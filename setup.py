@@ -63,8 +63,24 @@ def architectures() -> str:
     return ";".join(sorted(here, key=float)) or "8.0;9.0;10.0;12.0+PTX"
 
 
+def generations(architectures: str) -> list[str]:
+    """What nvcc is told of TORCH_CUDA_ARCH_LIST; nothing where torch should read it, such as "9.0a" or names.
+
+    The kernels know two kinds of GPU, below sm_90 and from there on. So the compiler's front end runs once for each of
+    them, and its PTX is assembled for each generation.
+    """
+    found = [re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", one) for one in re.split("[; ,]+", architectures.strip("; ,"))]
+    if None in found:
+        return []
+    codes: dict[int, list[str]] = {}  # of each kind, by its lowest generation
+    for number, with_ptx in sorted({(int(one[1] + one[2]), bool(one[3])) for one in found}):
+        kind = next((lowest for lowest in codes if (lowest < 90) == (number < 90)), number)
+        codes.setdefault(kind, []).extend([f"sm_{number}"] + [f"compute_{kind}"] * with_ptx)
+    return [f"-gencode=arch=compute_{kind},code=[{','.join(made)}]" for kind, made in codes.items()]
+
+
 def nvcc_options(version: str) -> list[str]:
-    options = ["-O3", "--compiler-options=-fvisibility=hidden"]
+    options = ["-O3", "--compiler-options=-fvisibility=hidden", *GENERATIONS]
     # an eighth of the size. Drivers of CUDA 12's time may not know the denser form
     options.append("--compress-mode=size" if int(version.split(".")[0]) >= 13 else "-Xfatbin=-compress-all")
     return options + ["-lineinfo"] * (os.environ.get("AVA_LINEINFO", "0") == "1")
@@ -81,6 +97,7 @@ if CUDA:
     torch.version.cuda = torch.version.cuda or version
     # without a visible GPU cpp_extension's own default fails with IndexError
     os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures()
+    GENERATIONS = generations(os.environ["TORCH_CUDA_ARCH_LIST"])
     cuda_options = {
         "include_dirs": [f"{home}/include"],
         "library_dirs": [f"{home}/lib64"],
@@ -90,7 +107,7 @@ for stale in ROOT.glob("build/lib.*"):  # setuptools would pack modules that wer
     shutil.rmtree(stale)
 with_cuda = "no CUDA kernels"
 if CUDA:
-    with_cuda = f"CUDA {CUDA[1]} from {CUDA[0]} for {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    with_cuda = " ".join([f"CUDA {CUDA[1]} from {CUDA[0]} for {os.environ['TORCH_CUDA_ARCH_LIST']}", *GENERATIONS])
 print(f"ava_ext: building against torch {torch.__version__}, {with_cuda}", flush=True)
 
 

@@ -44,7 +44,6 @@ _RunKernel = ctypes.CFUNCTYPE(
 
 # multiprocessors; shared memory of one, of a block, reserved for each block; blocks of a cluster
 H100 = H200 = DeviceLimits(132, 228 * 1024, 227 * 1024, 1024, 8)
-B200 = DeviceLimits(148, 228 * 1024, 227 * 1024, 1024, 8)
 
 
 # -- The PTX

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from cuda_operators import H100, on_device
-from grid import IS_FULL
 from test_router_rows import test_expert_bias_changes_the_choice_alone as check_expert_bias
 from test_router_rows_properties import test_values_and_gradient as check_values_and_gradient
 
@@ -20,9 +19,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"] if IS_FULL else ["sm_90"])
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_router(number, architecture):
+def test_router(number):
     n_experts, k, n_rows, dtype, score, choice, mask, n_segments, form = CASES[number]
     case = {
         "n_layers": 2,
@@ -39,7 +37,7 @@ def test_router(number, architecture):
         "form": form,
         "seed": number,
     }
-    with on_device(H100, architecture, seed=number or None) as device:
+    with on_device(H100, seed=number or None) as device:
         check_values_and_gradient.hypothesis.inner_test(case)
     device.require_no_findings()
 

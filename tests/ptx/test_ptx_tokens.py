@@ -5,23 +5,20 @@ import math
 import pytest
 import torch
 from cuda_operators import H100, on_device
-from grid import IS_FULL
 from support.emulated_cuda import DeviceLimits
 from test_repetition import assert_agrees
 from test_row_weights import definition
 
 from ava_ext.ops.row_weights import count_rows
 
-ARCHITECTURES = ["sm_90", "sm_100"] if IS_FULL else ["sm_90"]
 IGNORED = -100
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("ngram_size", "n_tokens", "dtype"),
     [(0, 75, "int64"), (1, 75, "int64"), (2, 100, "int32"), (4, 75, "int64"), (3, 31, "int64"), (2, 110, "int64")],
 )
-def test_repetition(ngram_size, n_tokens, dtype, architecture):
+def test_repetition(ngram_size, n_tokens, dtype):
     random = torch.Generator().manual_seed(n_tokens + ngram_size)
 
     def tokens():
@@ -32,7 +29,7 @@ def test_repetition(ngram_size, n_tokens, dtype, architecture):
     targets = text if ngram_size < 2 else tokens()
     segments = (torch.rand(text.shape, generator=random) < 0.03).cumsum(1)
     for real in (torch.float32, torch.float64):
-        with on_device(H100, architecture, seed=ngram_size or None) as device:
+        with on_device(H100, seed=ngram_size or None) as device:
             assert_agrees(
                 text,
                 targets,
@@ -53,15 +50,14 @@ def test_repetition(ngram_size, n_tokens, dtype, architecture):
         device.require_no_findings()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("ngram_size", "n_tokens", "includes_row"), [(0, 75, False), (1, 75, True), (3, 300, True)])
-def test_repetition_of_many_tokens(ngram_size, n_tokens, includes_row, architecture):
+def test_repetition_of_many_tokens(ngram_size, n_tokens, includes_row):
     """In linear time, as on a device so small that no row may read its context."""
     random = torch.Generator().manual_seed(n_tokens + ngram_size)
     text = torch.randint(3, (2, n_tokens), generator=random)
     text[:, n_tokens // 2 :] = 1
     text[1, 5] = IGNORED
-    with on_device(DeviceLimits(0, 228 * 1024, 227 * 1024, 1024, 8), architecture, seed=ngram_size) as device:
+    with on_device(DeviceLimits(0, 228 * 1024, 227 * 1024, 1024, 8), seed=ngram_size) as device:
         assert_agrees(
             text,
             text.roll(-1, 1),
@@ -79,12 +75,11 @@ def test_repetition_of_many_tokens(ngram_size, n_tokens, includes_row, architect
     device.require_no_findings()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("count", [0, 8, 9, 57, 99, 100, 317])
-def test_temperature(count, architecture):
+def test_temperature(count):
     history = 2 + 0.3 * torch.randn(100, generator=torch.Generator().manual_seed(count))
     state = [torch.ones(()), history.clone(), torch.tensor(count), torch.tensor(6.5), torch.tensor(3.0)]
-    with on_device(H100, architecture) as device:
+    with on_device(H100) as device:
         torch.ops.ava_ext.temperature_step_(*state, 1.0, 1.5, 0.5, 2.0)
     device.require_no_findings()
     history[count % 100] = torch.tensor(6.5) / torch.tensor(3.0)
@@ -95,16 +90,15 @@ def test_temperature(count, architecture):
     assert torch.equal(state[1], history)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("batch_size", "n_tokens"), [(2, 9), (3, 401)])
-def test_row_weights(batch_size, n_tokens, dtype, architecture):
+def test_row_weights(batch_size, n_tokens, dtype):
     random = torch.Generator().manual_seed(n_tokens)
     targets = torch.randint(-1, 5, (batch_size, n_tokens), generator=random)
     keep = torch.rand(targets.shape, generator=random) < 0.8
     token_weights = torch.rand(targets.shape, generator=random, dtype=dtype)
     class_weights = torch.rand(5, generator=random, dtype=dtype)
-    with on_device(H100, architecture) as device:
+    with on_device(H100) as device:
         got = count_rows(targets, keep, token_weights, class_weights, None, -1, True, dtype)
     device.require_no_findings()
     lists = [tensor.tolist() for tensor in (targets, keep, token_weights, class_weights)]

@@ -9,6 +9,9 @@ import torch
 from support.ninja_library import ROOT, run_ninja
 
 SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
+# the kinds of GPU that kernels are compiled for: without and with clusters. setup.py assembles the PTX of each for all
+# generations of its kind
+KINDS = ("sm_80", "sm_90")
 _INCLUDE = Path(torch.__file__).parent / "include"
 
 
@@ -38,7 +41,7 @@ def assemble(architectures: Sequence[str]) -> list[Path]:
     lines = [f"rule assemble\n  command = {command}\n  description = ptxas $out"]
     cubins = []
     for architecture in architectures:
-        ptx = compile_ptx(architecture)
+        ptx = compile_ptx(KINDS[int(architecture.removeprefix("sm_")) >= 90])
         for source in SOURCES:
             cubins.append(folder / f"{source.stem}.{architecture}.cubin")
             path = os.path.relpath(ptx / f"{source.stem}.ptx", folder)  # that of a clone may hold spaces
