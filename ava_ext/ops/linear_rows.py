@@ -194,7 +194,9 @@ def by_chunks(
             if with_weight:
                 _add_product(grad_weight, logits, states, begin == 0)
             if with_bias:
-                grad_bias += logits.sum(0, dtype=real)
+                # on the CPU, sum makes a copy in its type first: of a few rows, it stays in the caches
+                for block in (logits,) if logits.is_cuda or dtype == real else logits.split(64):
+                    grad_bias += block.sum(0, dtype=real)
     if n_chosen == 0:
         grad_weight.zero_()
     del buffer, logits  # before the copies of lower precision
