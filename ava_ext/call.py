@@ -65,6 +65,8 @@ class Call:
         head_loss: main's cross-entropy for the logits of a further head; the pass over the rows sets it.
         recording: whether this call counts for what components learn; a tensor where a traced graph finds out.
         made: what parts share, each made by the first that asks.
+        learned: what parts learn from this call, each called with `recording` once the whole loss is computed: a call
+            that raises teaches nothing.
 
     Raises:
         ValueError: on an argument that is missing, superfluous, or of a shape that does not fit.
@@ -112,6 +114,7 @@ class Call:
     candidate_loss: CandidateLoss = dataclasses.field(init=False, repr=False)
     recording: bool | Tensor = dataclasses.field(init=False, default=False)
     made: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
+    learned: list[Callable[[bool | Tensor], None]] = dataclasses.field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.losses import immediate_repetition, ngram
+from ava_ext.losses import effective_logits, immediate_repetition, ngram
 from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
@@ -284,7 +284,7 @@ class NGramRepetitionPenalty(UnifiedLoss):
         >>> loss = loss + NGramRepetitionPenalty(3, vocab_size=32000)(logits, targets)
     """
 
-    ROW_TERMS = ()
+    ROW_TERMS = (effective_logits,)
     CANDIDATES = (ngram,)
     PARTS = ()
 
@@ -316,7 +316,7 @@ class SequenceRepetitionDetector(UnifiedLoss):
         >>> loss = loss + SequenceRepetitionDetector(vocab_size=32000)(logits, targets)
     """
 
-    ROW_TERMS = ()
+    ROW_TERMS = (effective_logits,)
     CANDIDATES = (immediate_repetition,)
     PARTS = ()
 
@@ -382,19 +382,27 @@ class MultiTokenPredictionLoss(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
-        dtype = accumulation_dtype(hidden_states.dtype)
+        if targets.is_floating_point() or targets.dtype == torch.bool:
+            raise ValueError(f"multi_token_prediction_loss: expected targets of integers, got {targets.dtype}")
+        dtype = accumulation_dtype(self.mtp.heads[0].weight.dtype)  # type: ignore[arg-type]
         targets = targets.long()
         rows = count_rows(self.config, targets, keep_rows(self.config, targets, attention_mask), None, None, dtype)
 
         def head_loss(logits: Any, targets: Tensor, row_weights: Tensor) -> RowLoss:
-            options = row_options(row_weights)
-            flags = int(RowFlags.CROSS_ENTROPY)
-            return row_loss(logits, targets, options, flags=flags, row_weights=row_weights, reduction="sum")
+            return row_loss(
+                logits,
+                targets,
+                row_options(row_weights),
+                flags=int(RowFlags.CROSS_ENTROPY),
+                row_weights=row_weights,
+                ignore_index=self.config.ignore_index,
+                reduction="sum",
+            )
 
         output = self.mtp(hidden_states, rows.targets, rows.weights, None, head_loss)
         if not return_detailed:
             return output.loss
-        return {"total_loss": output.loss, "mtp_loss": output.loss.detach(), **depth_metrics(output.depths)}
+        return {"total_loss": output.loss, "mtp_loss": output.loss.detach().clone(), **depth_metrics(output.depths)}
 
 
 class AuxiliaryFreeMoEBalancer(MoEBalancer):
@@ -428,4 +436,4 @@ class AuxiliaryFreeMoEBalancer(MoEBalancer):
         if not return_detailed:
             return balance.term
         metrics = {"moe_cv": balance.moe_cv, "moe_max_violation": balance.moe_max_violation}
-        return {"total_loss": balance.term, "moe_balancing_term": balance.term.detach(), **metrics}
+        return {"total_loss": balance.term, "moe_balancing_term": balance.term.detach().clone(), **metrics}

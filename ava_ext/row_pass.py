@@ -281,8 +281,8 @@ class RowPass(Float32Buffers):
                 tokens_include_row=call.context is not None,
                 **self._repetition_options,
             )
-            if call.prefix is not None:
-                n_prefix = call.prefix.shape[1]
+            n_prefix = tokens.shape[1] - rows.targets.shape[1]
+            if n_prefix > 0:
                 ids, weights, groups = candidates
                 candidates = Candidates(ids[:, n_prefix:], weights[:, n_prefix:], groups)
             if penalty_factor is not None:
@@ -305,12 +305,9 @@ def _with_prefix(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:  # each [b
     """Tokens, targets and segments in which repetition is looked for: the prefix belongs to the first row's segment."""
     targets, prefix, segments = call.rows.targets, call.prefix, call.segments
     tokens = targets if call.context is None else call.context
-    if prefix is None:
+    if prefix is None or targets.shape[1] == 0:
         return tokens, targets, segments
-    prefix_targets = prefix
-    if call.context is not None:  # a row's target is the token read next
-        read_next = torch.cat([prefix[:, 1:], tokens[:, :1]], 1)
-        prefix_targets = prefix.where(prefix == call.config.ignore_index, read_next)
     if segments is not None:
         segments = torch.cat([segments[:, :1].expand(prefix.shape), segments], 1)
-    return torch.cat([prefix, tokens], 1), torch.cat([prefix_targets, targets], 1), segments
+    # of the prefix's rows nothing is asked but whether they count: any token will do for their target
+    return torch.cat([prefix, tokens], 1), torch.cat([prefix, targets], 1), segments

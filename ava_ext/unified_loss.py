@@ -128,7 +128,8 @@ class UnifiedLoss(nn.Module):
     ) -> Tensor:  # [] int64; with token_weights or class_weights float32
         """N of exactly this loss: how many rows of these targets count, or the sum of their weights.
 
-        Nothing waits for the device.
+        Nothing waits for the device. It is 0 where no row counts, or every class has weight 0; the loss itself then
+        divides by 1.
 
         Args:
             targets, attention_mask, position_ids, segment_ids, cu_seqlens, token_weights: as forward gets them.
@@ -249,7 +250,8 @@ class UnifiedLoss(nn.Module):
             `LossMeter` adds up such dicts over micro-batches and ranks.
 
         Raises:
-            ValueError: an input is missing, superfluous, or of the wrong shape.
+            ValueError: an input is missing, or of the wrong shape, or contradicts another. What belongs to a component
+                that is off is not looked at.
             TypeError: an input is not a tensor.
             IndexError: a counted target is out of range (CPU).
         """
@@ -329,7 +331,9 @@ class UnifiedLoss(nn.Module):
             call.recording = first_run if self.training else False
 
     def _learn(self, call: Call, rows: RowPassOutput) -> None:
-        """Records the cross-entropy for the temperature and, with auto_step, commits what this call has taught."""
+        """Records what this call has taught and, with auto_step, commits it."""
+        for record in call.learned:
+            record(call.recording)
         if self.config.temperature_adapts:
             loss_sum = rows.terms[CROSS_ENTROPY].sum()
             self.temperature.record(call.recording, pending_loss=loss_sum, pending_rows=call.rows.n_counted)
@@ -352,16 +356,17 @@ class UnifiedLoss(nn.Module):
             terms = {key: call.like_targets(term) for key, term in terms.items()}
         else:
             weighted = weighted.flatten(1).sum(1)
-        addends = dict(zip(rows.names, weighted.unbind(), strict=True)) | terms
-        zero = torch.zeros_like(addends["main_loss"])
+        # copies: what is done to one entry in place is done to no other, and not to the loss
+        addends = dict(zip(rows.names, weighted.unbind(), strict=True)) | {k: term.clone() for k, term in terms.items()}
+        addends |= {key: torch.zeros_like(addends["main_loss"]) for key in self._keys if key not in addends}
         n_counted = call.rows.n_counted
         cross_entropy, entropy, accuracy = (
             rows.terms[CROSS_ENTROPY : CROSS_ENTROPY + 3].flatten(1).sum(1) / n_counted.clamp_min(1)
         ).unbind()
         return (
             {"total_loss": total}
-            | {key: addends.get(key, zero).detach() for key in self._keys}
-            | {name: addends["main_loss"] for name in self._main_metrics}
+            | {key: addends[key].detach() for key in self._keys}
+            | {name: addends["main_loss"].clone() for name in self._main_metrics}
             | {
                 "cross_entropy": cross_entropy,
                 "perplexity": cross_entropy.exp(),

@@ -14,6 +14,8 @@ from ava_ext.losses import (
     DeepSeekLoss,
     FocalLoss,
     LabelSmoothingLoss,
+    NGramRepetitionPenalty,
+    SequenceRepetitionDetector,
 )
 
 V = 7
@@ -149,3 +151,43 @@ def test_auto_step_may_be_turned_on():
 def test_bad_schedules_raise(options):
     with pytest.raises(ValueError, match="adaptive_anti_repetition_loss: expected warmup_steps >= 1 and weights >= 0"):
         AdaptiveAntiRepetitionLoss(V, **options)
+
+
+@pytest.mark.parametrize("options", [{"initial_temperature": 2.0}, {"logit_softcap": 2.0}, {"logit_scale": 0.3}])
+@pytest.mark.parametrize(
+    ("preset", "key", "on"),
+    [
+        (
+            NGramRepetitionPenalty,
+            "ngram_penalty",
+            {"use_ngram_penalty": True, "ngram_size": 3, "ngram_penalty_weight": 1.0},
+        ),
+        (
+            SequenceRepetitionDetector,
+            "immediate_repetition_penalty",
+            {"use_immediate_repetition_penalty": True, "immediate_repetition_weight": 1.0},
+        ),
+    ],
+)
+def test_a_penalty_alone_reads_the_effective_logits(preset, key, on, options):
+    numbers = Numbers(0)
+    logits, targets = numbers.normal(1, 8, V), torch.tensor([[1, 2, 3, 1, 2, 4, 4, 1]])
+    alone = preset(penalty_weight=1.0, vocab_size=V, **options)(logits, targets, return_detailed=True)
+    whole = UnifiedLoss(V, **STANDARD, **on, **options)(logits, targets, return_detailed=True)
+    assert alone["total_loss"] > 0
+    for name in ("total_loss", "temperature"):
+        torch.testing.assert_close(alone[name], whole[key if name == "total_loss" else name])
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0])
+@pytest.mark.parametrize(("of_heads", "of_states"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_heads_alone_take_their_ignore_index_and_mixed_precisions(ignore_index, of_heads, of_states):
+    mtp = ava_ext.MultiTokenPredictionLoss(V, HIDDEN_SIZE, 1, ignore_index=ignore_index).to(of_heads)
+    hidden_states, targets = Numbers(0).normal(1, 4, HIDDEN_SIZE).to(of_states), torch.tensor([[1, 2, 3, ignore_index]])
+    got = mtp(hidden_states, targets, return_detailed=True)
+    logits = mtp.mtp.heads[0](mtp.mtp.norm(hidden_states.to(of_heads)))[0, :2]
+    expected = F.cross_entropy(logits, targets[0, 1:3])
+    torch.testing.assert_close(got["mtp_loss_depth_1"], expected)
+    torch.testing.assert_close(got["total_loss"], mtp.mtp.weight * expected * 2 / 3)
+    with pytest.raises(ValueError, match=r"expected targets of integers, got torch\.float32"):
+        mtp(hidden_states, targets.float())

@@ -264,6 +264,24 @@ def test_a_prefix_changes_what_repeats():
     torch.testing.assert_close(more, torch.tensor([[0.0, -0.1 * math.log(1 - 1 / V)]]))
 
 
+def test_a_masked_token_of_the_prefix_takes_one_row_from_the_length():
+    """Not two: the row before it counts, whose target was there."""
+    options = {"eos_token_id": 2, "min_sequence_length": 4, "eos_penalty_weight": 1.0}
+    loss_fn = UnifiedLoss(V + 1, primary_loss_type="standard", reduction="none", **options)
+    logits, targets = torch.zeros(1, 3, V + 1), torch.tensor([[3, 4, 5]])
+    arguments = {"input_ids": torch.tensor([[5, 3, 4]]), "prefix_ids": torch.tensor([[5, 3, -100]])}
+    penalties = loss_fn(logits, targets, **arguments, return_detailed=True)["eos_penalty"]
+    assert (penalties > 0).tolist() == [[True, True, False]]  # two rows of the prefix count: these come third to fifth
+
+
+@pytest.mark.parametrize("name", ["input_ids", "segment_ids", None])
+def test_an_empty_part_of_a_text_with_a_prefix(name):
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", use_ngram_penalty=True)
+    nothing = torch.zeros(2, 0, dtype=torch.int64)
+    given = {} if name is None else {name: nothing}
+    assert loss_fn(torch.zeros(2, 0, V), nothing, prefix_ids=torch.ones(2, 3, dtype=torch.int64), **given) == 0
+
+
 def test_prefixes_that_do_not_fit_raise():
     logits, targets = torch.zeros(2, 3, V), torch.ones(2, 3, dtype=torch.int64)
     loss_fn = UnifiedLoss(V, primary_loss_type="standard", use_immediate_repetition_penalty=True)

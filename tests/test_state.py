@@ -338,3 +338,24 @@ def test_what_is_pending_follows_buffers_that_are_moved_one_by_one():
         assert losses[0] == losses[1]
         loss_fn.step(), other.step()
     assert loss_fn.temperature.value == other.temperature.value != 1
+
+
+@pytest.mark.parametrize("update", ["sign", "quantile"])
+def test_a_call_that_raises_teaches_nothing(update):
+    options = {"use_moe_balancing": True, "num_experts": 4, "num_experts_per_token": 2, "router_score": "sigmoid"}
+    options |= {"expert_bias_update": update, "use_contrastive_loss": True, "auto_step": False, "use_mtp": True}
+    loss_fn = UnifiedLoss(6, primary_loss_type="standard", mtp_type="adaptive", num_future_tokens=1, **options)
+    numbers = Numbers(0)
+    logits, targets = numbers.normal(1, 8, 6), numbers.integers(0, 6, 1, 8)
+    given = {"gate_logits": numbers.normal(8, 4), "additional_logits": [logits]}
+    given["confidence_scores"] = numbers.uniform(1, 8)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="use_contrastive_loss needs contrastive_pair or hidden_states"):
+            loss_fn(logits, targets, **given)
+    loss_fn(logits, targets, **given, hidden_states=numbers.normal(1, 8, 3))
+    if update == "quantile":
+        assert loss_fn.moe_balancer.pending_required_bias.sum() == 8 * 4
+    loss_fn.step()
+    statistics = loss_fn.get_loss_statistics()
+    assert statistics["moe_balancing"]["total_tokens"] == 8
+    assert statistics["adaptive_mtp"]["count"] == 1

@@ -331,3 +331,20 @@ if __name__ == "__main__":
     status = pytest.main([__file__, "-q", "-p", "no:terminalreporter", *sys.argv[1:]], plugins=[_LinePerTest()])
     print("All tests passed! ✓" if status == 0 else "Some tests failed ✗")
     sys.exit(status)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_entries_share_no_memory(reduction):
+    """What is done to one in place, such as a sum over ranks, changes no other, and not the loss."""
+    options = {"use_focal_loss": True, "use_mtp": True, "mtp_type": "adaptive", "num_future_tokens": 1}
+    loss_fn = UnifiedLoss(6, primary_loss_type="standard", reduction=reduction, **options)
+    numbers = Numbers(0)
+    given = {"additional_logits": [numbers.normal(2, 5, 6)], "confidence_scores": numbers.uniform(2, 5)}
+    result = loss_fn(numbers.normal(2, 5, 6), numbers.integers(0, 6, 2, 5), **given, return_detailed=True)
+    before = {name: value.clone() for name, value in result.items()}
+    for name, value in result.items():
+        value.add_(1)
+        for other in result:
+            expected = before[other] + 1 if other == name else before[other]
+            torch.testing.assert_close(result[other], expected, rtol=0, atol=0, msg=f"{name} changes {other}")
+        value.copy_(before[name])

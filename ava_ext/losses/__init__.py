@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ava_ext.losses import (
     confidence_penalty,
     distillation,
+    effective_logits,
     eos,
     focal,
     immediate_repetition,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ava_ext.losses.component import Part
 
 # modules whose from_config gives a RowTerm: flags and options of the row kernel
-ROW_TERMS = (primary, focal, reweighting, z_loss, confidence_penalty)
+ROW_TERMS = (effective_logits, primary, focal, reweighting, z_loss, confidence_penalty)
 # modules whose from_config gives a CandidateSource; the first three in the order of repetition_candidates' groups, soft
 # targets last
 CANDIDATES = (immediate_repetition, eos, ngram, negatives, distillation)

@@ -12,7 +12,7 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DepthMeans,
-    active_weights,
+    active_rows,
     connected,
     counted_ahead,
     depth_means,
@@ -41,6 +41,7 @@ class AdaptiveMTPTerms(NamedTuple):
     depths: DepthMeans  # of [n_heads]: loss, accuracy and acceptance of each head; detached
     mean_confidence: Tensor  # []  over rows whose head 1 has a target; detached
     mean_target_probability: Tensor  # []  over the same rows, what head 1 gives its target; detached
+    n_targets: Tensor  # []  int64, number of these rows
 
 
 def adaptive_mtp_terms(
@@ -73,7 +74,7 @@ def adaptive_mtp_terms(
     Args:
         additional_logits: of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k]. A list may hold
             LinearLogits, whose logits are never computed as a whole.
-        targets: the target of each row at depth 0 (the next token).
+        targets: the target of each row at depth 0 (the next token); ignore_index where the row does not count.
         row_weights: token weight / N of each row at depth 0, and 0 where it does not count. No gradient.
         segments: contiguous documents of packed rows; None: each batch row is one segment.
         head_loss: the cross-entropy of the main term, (logits, targets, row_weights) -> RowLoss: the sum over rows, or
@@ -103,7 +104,7 @@ def adaptive_mtp_terms(
         return _switched_off(heads, targets, row_weights, confidence_scores, per_row)
     batch_size, n_tokens = targets.shape
     dtype = torch.float64 if heads[0].dtype == torch.float64 else torch.float32
-    weights = active_weights(row_weights.detach().to(dtype), mtp_active)
+    targets, weights = active_rows(targets, row_weights.detach().to(dtype), mtp_active, ignore_index)
     confidence = None
     if confidence_scores is not None:
         confidence = _rows(confidence_scores, batch_size, n_tokens).to(dtype)
@@ -124,7 +125,9 @@ def adaptive_mtp_terms(
     is_target = rows.targets[0] != ignore_index
     regularization = torch.zeros_like(weights)
     if confidence is not None:
-        certainty = confidence.clamp(CONFIDENCE_MARGIN, 1 - CONFIDENCE_MARGIN)
+        certainty = torch.where(is_target, confidence, 0.5)  # what is not looked at may be nan
+        # the value is bounded, its derivative stays: a head that is too sure of itself has to learn it
+        certainty = certainty + (certainty.clamp(CONFIDENCE_MARGIN, 1 - CONFIDENCE_MARGIN) - certainty).detach()
         cross_entropy = -(probability * certainty.log() + (1 - probability) * torch.log1p(-certainty))
         row_weight = confidence_reg_strength * counted_ahead(weights, segments, 1)
         regularization = torch.where(is_target, cross_entropy, 0.0) * row_weight
@@ -135,6 +138,7 @@ def adaptive_mtp_terms(
         depths=depth_means(of_heads, rows.targets, ignore_index),
         mean_confidence=_mean_of(seen, is_target),
         mean_target_probability=_mean_of(probability, is_target),
+        n_targets=is_target.sum(),
     )
 
 
@@ -191,14 +195,15 @@ def _switched_off(
     zeros = torch.zeros(targets.shape if per_row else (), dtype=dtype, device=targets.device)
     mtp_loss, regularization = connected(zeros, parts_of_heads(heads)), connected(zeros.clone(), [confidence_scores])
     nothing = torch.zeros((), dtype=dtype, device=targets.device)
-    return AdaptiveMTPTerms(mtp_loss, regularization, no_means(nothing, len(heads)), nothing, nothing)
+    means = no_means(nothing, len(heads))
+    return AdaptiveMTPTerms(mtp_loss, regularization, means, nothing, nothing, n_targets=nothing.long())
 
 
 class AdaptiveMTP(LearnedState, Part):
     """adaptive_mtp_terms with the options of a configuration, and running averages for get_loss_statistics().
 
-    In training with grad enabled, a call adds to the averages at the next step(), if it is not switched off, has a row
-    that counts and is finite.
+    In training with grad enabled, a call adds to the averages at the next step(), if it is not switched off, head 1 has
+    a target in it and it is finite.
 
     Args:
         num_future_tokens: how many heads are expected.
@@ -269,7 +274,7 @@ class AdaptiveMTP(LearnedState, Part):
         heads = self._heads_of(call)
         if call.is_flat:
             heads = [head.unsqueeze(0) for head in heads]
-            if confidence is not None and len(confidence) == rows.targets.numel():
+            if confidence is not None and confidence.shape[:1] == (rows.targets.numel(),):
                 confidence = confidence.unsqueeze(0)
         if not heads:
             active = False
@@ -285,8 +290,10 @@ class AdaptiveMTP(LearnedState, Part):
             mtp_active=active,
             depth_weights=call.mtp_depth_weights,
             per_row=call.config.reduction == "none",
-            recording=call.recording,
+            recording=False,
         )
+        if active is not False:
+            call.learned.append(lambda recording: self._record_averages(recording, terms))
         addends = {"mtp_loss": terms.mtp_loss}
         if self.calibrates:
             addends["confidence_regularization"] = terms.confidence_regularization
@@ -348,12 +355,19 @@ class AdaptiveMTP(LearnedState, Part):
             learns = self.training and torch.is_grad_enabled() and not is_exporting()
             recording = learns and is_first_run(row_weights)
         if recording is not False and mtp_active is not False:
-            values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])
-            counts = (active_weights(row_weights, mtp_active) != 0).any()
-            is_seen = counts & values.isfinite().all()  # one nan would stay in the sums for ever
-            seen_values = torch.where(is_seen, values, 0.0)
-            self.record(recording, pending_sums=seen_values, pending_count=is_seen.to(torch.int64))
+            self._record_averages(recording, terms)
         return terms
+
+    @torch.no_grad()
+    def _record_averages(
+        self,
+        recording: bool | Tensor,  # [] bool
+        terms: AdaptiveMTPTerms,
+    ) -> None:
+        values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])
+        is_seen = (terms.n_targets > 0) & values.isfinite().all()  # one nan would stay in the sums for ever
+        seen_values = torch.where(is_seen, values, 0.0)
+        self.record(recording, pending_sums=seen_values, pending_count=is_seen.to(torch.int64))
 
     @torch.no_grad()
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:

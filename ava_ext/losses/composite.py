@@ -65,4 +65,4 @@ class CompositeLoss(nn.Module):
             total = total + part
         if not return_detailed:
             return total
-        return {"total_loss": total} | {name: part.detach() for name, part in parts.items()}
+        return {"total_loss": total} | {name: part.detach().clone() for name, part in parts.items()}

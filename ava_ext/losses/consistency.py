@@ -81,7 +81,7 @@ class ConsistencyLoss(nn.Module):
         loss = self.temperature**2 * rows.sum() / (max(n_rows, 1) if isinstance(n_rows, int) else n_rows)
         if not return_detailed:
             return loss
-        return {"total_loss": loss, "consistency_loss": loss.detach()}
+        return {"total_loss": loss, "consistency_loss": loss.detach().clone()}
 
     def _log_probability(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -294,7 +294,7 @@ class ContrastiveLoss(Part):
         loss = self.weight * loss
         if not return_detailed:
             return loss
-        return {"total_loss": loss, "contrastive_loss": loss.detach()}
+        return {"total_loss": loss, "contrastive_loss": loss.detach().clone()}
 
 
 def _two_tensors(pair: Any) -> tuple[Tensor, Tensor]:

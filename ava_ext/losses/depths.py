@@ -103,7 +103,7 @@ def depth_rows(
     Raises:
         ValueError: depth_weights of another shape, or that require grad.
     """
-    counted = row_weights != 0
+    counted = targets != ignore_index
     depths = range(1, n_depths + 1)
     shifted = torch.stack([shift_targets(targets, segments, counted, k, ignore_index) for k in depths])
     weights = torch.stack([counted_ahead(row_weights, segments, k) for k in depths])
@@ -120,30 +120,33 @@ def depth_rows(
     return DepthRows(shifted, weights)
 
 
-def active_weights(
+def active_rows(
+    targets: Tensor,  # [batch_size, n_tokens]
     row_weights: Tensor,  # [batch_size, n_tokens]
     mtp_active: bool | Tensor | None,  # [] or [batch_size] bool, or numbers that are 0 where it is off
-) -> Tensor:
-    """Weights of the rows whose heads are on, and 0 of the others: to every depth, those then do not count.
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Targets and weights of the rows whose heads are on; the others have ignore_index and 0: no depth counts them.
 
     Returns:
-        [batch_size, n_tokens].
+        [batch_size, n_tokens] twice.
 
     Raises:
         ValueError: mtp_active of another shape.
 
     Example:
-        >>> active_weights(torch.tensor([[0.5, 0.5], [1.0, 1.0]]), torch.tensor([True, False]))
-        tensor([[0.5000, 0.5000],
-                [0.0000, 0.0000]])
+        >>> targets, weights = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[0.5, 0.5], [1.0, 1.0]])
+        >>> active_rows(targets, weights, torch.tensor([True, False]), -100)[0]
+        tensor([[   5,    6],
+                [-100, -100]])
     """
     if not isinstance(mtp_active, Tensor):
-        return row_weights
+        return targets, row_weights
     shape, batch_size = list(mtp_active.shape), len(row_weights)
     if shape not in ([], [batch_size]):
         raise ValueError(f"multi_token_prediction: expected mtp_active of shape [] or [{batch_size}], got {shape}")
-    is_active = mtp_active.bool()
-    return torch.where(is_active.unsqueeze(1) if shape else is_active, row_weights, 0.0)
+    is_active = mtp_active.bool().unsqueeze(1) if shape else mtp_active.bool()
+    return torch.where(is_active, targets, ignore_index), torch.where(is_active, row_weights, 0.0)
 
 
 class DepthLosses(NamedTuple):

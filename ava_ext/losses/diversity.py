@@ -88,7 +88,7 @@ class DiversityLoss(Part):
             loss = self.weight * self._mean_similarity(outputs, mask)
         if not return_detailed:
             return loss
-        return {"total_loss": loss, "diversity_loss": loss.detach()}
+        return {"total_loss": loss, "diversity_loss": loss.detach().clone()}
 
     def _mean_similarity(self, outputs: Tensor, mask: Tensor | None) -> Tensor:
         n_experts = outputs.shape[0]

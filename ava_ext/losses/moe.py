@@ -167,8 +167,10 @@ class MoEBalancer(LearnedState, Part):
         if self.has_quantiles and call.recording is not False and call.gate_logits is not None:
             layers = layered_gate_logits(call.gate_logits, self.n_layers)
             row_mask = call.padding_free(layers_shape(layers)[1])
-            self._record_required_bias(call.recording, layers, call.expert_indices, row_mask)
-        balance = self.balance(statistics, call.recording)
+            counts = self._count_required_bias(layers, call.expert_indices, row_mask)
+            call.learned.append(lambda recording: self.record(recording, pending_required_bias=counts))
+        call.learned.append(lambda recording: self._record_choices(recording, statistics))
+        balance = self.balance(statistics)
         metrics = {"moe_cv": balance.moe_cv, "moe_max_violation": balance.moe_max_violation}
         return Addends({"moe_balancing_term": call.rows.batch_share * balance.term}, metrics)
 
@@ -204,8 +206,10 @@ class MoEBalancer(LearnedState, Part):
         statistics = self.measure(gate_logits, expert_indices, row_mask)
         if self.has_quantiles and recording is not False:
             of_layers = layered_gate_logits(gate_logits, self.n_layers)
-            self._record_required_bias(recording, of_layers, expert_indices, row_mask)
-        return self.balance(statistics, recording)
+            counts = self._count_required_bias(of_layers, expert_indices, row_mask)
+            self.record(recording, pending_required_bias=counts)
+        self._record_choices(recording, statistics)
+        return self.balance(statistics)
 
     def measure(
         self,
@@ -245,13 +249,12 @@ class MoEBalancer(LearnedState, Part):
         return self.read("expert_bias")
 
     @torch.no_grad()
-    def _record_required_bias(
+    def _count_required_bias(
         self,
-        recording: bool | Tensor,  # [] bool
         layers: list[Tensor],  # of [n_layers, ..., n_experts]
         expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n_rows, k] per layer
         row_mask: Tensor | None,  # n_rows elements, bool
-    ) -> None:
+    ) -> Tensor:  # [n_layers, n_experts, N_BINS] int32
         """For quantile balancing, once the arguments have been checked."""
         n_layers, n_rows, _ = layers_shape(layers)
         k = self.k
@@ -262,21 +265,25 @@ class MoEBalancer(LearnedState, Part):
                 f"moe_balancer: expert_bias_update='quantile' expected k below num_experts = {self.n_experts}, got {k}"
             )
         mask = None if row_mask is None else row_mask.reshape(n_rows)
-        counts = count_required_bias(layers, mask, self.read("expert_bias"), k)
-        self.record(recording, pending_required_bias=counts)
+        return count_required_bias(layers, mask, self.read("expert_bias"), k)
 
-    def balance(
+    @torch.no_grad()
+    def _record_choices(
         self,
-        statistics: RouterStatistics,
         recording: bool | Tensor,  # [] bool
-    ) -> MoEBalance:
-        """As forward, from statistics that have been measured."""
+        statistics: RouterStatistics,
+    ) -> None:
+        scores, n_rows = statistics.probability_sum.detach(), statistics.n_rows[0].to(torch.int64)
+        is_sound = scores.isfinite().all()  # one nan would stay in the sums for ever
         self.record(
             recording,
             pending_counts=statistics.counts,
-            pending_scores=statistics.probability_sum.detach(),
-            pending_tokens=statistics.n_rows[0].to(torch.int64),
+            pending_scores=torch.where(is_sound, scores, 0.0),
+            pending_tokens=torch.where(is_sound, n_rows, 0),
         )
+
+    def balance(self, statistics: RouterStatistics) -> MoEBalance:
+        """As forward, from statistics that have been measured; records nothing."""
         load = self.read("expert_load")
         mean_probability = statistics.probability_sum / statistics.n_rows.clamp_min(1).unsqueeze(-1)
         steering = ((load - 1 / self.n_experts) * mean_probability).sum(dim=-1).mean()

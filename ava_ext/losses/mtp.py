@@ -15,7 +15,7 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DEPTH_METRICS,
     DepthMeans,
-    active_weights,
+    active_rows,
     connected,
     depth_means,
     depth_metrics,
@@ -151,7 +151,7 @@ class MultiTokenPrediction(Part):
             loss = connected(zeros, (*self.parameters(), call.hidden_states, *(() if self.detach_head else head)))
             return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         hidden_states = call.required("hidden_states", "use_mtp")
-        of_rows = (rows.targets, active_weights(rows.weights, active), call.segments)
+        of_rows = (*active_rows(rows.targets, rows.weights, active, self.ignore_index), call.segments)
         loss, means = self(hidden_states, *of_rows, call.head_loss, *head, depth_weights=call.mtp_depth_weights)
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 
@@ -170,7 +170,7 @@ class MultiTokenPrediction(Part):
 
         Args:
             hidden_states: the model's last hidden states, from which the logits are computed.
-            targets: the target of each row at depth 0 (the next token).
+            targets: the target of each row at depth 0 (the next token); ignore_index where the row does not count.
             row_weights: token weight / N of each row at depth 0, and 0 where it does not count. No gradient.
             segments: contiguous documents of packed rows; None: each batch row is one segment.
             head_loss: the main term's cross-entropy, (logits, targets, row_weights) -> RowLoss: the sum, or each row.

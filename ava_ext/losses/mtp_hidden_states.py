@@ -11,7 +11,7 @@ from ava_ext.call import Call, Logits
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
-    active_weights,
+    active_rows,
     connected,
     depth_means,
     depth_metrics,
@@ -87,8 +87,7 @@ class HiddenStatesMTP(Part):
             loss = connected(zeros, () if heads is None else parts_of_heads(heads))
             return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, self.n_depths)))
         of_depths = depth_rows(
-            rows.targets,
-            active_weights(rows.weights.detach(), active),
+            *active_rows(rows.targets, rows.weights.detach(), active, self.ignore_index),
             call.segments,
             self.n_depths,
             self.ignore_index,
@@ -108,9 +107,9 @@ class HiddenStatesMTP(Part):
             return None
         if states is not None and logits is not None:
             raise ValueError("unified_loss: expected mtp_hidden_states or additional_logits, got both")
-        if states is not None:
+        if logits is None:
             return self._shared_head(call, states)
-        return self._given_heads(call, [] if logits is None else list(logits))
+        return self._given_heads(call, [logits] if isinstance(logits, LinearLogits) else list(logits))
 
     def _shared_head(
         self,

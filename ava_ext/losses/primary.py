@@ -1,15 +1,14 @@
-"""The main term: temperature-scaled, soft-capped cross-entropy with label smoothing.
+"""The main term: cross-entropy with label smoothing.
 
     uniform:         (1 - e) n - e mean_j log softmax(z)_j                (as torch.nn.functional.cross_entropy)
     exclude_target:  (1 - e) n - e mean_{j != target} log softmax(z)_j    (computed as uniform with e V / (V - 1))
     class_weights w: (1 - e) w_target n - e mean_j w_j log softmax(z)_j
     target_probabilities q: -(1 - e) sum_j q_j log softmax(z)_j - e mean_j log softmax(z)_j
 
-z = softcap(logit_scale logits) / T are the effective logits of the V columns that are not masked, n is -log
+z are the effective logits (`losses.effective_logits`) of the V columns that are not masked, n is -log
 softmax(z)_target, and e is label_smoothing.
 
-Sources: Szegedy et al. 2016, "Rethinking the Inception architecture" (smoothing); Gemma 2, 2024 (soft cap); Cohere and
-Granite (scale).
+Source: Szegedy et al. 2016, "Rethinking the Inception architecture" (smoothing).
 """
 
 from __future__ import annotations
@@ -26,15 +25,6 @@ def from_config(config: UnifiedLossConfig) -> RowTerm:
         flags |= RowFlags.LABEL_SMOOTHING
         if config.smoothing_mode == "exclude_target":
             flags |= RowFlags.EXCLUDE_TARGET
-    if config.logit_softcap is not None:
-        flags |= RowFlags.SOFTCAP
     if config.class_weights is not None:
         flags |= RowFlags.TARGET_WEIGHTS
-    options = {
-        "temperature": config.initial_temperature,
-        "label_smoothing": config.label_smoothing,
-        "logit_scale": config.logit_scale,
-    }
-    if config.logit_softcap is not None:
-        options["logit_softcap"] = config.logit_softcap
-    return RowTerm("main_loss", flags, options)
+    return RowTerm("main_loss", flags, {"label_smoothing": config.label_smoothing})

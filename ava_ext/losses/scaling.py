@@ -32,8 +32,12 @@ class AdaptiveLossScaling(nn.Module):
 
     def __init__(self, names: Sequence[str], initial_log_variance: float = 0.0) -> None:
         super().__init__()
-        if isinstance(names, str) or not names or len(set(names)) != len(names):
-            raise ValueError(f"adaptive_loss_scaling: expected names to be a list of different names, got {names!r}")
+        taken = {"total_loss", *(f"weight_{name}" for name in names)}  # by other entries of the dict
+        if isinstance(names, str) or not names or len(set(names)) != len(names) or taken & set(names):
+            raise ValueError(
+                "adaptive_loss_scaling: expected names to be a list of different names, none of them 'total_loss' or "
+                f"weight_<another name>, got {names!r}"
+            )
         self.initial_log_variance = float(initial_log_variance)
         self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.empty(())) for name in names})
         self.reset_parameters()

@@ -7,8 +7,10 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._pytree import tree_leaves
 
+from ava_ext import UnifiedLoss
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP, adaptive_mtp_terms
+from ava_ext.losses.depths import counted_ahead
 from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.softmax_rows import TERM_NAMES, RowLoss
 
@@ -185,9 +187,12 @@ def test_switched_by_a_tensor():
             torch.testing.assert_close(term, value * active.reshape(-1, 1), rtol=1e-12, atol=1e-18)
 
 
+NOTHING_COUNTS = {"row_weights": torch.zeros(BATCH, LENGTH), "targets": torch.full((BATCH, LENGTH), -100)}
+
+
 def test_no_counted_row():
     inputs = make_inputs()
-    inputs["row_weights"] = torch.zeros(BATCH, LENGTH)
+    inputs |= NOTHING_COUNTS
     leaves = [inputs[name].requires_grad_() for name in ("additional_logits", "confidence_scores")]
     terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
     assert all((value == 0).all() for value in tree_leaves(terms))
@@ -216,7 +221,10 @@ def test_running_averages():
     adaptive(**make_inputs(7), head_loss=head_loss, mtp_active=torch.tensor(False))
     with torch.no_grad():
         adaptive(**make_inputs(8), head_loss=head_loss)
-    adaptive(**(make_inputs(7) | {"row_weights": torch.zeros(BATCH, LENGTH)}), head_loss=head_loss)
+    adaptive(**(make_inputs(7) | NOTHING_COUNTS), head_loss=head_loss)
+    one_token = {name: value[..., :1] for name, value in make_inputs(7).items() if name != "additional_logits"}
+    one_token["additional_logits"] = make_inputs(7)["additional_logits"][:, :, :1]
+    adaptive(**one_token, head_loss=head_loss)  # head 1 has no target in it
     adaptive(
         **(make_inputs(7) | {"additional_logits": torch.full((1, BATCH, LENGTH, VOCAB), torch.nan)}),
         head_loss=head_loss,
@@ -278,3 +286,34 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             adaptive_mtp_terms(**(inputs | change), head_loss=head_loss)
+
+
+@pytest.mark.parametrize("logit", [-14.0, 12.0, 14.0])
+def test_a_confidence_that_is_too_sure_is_corrected(logit):
+    inputs, leaf = make_inputs(), torch.zeros(BATCH, LENGTH, dtype=torch.float64, requires_grad=True)
+
+    def gradient(logits):
+        terms = adaptive_mtp_terms(**inputs | {"confidence_scores": logits.sigmoid()}, head_loss=head_loss)
+        return torch.autograd.grad(terms.confidence_regularization, leaf)[0]
+
+    weights = UnifiedLossConfig.confidence_reg_strength * counted_ahead(inputs["row_weights"], inputs["segments"], 1)
+    weighted_probability = 0.5 * weights - gradient(leaf)  # at a confidence of 1/2 it is weight (1/2 - q)
+    confidence = torch.tensor(logit, dtype=torch.float64).sigmoid()
+    bounded = confidence.clamp(1e-6, 1 - 1e-6)
+    slope = confidence * (1 - confidence) / (bounded * (1 - bounded))  # of sigmoid, which goes on, over its bound's
+    got = gradient(leaf + logit)
+    torch.testing.assert_close(got, (bounded * weights - weighted_probability) * slope, rtol=1e-9, atol=1e-15)
+    assert (got[weights > 0] != 0).all()
+
+
+def test_a_confidence_of_no_shape_is_named():
+    loss_fn = UnifiedLoss(VOCAB, primary_loss_type="adaptive_mtp", num_future_tokens=1)
+    logits, targets = torch.zeros(4, VOCAB), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"expected confidence_scores of shape .*, got \[\]"):
+        loss_fn(
+            logits,
+            targets,
+            additional_logits=[logits],
+            confidence_scores=torch.tensor(0.5),
+            segment_ids=torch.zeros(4, dtype=torch.int64),
+        )

@@ -358,3 +358,15 @@ def test_a_centred_bias_has_the_differences_of_the_other():
         assert plain.expert_bias.mean(-1).abs().max() > 1e-3  # or nothing would be tested
         difference = plain.expert_bias - plain.expert_bias.mean(-1, keepdim=True)
         torch.testing.assert_close(centred.expert_bias, difference, rtol=0, atol=1e-8)
+
+
+def test_a_nan_does_not_stay_in_the_scores():
+    balancer = MoEBalancer(4, 2, expert_bias_rate=0.0)
+    gate_logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    with_nan = gate_logits.clone()
+    with_nan[0] = torch.nan
+    for given in (with_nan, gate_logits):
+        balancer(given)
+        balancer.step()
+    expected = gate_logits.softmax(-1).mean(0, keepdim=True)
+    torch.testing.assert_close(balancer.statistics()["expert_scores"], expected)

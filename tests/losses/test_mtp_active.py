@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.processes import on_ranks
+from support.strategies import Numbers
 
 from ava_ext import LinearLogits, UnifiedLoss
 
@@ -278,3 +279,21 @@ def test_what_only_looks_like_a_flag_is_refused(active):
     logits, targets = torch.randn(2, 4, 11), torch.zeros(2, 4, dtype=torch.long)
     with pytest.raises(TypeError, match="expected mtp_active to be a bool"):
         loss_fn(logits, targets, hidden_states=torch.randn(2, 4, 8), mtp_active=active)
+
+
+@pytest.mark.parametrize("mtp_type", ["deepseek", "adaptive", "hidden_states"])
+def test_metrics_count_rows_of_weight_0(mtp_type):
+    """As cross_entropy does: means over rows are unweighted."""
+    numbers = Numbers(0)
+    options = {"mtp_type": mtp_type, "use_confidence_weighting": False, "num_future_tokens": 1}
+    loss_fn = UnifiedLoss(7, 4, primary_loss_type="standard", use_mtp=True, **options).double()
+    given = {"logits": numbers.normal(1, 5, 7), "targets": numbers.integers(0, 7, 1, 5)}
+    if mtp_type == "deepseek":
+        given["hidden_states"] = numbers.normal(1, 5, 4)
+    else:
+        given["additional_logits"] = [numbers.normal(1, 5, 7)]
+    weights = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0]])
+    plain, weighted = (loss_fn(**given, token_weights=w, return_detailed=True) for w in (None, weights))
+    for name in ("n_tokens", "cross_entropy", "mtp_loss_depth_1", "mtp_accuracy_depth_1", "mtp_acceptance_depth_1"):
+        torch.testing.assert_close(weighted[name], plain[name], msg=name)
+    assert weighted["mtp_loss"] != plain["mtp_loss"]

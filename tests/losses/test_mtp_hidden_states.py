@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.strategies import Numbers
 from torch.nn.functional import cross_entropy, linear
 
 from ava_ext import LinearLogits, UnifiedLoss
@@ -240,3 +241,15 @@ def test_bad_input_is_named():
         loss_fn(logits, **inputs, additional_logits=[logits] * 3, mtp_depth_weights=torch.ones(2))
     with pytest.raises(ValueError, match="shares the head anyway"):
         make_loss(mtp_share_head=True)
+
+
+def test_one_head_may_stand_alone():
+    numbers = Numbers(0)
+    options = {"use_mtp": True, "mtp_type": "hidden_states", "num_future_tokens": 1}
+    loss_fn = UnifiedLoss(7, primary_loss_type="standard", **options).double()
+    logits, targets = numbers.normal(2, 5, 7), numbers.integers(0, 7, 2, 5)
+    head = LinearLogits(numbers.normal(2, 5, 3), numbers.normal(7, 3), numbers.normal(7))
+    for given in (head, head._replace(bias=None)):
+        torch.testing.assert_close(
+            loss_fn(logits, targets, additional_logits=given), loss_fn(logits, targets, additional_logits=[given])
+        )

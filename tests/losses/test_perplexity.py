@@ -51,3 +51,8 @@ def test_targets_of_other_integer_types(dtype):
     logits, targets, mask = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5)), torch.tensor([[1, 1, 0, 1, 1]] * 2)
     loss_fn = PerplexityLoss()
     torch.testing.assert_close(loss_fn(logits, targets.to(dtype), mask), loss_fn(logits, targets, mask), rtol=0, atol=0)
+
+
+def test_targets_that_are_no_ids_are_named():
+    with pytest.raises(ValueError, match=r"perplexity_loss: expected targets of integers, got torch\.float32"):
+        PerplexityLoss()(torch.zeros(2, 3), torch.tensor([0.0, 1.7]))
