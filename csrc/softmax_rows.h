@@ -171,6 +171,15 @@ struct RowCoefficients {
 };
 constexpr int kRowCoefficients = 4;
 
+// s of the maximum, or the coefficient of p_j outside a tail, is about 1 / R or S / T where the row is sure. Times the row's
+// weight, the gradient from above and 1 / temperature it may leave the type, and infinity times p_j = 0 is a nan. So it is
+// bounded: the penalty fades, as it does where R is below smallest_rest.
+template <class Real>
+AVA_HOST_DEVICE Real bounded_coefficient(Real s, Real temperature) {
+  const Real most = (sizeof(Real) == 4 ? Real(2e38) : Real(1e308)) * (temperature < 1 ? temperature : Real(1));
+  return s > most ? most : s < -most ? -most : s;  // a nan passes
+}
+
 template <class Real>
 AVA_HOST_DEVICE Real log_total(const RowStatistics<Real>& row) {
   return log1p_of(row.rest);

@@ -53,6 +53,18 @@ def smallest_rest(dtype: torch.dtype) -> float:
     return 1e-37 if dtype == torch.float32 else 1e-300
 
 
+def bounded(
+    coefficients: Tensor,  # [...]
+    temperature: Tensor | None = None,  # []
+) -> Tensor:
+    """bounded_coefficient of csrc/softmax_rows.h; a nan passes."""
+    largest = 2e38 if coefficients.dtype == torch.float32 else 1e308
+    if temperature is None:
+        return coefficients.clamp(-largest, largest)
+    most = temperature.clamp(max=1) * largest
+    return coefficients.clamp(-most, most)
+
+
 def _evaluate(
     row: RowStatistics,
     options: RowOptions,
@@ -206,5 +218,5 @@ def evaluate_rows(
     return RowEvaluation(
         torch.where(counts, total, 0),
         torch.where(counts, torch.stack(terms), 0),
-        torch.where(counts.unsqueeze(-1), coefficients, 0),
+        torch.where(counts.unsqueeze(-1), bounded(coefficients), 0),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import check_devices
 from ava_ext.ops.derivatives import counted_only, refuse_tangents, refuse_transforms, without_second_derivative
-from ava_ext.ops.row_evaluation import smallest_rest
+from ava_ext.ops.row_evaluation import bounded, smallest_rest
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, STATISTIC_NAMES, accumulation_dtype
 
 _ops = torch.ops.ava_ext
@@ -96,7 +96,7 @@ def statistics_coefficients(
     if grad_log_probs is None:
         grad_log_probs = statistics.new_zeros((0,) if ids is None else ids.shape)
     # d entropy = -p (u - E),  d lse = p,  d mean = 1/V - p,  d log R = d (log(1 - p_max) - log p_max), by z
-    maximum = -grad_log_rest * (1 + rest) / rest.clamp_min(smallest_rest(rest.dtype))
+    maximum = bounded(-grad_log_rest * (1 + rest) / rest.clamp_min(smallest_rest(rest.dtype)))
     constant = grad_mean / count.clamp_min(1)
     shapes = torch.stack([grad_lse - grad_mean, -grad_entropy, constant, maximum], -1)
     coefficients = shapes if ids is None else torch.cat([shapes, grad_log_probs], -1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_evaluation import bounded
 from ava_ext.ops.row_fields import N_ROW_COEFFICIENTS, N_STATISTICS, STATISTIC_NAMES, TAIL_ID
 
 _ops = torch.ops.ava_ext
@@ -197,6 +198,7 @@ def local_gradients(
             torch.zeros_like(part) if want and part is not None else None
             for part, want in zip(parts, wanted, strict=True)
         )
+    row_coefficients = bounded(row_coefficients, shard.options[0])
     of_rows, options = (statistics, row_coefficients, shard.local_ids(ids)), (shard.options, shard.flags, vocab_size)
     if len(parts) > 1:
         constants = (*options, shard.chunk_rows, shard.dtype, shard.max_counted_rows)

@@ -134,9 +134,12 @@ struct RowWriter : RowReader<Vector, Element, kDense, kCapped> {
           of_row.add(argmax, Real(0), 1 / (1 + row.rest), coefficients.maximum * widen(weights.q[argmax]));
         });
     const int64_t n_entries = of_row.n;
+    outside = bounded_coefficient(outside, options.temperature);
     Real others = 0, maximum = 0;  // sums of s_c: without the maximum, at the maximum
-    for (int64_t k = 0; k < n_entries; ++k)
+    for (int64_t k = 0; k < n_entries; ++k) {
+      entries[k].own = bounded_coefficient(entries[k].own, options.temperature);
       (entries[k].column == int64_t(row.argmax) ? maximum : others) += entries[k].own;
+    }
     for (int64_t k = 0; k < n_entries; ++k) {
       Entry& entry = entries[k];
       const bool is_argmax = entry.column == int64_t(row.argmax);

@@ -115,14 +115,14 @@ struct RowKernel : RowWriter<Vector, Element, kDense, kCapped> {
       for (const int64_t last = k + arguments.group_sizes[group]; k < last; ++k) {
         const CandidateShare<Real> share = evaluate_candidate(row, k, is_soft, total_log, entries);
         penalty += share.loss;
-        row.keep_coefficient(1 + k, share.log_prob_coefficient * row.weight);
+        row.keep_coefficient(1 + k, bounded_coefficient(share.log_prob_coefficient * row.weight, Real(1)));
       }
       if (is_soft && row.tail < arguments.n_ids) {
         const TailShare<Real> share = tail_share(row.statistics, row.tail_mass, row.id_values[row.tail]);
         penalty += share.loss;
         row.evaluation.coefficients.probability += share.probability;
         row.outside = share.outside * row.weight;
-        row.keep_coefficient(1 + row.tail, row.outside);
+        row.keep_coefficient(1 + row.tail, bounded_coefficient(row.outside, Real(1)));
       }
       terms[group * arguments.n_rows] = penalty;
       row.total += penalty;

@@ -31,10 +31,16 @@ __device__ __forceinline__ float log2_fast(float x) {
   return result;
 }
 
-// The larger one; a nan wins, which fmaxf's does not.
+// The larger one, and the smaller one; a nan wins, which it does not in fmaxf.
 __device__ __forceinline__ float max_keep_nan(float x, float y) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+
+__device__ __forceinline__ float min_keep_nan(float x, float y) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
   return result;
 }
 

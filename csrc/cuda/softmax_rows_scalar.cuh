@@ -98,8 +98,8 @@ __device__ __forceinline__ void take_column_weights(const RowArguments& a, const
     }
     if (row.count != 0 && row.argmax >= 0)
       scratch->maximum += evaluation.coefficients.maximum * column_weight<Element>(a, row_index, int32_t(row.argmax));
-    scratch->dense =
-        dense_gradient(row, evaluation.coefficients, scratch->others + scratch->maximum, 1 / options.temperature);
+    scratch->dense = finite_dense_gradient(row, evaluation.coefficients, scratch->others + scratch->maximum,
+                                           1 / options.temperature);
     if (row.count == 0) scratch->dense = {};
   }
   __syncwarp();

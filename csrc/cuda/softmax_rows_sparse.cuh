@@ -77,6 +77,21 @@ __device__ __forceinline__ void sum_of_entries(const SparseEntry<Real>& entry, c
     others += entry.own;
 }
 
+// Of coefficients that are not bounded yet, in two instructions.
+template <class Real>
+__device__ __forceinline__ DenseGradient<Real> finite_dense_gradient(const RowStatistics<Real>& row,
+                                                                     const RowCoefficients<Real>& coefficients,
+                                                                     Real log_prob_coefficients,
+                                                                     Real inverse_temperature) {
+  constexpr float kMost = 2e38f;
+  DenseGradient<Real> dense = dense_gradient(row, coefficients, log_prob_coefficients, inverse_temperature);
+  if constexpr (std::is_same<Real, float>::value)
+    dense.factor = min_keep_nan(max_keep_nan(dense.factor, -kMost), kMost);
+  else
+    dense.factor = bounded_coefficient(dense.factor, Real(1));
+  return dense;
+}
+
 template <class Real>
 __device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const RowStatistics<Real>& row,
                                                const RowEvaluation<Real>& evaluation, Real others, Real maximum,
@@ -86,7 +101,8 @@ __device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const 
     maximum = warp_total(maximum);
   }
   if (lane == 0) {
-    DenseGradient<Real> dense = dense_gradient(row, evaluation.coefficients, others + maximum, inverse_temperature);
+    DenseGradient<Real> dense =
+        finite_dense_gradient(row, evaluation.coefficients, others + maximum, inverse_temperature);
     if (row.count == 0) dense = {};
     *scratch = {row, evaluation, dense, others, maximum};
   }
@@ -177,8 +193,10 @@ __device__ __forceinline__ void write_entries(const RowArguments& a, const RowOp
     Real own = 0;
     for (int same = k; same <= a.n_ids; ++same)
       if (entries[same].column == column) own += entries[same].own;
+    own = bounded_coefficient(own, options.temperature);
     const bool is_argmax = column == int32_t(row.argmax);
-    const Real u = entries[k].u, others = is_argmax ? scratch->others : scratch->others - own + scratch->maximum;
+    const Real maximum = bounded_coefficient(scratch->maximum, options.temperature);
+    const Real u = entries[k].u, others = is_argmax ? scratch->others : scratch->others - own + maximum;
     const Real probability = exp_of(u) / (1 + row.rest);
     const Real gradient =
         sparse_gradient(row, scratch->evaluation.coefficients, is_argmax, u, probability, own, others);
@@ -217,7 +235,8 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, R
     own_coefficients[3] = evaluation.coefficients.maximum;
   }
 #pragma unroll 1
-  for (int k = lane; k <= a.n_ids; k += 32) own_coefficients[kRowCoefficients + k] = entries[k].own;
+  for (int k = lane; k <= a.n_ids; k += 32)
+    own_coefficients[kRowCoefficients + k] = bounded_coefficient(entries[k].own, Real(1));
 }
 
 // What the open operator reports of a measured row; entry 0 is absent.

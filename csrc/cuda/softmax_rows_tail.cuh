@@ -35,17 +35,20 @@ __device__ __forceinline__ Real take_tail(const RowArguments& a, const RowOption
                                           const RowStatistics<Real>& row, int tail, bool given, Real mass,
                                           SparseEntry<Real>* entries, RowScratch<Real>* scratch) {
   if (given)
-    return static_cast<const Real*>(
-        a.row_coefficients)[row_index * (kRowCoefficients + a.n_ids) + kRowCoefficients + tail - 1];
+    return bounded_coefficient(
+        static_cast<const Real*>(
+            a.row_coefficients)[row_index * (kRowCoefficients + a.n_ids) + kRowCoefficients + tail - 1],
+        options.temperature);
   const Real weight = static_cast<const Real*>(a.id_values)[row_index * a.n_ids + tail - 1];
   const Real row_weight = weight_of<Real>(a, row_index);
   const TailShare<Real> share = tail_share(row, mass, weight);
   RowCoefficients<Real>& coefficients = scratch->evaluation.coefficients;
   coefficients.probability += share.probability * row_weight;
-  scratch->dense = dense_gradient(row, coefficients, scratch->others + scratch->maximum, 1 / options.temperature);
+  scratch->dense =
+      finite_dense_gradient(row, coefficients, scratch->others + scratch->maximum, 1 / options.temperature);
   if (row.count == 0) scratch->dense = {};
   entries[tail].loss = share.loss;
-  return entries[tail].own = share.outside * row_weight;
+  return entries[tail].own = bounded_coefficient(share.outside * row_weight, options.temperature);
 }
 
 }  // namespace ava

@@ -183,6 +183,12 @@ static void test_rows_of_one_column() {
   EXPECT(evaluation.terms[ava::kZLossTerm] == 25);
   const auto share = ava::unlikelihood(row, true, Real(1), Real(30));
   EXPECT(std::isfinite(share.loss) && std::isfinite(share.log_prob_coefficient));
+  const Real from_above = share.log_prob_coefficient * Real(1e9), cold = Real(0.01);
+  const Real bounded = ava::bounded_coefficient(from_above, cold);
+  const auto dense = ava::dense_gradient(row, {}, bounded, 1 / cold);
+  EXPECT(bounded > 0 && std::isfinite(dense.factor) && dense.factor < 0);
+  EXPECT(ava::bounded_coefficient(-from_above, cold) == -bounded);
+  EXPECT(std::isnan(ava::bounded_coefficient(Real(NAN), cold)));
 }
 
 // Every 16-bit value that is no nan comes back as it went.

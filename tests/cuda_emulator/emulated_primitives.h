@@ -15,6 +15,7 @@ inline float exp2_fast(float x) {
 inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 inline float max_keep_nan(float x, float y) { return x != x ? x : y != y ? y : x > y ? x : y; }
+inline float min_keep_nan(float x, float y) { return x != x ? x : y != y ? y : x < y ? x : y; }
 
 inline uint32_t bit_at(unsigned shift) { return shift < 32 ? 1u << shift : 0; }
 inline uint32_t sign_masks(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }

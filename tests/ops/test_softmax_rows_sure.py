@@ -10,6 +10,8 @@ from support.assertions import assert_within
 from support.strategies import VOCABULARIES
 
 from ava_ext import reference
+from ava_ext.ops import softmax_rows, softmax_statistics
+from ava_ext.ops.row_fields import TAIL_ID, accumulation_dtype
 from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_options
 
 ops = torch.ops.ava_ext
@@ -159,3 +161,49 @@ def test_candidates_of_several_groups_are_reported_apart(dtype):
     expected = torch.stack([part.sum(-1) for part in each.split(candidates.groups, -1)])
     torch.testing.assert_close(terms[6:].double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(loss.double(), expected.sum(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gap", [60.0, 76.0, 84.0, 88.0, 110.0])
+@pytest.mark.parametrize(
+    "way", ["weight of the row", "from above", "in place", "cold", "tail", "tail, from above", "log_rest"]
+)
+def test_what_multiplies_a_sure_row_leaves_it_finite(way, gap, dtype):
+    """s of the maximum is w / R: times 65536 it was infinite, and infinity times p_j = 0 a nan."""
+    factor = 65536.0
+
+    def gradient(dtype):
+        leaf = torch.zeros(1, 6, dtype=dtype)
+        leaf[0, 2] = gap * (0.1 if way == "cold" else 1)
+        leaf.requires_grad_()
+        real = accumulation_dtype(dtype)
+        options = row_options(leaf.detach(), temperature=0.1 if way == "cold" else 1.0)
+        if way == "log_rest":
+            loss = -softmax_statistics(leaf, None).log_rest.sum() * factor
+        else:
+            ids, weights, flags = [[2]], [[0.5]], 0
+            if way.startswith("tail"):
+                ids, weights, flags = [[TAIL_ID, 2]], [[0.1, 0.9]], RowFlags.SOFT_TARGETS | RowFlags.TAIL
+            candidates = Candidates(torch.tensor(ids), torch.tensor(weights, dtype=real), (len(ids[0]),))
+            within = way in ("weight of the row", "cold", "tail")
+            loss = softmax_rows.row_loss(
+                leaf * 1,
+                torch.tensor([1]),
+                options,
+                flags=int(flags),
+                candidates=candidates,
+                row_weights=torch.full((1,), factor if within else 1.0, dtype=real),
+                inplace_gradient=way == "in place",
+            ).loss.sum() * (1.0 if within else factor)
+        return torch.autograd.grad(loss, leaf)[0].double()
+
+    got, expected = gradient(dtype), gradient(torch.float64)
+    if dtype == torch.float16:
+        expected = expected.clamp(-65504, 65504)
+        got = got.clamp(-65504, 65504)
+    assert got.isfinite().all()
+    if gap <= 76:
+        torch.testing.assert_close(got, expected, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    else:  # fades: never beyond what it is, never of the other sign
+        assert (got * expected >= 0).all()
+        assert (got.abs() <= expected.abs() * 1.01 + 1e-6).all()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.gradient_layout import new_gradient
-from ava_ext.ops.row_evaluation import ColumnWeightSums, RowOptions, RowStatistics, evaluate_rows
+from ava_ext.ops.row_evaluation import ColumnWeightSums, RowOptions, RowStatistics, bounded, evaluate_rows
 from ava_ext.ops.row_fields import (
     COLUMN_WEIGHT_FLAGS,
     IDS_ARE_PRESENT,
@@ -197,6 +197,7 @@ def _gradient(
     of_columns: Tensor | None = None,  # [..., vocab_size]: s of every column
 ) -> Tensor:  # [..., n_columns]
     """(1) of csrc/softmax_rows.h, rounded once."""
+    own = bounded(own, options.temperature)
     of_tail = torch.where(ids == TAIL_ID, own, 0).sum(-1, keepdim=True)
     own = own.masked_fill(ids < 0, 0)
     probability, entropy, constant = (c.unsqueeze(-1) for c in coefficients)
