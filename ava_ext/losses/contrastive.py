@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
+from ava_ext.ops.arguments import check_positive
 from ava_ext.ops.linear_logits import without_autocast
 
 # similarities held at a time; backward computes a block again, so this bounds the memory of both passes
@@ -226,8 +227,7 @@ class ContrastiveLoss(Part):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"contrastive_loss: expected temperature > 0, got {temperature}")
+        check_positive("contrastive_loss", temperature=temperature)
         self.temperature = temperature
         self.margin = margin
         self.weight = weight
