@@ -49,9 +49,11 @@ def softmax_statistics(
 
     With z = softcap(logit_scale logits) / temperature over the columns that are not masked (raw logit -inf, or beyond
     vocab_size): log_probs = z_id - lse, entropy = -sum p log p, lse = log sum exp z, log_rest = log sum_{j != argmax}
-    exp(z_j - max z) (so that log(1 - max p) = log_rest - log1p(exp(log_rest)), exact however sure the row is),
-    mean_log_prob = mean of log p. Where exp(log_rest) is below 1e-37 (float64: 1e-300), the gradient of log_rest fades
-    to 0: the other columns' terms leave the range of normal numbers.
+    exp(z_j - max z) (so that log(1 - max p) = log_rest - log1p(exp(log_rest)), where 1 - max p would be 0),
+    mean_log_prob = mean of log p. log_rest is exact up to a gap of 87 (float64: 708) between max z and the next z.
+    Beyond, exp leaves the range of normal numbers: log_rest loses digits, and from a gap of 104 (746) on, or from 88
+    (709) where subnormal numbers are flushed, it is -inf. Where exp(log_rest) is below 1e-37 (float64: 1e-300), its
+    gradient fades to 0.
 
     Args:
         logits: [..., n_columns], float32, bfloat16, float16 or float64. Or LinearLogits(hidden_states, weight, bias),
