@@ -277,9 +277,14 @@ class ContrastiveLoss(Part):
             Scalar, or the dict.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, segment_ids for InfoNCE, document_ids for SimCTG.
         """
-        if targets is None and inputs.dim() == 3:
+        is_simctg = targets is None and inputs.dim() == 3
+        if is_simctg and document_ids is not None:
+            raise ValueError("contrastive_loss: expected no document_ids with SimCTG, which takes segment_ids")
+        if not is_simctg and segment_ids is not None:
+            raise ValueError("contrastive_loss: expected no segment_ids with InfoNCE, which takes document_ids")
+        if is_simctg:
             loss = simctg(inputs, attention_mask, segment_ids=segment_ids, margin=self.margin)
         else:
             if targets is None:
