@@ -11,6 +11,8 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+from ava_ext.ops.arguments import POSITIVE, is_positive
+
 
 class _Range(NamedTuple):
     """The values that an option may have."""
@@ -40,7 +42,7 @@ def _one_of(*allowed: str) -> _Range:
 
 
 _FLAG = _Range("True or False", lambda v: isinstance(v, bool))
-_POSITIVE = _Range("a number > 0", lambda v: _is_number(v) and v > 0)
+_POSITIVE = _Range(POSITIVE, lambda v: _is_number(v) and is_positive(v))
 _NOT_NEGATIVE = _Range("a number >= 0", lambda v: _is_number(v) and v >= 0)
 _NOT_BELOW_ONE = _Range("a number >= 1", lambda v: _is_number(v) and v >= 1)
 _SHARE = _Range("a number in [0, 1]", lambda v: _is_number(v) and 0 <= v <= 1)
@@ -48,7 +50,10 @@ _BELOW_ONE = _Range("a number in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1
 _TOKEN = _Range("a token id (an integer)", _is_integer)
 _TOKENS = _Range("a sequence of token ids (integers)", lambda v: isinstance(v, tuple) and all(map(_is_integer, v)))
 _TOKEN_OR_TOKENS = _Range("token ids (integers)", lambda v: _TOKEN.holds(v) or _TOKENS.holds(v))
-_BOUNDS = _Range("two numbers, 0 < low <= high", lambda v: _is_pair(v) and 0 < v[0] <= v[1])
+_BOUNDS = _Range(
+    "two numbers, 0 < low <= high, in the range of float32",
+    lambda v: _is_pair(v) and all(map(is_positive, v)) and v[0] <= v[1],
+)
 _NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v)))
 _RANKS = _Range(
     "different integers >= 1", lambda v: _TOKENS.holds(v) and all(k >= 1 for k in v) and len(set(v)) == len(v)

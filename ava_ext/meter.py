@@ -18,9 +18,9 @@ class LossMeter:
 
     It adds total_loss and the components: with num_items_in_batch they are shares of the whole batch, and their sum
     over micro-batches and ranks is the loss of the batch. It adds n_tokens and focal_loss, too. Every other metric is
-    averaged with n_tokens as weights. Those that are means over the rows of a call become means over all rows; the
-    balance of experts and the metrics of a depth are none, and what is given is an average over calls. perplexity is
-    exp of the mean cross_entropy, temperature that of the last call.
+    averaged with n_tokens as weights, over the calls that have it. Those that are means over the rows of a call become
+    means over all rows; the balance of experts and the metrics of a depth are none, and what is given is an average
+    over calls. perplexity is exp of the mean cross_entropy, temperature that of the last call.
 
     Args:
         group: the process group that compute() adds up over; "world": the default group; None: this process alone.
@@ -42,7 +42,8 @@ class LossMeter:
 
     def reset(self) -> None:
         """Discards all calls."""
-        self._sums: dict[str, Tensor] = {}
+        # of the calls with the same entries: their n_tokens weigh the means among these
+        self._sums: dict[frozenset[str], dict[str, Tensor]] = {}
         self._temperature: Tensor | None = None
 
     @torch.no_grad()
@@ -57,47 +58,48 @@ class LossMeter:
         """
         if "n_tokens" not in parts:
             raise ValueError(f"loss_meter: expected the dict of return_detailed=True, got {sorted(parts)}")
-        n_tokens = parts["n_tokens"]
+        n_tokens, added = parts["n_tokens"], {}
         for name, value in parts.items():
             if value.dim() != 0:
                 raise ValueError(f"loss_meter: expected a scalar for {name!r}, got shape {list(value.shape)}")
-            if name == "temperature":
-                self._temperature = value
-                continue
-            value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
-            value = value * n_tokens if _is_mean(name) else value
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            # a copy: of float64, what is given may change later
+            value = value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
+            added[name] = value * n_tokens if _is_mean(name) else value
+        self._temperature = added.pop("temperature", self._temperature)
+        entries = frozenset(added)
+        before = self._sums.get(entries)
+        self._sums[entries] = added if before is None else {name: before[name] + added[name] for name in before}
 
     def compute(self) -> dict[str, float]:
         """Every entry as a number, over all calls since the last reset and all ranks. Waits for the device, once.
 
         Ranks need not have the same entries, nor any: one of them may have had no batch. Without any, {}.
         """
-        kept = dict(self._sums)
+        kept = [value for sums in self._sums.values() for value in sums.values()]
         if self._temperature is not None:
-            kept["temperature"] = self._temperature.to(next(iter(kept.values())).dtype)
-        own = dict(zip(kept, torch.stack(list(kept.values())).tolist(), strict=True)) if kept else {}
+            kept.append(self._temperature)
+        numbers = iter(torch.stack(kept).tolist() if kept else ())
+        own = [{name: next(numbers) for name in sums} for sums in self._sums.values()], next(numbers, None)
         ranks = [own]
         group = resolve(self.group.process_group)
         if group is not None:
             ranks = ranks * torch.distributed.get_world_size(group)
             torch.distributed.all_gather_object(ranks, own, group=group)
         totals: dict[str, float] = {}
-        for of_rank in ranks:
-            for name, value in of_rank.items():
+        n_tokens: dict[str, float] = {}  # of the calls that have the entry
+        for sums in (sums for of_rank, _ in ranks for sums in of_rank):
+            for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value
-        if not totals:
-            return {}
-        n_tokens = max(totals["n_tokens"], 1)
-        result = {name: value / n_tokens if _is_mean(name) else value for name, value in totals.items()}
+                n_tokens[name] = n_tokens.get(name, 0.0) + sums["n_tokens"]
+        result = {name: value / max(n_tokens[name], 1) if _is_mean(name) else value for name, value in totals.items()}
         if "cross_entropy" in result:
             cross_entropy = result["cross_entropy"]
             result["perplexity"] = math.inf if cross_entropy > 700 else math.exp(cross_entropy)
-        temperatures = [of_rank["temperature"] for of_rank in (own, *ranks) if "temperature" in of_rank]
+        temperatures = [temperature for _, temperature in (own, *ranks) if temperature is not None]
         if temperatures:
             result["temperature"] = temperatures[0]
         return result
 
 
 def _is_mean(name: str) -> bool:
-    return name in METRICS and name not in METRICS_THAT_ADD_UP
+    return name in METRICS and name not in METRICS_THAT_ADD_UP and name != "temperature"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.processes import on_ranks
 from support.strategies import HIDDEN_SIZE, Numbers
 from test_compile import BATCH, CONFIGURATIONS, ROWS, E, NoSynchronisation, V, arguments
 
@@ -75,3 +76,46 @@ def test_compute_waits_once(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, lambda self, original=original: (waits.append(1), original(self))[1])
     assert meter.compute()["temperature"] == 1
     assert len(waits) == 1
+
+
+def test_a_metric_that_only_some_calls_have():
+    """Its mean is that of these calls, in whichever order they come, and on whichever rank."""
+    for calls in ((True, False, False), (False, True, False)):
+        meter = LossMeter()
+        for with_top_k in calls:
+            meter.update(parts_of_a_call(with_top_k))
+        check_partial_metric(meter.compute(), n_tokens=12)
+    for found in on_ranks(2, metered_on_rank):
+        check_partial_metric(found, n_tokens=8)
+
+
+def parts_of_a_call(with_top_k):
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", accuracy_top_k=(2,) if with_top_k else ())
+    return loss_fn(torch.zeros(1, 4, V), torch.ones(1, 4).long(), return_detailed=True)
+
+
+def metered_on_rank(rank):
+    meter = LossMeter("world")
+    meter.update(parts_of_a_call(with_top_k=rank == 0))
+    return meter.compute()
+
+
+def check_partial_metric(found, n_tokens):
+    assert found["accuracy_top_2"] == 1.0 and found["n_tokens"] == n_tokens
+    assert found["cross_entropy"] == pytest.approx(math.log(V), rel=1e-6)
+
+
+def test_a_refused_update_leaves_nothing():
+    meter, ones = LossMeter(), torch.ones(())
+    with pytest.raises(ValueError, match="expected a scalar for 'z_loss'"):
+        meter.update({"n_tokens": ones, "temperature": ones, "total_loss": ones, "z_loss": torch.ones(2)})
+    assert meter.compute() == {}
+
+
+def test_what_is_given_may_change_later():
+    parts = {name: torch.ones((), dtype=torch.float64) for name in ("n_tokens", "total_loss", "temperature")}
+    meter = LossMeter()
+    meter.update(parts)
+    for value in parts.values():
+        value /= 4
+    assert meter.compute() == {name: 1.0 for name in parts}

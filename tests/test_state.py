@@ -107,6 +107,19 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped():
     torch.testing.assert_close(train(second, 8, seed=1), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_checkpoint_discards_what_calls_have_learned_since_the_last_step(name, assign):
+    rolled_back, untouched = (build(name, auto_step=False) for _ in range(2))
+    checkpoint = copy.deepcopy(untouched.state_dict())
+    train(rolled_back, 3)  # a bad batch, of which no step comes
+    rolled_back.load_state_dict(checkpoint, assign=assign)
+    for loss_fn in (rolled_back, untouched):
+        train(loss_fn, 2, seed=1)
+        loss_fn.step()
+    torch.testing.assert_close(rolled_back.state_dict(), untouched.state_dict(), rtol=0, atol=0)
+
+
 # -- casts and copies
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ava_ext.ops.arguments import check_positive
+
 DIVERGENCES = ("kl", "js")
 
 
@@ -36,8 +38,7 @@ class ConsistencyLoss(nn.Module):
         super().__init__()
         if divergence not in DIVERGENCES:
             raise ValueError(f"consistency_loss: expected divergence to be one of {DIVERGENCES}, got {divergence!r}")
-        if not temperature > 0:
-            raise ValueError(f"consistency_loss: expected temperature > 0, got {temperature}")
+        check_positive("consistency_loss", temperature=temperature)
         self.divergence = divergence
         self.temperature = temperature
         self.detach_targets = detach_targets

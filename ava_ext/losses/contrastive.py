@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
+from ava_ext.ops.arguments import check_positive
 from ava_ext.ops.linear_logits import without_autocast
 
 # similarities held at a time; backward computes a block again, so this bounds the memory of both passes
@@ -226,8 +227,7 @@ class ContrastiveLoss(Part):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"contrastive_loss: expected temperature > 0, got {temperature}")
+        check_positive("contrastive_loss", temperature=temperature)
         self.temperature = temperature
         self.margin = margin
         self.weight = weight
@@ -277,9 +277,14 @@ class ContrastiveLoss(Part):
             Scalar, or the dict.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, segment_ids for InfoNCE, document_ids for SimCTG.
         """
-        if targets is None and inputs.dim() == 3:
+        is_simctg = targets is None and inputs.dim() == 3
+        if is_simctg and document_ids is not None:
+            raise ValueError("contrastive_loss: expected no document_ids with SimCTG, which takes segment_ids")
+        if not is_simctg and segment_ids is not None:
+            raise ValueError("contrastive_loss: expected no segment_ids with InfoNCE, which takes document_ids")
+        if is_simctg:
             loss = simctg(inputs, attention_mask, segment_ids=segment_ids, margin=self.margin)
         else:
             if targets is None:

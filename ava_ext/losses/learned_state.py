@@ -52,6 +52,10 @@ class LearnedState(Float32Buffers):
             setattr(self, name, after if after.dtype == before.dtype else before.to(after.device))
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self.clear_pending()  # what calls have learned beside the state that this one replaces
+
     def check_device(self, device: torch.device, owner: str = "unified_loss") -> None:
         """Raises ValueError where the state is not on the device of the logits, as for every module with buffers.
 

@@ -264,7 +264,7 @@ class MoEBalancer(LearnedState, Part):
             raise ValueError(
                 f"moe_balancer: expert_bias_update='quantile' expected k below num_experts = {self.n_experts}, got {k}"
             )
-        mask = None if row_mask is None else row_mask.reshape(n_rows)
+        mask = None if row_mask is None else row_mask.reshape(n_rows).to(torch.bool)
         return count_required_bias(layers, mask, self.read("expert_bias"), k)
 
     @torch.no_grad()

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+POSITIVE = "a number > 0 in the range of float32"
+_LEAST, _GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def check_is_tensor(owner: str, name: str, value: object, *, or_linear: bool = False) -> None:
     """Raises TypeError for a list, an array of NumPy, the output of a model, ..."""
@@ -15,6 +18,18 @@ def check_is_tensor(owner: str, name: str, value: object, *, or_linear: bool = F
         raise TypeError(
             f"{owner}: expected {name} to be {expected}, got {type(value).__module__}.{type(value).__qualname__}"
         )
+
+
+def is_positive(number: float) -> bool:
+    """Whether it is above 0 for the kernels, which read float32: nan is not, nor what becomes infinite or subnormal."""
+    return _LEAST <= number <= _GREATEST
+
+
+def check_positive(owner: str, **numbers: float | None) -> None:
+    """Raises ValueError for one that is given and is not positive: a temperature, a soft cap, a scale."""
+    for name, number in numbers.items():
+        if number is not None and not is_positive(number):
+            raise ValueError(f"{owner}: expected {name} to be {POSITIVE}, got {number}")
 
 
 def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") -> None:

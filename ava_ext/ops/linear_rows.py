@@ -321,12 +321,19 @@ def _scaled(
     gradient: Tensor,  # [n, hidden_size] or [n]
     factor: Tensor,  # [] or [n]
 ) -> Tensor:  # as gradient
-    """gradient * factor; over the gradient where nobody can ask for it again, and at no cost where the factor is 1."""
-    if torch.compiler.is_compiling() or graph_is_kept() or is_batched(factor):
-        return gradient * (factor.unsqueeze(-1) if factor.dim() else factor).to(gradient.dtype)
+    """gradient * factor; over the gradient where nobody can ask for it again, and at no cost where the factor is 1.
+
+    The factor is never rounded to bfloat16: the whole gradient would be off by as much, and always to the same side.
+    """
     rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
+    factors = factor.to(accumulation_dtype(rows.dtype)).expand(len(rows))
+    if torch.compiler.is_compiling() or is_batched(factor):  # a compiler makes one kernel of it
+        return (rows * factors.unsqueeze(-1)).to(gradient.dtype).view_as(gradient)
+    if graph_is_kept():
+        gradient = gradient.clone()
+        rows = gradient.view_as(rows)
     if rows.numel():
-        _ops.scale_rows_(rows, factor.to(accumulation_dtype(rows.dtype)).expand(len(rows)))
+        _ops.scale_rows_(rows, factors)
     return gradient
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import check_positive
+
 
 class RowFlags(IntFlag):
     """Which terms the row kernel computes. Their weights come in the tensor of options."""
@@ -133,10 +135,18 @@ def row_options(
     logits is no value of its own: c tanh(s x / c) / T = c' tanh(x / c') / T' with c' = c / s and T' = T / s. So the
     first value is temperature / logit_scale.
 
+    Raises:
+        ValueError: that, or logit_softcap / logit_scale, is not above 0 in the range of float32.
+
     Example:
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
         tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000,  1.0000])
     """
+    of_logits = {
+        "temperature / logit_scale": temperature / logit_scale,
+        "logit_softcap / logit_scale": logit_softcap / logit_scale if logit_softcap else None,
+    }
+    check_positive("row_options", **of_logits)
     values = (
         temperature / logit_scale,
         label_smoothing,

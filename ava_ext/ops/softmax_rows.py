@@ -298,11 +298,14 @@ def _check_inplace(logits: Tensor) -> None:
             "row_loss: inplace_gradient=True would write over a leaf (a parameter or an input that requires grad); "
             "expected logits that were computed"
         )
-    strides = zip(logits.shape, logits.stride(), strict=True)
-    if logits.numel() and any(stride == 0 and size > 1 for size, stride in strides):
-        raise ValueError(
-            "row_loss: inplace_gradient=True expected logits that do not overlap in memory, got an expanded tensor"
-        )
+    extent = 1  # of the dimensions inside
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < extent and logits.numel():
+            raise ValueError(
+                "row_loss: inplace_gradient=True expected logits that do not overlap in memory, got shape "
+                f"{list(logits.shape)} with strides {list(logits.stride())}"
+            )
+        extent += (size - 1) * stride
 
 
 def _save_row_loss(ctx, inputs, output, origin=None):

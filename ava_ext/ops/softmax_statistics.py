@@ -5,13 +5,12 @@ Their vector-Jacobian product is the gradient kernel of the fused loss; the form
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import as_ids, check_is_tensor
+from ava_ext.ops.arguments import as_ids, check_is_tensor, check_positive
 from ava_ext.ops.dtensor_logits import local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
@@ -50,17 +49,19 @@ def softmax_statistics(
 
     With z = softcap(logit_scale logits) / temperature over the columns that are not masked (raw logit -inf, or beyond
     vocab_size): log_probs = z_id - lse, entropy = -sum p log p, lse = log sum exp z, log_rest = log sum_{j != argmax}
-    exp(z_j - max z) (so that log(1 - max p) = log_rest - log1p(exp(log_rest)), exact however sure the row is),
-    mean_log_prob = mean of log p. Where exp(log_rest) is below 1e-37 (float64: 1e-300), the gradient of log_rest fades
-    to 0: the other columns' terms leave the range of normal numbers.
+    exp(z_j - max z) (so that log(1 - max p) = log_rest - log1p(exp(log_rest)), where 1 - max p would be 0),
+    mean_log_prob = mean of log p. log_rest is exact up to a gap of 87 (float64: 708) between max z and the next z.
+    Beyond, exp leaves the range of normal numbers: log_rest loses digits, and from a gap of 104 (746) on, or from 88
+    (709) where subnormal numbers are flushed, it is -inf. Where exp(log_rest) is below 1e-37 (float64: 1e-300), its
+    gradient fades to 0.
 
     Args:
         logits: [..., n_columns], float32, bfloat16, float16 or float64. Or LinearLogits(hidden_states, weight, bias),
             of which a few rows exist at a time; backward computes them again.
             Or ShardedLogits, or a DTensor: see `ava_ext.distributed` for what a rank gets.
         ids: [..., n_ids] integers in [0, vocab_size); -1 gives 0. None: no log_probs.
-        temperature: a number in (0, inf), or a 0-dim tensor on the logits' device that does not require grad. The
-            value of a tensor is not checked: that would wait for a GPU.
+        temperature: a number > 0, or a 0-dim tensor on the logits' device that does not require grad. The value of a
+            tensor is not checked: that would wait for a GPU.
         logit_softcap: c of c tanh(logits / c).
         logit_scale: factor of the logits, before the soft cap.
         vocab_size: columns beyond it are padding. Default: n_columns.
@@ -72,8 +73,8 @@ def softmax_statistics(
         SoftmaxStatistics, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: on a temperature out of range or that requires grad, ids that are no integers, LinearLogits that do
-            not fit.
+        ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32, a temperature
+            that requires grad, ids that are no integers, LinearLogits that do not fit.
         TypeError: on what is no tensor.
         IndexError: on ids out of range.
         RuntimeError: on other wrong shapes and types; on double backward.
@@ -136,13 +137,11 @@ def statistics_options(
     logit_scale: float,
 ) -> tuple[Tensor, int]:  # [N_OPTIONS], flags
     """What the row operators read of these; owner begins the messages."""
-    flags = int(RowFlags.ENTROPY | RowFlags.SOFTCAP) if logit_softcap else int(RowFlags.ENTROPY)
+    flags = int(RowFlags.ENTROPY if logit_softcap is None else RowFlags.ENTROPY | RowFlags.SOFTCAP)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"{owner}: expected a logit_scale above 0 and below infinity, got {logit_scale}")
+    check_positive(owner, logit_softcap=logit_softcap, logit_scale=logit_scale)
     if not isinstance(temperature, Tensor):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"{owner}: expected a temperature above 0 and below infinity, got {temperature}")
+        check_positive(owner, temperature=temperature)
         options = row_options(like, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
         return options, flags
     if temperature.requires_grad:

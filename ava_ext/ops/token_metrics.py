@@ -43,6 +43,8 @@ def token_metrics(
     The rank is how many logits are greater than the target's: 0 for the likeliest token, and for each of several that
     are equally likely. So (rank < k) is whether the target is among the k likeliest. It compares the logits as they
     are stored: a soft cap or a temperature changes no rank. A target whose logit is nan has rank vocab_size.
+    The likeliest token is that of the capped logits: where several are so great that the cap makes them equal, it is
+    the first of these, and a target of rank 0 may be another.
 
     Args:
         logits, temperature, logit_softcap, logit_scale, vocab_size, chunk_bytes, max_counted_rows: as in

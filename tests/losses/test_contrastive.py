@@ -163,7 +163,11 @@ def test_bad_input_is_named():
         ContrastiveLoss()(torch.zeros(2, 5, 3), attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"document_ids of shape \[4\], got \[3\]"):
         ContrastiveLoss()(torch.zeros(4, 3), torch.zeros(4, 3), document_ids=torch.zeros(3))
-    with pytest.raises(ValueError, match="temperature > 0, got 0"):
+    with pytest.raises(ValueError, match="expected no segment_ids with InfoNCE"):
+        ContrastiveLoss()(torch.zeros(4, 3), torch.zeros(4, 3), segment_ids=torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="expected no document_ids with SimCTG"):
+        ContrastiveLoss()(torch.zeros(2, 5, 3), document_ids=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"expected temperature to be a number > 0 .*, got 0"):
         ContrastiveLoss(temperature=0)
 
 

@@ -66,6 +66,14 @@ def test_the_bias_is_the_quantile():
     assert error.max() > 0 and balancer.expert_bias.std() > 0.1
 
 
+def test_a_mask_of_integers():
+    logits, mask = gate_logits(n_rows=64)
+    of_bools, of_integers = make_balancer(), make_balancer()
+    of_bools(logits, None, mask)
+    of_integers(logits, None, 2 * mask.long())
+    assert torch.equal(of_integers.pending_required_bias, of_bools.pending_required_bias)
+
+
 def test_it_balances_in_a_few_steps():
     logits, _ = gate_logits()
     balancer = make_balancer()

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from ava_ext import UnifiedLoss, functional
 from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.row_fields import N_OPTIONS, N_ROW_COEFFICIENTS, N_STATISTICS, TARGET_PROBABILITIES, RowFlags
 from ava_ext.ops.row_weights import count_rows
 from ava_ext.ops.softmax_rows import Candidates, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
+from ava_ext.ops.token_metrics import token_metrics
 from ava_ext.ops.weight_gradient import has_bfloat16_products
 
 V = 30
@@ -101,16 +103,32 @@ def test_numbers_that_are_no_integers(dtype):
             call()
 
 
-# -- the temperature
+# -- temperature, soft cap and scale
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, math.inf, math.nan])
-def test_a_temperature_out_of_range(temperature):
-    message = f"expected a temperature above 0 and below infinity, got {temperature}"
-    with pytest.raises(ValueError, match=f"softmax_statistics: {message}"):
-        softmax_statistics(LOGITS["dense"], None, temperature=temperature)
-    with pytest.raises(ValueError, match=f"token_log_probs: {message}"):
-        token_log_probs(LOGITS["linear"], torch.tensor([1, 2]), temperature=temperature)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, 1e-40, 1e39])  # the last two: in float32
+@pytest.mark.parametrize("name", ["temperature", "logit_softcap", "logit_scale"])
+def test_a_scale_of_the_logits_out_of_range(name, value):
+    targets, given = torch.tensor([1, 2]), {name: value}
+    options = {"initial_temperature" if name == "temperature" else name: value}
+    expected = re.escape(f"{name} to be a number > 0 in the range of float32") + f".*, got {re.escape(str(value))}"
+    for owner, call in {
+        "softmax_statistics: expected ": lambda: softmax_statistics(LOGITS["dense"], None, **given),
+        "token_log_probs: expected ": lambda: token_log_probs(LOGITS["linear"], targets, **given),
+        "token_metrics: expected ": lambda: token_metrics(LOGITS["dense"], targets, **given),
+        "unified_loss: expected ": lambda: UnifiedLoss(V, **options),
+        "expected ": lambda: functional.cross_entropy(LOGITS["dense"], targets, **options),
+    }.items():
+        with pytest.raises(ValueError, match=f"{owner}(initial_)?{expected}"):
+            call()
+
+
+def test_a_quotient_of_scales_out_of_range():
+    message = "row_options: expected {} / logit_scale to be a number > 0 in the range of float32, got {}"
+    with pytest.raises(ValueError, match=message.format("temperature", "1e-40")):
+        softmax_statistics(LOGITS["dense"], None, temperature=1e-20, logit_scale=1e20)
+    with pytest.raises(ValueError, match=message.format("logit_softcap", "1e-40")):
+        UnifiedLoss(V, logit_softcap=1e-20, logit_scale=1e20)
 
 
 # -- what is no tensor

@@ -189,6 +189,25 @@ def test_the_gradient_of_a_bfloat16_weight_is_summed_in_float32(n_chunks):
         assert relative_error(gradient, true) <= 1.2 * relative_error(one, true), name
 
 
+@pytest.mark.parametrize("way", ["freed", "kept", "batched", "compiled"])
+def test_the_factor_of_a_bfloat16_gradient_is_not_rounded(way):
+    numbers = Numbers(7)
+    head = make_head(numbers, 64, dtype=torch.bfloat16)
+    targets = numbers.integers(0, V, 64)
+
+    def compute(*head):
+        return row_loss(LinearLogits(*head), targets, row_options(head[1]), reduction="sum").loss
+
+    loss = (torch.compile(compute) if way == "compiled" else compute)(*head)
+    factor = torch.tensor(1.0038)  # bfloat16 has 1 and 1.0078
+    one = torch.autograd.grad(compute(*head), leaves(head))
+    options = {"retain_graph": way == "kept", "is_grads_batched": way == "batched"}
+    gradients = torch.autograd.grad(loss, leaves(head), factor.expand(2) if way == "batched" else factor, **options)
+    for name, gradient, of_one in zip(head._fields, gradients, one, strict=True):
+        expected = (of_one.float() * factor).bfloat16().expand_as(gradient)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0**6, 2.0**10])
 def test_float16_gradients_live_on_the_scaler(scale):
     # rows weigh 2^-26: before the scaler's factor every float16 gradient would be 0

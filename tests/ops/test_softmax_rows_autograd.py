@@ -184,10 +184,20 @@ def test_inplace_gradient_of_a_leaf_raises(view):
         loss_of(view(torch.zeros(2, 3, 11, requires_grad=True)), inplace_gradient=True)
 
 
-def test_inplace_gradient_of_overlapping_rows_raises():
-    logits = torch.zeros(3, 11, requires_grad=True) * 1
+@pytest.mark.parametrize("strides", [(0, 11, 1), (33, 0, 1), (3, 1, 1), (33, 10, 1), (30, 11, 1), (10, 20, 1)])
+def test_inplace_gradient_of_overlapping_rows_raises(strides):
+    logits = torch.zeros(66, requires_grad=True) * 1
     with pytest.raises(ValueError, match="expected logits that do not overlap in memory"):
-        loss_of(logits.expand(2, 3, 11), inplace_gradient=True)
+        loss_of(logits.as_strided((2, 3, 11), strides), inplace_gradient=True)
+
+
+@pytest.mark.parametrize("strides", [(33, 11, 1), (11, 22, 1), (36, 12, 1)])
+def test_inplace_gradient_of_rows_that_do_not_overlap(strides):
+    leaf = torch.zeros(75, requires_grad=True)
+    losses = [
+        loss_of((leaf * 1).as_strided((2, 3, 11), strides), inplace_gradient=inplace) for inplace in (True, False)
+    ]
+    torch.testing.assert_close(*(gradient_of(loss, leaf) for loss in losses), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -206,3 +206,11 @@ def test_the_gradient_of_log_rest_beyond_the_range_of_normal_numbers():
         else:
             assert log_rest.item() < -87  # -inf where an exponential is flushed to 0
             assert gradient.isfinite().all() and 0 <= gradient[0, 1] < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "exact", "infinite"), [(torch.float32, 87.0, 104.0), (torch.float64, 708.0, 746.0)])
+def test_up_to_which_gap_log_rest_is_exact(dtype, exact, infinite):
+    """As the guide says."""
+    logits = torch.tensor([[0.0, exact], [0.0, infinite]], dtype=dtype)
+    log_rest = softmax_statistics(logits, None).log_rest
+    assert log_rest[0].item() == pytest.approx(-exact, rel=1e-7) and log_rest[1].item() == -math.inf

@@ -110,3 +110,9 @@ def test_accuracies_of_unified_loss():
         assert parts["accuracy_top_1"] == parts["accuracy"]
     empty = loss_fn(logits, torch.full_like(targets, -100), return_detailed=True)
     assert empty["accuracy_top_5"] == 0
+
+
+def test_the_likeliest_of_capped_logits():
+    """The cap makes them equal: argmax is the first of them, the rank that of the logits as they are stored."""
+    metrics = token_metrics(torch.tensor([[0.0, 1e4, 2e4]]), torch.tensor([2]), logit_softcap=30.0)
+    assert metrics.argmax.item() == 1 and metrics.rank.item() == 0
