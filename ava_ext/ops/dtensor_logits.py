@@ -143,9 +143,22 @@ def _local_shape_and_offset(shape: torch.Size, mesh: Any, placements: list[Any])
     return compute_local_shape_and_global_offset(shape, mesh, placements)
 
 
+class _Arrived(torch.autograd.Function):
+    """What an AsyncCollectiveTensor becomes, whose own wait() gives it without its graph."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Any) -> Tensor:
+        arrived = local.wait()
+        return arrived.view_as(arrived)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def _waited(local: Tensor) -> Tensor:
     """A local tensor that has arrived."""
-    return local.wait() if hasattr(local, "wait") else local
+    return _Arrived.apply(local) if hasattr(local, "wait") else local
 
 
 def _local_linear_logits(owner: str, logits: LinearLogits) -> PlacedLogits:  # [..., n_columns]

@@ -7,11 +7,12 @@ import torch
 from support.processes import on_ranks
 
 from ava_ext import METRICS, UnifiedLoss
+from ava_ext.ops import token_log_probs
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.distributed.tensor.parallel import loss_parallel
 
 # odd sizes: no dimension is cut into equal parts
@@ -179,3 +180,38 @@ def unshifted_labels_worker(rank, dimension):
 def test_padding_of_a_router_beside_unshifted_labels(dimension):
     for found, expected in on_ranks(2, unshifted_labels_worker, dimension):
         torch.testing.assert_close(found, expected)
+
+
+def log_probs_of(logits, targets):
+    log_probs = token_log_probs(logits, targets)[0]
+    return -(log_probs.full_tensor() if isinstance(log_probs, DTensor) else log_probs).sum()
+
+
+def arriving_worker(rank, placement):
+    """Gradients below logits and hidden states that a collective is still bringing, and those of the whole."""
+    mesh, (leaves, arguments), found = init_device_mesh("cpu", (2,)), inputs(), []
+    targets, weight = arguments["targets"], leaves["lm_head_weight"]
+    replicated = distribute_tensor(weight, mesh, [Replicate()])
+    loss_fn = make_loss({})
+    for name, of_one, of_parts in (
+        ("logits", loss_fn, loss_fn),
+        ("logits", log_probs_of, log_probs_of),
+        (
+            "hidden_states",
+            lambda states, t: loss_fn(hidden_states=states, lm_head_weight=weight, targets=t),
+            lambda states, t: loss_fn(hidden_states=states, lm_head_weight=replicated, targets=t),
+        ),
+    ):
+        whole = leaves[name].clone().requires_grad_()
+        of_one(whole, targets).backward()
+        below = DTensor.from_local(leaves[name] / 2, mesh, [Partial()]).requires_grad_()
+        of_parts(below.redistribute(placements=[placement], async_op=True), targets).backward()
+        found.append((below.grad.full_tensor(), whole.grad))
+    return found
+
+
+@pytest.mark.parametrize("dimension", [None, 1])
+def test_what_is_still_on_its_way(dimension):
+    for found in on_ranks(2, arriving_worker, Replicate() if dimension is None else Shard(dimension)):
+        for gradient, expected in found:
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
