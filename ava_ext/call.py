@@ -124,7 +124,7 @@ class Call:
             self.hidden_states = self.hidden_states[-1]  # what the head reads
         if isinstance(self.lm_head_weight, nn.Module):
             self.lm_head_weight, self.lm_head_bias = _weight_and_bias(self.lm_head_weight, self.lm_head_bias)
-        if is_dtensor(self.lm_head_weight) and not is_dtensor(self.hidden_states):  # once, for every head that reads it
+        if is_dtensor(self.lm_head_weight) and not _reads_dtensors(self):  # once, for every head that reads it
             self.lm_head_weight, self.lm_head_bias = (
                 gathered_weight(part) for part in (self.lm_head_weight, self.lm_head_bias)
             )
@@ -278,6 +278,14 @@ def _as_logits(name: str, value: Any) -> Logits | ShardedLogits:
         f"unified_loss: expected {name} to be a torch.Tensor, LinearLogits or a model's output with .logits, "
         f"got {type(value).__name__}"
     )
+
+
+def _reads_dtensors(call: Call) -> bool:
+    """Whether logits or hidden states are DTensors, which say whose rows a rank has."""
+    depths = call.mtp_hidden_states
+    of_model = getattr(call.logits, "logits", call.logits)
+    several = depths if isinstance(depths, (tuple, list)) else (depths,)
+    return has_dtensor(of_model) or any(is_dtensor(states) for states in (call.hidden_states, *several))
 
 
 def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]

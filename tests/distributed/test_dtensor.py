@@ -24,6 +24,7 @@ EVERY_TERM = {
 }  # fmt: skip
 SHARED_HEADS = {"use_mtp": True, "num_future_tokens": 2, "mtp_share_head": True}
 OWN_HEADS = {"use_mtp": True, "num_future_tokens": 2}
+DEPTH_MODULES = {"use_mtp": True, "mtp_type": "hidden_states", "num_future_tokens": 2}
 
 
 def inputs():
@@ -45,6 +46,7 @@ def inputs():
         "hidden_states": normal(BATCH_SIZE, N_TOKENS, HIDDEN_SIZE),
         "lm_head_weight": normal(N_COLUMNS, HIDDEN_SIZE),
         "lm_head_bias": normal(N_COLUMNS),
+        "mtp_hidden_states": normal(2, BATCH_SIZE, N_TOKENS, HIDDEN_SIZE),
     }
     return leaves, arguments
 
@@ -160,6 +162,21 @@ def test_a_term_of_all_hidden_states(dimension):
     options = {"use_contrastive_loss": True} | OWN_HEADS
     found = on_ranks(2, worker, (2,), placements, options)
     check(found, run_whole(options, list(placements)), is_share=dimension < 2)
+
+
+@pytest.mark.parametrize(("of_rows", "of_weight"), [(None, None), (0, None), (1, None), (2, 0), (None, 0)], ids=str)
+def test_depth_modules_beside_logits(of_rows, of_weight):
+    def placed(dimension):
+        return [Replicate() if dimension is None else Shard(dimension)]
+
+    placements = {
+        "logits": placed(of_rows),
+        "lm_head_weight": placed(of_weight),
+        "lm_head_bias": placed(of_weight),
+        "mtp_hidden_states": placed(of_rows + 1 if of_rows in (0, 1) else None),
+    }
+    found = on_ranks(2, worker, (2,), placements, DEPTH_MODULES)
+    check(found, run_whole(DEPTH_MODULES, list(placements)), is_share=of_rows in (0, 1))
 
 
 def unshifted_labels_worker(rank, dimension):
