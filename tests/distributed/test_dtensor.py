@@ -179,6 +179,22 @@ def test_depth_modules_beside_logits(of_rows, of_weight):
     check(found, run_whole(DEPTH_MODULES, list(placements)), is_share=of_rows in (0, 1))
 
 
+def inplace_worker(rank):
+    mesh, (leaves, arguments), found = init_device_mesh("cpu", (2,)), inputs(), []
+    loss_fn = make_loss({"inplace_gradient": True})
+    for placement in (Replicate(), Shard(0), Shard(1), Shard(-1)):
+        logits = distribute_tensor(leaves["logits"].clone(), mesh, [placement]).detach().requires_grad_()
+        loss_fn(logits, arguments["targets"]).backward()
+        found.append((logits.detach().full_tensor(), leaves["logits"]))
+    return found
+
+
+def test_inplace_gradient_writes_over_no_dtensor():
+    for found in on_ranks(2, inplace_worker):
+        for logits, as_given in found:
+            assert torch.equal(logits, as_given)
+
+
 def unshifted_labels_worker(rank, dimension):
     """What the loss says of this rank's router, and what its tokens that are not padding say."""
     mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
