@@ -279,6 +279,22 @@ def test_inplace_gradient_second_backward_and_double_backward():
     on_ranks(2, inplace_worker)
 
 
+def empty_worker(rank):
+    logits, targets = torch.zeros(0, 5, 4, requires_grad=True), torch.zeros(0, 5).long()
+    weight, hidden_states = torch.ones(4, 3, requires_grad=True), torch.zeros(0, 5, 3, requires_grad=True)
+    for local in (logits, LinearLogits(hidden_states, weight)):
+        sharded_logits = ShardedLogits(local, "world")
+        row_loss(sharded_logits, targets, row_options(logits), reduction="sum").loss.backward()
+        token_log_probs(sharded_logits, targets)[0].sum().backward()
+    assert logits.grad.shape == logits.shape and hidden_states.grad.shape == hidden_states.shape
+    assert weight.grad.eq(0).all()
+    softmax_statistics(ShardedLogits(logits, "world"), None).entropy.sum().backward()
+
+
+def test_no_rows():
+    on_ranks(2, empty_worker)
+
+
 def errors_worker(rank):
     """Every error comes on every rank: none is left waiting for the others."""
     logits, targets = torch.randn(3, 8), torch.tensor([1, 2, 3])
