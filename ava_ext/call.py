@@ -193,10 +193,11 @@ class Call:
         self.placement = CallPlacement.of(config, self.logits)
         if self.placement is None:
             self.hidden_states = whole("unified_loss", "hidden_states", self.hidden_states, False)
-        elif config.mtp_heads == "own" or config.use_contrastive_loss:
-            self.hidden_states = self.placement.hidden_states(self.hidden_states)
-        elif config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
-            self.mtp_hidden_states = [self.placement.hidden_states(depth) for depth in self.mtp_hidden_states]
+        else:
+            if config.mtp_heads == "own" or config.use_contrastive_loss:
+                self.hidden_states = self.placement.hidden_states(self.hidden_states)
+            if config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
+                self.mtp_hidden_states = [self.placement.hidden_states(depth) for depth in self.mtp_hidden_states]
         for name in (
             "gate_logits",
             "expert_indices",

@@ -179,6 +179,19 @@ def test_depth_modules_beside_logits(of_rows, of_weight):
     check(found, run_whole(DEPTH_MODULES, list(placements)), is_share=of_rows in (0, 1))
 
 
+@pytest.mark.parametrize("of_depths", [None, 1])
+def test_depth_modules_beside_a_term_of_all_hidden_states(of_depths):
+    placements = {
+        "logits": [Shard(0)],
+        "hidden_states": [Shard(0)],
+        "lm_head_weight": [Replicate()],
+        "mtp_hidden_states": [Replicate() if of_depths is None else Shard(of_depths)],
+    }
+    options = {"use_contrastive_loss": True} | DEPTH_MODULES
+    found = on_ranks(2, worker, (2,), placements, options)
+    check(found, run_whole(options, list(placements)), is_share=True)
+
+
 def inplace_worker(rank):
     mesh, (leaves, arguments), found = init_device_mesh("cpu", (2,)), inputs(), []
     loss_fn = make_loss({"inplace_gradient": True})
