@@ -226,6 +226,13 @@ class Call:
             values = values[..., :-1]
         return values.squeeze(-2) if self.is_flat else values
 
+    def own_rows(self) -> Tensor | None:  # [batch_size, n_tokens] bool
+        """Which rows this rank has; None: all."""
+        rows = None if self.placement is None else self.placement.rows
+        if rows is None:
+            return None
+        return rows.among_all(torch.ones(rows.sizes, dtype=torch.bool, device=self.targets.device))
+
     def padding_free(self, n_rows: int) -> Tensor | None:
         """[n_rows] bool: which rows of a router or an expert are not padding; None: all, or their number is another."""
         for keep in (self.keep_targets, self.keep_tokens):

@@ -152,7 +152,8 @@ class MultiTokenPrediction(Part):
             return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         hidden_states = call.required("hidden_states", "use_mtp")
         of_rows = (rows.targets, active_weights(rows.weights, active), call.segments)
-        loss, means = self(hidden_states, *of_rows, call.head_loss, *head, depth_weights=call.mtp_depth_weights)
+        of_call = (call.head_loss, *head, call.mtp_depth_weights, call.own_rows())
+        loss, means = self(hidden_states, *of_rows, *of_call)
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 
     def forward(
@@ -165,6 +166,7 @@ class MultiTokenPrediction(Part):
         lm_head_weight: Tensor | None = None,  # [n_columns, hidden_size]
         lm_head_bias: Tensor | None = None,  # [n_columns]
         depth_weights: Tensor | None = None,  # [num_future_tokens]
+        own_rows: Tensor | None = None,  # [batch_size, n_tokens] bool
     ) -> MTPOutput:
         """The weighted term and the loss of each depth.
 
@@ -177,6 +179,7 @@ class MultiTokenPrediction(Part):
             lm_head_weight: the shared head; unused without mtp_share_head.
             lm_head_bias: its bias, or None.
             depth_weights: c_k. No gradient; a schedule may change the values.
+            own_rows: the rows whose terms head_loss gives, where others are on other ranks; None: all.
 
         Returns:
             MTPOutput.
@@ -210,7 +213,7 @@ class MultiTokenPrediction(Part):
         else:
             heads = [LinearLogits(normed, head.weight, head.bias) for head in self.heads]  # type: ignore[arg-type]
         loss, terms = losses_of_heads(heads, rows, head_loss)
-        return MTPOutput(loss, depth_means(terms, rows.targets, self.ignore_index))
+        return MTPOutput(loss, depth_means(terms, rows.targets, self.ignore_index, own_rows))
 
     def _check(
         self,

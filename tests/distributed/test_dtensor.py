@@ -192,6 +192,32 @@ def test_depth_modules_beside_a_term_of_all_hidden_states(of_depths):
     check(found, run_whole(options, list(placements)), is_share=True)
 
 
+def depth_metrics_worker(rank, options):
+    """Metrics of the depths on this rank's texts, which are DTensors, and by themselves."""
+    mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
+    loss_fn, weight, targets = make_loss(options), leaves["lm_head_weight"], arguments["targets"]
+    of_all = {name: leaves[name] for name in ("logits", "hidden_states")}
+    if options == DEPTH_MODULES:
+        of_all["mtp_hidden_states"] = leaves["mtp_hidden_states"]
+    own = {name: values.chunk(2, values.dim() - 3)[rank] for name, values in of_all.items()}
+    spread = {name: distribute_tensor(values, mesh, [Shard(values.dim() - 3)]) for name, values in of_all.items()}
+    found, expected = (
+        loss_fn(targets=t, lm_head_weight=head, **values, return_detailed=True)
+        for t, head, values in (
+            (targets, distribute_tensor(weight, mesh, [Replicate()]), spread),
+            (targets.chunk(2)[rank], weight, own),
+        )
+    )
+    return [{key: value for key, value in detailed.items() if "_depth_" in key} for detailed in (found, expected)]
+
+
+@pytest.mark.parametrize("options", [SHARED_HEADS, DEPTH_MODULES], ids=["heads of the loss", "depth modules"])
+def test_metrics_of_depths_are_those_of_the_rows_of_a_rank(options):
+    for found, expected in on_ranks(2, depth_metrics_worker, options):
+        assert len(found) == 6
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def inplace_worker(rank):
     mesh, (leaves, arguments), found = init_device_mesh("cpu", (2,)), inputs(), []
     loss_fn = make_loss({"inplace_gradient": True})
