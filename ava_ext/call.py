@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
-from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.linear_logits import LinearLogits, is_linear
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole
@@ -267,8 +267,8 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def _weight_and_bias(head: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Of a linear layer. A layer that does more (an adapter, a scale) would silently lose it."""
-    if type(head) is not nn.Linear:
+    """Of a linear layer."""
+    if not is_linear(head):
         raise TypeError(
             "unified_loss: expected lm_head_weight to be a torch.Tensor or a torch.nn.Linear, got "
             f"{type(head).__name__}, which may do more than one matrix product: pass logits, or its merged weight"

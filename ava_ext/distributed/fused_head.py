@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ava_ext.ops.linear_logits import is_linear
+
 
 class FusedHead(nn.Module):
     """lm_head and the loss of what it gives, without the logits; without targets, the logits.
@@ -25,7 +27,7 @@ class FusedHead(nn.Module):
 
     def __init__(self, lm_head: nn.Linear, loss_fn: nn.Module) -> None:
         super().__init__()
-        if not isinstance(lm_head, nn.Linear):
+        if not is_linear(lm_head):
             raise TypeError(
                 f"fused_head: expected lm_head to be a torch.nn.Linear, got {type(lm_head).__name__}, which may do "
                 "more than one matrix product"

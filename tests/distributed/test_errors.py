@@ -104,9 +104,16 @@ def test_a_weight_whose_values_are_elsewhere():
         loss_fn(targets=targets, hidden_states=torch.randn(2, 6, H), lm_head_weight=weight)
 
 
+class ScaledLinear(torch.nn.Linear):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
 def test_fused_head_wants_a_linear_layer():
     with pytest.raises(TypeError, match=r"lm_head to be a torch.nn.Linear, got Sequential"):
         FusedHead(torch.nn.Sequential(torch.nn.Linear(H, V)), UnifiedLoss(V))
+    with pytest.raises(TypeError, match=r"lm_head to be a torch.nn.Linear, got ScaledLinear, which may do more"):
+        FusedHead(ScaledLinear(H, V), UnifiedLoss(V))
     head = FusedHead(torch.nn.Linear(H, V), UnifiedLoss(V, primary_loss_type="standard"))
     states = torch.randn(3, H)
     torch.testing.assert_close(head(states), head.lm_head(states))

@@ -59,6 +59,25 @@ def test_fully_sharded_and_tensor_parallel(head_is_a_unit):
         torch.testing.assert_close(tuple(of_head), expected[1:], rtol=1e-12, atol=1e-12)
 
 
+def sharded_head_worker(rank):
+    """The head's gradient where the loss is given the layer that fully_shard has made of it, and where its weight."""
+    states, targets = (values.chunk(2)[rank] for values in inputs())
+    found = []
+    for given in ("layer", "weight"):
+        linear = fully_shard(make_head().lm_head, mesh=init_device_mesh("cpu", (2,)))
+        head = {"lm_head_weight": linear}
+        if given == "weight":
+            head = {"lm_head_weight": linear.weight, "lm_head_bias": linear.bias}
+        UnifiedLoss(VOCAB_SIZE, ngram_size=1, **TERMS)(targets=targets, hidden_states=states, **head).backward()
+        found.append((linear.weight.grad.full_tensor(), linear.bias.grad.full_tensor()))
+    return found
+
+
+def test_a_fully_sharded_layer_as_the_heads_weight():
+    for of_layer, of_weight in on_ranks(2, sharded_head_worker):
+        torch.testing.assert_close(of_layer, of_weight, rtol=0, atol=0)
+
+
 def compiled_worker(rank):
     generator = torch.Generator().manual_seed(rank)
     leaf = torch.randn(BATCH_SIZE, N_TOKENS, VOCAB_SIZE, generator=generator, requires_grad=True)
