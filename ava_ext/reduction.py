@@ -65,8 +65,8 @@ def count_rows(
 
     Raises:
         TypeError: num_items_in_batch is no number.
-        ValueError: it is negative, not finite, or has several elements. The value of a tensor is not read, because that
-            would wait for the device.
+        ValueError: it is negative, not finite, has several elements, or is of half precision. The value of a tensor is
+            not read, because that would wait for the device.
     """
     if token_weights is not None:
         token_weights = token_weights.to(dtype)
@@ -106,6 +106,11 @@ def items_of(
     if num_items_in_batch.numel() != 1:
         raise ValueError(
             f"{owner}: expected num_items_in_batch of one element, got shape {list(num_items_in_batch.shape)}"
+        )
+    if num_items_in_batch.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{owner}: expected num_items_in_batch of integers, float32 or float64, got {num_items_in_batch.dtype}, "
+            "which rounds it, as FSDP2's mixed precision rounds every tensor on its way into a module: pass float(n)"
         )
     n_items = num_items_in_batch.reshape(()).to(device, dtype)
     return torch.where(n_items == 0, 1.0, n_items)

@@ -13,7 +13,8 @@ class FusedHead(nn.Module):
     """lm_head and the loss of what it gives, without the logits; without targets, the logits.
 
     One module, so that wrappers see the head used: fully_shard(fused_head) gathers its weight for forward and backward
-    and reduces its gradient as that of any other layer, and DistributedDataParallel sees it run.
+    and reduces its gradient as that of any other layer, and DistributedDataParallel sees it run. Under FSDP2's mixed
+    precision, which casts tensors of floating point on their way in, num_items_in_batch is a number: float(n).
 
     Args:
         lm_head: torch.nn.Linear; its weight may be a DTensor, in Shard(0) for vocabulary parallelism.
