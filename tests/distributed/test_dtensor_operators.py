@@ -23,6 +23,7 @@ from ava_ext.ops import (
     row_options,
     softmax_statistics,
     token_log_probs,
+    token_metrics,
 )
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -187,6 +188,26 @@ def test_a_function_of_hidden_states(name, dimension, of_weight):
         torch.testing.assert_close((of_states, of_head), (states.grad, weight.grad), **close)
         if name != "row_loss":
             torch.testing.assert_close(values, as_whole(expected), **close)
+
+
+def metrics_worker(rank, dimension):
+    mesh, given = init_device_mesh("cpu", (2,)), inputs()
+    weight = distribute_tensor(given["weight"], mesh, [Replicate()])
+    logits, states = (distribute_tensor(given[name], mesh, placed(dimension)) for name in ("logits", "hidden_states"))
+    targets = distribute_tensor(given["targets"], mesh, placed(dimension))
+    calls = (logits, given["targets"]), (logits, targets), (LinearLogits(states, weight), given["targets"])
+    found = [token_metrics(*call) for call in calls]
+    assert all(isinstance(value, DTensor) == (dimension is not None) for metrics in found for value in metrics)
+    return [as_whole(metrics) for metrics in found]
+
+
+@pytest.mark.parametrize("dimension", [None, 0, 1])
+def test_token_metrics(dimension):
+    given = inputs()
+    whole_calls = (given["logits"], given["logits"], LinearLogits(given["hidden_states"], given["weight"]))
+    expected = [list(token_metrics(logits, given["targets"])) for logits in whole_calls]
+    for found in on_ranks(2, metrics_worker, dimension):
+        torch.testing.assert_close(found, expected, **close)
 
 
 def column_weights_loss(logits, given, name):
