@@ -26,6 +26,12 @@ def placements_worker(rank):
 
     with pytest.raises(ValueError, match=r"logits in placements Replicate or Shard, got P.*: call logits.redistribute"):
         loss_fn(DTensor.from_local(logits, mesh, [Partial()]), targets)
+    flat = spread(logits, Shard(1)).flatten(0, 1), spread(states, Shard(1)).flatten(0, 1)
+    with pytest.raises(ValueError, match=r"logits in placements Replicate or Shard, got .* as it was before flatten"):
+        loss_fn(flat[0], targets.flatten())
+    with pytest.raises(ValueError, match=r"hidden_states in placements .* as it was before flatten"):
+        of_head = {"hidden_states": flat[1], "lm_head_weight": spread(weight, Replicate())}
+        loss_fn(targets=targets.flatten(), **of_head)
     with pytest.raises(ValueError, match=r"expected targets as a torch.Tensor .* pass targets.to_local\(\)"):
         loss_fn(logits, spread(targets, Shard(0)))
     assert loss_fn(logits, spread(targets, Replicate())) == loss_fn(logits, targets)
