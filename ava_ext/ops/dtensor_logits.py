@@ -147,10 +147,20 @@ def _replicate() -> Any:
     return Replicate()
 
 
-def _local_shape_and_offset(shape: torch.Size, mesh: Any, placements: list[Any]) -> tuple[Any, Any]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+def _local_shape_and_offset(shape: torch.Size, mesh: Any, placements: list[Any]) -> tuple[list[int], list[int]]:
+    """Sizes and beginning of this rank's block. torch's own function makes tensors, which a compiled graph cannot read.
 
-    return compute_local_shape_and_global_offset(shape, mesh, placements)
+    A dimension is cut as by torch.chunk; one that several dimensions of the mesh share, by each in turn.
+    """
+    sizes, offsets = list(shape), [0] * len(shape)
+    for mesh_dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            size = sizes[placement.dim]
+            chunk = -(-size // mesh.size(mesh_dimension))
+            first = min(mesh.get_local_rank(mesh_dimension) * chunk, size)
+            sizes[placement.dim] = min(chunk, size - first)
+            offsets[placement.dim] += first
+    return sizes, offsets
 
 
 class _Arrived(torch.autograd.Function):

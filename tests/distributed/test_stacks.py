@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 BATCH_SIZE, N_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 4, 6, 11, 4
@@ -96,3 +96,39 @@ def compiled_worker(rank):
 def test_compiled():
     for eager, compiled in on_ranks(2, compiled_worker):
         torch.testing.assert_close(compiled, eager)
+
+
+def compiled_dtensors_worker(rank):
+    """Loss and gradients of DTensors, as they are and in one compiled graph, of logits and of a head in each place."""
+    mesh, (states, targets), found = init_device_mesh("cpu", (2,)), inputs(), []
+    weight, loss_fn = make_head().lm_head.weight, UnifiedLoss(VOCAB_SIZE, primary_loss_type="standard")
+
+    def of_logits(states, weight):
+        return loss_fn(torch.nn.functional.linear(states, weight), targets)
+
+    def of_head(states, weight):
+        return loss_fn(targets=targets, hidden_states=states, lm_head_weight=weight)
+
+    for loss_of, of_states, of_weight in (
+        (of_logits, Replicate(), Shard(0)),
+        (of_logits, Shard(1), Replicate()),
+        (of_head, Shard(0), Replicate()),
+        (of_head, Replicate(), Shard(0)),
+    ):
+        leaves = (
+            distribute_tensor(states, mesh, [of_states]).requires_grad_(),
+            distribute_tensor(weight.detach(), mesh, [of_weight]).requires_grad_(),
+        )
+        results = []
+        for function in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):
+            loss = function(*leaves)
+            gradients = torch.autograd.grad(loss, leaves)
+            results.append([loss.detach(), *(gradient.full_tensor() for gradient in gradients)])
+        found.append(results)
+    return found
+
+
+def test_dtensors_in_one_compiled_graph():
+    for rank in on_ranks(2, compiled_dtensors_worker):
+        for eager, compiled in rank:
+            torch.testing.assert_close(compiled, eager)
