@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +202,8 @@ class MultiTokenPrediction(Part):
         # what a row that predicts nothing holds may be nan: 0 times nan would reach the gradients of norms and blocks
         predicts = (rows.targets != self.ignore_index).any(0).unsqueeze(-1)
         hidden_states = torch.where(predicts, hidden_states, 0.0)
-        normed = self.norm(hidden_states.to(next(self.heads.parameters()).dtype))
+        first: Any = self.heads[0].linear if self.share_head else self.heads[0]  # FSDP may leave it no parameters()
+        normed = self.norm(hidden_states.to(first.weight.dtype))
         heads: LinearLogits | list[LinearLogits]
         if lm_head_weight is not None and self.share_head:
             if self.detach_head:

@@ -10,7 +10,7 @@ from ava_ext.distributed import FusedHead, ShardedLogits
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 if torch.distributed.is_available():
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -76,6 +76,28 @@ def sharded_head_worker(rank):
 def test_a_fully_sharded_layer_as_the_heads_weight():
     for of_layer, of_weight in on_ranks(2, sharded_head_worker):
         torch.testing.assert_close(of_layer, of_weight, rtol=0, atol=0)
+
+
+def flat_parameters_worker(rank, options):
+    """The loss of this rank's texts, where FSDP1 has made one flat parameter of all."""
+    states, targets = inputs()
+    torch.manual_seed(1)
+    loss_fn = UnifiedLoss(VOCAB_SIZE, HIDDEN_SIZE, primary_loss_type="standard", use_mtp=True, **options)
+    head = FusedHead(torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE), loss_fn).double()
+    n_items, of_rank = targets.numel(), (states.chunk(2)[rank], targets.chunk(2)[rank])
+    expected = head(*of_rank, num_items_in_batch=n_items).detach()
+    sharded = FullyShardedDataParallel(head, use_orig_params=False, device_id=torch.device("cpu"))
+    loss = sharded(*of_rank, num_items_in_batch=n_items)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in sharded.parameters())
+    return loss.detach(), expected
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("mtp_share_head", [True, False])
+def test_heads_of_the_loss_in_a_flat_parameter(mtp_share_head):
+    for loss, expected in on_ranks(2, flat_parameters_worker, {"mtp_share_head": mtp_share_head}):
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
 def compiled_worker(rank):
