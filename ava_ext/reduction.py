@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops import row_weights
+from ava_ext.ops.dtensors import whole
 
 
 class Rows(NamedTuple):
@@ -112,5 +113,6 @@ def items_of(
             f"{owner}: expected num_items_in_batch of integers, float32 or float64, got {num_items_in_batch.dtype}, "
             "which rounds it, as FSDP2's mixed precision rounds every tensor on its way into a module: pass float(n)"
         )
-    n_items = num_items_in_batch.reshape(()).to(device, dtype)
+    given = whole(owner, "num_items_in_batch", num_items_in_batch, True)  # of a DTensor: maybe not added up yet
+    n_items = given.reshape(()).to(device, dtype)
     return torch.where(n_items == 0, 1.0, n_items)

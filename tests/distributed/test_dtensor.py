@@ -218,6 +218,24 @@ def test_metrics_of_depths_are_those_of_the_rows_of_a_rank(options):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def counting_worker(rank):
+    """N of targets that are a DTensor, and the loss divided by an N that is one: a sum over ranks."""
+    mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
+    loss_fn, targets = make_loss({"class_weights": (0.5,) * VOCAB_SIZE}), arguments["targets"]
+    given = [targets, arguments["token_weights"]]
+    expected = loss_fn.count_items(given[0], token_weights=given[1])
+    spread = [distribute_tensor(values, mesh, [Shard(1)]) for values in given]
+    found = loss_fn.count_items(spread[0], token_weights=spread[1])
+    n_items = DTensor.from_local(expected / 2, mesh, [Partial()])
+    losses = [loss_fn(leaves["logits"], targets, num_items_in_batch=n) for n in (n_items, expected)]
+    return (found, losses[0].detach()), (expected, losses[1].detach())
+
+
+def test_n_of_dtensors():
+    for found, expected in on_ranks(2, counting_worker):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def inplace_worker(rank):
     mesh, (leaves, arguments), found = init_device_mesh("cpu", (2,)), inputs(), []
     loss_fn = make_loss({"inplace_gradient": True})

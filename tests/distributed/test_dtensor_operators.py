@@ -11,7 +11,7 @@ import torch
 from support.processes import on_ranks
 from torch.nn import functional as F
 
-from ava_ext import LinearLogits, functional
+from ava_ext import LinearLogits, SequenceUnlikelihoodLoss, functional
 from ava_ext.ops import (
     Candidates,
     RowFlags,
@@ -291,6 +291,51 @@ def test_cross_entropy(dimension):
     torch.testing.assert_close(total, loss.detach(), **close)
     for _, gradient in found:
         torch.testing.assert_close(gradient, leaf.grad, **close)
+
+
+def class_weights_worker(rank, probabilities):
+    """Losses with weight and target in every mixture of DTensors and Tensors, and the gradient of the logits."""
+    mesh, given, found = init_device_mesh("cpu", (2,)), inputs(), []
+    logits, weight = given["logits"].flatten(0, 1), given["row_weights"].flatten()[:V]
+    target = given["targets"].flatten() if probabilities is None else probabilities
+    spread = distribute_tensor(target, mesh, [Shard(0)]), distribute_tensor(weight, mesh, [Replicate()])
+    for of_target, of_weight in itertools.product((target, spread[0]), (weight, spread[1])):
+        leaf = distribute_tensor(logits, mesh, [Shard(0)]).detach().requires_grad_()
+        loss = functional.cross_entropy(leaf, of_target, weight=of_weight, label_smoothing=0.1)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad.full_tensor()))
+    return found
+
+
+@pytest.mark.parametrize("with_probabilities", [False, True])
+def test_cross_entropy_with_class_weights(with_probabilities):
+    given = inputs()
+    leaf, weight = given["logits"].flatten(0, 1).requires_grad_(), given["row_weights"].flatten()[:V]
+    probabilities = given["logits"].flatten(0, 1).softmax(-1).detach() if with_probabilities else None
+    target = given["targets"].flatten() if probabilities is None else probabilities
+    loss = F.cross_entropy(leaf, target, weight, label_smoothing=0.1)
+    loss.backward()
+    for of_ranks in zip(*on_ranks(2, class_weights_worker, probabilities), strict=True):
+        losses, gradients = zip(*of_ranks, strict=True)
+        torch.testing.assert_close(sum(losses), loss.detach(), **close)
+        for gradient in gradients:
+            torch.testing.assert_close(gradient, leaf.grad, **close)
+
+
+def unlikelihood_worker(rank, dimension):
+    mesh, tokens = init_device_mesh("cpu", (2,)), texts()[0]
+    logits = inputs()["logits"].repeat(2, 3, 1)[:5, :12, :4].contiguous()
+    loss_fn = SequenceUnlikelihoodLoss(4, ngram_size=2)
+    spread = [distribute_tensor(values, mesh, placed(dimension)) for values in (logits, tokens)]
+    return loss_fn(*spread), loss_fn(logits, tokens)
+
+
+@pytest.mark.parametrize("dimension", [None, 0])
+def test_sequence_unlikelihood(dimension):
+    ranks = on_ranks(2, unlikelihood_worker, dimension)
+    losses, (expected, _) = zip(*ranks, strict=True)
+    total = losses[0] if dimension is None else sum(losses)
+    torch.testing.assert_close(total, expected, **close)
 
 
 def texts():
