@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
-from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.linear_logits import LinearLogits, is_linear
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole
@@ -127,7 +127,7 @@ class Call:
             self.hidden_states = self.hidden_states[-1]  # what the head reads
         if isinstance(self.lm_head_weight, nn.Module):
             self.lm_head_weight, self.lm_head_bias = _weight_and_bias(self.lm_head_weight, self.lm_head_bias)
-        if is_dtensor(self.lm_head_weight) and not is_dtensor(self.hidden_states):  # once, for every head that reads it
+        if is_dtensor(self.lm_head_weight) and not _reads_dtensors(self):  # once, for every head that reads it
             self.lm_head_weight, self.lm_head_bias = (
                 gathered_weight(part) for part in (self.lm_head_weight, self.lm_head_bias)
             )
@@ -196,10 +196,11 @@ class Call:
         self.placement = CallPlacement.of(config, self.logits)
         if self.placement is None:
             self.hidden_states = whole("unified_loss", "hidden_states", self.hidden_states, False)
-        elif config.mtp_heads == "own" or config.use_contrastive_loss:
-            self.hidden_states = self.placement.hidden_states(self.hidden_states)
-        elif config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
-            self.mtp_hidden_states = [self.placement.hidden_states(depth) for depth in self.mtp_hidden_states]
+        else:
+            if config.mtp_heads == "own" or config.use_contrastive_loss:
+                self.hidden_states = self.placement.hidden_states(self.hidden_states)
+            if config.mtp_heads == "hidden_states" and self.mtp_hidden_states is not None:
+                self.mtp_hidden_states = [self.placement.hidden_states(depth) for depth in self.mtp_hidden_states]
         for name in (
             "gate_logits",
             "expert_indices",
@@ -227,6 +228,13 @@ class Call:
         if not self.labels_are_shifted:
             values = values[..., :-1]
         return values.squeeze(-2) if self.is_flat else values
+
+    def own_rows(self) -> Tensor | None:  # [batch_size, n_tokens] bool
+        """Which rows this rank has; None: all."""
+        rows = None if self.placement is None else self.placement.rows
+        if rows is None:
+            return None
+        return rows.among_all(torch.ones(rows.sizes, dtype=torch.bool, device=self.targets.device))
 
     def padding_free(self, n_rows: int) -> Tensor | None:
         """[n_rows] bool: which rows of a router or an expert are not padding; None: all, or their number is another."""
@@ -262,8 +270,8 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def _weight_and_bias(head: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Of a linear layer. A layer that does more (an adapter, a scale) would silently lose it."""
-    if type(head) is not nn.Linear:
+    """Of a linear layer."""
+    if not is_linear(head):
         raise TypeError(
             "unified_loss: expected lm_head_weight to be a torch.Tensor or a torch.nn.Linear, got "
             f"{type(head).__name__}, which may do more than one matrix product: pass logits, or its merged weight"
@@ -281,6 +289,14 @@ def _as_logits(name: str, value: Any) -> Logits | ShardedLogits:
         f"unified_loss: expected {name} to be a torch.Tensor, LinearLogits or a model's output with .logits, "
         f"got {type(value).__name__}"
     )
+
+
+def _reads_dtensors(call: Call) -> bool:
+    """Whether logits or hidden states are DTensors, which say whose rows a rank has."""
+    depths = call.mtp_hidden_states
+    of_model = getattr(call.logits, "logits", call.logits)
+    several = depths if isinstance(depths, (tuple, list)) else (depths,)
+    return has_dtensor(of_model) or any(is_dtensor(states) for states in (call.hidden_states, *several))
 
 
 def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]

@@ -97,7 +97,7 @@ class UnifiedLossConfig:
     )
     reduction: str = _option("mean", _one_of("mean", "sum", "none"), '"mean", "sum" or "none"')
     labels_are_shifted: bool = _option(True, _FLAG, "False: targets[:, t] is the token read at t, as in Hugging Face")
-    inplace_gradient: bool = _option(False, _FLAG, "backward writes the gradient over the logits")
+    inplace_gradient: bool = _option(False, _FLAG, "backward writes the gradient over the logits, except a DTensor's")
     process_group: Any = _option(
         None, _GROUP, 'the group that step() sums learned state over; "world": the default group'
     )

@@ -142,6 +142,7 @@ def _row_loss(
     terms = _row_terms(owner, label_smoothing, **options)
     if weight is not None:
         _check_weight(owner, weight, logits)
+        weight = _beside(target, weight)
     probabilities = None
     if target.is_floating_point():
         _check_probabilities(owner, target, logits, ignore_index, options)
@@ -224,7 +225,7 @@ def _weighted_probabilities(
     if label_smoothing > 0:
         is_there = _columns_that_are_there(logits, vocab_size)
         share = label_smoothing / is_there.sum(-1, keepdim=True).clamp_min(1).to(dtype)
-        smoothed = smoothed * (1 - label_smoothing) + torch.where(is_there, share, 0)
+        smoothed = smoothed * (1 - label_smoothing) + _beside(smoothed, torch.where(is_there, share, 0))
     return smoothed * weight.to(dtype)
 
 
@@ -251,6 +252,21 @@ def _check_weight(
         raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
     if weight.requires_grad:
         raise ValueError(f"{owner}: expected weight without requires_grad: no gradient is computed for it")
+
+
+def _beside(
+    target: Any,  # [...] or [..., n_columns]
+    values: Any,  # [...]: the same on every rank
+) -> Any:
+    """Values as a DTensor where the target is one, and else as none: torch multiplies no DTensor by a Tensor."""
+    if is_dtensor(target) == is_dtensor(values):
+        return values
+    if is_dtensor(values):
+        return values.full_tensor()
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = target.device_mesh
+    return DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 class _RowTerms(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops import row_weights
+from ava_ext.ops.dtensors import whole
 
 
 class Rows(NamedTuple):
@@ -65,8 +66,8 @@ def count_rows(
 
     Raises:
         TypeError: num_items_in_batch is no number.
-        ValueError: it is negative, not finite, or has several elements. The value of a tensor is not read, because that
-            would wait for the device.
+        ValueError: it is negative, not finite, has several elements, or is of half precision. The value of a tensor is
+            not read, because that would wait for the device.
     """
     if token_weights is not None:
         token_weights = token_weights.to(dtype)
@@ -107,5 +108,11 @@ def items_of(
         raise ValueError(
             f"{owner}: expected num_items_in_batch of one element, got shape {list(num_items_in_batch.shape)}"
         )
-    n_items = num_items_in_batch.reshape(()).to(device, dtype)
+    if num_items_in_batch.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{owner}: expected num_items_in_batch of integers, float32 or float64, got {num_items_in_batch.dtype}, "
+            "which rounds it, as FSDP2's mixed precision rounds every tensor on its way into a module: pass float(n)"
+        )
+    given = whole(owner, "num_items_in_batch", num_items_in_batch, True)  # of a DTensor: maybe not added up yet
+    n_items = given.reshape(()).to(device, dtype)
     return torch.where(n_items == 0, 1.0, n_items)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.dtensors import whole
 from ava_ext.reduction import Rows
 
 
@@ -22,8 +23,11 @@ def rows_of_targets(
 
     The call itself decides, so that this and the loss cannot differ. Its logits are a single number, repeated.
     """
+    # every rank has the whole of DTensors, as in the call: nothing here is beside logits
+    targets, *given = (whole("count_items", "targets", value, True) for value in (targets, *arguments.values()))
+    arguments = dict(zip(arguments, given, strict=True))
     number = torch.empty(1, device=targets.device if isinstance(targets, Tensor) else None)
     shape = (*targets.shape, config.vocab_size) if isinstance(targets, Tensor) else (config.vocab_size,)
     absent = {name: None for name in list(inspect.signature(Call).parameters)[2:]}
-    given = {"logits": number.expand(shape), "targets": targets, "num_items_in_batch": 1, **arguments}
-    return Call(config, (), **(absent | given)).rows
+    of_call = {"logits": number.expand(shape), "targets": targets, "num_items_in_batch": 1, **arguments}
+    return Call(config, (), **(absent | of_call)).rows

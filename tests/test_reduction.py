@@ -134,6 +134,8 @@ def test_num_items_in_batch_is_one_element_of_any_shape(n_items):
         (torch.tensor([1, 1]), ValueError, r"of one element, got shape \[2\]"),
         (torch.arange(5), ValueError, r"of one element, got shape \[5\]"),
         (torch.zeros(0), ValueError, r"of one element, got shape \[0\]"),
+        (torch.tensor(8, dtype=torch.bfloat16), ValueError, r"of integers, float32 .*: pass float\(n\)"),
+        (torch.tensor([8], dtype=torch.float16), ValueError, "of integers, float32 or float64, got torch.float16"),
         (-5, ValueError, "to be >= 0, got -5"),
         (-0.5, ValueError, "to be >= 0, got -0.5"),
         (math.nan, ValueError, "to be >= 0, got nan"),

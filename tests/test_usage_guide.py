@@ -186,6 +186,7 @@ MISTAKES = [
     lambda: _loss()(LOGITS, TARGETS * 10),
     lambda: _loss()(None, TARGETS),
     lambda: _loss()(LOGITS, TARGETS, lm_head_weight=torch.zeros(10, 4)),
+    lambda: _loss()(LOGITS, TARGETS, num_items_in_batch=torch.tensor(10.0, dtype=torch.bfloat16)),
     lambda: _loss()(targets=TARGETS, hidden_states=LOGITS, lm_head_weight=torch.nn.Identity()),
     lambda: _loss(use_ngram_penalty=True)(LOGITS.flatten(0, 1), TARGETS.flatten()),
     lambda: _loss(use_mtp=True),

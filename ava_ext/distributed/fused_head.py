@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ava_ext.ops.linear_logits import is_linear
+
 
 class FusedHead(nn.Module):
     """lm_head and the loss of what it gives, without the logits; without targets, the logits.
 
     One module, so that wrappers see the head used: fully_shard(fused_head) gathers its weight for forward and backward
-    and reduces its gradient as that of any other layer, and DistributedDataParallel sees it run.
+    and reduces its gradient as that of any other layer, and DistributedDataParallel sees it run. Under FSDP2's mixed
+    precision, which casts tensors of floating point on their way in, num_items_in_batch is a number: float(n).
 
     Args:
         lm_head: torch.nn.Linear; its weight may be a DTensor, in Shard(0) for vocabulary parallelism.
@@ -25,7 +28,7 @@ class FusedHead(nn.Module):
 
     def __init__(self, lm_head: nn.Linear, loss_fn: nn.Module) -> None:
         super().__init__()
-        if not isinstance(lm_head, nn.Linear):
+        if not is_linear(lm_head):
             raise TypeError(
                 f"fused_head: expected lm_head to be a torch.nn.Linear, got {type(lm_head).__name__}, which may do "
                 "more than one matrix product"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ava_ext.ops.linear_logits import is_linear
+
 
 def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_columns, hidden_size], [n_columns]
     """What the head multiplies by and adds; gradients of both reach whatever they are made of.
@@ -28,8 +30,7 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_colu
             return weight_and_bias(head.modules_to_save[head.active_adapters[0]] if is_on else head.original_module)
         if isinstance(head, peft.tuners.lora.Linear):
             return _merged(head)
-    cls = getattr(head, "class_before_loss", type(head))  # a head whose input is recorded is of a class made for it
-    if not isinstance(head, nn.Linear) or cls.forward is not nn.Linear.forward or "forward" in vars(head):
+    if not is_linear(head):
         raise _refused(head, "a forward of its own", "use attach_loss, which takes the logits that the model computes")
     if head.weight.is_meta:
         raise _refused(head, "a weight on the meta device", "load it first")

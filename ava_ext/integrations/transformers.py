@@ -196,6 +196,7 @@ class UnifiedLossTrainerMixin:
         self._model_with_loss = inner
         self._meters = {True: LossMeter("world"), False: LossMeter("world")}  # by whether the model trains
         self._meter_calls = {True: 0, False: 0}
+        self._n_is_of_all_ranks = {True: False, False: False}
         self._logged_step = 0
         super().__init__(model, *arguments, **options)  # type: ignore[call-arg]
         trainer: Any = self
@@ -226,8 +227,11 @@ class UnifiedLossTrainerMixin:
         found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)
         parts = self._model_with_loss.loss_parts
         if parts is not None:
+            trainer: Any = self
             self._meters[model.training].update(parts)
             self._meter_calls[model.training] += 1
+            is_of_all = num_items_in_batch is not None and trainer.args.average_tokens_across_devices
+            self._n_is_of_all_ranks[model.training] = is_of_all
         return found
 
     def prediction_step(
@@ -289,7 +293,9 @@ class UnifiedLossTrainerMixin:
             n_calls, self._logged_step = trainer.state.global_step - self._logged_step, trainer.state.global_step
         self._meters[is_training].reset()
         values.pop("total_loss", None)
-        return {name: value if name in METRICS else value / max(n_calls, 1) for name, value in values.items()}
+        # the meter adds up the ranks: their parts are shares of one loss only where they share one N
+        n_losses = max(n_calls, 1) * (1 if self._n_is_of_all_ranks[is_training] else trainer.args.world_size)
+        return {name: value if name in METRICS else value / n_losses for name, value in values.items()}
 
 
 class UnifiedLossTrainer(UnifiedLossTrainerMixin, Trainer):

@@ -33,8 +33,9 @@ def load_balancing_loss(
         convention: "switch", or "huggingface" for the value of transformers' load_balancing_loss_func: f_e = counts_e /
             n_rows (so k at perfect balance), over the rows of all layers together (so layers can hide each other's
             imbalance).
-        process_group: counts are summed over it, so f is that of the global batch (Qiu et al. 2025). Averaging the
-            gradients of the ranks then gives the loss of the global batch.
+        process_group: counts are summed over it, so f is that of the global batch (Qiu et al. 2025). The mean of the
+            ranks' losses, gradients included, is then the loss of the global batch if all have as many rows; of other
+            numbers of rows, `global_load_balancing_loss` gives addends that are exact.
 
     Returns:
         Scalar; 0 where no row counts.

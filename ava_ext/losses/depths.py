@@ -212,9 +212,12 @@ def depth_means(
     terms: Tensor,  # [n_terms, n_depths, batch_size, n_tokens]
     targets: Tensor,  # [n_depths, batch_size, n_tokens]
     ignore_index: int,
+    own_rows: Tensor | None = None,  # [batch_size, n_tokens] bool: whose terms there are; None: all
 ) -> DepthMeans:
     """Loss, accuracy and acceptance of each depth; 0 where no row has a target."""
     is_target = (targets != ignore_index).to(terms.dtype)
+    if own_rows is not None:
+        is_target = is_target * own_rows
     n_counted, n_chains = (count.sum((1, 2)).clamp_min(1) for count in (is_target, is_target.cumprod(0)))
     correct = terms[CORRECT]  # 0 where there is no target
     return DepthMeans(

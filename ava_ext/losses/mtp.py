@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,8 @@ class MultiTokenPrediction(Part):
             return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
         hidden_states = call.required("hidden_states", "use_mtp")
         of_rows = (*active_rows(rows.targets, rows.weights, active, self.ignore_index), call.segments)
-        loss, means = self(hidden_states, *of_rows, call.head_loss, *head, depth_weights=call.mtp_depth_weights)
+        of_call = (call.head_loss, *head, call.mtp_depth_weights, call.own_rows())
+        loss, means = self(hidden_states, *of_rows, *of_call)
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 
     def forward(
@@ -165,6 +166,7 @@ class MultiTokenPrediction(Part):
         lm_head_weight: Tensor | None = None,  # [n_columns, hidden_size]
         lm_head_bias: Tensor | None = None,  # [n_columns]
         depth_weights: Tensor | None = None,  # [num_future_tokens]
+        own_rows: Tensor | None = None,  # [batch_size, n_tokens] bool
     ) -> MTPOutput:
         """The weighted term and the loss of each depth.
 
@@ -177,6 +179,7 @@ class MultiTokenPrediction(Part):
             lm_head_weight: the shared head; unused without mtp_share_head.
             lm_head_bias: its bias, or None.
             depth_weights: c_k. No gradient; a schedule may change the values.
+            own_rows: the rows whose terms head_loss gives, where others are on other ranks; None: all.
 
         Returns:
             MTPOutput.
@@ -199,7 +202,8 @@ class MultiTokenPrediction(Part):
         # what a row that predicts nothing holds may be nan: 0 times nan would reach the gradients of norms and blocks
         predicts = (rows.targets != self.ignore_index).any(0).unsqueeze(-1)
         hidden_states = torch.where(predicts, hidden_states, 0.0)
-        normed = self.norm(hidden_states.to(next(self.heads.parameters()).dtype))
+        first: Any = self.heads[0].linear if self.share_head else self.heads[0]  # FSDP may leave it no parameters()
+        normed = self.norm(hidden_states.to(first.weight.dtype))
         heads: LinearLogits | list[LinearLogits]
         if lm_head_weight is not None and self.share_head:
             if self.detach_head:
@@ -210,7 +214,7 @@ class MultiTokenPrediction(Part):
         else:
             heads = [LinearLogits(normed, head.weight, head.bias) for head in self.heads]  # type: ignore[arg-type]
         loss, terms = losses_of_heads(heads, rows, head_loss)
-        return MTPOutput(loss, depth_means(terms, rows.targets, self.ignore_index))
+        return MTPOutput(loss, depth_means(terms, rows.targets, self.ignore_index, own_rows))
 
     def _check(
         self,

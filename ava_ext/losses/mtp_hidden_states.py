@@ -96,7 +96,7 @@ class HiddenStatesMTP(Part):
         )
         scaled = of_depths._replace(weights=of_depths.weights * (self.weight / self.n_depths))
         loss, terms = losses_of_heads(heads, scaled, call.head_loss)
-        means = depth_means(terms, of_depths.targets, self.ignore_index)
+        means = depth_means(terms, of_depths.targets, self.ignore_index, call.own_rows())
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 
     def _heads_of(self, call: Call) -> LinearLogits | list[Logits] | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.dtensors import is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.repeated_ngrams import repeated_ngram_mask
 from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
@@ -95,6 +96,8 @@ class SequenceUnlikelihoodLoss(nn.Module):
                 f"{self.config.vocab_size}], got {list(logits.shape)}"
             )
         repeats = self.repeats(tokens, continuation_mask, segment_ids=segment_ids)
+        if not is_dtensor(repeats):  # of tokens that are one: every rank has all of them
+            tokens = whole("sequence_unlikelihood", "tokens", tokens, True)
         real = accumulation_dtype(logits.dtype)
         # the row kernel leaves out a row's own target: another one, whose own loss is off
         targets = torch.where(repeats, (tokens.long() == 0).long(), -1)

@@ -67,12 +67,7 @@ class Place:
     @classmethod
     def of(cls, owner: str, name: str, tensor: Any, n_row_dimensions: int | None = None) -> Place:
         """Of a DTensor [..., n_columns]; n_row_dimensions: how many dimensions are of rows, if not all but the last."""
-        for dimension, placement in enumerate(tensor.placements):
-            if placement.is_partial():
-                raise ValueError(
-                    f"{owner}: expected {name} in placements Replicate or Shard, got {placement} on dimension "
-                    f"{dimension} of the mesh: call {name}.redistribute(placements=...) first"
-                )
+        _check_placements(owner, name, tensor, with_partial=False)
         placements = tuple(_without_negative(p, tensor.dim()) for p in tensor.placements)
         place = cls(tensor.device_mesh, placements, tensor.dim() - 1 if n_row_dimensions is None else n_row_dimensions)
         if sum(place.is_of_columns) > 1:
@@ -131,21 +126,59 @@ def _without_negative(placement: Any, n_dimensions: int) -> Any:
     return placement
 
 
+def _check_placements(owner: str, name: str, tensor: Any, with_partial: bool) -> None:
+    """Raises ValueError where a rank's part is no block: a sum in parts, or rows of several texts that were flattened
+    while each was spread, which are _StridedShard.
+    """
+    from torch.distributed.tensor import Shard
+
+    for dimension, placement in enumerate(tensor.placements):
+        if not (placement.is_replicate() or type(placement) is Shard or (with_partial and placement.is_partial())):
+            raise ValueError(
+                f"{owner}: expected {name} in placements Replicate or Shard, got {placement} on dimension "
+                f"{dimension} of the mesh: call {name}.redistribute(placements=...) first, or give [batch_size, "
+                "n_tokens, ...] as it was before flatten"
+            )
+
+
 def _replicate() -> Any:
     from torch.distributed.tensor import Replicate
 
     return Replicate()
 
 
-def _local_shape_and_offset(shape: torch.Size, mesh: Any, placements: list[Any]) -> tuple[Any, Any]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+def _local_shape_and_offset(shape: torch.Size, mesh: Any, placements: list[Any]) -> tuple[list[int], list[int]]:
+    """Sizes and beginning of this rank's block. torch's own function makes tensors, which a compiled graph cannot read.
 
-    return compute_local_shape_and_global_offset(shape, mesh, placements)
+    A dimension is cut as by torch.chunk; one that several dimensions of the mesh share, by each in turn.
+    """
+    sizes, offsets = list(shape), [0] * len(shape)
+    for mesh_dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            size = sizes[placement.dim]
+            chunk = -(-size // mesh.size(mesh_dimension))
+            first = min(mesh.get_local_rank(mesh_dimension) * chunk, size)
+            sizes[placement.dim] = min(chunk, size - first)
+            offsets[placement.dim] += first
+    return sizes, offsets
+
+
+class _Arrived(torch.autograd.Function):
+    """What an AsyncCollectiveTensor becomes, whose own wait() gives it without its graph."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Any) -> Tensor:
+        arrived = local.wait()
+        return arrived.view_as(arrived)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def _waited(local: Tensor) -> Tensor:
     """A local tensor that has arrived."""
-    return local.wait() if hasattr(local, "wait") else local
+    return _Arrived.apply(local) if hasattr(local, "wait") else local
 
 
 def _local_linear_logits(owner: str, logits: LinearLogits) -> PlacedLogits:  # [..., n_columns]
@@ -164,6 +197,7 @@ def linear_place(owner: str, logits: LinearLogits) -> Place:  # [..., n_columns]
     Where both are sharded over the same ranks (sequence and tensor parallel), hidden states are gathered there.
     """
     hidden_states: Any = logits.hidden_states
+    _check_placements(owner, "hidden_states", hidden_states, with_partial=True)
     mesh, n_row_dimensions = hidden_states.device_mesh, hidden_states.dim() - 1
     of_states = tuple(_without_negative(p, hidden_states.dim()) for p in hidden_states.placements)
     if logits.bias is not None and is_dtensor(logits.bias) != is_dtensor(logits.weight):

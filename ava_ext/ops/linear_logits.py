@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # what a chunk of logits may take, by default
 CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 64_000_000, 1_000_000_000
@@ -15,6 +15,14 @@ CUDA_TILE_ROWS = 256  # of a matrix product
 # To ask for their autocast raises. Listed, since dynamo cannot trace torch.amp.is_autocast_available in torch 2.10 and
 # 2.11; and not the devices that have it, of which a backend of somebody else's (PrivateUse1) gets its name later.
 _WITHOUT_AUTOCAST = frozenset(("meta", "vulkan", "ve", "fpga", "lazy", "hip", "mkldnn", "opengl", "opencl", "ideep"))
+
+
+def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a head does what torch.nn.Linear does. Its class may be another, as fully_shard makes one; its forward
+    (of an adapter, of a scale) would silently be lost.
+    """
+    cls = getattr(head, "class_before_loss", type(head))  # a head whose input is recorded is of a class made for it
+    return isinstance(head, nn.Linear) and cls.forward is nn.Linear.forward and "forward" not in vars(head)
 
 
 class LinearLogits(NamedTuple):

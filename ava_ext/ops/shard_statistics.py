@@ -107,14 +107,15 @@ def _gather(
     log_probs: Tensor,  # [n_rows, n_ids]
     shard: Shard,
 ) -> Tensor:  # [world_size, n_rows, N_STATISTICS + n_ids]
-    n_rows, world_size = len(statistics), torch.distributed.get_world_size(shard.group)
+    world_size = torch.distributed.get_world_size(shard.group)
     place = [statistics.new_full((1,), number) for number in (shard.first_column, shard.n_columns)]
-    sent = torch.cat([torch.cat([statistics, log_probs], 1).flatten(), *place])
+    measured = torch.cat([statistics, log_probs], 1)
+    sent = torch.cat([measured.flatten(), *place])
     received = sent.new_empty(world_size * len(sent))
     _all_gather(received, sent, group=shard.group)
     received = received.view(world_size, -1)
     _check_places(received[:, -N_PLACE:])
-    return received[:, :-N_PLACE].unflatten(1, (n_rows, -1))
+    return received[:, :-N_PLACE].unflatten(1, measured.shape)
 
 
 def _check_places(

@@ -105,8 +105,8 @@ def row_loss(
         ignore_index: target of the rows that do not count.
         reduction: "none" gives the loss of every row, "sum" their sum.
         inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable
-            until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, and
-            for LinearLogits, which do so anyway.
+            until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, for
+            LinearLogits, which do so anyway, and for a DTensor, of which nobody can tell who still reads it.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
         max_counted_rows: at most so many targets are not ignore_index. Of LinearLogits, rows that are ignored are left
             out of the matrix products on the CPU; a GPU leaves them out with this number, which it need not wait for.
@@ -139,6 +139,7 @@ def row_loss(
     is_plain = is_plain and type(row_weights) in _PLAIN and (candidates is None or type(candidates.ids) is Tensor)
     if not (is_plain and type(target_probabilities) in _PLAIN and type(smoothing_weights) in _PLAIN):
         given, logits = logits, local_logits("row_loss", logits)
+        inplace_gradient = inplace_gradient and not has_dtensor(given)  # it may be a leaf, or be saved: not seen here
         if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
             check_is_tensor("row_loss", "logits", logits, or_linear=True)
         if not isinstance(logits, LocalRows):  # which take their rows of DTensors

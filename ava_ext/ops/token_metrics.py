@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_is_tensor
+from ava_ext.ops.dtensor_logits import local_logits
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import N_RANKS, TERM_NAMES
+from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import statistics_options
 
@@ -48,7 +50,8 @@ def token_metrics(
 
     Args:
         logits, temperature, logit_softcap, logit_scale, vocab_size, chunk_bytes, max_counted_rows: as in
-            `softmax_statistics`. LinearLogits never exist as a whole.
+            `softmax_statistics`. LinearLogits never exist as a whole. Of logits whose rows are spread over ranks
+            (DTensors), the result is DTensors too.
         targets: [...], integers in [0, vocab_size), or ignore_index.
 
     Returns:
@@ -63,8 +66,22 @@ def token_metrics(
         >>> metrics = token_metrics(logits, targets)
         >>> top_5_accuracy = ((metrics.rank >= 0) & (metrics.rank < 5)).sum() / (targets != -100).sum()
     """
-    if not isinstance(logits, LinearLogits):
+    if not isinstance(logits, (LinearLogits, ShardedLogits)):
         check_is_tensor("token_metrics", "logits", logits, or_linear=True)
+    placed = local_logits("token_metrics", logits)
+    if isinstance(placed, LocalRows):
+        local = token_metrics(
+            placed.logits,  # type: ignore[arg-type]
+            placed.rows.local(targets),
+            temperature=temperature,
+            logit_softcap=logit_softcap,
+            logit_scale=logit_scale,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            chunk_bytes=chunk_bytes,
+            max_counted_rows=max_counted_rows,
+        )
+        return TokenMetrics(*(placed.rows.spread(value) for value in local))
     options, flags = statistics_options("token_metrics", logits, temperature, logit_softcap, logit_scale)
     terms = row_loss(
         logits,

@@ -185,7 +185,8 @@ def _save(ctx: Any, shard: Shard, parts: tuple[Tensor | None, ...], *tensors: Te
 
 
 def _saved(ctx: Any) -> tuple[tuple[Tensor | None, ...], Shard, list[Tensor]]:
-    parts, (options, *tensors) = ctx.saved_tensors[: ctx.n_parts], ctx.saved_tensors[ctx.n_parts :]
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second look raises
+    parts, (options, *tensors) = saved[: ctx.n_parts], saved[ctx.n_parts :]
     return parts, ctx.shard._replace(options=options), tensors
 
 

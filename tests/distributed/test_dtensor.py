@@ -7,11 +7,12 @@ import torch
 from support.processes import on_ranks
 
 from ava_ext import METRICS, UnifiedLoss
+from ava_ext.ops import token_log_probs
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.distributed.tensor.parallel import loss_parallel
 
 # odd sizes: no dimension is cut into equal parts
@@ -23,6 +24,7 @@ EVERY_TERM = {
 }  # fmt: skip
 SHARED_HEADS = {"use_mtp": True, "num_future_tokens": 2, "mtp_share_head": True}
 OWN_HEADS = {"use_mtp": True, "num_future_tokens": 2}
+DEPTH_MODULES = {"use_mtp": True, "mtp_type": "hidden_states", "num_future_tokens": 2}
 
 
 def inputs():
@@ -44,6 +46,7 @@ def inputs():
         "hidden_states": normal(BATCH_SIZE, N_TOKENS, HIDDEN_SIZE),
         "lm_head_weight": normal(N_COLUMNS, HIDDEN_SIZE),
         "lm_head_bias": normal(N_COLUMNS),
+        "mtp_hidden_states": normal(2, BATCH_SIZE, N_TOKENS, HIDDEN_SIZE),
     }
     return leaves, arguments
 
@@ -161,6 +164,94 @@ def test_a_term_of_all_hidden_states(dimension):
     check(found, run_whole(options, list(placements)), is_share=dimension < 2)
 
 
+@pytest.mark.parametrize(("of_rows", "of_weight"), [(None, None), (0, None), (1, None), (2, 0), (None, 0)], ids=str)
+def test_depth_modules_beside_logits(of_rows, of_weight):
+    def placed(dimension):
+        return [Replicate() if dimension is None else Shard(dimension)]
+
+    placements = {
+        "logits": placed(of_rows),
+        "lm_head_weight": placed(of_weight),
+        "lm_head_bias": placed(of_weight),
+        "mtp_hidden_states": placed(of_rows + 1 if of_rows in (0, 1) else None),
+    }
+    found = on_ranks(2, worker, (2,), placements, DEPTH_MODULES)
+    check(found, run_whole(DEPTH_MODULES, list(placements)), is_share=of_rows in (0, 1))
+
+
+@pytest.mark.parametrize("of_depths", [None, 1])
+def test_depth_modules_beside_a_term_of_all_hidden_states(of_depths):
+    placements = {
+        "logits": [Shard(0)],
+        "hidden_states": [Shard(0)],
+        "lm_head_weight": [Replicate()],
+        "mtp_hidden_states": [Replicate() if of_depths is None else Shard(of_depths)],
+    }
+    options = {"use_contrastive_loss": True} | DEPTH_MODULES
+    found = on_ranks(2, worker, (2,), placements, options)
+    check(found, run_whole(options, list(placements)), is_share=True)
+
+
+def depth_metrics_worker(rank, options):
+    """Metrics of the depths on this rank's texts, which are DTensors, and by themselves."""
+    mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
+    loss_fn, weight, targets = make_loss(options), leaves["lm_head_weight"], arguments["targets"]
+    of_all = {name: leaves[name] for name in ("logits", "hidden_states")}
+    if options == DEPTH_MODULES:
+        of_all["mtp_hidden_states"] = leaves["mtp_hidden_states"]
+    own = {name: values.chunk(2, values.dim() - 3)[rank] for name, values in of_all.items()}
+    spread = {name: distribute_tensor(values, mesh, [Shard(values.dim() - 3)]) for name, values in of_all.items()}
+    found, expected = (
+        loss_fn(targets=t, lm_head_weight=head, **values, return_detailed=True)
+        for t, head, values in (
+            (targets, distribute_tensor(weight, mesh, [Replicate()]), spread),
+            (targets.chunk(2)[rank], weight, own),
+        )
+    )
+    return [{key: value for key, value in detailed.items() if "_depth_" in key} for detailed in (found, expected)]
+
+
+@pytest.mark.parametrize("options", [SHARED_HEADS, DEPTH_MODULES], ids=["heads of the loss", "depth modules"])
+def test_metrics_of_depths_are_those_of_the_rows_of_a_rank(options):
+    for found, expected in on_ranks(2, depth_metrics_worker, options):
+        assert len(found) == 6
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def counting_worker(rank):
+    """N of targets that are a DTensor, and the loss divided by an N that is one: a sum over ranks."""
+    mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
+    loss_fn, targets = make_loss({"class_weights": (0.5,) * VOCAB_SIZE}), arguments["targets"]
+    given = [targets, arguments["token_weights"]]
+    expected = loss_fn.count_items(given[0], token_weights=given[1])
+    spread = [distribute_tensor(values, mesh, [Shard(1)]) for values in given]
+    found = loss_fn.count_items(spread[0], token_weights=spread[1])
+    n_items = DTensor.from_local(expected / 2, mesh, [Partial()])
+    losses = [loss_fn(leaves["logits"], targets, num_items_in_batch=n) for n in (n_items, expected)]
+    return (found, losses[0].detach()), (expected, losses[1].detach())
+
+
+def test_n_of_dtensors():
+    for found, expected in on_ranks(2, counting_worker):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def inplace_worker(rank):
+    mesh, (leaves, arguments), found = init_device_mesh("cpu", (2,)), inputs(), []
+    loss_fn = make_loss({"inplace_gradient": True})
+    for placement in (Replicate(), Shard(0), Shard(1), Shard(-1)):
+        logits = distribute_tensor(leaves["logits"].clone(), mesh, [placement]).detach().requires_grad_()
+        loss_fn(logits, arguments["targets"]).backward()
+        found.append((logits.detach().full_tensor(), leaves["logits"]))
+    return found
+
+
+def test_inplace_gradient_writes_over_no_dtensor():
+    for found in on_ranks(2, inplace_worker):
+        for logits, as_given in found:
+            assert torch.equal(logits, as_given)
+
+
 def unshifted_labels_worker(rank, dimension):
     """What the loss says of this rank's router, and what its tokens that are not padding say."""
     mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
@@ -179,3 +270,38 @@ def unshifted_labels_worker(rank, dimension):
 def test_padding_of_a_router_beside_unshifted_labels(dimension):
     for found, expected in on_ranks(2, unshifted_labels_worker, dimension):
         torch.testing.assert_close(found, expected)
+
+
+def log_probs_of(logits, targets):
+    log_probs = token_log_probs(logits, targets)[0]
+    return -(log_probs.full_tensor() if isinstance(log_probs, DTensor) else log_probs).sum()
+
+
+def arriving_worker(rank, placement):
+    """Gradients below logits and hidden states that a collective is still bringing, and those of the whole."""
+    mesh, (leaves, arguments), found = init_device_mesh("cpu", (2,)), inputs(), []
+    targets, weight = arguments["targets"], leaves["lm_head_weight"]
+    replicated = distribute_tensor(weight, mesh, [Replicate()])
+    loss_fn = make_loss({})
+    for name, of_one, of_parts in (
+        ("logits", loss_fn, loss_fn),
+        ("logits", log_probs_of, log_probs_of),
+        (
+            "hidden_states",
+            lambda states, t: loss_fn(hidden_states=states, lm_head_weight=weight, targets=t),
+            lambda states, t: loss_fn(hidden_states=states, lm_head_weight=replicated, targets=t),
+        ),
+    ):
+        whole = leaves[name].clone().requires_grad_()
+        of_one(whole, targets).backward()
+        below = DTensor.from_local(leaves[name] / 2, mesh, [Partial()]).requires_grad_()
+        of_parts(below.redistribute(placements=[placement], async_op=True), targets).backward()
+        found.append((below.grad.full_tensor(), whole.grad))
+    return found
+
+
+@pytest.mark.parametrize("dimension", [None, 1])
+def test_what_is_still_on_its_way(dimension):
+    for found in on_ranks(2, arriving_worker, Replicate() if dimension is None else Shard(dimension)):
+        for gradient, expected in found:
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)

@@ -11,7 +11,7 @@ import torch
 from support.processes import on_ranks
 from torch.nn import functional as F
 
-from ava_ext import LinearLogits, functional
+from ava_ext import LinearLogits, SequenceUnlikelihoodLoss, functional
 from ava_ext.ops import (
     Candidates,
     RowFlags,
@@ -23,6 +23,7 @@ from ava_ext.ops import (
     row_options,
     softmax_statistics,
     token_log_probs,
+    token_metrics,
 )
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -189,6 +190,26 @@ def test_a_function_of_hidden_states(name, dimension, of_weight):
             torch.testing.assert_close(values, as_whole(expected), **close)
 
 
+def metrics_worker(rank, dimension):
+    mesh, given = init_device_mesh("cpu", (2,)), inputs()
+    weight = distribute_tensor(given["weight"], mesh, [Replicate()])
+    logits, states = (distribute_tensor(given[name], mesh, placed(dimension)) for name in ("logits", "hidden_states"))
+    targets = distribute_tensor(given["targets"], mesh, placed(dimension))
+    calls = (logits, given["targets"]), (logits, targets), (LinearLogits(states, weight), given["targets"])
+    found = [token_metrics(*call) for call in calls]
+    assert all(isinstance(value, DTensor) == (dimension is not None) for metrics in found for value in metrics)
+    return [as_whole(metrics) for metrics in found]
+
+
+@pytest.mark.parametrize("dimension", [None, 0, 1])
+def test_token_metrics(dimension):
+    given = inputs()
+    whole_calls = (given["logits"], given["logits"], LinearLogits(given["hidden_states"], given["weight"]))
+    expected = [list(token_metrics(logits, given["targets"])) for logits in whole_calls]
+    for found in on_ranks(2, metrics_worker, dimension):
+        torch.testing.assert_close(found, expected, **close)
+
+
 def column_weights_loss(logits, given, name):
     given = {key: value for key, value in given.items() if key in ("targets", "row_weights", name)}
     options = row_options(torch.empty(0, dtype=torch.float64), **OPTIONS)
@@ -270,6 +291,51 @@ def test_cross_entropy(dimension):
     torch.testing.assert_close(total, loss.detach(), **close)
     for _, gradient in found:
         torch.testing.assert_close(gradient, leaf.grad, **close)
+
+
+def class_weights_worker(rank, probabilities):
+    """Losses with weight and target in every mixture of DTensors and Tensors, and the gradient of the logits."""
+    mesh, given, found = init_device_mesh("cpu", (2,)), inputs(), []
+    logits, weight = given["logits"].flatten(0, 1), given["row_weights"].flatten()[:V]
+    target = given["targets"].flatten() if probabilities is None else probabilities
+    spread = distribute_tensor(target, mesh, [Shard(0)]), distribute_tensor(weight, mesh, [Replicate()])
+    for of_target, of_weight in itertools.product((target, spread[0]), (weight, spread[1])):
+        leaf = distribute_tensor(logits, mesh, [Shard(0)]).detach().requires_grad_()
+        loss = functional.cross_entropy(leaf, of_target, weight=of_weight, label_smoothing=0.1)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad.full_tensor()))
+    return found
+
+
+@pytest.mark.parametrize("with_probabilities", [False, True])
+def test_cross_entropy_with_class_weights(with_probabilities):
+    given = inputs()
+    leaf, weight = given["logits"].flatten(0, 1).requires_grad_(), given["row_weights"].flatten()[:V]
+    probabilities = given["logits"].flatten(0, 1).softmax(-1).detach() if with_probabilities else None
+    target = given["targets"].flatten() if probabilities is None else probabilities
+    loss = F.cross_entropy(leaf, target, weight, label_smoothing=0.1)
+    loss.backward()
+    for of_ranks in zip(*on_ranks(2, class_weights_worker, probabilities), strict=True):
+        losses, gradients = zip(*of_ranks, strict=True)
+        torch.testing.assert_close(sum(losses), loss.detach(), **close)
+        for gradient in gradients:
+            torch.testing.assert_close(gradient, leaf.grad, **close)
+
+
+def unlikelihood_worker(rank, dimension):
+    mesh, tokens = init_device_mesh("cpu", (2,)), texts()[0]
+    logits = inputs()["logits"].repeat(2, 3, 1)[:5, :12, :4].contiguous()
+    loss_fn = SequenceUnlikelihoodLoss(4, ngram_size=2)
+    spread = [distribute_tensor(values, mesh, placed(dimension)) for values in (logits, tokens)]
+    return loss_fn(*spread), loss_fn(logits, tokens)
+
+
+@pytest.mark.parametrize("dimension", [None, 0])
+def test_sequence_unlikelihood(dimension):
+    ranks = on_ranks(2, unlikelihood_worker, dimension)
+    losses, (expected, _) = zip(*ranks, strict=True)
+    total = losses[0] if dimension is None else sum(losses)
+    torch.testing.assert_close(total, expected, **close)
 
 
 def texts():

@@ -26,6 +26,12 @@ def placements_worker(rank):
 
     with pytest.raises(ValueError, match=r"logits in placements Replicate or Shard, got P.*: call logits.redistribute"):
         loss_fn(DTensor.from_local(logits, mesh, [Partial()]), targets)
+    flat = spread(logits, Shard(1)).flatten(0, 1), spread(states, Shard(1)).flatten(0, 1)
+    with pytest.raises(ValueError, match=r"logits in placements Replicate or Shard, got .* as it was before flatten"):
+        loss_fn(flat[0], targets.flatten())
+    with pytest.raises(ValueError, match=r"hidden_states in placements .* as it was before flatten"):
+        of_head = {"hidden_states": flat[1], "lm_head_weight": spread(weight, Replicate())}
+        loss_fn(targets=targets.flatten(), **of_head)
     with pytest.raises(ValueError, match=r"expected targets as a torch.Tensor .* pass targets.to_local\(\)"):
         loss_fn(logits, spread(targets, Shard(0)))
     assert loss_fn(logits, spread(targets, Replicate())) == loss_fn(logits, targets)
@@ -104,9 +110,16 @@ def test_a_weight_whose_values_are_elsewhere():
         loss_fn(targets=targets, hidden_states=torch.randn(2, 6, H), lm_head_weight=weight)
 
 
+class ScaledLinear(torch.nn.Linear):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
 def test_fused_head_wants_a_linear_layer():
     with pytest.raises(TypeError, match=r"lm_head to be a torch.nn.Linear, got Sequential"):
         FusedHead(torch.nn.Sequential(torch.nn.Linear(H, V)), UnifiedLoss(V))
+    with pytest.raises(TypeError, match=r"lm_head to be a torch.nn.Linear, got ScaledLinear, which may do more"):
+        FusedHead(ScaledLinear(H, V), UnifiedLoss(V))
     head = FusedHead(torch.nn.Linear(H, V), UnifiedLoss(V, primary_loss_type="standard"))
     states = torch.randn(3, H)
     torch.testing.assert_close(head(states), head.lm_head(states))

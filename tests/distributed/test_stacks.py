@@ -10,8 +10,8 @@ from ava_ext.distributed import FusedHead, ShardedLogits
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 if torch.distributed.is_available():
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 BATCH_SIZE, N_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 4, 6, 11, 4
@@ -59,6 +59,47 @@ def test_fully_sharded_and_tensor_parallel(head_is_a_unit):
         torch.testing.assert_close(tuple(of_head), expected[1:], rtol=1e-12, atol=1e-12)
 
 
+def sharded_head_worker(rank):
+    """The head's gradient where the loss is given the layer that fully_shard has made of it, and where its weight."""
+    states, targets = (values.chunk(2)[rank] for values in inputs())
+    found = []
+    for given in ("layer", "weight"):
+        linear = fully_shard(make_head().lm_head, mesh=init_device_mesh("cpu", (2,)))
+        head = {"lm_head_weight": linear}
+        if given == "weight":
+            head = {"lm_head_weight": linear.weight, "lm_head_bias": linear.bias}
+        UnifiedLoss(VOCAB_SIZE, ngram_size=1, **TERMS)(targets=targets, hidden_states=states, **head).backward()
+        found.append((linear.weight.grad.full_tensor(), linear.bias.grad.full_tensor()))
+    return found
+
+
+def test_a_fully_sharded_layer_as_the_heads_weight():
+    for of_layer, of_weight in on_ranks(2, sharded_head_worker):
+        torch.testing.assert_close(of_layer, of_weight, rtol=0, atol=0)
+
+
+def flat_parameters_worker(rank, options):
+    """The loss of this rank's texts, where FSDP1 has made one flat parameter of all."""
+    states, targets = inputs()
+    torch.manual_seed(1)
+    loss_fn = UnifiedLoss(VOCAB_SIZE, HIDDEN_SIZE, primary_loss_type="standard", use_mtp=True, **options)
+    head = FusedHead(torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE), loss_fn).double()
+    n_items, of_rank = targets.numel(), (states.chunk(2)[rank], targets.chunk(2)[rank])
+    expected = head(*of_rank, num_items_in_batch=n_items).detach()
+    sharded = FullyShardedDataParallel(head, use_orig_params=False, device_id=torch.device("cpu"))
+    loss = sharded(*of_rank, num_items_in_batch=n_items)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in sharded.parameters())
+    return loss.detach(), expected
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("mtp_share_head", [True, False])
+def test_heads_of_the_loss_in_a_flat_parameter(mtp_share_head):
+    for loss, expected in on_ranks(2, flat_parameters_worker, {"mtp_share_head": mtp_share_head}):
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+
+
 def compiled_worker(rank):
     generator = torch.Generator().manual_seed(rank)
     leaf = torch.randn(BATCH_SIZE, N_TOKENS, VOCAB_SIZE, generator=generator, requires_grad=True)
@@ -77,3 +118,39 @@ def compiled_worker(rank):
 def test_compiled():
     for eager, compiled in on_ranks(2, compiled_worker):
         torch.testing.assert_close(compiled, eager)
+
+
+def compiled_dtensors_worker(rank):
+    """Loss and gradients of DTensors, as they are and in one compiled graph, of logits and of a head in each place."""
+    mesh, (states, targets), found = init_device_mesh("cpu", (2,)), inputs(), []
+    weight, loss_fn = make_head().lm_head.weight, UnifiedLoss(VOCAB_SIZE, primary_loss_type="standard")
+
+    def of_logits(states, weight):
+        return loss_fn(torch.nn.functional.linear(states, weight), targets)
+
+    def of_head(states, weight):
+        return loss_fn(targets=targets, hidden_states=states, lm_head_weight=weight)
+
+    for loss_of, of_states, of_weight in (
+        (of_logits, Replicate(), Shard(0)),
+        (of_logits, Shard(1), Replicate()),
+        (of_head, Shard(0), Replicate()),
+        (of_head, Replicate(), Shard(0)),
+    ):
+        leaves = (
+            distribute_tensor(states, mesh, [of_states]).requires_grad_(),
+            distribute_tensor(weight.detach(), mesh, [of_weight]).requires_grad_(),
+        )
+        results = []
+        for function in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):
+            loss = function(*leaves)
+            gradients = torch.autograd.grad(loss, leaves)
+            results.append([loss.detach(), *(gradient.full_tensor() for gradient in gradients)])
+        found.append(results)
+    return found
+
+
+def test_dtensors_in_one_compiled_graph():
+    for rank in on_ranks(2, compiled_dtensors_worker):
+        for eager, compiled in rank:
+            torch.testing.assert_close(compiled, eager)

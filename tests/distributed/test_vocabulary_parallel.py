@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.processes import on_ranks
+from torch.utils.checkpoint import checkpoint
 
 from ava_ext.distributed import ShardedLogits
 from ava_ext.ops import LinearLogits, RowFlags, row_loss, row_options, softmax_statistics, token_log_probs
@@ -277,6 +278,48 @@ def inplace_worker(rank):
 
 def test_inplace_gradient_second_backward_and_double_backward():
     on_ranks(2, inplace_worker)
+
+
+def checkpointed_worker(rank):
+    """Gradients of a checkpointed loss, and those of a plain one."""
+    whole, targets = rows(16, 16)[:2]
+    logits = whole.nan_to_num(0.0).clamp_min(-9.0).chunk(2, -1)[rank]
+    options = row_options(logits, **OPTIONS)
+    leaves = (logits[:, :HIDDEN_SIZE].clone().requires_grad_(), logits[:4, :HIDDEN_SIZE].clone().requires_grad_())
+
+    def loss_of(states, weight):
+        found = []
+        for local in (states, LinearLogits(states, weight)):
+            sharded_logits = ShardedLogits(local, "world")
+            found += [
+                row_loss(sharded_logits, targets % 8, options).loss.sum(),
+                token_log_probs(sharded_logits, targets % 8)[0].square().sum(),
+            ]
+        return sum(found)
+
+    gradients = torch.autograd.grad(loss_of(*leaves), leaves)
+    return gradients, torch.autograd.grad(checkpoint(loss_of, *leaves, use_reentrant=False), leaves)
+
+
+def test_activation_checkpointing():
+    for gradients, checkpointed in on_ranks(2, checkpointed_worker):
+        torch.testing.assert_close(checkpointed, gradients, rtol=1e-12, atol=1e-12)
+
+
+def empty_worker(rank):
+    logits, targets = torch.zeros(0, 5, 4, requires_grad=True), torch.zeros(0, 5).long()
+    weight, hidden_states = torch.ones(4, 3, requires_grad=True), torch.zeros(0, 5, 3, requires_grad=True)
+    for local in (logits, LinearLogits(hidden_states, weight)):
+        sharded_logits = ShardedLogits(local, "world")
+        row_loss(sharded_logits, targets, row_options(logits), reduction="sum").loss.backward()
+        token_log_probs(sharded_logits, targets)[0].sum().backward()
+    assert logits.grad.shape == logits.shape and hidden_states.grad.shape == hidden_states.shape
+    assert weight.grad.eq(0).all()
+    softmax_statistics(ShardedLogits(logits, "world"), None).entropy.sum().backward()
+
+
+def test_no_rows():
+    on_ranks(2, empty_worker)
 
 
 def errors_worker(rank):

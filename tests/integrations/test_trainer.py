@@ -330,7 +330,9 @@ def train_on_rank(rank, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
-    return [trained(make, folder, **options) for make in TWO_PROCESSES]
+    of_own_n = {"average_tokens_across_devices": False, "per_device_eval_batch_size": 2}  # batches of one size
+    own_n = trained(with_mixin, folder, **of_own_n, **options)[1]
+    return [trained(make, folder, **options) for make in TWO_PROCESSES], own_n
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -338,7 +340,9 @@ def train_on_rank(rank, folder):
 def test_two_processes_train_as_one(tmp_path):
     """2 ranks x 2 micro-batches of 1 = 1 batch of 4; every rank logs the metrics of all of them."""
     expected = [trained(make, tmp_path, per_device_train_batch_size=4) for make in TWO_PROCESSES]
-    for rank in on_new_ranks(2, train_on_rank, tmp_path):
+    for rank, own_n in on_new_ranks(2, train_on_rank, tmp_path):
+        for prefix in ("", "eval_"):  # where each rank has an N of its own, the log has the mean of the ranks' losses
+            assert losses(own_n, prefix + "main_loss") == pytest.approx(losses(own_n, prefix + "loss"), rel=1e-5)
         for (found, log), (expected_weights, expected_log) in zip(rank, expected, strict=True):
             torch.testing.assert_close(found, expected_weights, rtol=1e-5, atol=1e-7)
             for name in ("loss", "cross_entropy", "n_tokens"):
