@@ -16,7 +16,8 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For model.loss_function: the loss of logits and of labels that are not shifted, or of shift_labels.
 
     A model hands over neither attention_mask nor router logits: padding is told by labels of -100, and what the model
-    itself adds to its loss stays. `attach_loss` has them all.
+    itself adds to its loss stays. `attach_loss` has them all. A masked language model gives labels of the rows
+    themselves without a word of it, and would be shifted: `attach_loss` and shift_labels are for it.
 
     Raises:
         ValueError: a loss with logit_softcap: a model caps its logits before it calls its loss function.

@@ -76,7 +76,12 @@ class LossInForward(nn.Module):
 
     def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""
-        self._recorded = logits
+        if self._recorded is not None:
+            raise TypeError(
+                f"{self._owner}: expected {type(self).__name__} to call self.loss_function once, got a second call: "
+                "compute the loss from its outputs"
+            )
+        self._recorded = (logits, labels, options.get("shift_labels"))
         return torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
 
     def _with_loss(
@@ -98,14 +103,21 @@ class LossInForward(nn.Module):
         if adds_router:
             options["output_router_logits"] = True
         head = self._head()
-        head.mode, self._is_recording = "defer" if self.is_fused else "record", True
+        head.mode, self._is_recording, self._recorded = "defer" if self.is_fused else "record", True, None
         try:
             output = forward(**options, return_dict=True)
         finally:
             head.mode, self._is_recording = None, False
-        logits, self._recorded = self._recorded, None
+        recorded, self._recorded = self._recorded, None
         hidden_states, head.input_of_head = head.input_of_head, None
-        given = self._inputs_of_loss(head, logits, hidden_states, options, of_loss)
+        if recorded is None:
+            raise TypeError(
+                f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
+                "did not call"
+            )
+        logits = recorded[0]
+        targets = self._targets(*recorded[1:], shifted)
+        given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
         if needs_router:
             given |= self._router(output)
         fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
@@ -143,28 +155,45 @@ class LossInForward(nn.Module):
             )
         return head
 
+    @property
+    def _owner(self) -> str:
+        return "fuse_lm_head" if self.is_fused else "attach_loss"
+
+    def _targets(
+        self,
+        labels: Any,  # [batch_size, n_tokens], which the model gave to its loss function
+        model_shifted: Any,  # the same; None: the labels are not shifted
+        shifted: Any,  # the same, which the caller gave
+    ) -> Any:  # [batch_size, n_tokens]
+        """What the rows are compared with: what the caller says is shifted, or what the model makes of the labels."""
+        if shifted is not None:
+            return shifted
+        is_masked_lm = "ForMaskedLM" in (getattr(self, "loss_type", None) or type(self).__name__)
+        if model_shifted is not None or is_masked_lm:
+            raise TypeError(
+                f"{self._owner}: expected {type(self).__name__} to predict the token after each row, but its labels "
+                "are those of the rows themselves: give them as shift_labels, too"
+            )
+        return labels
+
     def _inputs_of_loss(
         self,
         head: RecordsInput,
         logits: Any,  # [batch_size, n_tokens, n_columns]
         hidden_states: Tensor | None,  # [batch_size, n_tokens, hidden_size]
+        labels: Tensor,  # [batch_size, n_tokens]
         options: dict[str, Any],
         of_loss: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments of the loss."""
         name, config = type(self).__name__, self.unified_loss.config
-        if logits is None:
-            raise TypeError(
-                f"fuse_lm_head: expected {name} to compute its loss by self.loss_function, which it did not call"
-            )
-        shifted = of_loss["shift_labels"]
-        labels = options["labels"] if shifted is None else shifted
         given = {
             "targets": labels,
             "num_items_in_batch": of_loss["num_items_in_batch"],
-            "labels_are_shifted": shifted is not None,
+            "labels_are_shifted": of_loss["shift_labels"] is not None,
         }
-        for argument in ("attention_mask", "position_ids"):
+        of_encoder = getattr(self.config, "is_encoder_decoder", False)
+        for argument in () if of_encoder else ("attention_mask", "position_ids"):
             value = options.get(argument)
             if isinstance(value, Tensor) and value.dim() == 2 and value.shape[-1] == labels.shape[-1]:
                 is_broadcast = argument == "position_ids" and len(value) == 1

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import V, batch, gradients, loss_of, own_loss, tiny
+from tiny_models import V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned
 
 from ava_ext import UnifiedLoss
 
@@ -192,6 +192,39 @@ def test_packed_texts_and_shifted_labels():
     weights = torch.rand(3, 9)
     with_weights = model(**inputs, loss_inputs={"token_weights": weights}).loss
     assert not torch.isclose(with_weights, expected[0])
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("name", ["ModernBert", "Moonshine"])
+def test_labels_of_the_rows_themselves_are_not_shifted(name, put):
+    """A masked language model; one whose decoder is fed the labels, and that gives shift_labels to its loss itself."""
+    model, inputs = tiny_aligned(name)
+    if name == "ModernBert":
+        inputs["labels"][1, 6:] = inputs["input_ids"][1, 6:]  # padding, which only attention_mask leaves out
+        expected = model(**inputs | {"labels": batch()["labels"]}).loss
+    else:
+        expected = model(**inputs).loss
+    put(model, plain_loss(model, fused=put is fuse_lm_head))
+    with pytest.raises(TypeError, match="labels are those of the rows themselves: give them as shift_labels"):
+        model(**inputs)
+    found = model(**inputs, shift_labels=inputs["labels"]).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_one_call_of_the_loss_function():
+    """Of two, the second would be all of the loss."""
+    model = family("Llama")
+    plain_forward = type(model).forward
+
+    def forward(self, **options):
+        output = plain_forward(self, **options)
+        output.loss = output.loss + self.loss_function(output.logits, options["labels"], vocab_size=V)
+        return output
+
+    model.__class__ = type("Changed", (type(model),), {"forward": forward})
+    attach_loss(model, plain_loss(model, fused=False))
+    with pytest.raises(TypeError, match=r"expected Changed to call self\.loss_function once"):
+        model(**batch())
 
 
 def test_compiled():

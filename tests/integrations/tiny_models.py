@@ -41,6 +41,23 @@ def tiny(name, dtype=torch.float64, **options):
     return _made(getattr(transformers, f"{name}ForCausalLM"), config, dtype)
 
 
+def tiny_aligned(name):
+    """A model whose labels are those of the rows, and inputs of it: it predicts no next token."""
+    import transformers
+
+    options = SIZES | {"pad_token_id": 0, "attn_implementation": "eager"}
+    if name == "ModernBert":
+        config = transformers.ModernBertConfig(cls_token_id=1, sep_token_id=2, **options)
+        return _made(transformers.ModernBertForMaskedLM, config, torch.float32).eval(), batch()
+    options |= {"num_key_value_heads": 2, "decoder_start_token_id": 1}
+    text = {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    config = transformers.MoonshineConfig(encoder_num_hidden_layers=1, encoder_num_attention_heads=2, **options, **text)
+    model = _made(transformers.MoonshineForConditionalGeneration, config, torch.float32).eval()
+    mask = torch.ones(3, 4000)  # of the encoder's inputs
+    mask[:, -1000:] = 0
+    return model, {"input_values": torch.randn(3, 4000), "attention_mask": mask, "labels": batch()["labels"]}
+
+
 def _made(cls, config, dtype):
     torch.manual_seed(0)
     return cls(config).to(dtype)
