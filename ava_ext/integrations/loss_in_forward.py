@@ -25,6 +25,9 @@ from ava_ext.unified_loss import UnifiedLoss
 # arguments of forward that are the loss's alone; the model's own forward does not see them
 _OF_LOSS = ("num_items_in_batch", "shift_labels", "skip_logits", "loss_inputs")
 
+# arguments of the loss that decide which rows count
+DECIDE_ROWS = ("targets", "labels_are_shifted", "attention_mask", "position_ids", "segment_ids", "cu_seqlens")
+
 
 class RecordsInput(nn.Module):
     """A head, first in the bases of a class made for it, that keeps what it was given, or gives no logits yet."""
@@ -115,8 +118,8 @@ class LossInForward(nn.Module):
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
                 "did not call"
             )
-        logits = recorded[0]
-        targets = self._targets(*recorded[1:], shifted)
+        logits, labels, model_shifted = recorded
+        targets = self._targets(labels, model_shifted, shifted)
         given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
         if needs_router:
             given |= self._router(output)
@@ -176,6 +179,24 @@ class LossInForward(nn.Module):
             )
         return labels
 
+    def rows_of_call(
+        self,
+        labels: Tensor,  # [batch_size, n_tokens]
+        labels_are_shifted: bool,
+        options: Any,  # a mapping
+        loss_inputs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Arguments of the loss that forward's say: the targets, what decides which of them count, and loss_inputs."""
+        given: dict[str, Any] = {"targets": labels, "labels_are_shifted": labels_are_shifted}
+        of_encoder = getattr(self.config, "is_encoder_decoder", False)
+        mask, positions = (None if of_encoder else options.get(name) for name in ("attention_mask", "position_ids"))
+        batch_size, n_tokens = labels.shape[0], labels.shape[-1]
+        if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch_size and mask.shape[1] >= n_tokens:
+            given["attention_mask"] = mask[:, mask.shape[1] - n_tokens :]  # a cache or a prefix of peft is before them
+        if isinstance(positions, Tensor) and positions.shape in ((batch_size, n_tokens), (1, n_tokens)):
+            given["position_ids"] = positions
+        return given | (loss_inputs or {})
+
     def _inputs_of_loss(
         self,
         head: RecordsInput,
@@ -187,18 +208,8 @@ class LossInForward(nn.Module):
     ) -> dict[str, Any]:
         """Arguments of the loss."""
         name, config = type(self).__name__, self.unified_loss.config
-        given = {
-            "targets": labels,
-            "num_items_in_batch": of_loss["num_items_in_batch"],
-            "labels_are_shifted": of_loss["shift_labels"] is not None,
-        }
-        of_encoder = getattr(self.config, "is_encoder_decoder", False)
-        for argument in () if of_encoder else ("attention_mask", "position_ids"):
-            value = options.get(argument)
-            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[-1] == labels.shape[-1]:
-                is_broadcast = argument == "position_ids" and len(value) == 1
-                if value.shape == labels.shape or is_broadcast:
-                    given[argument] = value
+        given = self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
+        given["num_items_in_batch"] = of_loss["num_items_in_batch"]
         if self.is_fused:
             if not isinstance(logits, DeferredLogits):
                 raise TypeError(
@@ -239,8 +250,7 @@ class LossInForward(nn.Module):
         if added is not None:
             if has_aux_loss and n_items is not None:  # the mean of this call: its share of the whole batch
                 # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
-                decides = ("attention_mask", "position_ids", "segment_ids", "cu_seqlens", "labels_are_shifted")
-                n_tokens = loss_fn.count_items(given["targets"], **{name: given.get(name) for name in decides})
+                n_tokens = loss_fn.count_items(**{name: given[name] for name in DECIDE_ROWS if name in given})
                 added = added * (n_tokens.to(loss.dtype) / n_items)
             loss = loss + added.to(loss.dtype)
         if parts is not None:

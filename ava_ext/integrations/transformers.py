@@ -43,11 +43,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ava_ext.integrations.attach import attach_loss, causal_lm_of, fuse_lm_head, unfuse
 from ava_ext.integrations.expert_bias import ExpertBiasBinding, bind_expert_bias
 from ava_ext.integrations.loss_functions import causal_lm_loss, trainer_loss
-from ava_ext.integrations.loss_in_forward import LossInForward
+from ava_ext.integrations.loss_in_forward import DECIDE_ROWS, LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
-from ava_ext.reduction import classes_of
-from ava_ext.row_count import rows_of_targets
 from ava_ext.unified_loss import UnifiedLoss
 
 __all__ = [
@@ -148,6 +146,19 @@ class UnifiedLossCallback(TrainerCallback):
         )
 
 
+def _with_prompt(model: Any, batch: Any) -> Any:
+    """The arguments that peft makes of a batch where an adapter of it puts tokens of its own before each text."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if not getattr(adapter, "is_prompt_learning", False):
+        return batch
+    batch = {name: value for name, value in batch.items() if name != "position_ids"}
+    if adapter.peft_type != "PREFIX_TUNING":  # whose prefix is in the cache
+        for name, value in (("labels", -100), ("attention_mask", 1)):
+            if isinstance(batch.get(name), Tensor):
+                batch[name] = nn.functional.pad(batch[name], (adapter.num_virtual_tokens, 0), value=value)
+    return batch
+
+
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
     return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
@@ -158,8 +169,8 @@ class UnifiedLossTrainerMixin:
     The loss is put into the model (`fuse_lm_head`, or `attach_loss` with fuse=False), unless it is in it already. So
     its parameters are optimized, clipped and reduced over ranks as the model's; attention_mask and position_ids reach
     it; what the model adds to its loss is added, as the model_aux_loss of the log. UnifiedLossCallback steps and saves
-    it. num_items_in_batch is the N of this loss, class weights included. The loss that a subclass computes in its own
-    compute_loss (SFTTrainer) is replaced.
+    it. num_items_in_batch is the N of this loss, class weights and loss_inputs included. The loss that a subclass
+    computes in its own compute_loss (SFTTrainer) is replaced.
 
     The log has, beside loss: every part of the loss, per optimizer step, so that they add up to it, and the metrics
     (`ava_ext.METRICS`) over all rows of all ranks since the last log; in evaluation the same with the prefix eval_.
@@ -239,35 +250,32 @@ class UnifiedLossTrainerMixin:
         return super().prediction_step(model, inputs, prediction_loss_only, *arguments, **options)  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        counted = [self._with_counted_labels(batch) for batch in batch_samples]
-        n_rows = super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
-        weights = self.loss_fn.row_pass.class_weights
-        if n_rows is None or weights is None:
-            return n_rows
+        counts = [self._n_items(batch, device) for batch in batch_samples]
+        found = [n_items for n_items in counts if n_items is not None]
+        if not found:
+            return None
+        # from here as Trainer does with the number of labels
         trainer: Any = self
-        labels = torch.cat([batch["shift_labels"].flatten() for batch in counted]).to(weights.device)
-        n_items = torch.where(labels == -100, 0.0, classes_of(labels, weights)).sum().to(device)
-        # from here as Trainer does with the number of rows
+        n_items = torch.stack(found).sum()
         if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
             n_items = trainer.accelerator.gather(n_items).sum()
         parallelism = getattr(trainer.accelerator, "parallelism_config", None)
         return n_items / parallelism.non_data_parallel_size if parallelism else n_items
 
-    def _with_counted_labels(self, batch: Any) -> Any:
-        """The batch with labels of -100 wherever the loss counts nothing, shifted already: what Trainer counts."""
-        labels = batch.get("labels") if hasattr(batch, "get") else None
-        if not isinstance(labels, Tensor) or "shift_labels" in batch:
-            return batch
-        given = {}
-        for name in ("attention_mask", "position_ids"):
-            value = batch.get(name)
-            if isinstance(value, Tensor) and value.shape == labels.shape:
-                given[name] = value
-        config = self.loss_fn.config
-        targets = rows_of_targets(config, labels, **given).targets
-        targets = torch.where(targets == config.ignore_index, -100, targets)
-        # older versions count labels as they are
-        return {**batch, "labels": targets, "shift_labels": targets}
+    def _n_items(self, batch: Any, device: torch.device) -> Tensor | None:  # []
+        """N of one micro-batch, of the arguments that the model's forward will make of it; None without labels."""
+        if not hasattr(batch, "get"):
+            return None
+        batch = _with_prompt(self.model, batch)  # type: ignore[attr-defined]
+        shifted = batch.get("shift_labels")
+        labels = batch.get("labels") if shifted is None else shifted
+        if not isinstance(labels, Tensor):
+            return None
+        rows = self._model_with_loss.rows_of_call(labels, shifted is not None, batch, batch.get("loss_inputs"))
+        decide = {name: rows[name] for name in (*DECIDE_ROWS, "token_weights") if name in rows}
+        return self.loss_fn.count_items(
+            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in decide.items()}
+        )
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Trainer's, with the parts of the loss."""

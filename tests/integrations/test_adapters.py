@@ -91,3 +91,27 @@ def test_weights_that_are_not_here_are_refused():
     model.lm_head._hf_hook = object()
     with pytest.raises(TypeError, match="moves to the device for each call"):
         fuse_lm_head(model, loss_fn)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["PromptTuning", "PrefixTuning"])
+def test_prompts_that_are_learned(name, tmp_path):
+    """A prompt makes labels and mask longer, a prefix the mask alone; the trainer's N is that of the loss."""
+    transformers = pytest.importorskip("transformers")
+    from ava_ext.integrations.transformers import UnifiedLossTrainer
+
+    inputs = batch(batch_size=4)
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["attention_mask"][:, -4:] = 0
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
+    torch.manual_seed(0)
+    options = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(tiny("Llama", torch.float32), getattr(peft, f"{name}Config")(**options))
+    masked = inputs | {"labels": inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)}
+    expected = model(**masked).loss.item()
+    args = {"report_to": [], "use_cpu": True, "max_steps": 1, "logging_steps": 1, "save_strategy": "no"}
+    args |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "disable_tqdm": True}
+    args = transformers.TrainingArguments(str(tmp_path), **args)
+    trainer = UnifiedLossTrainer(model, args, train_dataset=rows, loss_fn=plain_loss(model))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)

@@ -1,6 +1,7 @@
 """Trainer trains the same with the built-in loss, with trainer_loss, and with the loss in the model; runs resume."""
 
 import copy
+import functools
 import os
 
 import pytest
@@ -300,6 +301,39 @@ def test_n_is_that_of_the_loss(tmp_path):
     _, log = trained(with_mixin, tmp_path, model=model, data=data, **options)
     assert losses(log, "loss")[0] == pytest.approx(losses(log, "cross_entropy")[0], rel=1e-5)
     assert losses(log, "n_tokens")[0] == 4 * (N_TOKENS - 4)
+
+
+def of_three(rows):
+    """Texts of three tokens, packed."""
+    return (torch.arange(N_TOKENS) % 3).expand(len(rows["labels"]), N_TOKENS)
+
+
+WHAT_DECIDES = {
+    "segments": lambda rows: {"loss_inputs": {"segment_ids": torch.arange(N_TOKENS)[None] // 3}},
+    "weights": lambda rows: {"loss_inputs": {"token_weights": torch.full(rows["labels"].shape, 0.25)}},
+    "positions": lambda rows: {"position_ids": of_three(rows)},
+    "positions of all": lambda rows: {"position_ids": of_three(rows)[:1]},
+    "shifted": lambda rows: {"shift_labels": torch.nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=-100)},
+}
+
+
+@pytest.mark.parametrize("what", WHAT_DECIDES)
+def test_n_is_that_of_the_loss_whatever_decides_it(what, tmp_path):
+    """Each loss is the mean over the rows of both micro-batches that count."""
+    data = dataset()
+    for row in data:
+        row["labels"] = row["input_ids"].clone()
+        row["attention_mask"][-3:] = 0
+
+    def collated(rows):
+        rows = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return rows | WHAT_DECIDES[what](rows)
+
+    make = functools.partial(with_mixin, data_collator=collated)
+    _, log = trained(make, tmp_path, data=data, gradient_accumulation_steps=2)
+    for prefix in ("", "eval_"):
+        loss, cross_entropy = (losses(log, prefix + name) for name in ("main_loss", "cross_entropy"))
+        assert loss == pytest.approx(cross_entropy, rel=1e-5 if not prefix else 0.2)
 
 
 CLASS_WEIGHTS = [0.1 + token % 3 for token in range(V)]
