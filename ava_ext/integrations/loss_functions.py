@@ -57,8 +57,8 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
 
     Raises:
         ValueError: a loss with logit_softcap, which the outputs have gone through already, or with terms of a router,
-            which need attention_mask, or with class_weights; when called, outputs with an auxiliary loss, which
-            would be left out.
+            which need attention_mask, or with class_weights or pad_token_id; when called, outputs with an auxiliary
+            loss, which would be left out.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, compute_loss_func=trainer_loss(loss_fn))
@@ -71,11 +71,14 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
                 f"trainer_loss: {option}=True needs the attention_mask, which Trainer does not give to a loss function"
                 ": use UnifiedLossTrainerMixin"
             )
-    if config.class_weights is not None:
-        raise ValueError(
-            "trainer_loss: expected a loss without class_weights: Trainer divides by the number of labels, not by the "
-            "sum of their weights: use UnifiedLossTrainerMixin"
-        )
+    for option, value, what in (
+        ("class_weights", config.class_weights, "by the number of labels, not by the sum of their weights"),
+        ("pad_token_id", config.padding_id, "by the number of labels, those of padding included"),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"trainer_loss: expected a loss without {option}: Trainer divides {what}: use UnifiedLossTrainerMixin"
+            )
 
     def loss(
         outputs: Any,  # of the model: .logits [batch_size, n_tokens, n_columns]

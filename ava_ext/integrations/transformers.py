@@ -67,7 +67,8 @@ FILE_NAME = "unified_loss.pt"  # in a checkpoint's folder
 class UnifiedLossCallback(TrainerCallback):
     """Steps the loss once per optimizer step, and keeps its state and parameters in the checkpoints of Trainer.
 
-    A resumed run goes on exactly as an uninterrupted one.
+    A resumed run goes on exactly as an uninterrupted one. N is Trainer's affair, and a plain one counts labels: a loss
+    that counts otherwise (class_weights, pad_token_id, packed texts) needs UnifiedLossTrainerMixin.
 
     Args:
         loss_fn: with auto_step=False where it learns anything; with process_group="world" on several ranks.
@@ -272,7 +273,7 @@ class UnifiedLossTrainerMixin:
         if not isinstance(labels, Tensor):
             return None
         rows = self._model_with_loss.rows_of_call(labels, shifted is not None, batch, batch.get("loss_inputs"))
-        decide = {name: rows[name] for name in (*DECIDE_ROWS, "token_weights") if name in rows}
+        decide: dict[str, Any] = {name: rows[name] for name in (*DECIDE_ROWS, "token_weights") if name in rows}
         return self.loss_fn.count_items(
             **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in decide.items()}
         )

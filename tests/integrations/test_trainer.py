@@ -277,6 +277,9 @@ def test_what_would_be_left_out_is_refused(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match="expected a loss without class_weights: Trainer divides by the number"):
         trainer_loss(plain_loss(model, class_weights=[1.0] * V))
+    with pytest.raises(ValueError, match="expected a loss without pad_token_id: Trainer divides by the number"):
+        trainer_loss(plain_loss(model, pad_token_id=0))
+    trainer_loss(plain_loss(model, pad_token_id=2, eos_token_id=2))  # counts as any other label
     with pytest.raises(ValueError, match="use_auxiliary_loss=True needs the attention_mask"):
         trainer_loss(plain_loss(model, use_auxiliary_loss=True))
     for function in (trainer_loss, causal_lm_loss):
