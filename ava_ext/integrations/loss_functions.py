@@ -116,5 +116,6 @@ def check_same_logits(name: str, config: UnifiedLossConfig, softcap: float | Non
         if of_loss != of_model and not (of_loss and of_model and math.isclose(of_loss, of_model, rel_tol=1e-9)):
             raise ValueError(
                 f"fuse_lm_head: {name} applies {option}={of_model} to its logits; expected a loss that does the same, "
-                f"got {option}={of_loss}: UnifiedLoss.from_model(model) reads it, attach_loss leaves it to the model"
+                f"got {option}={of_loss}: UnifiedLoss.from_model(model, {option}={of_model}) makes it, attach_loss "
+                "leaves it to the model"
             )

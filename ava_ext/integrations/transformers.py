@@ -273,10 +273,9 @@ class UnifiedLossTrainerMixin:
         if not isinstance(labels, Tensor):
             return None
         rows = self._model_with_loss.rows_of_call(labels, shifted is not None, batch, batch.get("loss_inputs"))
-        decide: dict[str, Any] = {name: rows[name] for name in (*DECIDE_ROWS, "token_weights") if name in rows}
-        return self.loss_fn.count_items(
-            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in decide.items()}
-        )
+        decide = {name: rows[name] for name in (*DECIDE_ROWS, "token_weights") if name in rows}
+        decide |= {name: value.to(device) for name, value in decide.items() if isinstance(value, Tensor)}
+        return self.loss_fn.count_items(**decide)
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Trainer's, with the parts of the loss."""

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned
+from tiny_models import V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned, with_options_of_text
 
 from ava_ext import UnifiedLoss
 
@@ -63,8 +63,26 @@ def test_attached_loss_is_the_models_own_loss(name):
 def test_a_loss_without_the_models_scale_is_refused(name):
     """It would be silently wrong."""
     model = family(name)
-    with pytest.raises(ValueError, match=r"applies logit_scale=0\.25 to its logits.*got logit_scale=1\.0"):
-        fuse_lm_head(model, plain_loss(model, fused=False))
+    fuse_lm_head(model, plain_loss(model, fused=False))
+    with pytest.raises(
+        ValueError, match=r"applies logit_scale=0\.25 .*got logit_scale=1\.0: .*\(model, logit_scale=0\.25"
+    ):
+        model(**batch())
+
+
+@pytest.mark.parametrize("name", ["Llava of Cohere", "Gemma3", "MiniCPM3", "PaliGemma of Gemma2"])
+def test_what_a_model_does_to_its_logits_is_what_from_model_says(name):
+    """Models around a text model may leave out its scale or cap; MiniCPM3 divides the hidden states, not the logits."""
+    model, inputs = with_options_of_text(name), batch()
+    expected = own_loss(model, **inputs)
+    hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    direct = plain_loss(model)
+    if name != "MiniCPM3":
+        head = model.get_output_embeddings().weight
+        given = {"hidden_states": hidden, "lm_head_weight": head, "attention_mask": inputs["attention_mask"]}
+        torch.testing.assert_close(direct(targets=inputs["labels"], **given).detach(), expected[0])
+    fuse_lm_head(model, direct)
+    assert_same(loss_of(model, **inputs), expected)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
@@ -285,8 +303,10 @@ def test_saved_models_are_plain_ones(tmp_path):
 
 def test_what_fits_not_is_refused():
     model = family("Gemma2")
+    fuse_lm_head(model, plain_loss(model, fused=False))
     with pytest.raises(ValueError, match=r"logit_softcap=3.0 to its logits.* got logit_softcap=None"):
-        fuse_lm_head(model, plain_loss(model, fused=False))
+        model(**batch())
+    unfuse(model)
     with pytest.raises(ValueError, match=r"expected a loss without logit_softcap, got 3\.0"):
         attach_loss(model, plain_loss(model))
     with pytest.raises(ValueError, match="labels_are_shifted=False, got True"):
