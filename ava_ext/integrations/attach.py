@@ -71,7 +71,15 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
                 vars(head).pop(name, None)
             head.__class__ = head.class_before_loss  # type: ignore[assignment]
     inner._keys_to_ignore_on_save = inner._keys_before_loss
-    for name in ("unified_loss", "_keys_before_loss", "_recorded", "_is_recording", "loss_parts", "report_parts"):
+    for name in (
+        "unified_loss",
+        "trained_when_put",
+        "_keys_before_loss",
+        "_recorded",
+        "_is_recording",
+        "loss_parts",
+        "report_parts",
+    ):
         delattr(inner, name)
     inner.__class__ = inner.class_before_loss  # type: ignore[assignment]
     return loss_fn
@@ -122,6 +130,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
     head.owner = name
     parameter = next(inner.parameters())
     inner.unified_loss = loss_fn.to(parameter.device)
+    inner.trained_when_put = {name: p.requires_grad for name, p in loss_fn.named_parameters()}
     inner._keys_before_loss = inner._keys_to_ignore_on_save
     inner._keys_to_ignore_on_save = {
         *(inner._keys_before_loss or ()),

@@ -63,6 +63,7 @@ class LossInForward(nn.Module):
     is_fused: ClassVar[bool]
     accepts_loss_kwargs = True  # for Trainer: num_items_in_batch is what the loss is divided by
     unified_loss: UnifiedLoss
+    trained_when_put: dict[str, bool]  # names of the loss's parameters, and whether they required grad
     loss_parts: dict[str, Tensor] | None
     report_parts: bool
     config: Any  # of the model

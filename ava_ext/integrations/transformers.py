@@ -183,7 +183,8 @@ class UnifiedLossTrainerMixin:
         arguments, options: Trainer's.
 
     Raises:
-        ValueError: label_smoothing_factor, compute_loss_func, model_init, or DataParallel, which have another way here.
+        ValueError: label_smoothing_factor, compute_loss_func, model_init, or DataParallel, which have another way here;
+            adapters in the loss, or parameters of it that were frozen after it was put into the model.
 
     Example:
         >>> class MyTrainer(UnifiedLossTrainerMixin, Trainer): ...
@@ -209,7 +210,12 @@ class UnifiedLossTrainerMixin:
         self._meters = {True: LossMeter("world"), False: LossMeter("world")}  # by whether the model trains
         self._meter_calls = {True: 0, False: 0}
         self._logged_step = 0
+        self._check_trained()
         super().__init__(model, *arguments, **options)  # type: ignore[call-arg]
+        for name, parameter in loss_fn.named_parameters():  # a peft_config of SFTTrainer freezes what is no adapter
+            if inner.trained_when_put.get(name):
+                parameter.requires_grad_(True)
+        self._check_trained()
         trainer: Any = self
         if trainer.args.label_smoothing_factor:
             raise ValueError(
@@ -220,6 +226,22 @@ class UnifiedLossTrainerMixin:
             raise ValueError("UnifiedLossTrainerMixin: expected one process per GPU (torchrun), got DataParallel")
         self._callback = UnifiedLossCallback(loss_fn)
         trainer.add_callback(self._callback)
+
+    def _check_trained(self) -> None:
+        """That what the loss learns by gradient is what it was when the loss was put into the model."""
+        expected = self._model_with_loss.trained_when_put
+        found = {name: parameter.requires_grad for name, parameter in self.loss_fn.named_parameters()}
+        if found.keys() != expected.keys():
+            raise ValueError(
+                "UnifiedLossTrainerMixin: expected no adapters in the loss, got parameters "
+                f"{sorted(found.keys() - expected.keys())}: give exclude_modules='.*unified_loss.*' to peft"
+            )
+        frozen = [name for name in expected if expected[name] and not found[name]]
+        if frozen:
+            raise ValueError(
+                f"UnifiedLossTrainerMixin: expected the parameters of the loss as they were put into the model, "
+                f"got {frozen} frozen: put the loss in after get_peft_model, or freeze them before"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Trainer's, which tells the callback where the loss is."""

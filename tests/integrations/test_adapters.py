@@ -53,6 +53,18 @@ def test_adapted_head(options):
     assert not torch.isclose(without, expected[0])
 
 
+def test_a_loss_that_adapters_have_frozen_is_noticed(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from ava_ext.integrations.transformers import UnifiedLossTrainer
+
+    model = tiny("Llama", torch.float32)
+    loss_fn = UnifiedLoss.from_model(model, use_mtp=True, auto_step=False)
+    later = peft.get_peft_model(fuse_lm_head(model, loss_fn), peft.LoraConfig(target_modules=["q_proj"]))
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"got \['mtp.* frozen: put the loss in after get_peft_model"):
+        UnifiedLossTrainer(later, args, train_dataset=[], loss_fn=loss_fn)
+
+
 def test_what_is_no_linear_layer_is_refused():
     model = adapted(target_modules=["lm_head"], lora_dropout=0.5)
     with pytest.raises(TypeError, match=r"lora_dropout=0.5: use lora_dropout=0.0"):
