@@ -32,8 +32,10 @@ Without num_items_in_batch each call divides by its own N: micro-batches and ran
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,6 +149,16 @@ class UnifiedLossCallback(TrainerCallback):
         )
 
 
+class _CallbackOfTrainer(UnifiedLossCallback):
+    """Of UnifiedLossTrainerMixin, whose log begins anew with each training, also of another batch size."""
+
+    at_begin: Callable[[], None]
+
+    def on_train_begin(self, *arguments: Any, **options: Any) -> None:
+        super().on_train_begin(*arguments, **options)
+        self.at_begin()
+
+
 def _with_prompt(model: Any, batch: Any) -> Any:
     """The arguments that peft makes of a batch where an adapter of it puts tokens of its own before each text."""
     adapter: Any = getattr(model, "active_peft_config", None)
@@ -174,7 +186,8 @@ class UnifiedLossTrainerMixin:
     computes in its own compute_loss (SFTTrainer) is replaced.
 
     The log has, beside loss: every part of the loss, per optimizer step, so that they add up to it, and the metrics
-    (`ava_ext.METRICS`) over all rows of all ranks since the last log; in evaluation the same with the prefix eval_.
+    (`ava_ext.METRICS`) over all rows of all ranks since the last log. The metrics that evaluate() and predict() return
+    have the same, per batch, with their prefix.
 
     Args:
         loss_fn: of UnifiedLoss.from_model(model). One that learns (by default, its temperature) needs auto_step=False,
@@ -224,7 +237,8 @@ class UnifiedLossTrainerMixin:
             )
         if trainer.args.n_gpu > 1:
             raise ValueError("UnifiedLossTrainerMixin: expected one process per GPU (torchrun), got DataParallel")
-        self._callback = UnifiedLossCallback(loss_fn)
+        self._callback = _CallbackOfTrainer(loss_fn)
+        self._callback.at_begin = functools.partial(self._clear_meter, is_training=True)
         trainer.add_callback(self._callback)
 
     def _check_trained(self) -> None:
@@ -272,6 +286,14 @@ class UnifiedLossTrainerMixin:
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, *arguments, **options)  # type: ignore[misc]
 
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """Trainer's; the parts of the loss are in its metrics, of evaluate() and of predict()."""
+        self._clear_meter(is_training=False)
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)  # type: ignore[misc]
+        values = self._read_meter(is_training=False)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        return output
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         counts = [self._n_items(batch, device) for batch in batch_samples]
         found = [n_items for n_items in counts if n_items is not None]
@@ -299,15 +321,17 @@ class UnifiedLossTrainerMixin:
         decide |= {name: value.to(device) for name, value in decide.items() if isinstance(value, Tensor)}
         return self.loss_fn.count_items(**decide)
 
+    def _clear_meter(self, is_training: bool) -> None:
+        self._meters[is_training].reset()
+        self._meter_calls[is_training] = 0
+        if is_training:
+            trainer: Any = self
+            self._logged_step = trainer.state.global_step
+
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Trainer's, with the parts of the loss."""
-        prefix = None
         if "loss" in logs:
-            prefix = ""
-        elif not any(name.startswith("train_") for name in logs):
-            prefix = next((name[: -len("loss")] for name in logs if name.endswith("_loss")), None)
-        if prefix is not None:
-            logs |= {prefix + name: value for name, value in self._read_meter(is_training=not prefix).items()}
+            logs |= self._read_meter(is_training=True)
         super().log(logs, *arguments, **options)  # type: ignore[misc]
 
     def _read_meter(self, is_training: bool) -> dict[str, float]:

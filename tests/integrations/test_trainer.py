@@ -171,6 +171,70 @@ def test_the_log_has_the_parts_of_the_loss(tmp_path):
             assert entry[f"{prefix}n_tokens"] == n_labels  # two steps of 4 rows, or all 8
 
 
+def assert_parts_add_up(log, n_entries, prefix=""):
+    entries = [entry for entry in log if prefix + "loss" in entry]
+    assert len(entries) == n_entries
+    for entry in entries:
+        assert entry[prefix + "main_loss"] + entry[prefix + "z_loss"] == pytest.approx(entry[prefix + "loss"], rel=1e-5)
+
+
+class RunsOutOfMemory(UnifiedLossTrainer):
+    has_run = False
+
+    def training_step(self, *arguments, **options):
+        found = super().training_step(*arguments, **options)
+        if self.state.global_step == 1 and not self.has_run:
+            self.has_run = True
+            raise RuntimeError("CUDA out of memory.")
+        return found
+
+
+@pytest.mark.parametrize("how", ["resumed", "again", "smaller batch"])
+def test_each_training_begins_the_log_anew(how, tmp_path):
+    options = {"max_steps": 4, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"auto_find_batch_size": how == "smaller batch"}
+
+    def trainer():
+        model = tiny("Llama", dtype=torch.float32)
+        loss_fn = plain_loss(model, z_loss_weight=0.1)
+        cls = RunsOutOfMemory if how == "smaller batch" else UnifiedLossTrainer
+        return cls(model, arguments(tmp_path, **options), train_dataset=dataset(), loss_fn=loss_fn)
+
+    first = trainer()
+    first.train()
+    last = trainer() if how == "resumed" else first
+    if how != "smaller batch":
+        last.train(**({"resume_from_checkpoint": str(tmp_path / "checkpoint-2")} if how == "resumed" else {}))
+    assert_parts_add_up(last.state.log_history, 2)
+
+
+def test_each_evaluation_has_its_own_parts(tmp_path):
+    """Whatever was predicted or logged before; what evaluate() and predict() return has them, with their prefix."""
+
+    class Logs(UnifiedLossTrainer):
+        def compute_loss(self, *arguments, **options):
+            self.log({"my_loss": 1.0})
+            return super().compute_loss(*arguments, **options)
+
+    model = tiny("Llama", dtype=torch.float32)
+    args = arguments(tmp_path, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=1, logging_steps=2)
+    data = {"train_dataset": dataset(), "eval_dataset": dataset()}
+    trainer = Logs(model, args, loss_fn=plain_loss(model, z_loss_weight=0.1), **data)
+    expected = trainer.evaluate()
+    found = trainer.predict(dataset()).metrics
+    as_training = trainer.evaluate(metric_key_prefix="train")
+    again = trainer.evaluate()
+    for name in ("main_loss", "z_loss", "n_tokens", "entropy"):
+        assert (
+            again["eval_" + name] == found["test_" + name] == as_training["train_" + name] == expected["eval_" + name]
+        )
+    trainer.train()
+    log = trainer.state.log_history
+    assert_parts_add_up(log, 2, "eval_")
+    assert_parts_add_up(log, 1)
+    assert not [entry for entry in log if "my_main_loss" in entry]
+
+
 def learning_trainer(name, folder, **options):
     """With what learns: temperature and heads of the loss's own, and load and bias of experts."""
     model = tiny(name, dtype=torch.float32)
