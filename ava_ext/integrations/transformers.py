@@ -271,6 +271,7 @@ class UnifiedLossTrainerMixin:
         **options: Any,
     ) -> Any:
         """The loss that the model's forward computes; its parts are kept for the log."""
+        self._model_with_loss.loss_parts = None  # a call without labels has none
         found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)
         parts = self._model_with_loss.loss_parts
         if parts is not None:
