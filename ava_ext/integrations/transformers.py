@@ -69,8 +69,9 @@ FILE_NAME = "unified_loss.pt"  # in a checkpoint's folder
 class UnifiedLossCallback(TrainerCallback):
     """Steps the loss once per optimizer step, and keeps its state and parameters in the checkpoints of Trainer.
 
-    A resumed run goes on exactly as an uninterrupted one. N is Trainer's affair, and a plain one counts labels: a loss
-    that counts otherwise (class_weights, pad_token_id, packed texts) needs UnifiedLossTrainerMixin.
+    A resumed run goes on exactly as an uninterrupted one, and load_best_model_at_end loads the best model's loss. N is
+    Trainer's affair, and a plain one counts labels: a loss that counts otherwise (class_weights, pad_token_id, packed
+    texts) needs UnifiedLossTrainerMixin.
 
     Args:
         loss_fn: with auto_step=False where it learns anything; with process_group="world" on several ranks.
@@ -122,6 +123,14 @@ class UnifiedLossCallback(TrainerCallback):
         """Commits what the micro-batches of this step have taught."""
         self.loss_fn.step()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """Loads the loss of the best model, where Trainer has loaded that."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            content = _content_of(os.path.join(state.best_model_checkpoint, FILE_NAME))
+            self.loss_fn.load_state_dict(content["loss"])
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:
         """Saves the loss beside the model."""
         folder = _checkpoint_folder(args, state)
@@ -138,7 +147,7 @@ class UnifiedLossCallback(TrainerCallback):
         for folder in folders:
             path = os.path.join(folder, FILE_NAME) if isinstance(folder, str) else ""
             if os.path.isfile(path):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = _content_of(path)
                 if content["log_history"] == history:  # another run's checkpoint of the same step has another
                     self.loss_fn.load_state_dict(content["loss"])
                     return
@@ -170,6 +179,10 @@ def _with_prompt(model: Any, batch: Any) -> Any:
             if isinstance(batch.get(name), Tensor):
                 batch[name] = nn.functional.pad(batch[name], (adapter.num_virtual_tokens, 0), value=value)
     return batch
+
+
+def _content_of(path: str) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:

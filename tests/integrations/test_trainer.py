@@ -246,7 +246,9 @@ def learning_trainer(name, folder, **options):
     if has_experts:
         bind_expert_bias(model, loss_fn)
     options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 11} | options
-    return UnifiedLossTrainer(model, arguments(folder, **options), train_dataset=dataset(), loss_fn=loss_fn)
+    return UnifiedLossTrainer(
+        model, arguments(folder, **options), train_dataset=dataset(), eval_dataset=dataset(), loss_fn=loss_fn
+    )
 
 
 def assert_equal(found, expected):
@@ -288,6 +290,23 @@ def test_load_and_bias_of_experts_are_in_the_checkpoint(tmp_path):
     }
     assert len(of_loss) > 10
     assert_equal({name: at_first[name] for name in of_loss}, of_loss)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["Llama", "DeepseekV3"])
+def test_the_best_model_has_its_own_loss(name, tmp_path):
+    """A step too long makes the last model worse than the best one."""
+    options = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 3.0, "optim": "sgd"}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "max_steps": 4}
+    trainer = learning_trainer(name, tmp_path, **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best != str(tmp_path / "checkpoint-4")
+    saved = torch.load(f"{best}/unified_loss.pt", weights_only=True)["loss"]
+    assert_equal(trainer.loss_fn.state_dict(), saved)
+    if name == "DeepseekV3":
+        bias = saved["moe_balancer.expert_bias"]
+        assert bias.any() and torch.equal(trainer.model.model.layers[1].mlp.gate.e_score_correction_bias, bias[0])
 
 
 def test_what_a_callback_must_not_let_pass(tmp_path):
