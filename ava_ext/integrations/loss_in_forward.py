@@ -71,6 +71,10 @@ class LossInForward(nn.Module):
     _is_recording: bool
     expert_bias_binding: Any = None
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.__class__ = self.class_before_loss  # type: ignore[assignment]  # made anew, by from_pretrained: without a loss
+
     @property
     def loss_function(self) -> Any:
         """While forward runs, takes what the loss is computed of; otherwise the loss of logits."""
@@ -289,6 +293,8 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(self, LossInForward):  # after unfuse, where accelerate kept the forward of the instance
+            return cls.forward(self, *arguments, **options)
         return self._with_loss(functools.partial(cls.forward, self), names, arguments, options)
 
     return forward

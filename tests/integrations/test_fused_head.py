@@ -117,6 +117,22 @@ def test_unfuse_gives_the_model_back():
         unfuse(model)
 
 
+def test_unfuse_where_accelerate_has_wrapped_forward():
+    """Its forward in bfloat16 stays in the instance, and is of the class with the loss."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = family("Llama", dtype=torch.float32).eval()
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).logits.float()
+    fuse_lm_head(model, plain_loss(model))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert "forward" in vars(model)
+    unfuse(model)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_computes_with_its_own_weights(make_copy):
     model = fuse_lm_head(family("Llama"), plain_loss(family("Llama")))
@@ -299,6 +315,9 @@ def test_saved_models_are_plain_ones(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded).__name__ == "LlamaForCausalLM" and not hasattr(loaded, "unified_loss")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    by_class = type(model).from_pretrained(tmp_path)
+    assert type(by_class) is type(loaded)
+    assert torch.equal(by_class(**batch()).loss, loaded(**batch()).loss)
 
 
 def test_what_fits_not_is_refused():
