@@ -143,12 +143,12 @@ class UnifiedLossCallback(TrainerCallback):
 
     def _load(self, args: TrainingArguments, state: TrainerState) -> None:
         folders = [self.resume_from, args.resume_from_checkpoint, _checkpoint_folder(args, state)]
-        history = json.dumps(state.log_history, sort_keys=True)
         for folder in folders:
             path = os.path.join(folder, FILE_NAME) if isinstance(folder, str) else ""
             if os.path.isfile(path):
                 content = _content_of(path)
-                if content["log_history"] == history:  # another run's checkpoint of the same step has another
+                # another run's checkpoint of the same step may be in a folder that was not named
+                if folder == self.resume_from or _begin_alike(json.loads(content["log_history"]), state.log_history):
                     self.loss_fn.load_state_dict(content["loss"])
                     return
         raise FileNotFoundError(
@@ -179,6 +179,13 @@ def _with_prompt(model: Any, batch: Any) -> Any:
             if isinstance(batch.get(name), Tensor):
                 batch[name] = nn.functional.pad(batch[name], (adapter.num_virtual_tokens, 0), value=value)
     return batch
+
+
+def _begin_alike(*histories: list[dict[str, Any]]) -> bool:
+    """Whether one is the other with further entries, of what was logged while a checkpoint was saved or loaded."""
+    n_entries = min(map(len, histories))
+    first, second = (json.dumps(history[:n_entries], sort_keys=True) for history in histories)  # nan is equal there
+    return first == second
 
 
 def _content_of(path: str) -> dict[str, Any]:

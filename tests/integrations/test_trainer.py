@@ -270,6 +270,38 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     assert_equal(resumed.model.state_dict(), expected)
 
 
+class LogsAtTheseTimes(transformers.TrainerCallback):
+    """Of the same trainer: an evaluation while a checkpoint is saved, or something of one's own at the beginning."""
+
+    def on_save(self, *arguments, **options):
+        if self.time == "save":
+            self.trainer.evaluate()
+
+    def on_train_begin(self, *arguments, **options):
+        if self.time == "begin":
+            self.trainer.log({"n_parameters": 1.0})
+
+    def on_step_begin(self, *arguments, **options):
+        self.loss_at_step = copy.deepcopy(self.trainer.loss_fn).state_dict()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("time", ["save", "begin"])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_resume_whatever_was_logged_at_the_checkpoint(time, is_named, tmp_path):
+    def run(max_steps, *checkpoint):
+        trainer = learning_trainer("Llama", tmp_path, max_steps=max_steps, save_steps=1)
+        callback = LogsAtTheseTimes()
+        callback.time, callback.trainer = time, trainer
+        trainer.callback_handler.callbacks.insert(0, callback)  # before the loss is saved and loaded
+        trainer.train(*checkpoint)
+        return trainer.loss_fn.state_dict(), callback.loss_at_step
+
+    saved, _ = run(1)
+    _, found = run(2, str(tmp_path / "checkpoint-1") if is_named else True)
+    assert_equal(found, saved)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_load_and_bias_of_experts_are_in_the_checkpoint(tmp_path):
     """The rest of such a model is Trainer's own affair: some versions do not load the experts' weights again."""
