@@ -89,8 +89,9 @@ class LossInForward(nn.Module):
                 f"{self._owner}: expected {type(self).__name__} to call self.loss_function once, got a second call: "
                 "compute the loss from its outputs"
             )
-        self._recorded = (logits, labels, options.get("shift_labels"))
-        return torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        zero = torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        self._recorded = (logits, labels, options.get("shift_labels"), zero)
+        return zero
 
     def _with_loss(
         self, forward: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
@@ -123,7 +124,7 @@ class LossInForward(nn.Module):
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
                 "did not call"
             )
-        logits, labels, model_shifted = recorded
+        logits, labels, model_shifted, zero = recorded
         targets = self._targets(labels, model_shifted, shifted)
         given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
         if needs_router:
@@ -133,7 +134,8 @@ class LossInForward(nn.Module):
         if adds_router:  # asked for by the loss alone, which weighs it itself
             fields.pop("aux_loss", None)
             fields.pop("router_logits", None)
-        fields["loss"] = self._loss(given, added, "aux_loss" in fields)
+        has_added = "aux_loss" in fields or added is not zero  # the first: added in place
+        fields["loss"] = self._loss(given, added, has_added)
         if not self.is_fused:
             fields["logits"] = logits
         elif not self.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
@@ -245,7 +247,7 @@ class LossInForward(nn.Module):
         self,
         given: dict[str, Any],
         added: Tensor | None,  # []
-        has_aux_loss: bool,
+        has_added: bool,
     ) -> Tensor:  # []
         """The loss, and what the model itself added to its own."""
         n_items = given["num_items_in_batch"]
@@ -253,13 +255,13 @@ class LossInForward(nn.Module):
         parts = loss_fn(**given, return_detailed=True) if self.report_parts else None
         loss = loss_fn(**given) if parts is None else parts["total_loss"]
         if added is not None:
-            if has_aux_loss and n_items is not None:  # the mean of this call: its share of the whole batch
+            if has_added and n_items is not None:  # a mean of this call: its share of the whole batch
                 # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
                 n_tokens = loss_fn.count_items(**{name: given[name] for name in DECIDE_ROWS if name in given})
                 added = added * (n_tokens.to(loss.dtype) / n_items)
             loss = loss + added.to(loss.dtype)
         if parts is not None:
-            if has_aux_loss and added is not None:
+            if has_added and added is not None:
                 parts["model_aux_loss"] = added
             parts["total_loss"] = loss
             self.loss_parts = {name: part.detach() for name, part in parts.items()}

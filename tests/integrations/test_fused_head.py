@@ -162,6 +162,35 @@ def test_micro_batches_add_up_to_the_batch(put):
     assert_same((total, gradients(model)), expected)
 
 
+class AddsDecay(torch.nn.Module):
+    """First in the bases of a model that adds to its loss without a word in its output, as Bamba does."""
+
+    def forward(self, *arguments, labels=None, **options):
+        output = super().forward(*arguments, labels=labels, **options)
+        if labels is not None:
+            output.loss = output.loss + 0.3 * self.lm_head.weight.square().mean()
+        return output
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_what_a_model_adds_is_shared_and_reported(put):
+    model, inputs = family("Llama"), batch()
+    model.__class__ = type("Adds", (AddsDecay, type(model)), {})
+    expected = own_loss(model, **inputs)
+    loss_fn = plain_loss(model)
+    put(model, loss_fn)
+    model.report_parts = True
+    n_items = loss_fn.count_items(inputs["labels"], inputs["attention_mask"])
+    total = added = 0.0
+    for row in range(3):
+        micro_batch = {name: value[row : row + 1] for name, value in inputs.items()}
+        loss = model(**micro_batch, num_items_in_batch=n_items).loss
+        loss.backward()
+        total, added = total + loss.detach(), added + model.loss_parts["model_aux_loss"]
+    assert_same((total, gradients(model)), expected)
+    torch.testing.assert_close(added, 0.3 * model.lm_head.weight.detach().square().mean())
+
+
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
 def test_parts_add_up(put):
     model = family("Mixtral")
