@@ -61,7 +61,8 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
 class ExpertBiasBinding:
     """What `bind_expert_bias` returns."""
 
-    def __init__(self, model: nn.Module, routers: list[nn.Module], balancer: MoEBalancer) -> None:
+    def __init__(self, model: Any, routers: list[nn.Module], balancer: MoEBalancer) -> None:
+        self.model = model
         self.routers = routers
         self.balancer = balancer
         self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -104,6 +105,7 @@ class ExpertBiasBinding:
         """Takes the hooks away; the routers keep the bias that they have."""
         for hook in self._hooks:
             hook.remove()
+        self.model.expert_bias_binding = None
 
     def _before_forward(self, model: nn.Module, arguments: Any) -> None:
         self._chosen = {}

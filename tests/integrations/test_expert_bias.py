@@ -115,6 +115,15 @@ def test_a_copy_has_a_binding_of_its_own():
     assert not routers(model)[0].e_score_correction_bias.any() and not loss_fn.moe_balancer.expert_bias.any()
 
 
+def test_without_its_binding_a_model_is_as_before():
+    model, loss_fn, binding = bound("DeepseekV3")
+    binding.remove()
+    model(**batch())  # the model's own router logits, and the loss's own choice of them
+    bind_expert_bias(model, loss_fn)
+    model(**batch())
+    assert model.expert_bias_binding is not binding
+
+
 def test_what_fits_not_is_refused():
     model = tiny("DeepseekV3")
     with pytest.raises(ValueError, match="expected a loss with use_moe_balancing=True"):
