@@ -19,6 +19,33 @@ _SCALES: dict[str, Callable[[float], float]] = {
     "lm_head_multiplier": lambda value: value,  # Falcon-H1
     "logits_scaling": lambda value: 1 / value,  # Granite divides by it
 }
+# by model_type, families that do something else with an attribute of such a name
+_OTHER_SCALES: dict[tuple[str | None, str], Callable[[float], float]] = {
+    ("hyperclovax", "logits_scaling"): lambda value: value,
+    ("minicpm3", "logits_scaling"): lambda value: 1.0,  # divides the hidden states, before the head
+}
+# models around a text model that do to the logits what its configuration says; others (Llava, Gemma 3 with images,
+# Cohere 2 Vision) call the head and leave it out
+_APPLY_OPTIONS_OF_TEXT = {
+    "cohere_compass",
+    "diffusion_gemma",
+    "gemma3n",
+    "gemma4",
+    "gemma4_unified",
+    "granite4_vision",
+    "granite_docling",
+    "hyperclovax_vision_v2",
+    "inkling2",
+    "inkling2_loop",
+    "mistral_large4",
+    "muse_glimmer",
+    "muse_spark",
+    "paligemma",
+    "t5gemma",
+    "t5gemma2",
+}
+# routers with a softmax although they have an e_score_correction_bias
+_SOFTMAX_WITH_BIAS = {"ernie4_5_moe", "ernie4_5_vl_moe_text", "longcat_flash"}
 
 
 def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[str, Any]:
@@ -32,10 +59,11 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
 
     Returns:
         vocab_size, hidden_size, labels_are_shifted=False; of a mixture of experts num_experts, num_experts_per_token,
-        num_moe_layers, router_score; with fused, logit_softcap and logit_scale where the model has them.
+        num_moe_layers, router_score; with fused, logit_softcap and logit_scale where the model has them. Most routers'
+        score is told by the model only: a configuration alone gives softmax.
 
     Raises:
-        ValueError: no vocab_size.
+        ValueError: no vocab_size; a term of a router, and a router with another score than softmax or sigmoid.
     """
     config = text_config(model_or_config)
     vocab_size = getattr(config, "vocab_size", None)
@@ -49,10 +77,19 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         options["num_experts"] = n_experts
         options["num_experts_per_token"] = _first(config, _EXPERTS_PER_TOKEN)
         options["num_moe_layers"] = _moe_layers(model, config)
-        if _scores_are_sigmoid(model, config):
-            options["router_score"] = "sigmoid"
+        score = _router_score(model, config)
+        wants_router = given.get("use_auxiliary_loss") or given.get("use_moe_balancing")
+        if score not in ("softmax", "sigmoid") and wants_router and "router_score" not in given:
+            raise ValueError(
+                f"unified_loss: expected a router with the score 'softmax' or 'sigmoid', got scoring_func={score!r} in "
+                f"{type(config).__name__}: leave router terms out, or say router_score="
+            )
+        if score == "sigmoid":
+            options["router_score"] = score
     if fused:
-        options |= logit_options(config)
+        whole = getattr(model_or_config, "config", model_or_config)
+        if config is whole or getattr(whole, "model_type", None) in _APPLY_OPTIONS_OF_TEXT:
+            options |= logit_options(config)
     return options | given
 
 
@@ -75,6 +112,7 @@ def logit_options(config: Any) -> dict[str, float]:
         options["logit_softcap"] = float(softcap)
     for name, as_factor in _SCALES.items():
         value = getattr(config, name, None)
+        as_factor = _OTHER_SCALES.get((getattr(config, "model_type", None), name), as_factor)
         if isinstance(value, (int, float)) and value and as_factor(value) != 1:
             options["logit_scale"] = as_factor(value)
     return options
@@ -98,8 +136,10 @@ def _moe_layers(model: nn.Module | None, config: Any) -> int:
     return config.num_hidden_layers - (getattr(config, "first_k_dense_replace", None) or 0)
 
 
-def _scores_are_sigmoid(model: nn.Module | None, config: Any) -> bool:
+def _router_score(model: nn.Module | None, config: Any) -> str:
+    """What a router makes of its logits. A configuration without scoring_func tells nothing: then a softmax."""
     score = getattr(config, "scoring_func", None)
-    if score is not None or model is None:
-        return score == "sigmoid"
-    return any(hasattr(module, "e_score_correction_bias") for module in model.modules())
+    if score is not None or model is None or getattr(config, "model_type", None) in _SOFTMAX_WITH_BIAS:
+        return score or "softmax"
+    has_bias = any(hasattr(module, "e_score_correction_bias") for module in model.modules())
+    return "sigmoid" if has_bias else "softmax"

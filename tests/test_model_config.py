@@ -50,6 +50,22 @@ def test_layers_and_score_of_a_model():
     assert options["num_moe_layers"] == 1 and options["router_score"] == "sigmoid"
 
 
+def test_score_of_a_router():
+    """A correction bias tells no score, and one that is neither softmax nor sigmoid is not taken for one of them."""
+    router = nn.Linear(8, 6)
+    router.e_score_correction_bias = nn.Parameter(torch.zeros(6))
+    model = nn.ModuleDict({"experts": nn.Linear(8, 8), "gate": router})
+    for model_type in ("ernie4_5_moe", "ernie4_5_vl_moe_text", "longcat_flash"):
+        model.config = config(num_experts=6, model_type=model_type)
+        assert "router_score" not in options_of(model)
+    model.config = config(num_experts=6, scoring_func="sqrtsoftplus")
+    assert "router_score" not in options_of(model)
+    for term in ("use_auxiliary_loss", "use_moe_balancing"):
+        with pytest.raises(ValueError, match="got scoring_func='sqrtsoftplus' in SimpleNamespace"):
+            options_of(model, **{term: True})
+        assert options_of(model, **{term: True}, router_score="sigmoid")["router_score"] == "sigmoid"
+
+
 @pytest.mark.parametrize("name", ["final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap"])
 def test_soft_cap(name):
     assert options_of(config(**{name: 30.0}))["logit_softcap"] == 30.0
@@ -68,6 +84,15 @@ def test_scale_of_the_logits(name, value):
     )
     assert options_of(scaled)["logit_scale"] == 0.25
     assert UnifiedLoss.from_model(scaled).logit_scale == 0.25
+
+
+def test_scales_of_other_families():
+    """Hidden states divided in place of logits; a factor by the name of a divisor; a text model in another model."""
+    assert "logit_scale" not in options_of(config(logits_scaling=4.0, model_type="minicpm3"))
+    assert options_of(config(logits_scaling=4.0, model_type="hyperclovax"))["logit_scale"] == 4.0
+    for model_type, expected in (("llava", None), ("gemma3", None), ("granite4_vision", 0.25), ("paligemma", 0.25)):
+        around = SimpleNamespace(get_text_config=lambda: config(logits_scaling=4.0), model_type=model_type)
+        assert options_of(around).get("logit_scale") == expected
 
 
 TARGETS = torch.tensor([[3, 5, -100, 7, 0], [-100, 1, 2, 0, 0]])

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from ava_ext.integrations.heads import weight_and_bias
-from ava_ext.integrations.loss_functions import check_same_logits, refuse_logit_options
+from ava_ext.integrations.loss_functions import refuse_logit_options
 from ava_ext.integrations.loss_in_forward import LossInForward, RecordsInput, class_with
-from ava_ext.model_config import logit_options, text_config
 from ava_ext.unified_loss import UnifiedLoss
 
 
@@ -45,12 +44,13 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).
-        loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap and the scale of the model have to be the loss's too.
+        loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap and the scale of the model have to be the loss's too,
+            or the first call with labels raises ValueError.
 
     Raises:
         TypeError: a head that is not one linear layer, or a model that does something unknown to its logits; what to
             do instead is in the message.
-        ValueError: a loss without the model's soft cap or scale; a model that has a loss attached.
+        ValueError: a model that has a loss attached.
 
     Example:
         >>> model = fuse_lm_head(LlamaForCausalLM(config), UnifiedLoss.from_model(config))
@@ -71,7 +71,15 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
                 vars(head).pop(name, None)
             head.__class__ = head.class_before_loss  # type: ignore[assignment]
     inner._keys_to_ignore_on_save = inner._keys_before_loss
-    for name in ("unified_loss", "_keys_before_loss", "_recorded", "_is_recording", "loss_parts", "report_parts"):
+    for name in (
+        "unified_loss",
+        "trained_when_put",
+        "_keys_before_loss",
+        "_recorded",
+        "_is_recording",
+        "loss_parts",
+        "report_parts",
+    ):
         delattr(inner, name)
     inner.__class__ = inner.class_before_loss  # type: ignore[assignment]
     return loss_fn
@@ -116,14 +124,13 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         raise TypeError(f"{owner}: expected a model with a head, got {name}, whose get_output_embeddings() is None")
     if is_fused:
         weight_and_bias(head)
-        of_model = logit_options(text_config(inner))
-        check_same_logits(name, config, of_model.get("logit_softcap"), of_model.get("logit_scale", 1.0))
     else:
         refuse_logit_options(config, owner)
     head.__class__ = class_with(RecordsInput, type(head), is_fused)
     head.owner = name
     parameter = next(inner.parameters())
     inner.unified_loss = loss_fn.to(parameter.device)
+    inner.trained_when_put = {name: p.requires_grad for name, p in loss_fn.named_parameters()}
     inner._keys_before_loss = inner._keys_to_ignore_on_save
     inner._keys_to_ignore_on_save = {
         *(inner._keys_before_loss or ()),

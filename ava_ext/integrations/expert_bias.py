@@ -21,7 +21,8 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
     e_score_correction_bias).
 
     Hooks record what each router chose, for the loss; before every forward, and before the state of the model is saved,
-    expert_bias is copied into the routers. The bias that the model has now is where it begins. With
+    expert_bias is copied into the routers. The bias that the model has now is where it begins, and so is that of a
+    state loaded into it that has none of the loss. With
     `fuse_lm_head` or `attach_loss` the loss then gets gate_logits and expert_indices automatically; in a loop of your
     own, pass `**binding.take()` to the loss.
 
@@ -60,20 +61,21 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
 class ExpertBiasBinding:
     """What `bind_expert_bias` returns."""
 
-    def __init__(self, model: nn.Module, routers: list[nn.Module], balancer: MoEBalancer) -> None:
+    def __init__(self, model: Any, routers: list[nn.Module], balancer: MoEBalancer) -> None:
+        self.model = model
         self.routers = routers
         self.balancer = balancer
         self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
-        with torch.no_grad():
-            for layer, router in enumerate(routers):
-                balancer.expert_bias[layer].copy_(getattr(router, _BIAS))
-                balancer.previous_expert_bias[layer].copy_(getattr(router, _BIAS))
+        self._loads_loss = False
+        self._take_bias()
         self._hooks = [
             router.register_forward_hook(functools.partial(self._record, layer)) for layer, router in enumerate(routers)
         ]
         self._hooks += [
             model.register_forward_pre_hook(self._before_forward),
             model.register_state_dict_pre_hook(self._before_state_dict),
+            model.register_load_state_dict_pre_hook(self._before_load),
+            model.register_load_state_dict_post_hook(self._after_load),
         ]
 
     def take(self) -> dict[str, list[Tensor]]:
@@ -93,10 +95,17 @@ class ExpertBiasBinding:
         for layer, router in enumerate(self.routers):
             getattr(router, _BIAS).copy_(self.balancer.expert_bias[layer])
 
+    @torch.no_grad()
+    def _take_bias(self) -> None:
+        for layer, router in enumerate(self.routers):
+            for own in (self.balancer.expert_bias, self.balancer.previous_expert_bias):
+                own[layer].copy_(getattr(router, _BIAS))
+
     def remove(self) -> None:
         """Takes the hooks away; the routers keep the bias that they have."""
         for hook in self._hooks:
             hook.remove()
+        self.model.expert_bias_binding = None
 
     def _before_forward(self, model: nn.Module, arguments: Any) -> None:
         self._chosen = {}
@@ -104,6 +113,14 @@ class ExpertBiasBinding:
 
     def _before_state_dict(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.copy_bias()
+
+    def _before_load(self, model: nn.Module, state_dict: dict[str, Any], *arguments: Any) -> None:
+        self.copy_bias()  # for routers that are not in what is loaded
+        self._loads_loss = any(name.endswith(f"{MoEBalancer.name}.expert_bias") for name in state_dict)
+
+    def _after_load(self, model: nn.Module, keys: Any) -> None:
+        if not self._loads_loss:  # a model saved without the loss brings the bias of its routers
+            self._take_bias()
 
     def _record(self, layer: int, router: nn.Module, arguments: Any, output: Any) -> None:
         tensors = [value for value in output if isinstance(value, Tensor)] if isinstance(output, tuple) else []

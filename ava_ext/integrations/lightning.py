@@ -75,6 +75,14 @@ class UnifiedLossCallback(Callback):
         """Where the count of optimizer steps begins, in a resumed run too."""
         self._step = trainer.global_step
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        """Forgets the parts of earlier calls: this batch may have no loss."""
+        _forget_parts(pl_module)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        """The same."""
+        _forget_parts(pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -130,5 +138,13 @@ def _parts_of(pl_module: LightningModule, outputs: Any) -> Mapping[str, Tensor] 
     """The parts of the last call: from what the step returned, or of the model with the loss in its forward."""
     if isinstance(outputs, Mapping) and "loss_parts" in outputs:
         return outputs["loss_parts"]
-    found = (getattr(module, "loss_parts", None) for module in pl_module.modules())
-    return next((parts for parts in found if isinstance(parts, dict)), None)
+    return next((model.loss_parts for model in _models_with_parts(pl_module)), None)
+
+
+def _forget_parts(pl_module: LightningModule) -> None:
+    for model in _models_with_parts(pl_module):
+        model.loss_parts = None
+
+
+def _models_with_parts(pl_module: LightningModule) -> list[Any]:
+    return [module for module in pl_module.modules() if isinstance(getattr(module, "loss_parts", None), dict)]

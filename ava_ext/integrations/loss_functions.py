@@ -16,7 +16,8 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For model.loss_function: the loss of logits and of labels that are not shifted, or of shift_labels.
 
     A model hands over neither attention_mask nor router logits: padding is told by labels of -100, and what the model
-    itself adds to its loss stays. `attach_loss` has them all.
+    itself adds to its loss stays. `attach_loss` has them all. A masked language model gives labels of the rows
+    themselves without a word of it, and would be shifted: `attach_loss` and shift_labels are for it.
 
     Raises:
         ValueError: a loss with logit_softcap: a model caps its logits before it calls its loss function.
@@ -56,8 +57,8 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
 
     Raises:
         ValueError: a loss with logit_softcap, which the outputs have gone through already, or with terms of a router,
-            which need attention_mask, or with class_weights; when called, outputs with an auxiliary loss, which
-            would be left out.
+            which need attention_mask, or with class_weights or pad_token_id; when called, outputs with an auxiliary
+            loss, which would be left out.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, compute_loss_func=trainer_loss(loss_fn))
@@ -70,11 +71,14 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
                 f"trainer_loss: {option}=True needs the attention_mask, which Trainer does not give to a loss function"
                 ": use UnifiedLossTrainerMixin"
             )
-    if config.class_weights is not None:
-        raise ValueError(
-            "trainer_loss: expected a loss without class_weights: Trainer divides by the number of labels, not by the "
-            "sum of their weights: use UnifiedLossTrainerMixin"
-        )
+    for option, value, what in (
+        ("class_weights", config.class_weights, "by the number of labels, not by the sum of their weights"),
+        ("pad_token_id", config.padding_id, "by the number of labels, those of padding included"),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"trainer_loss: expected a loss without {option}: Trainer divides {what}: use UnifiedLossTrainerMixin"
+            )
 
     def loss(
         outputs: Any,  # of the model: .logits [batch_size, n_tokens, n_columns]
@@ -112,5 +116,6 @@ def check_same_logits(name: str, config: UnifiedLossConfig, softcap: float | Non
         if of_loss != of_model and not (of_loss and of_model and math.isclose(of_loss, of_model, rel_tol=1e-9)):
             raise ValueError(
                 f"fuse_lm_head: {name} applies {option}={of_model} to its logits; expected a loss that does the same, "
-                f"got {option}={of_loss}: UnifiedLoss.from_model(model) reads it, attach_loss leaves it to the model"
+                f"got {option}={of_loss}: UnifiedLoss.from_model(model, {option}={of_model}) makes it, attach_loss "
+                "leaves it to the model"
             )

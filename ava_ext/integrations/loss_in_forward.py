@@ -25,6 +25,9 @@ from ava_ext.unified_loss import UnifiedLoss
 # arguments of forward that are the loss's alone; the model's own forward does not see them
 _OF_LOSS = ("num_items_in_batch", "shift_labels", "skip_logits", "loss_inputs")
 
+# arguments of the loss that decide which rows count
+DECIDE_ROWS = ("targets", "labels_are_shifted", "attention_mask", "position_ids", "segment_ids", "cu_seqlens")
+
 
 class RecordsInput(nn.Module):
     """A head, first in the bases of a class made for it, that keeps what it was given, or gives no logits yet."""
@@ -60,12 +63,17 @@ class LossInForward(nn.Module):
     is_fused: ClassVar[bool]
     accepts_loss_kwargs = True  # for Trainer: num_items_in_batch is what the loss is divided by
     unified_loss: UnifiedLoss
+    trained_when_put: dict[str, bool]  # names of the loss's parameters, and whether they required grad
     loss_parts: dict[str, Tensor] | None
     report_parts: bool
     config: Any  # of the model
     _recorded: Any  # what the model gave to its loss function
     _is_recording: bool
     expert_bias_binding: Any = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.__class__ = self.class_before_loss  # type: ignore[assignment]  # made anew, by from_pretrained: without a loss
 
     @property
     def loss_function(self) -> Any:
@@ -76,8 +84,14 @@ class LossInForward(nn.Module):
 
     def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""
-        self._recorded = logits
-        return torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        if self._recorded is not None:
+            raise TypeError(
+                f"{self._owner}: expected {type(self).__name__} to call self.loss_function once, got a second call: "
+                "compute the loss from its outputs"
+            )
+        zero = torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        self._recorded = (logits, labels, options.get("shift_labels"), zero)
+        return zero
 
     def _with_loss(
         self, forward: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
@@ -98,14 +112,21 @@ class LossInForward(nn.Module):
         if adds_router:
             options["output_router_logits"] = True
         head = self._head()
-        head.mode, self._is_recording = "defer" if self.is_fused else "record", True
+        head.mode, self._is_recording, self._recorded = "defer" if self.is_fused else "record", True, None
         try:
             output = forward(**options, return_dict=True)
         finally:
             head.mode, self._is_recording = None, False
-        logits, self._recorded = self._recorded, None
+        recorded, self._recorded = self._recorded, None
         hidden_states, head.input_of_head = head.input_of_head, None
-        given = self._inputs_of_loss(head, logits, hidden_states, options, of_loss)
+        if recorded is None:
+            raise TypeError(
+                f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
+                "did not call"
+            )
+        logits, labels, model_shifted, zero = recorded
+        targets = self._targets(labels, model_shifted, shifted)
+        given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
         if needs_router:
             given |= self._router(output)
         fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
@@ -113,7 +134,8 @@ class LossInForward(nn.Module):
         if adds_router:  # asked for by the loss alone, which weighs it itself
             fields.pop("aux_loss", None)
             fields.pop("router_logits", None)
-        fields["loss"] = self._loss(given, added, "aux_loss" in fields)
+        has_added = "aux_loss" in fields or added is not zero  # the first: added in place
+        fields["loss"] = self._loss(given, added, has_added)
         if not self.is_fused:
             fields["logits"] = logits
         elif not self.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
@@ -143,33 +165,58 @@ class LossInForward(nn.Module):
             )
         return head
 
+    @property
+    def _owner(self) -> str:
+        return "fuse_lm_head" if self.is_fused else "attach_loss"
+
+    def _targets(
+        self,
+        labels: Any,  # [batch_size, n_tokens], which the model gave to its loss function
+        model_shifted: Any,  # the same; None: the labels are not shifted
+        shifted: Any,  # the same, which the caller gave
+    ) -> Any:  # [batch_size, n_tokens]
+        """What the rows are compared with: what the caller says is shifted, or what the model makes of the labels."""
+        if shifted is not None:
+            return shifted
+        is_masked_lm = "ForMaskedLM" in (getattr(self, "loss_type", None) or type(self).__name__)
+        if model_shifted is not None or is_masked_lm:
+            raise TypeError(
+                f"{self._owner}: expected {type(self).__name__} to predict the token after each row, but its labels "
+                "are those of the rows themselves: give them as shift_labels, too"
+            )
+        return labels
+
+    def rows_of_call(
+        self,
+        labels: Tensor,  # [batch_size, n_tokens]
+        labels_are_shifted: bool,
+        options: Any,  # a mapping
+        loss_inputs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Arguments of the loss that forward's say: the targets, what decides which of them count, and loss_inputs."""
+        given: dict[str, Any] = {"targets": labels, "labels_are_shifted": labels_are_shifted}
+        of_encoder = getattr(self.config, "is_encoder_decoder", False)
+        mask, positions = (None if of_encoder else options.get(name) for name in ("attention_mask", "position_ids"))
+        batch_size, n_tokens = labels.shape[0], labels.shape[-1]
+        if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch_size and mask.shape[1] >= n_tokens:
+            given["attention_mask"] = mask[:, mask.shape[1] - n_tokens :]  # a cache or a prefix of peft is before them
+        if isinstance(positions, Tensor) and positions.shape in ((batch_size, n_tokens), (1, n_tokens)):
+            given["position_ids"] = positions
+        return given | (loss_inputs or {})
+
     def _inputs_of_loss(
         self,
         head: RecordsInput,
         logits: Any,  # [batch_size, n_tokens, n_columns]
         hidden_states: Tensor | None,  # [batch_size, n_tokens, hidden_size]
+        labels: Tensor,  # [batch_size, n_tokens]
         options: dict[str, Any],
         of_loss: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments of the loss."""
         name, config = type(self).__name__, self.unified_loss.config
-        if logits is None:
-            raise TypeError(
-                f"fuse_lm_head: expected {name} to compute its loss by self.loss_function, which it did not call"
-            )
-        shifted = of_loss["shift_labels"]
-        labels = options["labels"] if shifted is None else shifted
-        given = {
-            "targets": labels,
-            "num_items_in_batch": of_loss["num_items_in_batch"],
-            "labels_are_shifted": shifted is not None,
-        }
-        for argument in ("attention_mask", "position_ids"):
-            value = options.get(argument)
-            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[-1] == labels.shape[-1]:
-                is_broadcast = argument == "position_ids" and len(value) == 1
-                if value.shape == labels.shape or is_broadcast:
-                    given[argument] = value
+        given = self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
+        given["num_items_in_batch"] = of_loss["num_items_in_batch"]
         if self.is_fused:
             if not isinstance(logits, DeferredLogits):
                 raise TypeError(
@@ -200,7 +247,7 @@ class LossInForward(nn.Module):
         self,
         given: dict[str, Any],
         added: Tensor | None,  # []
-        has_aux_loss: bool,
+        has_added: bool,
     ) -> Tensor:  # []
         """The loss, and what the model itself added to its own."""
         n_items = given["num_items_in_batch"]
@@ -208,14 +255,13 @@ class LossInForward(nn.Module):
         parts = loss_fn(**given, return_detailed=True) if self.report_parts else None
         loss = loss_fn(**given) if parts is None else parts["total_loss"]
         if added is not None:
-            if has_aux_loss and n_items is not None:  # the mean of this call: its share of the whole batch
+            if has_added and n_items is not None:  # a mean of this call: its share of the whole batch
                 # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
-                decides = ("attention_mask", "position_ids", "segment_ids", "cu_seqlens", "labels_are_shifted")
-                n_tokens = loss_fn.count_items(given["targets"], **{name: given.get(name) for name in decides})
+                n_tokens = loss_fn.count_items(**{name: given[name] for name in DECIDE_ROWS if name in given})
                 added = added * (n_tokens.to(loss.dtype) / n_items)
             loss = loss + added.to(loss.dtype)
         if parts is not None:
-            if has_aux_loss and added is not None:
+            if has_added and added is not None:
                 parts["model_aux_loss"] = added
             parts["total_loss"] = loss
             self.loss_parts = {name: part.detach() for name, part in parts.items()}
@@ -249,6 +295,8 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(self, LossInForward):  # after unfuse, where accelerate kept the forward of the instance
+            return cls.forward(self, *arguments, **options)
         return self._with_loss(functools.partial(cls.forward, self), names, arguments, options)
 
     return forward

@@ -32,8 +32,10 @@ Without num_items_in_batch each call divides by its own N: micro-batches and ran
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,11 +45,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ava_ext.integrations.attach import attach_loss, causal_lm_of, fuse_lm_head, unfuse
 from ava_ext.integrations.expert_bias import ExpertBiasBinding, bind_expert_bias
 from ava_ext.integrations.loss_functions import causal_lm_loss, trainer_loss
-from ava_ext.integrations.loss_in_forward import LossInForward
+from ava_ext.integrations.loss_in_forward import DECIDE_ROWS, LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
-from ava_ext.reduction import classes_of
-from ava_ext.row_count import rows_of_targets
 from ava_ext.unified_loss import UnifiedLoss
 
 __all__ = [
@@ -69,7 +69,9 @@ FILE_NAME = "unified_loss.pt"  # in a checkpoint's folder
 class UnifiedLossCallback(TrainerCallback):
     """Steps the loss once per optimizer step, and keeps its state and parameters in the checkpoints of Trainer.
 
-    A resumed run goes on exactly as an uninterrupted one.
+    A resumed run goes on exactly as an uninterrupted one, and load_best_model_at_end loads the best model's loss. N is
+    Trainer's affair, and a plain one counts labels: a loss that counts otherwise (class_weights, pad_token_id, packed
+    texts) needs UnifiedLossTrainerMixin.
 
     Args:
         loss_fn: with auto_step=False where it learns anything; with process_group="world" on several ranks.
@@ -121,6 +123,14 @@ class UnifiedLossCallback(TrainerCallback):
         """Commits what the micro-batches of this step have taught."""
         self.loss_fn.step()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """Loads the loss of the best model, where Trainer has loaded that."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            content = _content_of(os.path.join(state.best_model_checkpoint, FILE_NAME))
+            self.loss_fn.load_state_dict(content["loss"])
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:
         """Saves the loss beside the model."""
         folder = _checkpoint_folder(args, state)
@@ -133,12 +143,12 @@ class UnifiedLossCallback(TrainerCallback):
 
     def _load(self, args: TrainingArguments, state: TrainerState) -> None:
         folders = [self.resume_from, args.resume_from_checkpoint, _checkpoint_folder(args, state)]
-        history = json.dumps(state.log_history, sort_keys=True)
         for folder in folders:
             path = os.path.join(folder, FILE_NAME) if isinstance(folder, str) else ""
             if os.path.isfile(path):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-                if content["log_history"] == history:  # another run's checkpoint of the same step has another
+                content = _content_of(path)
+                # another run's checkpoint of the same step may be in a folder that was not named
+                if folder == self.resume_from or _begin_alike(json.loads(content["log_history"]), state.log_history):
                     self.loss_fn.load_state_dict(content["loss"])
                     return
         raise FileNotFoundError(
@@ -146,6 +156,40 @@ class UnifiedLossCallback(TrainerCallback):
             f"checkpoint in one of {[folder for folder in folders if isinstance(folder, str)]}, got none of this run: "
             "give resume_from=, the folder that train(resume_from_checkpoint=...) gets"
         )
+
+
+class _CallbackOfTrainer(UnifiedLossCallback):
+    """Of UnifiedLossTrainerMixin, whose log begins anew with each training, also of another batch size."""
+
+    at_begin: Callable[[], None]
+
+    def on_train_begin(self, *arguments: Any, **options: Any) -> None:
+        super().on_train_begin(*arguments, **options)
+        self.at_begin()
+
+
+def _with_prompt(model: Any, batch: Any) -> Any:
+    """The arguments that peft makes of a batch where an adapter of it puts tokens of its own before each text."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if not getattr(adapter, "is_prompt_learning", False):
+        return batch
+    batch = {name: value for name, value in batch.items() if name != "position_ids"}
+    if adapter.peft_type != "PREFIX_TUNING":  # whose prefix is in the cache
+        for name, value in (("labels", -100), ("attention_mask", 1)):
+            if isinstance(batch.get(name), Tensor):
+                batch[name] = nn.functional.pad(batch[name], (adapter.num_virtual_tokens, 0), value=value)
+    return batch
+
+
+def _begin_alike(*histories: list[dict[str, Any]]) -> bool:
+    """Whether one is the other with further entries, of what was logged while a checkpoint was saved or loaded."""
+    n_entries = min(map(len, histories))
+    first, second = (json.dumps(history[:n_entries], sort_keys=True) for history in histories)  # nan is equal there
+    return first == second
+
+
+def _content_of(path: str) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
@@ -158,11 +202,12 @@ class UnifiedLossTrainerMixin:
     The loss is put into the model (`fuse_lm_head`, or `attach_loss` with fuse=False), unless it is in it already. So
     its parameters are optimized, clipped and reduced over ranks as the model's; attention_mask and position_ids reach
     it; what the model adds to its loss is added, as the model_aux_loss of the log. UnifiedLossCallback steps and saves
-    it. num_items_in_batch is the N of this loss, class weights included. The loss that a subclass computes in its own
-    compute_loss (SFTTrainer) is replaced.
+    it. num_items_in_batch is the N of this loss, class weights and loss_inputs included. The loss that a subclass
+    computes in its own compute_loss (SFTTrainer) is replaced.
 
     The log has, beside loss: every part of the loss, per optimizer step, so that they add up to it, and the metrics
-    (`ava_ext.METRICS`) over all rows of all ranks since the last log; in evaluation the same with the prefix eval_.
+    (`ava_ext.METRICS`) over all rows of all ranks since the last log. The metrics that evaluate() and predict() return
+    have the same, per batch, with their prefix.
 
     Args:
         loss_fn: of UnifiedLoss.from_model(model). One that learns (by default, its temperature) needs auto_step=False,
@@ -171,7 +216,8 @@ class UnifiedLossTrainerMixin:
         arguments, options: Trainer's.
 
     Raises:
-        ValueError: label_smoothing_factor, compute_loss_func, model_init, or DataParallel, which have another way here.
+        ValueError: label_smoothing_factor, compute_loss_func, model_init, or DataParallel, which have another way here;
+            adapters in the loss, or parameters of it that were frozen after it was put into the model.
 
     Example:
         >>> class MyTrainer(UnifiedLossTrainerMixin, Trainer): ...
@@ -198,7 +244,12 @@ class UnifiedLossTrainerMixin:
         self._meter_calls = {True: 0, False: 0}
         self._n_is_of_all_ranks = {True: False, False: False}
         self._logged_step = 0
+        self._check_trained()
         super().__init__(model, *arguments, **options)  # type: ignore[call-arg]
+        for name, parameter in loss_fn.named_parameters():  # a peft_config of SFTTrainer freezes what is no adapter
+            if inner.trained_when_put.get(name):
+                parameter.requires_grad_(True)
+        self._check_trained()
         trainer: Any = self
         if trainer.args.label_smoothing_factor:
             raise ValueError(
@@ -207,8 +258,25 @@ class UnifiedLossTrainerMixin:
             )
         if trainer.args.n_gpu > 1:
             raise ValueError("UnifiedLossTrainerMixin: expected one process per GPU (torchrun), got DataParallel")
-        self._callback = UnifiedLossCallback(loss_fn)
+        self._callback = _CallbackOfTrainer(loss_fn)
+        self._callback.at_begin = functools.partial(self._clear_meter, is_training=True)
         trainer.add_callback(self._callback)
+
+    def _check_trained(self) -> None:
+        """That what the loss learns by gradient is what it was when the loss was put into the model."""
+        expected = self._model_with_loss.trained_when_put
+        found = {name: parameter.requires_grad for name, parameter in self.loss_fn.named_parameters()}
+        if found.keys() != expected.keys():
+            raise ValueError(
+                "UnifiedLossTrainerMixin: expected no adapters in the loss, got parameters "
+                f"{sorted(found.keys() - expected.keys())}: give exclude_modules='.*unified_loss.*' to peft"
+            )
+        frozen = [name for name in expected if expected[name] and not found[name]]
+        if frozen:
+            raise ValueError(
+                f"UnifiedLossTrainerMixin: expected the parameters of the loss as they were put into the model, "
+                f"got {frozen} frozen: put the loss in after get_peft_model, or freeze them before"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Trainer's, which tells the callback where the loss is."""
@@ -224,6 +292,7 @@ class UnifiedLossTrainerMixin:
         **options: Any,
     ) -> Any:
         """The loss that the model's forward computes; its parts are kept for the log."""
+        self._model_with_loss.loss_parts = None  # a call without labels has none
         found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)
         parts = self._model_with_loss.loss_parts
         if parts is not None:
@@ -242,46 +311,52 @@ class UnifiedLossTrainerMixin:
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, *arguments, **options)  # type: ignore[misc]
 
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """Trainer's; the parts of the loss are in its metrics, of evaluate() and of predict()."""
+        self._clear_meter(is_training=False)
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)  # type: ignore[misc]
+        values = self._read_meter(is_training=False)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        return output
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        counted = [self._with_counted_labels(batch) for batch in batch_samples]
-        n_rows = super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
-        weights = self.loss_fn.row_pass.class_weights
-        if n_rows is None or weights is None:
-            return n_rows
+        counts = [self._n_items(batch, device) for batch in batch_samples]
+        found = [n_items for n_items in counts if n_items is not None]
+        if not found:
+            return None
+        # from here as Trainer does with the number of labels
         trainer: Any = self
-        labels = torch.cat([batch["shift_labels"].flatten() for batch in counted]).to(weights.device)
-        n_items = torch.where(labels == -100, 0.0, classes_of(labels, weights)).sum().to(device)
-        # from here as Trainer does with the number of rows
+        n_items = torch.stack(found).sum()
         if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
             n_items = trainer.accelerator.gather(n_items).sum()
         parallelism = getattr(trainer.accelerator, "parallelism_config", None)
         return n_items / parallelism.non_data_parallel_size if parallelism else n_items
 
-    def _with_counted_labels(self, batch: Any) -> Any:
-        """The batch with labels of -100 wherever the loss counts nothing, shifted already: what Trainer counts."""
-        labels = batch.get("labels") if hasattr(batch, "get") else None
-        if not isinstance(labels, Tensor) or "shift_labels" in batch:
-            return batch
-        given = {}
-        for name in ("attention_mask", "position_ids"):
-            value = batch.get(name)
-            if isinstance(value, Tensor) and value.shape == labels.shape:
-                given[name] = value
-        config = self.loss_fn.config
-        targets = rows_of_targets(config, labels, **given).targets
-        targets = torch.where(targets == config.ignore_index, -100, targets)
-        # older versions count labels as they are
-        return {**batch, "labels": targets, "shift_labels": targets}
+    def _n_items(self, batch: Any, device: torch.device) -> Tensor | None:  # []
+        """N of one micro-batch, of the arguments that the model's forward will make of it; None without labels."""
+        if not hasattr(batch, "get"):
+            return None
+        batch = _with_prompt(self.model, batch)  # type: ignore[attr-defined]
+        shifted = batch.get("shift_labels")
+        labels = batch.get("labels") if shifted is None else shifted
+        if not isinstance(labels, Tensor):
+            return None
+        rows = self._model_with_loss.rows_of_call(labels, shifted is not None, batch, batch.get("loss_inputs"))
+        decide = {name: rows[name] for name in (*DECIDE_ROWS, "token_weights") if name in rows}
+        decide |= {name: value.to(device) for name, value in decide.items() if isinstance(value, Tensor)}
+        return self.loss_fn.count_items(**decide)
+
+    def _clear_meter(self, is_training: bool) -> None:
+        self._meters[is_training].reset()
+        self._meter_calls[is_training] = 0
+        if is_training:
+            trainer: Any = self
+            self._logged_step = trainer.state.global_step
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Trainer's, with the parts of the loss."""
-        prefix = None
         if "loss" in logs:
-            prefix = ""
-        elif not any(name.startswith("train_") for name in logs):
-            prefix = next((name[: -len("loss")] for name in logs if name.endswith("_loss")), None)
-        if prefix is not None:
-            logs |= {prefix + name: value for name, value in self._read_meter(is_training=not prefix).items()}
+            logs |= self._read_meter(is_training=True)
         super().log(logs, *arguments, **options)  # type: ignore[misc]
 
     def _read_meter(self, is_training: bool) -> dict[str, float]:

@@ -53,6 +53,18 @@ def test_adapted_head(options):
     assert not torch.isclose(without, expected[0])
 
 
+def test_a_loss_that_adapters_have_frozen_is_noticed(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from ava_ext.integrations.transformers import UnifiedLossTrainer
+
+    model = tiny("Llama", torch.float32)
+    loss_fn = UnifiedLoss.from_model(model, use_mtp=True, auto_step=False)
+    later = peft.get_peft_model(fuse_lm_head(model, loss_fn), peft.LoraConfig(target_modules=["q_proj"]))
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"got \['mtp.* frozen: put the loss in after get_peft_model"):
+        UnifiedLossTrainer(later, args, train_dataset=[], loss_fn=loss_fn)
+
+
 def test_what_is_no_linear_layer_is_refused():
     model = adapted(target_modules=["lm_head"], lora_dropout=0.5)
     with pytest.raises(TypeError, match=r"lora_dropout=0.5: use lora_dropout=0.0"):
@@ -91,3 +103,27 @@ def test_weights_that_are_not_here_are_refused():
     model.lm_head._hf_hook = object()
     with pytest.raises(TypeError, match="moves to the device for each call"):
         fuse_lm_head(model, loss_fn)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["PromptTuning", "PrefixTuning"])
+def test_prompts_that_are_learned(name, tmp_path):
+    """A prompt makes labels and mask longer, a prefix the mask alone; the trainer's N is that of the loss."""
+    transformers = pytest.importorskip("transformers")
+    from ava_ext.integrations.transformers import UnifiedLossTrainer
+
+    inputs = batch(batch_size=4)
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["attention_mask"][:, -4:] = 0
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
+    torch.manual_seed(0)
+    options = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(tiny("Llama", torch.float32), getattr(peft, f"{name}Config")(**options))
+    masked = inputs | {"labels": inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)}
+    expected = model(**masked).loss.item()
+    args = {"report_to": [], "use_cpu": True, "max_steps": 1, "logging_steps": 1, "save_strategy": "no"}
+    args |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "disable_tqdm": True}
+    args = transformers.TrainingArguments(str(tmp_path), **args)
+    trainer = UnifiedLossTrainer(model, args, train_dataset=rows, loss_fn=plain_loss(model))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)

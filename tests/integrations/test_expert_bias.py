@@ -83,6 +83,27 @@ def test_the_bias_of_the_model_is_the_beginning():
     assert not binding._chosen
 
 
+@pytest.mark.parametrize("has_loss", [False, True])
+def test_a_loaded_bias_is_the_beginning_too(has_loss):
+    model, loss_fn, _ = bound("DeepseekV3")
+    saved = model.state_dict()
+    bias = torch.tensor([0.5, -0.25, 0.0, 0.125])
+    for name, value in saved.items():
+        if name.endswith("e_score_correction_bias"):
+            saved[name] = bias
+        elif name.endswith(".expert_bias"):
+            saved[name] = value + 1.0
+    if not has_loss:  # as save_pretrained leaves it out
+        saved = {name: value for name, value in saved.items() if not name.startswith("unified_loss.")}
+    model.load_state_dict(saved, strict=has_loss)
+    expected = saved["unified_loss.moe_balancer.expert_bias"][0] if has_loss else bias
+    assert torch.equal(loss_fn.moe_balancer.expert_bias[0], expected)
+    loss_fn.moe_balancer.expert_bias.add_(0.5)
+    model.load_state_dict({}, strict=False)  # adapters, for instance: nothing of routers
+    model(**batch())
+    assert torch.equal(routers(model)[0].e_score_correction_bias, expected + 0.5)
+
+
 def test_a_copy_has_a_binding_of_its_own():
     model, loss_fn, _ = bound("DeepseekV3")
     other = copy.deepcopy(model)
@@ -92,6 +113,15 @@ def test_a_copy_has_a_binding_of_its_own():
     assert routers(other)[0].e_score_correction_bias.any()
     model(**batch())
     assert not routers(model)[0].e_score_correction_bias.any() and not loss_fn.moe_balancer.expert_bias.any()
+
+
+def test_without_its_binding_a_model_is_as_before():
+    model, loss_fn, binding = bound("DeepseekV3")
+    binding.remove()
+    model(**batch())  # the model's own router logits, and the loss's own choice of them
+    bind_expert_bias(model, loss_fn)
+    model(**batch())
+    assert model.expert_bias_binding is not binding
 
 
 def test_what_fits_not_is_refused():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import V, batch, gradients, loss_of, own_loss, tiny
+from tiny_models import V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned, with_options_of_text
 
 from ava_ext import UnifiedLoss
 
@@ -63,8 +63,26 @@ def test_attached_loss_is_the_models_own_loss(name):
 def test_a_loss_without_the_models_scale_is_refused(name):
     """It would be silently wrong."""
     model = family(name)
-    with pytest.raises(ValueError, match=r"applies logit_scale=0\.25 to its logits.*got logit_scale=1\.0"):
-        fuse_lm_head(model, plain_loss(model, fused=False))
+    fuse_lm_head(model, plain_loss(model, fused=False))
+    with pytest.raises(
+        ValueError, match=r"applies logit_scale=0\.25 .*got logit_scale=1\.0: .*\(model, logit_scale=0\.25"
+    ):
+        model(**batch())
+
+
+@pytest.mark.parametrize("name", ["Llava of Cohere", "Gemma3", "MiniCPM3", "PaliGemma of Gemma2"])
+def test_what_a_model_does_to_its_logits_is_what_from_model_says(name):
+    """Models around a text model may leave out its scale or cap; MiniCPM3 divides the hidden states, not the logits."""
+    model, inputs = with_options_of_text(name), batch()
+    expected = own_loss(model, **inputs)
+    hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    direct = plain_loss(model)
+    if name != "MiniCPM3":
+        head = model.get_output_embeddings().weight
+        given = {"hidden_states": hidden, "lm_head_weight": head, "attention_mask": inputs["attention_mask"]}
+        torch.testing.assert_close(direct(targets=inputs["labels"], **given).detach(), expected[0])
+    fuse_lm_head(model, direct)
+    assert_same(loss_of(model, **inputs), expected)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
@@ -99,6 +117,22 @@ def test_unfuse_gives_the_model_back():
         unfuse(model)
 
 
+def test_unfuse_where_accelerate_has_wrapped_forward():
+    """Its forward in bfloat16 stays in the instance, and is of the class with the loss."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = family("Llama", dtype=torch.float32).eval()
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).logits.float()
+    fuse_lm_head(model, plain_loss(model))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert "forward" in vars(model)
+    unfuse(model)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_computes_with_its_own_weights(make_copy):
     model = fuse_lm_head(family("Llama"), plain_loss(family("Llama")))
@@ -126,6 +160,35 @@ def test_micro_batches_add_up_to_the_batch(put):
         loss.backward()
         total = total + loss.detach()
     assert_same((total, gradients(model)), expected)
+
+
+class AddsDecay(torch.nn.Module):
+    """First in the bases of a model that adds to its loss without a word in its output, as Bamba does."""
+
+    def forward(self, *arguments, labels=None, **options):
+        output = super().forward(*arguments, labels=labels, **options)
+        if labels is not None:
+            output.loss = output.loss + 0.3 * self.lm_head.weight.square().mean()
+        return output
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_what_a_model_adds_is_shared_and_reported(put):
+    model, inputs = family("Llama"), batch()
+    model.__class__ = type("Adds", (AddsDecay, type(model)), {})
+    expected = own_loss(model, **inputs)
+    loss_fn = plain_loss(model)
+    put(model, loss_fn)
+    model.report_parts = True
+    n_items = loss_fn.count_items(inputs["labels"], inputs["attention_mask"])
+    total = added = 0.0
+    for row in range(3):
+        micro_batch = {name: value[row : row + 1] for name, value in inputs.items()}
+        loss = model(**micro_batch, num_items_in_batch=n_items).loss
+        loss.backward()
+        total, added = total + loss.detach(), added + model.loss_parts["model_aux_loss"]
+    assert_same((total, gradients(model)), expected)
+    torch.testing.assert_close(added, 0.3 * model.lm_head.weight.detach().square().mean())
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
@@ -194,6 +257,39 @@ def test_packed_texts_and_shifted_labels():
     assert not torch.isclose(with_weights, expected[0])
 
 
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("name", ["ModernBert", "Moonshine"])
+def test_labels_of_the_rows_themselves_are_not_shifted(name, put):
+    """A masked language model; one whose decoder is fed the labels, and that gives shift_labels to its loss itself."""
+    model, inputs = tiny_aligned(name)
+    if name == "ModernBert":
+        inputs["labels"][1, 6:] = inputs["input_ids"][1, 6:]  # padding, which only attention_mask leaves out
+        expected = model(**inputs | {"labels": batch()["labels"]}).loss
+    else:
+        expected = model(**inputs).loss
+    put(model, plain_loss(model, fused=put is fuse_lm_head))
+    with pytest.raises(TypeError, match="labels are those of the rows themselves: give them as shift_labels"):
+        model(**inputs)
+    found = model(**inputs, shift_labels=inputs["labels"]).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_one_call_of_the_loss_function():
+    """Of two, the second would be all of the loss."""
+    model = family("Llama")
+    plain_forward = type(model).forward
+
+    def forward(self, **options):
+        output = plain_forward(self, **options)
+        output.loss = output.loss + self.loss_function(output.logits, options["labels"], vocab_size=V)
+        return output
+
+    model.__class__ = type("Changed", (type(model),), {"forward": forward})
+    attach_loss(model, plain_loss(model, fused=False))
+    with pytest.raises(TypeError, match=r"expected Changed to call self\.loss_function once"):
+        model(**batch())
+
+
 def test_compiled():
     """Without a graph break, the soft cap included; the state of the loss moves as without torch.compile."""
     model = family("Gemma2", num_hidden_layers=1, dtype=torch.float32)
@@ -248,12 +344,17 @@ def test_saved_models_are_plain_ones(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded).__name__ == "LlamaForCausalLM" and not hasattr(loaded, "unified_loss")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    by_class = type(model).from_pretrained(tmp_path)
+    assert type(by_class) is type(loaded)
+    assert torch.equal(by_class(**batch()).loss, loaded(**batch()).loss)
 
 
 def test_what_fits_not_is_refused():
     model = family("Gemma2")
+    fuse_lm_head(model, plain_loss(model, fused=False))
     with pytest.raises(ValueError, match=r"logit_softcap=3.0 to its logits.* got logit_softcap=None"):
-        fuse_lm_head(model, plain_loss(model, fused=False))
+        model(**batch())
+    unfuse(model)
     with pytest.raises(ValueError, match=r"expected a loss without logit_softcap, got 3\.0"):
         attach_loss(model, plain_loss(model))
     with pytest.raises(ValueError, match="labels_are_shifted=False, got True"):

@@ -68,6 +68,25 @@ def trainer(folder, **options):
     return lightning.Trainer(callbacks=[UnifiedLossCallback()], **(defaults | options))
 
 
+class SkipsAndGenerates(Module):
+    """Half of its batches have no loss, and validation has none."""
+
+    def training_step(self, inputs, index):
+        return super().training_step(inputs) if index % 2 else None
+
+    def validation_step(self, inputs, index):
+        self.model.generate(inputs["input_ids"], max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+
+def test_a_batch_without_a_loss_counts_nothing(tmp_path):
+    module = SkipsAndGenerates(True, primary_loss_type="standard")
+    fitted = trainer(tmp_path, val_check_interval=N_BATCHES)
+    fitted.fit(module, batches(), batches(2))
+    each = module.loss.count_items(batch()["labels"], batch()["attention_mask"])
+    assert fitted.callback_metrics["n_tokens_epoch"] == each * N_BATCHES / 2
+    assert "val_n_tokens_epoch" not in fitted.callback_metrics
+
+
 def plain_loop(module, accumulate):
     optimizer = module.configure_optimizers()
     for index, inputs in enumerate(batches()):

@@ -1,6 +1,7 @@
 """Trainer trains the same with the built-in loss, with trainer_loss, and with the loss in the model; runs resume."""
 
 import copy
+import functools
 import os
 
 import pytest
@@ -170,6 +171,70 @@ def test_the_log_has_the_parts_of_the_loss(tmp_path):
             assert entry[f"{prefix}n_tokens"] == n_labels  # two steps of 4 rows, or all 8
 
 
+def assert_parts_add_up(log, n_entries, prefix=""):
+    entries = [entry for entry in log if prefix + "loss" in entry]
+    assert len(entries) == n_entries
+    for entry in entries:
+        assert entry[prefix + "main_loss"] + entry[prefix + "z_loss"] == pytest.approx(entry[prefix + "loss"], rel=1e-5)
+
+
+class RunsOutOfMemory(UnifiedLossTrainer):
+    has_run = False
+
+    def training_step(self, *arguments, **options):
+        found = super().training_step(*arguments, **options)
+        if self.state.global_step == 1 and not self.has_run:
+            self.has_run = True
+            raise RuntimeError("CUDA out of memory.")
+        return found
+
+
+@pytest.mark.parametrize("how", ["resumed", "again", "smaller batch"])
+def test_each_training_begins_the_log_anew(how, tmp_path):
+    options = {"max_steps": 4, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"auto_find_batch_size": how == "smaller batch"}
+
+    def trainer():
+        model = tiny("Llama", dtype=torch.float32)
+        loss_fn = plain_loss(model, z_loss_weight=0.1)
+        cls = RunsOutOfMemory if how == "smaller batch" else UnifiedLossTrainer
+        return cls(model, arguments(tmp_path, **options), train_dataset=dataset(), loss_fn=loss_fn)
+
+    first = trainer()
+    first.train()
+    last = trainer() if how == "resumed" else first
+    if how != "smaller batch":
+        last.train(**({"resume_from_checkpoint": str(tmp_path / "checkpoint-2")} if how == "resumed" else {}))
+    assert_parts_add_up(last.state.log_history, 2)
+
+
+def test_each_evaluation_has_its_own_parts(tmp_path):
+    """Whatever was predicted or logged before; what evaluate() and predict() return has them, with their prefix."""
+
+    class Logs(UnifiedLossTrainer):
+        def compute_loss(self, *arguments, **options):
+            self.log({"my_loss": 1.0})
+            return super().compute_loss(*arguments, **options)
+
+    model = tiny("Llama", dtype=torch.float32)
+    args = arguments(tmp_path, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=1, logging_steps=2)
+    data = {"train_dataset": dataset(), "eval_dataset": dataset()}
+    trainer = Logs(model, args, loss_fn=plain_loss(model, z_loss_weight=0.1), **data)
+    expected = trainer.evaluate()
+    found = trainer.predict(dataset()).metrics
+    as_training = trainer.evaluate(metric_key_prefix="train")
+    again = trainer.evaluate()
+    for name in ("main_loss", "z_loss", "n_tokens", "entropy"):
+        assert (
+            again["eval_" + name] == found["test_" + name] == as_training["train_" + name] == expected["eval_" + name]
+        )
+    trainer.train()
+    log = trainer.state.log_history
+    assert_parts_add_up(log, 2, "eval_")
+    assert_parts_add_up(log, 1)
+    assert not [entry for entry in log if "my_main_loss" in entry]
+
+
 def learning_trainer(name, folder, **options):
     """With what learns: temperature and heads of the loss's own, and load and bias of experts."""
     model = tiny(name, dtype=torch.float32)
@@ -181,7 +246,9 @@ def learning_trainer(name, folder, **options):
     if has_experts:
         bind_expert_bias(model, loss_fn)
     options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 11} | options
-    return UnifiedLossTrainer(model, arguments(folder, **options), train_dataset=dataset(), loss_fn=loss_fn)
+    return UnifiedLossTrainer(
+        model, arguments(folder, **options), train_dataset=dataset(), eval_dataset=dataset(), loss_fn=loss_fn
+    )
 
 
 def assert_equal(found, expected):
@@ -201,6 +268,38 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     resumed = learning_trainer("Llama", tmp_path / "resumed", max_steps=22)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-11"))
     assert_equal(resumed.model.state_dict(), expected)
+
+
+class LogsAtTheseTimes(transformers.TrainerCallback):
+    """Of the same trainer: an evaluation while a checkpoint is saved, or something of one's own at the beginning."""
+
+    def on_save(self, *arguments, **options):
+        if self.time == "save":
+            self.trainer.evaluate()
+
+    def on_train_begin(self, *arguments, **options):
+        if self.time == "begin":
+            self.trainer.log({"n_parameters": 1.0})
+
+    def on_step_begin(self, *arguments, **options):
+        self.loss_at_step = copy.deepcopy(self.trainer.loss_fn).state_dict()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("time", ["save", "begin"])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_resume_whatever_was_logged_at_the_checkpoint(time, is_named, tmp_path):
+    def run(max_steps, *checkpoint):
+        trainer = learning_trainer("Llama", tmp_path, max_steps=max_steps, save_steps=1)
+        callback = LogsAtTheseTimes()
+        callback.time, callback.trainer = time, trainer
+        trainer.callback_handler.callbacks.insert(0, callback)  # before the loss is saved and loaded
+        trainer.train(*checkpoint)
+        return trainer.loss_fn.state_dict(), callback.loss_at_step
+
+    saved, _ = run(1)
+    _, found = run(2, str(tmp_path / "checkpoint-1") if is_named else True)
+    assert_equal(found, saved)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -223,6 +322,23 @@ def test_load_and_bias_of_experts_are_in_the_checkpoint(tmp_path):
     }
     assert len(of_loss) > 10
     assert_equal({name: at_first[name] for name in of_loss}, of_loss)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["Llama", "DeepseekV3"])
+def test_the_best_model_has_its_own_loss(name, tmp_path):
+    """A step too long makes the last model worse than the best one."""
+    options = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 3.0, "optim": "sgd"}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "max_steps": 4}
+    trainer = learning_trainer(name, tmp_path, **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best != str(tmp_path / "checkpoint-4")
+    saved = torch.load(f"{best}/unified_loss.pt", weights_only=True)["loss"]
+    assert_equal(trainer.loss_fn.state_dict(), saved)
+    if name == "DeepseekV3":
+        bias = saved["moe_balancer.expert_bias"]
+        assert bias.any() and torch.equal(trainer.model.model.layers[1].mlp.gate.e_score_correction_bias, bias[0])
 
 
 def test_what_a_callback_must_not_let_pass(tmp_path):
@@ -276,6 +392,9 @@ def test_what_would_be_left_out_is_refused(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match="expected a loss without class_weights: Trainer divides by the number"):
         trainer_loss(plain_loss(model, class_weights=[1.0] * V))
+    with pytest.raises(ValueError, match="expected a loss without pad_token_id: Trainer divides by the number"):
+        trainer_loss(plain_loss(model, pad_token_id=0))
+    trainer_loss(plain_loss(model, pad_token_id=2, eos_token_id=2))  # counts as any other label
     with pytest.raises(ValueError, match="use_auxiliary_loss=True needs the attention_mask"):
         trainer_loss(plain_loss(model, use_auxiliary_loss=True))
     for function in (trainer_loss, causal_lm_loss):
@@ -300,6 +419,39 @@ def test_n_is_that_of_the_loss(tmp_path):
     _, log = trained(with_mixin, tmp_path, model=model, data=data, **options)
     assert losses(log, "loss")[0] == pytest.approx(losses(log, "cross_entropy")[0], rel=1e-5)
     assert losses(log, "n_tokens")[0] == 4 * (N_TOKENS - 4)
+
+
+def of_three(rows):
+    """Texts of three tokens, packed."""
+    return (torch.arange(N_TOKENS) % 3).expand(len(rows["labels"]), N_TOKENS)
+
+
+WHAT_DECIDES = {
+    "segments": lambda rows: {"loss_inputs": {"segment_ids": torch.arange(N_TOKENS)[None] // 3}},
+    "weights": lambda rows: {"loss_inputs": {"token_weights": torch.full(rows["labels"].shape, 0.25)}},
+    "positions": lambda rows: {"position_ids": of_three(rows)},
+    "positions of all": lambda rows: {"position_ids": of_three(rows)[:1]},
+    "shifted": lambda rows: {"shift_labels": torch.nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=-100)},
+}
+
+
+@pytest.mark.parametrize("what", WHAT_DECIDES)
+def test_n_is_that_of_the_loss_whatever_decides_it(what, tmp_path):
+    """Each loss is the mean over the rows of both micro-batches that count."""
+    data = dataset()
+    for row in data:
+        row["labels"] = row["input_ids"].clone()
+        row["attention_mask"][-3:] = 0
+
+    def collated(rows):
+        rows = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return rows | WHAT_DECIDES[what](rows)
+
+    make = functools.partial(with_mixin, data_collator=collated)
+    _, log = trained(make, tmp_path, data=data, gradient_accumulation_steps=2)
+    for prefix in ("", "eval_"):
+        loss, cross_entropy = (losses(log, prefix + name) for name in ("main_loss", "cross_entropy"))
+        assert loss == pytest.approx(cross_entropy, rel=1e-5 if not prefix else 0.2)
 
 
 CLASS_WEIGHTS = [0.1 + token % 3 for token in range(V)]

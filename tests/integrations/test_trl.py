@@ -61,6 +61,27 @@ def test_sft_with_the_fused_head(tmp_path):
         assert entry["entropy"] == pytest.approx(expected_entry["entropy"], rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj"]}, {"target_modules": "all-linear", "exclude_modules": ".*unified_loss.*"}]
+)
+def test_heads_of_the_loss_train_beside_adapters_that_the_trainer_makes(options, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    heads = []
+
+    def make(model, args, **given):
+        loss_fn = UnifiedLoss.from_model(model, use_mtp=True, num_future_tokens=1, auto_step=False)
+        heads.append((loss_fn, [p.detach().clone() for p in loss_fn.parameters()]))
+        config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options)
+        return UnifiedLossSFTTrainer(model, args, loss_fn=loss_fn, peft_config=config, **given)
+
+    trained(make, tmp_path)
+    loss_fn, before = heads[0]
+    assert before and all(not torch.equal(p, was) for p, was in zip(loss_fn.parameters(), before, strict=True))
+    options = {"target_modules": "all-linear"}
+    with pytest.raises(ValueError, match=r"expected no adapters in the loss, .*exclude_modules"):
+        trained(make, tmp_path)
+
+
 def test_policy_gradient_without_logits():
     """One step as of GRPO: group advantages, clipped ratio, KL to a reference; as with log_softmax of whole logits."""
     policy, reference = tiny("Llama"), tiny("Llama").eval()

@@ -16,6 +16,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LATENT = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
@@ -34,11 +35,52 @@ def tiny(name, dtype=torch.float64, **options):
         options |= {"n_routed_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 1, "n_group": 1}
         options |= {"topk_group": 1, "n_shared_experts": 1, "num_key_value_heads": 2}
     if name == "DeepseekV3":
-        options |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+        options |= {"q_lora_rank": 8, "kv_lora_rank": 8, **LATENT}
     if name in ("Gemma2", "Glm4Moe"):
         options |= {"head_dim": 8}
     config = getattr(transformers, f"{name}Config")(attn_implementation="eager", **options)
     return _made(getattr(transformers, f"{name}ForCausalLM"), config, dtype)
+
+
+def tiny_aligned(name):
+    """A model whose labels are those of the rows, and inputs of it: it predicts no next token."""
+    import transformers
+
+    options = SIZES | {"pad_token_id": 0, "attn_implementation": "eager"}
+    if name == "ModernBert":
+        config = transformers.ModernBertConfig(cls_token_id=1, sep_token_id=2, **options)
+        return _made(transformers.ModernBertForMaskedLM, config, torch.float32).eval(), batch()
+    options |= {"num_key_value_heads": 2, "decoder_start_token_id": 1}
+    text = {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    config = transformers.MoonshineConfig(encoder_num_hidden_layers=1, encoder_num_attention_heads=2, **options, **text)
+    model = _made(transformers.MoonshineForConditionalGeneration, config, torch.float32).eval()
+    mask = torch.ones(3, 4000)  # of the encoder's inputs
+    mask[:, -1000:] = 0
+    return model, {"input_values": torch.randn(3, 4000), "attention_mask": mask, "labels": batch()["labels"]}
+
+
+def with_options_of_text(name, dtype=torch.float64):
+    """Models whose text model's configuration has a scale or a soft cap, or something by the name of one."""
+    import transformers
+
+    heads = {"num_key_value_heads": 2}
+    if name == "MiniCPM3":
+        return tiny(name, **heads, dim_model_base=4, q_lora_rank=8, kv_lora_rank=8, **LATENT)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    options = {"attn_implementation": "eager"}
+    if name == "Llava of Cohere":
+        text, vision = transformers.CohereConfig(**SIZES, logit_scale=0.25), transformers.CLIPVisionConfig(**vision)
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=0, **options)
+        return _made(transformers.LlavaForConditionalGeneration, config, dtype)
+    capped = {**SIZES, "head_dim": 8, "final_logit_softcapping": 3.0}
+    if name == "Gemma3":
+        text, vision = transformers.Gemma3TextConfig(**capped), transformers.SiglipVisionConfig(**vision)
+        config = transformers.Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=4, **options)
+        return _made(transformers.Gemma3ForConditionalGeneration, config, dtype)
+    text, vision = transformers.Gemma2Config(**capped), transformers.SiglipVisionConfig(**vision, projection_dim=16)
+    config = transformers.PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=16, **options)
+    return _made(transformers.PaliGemmaForConditionalGeneration, config, dtype).eval()
 
 
 def _made(cls, config, dtype):
