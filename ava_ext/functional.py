@@ -14,6 +14,7 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 
 from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
+from ava_ext.ops.derivatives import wants_gradient
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowFlags, accumulation_dtype, row_options, target_weights
@@ -249,7 +250,7 @@ def _check_weight(
 ) -> None:
     if weight.shape != logits.shape[-1:]:
         raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
-    if weight.requires_grad:
+    if wants_gradient(weight):
         raise ValueError(f"{owner}: expected weight without requires_grad: no gradient is computed for it")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import refuse_tangents, without_second_derivative
+from ava_ext.ops.derivatives import refuse_tangents, wants_gradient, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_evaluation import RowOptions
 from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TARGET_PROBABILITIES, RowFlags, accumulation_dtype
@@ -58,8 +58,8 @@ def as_column_weights(
     if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or given.shape[-1] not in (size, logits.shape[-1]):
         expected = ", ".join(map(str, (*rows, size)))
         raise ValueError(f"row_loss: expected {name} of shape [{expected}], got {list(given.shape)}")
-    if not given.is_floating_point() or given.requires_grad:
-        got = "one that does" if given.requires_grad else given.dtype
+    if not given.is_floating_point() or wants_gradient(given):
+        got = "one that does" if given.is_floating_point() else given.dtype
         raise ValueError(f"row_loss: expected {name} of floating point that do not require grad, got {got}")
     real = accumulation_dtype(logits.dtype)
     if given.dtype not in (real, logits.dtype) or target_probabilities is None:
