@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import check_devices, with_dense_rows
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_evaluation import RowOptions
@@ -64,9 +64,7 @@ def as_column_weights(
     real = accumulation_dtype(logits.dtype)
     if given.dtype not in (real, logits.dtype) or target_probabilities is None:
         given = given.to(real)
-    if given.shape[-1] > 1 and given.stride(-1) != 1:
-        given = given.contiguous()
-    return given, SMOOTHING_WEIGHTS if target_probabilities is None else TARGET_PROBABILITIES
+    return with_dense_rows(given), SMOOTHING_WEIGHTS if target_probabilities is None else TARGET_PROBABILITIES
 
 
 def with_probability_gradient(

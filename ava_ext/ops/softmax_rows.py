@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor
+from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor, with_dense_rows
 from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
 from ava_ext.ops.derivatives import (
     counted_only,
@@ -244,8 +244,7 @@ def _dense_row_loss(
     inplace_gradient: bool,
     column_weights: Tensor | None,  # [..., vocab_size] or [vocab_size]
 ) -> RowLoss:
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        logits = logits.contiguous()
+    logits = with_dense_rows(logits)
     ids, weights, groups = candidates if candidates else (None, None, ())
     n_columns = logits.shape[-1]
     arguments = (
