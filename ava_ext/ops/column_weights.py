@@ -115,7 +115,8 @@ class _ProbabilityGradient(torch.autograd.Function):
             factors = factors * (1 - RowOptions(*options.unbind()).label_smoothing)
         factors, counted = factors.reshape(-1, 1), counted.reshape(-1, 1)
         flat_probabilities = probabilities.reshape(-1, probabilities.shape[-1])
-        gradient = probabilities.new_zeros(flat_probabilities.shape)
+        # of the factors, so that it holds a batch where they do
+        gradient = factors.new_zeros(flat_probabilities.shape, dtype=probabilities.dtype)
         states = parts[0].detach().reshape(-1, parts[0].shape[-1])
         n_rows = rows_of_a_chunk(len(factors), vocab_size, dtype, gradient.device, chunk_bytes)
         for begin in range(0, len(factors), n_rows):

@@ -268,6 +268,22 @@ def test_several_gradients_at_once_of_logits_that_are_written_over():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["dense", "linear"])
+@pytest.mark.parametrize("vocab_size", [None, V - 2])
+@pytest.mark.parametrize("n_rows", [0, 4])
+def test_several_gradients_at_once_by_target_probabilities(kind, vocab_size, n_rows):
+    head = make_head(18)
+    logits = head._replace(hidden_states=head.hidden_states[:n_rows])
+    logits = F.linear(*logits) if kind == "dense" else logits
+    leaf = make_logits(19)[:n_rows].softmax(-1).requires_grad_()
+    keywords = {"vocab_size": vocab_size, "chunk_bytes": 3 * V * 8, "target_probabilities": leaf}
+    targets, options = torch.tensor(TARGETS)[:n_rows].clamp(max=V - 3), row_options(leaf)
+    found, expected = gradients_at_once(
+        lambda: row_loss(logits, targets, options, **keywords).loss, [leaf], retain_graph=True
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_several_gradients_at_once_of_a_router_raise():
     leaf = make_logits().requires_grad_()
     with pytest.raises(NotImplementedError, match="router_statistics: is_grads_batched=True"):
