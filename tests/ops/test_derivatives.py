@@ -137,6 +137,25 @@ def test_forward_mode_of_what_has_no_derivative_raises(name):
         )
 
 
+@pytest.mark.parametrize("name", ["token_weights", "num_items_in_batch"])
+def test_forward_mode_of_what_weighs_the_rows_of_a_loss_raises(name):
+    logits, targets, value = make_logits(), torch.tensor(TARGETS), torch.tensor(4.0)
+    value = torch.ones(4) if name == "token_weights" else value
+    for reduction in ("mean", "sum"):
+        loss_fn = UnifiedLoss(V, primary_loss_type="standard", reduction=reduction)
+        with pytest.raises(NotImplementedError, match="unified_loss: forward-mode derivatives"):
+            torch.func.jvp(lambda x: loss_fn(logits, targets, **{name: x}), (value,), (value,))  # noqa: B023
+        _, derivative = torch.func.jvp(lambda x: loss_fn(x, targets, **{name: value}), (logits,), (logits,))  # noqa: B023
+        assert derivative != 0
+
+
+@pytest.mark.parametrize("name", ["initial_temperature", "label_smoothing", "z_loss_weight"])
+def test_forward_mode_of_an_option_raises(name):
+    logits, targets, value = make_logits(), torch.tensor(TARGETS), torch.tensor(0.5)
+    with pytest.raises(NotImplementedError, match="cross_entropy: forward-mode derivatives"):
+        torch.func.jvp(lambda x: functional.cross_entropy(logits, targets, **{name: x}), (value,), (value,))
+
+
 # by us, or by the compiler, which from torch 2.14 on takes no dual tensor
 REFUSED = r"forward-mode derivatives|Observed exception|wrap a dual tensor input"
 
