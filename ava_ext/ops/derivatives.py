@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in which the compiler follows what is asked
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
@@ -38,6 +39,13 @@ def without_second_derivative(
         raise RuntimeError("ava_ext: double backward is not supported")
     raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
     return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
+
+
+def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """function(*arguments), which backward computes again; within torch.func, which cannot, what it needs is kept."""
+    if torch._C._are_functorch_transforms_active():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class _EagerOperator(torch.autograd.Function):
