@@ -130,8 +130,9 @@ def row_loss(
         TypeError: on logits or targets that are no tensors.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
-        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; on
-            target_probabilities, smoothing_weights and with_ranks beside ShardedLogits.
+        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; within
+            torch.func, on LinearLogits and target_probabilities that require grad; on target_probabilities,
+            smoothing_weights and with_ranks beside ShardedLogits.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
