@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.derivatives import wants_gradient
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits, is_linear
@@ -372,7 +373,7 @@ def _check_shapes(call: Call) -> None:
         given = getattr(call, name)
         if given is not None and given.shape != shape:
             raise _bad_shape(name, shape, given)
-    if call.token_weights is not None and call.token_weights.requires_grad:
+    if call.token_weights is not None and wants_gradient(call.token_weights):
         raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
     if call.hidden_states is not None and call.hidden_states.shape[:-1] != shape:
         raise _bad_shape("hidden_states", (*shape, "hidden_size"), call.hidden_states)

@@ -14,6 +14,7 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 
 from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
+from ava_ext.ops.derivatives import refuse_tangents, wants_gradient
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowFlags, accumulation_dtype, row_options, target_weights
@@ -250,7 +251,7 @@ def _check_weight(
 ) -> None:
     if weight.shape != logits.shape[-1:]:
         raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
-    if weight.requires_grad:
+    if wants_gradient(weight):
         raise ValueError(f"{owner}: expected weight without requires_grad: no gradient is computed for it")
 
 
@@ -286,6 +287,8 @@ def _number(owner: str, name: str, value: Any) -> Any:
     is_tensor = isinstance(value, Tensor)
     if is_tensor and value.requires_grad:
         raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for it")
+    if is_tensor:
+        refuse_tangents(owner, (value,))
     if is_tensor and value.device.type != "cpu":  # to read it would wait for the device at every call
         raise ValueError(
             f"{owner}: expected {name} to be a number of Python, or a tensor on the CPU, got one on {value.device.type}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops import row_weights
+from ava_ext.ops.derivatives import refuse_tangents
 from ava_ext.ops.dtensors import whole
 
 
@@ -68,11 +69,13 @@ def count_rows(
         TypeError: num_items_in_batch is no number.
         ValueError: it is negative, not finite, has several elements, or is of half precision. The value of a tensor is
             not read, because that would wait for the device.
+        NotImplementedError: on forward-mode derivatives by a weight or num_items_in_batch.
     """
     if token_weights is not None:
         token_weights = token_weights.to(dtype)
     is_mean = config.reduction == "mean"
     n_items = None if num_items_in_batch is None else items_of(num_items_in_batch, targets.device, dtype)
+    refuse_tangents("unified_loss", (token_weights, class_weights, n_items))
     targets, n_counted, weights = row_weights.count_rows(
         targets, keep, token_weights, class_weights, n_items, config.ignore_index, is_mean, dtype
     )

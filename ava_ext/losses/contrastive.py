@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.ops.arguments import check_positive
+from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import without_autocast
 
 # similarities held at a time; backward computes a block again, so this bounds the memory of both passes
@@ -68,7 +68,7 @@ def info_nce(
     total = (a[:0].sum() + b[:0].sum()) * 0.5  # 0, connected to the graph also without any pair
     for queries, keys in ((a, b), (b, a)):
         for start, stop in _blocks(n_pairs, block_rows):
-            total = total + 0.5 * _without_activations(
+            total = total + 0.5 * without_activations(
                 _info_nce_block, queries[start:stop], keys, mask, document_ids, start, temperature
             )
     return total / mask.sum().clamp_min(1)
@@ -154,7 +154,7 @@ def simctg(
     n_pairs = mask.sum() * 0
     for start, stop in _blocks(n_tokens, block_rows):
         n_pairs = n_pairs + _pairs(mask, segments, start, stop).sum()
-        total = total + _without_activations(
+        total = total + without_activations(
             _simctg_block, directions[:, start:stop], directions, mask, segments, start, margin
         )
     return total / n_pairs.clamp_min(1)
@@ -196,10 +196,6 @@ def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size],
     vectors = torch.where(mask.unsqueeze(-1), vectors, 0.0)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors * torch.where(length == 0, 0.0, 1 / length.masked_fill(length == 0, 1.0))
-
-
-def _without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class ContrastiveLoss(Part):

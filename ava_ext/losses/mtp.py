@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
 from ava_ext.call import Call, HeadLoss
 from ava_ext.config import UnifiedLossConfig
@@ -23,6 +22,7 @@ from ava_ext.losses.depths import (
     losses_of_heads,
     no_means,
 )
+from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import LinearLogits
 
 
@@ -209,7 +209,7 @@ class MultiTokenPrediction(Part):
             if self.detach_head:
                 lm_head_weight = lm_head_weight.detach()
                 lm_head_bias = None if lm_head_bias is None else lm_head_bias.detach()
-            states = [checkpoint(head, normed, use_reentrant=False, preserve_rng_state=False) for head in self.heads]
+            states = [without_activations(head, normed) for head in self.heads]
             heads = LinearLogits(torch.stack(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
         else:
             heads = [LinearLogits(normed, head.weight, head.bias) for head in self.heads]  # type: ignore[arg-type]

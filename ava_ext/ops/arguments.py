@@ -92,6 +92,17 @@ def check_devices(
             raise RuntimeError(f"{owner}: expected {name} on {like.device}, got {tensor.device}")
 
 
+def with_dense_rows(
+    values: Tensor,  # [..., n]
+) -> Tensor:  # [..., n], last stride 1
+    """values as the operators take them: a copy where the last stride is another, of an empty tensor too, which
+    contiguous() leaves as it is.
+    """
+    if values.shape[-1] == 1 or values.stride(-1) == 1:
+        return values
+    return values.clone(memory_format=torch.contiguous_format)
+
+
 def as_ids(owner: str, name: str, ids: Tensor, shape: str) -> Tensor:
     """ids in a type that the operators take, which check their range; shape is for the message."""
     if ids.dtype in (torch.int64, torch.int32):

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import refuse_tangents, without_second_derivative
+from ava_ext.ops.arguments import check_devices, with_dense_rows
+from ava_ext.ops.derivatives import refuse_tangents, wants_gradient, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_evaluation import RowOptions
 from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TARGET_PROBABILITIES, RowFlags, accumulation_dtype
@@ -58,15 +58,13 @@ def as_column_weights(
     if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or given.shape[-1] not in (size, logits.shape[-1]):
         expected = ", ".join(map(str, (*rows, size)))
         raise ValueError(f"row_loss: expected {name} of shape [{expected}], got {list(given.shape)}")
-    if not given.is_floating_point() or given.requires_grad:
-        got = "one that does" if given.requires_grad else given.dtype
+    if not given.is_floating_point() or wants_gradient(given):
+        got = "one that does" if given.is_floating_point() else given.dtype
         raise ValueError(f"row_loss: expected {name} of floating point that do not require grad, got {got}")
     real = accumulation_dtype(logits.dtype)
     if given.dtype not in (real, logits.dtype) or target_probabilities is None:
         given = given.to(real)
-    if given.shape[-1] > 1 and given.stride(-1) != 1:
-        given = given.contiguous()
-    return given, SMOOTHING_WEIGHTS if target_probabilities is None else TARGET_PROBABILITIES
+    return with_dense_rows(given), SMOOTHING_WEIGHTS if target_probabilities is None else TARGET_PROBABILITIES
 
 
 def with_probability_gradient(
@@ -117,7 +115,8 @@ class _ProbabilityGradient(torch.autograd.Function):
             factors = factors * (1 - RowOptions(*options.unbind()).label_smoothing)
         factors, counted = factors.reshape(-1, 1), counted.reshape(-1, 1)
         flat_probabilities = probabilities.reshape(-1, probabilities.shape[-1])
-        gradient = probabilities.new_zeros(flat_probabilities.shape)
+        # of the factors, so that it holds a batch where they do
+        gradient = factors.new_zeros(flat_probabilities.shape, dtype=probabilities.dtype)
         states = parts[0].detach().reshape(-1, parts[0].shape[-1])
         n_rows = rows_of_a_chunk(len(factors), vocab_size, dtype, gradient.device, chunk_bytes)
         for begin in range(0, len(factors), n_rows):

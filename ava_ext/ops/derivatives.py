@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in which the compiler follows what is asked
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
@@ -37,6 +39,13 @@ def without_second_derivative(
         raise RuntimeError("ava_ext: double backward is not supported")
     raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
     return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
+
+
+def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """function(*arguments), which backward computes again; within torch.func, which cannot, what it needs is kept."""
+    if torch._C._are_functorch_transforms_active():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class _EagerOperator(torch.autograd.Function):
@@ -107,6 +116,15 @@ def _transforms() -> list[Any]:
     return [level.key() for level in _functorch.get_interpreter_stack() or ()]
 
 
+def wants_gradient(tensor: Tensor) -> bool:
+    """requires_grad; within torch.func also that of what the transforms have wrapped: a batch of vmap says False."""
+    if tensor.requires_grad or not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return tensor.requires_grad  # compiled code cannot look into a batch
+    while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def is_batched(*tensors: Tensor | None) -> bool:
     """Whether one of these holds a batch: in a backward, that of autograd.grad(is_grads_batched=True)."""
     return any(tensor is not None and _is_batched(tensor) for tensor in tensors)
@@ -123,18 +141,39 @@ def refuse_batches(owner: str, tensors: Iterable[Tensor | None]) -> None:
 
 def refuse_transforms(owner: str, tensors: Iterable[Tensor | None], vmap_works: bool = False) -> None:
     """Raises NotImplementedError where a derivative is asked for in a way that is not reverse mode of torch.autograd,
-    and within torch.func.vmap; vmap_works: only where that is within, or around, another transform.
+    and within torch.func.vmap; vmap_works: only where that is within, or around, another transform, or of what requires
+    grad.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    is_transformed = torch._C._are_functorch_transforms_active()
+    if is_transformed and torch.compiler.is_compiling():
+        refuse_transforms_in_graphs(owner)
+    elif is_transformed:
         kinds, tensors = set(_transforms()), list(tensors)
         if _functorch.TransformType.Vmap in kinds and (len(kinds) > 1 or not vmap_works):
             raise NotImplementedError(
                 f"{owner}: torch.func.vmap is not supported here; expected a call for each sample"
             )
-        differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        differentiable = any(tensor is not None and wants_gradient(tensor) for tensor in tensors)
+        differentiable = differentiable and torch.is_grad_enabled()
+        if _functorch.TransformType.Vmap in kinds and differentiable:
+            raise NotImplementedError(
+                f"{owner}: torch.func.vmap of what requires grad is not supported here; expected a call for each sample"
+            )
         if _functorch.TransformType.Grad in kinds and differentiable:
             raise NotImplementedError(f"{owner}: torch.func.grad is not supported here; expected torch.autograd.grad")
     refuse_tangents(owner, tensors)
+
+
+def refuse_transforms_in_graphs(owner: str, vmap_works: bool = True) -> None:
+    """Raises NotImplementedError while a graph is traced within torch.func.grad, or vmap where that does not work.
+
+    Without fullgraph=True the compiler then leaves the function to eager mode. For where transforms are at work.
+    """
+    kind = coerce_cinterpreter(_functorch.peek_interpreter_stack()).key()
+    if kind == _functorch.TransformType.Vmap and not vmap_works:
+        raise NotImplementedError(f"{owner}: torch.func.vmap is not supported in a compiled graph; expected eager mode")
+    if kind == _functorch.TransformType.Grad:
+        raise NotImplementedError(f"{owner}: torch.func.grad is not supported in a compiled graph; expected eager mode")
 
 
 def refuse_vmap_within_derivatives(owner: str) -> None:

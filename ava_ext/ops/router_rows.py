@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import check_devices, with_dense_rows
 from ava_ext.ops.derivatives import (
     raise_double_backward,
     refuse_batches,
@@ -111,7 +111,7 @@ def router_statistics(
             )
         )
     refuse_transforms("router_statistics", (*layers, expert_bias))
-    layers = [layer if layer.stride(-1) == 1 else layer.contiguous() for layer in layers]
+    layers = [with_dense_rows(layer) for layer in layers]
     dtype = accumulation_dtype(layers[0].dtype)
     tensors = (
         expert_indices,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import check_devices, with_dense_rows
 from ava_ext.ops.derivatives import counted_only, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.row_evaluation import bounded, smallest_rest
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, STATISTIC_NAMES, accumulation_dtype
@@ -32,9 +32,7 @@ def row_statistics(
 ) -> Sequence[Tensor]:  # [..., n_ids], and N_SUMMARIES of [...]
     """log_probs and the summaries of `softmax_statistics`, of logits that exist. owner begins the messages."""
     refuse_transforms(owner, (logits, options))
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    arguments = (logits, ids, row_mask, options, flags, vocab_size)
+    arguments = (with_dense_rows(logits), ids, row_mask, options, flags, vocab_size)
     if torch.compiler.is_compiling():
         _, log_probs, summaries = _row_statistics(*arguments)
         return [log_probs, *(summary.clone() for summary in summaries.unbind(0))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor
+from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor, with_dense_rows
 from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
 from ava_ext.ops.derivatives import (
     counted_only,
@@ -19,7 +19,10 @@ from ava_ext.ops.derivatives import (
     is_forward_mode,
     raise_double_backward,
     refuse_tangents,
+    refuse_transforms,
+    refuse_transforms_in_graphs,
     refuse_vmap_within_derivatives,
+    wants_gradient,
     without_second_derivative,
 )
 from ava_ext.ops.dtensor_logits import has_dtensor, local_logits, whole_beside
@@ -127,8 +130,9 @@ def row_loss(
         TypeError: on logits or targets that are no tensors.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
-        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; on
-            target_probabilities, smoothing_weights and with_ranks beside ShardedLogits.
+        NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; within
+            torch.func, on LinearLogits and target_probabilities that require grad; on target_probabilities,
+            smoothing_weights and with_ranks beside ShardedLogits.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
@@ -165,7 +169,12 @@ def row_loss(
         candidates = candidates._replace(ids=ids)
     if reduction not in ("none", "sum"):
         raise ValueError(f"row_loss: expected reduction 'none' or 'sum', got {reduction!r}")
-    if target_probabilities is not None and target_probabilities.requires_grad:
+    if target_probabilities is not None and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():  # a graph cannot tell whether a batch of vmap requires grad
+            refuse_transforms_in_graphs("row_loss", vmap_works=False)
+        elif wants_gradient(target_probabilities):
+            refuse_transforms("row_loss", (target_probabilities,))
+    if target_probabilities is not None and wants_gradient(target_probabilities):
         found = row_loss(
             logits,
             targets,
@@ -183,6 +192,8 @@ def row_loss(
             smoothing_weights=smoothing_weights,
             with_ranks=with_ranks,
         )
+        if not torch.is_grad_enabled():
+            return found
         constants = (targets, options, flags, row_weights, vocab_size, ignore_index, chunk_bytes)
         return found._replace(loss=with_probability_gradient(found.loss, target_probabilities, logits, *constants))
     of_columns = (vocab_size, target_probabilities, smoothing_weights)
@@ -235,8 +246,7 @@ def _dense_row_loss(
     inplace_gradient: bool,
     column_weights: Tensor | None,  # [..., vocab_size] or [vocab_size]
 ) -> RowLoss:
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        logits = logits.contiguous()
+    logits = with_dense_rows(logits)
     ids, weights, groups = candidates if candidates else (None, None, ())
     n_columns = logits.shape[-1]
     arguments = (
@@ -251,14 +261,17 @@ def _dense_row_loss(
         n_columns if vocab_size is None else vocab_size,
         ignore_index,
     )
-    differentiable = logits.requires_grad and torch.is_grad_enabled()
+    is_transformed = torch._C._are_functorch_transforms_active()
+    differentiable = wants_gradient(logits) and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         refuse_tangents("row_loss", (*arguments[:6], column_weights))
+        if is_transformed:
+            refuse_transforms_in_graphs("row_loss")
+            differentiable = torch.is_grad_enabled()  # a graph cannot tell whether a batch of vmap requires grad
         # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
         # as the gradient
         loss, terms = _row_loss(*arguments, False, differentiable, column_weights)[:2]
         return RowLoss(loss.sum() if is_sum else loss, terms)
-    is_transformed = torch._C._are_functorch_transforms_active()
     if is_transformed:
         refuse_vmap_within_derivatives("row_loss")
     if is_forward_mode() or (differentiable and is_transformed):
@@ -288,7 +301,7 @@ def _check_constants(
         ("row_weights", row_weights),
         ("candidate weights", candidates.weights if candidates else None),
     ):
-        if tensor is not None and tensor.requires_grad:
+        if tensor is not None and wants_gradient(tensor):
             raise ValueError(f"row_loss: expected {name} without requires_grad: no gradient is computed for them")
 
 

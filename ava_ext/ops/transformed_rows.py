@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # the public one imports torch._dynamo at once, this one when it is called
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.derivatives import counted_only, has_tangent, refuse_nested_forward_mode, refuse_tangents
@@ -53,6 +54,7 @@ class _TransformedRowLoss(torch.autograd.Function):
         ctx.save_for_forward(grad_logits, ignored)
 
     @staticmethod
+    @_disable_dynamo  # which would fail at the wrapped tensors of a function that it left to eager mode
     def backward(ctx, grad_loss, _, grad_grad_logits):
         grad_logits, ignored = ctx.saved_tensors
         if grad_grad_logits is not None or has_tangent(grad_logits, grad_loss):

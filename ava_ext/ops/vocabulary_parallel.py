@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_beside_rows, check_ids_of_rows
+from ava_ext.ops.arguments import check_beside_rows, check_ids_of_rows, with_dense_rows
 from ava_ext.ops.derivatives import without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import as_matrix
@@ -122,9 +122,7 @@ def _shard_of(
         shard = shard._replace(chunk_rows=local.chunk_rows(chunk_bytes))
         states = _SumOfGradients.apply(local.hidden_states, group)
         return (as_matrix(states), *local[1:]), shard
-    if local.shape[-1] > 1 and local.stride(-1) != 1:
-        local = local.contiguous()
-    return (as_matrix(local),), shard
+    return (as_matrix(with_dense_rows(local)),), shard
 
 
 def _check_range(

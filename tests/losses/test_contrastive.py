@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
+from ava_ext import UnifiedLoss
 from ava_ext.losses.contrastive import ContrastiveLoss, info_nce, simctg
 
 
@@ -86,6 +87,21 @@ def test_gradcheck():
     pair = random_vectors(5, 3).requires_grad_(), random_vectors(5, 3, seed=1).requires_grad_()
     documents = torch.tensor([0, 0, 1, 2, 3])
     assert torch.autograd.gradcheck(lambda a, b: info_nce(a, b, document_ids=documents, temperature=0.5), pair)
+
+
+def test_torch_func_gives_the_gradient_of_autograd():
+    states, partners = random_vectors(2, 6, 3), random_vectors(12, 3, seed=1)
+    loss_fn = UnifiedLoss(5, primary_loss_type="standard", use_contrastive_loss=True)
+    logits, targets = random_vectors(2, 6, 5, seed=2), torch.arange(12).view(2, 6) % 5
+    for loss in (
+        lambda h: simctg(h, block_elements=20),
+        lambda h: info_nce(h.flatten(0, 1), partners, block_elements=20),
+        lambda h: loss_fn(logits, targets, hidden_states=h),
+    ):
+        leaf = states.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        assert expected.any()
+        torch.testing.assert_close(torch.func.grad(loss)(states), expected)
 
 
 def test_backward_keeps_no_more_than_a_block():

@@ -9,6 +9,7 @@ from support.assertions import assert_bitwise_equal
 from support.strategies import Numbers
 from torch.autograd import forward_ad
 
+from ava_ext import UnifiedLoss, functional
 from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.router_rows import router_statistics
 from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
@@ -134,6 +135,25 @@ def test_forward_mode_of_what_has_no_derivative_raises(name):
         row_loss(
             logits, torch.tensor(TARGETS), tensors["options"], row_weights=tensors["row_weights"], candidates=candidates
         )
+
+
+@pytest.mark.parametrize("name", ["token_weights", "num_items_in_batch"])
+def test_forward_mode_of_what_weighs_the_rows_of_a_loss_raises(name):
+    logits, targets, value = make_logits(), torch.tensor(TARGETS), torch.tensor(4.0)
+    value = torch.ones(4) if name == "token_weights" else value
+    for reduction in ("mean", "sum"):
+        loss_fn = UnifiedLoss(V, primary_loss_type="standard", reduction=reduction)
+        with pytest.raises(NotImplementedError, match="unified_loss: forward-mode derivatives"):
+            torch.func.jvp(lambda x: loss_fn(logits, targets, **{name: x}), (value,), (value,))  # noqa: B023
+        _, derivative = torch.func.jvp(lambda x: loss_fn(x, targets, **{name: value}), (logits,), (logits,))  # noqa: B023
+        assert derivative != 0
+
+
+@pytest.mark.parametrize("name", ["initial_temperature", "label_smoothing", "z_loss_weight"])
+def test_forward_mode_of_an_option_raises(name):
+    logits, targets, value = make_logits(), torch.tensor(TARGETS), torch.tensor(0.5)
+    with pytest.raises(NotImplementedError, match="cross_entropy: forward-mode derivatives"):
+        torch.func.jvp(lambda x: functional.cross_entropy(logits, targets, **{name: x}), (value,), (value,))
 
 
 # by us, or by the compiler, which from torch 2.14 on takes no dual tensor
@@ -267,6 +287,22 @@ def test_several_gradients_at_once_of_logits_that_are_written_over():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["dense", "linear"])
+@pytest.mark.parametrize("vocab_size", [None, V - 2])
+@pytest.mark.parametrize("n_rows", [0, 4])
+def test_several_gradients_at_once_by_target_probabilities(kind, vocab_size, n_rows):
+    head = make_head(18)
+    logits = head._replace(hidden_states=head.hidden_states[:n_rows])
+    logits = F.linear(*logits) if kind == "dense" else logits
+    leaf = make_logits(19)[:n_rows].softmax(-1).requires_grad_()
+    keywords = {"vocab_size": vocab_size, "chunk_bytes": 3 * V * 8, "target_probabilities": leaf}
+    targets, options = torch.tensor(TARGETS)[:n_rows].clamp(max=V - 3), row_options(leaf)
+    found, expected = gradients_at_once(
+        lambda: row_loss(logits, targets, options, **keywords).loss, [leaf], retain_graph=True
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_several_gradients_at_once_of_a_router_raise():
     leaf = make_logits().requires_grad_()
     with pytest.raises(NotImplementedError, match="router_statistics: is_grads_batched=True"):
@@ -298,7 +334,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_transforms_raise_where_they_are_not_supported(name, transform):
     if name in LOSSES and not transform.endswith("of vmap"):
-        expected = TRANSFORMS[transform](lambda x: F.cross_entropy(x, torch.tensor(TARGETS), reduction="none"))
+        expected = TRANSFORMS[transform](naive_rows)
         found = TRANSFORMS[transform](cross_entropy)
         return torch.testing.assert_close(found, expected)
     with pytest.raises(NotImplementedError, match=r"^\w+: (torch.func|forward-mode).* expected"):
@@ -313,11 +349,120 @@ def test_transforms_of_linear_logits_raise(name, transform):
     def function(x):
         return OF_LINEAR_LOGITS[name](LinearLogits(x, weight, None))
 
-    if name in LOSSES and transform in ("vmap", "vmap of a leaf"):
+    if name in LOSSES and transform == "vmap":
         expected = torch.stack([function(sample) for sample in SAMPLES])
         return torch.testing.assert_close(TRANSFORMS[transform](function), expected)
     with pytest.raises(NotImplementedError, match=r"^\w+: (torch.func|forward-mode).* expected"):
         TRANSFORMS[transform](function)
+
+
+def naive_rows(logits):
+    return F.cross_entropy(logits, torch.tensor(TARGETS), reduction="none")
+
+
+# a loss of one sample, a leaf [2, 4, V] -> values
+VMAPS = {
+    "of a batch": lambda loss, leaf: torch.vmap(loss)(leaf),
+    "of what is computed": lambda loss, leaf: torch.vmap(loss, in_dims=1)(leaf.sin().transpose(0, 1)),
+    "beside what is captured": lambda loss, leaf: torch.vmap(lambda factor: loss(factor * leaf[0]))(torch.ones(3)),
+    "of vmap": lambda loss, leaf: torch.vmap(lambda factor: torch.vmap(loss)(factor * leaf))(torch.ones(3)),
+    "of an ensemble": lambda loss, leaf: torch.vmap(lambda weight: loss(SAMPLES[0] @ weight))(leaf.mT @ leaf),
+}
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, lambda x: functional.cross_entropy(x, torch.tensor(TARGETS))])
+@pytest.mark.parametrize("way", VMAPS)
+def test_vmap_keeps_the_gradient_of_what_requires_grad_around_it(way, loss):
+    """Beside another term, with which nobody would notice that it is gone."""
+    leaf = SAMPLES.clone().requires_grad_()
+    naive = naive_rows if loss is cross_entropy else lambda x: F.cross_entropy(x, torch.tensor(TARGETS))
+    found, expected = (VMAPS[way](function, leaf).square().sum() + leaf.sum() for function in (loss, naive))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, leaf), torch.autograd.grad(expected, leaf))
+    with torch.no_grad():
+        torch.testing.assert_close(VMAPS[way](loss, leaf), VMAPS[way](naive, leaf))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_vmap_of_linear_logits_that_require_grad_raises(part):
+    parts = [tensor.detach().expand(2, *tensor.shape) for tensor in make_head(20)]
+    parts[part] = parts[part].clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"row_loss: torch.func.vmap of what requires grad is not supported"):
+        torch.vmap(lambda *parts: sum_of(LinearLogits(*parts)))(*parts)
+    with torch.no_grad():
+        expected = torch.stack([sum_of(LinearLogits(*one)) for one in zip(*parts, strict=True)])
+        torch.testing.assert_close(torch.vmap(lambda *parts: sum_of(LinearLogits(*parts)))(*parts), expected)
+
+
+def test_vmap_of_constants_that_require_grad_raises():
+    weights = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", reduction="sum")
+    with pytest.raises(ValueError, match="row_loss: expected row_weights without requires_grad"):
+        torch.vmap(lambda x, w: row_loss(x, torch.tensor(TARGETS), row_options(x), row_weights=w).loss)(
+            SAMPLES, weights
+        )
+    with pytest.raises(ValueError, match="unified_loss: expected token_weights without requires_grad"):
+        torch.vmap(lambda x, w: loss_fn(x, torch.tensor(TARGETS), token_weights=w))(SAMPLES, weights)
+    of_class = torch.ones(2, V, requires_grad=True)
+    with pytest.raises(ValueError, match="cross_entropy: expected weight without requires_grad"):
+        torch.vmap(lambda x, w: functional.cross_entropy(x, torch.tensor(TARGETS), w))(SAMPLES, of_class)
+
+
+@pytest.mark.parametrize("kind", ["dense", "linear"])
+def test_transforms_of_target_probabilities_that_require_grad_raise(kind):
+    logits = make_logits() if kind == "dense" else LinearLogits(*(part.detach() for part in make_head(21)))
+
+    def loss(q):
+        return functional.cross_entropy(logits, q)
+
+    q = SAMPLES.softmax(-1)
+    with pytest.raises(NotImplementedError, match=r"row_loss: torch.func.grad is not supported here; expected torch"):
+        torch.func.grad(loss)(q[0])
+    leaf = q.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"row_loss: torch.func.vmap is not supported here; expected a call"):
+        torch.vmap(loss)(leaf)
+    expected = torch.stack([loss(one) for one in q])
+    torch.testing.assert_close(torch.vmap(loss)(q), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(loss)(leaf), expected)
+
+
+@pytest.mark.parametrize("way", VMAPS)
+def test_a_compiled_vmap_keeps_the_gradient(way):
+    torch._dynamo.reset()
+    leaf = SAMPLES.clone().requires_grad_()
+
+    def total(leaf):
+        return VMAPS[way](cross_entropy, leaf).square().sum() + leaf.sum()
+
+    compiled = torch.compile(total, backend="aot_eager")(leaf)
+    torch.testing.assert_close(compiled, total(leaf))
+    torch.testing.assert_close(torch.autograd.grad(compiled, leaf), torch.autograd.grad(total(leaf), leaf))
+
+
+def test_a_compiled_vmap_of_linear_logits_keeps_the_gradient():
+    torch._dynamo.reset()
+    head = [part.detach().expand(2, *part.shape).clone().requires_grad_() for part in make_head(22)[:2]]
+
+    def total(states, weight):
+        return torch.vmap(lambda *parts: sum_of(LinearLogits(*parts)))(states, weight).sum()
+
+    expected = sum(sum_of(LinearLogits(*parts)) for parts in zip(*head, strict=True))
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")(*head)
+    torch.testing.assert_close(torch.autograd.grad(compiled, head), torch.autograd.grad(expected, head))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
+def test_a_graph_within_torch_func_grad_is_left_to_eager_mode(transform):
+    torch._dynamo.reset()
+
+    def transformed():
+        return TRANSFORMS[transform](cross_entropy)
+
+    torch.testing.assert_close(torch.compile(transformed, backend="aot_eager")(), transformed())
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch.func.grad is not supported in a compiled graph"):
+        torch.compile(transformed, fullgraph=True, backend="aot_eager")()
 
 
 # -- what users write to

@@ -7,6 +7,8 @@ import pytest
 import torch
 from support.assertions import assert_bitwise_equal
 
+from ava_ext import UnifiedLoss, functional, token_metrics
+from ava_ext.ops.router_rows import router_statistics
 from ava_ext.ops.softmax_rows import N_OPTIONS, Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import token_log_probs
 
@@ -178,6 +180,20 @@ def test_empty_batches(shape, inplace_gradient):
     )
     assert loss.shape == shape[:-1] and terms.shape == (7, *shape[:-1])
     assert torch.autograd.grad(loss.sum(), leaf)[0].shape == shape
+
+
+def test_empty_batches_whose_last_stride_is_not_one():
+    leaf = torch.randn(11, 6, requires_grad=True)
+    logits, targets = leaf.t()[:0], torch.zeros(0, dtype=torch.int64)
+    q = torch.rand(11, 6).t()[:0]
+    for target in (targets, q):
+        loss = functional.cross_entropy(logits, target, weight=torch.rand(11), reduction="sum")
+        assert loss == 0 and not torch.autograd.grad(loss, leaf)[0].any()
+    assert functional.cross_entropy(torch.randn(2, 7, 0), torch.rand(2, 7, 0), torch.rand(7), reduction="sum") == 0
+    assert UnifiedLoss(11, primary_loss_type="standard")(logits, targets) == 0
+    for values in (*token_log_probs(logits, targets), *token_metrics(logits, targets)):
+        assert values.shape == (0,)
+    assert not router_statistics(logits, k=2).counts.any()
 
 
 def test_no_row_counts():
