@@ -133,7 +133,10 @@ class _ProbabilityGradient(torch.autograd.Function):
             log_probs = log_probs.masked_fill(has_no_part, 0)
             of_rows = torch.where(counted[rows], -log_probs * factors[rows], 0)
             gradient[rows, :vocab_size] = of_rows.to(gradient.dtype)
-        gradient = without_second_derivative(gradient.view(probabilities.shape), probabilities)
+        gradient = gradient.view(probabilities.shape)
+        gradient = without_second_derivative(gradient, probabilities, *parts, grad_loss)
+        # the logits' gradient depends on the probabilities, and is differentiated by way of what comes from above
+        grad_loss = without_second_derivative(grad_loss, probabilities, grad_loss)
         return grad_loss, gradient, None, *(None,) * ctx.n_parts
 
 

@@ -24,19 +24,23 @@ def counted_only(
 
 def without_second_derivative(
     gradient: Tensor,  # [..., n_columns]
-    origin: Tensor | None,
+    *origins: Tensor | None,
 ) -> Tensor:  # [..., n_columns]
     """Inside backward(create_graph=True): a gradient that raises when it is differentiated.
 
-    origin is a tensor that autograd reaches the logits by: autograd.grad(penalty, parameters) goes only where a
-    parameter can be, and would pass by a gradient that leads nowhere. It is none that users get: they may write to it.
+    origins are tensors that autograd reaches by what the gradient is a function of: the logits, what comes from above.
+    autograd.grad(penalty, parameters) goes only where a parameter can be, and would pass by a gradient that leads
+    nowhere. None is a tensor that users get: they may write to it.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient  # compiled: row_gradient's own autograd raises
-    if is_batched(gradient):  # which DelayedError cannot take
+    if is_batched(gradient, *origins):  # which DelayedError cannot take
         raise RuntimeError("ava_ext: double backward is not supported")
-    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
-    return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
+    leading = [origin for origin in origins if origin is not None and origin.requires_grad]
+    if not leading:
+        leading = [gradient.new_empty(0).requires_grad_()]
+    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 1 + len(leading))
+    return raise_later(gradient.detach(), *leading)[0]
 
 
 class _EagerOperator(torch.autograd.Function):

@@ -327,14 +327,15 @@ def _row_loss_backward(ctx, grad_loss, *_):
     refuse_tangents("row_loss", (grad_loss,))
     if ctx.fused:
         grad_logits, targets, origin = ctx.saved_tensors
-        if is_batched(grad_loss):
+        if is_batched(grad_loss) or torch.is_grad_enabled():
+            # linear in what comes from above, and so differentiable by that
             ignored = torch.eq(targets, ctx.ignore_index)
             factors = counted_only(grad_loss.expand(targets.shape), ignored).unsqueeze(-1)
-            return without_second_derivative((grad_logits * factors).to(grad_logits.dtype), origin), *nothing
+            return (without_second_derivative(grad_logits, origin) * factors).to(grad_logits.dtype), *nothing
         if not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
         _scale_rows_(grad_logits, grad_loss.expand(targets.shape), targets, ctx.ignore_index)
-        return without_second_derivative(grad_logits, origin), *nothing
+        return grad_logits, *nothing
     logits, targets, statistics, row_coefficients, ids, options, column_weights = ctx.saved_tensors
     ignored = torch.eq(targets, ctx.ignore_index)
     targets = targets.masked_fill(ignored, -1).unsqueeze(-1)
@@ -349,10 +350,10 @@ def _row_loss_backward(ctx, grad_loss, *_):
         column_weights,
     )
     if not ctx.inplace or is_batched(grad_loss):
-        return without_second_derivative(_ops.row_gradient(*arguments), logits), *nothing
+        return without_second_derivative(_ops.row_gradient(*arguments), logits, grad_loss), *nothing
     _ops.row_gradient_(*arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told so by autograd
-    return without_second_derivative(logits.detach(), logits), *nothing
+    return without_second_derivative(logits.detach(), logits, grad_loss), *nothing
 
 
 class _RowLoss(torch.autograd.Function):
