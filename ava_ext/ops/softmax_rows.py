@@ -12,6 +12,7 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor
 from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
+from ava_ext.ops.committed import is_checkpointed
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
@@ -105,8 +106,9 @@ def row_loss(
         ignore_index: target of the rows that do not count.
         reduction: "none" gives the loss of every row, "sum" their sum.
         inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable
-            until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, and
-            for LinearLogits, which do so anyway.
+            until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, under
+            hooks on saved tensors (activation checkpointing, save_on_cpu), where nobody would be told, and for
+            LinearLogits, which do so anyway.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
         max_counted_rows: at most so many targets are not ignore_index. Of LinearLogits, rows that are ignored are left
             out of the matrix products on the CPU; a GPU leaves them out with this number, which it need not wait for.
@@ -216,7 +218,7 @@ def row_loss(
         inplace = False
         if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
             _check_inplace(logits.logits)
-            inplace = True
+            inplace = not is_checkpointed()
         return vocabulary_parallel_row_loss(logits, *arguments, reduction, inplace, chunk_bytes, max_counted_rows)
     return linear_row_loss(logits, *arguments, reduction, chunk_bytes, max_counted_rows, column_weights)
 
@@ -268,6 +270,8 @@ def _dense_row_loss(
     else:
         if inplace_gradient:
             _check_inplace(logits)
+            # of what a hook gives back, nobody is told that it was written over
+            inplace_gradient = not is_checkpointed()
         # a float16 gradient rounded before the scaler's factor would be zeros
         split = inplace_gradient or logits.dtype == torch.float16
         tensors, constants = arguments[:6], (*arguments[6:], not split, split, column_weights)
