@@ -113,6 +113,8 @@ def _transforms() -> list[Any]:
 
 def is_batched(*tensors: Tensor | None) -> bool:
     """Whether one of these holds a batch: in a backward, that of autograd.grad(is_grads_batched=True)."""
+    if torch.compiler.is_compiling():
+        return False  # nor can compiled code ask
     return any(tensor is not None and _is_batched(tensor) for tensor in tensors)
 
 

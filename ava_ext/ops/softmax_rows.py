@@ -336,7 +336,7 @@ def _row_loss_backward(ctx, grad_loss, *_):
             ignored = torch.eq(targets, ctx.ignore_index)
             factors = counted_only(grad_loss.expand(targets.shape), ignored).unsqueeze(-1)
             return (without_second_derivative(grad_logits, origin) * factors).to(grad_logits.dtype), *nothing
-        if not ctx.owns_gradient or graph_is_kept():
+        if torch.compiler.is_compiling() or not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
         _scale_rows_(grad_logits, grad_loss.expand(targets.shape), targets, ctx.ignore_index)
         return grad_logits, *nothing
@@ -353,7 +353,7 @@ def _row_loss_backward(ctx, grad_loss, *_):
         ctx.vocab_size,
         column_weights,
     )
-    if not ctx.inplace or is_batched(grad_loss):
+    if not ctx.inplace or torch.compiler.is_compiling() or is_batched(grad_loss):
         return without_second_derivative(_ops.row_gradient(*arguments), logits, grad_loss), *nothing
     _ops.row_gradient_(*arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told so by autograd

@@ -229,7 +229,8 @@ class _RowLossOfShard(torch.autograd.Function):
         parts, shard, (ids, row_mask, statistics, coefficients) = _saved(ctx)
         coefficients = coefficients * grad_loss.masked_fill(~row_mask, 0).unsqueeze(-1)
         of_rows = (statistics, coefficients)
-        gradients = _gradients(parts, of_rows, ids, row_mask, shard, wanted, (grad_loss,), ctx.inplace)
+        inplace = ctx.inplace and not torch.compiler.is_compiling()
+        gradients = _gradients(parts, of_rows, ids, row_mask, shard, wanted, (grad_loss,), inplace)
         return None, None, None, None, *gradients
 
 
