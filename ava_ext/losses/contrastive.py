@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
+from ava_ext.ops.arguments import as_constant
 from ava_ext.ops.linear_logits import without_autocast
 
 # similarities held at a time; backward computes a block again, so this bounds the memory of both passes
@@ -198,6 +199,8 @@ def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size],
 
 
 def _without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    # a graph passes no symbol of a float into what is checkpointed
+    arguments = tuple(as_constant(value) if isinstance(value, float) else value for value in arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -55,7 +55,9 @@ def as_column_weights(
     check_devices("row_loss", logits, **{name: given})
     rows = () if target_probabilities is None else tuple(logits.shape[:-1])
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or given.shape[-1] not in (size, logits.shape[-1]):
+    # no "in": in a graph it takes two sizes for different of which one is a symbol
+    fits = given.shape[-1] == size or given.shape[-1] == logits.shape[-1]
+    if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or not fits:
         expected = ", ".join(map(str, (*rows, size)))
         raise ValueError(f"row_loss: expected {name} of shape [{expected}], got {list(given.shape)}")
     if not given.is_floating_point() or given.requires_grad:
