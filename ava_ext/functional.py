@@ -14,6 +14,7 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 
 from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
+from ava_ext.ops.arguments import as_constant
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
@@ -22,7 +23,7 @@ from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import classes_of
 
 REDUCTIONS = ("mean", "sum", "none")
-_PYTHON = (float, int, bool, str, type(None))
+_PYTHON = (bool, str, type(None))
 # options of UnifiedLossConfig that say something of a row of logits; label_smoothing has a keyword of its own
 ROW_OPTIONS = frozenset(
     {
@@ -282,6 +283,8 @@ class _RowTerms(NamedTuple):
 
 def _number(owner: str, name: str, value: Any) -> Any:
     """The option as Python's own number, as UnifiedLossConfig keeps it, and as it is at this call."""
+    if type(value) in (float, int):
+        return as_constant(value)
     if type(value) in _PYTHON:
         return value
     is_tensor = isinstance(value, Tensor)

@@ -275,6 +275,25 @@ def test_compiles_without_a_graph_break(function, kind):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "classes"])
+def test_compiles_with_symbols_of_sizes_and_numbers(kind):
+    """dynamic=True makes symbols of the numbers too; without it, so does their second value."""
+    targets = Numbers(9).uniform(8, V).softmax(-1) if kind == "probabilities" else Numbers(9).integers(0, V, 8)
+    ignored = {} if kind == "probabilities" else {"ignore_index": 3}
+
+    def loss(logits, number):
+        classes = torch.ones(V, dtype=torch.float64) if kind == "classes" else None
+        keywords = {"label_smoothing": number, "z_loss_weight": number, **ignored}
+        return cross_entropy(logits, targets, classes, **keywords) + cross_entropy(logits, targets, classes)
+
+    logits = Numbers(18).normal(8, V)
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for number in (0.125, 0.25, 0.0):
+            torch.testing.assert_close(compiled(logits, number), loss(logits, number), rtol=1e-12, atol=0)
+
+
 # -- bad input
 
 

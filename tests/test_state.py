@@ -345,6 +345,9 @@ def test_what_is_pending_follows_buffers_that_are_moved_one_by_one():
         owner, _, key = name.rpartition(".")
         loss_fn.get_submodule(owner)._buffers[key] = buffer.clone()
     assert loss_fn.temperature.pending_rows.is_meta
+    with torch.inference_mode():  # a check before training
+        loss_fn(torch.zeros(2, 3, 5), torch.ones(2, 3).long())
+        other(torch.zeros(2, 3, 5), torch.ones(2, 3).long())
     for seed in range(12):
         logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed)) * (1 + seed)
         losses = [each(logits.requires_grad_(), torch.ones(2, 3).long()) for each in (loss_fn, other)]

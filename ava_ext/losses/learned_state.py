@@ -72,14 +72,15 @@ class LearnedState(Float32Buffers):
 
     def _follow(self, home: torch.device) -> None:
         """Moves what is not a buffer to the buffers: wrappers that move parameters and buffers one by one leave it."""
-        for name in self.PENDING + tuple(map(_previous, self.READ)):
-            tensor = getattr(self, name)
-            if tensor.device == home:
-                continue
-            if tensor.is_meta:  # never filled
-                read = getattr(self, name.removeprefix("previous_"))
-                tensor = torch.zeros_like(tensor, device=home) if name in self.PENDING else read.clone()
-            setattr(self, name, tensor.to(home))
+        with torch.inference_mode(False):  # the first call may be a validation, and training writes to them
+            for name in self.PENDING + tuple(map(_previous, self.READ)):
+                tensor = getattr(self, name)
+                if tensor.device == home:
+                    continue
+                if tensor.is_meta:  # never filled
+                    read = getattr(self, name.removeprefix("previous_"))
+                    tensor = torch.zeros_like(tensor, device=home) if name in self.PENDING else read.clone()
+                setattr(self, name, tensor.to(home))
 
     def record(
         self,

@@ -103,6 +103,15 @@ def with_dense_rows(
     return values.clone(memory_format=torch.contiguous_format)
 
 
+def as_constant(value: float) -> float:
+    """value; where a graph that is traced has it as a symbol, a constant of that graph."""
+    if not torch.compiler.is_compiling():
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # with sympy: nothing that eager calls wait for
+
+    return guard_scalar(value)
+
+
 def as_ids(owner: str, name: str, ids: Tensor, shape: str) -> Tensor:
     """ids in a type that the operators take, which check their range; shape is for the message."""
     if ids.dtype in (torch.int64, torch.int32):

@@ -55,7 +55,9 @@ def as_column_weights(
     check_devices("row_loss", logits, **{name: given})
     rows = () if target_probabilities is None else tuple(logits.shape[:-1])
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or given.shape[-1] not in (size, logits.shape[-1]):
+    # no "in": in a graph it takes two sizes for different of which one is a symbol
+    fits = given.shape[-1] == size or given.shape[-1] == logits.shape[-1]
+    if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or not fits:
         expected = ", ".join(map(str, (*rows, size)))
         raise ValueError(f"row_loss: expected {name} of shape [{expected}], got {list(given.shape)}")
     if not given.is_floating_point() or wants_gradient(given):
@@ -132,7 +134,10 @@ class _ProbabilityGradient(torch.autograd.Function):
             log_probs = log_probs.masked_fill(has_no_part, 0)
             of_rows = torch.where(counted[rows], -log_probs * factors[rows], 0)
             gradient[rows, :vocab_size] = of_rows.to(gradient.dtype)
-        gradient = without_second_derivative(gradient.view(probabilities.shape), probabilities)
+        gradient = gradient.view(probabilities.shape)
+        gradient = without_second_derivative(gradient, probabilities, *parts, grad_loss)
+        # the logits' gradient depends on the probabilities, and is differentiated by way of what comes from above
+        grad_loss = without_second_derivative(grad_loss, probabilities, grad_loss)
         return grad_loss, gradient, None, *(None,) * ctx.n_parts
 
 

@@ -11,6 +11,8 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in whic
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from ava_ext.ops.arguments import as_constant
+
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -26,25 +28,31 @@ def counted_only(
 
 def without_second_derivative(
     gradient: Tensor,  # [..., n_columns]
-    origin: Tensor | None,
+    *origins: Tensor | None,
 ) -> Tensor:  # [..., n_columns]
     """Inside backward(create_graph=True): a gradient that raises when it is differentiated.
 
-    origin is a tensor that autograd reaches the logits by: autograd.grad(penalty, parameters) goes only where a
-    parameter can be, and would pass by a gradient that leads nowhere. It is none that users get: they may write to it.
+    origins are tensors that autograd reaches by what the gradient is a function of: the logits, what comes from above.
+    autograd.grad(penalty, parameters) goes only where a parameter can be, and would pass by a gradient that leads
+    nowhere. None is a tensor that users get: they may write to it.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return gradient  # compiled: row_gradient's own autograd raises
-    if is_batched(gradient):  # which DelayedError cannot take
+    if is_batched(gradient, *origins):  # which DelayedError cannot take
         raise RuntimeError("ava_ext: double backward is not supported")
-    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 2)
-    return raise_later(gradient.detach(), gradient.new_empty(0).requires_grad_() if origin is None else origin)[0]
+    leading = [origin for origin in origins if origin is not None and origin.requires_grad]
+    if not leading:
+        leading = [gradient.new_empty(0).requires_grad_()]
+    raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 1 + len(leading))
+    return raise_later(gradient.detach(), *leading)[0]
 
 
 def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """function(*arguments), which backward computes again; within torch.func, which cannot, what it needs is kept."""
     if torch._C._are_functorch_transforms_active():
         return function(*arguments)
+    # a graph passes no symbol of a float into what is checkpointed
+    arguments = tuple(as_constant(value) if isinstance(value, float) else value for value in arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -127,6 +135,8 @@ def wants_gradient(tensor: Tensor) -> bool:
 
 def is_batched(*tensors: Tensor | None) -> bool:
     """Whether one of these holds a batch: in a backward, that of autograd.grad(is_grads_batched=True)."""
+    if torch.compiler.is_compiling():
+        return False  # nor can compiled code ask
     return any(tensor is not None and _is_batched(tensor) for tensor in tensors)
 
 

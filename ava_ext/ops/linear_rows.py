@@ -303,18 +303,21 @@ def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
         of_rows = counted_only(grad_total.expand(len(targets)), targets == ctx.ignore_index)
         wanted, factors = ctx.gradients, (of_rows, grad_total, grad_total)
         triples = zip(grads, factors, wanted, strict=True)
-        grads = [_scaled(grad, factor) if is_wanted else grad for grad, factor, is_wanted in triples]
-    else:
-        origin, targets, *parts, options, row_weights, ids, id_weights, column_weights = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
-        upstream = sum(grad for grad in (grad_total, grad_losses) if grad is not None)
-        upstream = upstream.expand(len(targets)) if row_weights is None else upstream * row_weights
-        parts = [part if part is None else part.detach() for part in parts]
-        arguments = (*parts, targets, options, upstream, ids, id_weights, *ctx.constants, wanted, column_weights)
-        grads = _ops.linear_row_loss(*arguments)[3:6]
+        # linear in what comes from above, and so differentiable by that
+        grads = [
+            _scaled(without_second_derivative(grad, origin), factor) if is_wanted else None
+            for grad, factor, is_wanted in triples
+        ]
+        return *grads, *nothing[3:]
+    origin, targets, *parts, options, row_weights, ids, id_weights, column_weights = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    upstream = sum(grad for grad in (grad_total, grad_losses) if grad is not None)
+    factors = upstream.expand(len(targets)) if row_weights is None else upstream * row_weights
+    parts = [part if part is None else part.detach() for part in parts]
+    arguments = (*parts, targets, options, factors, ids, id_weights, *ctx.constants, wanted, column_weights)
     grads = [
-        without_second_derivative(grad, origin) if is_wanted else None
-        for grad, is_wanted in zip(grads, wanted, strict=True)
+        without_second_derivative(grad, origin, upstream) if is_wanted else None
+        for grad, is_wanted in zip(_ops.linear_row_loss(*arguments)[3:6], wanted, strict=True)
     ]
     return *grads, *nothing[3:]
 
@@ -329,7 +332,9 @@ def _scaled(
     """
     rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
     factors = factor.to(accumulation_dtype(rows.dtype)).expand(len(rows))
-    if torch.compiler.is_compiling() or is_batched(factor):  # a compiler makes one kernel of it
+    if (
+        torch.compiler.is_compiling() or gradient.requires_grad or is_batched(factor)
+    ):  # a compiler makes one kernel of it
         return (rows * factors.unsqueeze(-1)).to(gradient.dtype).view_as(gradient)
     if graph_is_kept():
         gradient = gradient.clone()

@@ -177,7 +177,7 @@ def _linear_row_statistics_backward(ctx, _, grad_log_probs, *grads_and_none):
         wanted,
     )
     grads = [
-        without_second_derivative(grad, origin) if is_wanted else None
+        without_second_derivative(grad, origin, grad_log_probs, *grad_summaries) if is_wanted else None
         for grad, is_wanted in zip(grads, wanted, strict=True)
     ]
     return *grads, *(None,) * 8

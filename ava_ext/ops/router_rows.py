@@ -272,7 +272,7 @@ def _router_statistics_backward(
     )
     parts = grad_logits.split([layers.shape[0] for layers in gate_logits])
     pairs = zip(parts, gate_logits, strict=True)
-    return [without_second_derivative(part, layers) for part, layers in pairs], *nothing
+    return [without_second_derivative(part, layers, *gradients) for part, layers in pairs], *nothing
 
 
 class _RouterStatistics(torch.autograd.Function):

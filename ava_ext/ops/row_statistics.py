@@ -77,7 +77,8 @@ def _backward(ctx, grad_log_probs, grad_summaries):
     logits, ids, row_mask, options, statistics = ctx.saved_tensors
     coefficients = statistics_coefficients(statistics, ids, row_mask, grad_log_probs, grad_summaries)
     arguments = (logits.detach(), statistics, coefficients, ids, options, ctx.flags, ctx.vocab_size)
-    return without_second_derivative(_ops.row_gradient(*arguments), logits), None, None, None, None, None
+    gradient = _ops.row_gradient(*arguments)
+    return without_second_derivative(gradient, logits, grad_log_probs, *grad_summaries), None, None, None, None, None
 
 
 def statistics_coefficients(

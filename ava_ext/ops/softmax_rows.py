@@ -12,6 +12,7 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor, with_dense_rows
 from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
+from ava_ext.ops.committed import is_checkpointed
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
@@ -108,8 +109,9 @@ def row_loss(
         ignore_index: target of the rows that do not count.
         reduction: "none" gives the loss of every row, "sum" their sum.
         inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable
-            until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, for
-            LinearLogits, which do so anyway, and for a DTensor, of which nobody can tell who still reads it.
+            until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, under
+            hooks on saved tensors (activation checkpointing, save_on_cpu), where nobody would be told, for LinearLogits,
+            which do so anyway, and for a DTensor, of which nobody can tell who still reads it.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
         max_counted_rows: at most so many targets are not ignore_index. Of LinearLogits, rows that are ignored are left
             out of the matrix products on the CPU; a GPU leaves them out with this number, which it need not wait for.
@@ -228,7 +230,7 @@ def row_loss(
         inplace = False
         if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
             _check_inplace(logits.logits)
-            inplace = True
+            inplace = not is_checkpointed()
         return vocabulary_parallel_row_loss(logits, *arguments, reduction, inplace, chunk_bytes, max_counted_rows)
     return linear_row_loss(logits, *arguments, reduction, chunk_bytes, max_counted_rows, column_weights)
 
@@ -282,6 +284,8 @@ def _dense_row_loss(
     else:
         if inplace_gradient:
             _check_inplace(logits)
+            # of what a hook gives back, nobody is told that it was written over
+            inplace_gradient = not is_checkpointed()
         # a float16 gradient rounded before the scaler's factor would be zeros
         split = inplace_gradient or logits.dtype == torch.float16
         tensors, constants = arguments[:6], (*arguments[6:], not split, split, column_weights)
@@ -344,14 +348,15 @@ def _row_loss_backward(ctx, grad_loss, *_):
     refuse_tangents("row_loss", (grad_loss,))
     if ctx.fused:
         grad_logits, targets, origin = ctx.saved_tensors
-        if is_batched(grad_loss):
+        if is_batched(grad_loss) or torch.is_grad_enabled():
+            # linear in what comes from above, and so differentiable by that
             ignored = torch.eq(targets, ctx.ignore_index)
             factors = counted_only(grad_loss.expand(targets.shape), ignored).unsqueeze(-1)
-            return without_second_derivative((grad_logits * factors).to(grad_logits.dtype), origin), *nothing
-        if not ctx.owns_gradient or graph_is_kept():
+            return (without_second_derivative(grad_logits, origin) * factors).to(grad_logits.dtype), *nothing
+        if torch.compiler.is_compiling() or not ctx.owns_gradient or graph_is_kept():
             grad_logits = grad_logits.clone()
         _scale_rows_(grad_logits, grad_loss.expand(targets.shape), targets, ctx.ignore_index)
-        return without_second_derivative(grad_logits, origin), *nothing
+        return grad_logits, *nothing
     logits, targets, statistics, row_coefficients, ids, options, column_weights = ctx.saved_tensors
     ignored = torch.eq(targets, ctx.ignore_index)
     targets = targets.masked_fill(ignored, -1).unsqueeze(-1)
@@ -365,11 +370,11 @@ def _row_loss_backward(ctx, grad_loss, *_):
         ctx.vocab_size,
         column_weights,
     )
-    if not ctx.inplace or is_batched(grad_loss):
-        return without_second_derivative(_ops.row_gradient(*arguments), logits), *nothing
+    if not ctx.inplace or torch.compiler.is_compiling() or is_batched(grad_loss):
+        return without_second_derivative(_ops.row_gradient(*arguments), logits, grad_loss), *nothing
     _ops.row_gradient_(*arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told so by autograd
-    return without_second_derivative(logits.detach(), logits), *nothing
+    return without_second_derivative(logits.detach(), logits, grad_loss), *nothing
 
 
 class _RowLoss(torch.autograd.Function):

@@ -195,14 +195,15 @@ def _gradients(
     row_mask: Tensor,  # [n_rows]
     shard: Shard,
     wanted: list[bool],
+    upstream: tuple[Tensor | None, ...],
     inplace: bool = False,
 ) -> tuple[Tensor | None, ...]:
     detached = tuple(None if part is None else part.detach() for part in parts)
     gradients = local_gradients(detached, *of_rows, ids, row_mask, shard, wanted, inplace)
     if inplace and parts[0] is not None:
         torch.autograd.graph.increment_version(parts[0])  # whoever saved the logits too is told so by autograd
-    origin = next(part for part, want in zip(parts, wanted, strict=True) if want)
-    return tuple(None if gradient is None else without_second_derivative(gradient, origin) for gradient in gradients)
+    origins = (*parts, *upstream)
+    return tuple(None if gradient is None else without_second_derivative(gradient, *origins) for gradient in gradients)
 
 
 class _RowLossOfShard(torch.autograd.Function):
@@ -226,7 +227,9 @@ class _RowLossOfShard(torch.autograd.Function):
             return (None,) * (4 + ctx.n_parts)
         parts, shard, (ids, row_mask, statistics, coefficients) = _saved(ctx)
         coefficients = coefficients * grad_loss.masked_fill(~row_mask, 0).unsqueeze(-1)
-        gradients = _gradients(parts, (statistics, coefficients), ids, row_mask, shard, wanted, ctx.inplace)
+        of_rows = (statistics, coefficients)
+        inplace = ctx.inplace and not torch.compiler.is_compiling()
+        gradients = _gradients(parts, of_rows, ids, row_mask, shard, wanted, (grad_loss,), inplace)
         return None, None, None, None, *gradients
 
 
@@ -258,10 +261,12 @@ class _StatisticsOfShard(torch.autograd.Function):
         parts, shard, (ids, row_mask, *fields) = _saved(ctx)
         merged = MergedRows(*fields)
         like = merged.statistics
+        upstream = (grad_log_probs, grad_summaries)
         if grad_log_probs is None:
             grad_log_probs = like.new_zeros(ids.shape)
         if grad_summaries is None:
             grad_summaries = like.new_zeros(N_SUMMARIES, len(ids))
         coefficients = statistics_coefficients(like, ids, row_mask, grad_log_probs, grad_summaries.unbind(0))
-        gradients = _gradients(parts, local_view(merged, coefficients, ids, shard), ids, row_mask, shard, wanted)
+        of_rows = local_view(merged, coefficients, ids, shard)
+        gradients = _gradients(parts, of_rows, ids, row_mask, shard, wanted, upstream)
         return *nothing, *gradients

@@ -274,6 +274,16 @@ def inplace_worker(rank):
     assert again.equal(gradient)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         again.square().sum().backward()
+    with torch.autograd.graph.save_on_cpu():  # which would not tell that they were written over: they are not
+        loss = row_loss(ShardedLogits(leaf * 1.0, "world"), targets, options, inplace_gradient=True, **arguments).loss
+    for _ in range(2):
+        assert torch.autograd.grad(loss, leaf, retain_graph=True)[0].equal(found)
+    statistics = softmax_statistics(ShardedLogits(leaf, "world"), None)
+    for value in (row_loss(ShardedLogits(leaf, "world"), targets, options, **arguments).loss, statistics.lse.sum()):
+        upstream = torch.ones((), dtype=value.dtype, requires_grad=True)
+        (gradient,) = torch.autograd.grad(value, leaf, upstream, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward is not supported"):
+            torch.autograd.grad(gradient.sum(), upstream)
 
 
 def test_inplace_gradient_second_backward_and_double_backward():

@@ -157,14 +157,17 @@ def test_low_precision_is_summed_in_float32(dtype):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_without_a_graph_break(dynamic):
+    torch._dynamo.reset()
     h = random_vectors(2, 6, 4).requires_grad_()
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 
     def both(h, mask):
         return simctg(h, mask, block_elements=40) + info_nce(h[0], h[1], block_elements=20)
 
-    compiled, eager = torch.compile(both, fullgraph=True, backend="aot_eager")(h, mask), both(h, mask)
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")(h, mask)
+    eager = both(h, mask)
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, h)[0] for loss in (compiled, eager)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from ava_ext import UnifiedLoss, functional
 from ava_ext.ops.linear_rows import LinearLogits
 from ava_ext.ops.router_rows import router_statistics
+from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
@@ -254,6 +255,78 @@ def test_an_upstream_gradient_with_a_tangent_raises(name):
                 torch.autograd.grad(value, logits, upstream)
 
 
+# -- second derivatives by what comes from above, in which a gradient is linear
+
+
+def by_what_comes_from_above(value, leaf, seed):
+    """d (sum of gradient * direction) / d upstream."""
+    numbers = Numbers(seed)
+    upstream = numbers.normal(*value.shape).to(value.dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(value, leaf, upstream, create_graph=True)
+    return torch.autograd.grad(gradient, upstream, numbers.normal(*leaf.shape).to(leaf.dtype))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_derivatives_by_what_comes_from_above_dense_logits(dtype, reduction):
+    leaf = make_logits(20, dtype).requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact, torch.tensor(TARGETS), reduction=reduction)
+    expected = by_what_comes_from_above(expected, exact, 21).to(accumulation_dtype(dtype))
+    loss = row_loss(leaf, torch.tensor(TARGETS), row_options(leaf.detach()), reduction=reduction).loss
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(by_what_comes_from_above(loss, leaf, 21), expected, rtol=8 * eps, atol=8 * eps)
+
+
+def test_derivatives_by_what_comes_from_above_linear_logits():
+    head = make_head(20)
+    for part in head:
+        exact = F.cross_entropy(F.linear(*head), torch.tensor(TARGETS), reduction="sum")
+        expected = by_what_comes_from_above(exact, part, 21)
+        torch.testing.assert_close(by_what_comes_from_above(sum_of(head), part, 21), expected)
+
+
+def in_float16(logits):
+    return cross_entropy(logits.half()).double()
+
+
+def written_over(logits):
+    return row_loss(logits * 1, torch.tensor(TARGETS), row_options(logits.detach()), inplace_gradient=True).loss
+
+
+@pytest.mark.parametrize("function", [*WITHOUT_FORWARD_MODE.values(), in_float16, written_over])
+def test_derivatives_by_what_comes_from_above_raise_where_there_are_none(function):
+    leaf = make_logits(22).requires_grad_()
+    with second_derivative:
+        by_what_comes_from_above(function(leaf), leaf, 23)
+
+
+@pytest.mark.parametrize("name", ["rows", *STATISTICS])
+def test_derivatives_by_what_comes_from_above_linear_logits_raise_where_there_are_none(name):
+    head = make_head(22)
+    for part in head:
+        with second_derivative:
+            by_what_comes_from_above(OF_LINEAR_LOGITS[name](head), part, 23)
+
+
+@pytest.mark.parametrize("kind", ["dense", "linear"])
+def test_mixed_second_derivatives_by_logits_and_probabilities_raise(kind):
+    logits = make_logits(24).requires_grad_() if kind == "dense" else make_head(24)
+    of_logits = [logits] if kind == "dense" else list(logits)
+    probabilities = make_logits(25).softmax(-1).requires_grad_()
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    options = row_options(torch.zeros(0, dtype=torch.float64))
+    keywords = {"target_probabilities": probabilities, "reduction": "sum"}
+    loss = factor * row_loss(logits, torch.tensor(TARGETS), options, **keywords).loss
+    leaves = [*of_logits, probabilities]
+    for leaf in leaves:
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        for other in (*leaves, factor):
+            if leaf is not probabilities or other is not probabilities:
+                with second_derivative:
+                    torch.autograd.grad(gradient.square().sum(), other, retain_graph=True)
+
+
 # -- several gradients at once, and vmap
 
 
@@ -314,7 +387,8 @@ def test_second_derivatives_of_several_gradients_at_once_raise(name):
     leaf, head = make_logits().requires_grad_(), make_head(0)
     for function, leaves in ((lambda: FUNCTIONS[name](leaf), [leaf]), (lambda: FUNCTIONS[name](head), list(head))):
         with second_derivative:
-            gradients_at_once(function, leaves, create_graph=True)
+            gradients, _ = gradients_at_once(function, leaves, create_graph=True)
+            torch.autograd.grad(gradients[0].square().sum(), leaves)
 
 
 SAMPLES = torch.linspace(-2, 2, 2 * 4 * V, dtype=torch.float64).sin().view(2, 4, V)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.assertions import assert_bitwise_equal
 from support.strategies import row_problems
+from torch.utils.checkpoint import checkpoint
 
 from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics
@@ -175,6 +176,31 @@ def test_inplace_gradient_of_two_losses_raises():
     total = loss_of(logits, inplace_gradient=True).sum() + loss_of(logits, inplace_gradient=True).sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+def checkpointed(function, *leaves):
+    return checkpoint(function, *leaves, use_reentrant=False)
+
+
+def saved_on_cpu(function, *leaves):
+    with torch.autograd.graph.save_on_cpu():
+        return function(*leaves)
+
+
+@pytest.mark.parametrize("under_hooks", [checkpointed, saved_on_cpu])
+def test_inplace_gradient_under_hooks_on_saved_tensors_changes_nothing(under_hooks):
+    """Another operation saves the logits too; a second backward where the graph was kept."""
+    weight = torch.randn(11, 4, requires_grad=True)
+    states = torch.randn(2, 3, 4, requires_grad=True)
+
+    def head(states, weight, inplace_gradient=True):
+        logits = states @ weight.T
+        return logits.logsumexp(-1).square().sum() + loss_of(logits, inplace_gradient=inplace_gradient).sum()
+
+    expected = torch.autograd.grad(head(states, weight, False), (states, weight))
+    loss = under_hooks(head, states, weight)
+    torch.testing.assert_close(torch.autograd.grad(loss, (states, weight), retain_graph=True), expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, (states, weight)), expected)
 
 
 @pytest.mark.parametrize("view", [lambda leaf: leaf, lambda leaf: leaf[:], lambda leaf: leaf.view(2, 3, 11)[:, :]])

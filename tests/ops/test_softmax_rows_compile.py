@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
@@ -151,6 +152,18 @@ def test_inplace_gradient_changes_nothing_under_compile():
     plain = row_loss(x * 2, targets, row_options(x)).loss.sum() + (x * 2).sum()
     expected = torch.autograd.grad(plain, x)[0]
     torch.testing.assert_close(torch.autograd.grad(loss(logits), logits)[0], expected)
+
+
+@pytest.mark.parametrize("inplace_gradient", [False, True])
+def test_compiled_autograd_of_an_eager_loss(inplace_gradient):
+    logits, targets, _ = inputs()
+    x = logits.detach().requires_grad_()
+    options = row_options(x)
+    expected = torch.autograd.grad(row_loss(x * 2, targets, options).loss.sum(), x)[0]
+    loss = row_loss(x * 2, targets, options, inplace_gradient=inplace_gradient).loss.sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_double_backward_under_compile_raises():
