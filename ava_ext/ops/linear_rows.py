@@ -332,9 +332,8 @@ def _scaled(
     """
     rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
     factors = factor.to(accumulation_dtype(rows.dtype)).expand(len(rows))
-    if (
-        torch.compiler.is_compiling() or gradient.requires_grad or is_batched(factor)
-    ):  # a compiler makes one kernel of it
+    # a compiler makes one kernel of it; what requires grad, in create_graph=True, is not written over
+    if torch.compiler.is_compiling() or gradient.requires_grad or is_batched(factor):
         return (rows * factors.unsqueeze(-1)).to(gradient.dtype).view_as(gradient)
     if graph_is_kept():
         gradient = gradient.clone()

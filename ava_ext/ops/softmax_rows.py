@@ -110,8 +110,8 @@ def row_loss(
         reduction: "none" gives the loss of every row, "sum" their sum.
         inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable
             until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, under
-            hooks on saved tensors (activation checkpointing, save_on_cpu), where nobody would be told, for LinearLogits,
-            which do so anyway, and for a DTensor, of which nobody can tell who still reads it.
+            hooks on saved tensors (activation checkpointing, save_on_cpu), where nobody would be told, for
+            LinearLogits, which do so anyway, and for a DTensor, of which nobody can tell who still reads it.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
         max_counted_rows: at most so many targets are not ignore_index. Of LinearLogits, rows that are ignored are left
             out of the matrix products on the CPU; a GPU leaves them out with this number, which it need not wait for.
