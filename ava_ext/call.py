@@ -177,7 +177,7 @@ class Call:
         dtype = accumulation_dtype(self.logits.dtype)
         if self.class_weights is not None:
             if dtype == torch.float64 and config.class_weights is not None:  # the loss's buffer has fewer digits
-                self.class_weights = torch.tensor(config.class_weights, dtype=dtype)
+                self.class_weights = torch.tensor(config.class_weights, dtype=dtype, device="cpu")
             self.class_weights = self.class_weights.to(self.logits.device, dtype)
         n_items = self.num_items_in_batch
         self.rows = count_rows(config, targets, keep, token_weights, n_items, dtype, self.class_weights)

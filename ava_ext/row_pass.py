@@ -97,13 +97,14 @@ class RowPass(Float32Buffers):
         for source in sources:
             self._repetition_options |= source.options
         # constants of the device: nothing is copied to it in a call, and nothing is made while a graph is traced
-        self.register_buffer("options", self._make_options(torch.float32), persistent=False)
+        like = torch.empty(0, dtype=torch.float32)
+        self.register_buffer("options", self._make_options(like), persistent=False)
         self.register_buffer("is_temperature", self._make_is_temperature(), persistent=False)
         self.register_buffer("class_weights", self._make_class_weights(torch.float32), persistent=False)
-        self.register_buffer("penalty_weights", self._make_penalty_weights(torch.float32), persistent=False)
+        self.register_buffer("penalty_weights", self._make_penalty_weights(like), persistent=False)
 
-    def _make_options(self, dtype: torch.dtype) -> Tensor:  # [N_OPTIONS]
-        return row_options(torch.empty(0, dtype=dtype), **self._row_options)
+    def _make_options(self, like: Tensor) -> Tensor:  # [N_OPTIONS]
+        return row_options(like, **self._row_options)
 
     def _make_is_temperature(self) -> Tensor:  # [N_OPTIONS] bool
         return torch.tensor([name == "temperature" for name in OPTION_NAMES])
@@ -112,18 +113,18 @@ class RowPass(Float32Buffers):
         weights = self.config.class_weights
         return None if weights is None else torch.tensor(weights, dtype=dtype)
 
-    def _make_penalty_weights(self, dtype: torch.dtype) -> Tensor:  # [N_REPETITION_WEIGHTS]
-        return repetition_weights(torch.empty(0, dtype=dtype), **self._penalty_weights)
+    def _make_penalty_weights(self, like: Tensor) -> Tensor:  # [N_REPETITION_WEIGHTS]
+        return repetition_weights(like, **self._penalty_weights)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fills the constants again, after to_empty()."""
         with torch.device("cpu"):
-            self.options.copy_(self._make_options(torch.float32))
+            self.options.copy_(self._make_options(torch.empty(0, dtype=torch.float32)))
             self.is_temperature.copy_(self._make_is_temperature())
             if self.class_weights is not None and self.config.class_weights is not None:
                 self.class_weights.copy_(torch.tensor(self.config.class_weights))
-            self.penalty_weights.copy_(self._make_penalty_weights(torch.float32))
+            self.penalty_weights.copy_(self._make_penalty_weights(torch.empty(0, dtype=torch.float32)))
 
     def run(
         self,
@@ -143,7 +144,7 @@ class RowPass(Float32Buffers):
         """
         like = call.rows.weights
         # buffers have fewer digits than float64
-        options = self._make_options(torch.float64) if like.dtype == torch.float64 else self.options
+        options = self._make_options(like) if like.dtype == torch.float64 else self.options
         if options.device != like.device:
             options = options.to(like.device)
         if temperature is not None:
@@ -269,7 +270,7 @@ class RowPass(Float32Buffers):
         if self.repetition_keys:
             like = rows.weights
             is_double = like.dtype == torch.float64
-            weights = self._make_penalty_weights(torch.float64) if is_double else self.penalty_weights
+            weights = self._make_penalty_weights(like) if is_double else self.penalty_weights
             if weights.device != like.device:
                 weights = weights.to(like.device)
             tokens, targets, segments = _with_prefix(call)

@@ -110,3 +110,13 @@ def test_an_exported_training_loss_reads_and_learns_nothing(strict):
     program(**given)
     torch.testing.assert_close(dict(loss_fn.state_dict()), dict(before.state_dict()), rtol=0, atol=0)
     assert loss_fn.temperature.count == 12 and loss_fn.temperature.pending_rows == 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_program_that_was_exported_without_grad_is_differentiable(strict):
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard")
+    logits, targets = torch.randn(2, 3, V), torch.randint(V, (2, 3))
+    program = torch.export.export(loss_fn, (logits, targets), strict=strict).module()
+    logits.requires_grad_()
+    expected, found = (torch.autograd.grad(loss(logits, targets), logits)[0] for loss in (loss_fn, program))
+    torch.testing.assert_close(found, expected)

@@ -7,7 +7,7 @@ import torch
 from support.strategies import HIDDEN_SIZE, Numbers
 
 import ava_ext
-from ava_ext import UnifiedLoss
+from ava_ext import UnifiedLoss, functional
 
 V, E = 7, 3
 MOE = {"num_experts": E, "num_experts_per_token": 1, "router_score": "sigmoid", "use_moe_balancing": True}
@@ -143,3 +143,20 @@ def test_a_call_on_meta_has_the_shapes_of_a_call():
         name: (value.shape, value.dtype) for name, value in expected.items()
     }
     assert all(value.device.type == "meta" for value in result.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_default_device_other_than_the_logits(dtype):
+    """As torch.set_default_device("cuda") beside logits on the CPU."""
+    logits, targets = torch.randn(2, 6, 5, dtype=dtype, requires_grad=True), torch.randint(5, (2, 6))
+    terms = {"label_smoothing": 0.1, "z_loss_weight": 0.1}
+    loss_fn = UnifiedLoss(5, class_weights=[1, 2, 3, 4, 5.5], use_ngram_penalty=True, ngram_size=2, **terms)
+
+    def gradients():
+        rows = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), **terms)
+        return torch.autograd.grad(rows + loss_fn(logits, targets), logits)[0]
+
+    expected = gradients()
+    with torch.device("meta"):
+        found = gradients()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

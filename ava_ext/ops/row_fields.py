@@ -167,6 +167,6 @@ def numbers_like(
     """A tensor of these numbers on the device of `like`, in its accumulation type."""
     dtype, device = accumulation_dtype(like.dtype), like.device
     if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device=device)
     # filled there: a copy of numbers from the host waits for the GPU, and no CUDA graph can capture it
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor, with_dense_rows
 from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
-from ava_ext.ops.committed import is_checkpointed
+from ava_ext.ops.committed import is_checkpointed, is_exporting
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
@@ -272,7 +272,9 @@ def _dense_row_loss(
             differentiable = torch.is_grad_enabled()  # a graph cannot tell whether a batch of vmap requires grad
         # split: a compiled backward cannot ask whether the upstream gradient is 1, and a pass to scale costs as much
         # as the gradient
-        loss, terms = _row_loss(*arguments, False, differentiable, column_weights)[:2]
+        # an exported program may be given logits that require grad
+        with_statistics = differentiable or is_exporting()
+        loss, terms = _row_loss(*arguments, False, with_statistics, column_weights)[:2]
         return RowLoss(loss.sum() if is_sum else loss, terms)
     if is_transformed:
         refuse_vmap_within_derivatives("row_loss")
