@@ -13,6 +13,8 @@ from torch import nn
 # names under which configurations keep the same thing; the first that is there counts
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_FIRST_MOE_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_MOE_STEPS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")  # Qwen, Ernie, Llama 4
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 _SCALES: dict[str, Callable[[float], float]] = {
     "logit_scale": lambda value: value,  # Cohere
@@ -72,11 +74,11 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
     options: dict[str, Any] = {"vocab_size": vocab_size, "labels_are_shifted": False}
     options["hidden_size"] = getattr(config, "hidden_size", None)
     n_experts = _first(config, _EXPERTS)
-    if isinstance(n_experts, int) and n_experts > 1:
-        model = model_or_config if isinstance(model_or_config, nn.Module) else None
+    model = model_or_config if isinstance(model_or_config, nn.Module) else None
+    if isinstance(n_experts, int) and n_experts > 1 and (n_layers := _moe_layers(model, config)) > 0:
         options["num_experts"] = n_experts
         options["num_experts_per_token"] = _first(config, _EXPERTS_PER_TOKEN)
-        options["num_moe_layers"] = _moe_layers(model, config)
+        options["num_moe_layers"] = n_layers
         score = _router_score(model, config)
         wants_router = given.get("use_auxiliary_loss") or given.get("use_moe_balancing")
         if score not in ("softmax", "sigmoid") and wants_router and "router_score" not in given:
@@ -127,13 +129,25 @@ def _moe_layers(model: nn.Module | None, config: Any) -> int:
     """Layers with a router: those that the model has, or as the configuration lists them."""
     if model is not None:
         children = [{name for name, _ in module.named_children()} for module in model.modules()]
-        n_layers = sum("experts" in names and bool(names & {"gate", "router"}) for names in children)
+        n_layers = sum(bool(names & {"experts", "input_linear"} and names & {"gate", "router"}) for names in children)
         if n_layers:
             return n_layers
     types = getattr(config, "mlp_layer_types", None)
     if types:
-        return types.count("sparse")
-    return config.num_hidden_layers - (getattr(config, "first_k_dense_replace", None) or 0)
+        return len(types) - types.count("dense")
+    blocks = getattr(config, "layers_block_type", None) or ()
+    if "moe" in blocks:  # Nemotron-H: a layer is one thing
+        return blocks.count("moe")
+    n_experts = getattr(config, "layers_num_experts", None)  # Jamba
+    if n_experts:
+        return sum(n > 1 for n in n_experts)
+    first = _first(config, _FIRST_MOE_LAYERS) or 0
+    step = _first(config, _MOE_STEPS) or 1
+    dense = getattr(config, "mlp_only_layers", None) or ()
+    layers = range(first, config.num_hidden_layers)
+    n_layers = sum((layer + 1) % step == 0 and layer not in dense for layer in layers)
+    has_two = getattr(config, "model_type", None) == "jetmoe"  # experts in the attention of each layer, too
+    return 2 * n_layers if has_two else n_layers
 
 
 def _router_score(model: nn.Module | None, config: Any) -> str:

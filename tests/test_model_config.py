@@ -39,6 +39,26 @@ def test_experts(n_experts, k):
     assert "num_experts" not in options_of(config(**{n_experts: 1}))
 
 
+@pytest.mark.parametrize(
+    ("attributes", "n_layers"),
+    [
+        ({"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]}, 4),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, 1),
+        ({"moe_layer_interval": 1, "moe_layer_start_index": 1}, 3),
+        ({"layers_num_experts": [1, 6, 1, 6]}, 2),
+        ({"layers_block_type": ["mamba", "moe", "attention", "moe"]}, 2),
+        ({"model_type": "jetmoe"}, 8),
+    ],
+    ids=["DeepSeek-V4", "Qwen2", "Ernie", "Jamba", "Nemotron-H", "JetMoe"],
+)
+def test_layers_of_a_configuration(attributes, n_layers):
+    assert options_of(config(num_experts=6, **attributes))["num_moe_layers"] == n_layers
+
+
+def test_no_layer_with_experts():
+    assert "num_experts" not in options_of(config(num_experts=6, mlp_layer_types=["dense"] * 4))
+
+
 def test_layers_and_score_of_a_model():
     """A model knows better than its configuration which of its layers have experts."""
     router = nn.Linear(8, 6)

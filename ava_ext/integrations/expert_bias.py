@@ -44,25 +44,38 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
         >>> bind_expert_bias(fuse_lm_head(model, loss_fn), loss_fn)
     """
     inner = causal_lm_of(model)
-    routers = [module for module in inner.modules() if isinstance(getattr(module, _BIAS, None), Tensor)]
+    holders = [module for module in inner.modules() if isinstance(getattr(module, _BIAS, None), Tensor)]
     balancer = getattr(loss_fn, MoEBalancer.name)
     if balancer is None:
         raise ValueError("bind_expert_bias: expected a loss with use_moe_balancing=True, got False")
-    shapes = [(*getattr(router, _BIAS).shape,) for router in routers]
-    if shapes != [(balancer.n_experts,)] * balancer.n_layers:
+    shapes = [(*getattr(holder, _BIAS).shape,) for holder in holders]
+    sizes = [shape[1:] if shape[:1] == (1,) else shape for shape in shapes]  # [1, n_experts]: Ernie 4.5
+    if sizes != [(balancer.n_experts,)] * balancer.n_layers:
         raise ValueError(
             f"bind_expert_bias: expected num_moe_layers = {balancer.n_layers} routers with {_BIAS} of shape "
-            f"[{balancer.n_experts}], got {len(routers)} of shapes {sorted(set(shapes))}"
+            f"[{balancer.n_experts}], got {len(holders)} of shapes {sorted(set(shapes))}"
         )
-    inner.expert_bias_binding = binding = ExpertBiasBinding(inner, routers, balancer)
+    parents = {child: module for module in inner.modules() for child in module.children()}
+    routers = [_router_of(holder, parents[holder]) for holder in holders]
+    inner.expert_bias_binding = binding = ExpertBiasBinding(inner, holders, routers, balancer)
     return binding
+
+
+def _router_of(holder: nn.Module, parent: nn.Module) -> nn.Module:
+    """What chooses by a bias: its holder, the gate in that (MiniMax-M2), or the module around it (Ernie 4.5)."""
+    for name in ("gate", "router"):
+        child = getattr(holder, name, None)
+        if isinstance(child, nn.Module) and not isinstance(child, nn.Linear):
+            return child
+    return holder if hasattr(holder, "weight") or list(holder.children()) else parent
 
 
 class ExpertBiasBinding:
     """What `bind_expert_bias` returns."""
 
-    def __init__(self, model: Any, routers: list[nn.Module], balancer: MoEBalancer) -> None:
+    def __init__(self, model: Any, holders: list[nn.Module], routers: list[nn.Module], balancer: MoEBalancer) -> None:
         self.model = model
+        self.holders = holders  # of the bias, one for each router
         self.routers = routers
         self.balancer = balancer
         self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -92,14 +105,14 @@ class ExpertBiasBinding:
     @torch.no_grad()
     def copy_bias(self) -> None:
         """Copies expert_bias into the routers."""
-        for layer, router in enumerate(self.routers):
-            getattr(router, _BIAS).copy_(self.balancer.expert_bias[layer])
+        for layer, holder in enumerate(self.holders):
+            getattr(holder, _BIAS).copy_(self.balancer.expert_bias[layer])
 
     @torch.no_grad()
     def _take_bias(self) -> None:
-        for layer, router in enumerate(self.routers):
+        for layer, holder in enumerate(self.holders):
             for own in (self.balancer.expert_bias, self.balancer.previous_expert_bias):
-                own[layer].copy_(getattr(router, _BIAS))
+                own[layer].copy_(getattr(holder, _BIAS).view(-1))
 
     def remove(self) -> None:
         """Takes the hooks away; the routers keep the bias that they have."""

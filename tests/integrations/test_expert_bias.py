@@ -64,6 +64,22 @@ def test_routers_choose_by_the_bias():
     assert loss_fn.get_loss_statistics()["moe_balancing"]["expert_counts"][0].tolist() == [0, 0, *[n_choices / 2] * 2]
 
 
+@pytest.mark.parametrize("name", ["Ernie4_5_Moe", "MiniMaxM2", "HYV3"])
+def test_routers_whose_bias_is_elsewhere(name):
+    """In a module within the router, of shape [1, n_experts], or in the block around it."""
+    model, loss_fn, _ = bound(name)
+    loss_fn.moe_balancer.expert_bias[:, 2:] = 9.0
+    model(**batch()).loss.backward()
+    for layer, holder in enumerate(routers(model)):
+        held = holder.e_score_correction_bias.flatten().float()
+        assert torch.equal(held, loss_fn.moe_balancer.expert_bias[layer])
+    loss_fn.step()
+    counts = loss_fn.get_loss_statistics()["moe_balancing"]["expert_counts"]
+    n_choices = 2 * batch()["attention_mask"].sum()
+    assert not counts[:, :2].any() and (counts.sum(1) == n_choices).all()
+    assert torch.equal(loss_fn.moe_balancer.expert_bias[:, :2], torch.full_like(counts[:, :2], RATE).float())
+
+
 def test_the_bias_of_the_model_is_the_beginning():
     model = tiny("DeepseekV3")
     bias = torch.tensor([0.5, -0.25, 0.0, 0.125])

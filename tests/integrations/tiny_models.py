@@ -34,6 +34,10 @@ def tiny(name, dtype=torch.float64, **options):
         del options["num_local_experts"]
         options |= {"n_routed_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 1, "n_group": 1}
         options |= {"topk_group": 1, "n_shared_experts": 1, "num_key_value_heads": 2}
+    if name in ("Ernie4_5_Moe", "MiniMaxM2", "HYV3"):
+        options |= {"experts_implementation": "eager", "moe_intermediate_size": 8, "head_dim": 8}
+        options |= {"moe_num_experts": 4, "moe_k": 2} if name[0] == "E" else {"num_experts_per_tok": 2}
+        options |= {"MiniMaxM2": {"num_local_experts": 4}, "HYV3": {"num_experts": 4}}.get(name, {})
     if name == "DeepseekV3":
         options |= {"q_lora_rank": 8, "kv_lora_rank": 8, **LATENT}
     if name in ("Gemma2", "Glm4Moe"):
