@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.derivatives import wants_gradient
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
@@ -413,8 +414,7 @@ def _check_probabilities(call: Call, shape: torch.Size) -> None:
     probabilities, config = call.target_probabilities, call.config
     if probabilities is None:
         return
-    sizes = (config.vocab_size, call.logits.shape[-1])
-    if probabilities.shape[:-1] != shape or probabilities.shape[-1] not in sizes:
+    if not has_shape(probabilities, (*shape, config.vocab_size), (*shape, call.logits.shape[-1])):
         raise _bad_shape("target_probabilities", (*shape, config.vocab_size), probabilities)
     if not probabilities.is_floating_point():
         raise ValueError(f"unified_loss: expected target_probabilities of floating point, got {probabilities.dtype}")

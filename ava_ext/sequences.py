@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import has_shape
+
 
 def segment_numbers(
     shape: tuple[int, int],  # (batch_size, n_tokens)
@@ -26,7 +28,7 @@ def segment_numbers(
     for name, given in (("segment_ids", segment_ids), ("position_ids", position_ids)):
         if given is None:
             continue
-        if given.shape not in ((batch_size, n_tokens), (1, n_tokens), (n_tokens,)):
+        if not has_shape(given, (batch_size, n_tokens), (1, n_tokens), (n_tokens,)):
             raise ValueError(
                 f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
             )

@@ -103,6 +103,29 @@ def test_compiled_training_is_eager_training(name, backend):
     torch.testing.assert_close(eager_after, train_step(eager, eager.config, 99), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["segment_ids", "position_ids", "attention_mask"])
+def test_an_input_that_comes_when_sizes_are_dynamic(name):
+    """Its own size is a number then, where those of the others are symbols."""
+    torch._dynamo.reset()
+    loss_fn = UnifiedLoss(
+        V, HIDDEN_SIZE, primary_loss_type="standard", use_contrastive_loss=True, use_ngram_penalty=True
+    )
+    compiled = torch.compile(loss_fn, backend="aot_eager", fullgraph=True)
+    numbers = Numbers(0)
+
+    def given(n_tokens):
+        logits, hidden_states = numbers.normal(2, n_tokens, V).float(), numbers.normal(2, n_tokens, HIDDEN_SIZE).float()
+        return {"logits": logits, "targets": numbers.integers(0, V, 2, n_tokens), "hidden_states": hidden_states}
+
+    for n_tokens in (5, 6):
+        compiled(**given(n_tokens))
+    last = given(8)
+    last[name] = (
+        torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]) if name == "position_ids" else torch.ones(2, 8).long().cumsum(1) // 4
+    )
+    torch.testing.assert_close(compiled(**last), loss_fn(**last))
+
+
 def test_operators_of_committed_state_can_be_traced():
     torch.library.opcheck(torch.ops.ava_ext.committed.default, (torch.rand(2, 3), torch.rand(2, 3)))
     torch.library.opcheck(torch.ops.ava_ext.is_recomputation.default, (torch.rand(2, 3),))

@@ -19,6 +19,7 @@ from ava_ext.integrations.deferred_logits import DeferredLogits
 from ava_ext.integrations.heads import weight_and_bias
 from ava_ext.integrations.loss_functions import causal_lm_loss, check_same_logits
 from ava_ext.model_config import text_config
+from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.unified_loss import UnifiedLoss
 
@@ -200,7 +201,7 @@ class LossInForward(nn.Module):
         batch_size, n_tokens = labels.shape[0], labels.shape[-1]
         if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch_size and mask.shape[1] >= n_tokens:
             given["attention_mask"] = mask[:, mask.shape[1] - n_tokens :]  # a cache or a prefix of peft is before them
-        if isinstance(positions, Tensor) and positions.shape in ((batch_size, n_tokens), (1, n_tokens)):
+        if isinstance(positions, Tensor) and has_shape(positions, (batch_size, n_tokens), (1, n_tokens)):
             given["position_ids"] = positions
         return given | (loss_inputs or {})
 

@@ -23,6 +23,7 @@ from ava_ext.losses.depths import (
     parts_of_heads,
 )
 from ava_ext.losses.learned_state import LearnedState
+from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.committed import is_exporting, is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
@@ -170,7 +171,7 @@ def _rows(values: Tensor, batch_size: int, n_tokens: int) -> Tensor:  # [batch_s
     shape = list(values.shape)
     if shape == [batch_size, n_tokens, 1]:
         return values.squeeze(-1)
-    if shape in ([batch_size], [batch_size, 1]):
+    if has_shape(values, (batch_size,), (batch_size, 1)):
         return values.reshape(batch_size, 1).expand(batch_size, n_tokens)
     if shape == [batch_size, n_tokens]:
         return values

@@ -11,7 +11,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
-from ava_ext.ops.arguments import check_positive
+from ava_ext.ops.arguments import check_positive, has_shape
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import without_autocast
 
@@ -138,7 +138,7 @@ def simctg(
         )
     batch_size, n_tokens, _ = hidden_states.shape
     for name, value in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
-        if value is not None and list(value.shape) not in ([batch_size, n_tokens], [1, n_tokens]):
+        if value is not None and not has_shape(value, (batch_size, n_tokens), (1, n_tokens)):
             raise ValueError(
                 f"contrastive_loss: expected {name} of shape [{batch_size}, {n_tokens}], got {list(value.shape)}"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ava_ext.call import HeadLoss, Logits
+from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
@@ -143,7 +144,7 @@ def active_rows(
     if not isinstance(mtp_active, Tensor):
         return targets, row_weights
     shape, batch_size = list(mtp_active.shape), len(row_weights)
-    if shape not in ([], [batch_size]):
+    if not has_shape(mtp_active, (), (batch_size,)):
         raise ValueError(f"multi_token_prediction: expected mtp_active of shape [] or [{batch_size}], got {shape}")
     is_active = mtp_active.bool().unsqueeze(1) if shape else mtp_active.bool()
     return torch.where(is_active, targets, ignore_index), torch.where(is_active, row_weights, 0.0)

@@ -103,6 +103,17 @@ def with_dense_rows(
     return values.clone(memory_format=torch.contiguous_format)
 
 
+def has_shape(
+    values: Tensor,  # [...]
+    *shapes: tuple[int, ...],
+) -> bool:
+    """Whether it has one of these.
+
+    In a graph with dynamic shapes, `in` asks whether symbols are the same, not whether they are equal.
+    """
+    return any(values.shape == shape for shape in shapes)
+
+
 def as_constant(value: float) -> float:
     """value; where a graph that is traced has it as a symbol, a constant of that graph."""
     if not torch.compiler.is_compiling():

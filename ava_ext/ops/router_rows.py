@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_devices, with_dense_rows
+from ava_ext.ops.arguments import check_devices, has_shape, with_dense_rows
 from ava_ext.ops.derivatives import (
     raise_double_backward,
     refuse_batches,
@@ -178,7 +178,7 @@ def _check(
             f"router_statistics: expected expert_indices of shape [{n_layers}, {n_rows}, {k}], "
             f"got {list(expert_indices.shape)}"
         )
-    if row_mask is not None and list(row_mask.shape) not in ([n_rows], [n_layers, n_rows]):
+    if row_mask is not None and not has_shape(row_mask, (n_rows,), (n_layers, n_rows)):
         raise ValueError(f"router_statistics: expected row_mask of shape [{n_rows}], got {list(row_mask.shape)}")
     if expert_bias is not None and list(expert_bias.shape) != [n_layers, n_experts]:
         raise ValueError(
