@@ -17,6 +17,7 @@ from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
+from ava_ext.ops.arguments import check_integers
 from ava_ext.ops.row_fields import RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import count_rows, keep_rows
@@ -382,8 +383,7 @@ class MultiTokenPredictionLoss(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
-        if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise ValueError(f"multi_token_prediction_loss: expected targets of integers, got {targets.dtype}")
+        check_integers("multi_token_prediction_loss", "targets", targets, "[batch_size, n_tokens]")
         dtype = accumulation_dtype(self.mtp.heads[0].weight.dtype)  # type: ignore[arg-type]
         targets = targets.long()
         rows = count_rows(self.config, targets, keep_rows(self.config, targets, attention_mask), None, None, dtype)

@@ -80,7 +80,7 @@ class UnifiedLossCallback(Callback):
         _forget_parts(pl_module)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
-        """The same."""
+        """Forgets the parts of earlier calls, those of training too."""
         _forget_parts(pl_module)
 
     def on_train_batch_end(

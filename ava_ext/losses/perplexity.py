@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.arguments import check_integers
 
 
 class PerplexityLoss(nn.Module):
@@ -53,8 +54,7 @@ class PerplexityLoss(nn.Module):
                 raise ValueError(
                     f"perplexity_loss: expected {name} of shape {list(logits.shape[:-1])}, got {list(value.shape)}"
                 )
-        if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise ValueError(f"perplexity_loss: expected targets of integers, got {targets.dtype}")
+        check_integers("perplexity_loss", "targets", targets)
         targets = targets.long()  # uint8 has no -100
         if attention_mask is not None:
             targets = torch.where(attention_mask != 0, targets, self.ignore_index)
