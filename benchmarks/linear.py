@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from row_loss import DTYPES, EVERY_TERM, N_NEGATIVES
 from torch import Tensor, nn
 
-from ava_ext import LinearLogits, UnifiedLoss
+from ava_ext import UnifiedLoss
 from ava_ext.bench.timing import Times, interleave
+from ava_ext.ops.linear_logits import rows_of_a_chunk
 
 SIZES = ((2048, 768, 50257), (4096, 2048, 32000))  # n_rows, hidden_size, vocab_size
 N_DEPTHS = 3  # of multi-token prediction
@@ -67,7 +68,7 @@ def with_gradients(case: Case, loss: Callable[[Tensor, Tensor], Tensor], paramet
 def _products(case: Case) -> Callable[[], object]:
     """The three products of a chunk, and nothing else: logits, gradient of hidden states, gradient of weight."""
     states, weight = case.hidden_states.detach(), case.weight.detach()
-    chunk_rows = LinearLogits(states, weight).chunk_rows(None)
+    chunk_rows = rows_of_a_chunk(len(states), len(weight), states.dtype, states.device, None)
 
     def call() -> tuple[Tensor, Tensor]:
         grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -82,14 +81,6 @@ class LinearLogits(NamedTuple):
                     f"{owner}: expected {name} of {of_states}' type {hidden_states.dtype}, got {part.dtype}; "
                     "torch.autocast would convert float32, bfloat16 and float16"
                 )
-
-    def chunk_rows(self, chunk_bytes: int | None) -> int:
-        """Rows of one chunk: as many as the budget allows (default 64 MB, 1 GB on CUDA), shared out evenly.
-
-        Where the weight needs a gradient, linear_row_loss on CUDA may take them all at once: see rows_of_a_chunk.
-        """
-        n_rows = math.prod(self.hidden_states.shape[:-1])
-        return rows_of_a_chunk(n_rows, len(self.weight), self.dtype, self.device, chunk_bytes)
 
 
 def _dtype_in_products(part: Tensor) -> torch.dtype:

@@ -30,8 +30,8 @@ class Shard(NamedTuple):
     options: Tensor  # [N_OPTIONS]
     flags: int
     dtype: torch.dtype  # of the logits
-    chunk_rows: int  # of LinearLogits
-    max_counted_rows: int | None = None
+    chunk_bytes: int | None  # of LinearLogits
+    max_counted_rows: int | None
 
     @property
     def local_vocab_size(self) -> int:
@@ -86,9 +86,8 @@ def _measure_locally(
         return nothing, shard.options.new_full(ids.shape, -torch.inf)
     arguments = (ids, row_mask, shard.options, shard.flags, vocab_size)
     if isinstance(logits, LinearLogits):
-        return _ops.linear_row_statistics(*logits, *arguments, shard.chunk_rows, shard.dtype, shard.max_counted_rows)[
-            :2
-        ]
+        limits = (shard.chunk_bytes, shard.dtype, shard.max_counted_rows)
+        return _ops.linear_row_statistics(*logits, *arguments, *limits)[:2]
     return _ops.row_statistics(logits, *arguments)[:2]
 
 
@@ -202,7 +201,7 @@ def local_gradients(
     row_coefficients = bounded(row_coefficients, shard.options[0])
     of_rows, options = (statistics, row_coefficients, shard.local_ids(ids)), (shard.options, shard.flags, vocab_size)
     if len(parts) > 1:
-        constants = (*options, shard.chunk_rows, shard.dtype, shard.max_counted_rows)
+        constants = (*options, shard.chunk_bytes, shard.dtype, shard.max_counted_rows)
         gradients = _ops.linear_row_gradient(*parts, *of_rows, row_mask, *constants, wanted)
         return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     (logits,) = parts

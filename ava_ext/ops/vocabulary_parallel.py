@@ -116,10 +116,10 @@ def _shard_of(
     if vocab_size is not None and not 1 <= vocab_size <= n_columns:
         raise ValueError(f"sharded_logits: expected vocab_size in [1, {n_columns}], got {vocab_size}")
     vocab_size = n_columns if vocab_size is None else vocab_size
-    shard = Shard(group, first_column, local.shape[-1], vocab_size, options, flags, local.dtype, 0, max_counted_rows)
+    columns, limits = (first_column, local.shape[-1], vocab_size), (chunk_bytes, max_counted_rows)
+    shard = Shard(group, *columns, options, flags, local.dtype, *limits)
     if isinstance(local, LinearLogits):
         local.check("sharded_logits")
-        shard = shard._replace(chunk_rows=local.chunk_rows(chunk_bytes))
         states = _SumOfGradients.apply(local.hidden_states, group)
         return (as_matrix(states), *local[1:]), shard
     return (as_matrix(with_dense_rows(local)),), shard

@@ -1,12 +1,15 @@
 """Logits whose columns are spread over ranks give what the whole logits give: values, terms and gradients."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from support.processes import on_ranks
 from torch.utils.checkpoint import checkpoint
 
 from ava_ext.distributed import ShardedLogits
-from ava_ext.ops import LinearLogits, RowFlags, row_loss, row_options, softmax_statistics, token_log_probs
+from ava_ext.ops import LinearLogits, RowFlags, linear_rows, row_loss, row_options, softmax_statistics, token_log_probs
+from ava_ext.ops.linear_logits import rows_of_a_chunk
 from ava_ext.ops.row_fields import TAIL_ID, Candidates
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -386,6 +389,27 @@ def test_candidates_of_rows_that_do_not_count_are_not_looked_at():
     expected = row_loss(logits, targets, row_options(logits), candidates=candidates).loss
     for found in on_ranks(2, rows_that_do_not_count_worker, logits, targets, candidates):
         torch.testing.assert_close(found, expected)
+
+
+def chunk_worker(rank, states, weight, chunk_bytes):
+    """How many rows a chunk has, in forward and in backward."""
+    planned = []
+
+    def plan(*arguments):
+        planned.append(rows_of_a_chunk(*arguments))
+        return planned[-1]
+
+    with patch.object(linear_rows, "rows_of_a_chunk", plan):
+        logits = ShardedLogits(LinearLogits(states, weight.chunk(2)[rank]), "world")
+        targets = torch.zeros(len(states), dtype=torch.int64)
+        row_loss(logits, targets, row_options(states), reduction="sum", chunk_bytes=chunk_bytes).loss.backward()
+    return planned
+
+
+def test_a_chunk_of_a_shard_has_as_many_rows_as_its_bytes_allow():
+    states, weight = torch.randn(12, 5, requires_grad=True), torch.randn(16, 5)
+    for chunk_bytes, n_rows in ((None, 12), (4 * 8 * 4, 4)):  # rows, columns of a shard, float32
+        assert on_ranks(2, chunk_worker, states, weight, chunk_bytes) == [[n_rows] * 2] * 2
 
 
 def single_row_worker(rank, states, weight, target, candidates):
