@@ -14,8 +14,9 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import CandidateSource, RowTerm
 from ava_ext.losses.float32_buffers import Float32Buffers
 from ava_ext.ops.dtensor_logits import PlacedLogits
-from ava_ext.ops.repetition import repetition_candidates, repetition_weights
+from ava_ext.ops.repetition import N_REPETITION_WEIGHTS, repetition_candidates, repetition_weights
 from ava_ext.ops.row_fields import (
+    N_OPTIONS,
     N_RANKS,
     OPTION_NAMES,
     TERM_NAMES,
@@ -96,35 +97,39 @@ class RowPass(Float32Buffers):
         }
         for source in sources:
             self._repetition_options |= source.options
+        self._of_rows: dict[str, Any] = {  # arguments of every row_loss
+            "vocab_size": config.vocab_size,
+            "ignore_index": config.ignore_index,
+            "reduction": "none" if config.reduction == "none" else "sum",
+            "chunk_bytes": config.linear_chunk_bytes,
+        }
         # constants of the device: nothing is copied to it in a call, and nothing is made while a graph is traced
-        like = torch.empty(0, dtype=torch.float32)
-        self.register_buffer("options", self._make_options(like), persistent=False)
-        self.register_buffer("is_temperature", self._make_is_temperature(), persistent=False)
-        self.register_buffer("class_weights", self._make_class_weights(torch.float32), persistent=False)
-        self.register_buffer("penalty_weights", self._make_penalty_weights(like), persistent=False)
+        n_classes = None if config.class_weights is None else len(config.class_weights)
+        for name, size, dtype in (
+            ("options", N_OPTIONS, torch.float32),
+            ("is_temperature", N_OPTIONS, torch.bool),
+            ("class_weights", n_classes, torch.float32),
+            ("penalty_weights", N_REPETITION_WEIGHTS, torch.float32),
+        ):
+            self.register_buffer(name, None if size is None else torch.empty(size, dtype=dtype), persistent=False)
+        self.reset_parameters()
 
     def _make_options(self, like: Tensor) -> Tensor:  # [N_OPTIONS]
         return row_options(like, **self._row_options)
-
-    def _make_is_temperature(self) -> Tensor:  # [N_OPTIONS] bool
-        return torch.tensor([name == "temperature" for name in OPTION_NAMES])
-
-    def _make_class_weights(self, dtype: torch.dtype) -> Tensor | None:  # [vocab_size]
-        weights = self.config.class_weights
-        return None if weights is None else torch.tensor(weights, dtype=dtype)
 
     def _make_penalty_weights(self, like: Tensor) -> Tensor:  # [N_REPETITION_WEIGHTS]
         return repetition_weights(like, **self._penalty_weights)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fills the constants again, after to_empty()."""
+        """Fills the constants, again after to_empty()."""
         with torch.device("cpu"):
-            self.options.copy_(self._make_options(torch.empty(0, dtype=torch.float32)))
-            self.is_temperature.copy_(self._make_is_temperature())
-            if self.class_weights is not None and self.config.class_weights is not None:
-                self.class_weights.copy_(torch.tensor(self.config.class_weights))
-            self.penalty_weights.copy_(self._make_penalty_weights(torch.empty(0, dtype=torch.float32)))
+            like = torch.empty(0, dtype=torch.float32)
+            self.options.copy_(self._make_options(like))
+            self.is_temperature.copy_(torch.tensor([name == "temperature" for name in OPTION_NAMES]))
+            self.penalty_weights.copy_(self._make_penalty_weights(like))
+            if self.class_weights is not None:
+                self.class_weights.copy_(torch.tensor(self.config.class_weights, dtype=torch.float32))
 
     def run(
         self,
@@ -159,18 +164,19 @@ class RowPass(Float32Buffers):
         candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
         flags = self.flags_with_entropy if is_detailed else self.flags
         with_ranks = is_detailed and bool(self.config.accuracy_top_k)
-        loss, terms = self._row_loss(
+        loss, terms = row_loss(
             call.logits,
             call.rows.targets,
             options,
-            flags | self.soft_flags if in_this_pass else flags,
-            like,
-            call.max_counted_rows,
-            candidates,
-            self.config.inplace_gradient,
+            flags=flags | self.soft_flags if in_this_pass else flags,
+            row_weights=like,
+            candidates=candidates,
+            inplace_gradient=self.config.inplace_gradient,
+            max_counted_rows=call.max_counted_rows,
             target_probabilities=call.target_probabilities,
             smoothing_weights=call.class_weights if self.config.label_smoothing > 0 else None,
             with_ranks=with_ranks,
+            **self._of_rows,
         )
         rank = None
         if with_ranks:
@@ -190,42 +196,15 @@ class RowPass(Float32Buffers):
     ) -> RowLoss:
         """Soft targets at a temperature of their own."""
         options = torch.where(self.is_temperature.to(options.device), options * self.soft_temperature, options)
-        flags = self.flags & RowFlags.SOFTCAP | self.soft_flags
-        return self._row_loss(
-            call.logits, call.rows.targets, options, int(flags), call.rows.weights, call.max_counted_rows, soft
-        )
-
-    def _row_loss(
-        self,
-        logits: PlacedLogits,  # [..., n_columns]
-        targets: Tensor,  # [...]
-        options: Tensor,  # [N_OPTIONS]
-        flags: int,
-        row_weights: Tensor,  # [...]
-        max_counted_rows: int | None,
-        candidates: Candidates | None = None,
-        inplace_gradient: bool = False,
-        ignore_index: int | None = None,
-        target_probabilities: Tensor | None = None,  # [..., vocab_size]
-        smoothing_weights: Tensor | None = None,  # [vocab_size]
-        with_ranks: bool = False,
-    ) -> RowLoss:
         return row_loss(
-            logits,
-            targets,
+            call.logits,
+            call.rows.targets,
             options,
-            flags=flags,
-            row_weights=row_weights,
-            candidates=candidates,
-            vocab_size=self.config.vocab_size,
-            ignore_index=self.config.ignore_index if ignore_index is None else ignore_index,
-            reduction="none" if self.config.reduction == "none" else "sum",
-            inplace_gradient=inplace_gradient,
-            chunk_bytes=self.config.linear_chunk_bytes,
-            max_counted_rows=max_counted_rows,
-            target_probabilities=target_probabilities,
-            smoothing_weights=smoothing_weights,
-            with_ranks=with_ranks,
+            flags=int(self.flags & RowFlags.SOFTCAP | self.soft_flags),
+            row_weights=call.rows.weights,
+            candidates=soft,
+            max_counted_rows=call.max_counted_rows,
+            **self._of_rows,
         )
 
     def _head_loss(
@@ -242,7 +221,9 @@ class RowPass(Float32Buffers):
         real = accumulation_dtype(logits.dtype)  # a head may be of another precision than the main logits
         if most is not None and targets.dim() > 2:  # several depths, each of which counts a part of the rows
             most *= len(targets)
-        return self._row_loss(placed, targets, options.to(real), self.head_flags, row_weights.to(real), most)
+        options, row_weights = options.to(real), row_weights.to(real)
+        of_rows: dict[str, Any] = {"flags": self.head_flags, "row_weights": row_weights, "max_counted_rows": most}
+        return row_loss(placed, targets, options, **of_rows, **self._of_rows)
 
     def _candidate_loss(
         self,
@@ -253,8 +234,8 @@ class RowPass(Float32Buffers):
         candidates: Candidates,
     ) -> RowLoss:
         """CandidateLoss, once the first two are bound."""
-        flags = self.flags & RowFlags.SOFTCAP
-        return self._row_loss(logits, targets, options, flags, row_weights, None, candidates, ignore_index=-1)
+        of_rows = self._of_rows | {"ignore_index": -1, "row_weights": row_weights, "candidates": candidates}
+        return row_loss(logits, targets, options, flags=self.flags & RowFlags.SOFTCAP, **of_rows)
 
     def _candidates(
         self,
