@@ -79,37 +79,37 @@ class Call:
     needs_sequences: Sequence[str]  # keys of the components that want rows in the order of the text
     logits: Any  # [batch_size, n_tokens, n_columns] or [n_rows, n_columns]
     targets: Any  # [batch_size, n_tokens] or [n_rows]
-    attention_mask: Tensor | None  # as targets
-    hidden_states: Any  # as logits, [..., hidden_size]
-    primary_logits: Any  # as logits
-    additional_logits: Heads  # of logits' shape, one per head
-    mtp_hidden_states: Any  # num_future_tokens of hidden_states' shape
-    mtp_depth_weights: Tensor | None  # [num_future_tokens]
-    confidence_scores: Tensor | None  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
-    mtp_active: bool | Tensor | None
-    gate_logits: Tensor | Sequence[Tensor | None] | None  # [n, n_experts] per layer
-    expert_indices: Tensor | Sequence[Tensor | None] | None  # [n, k] per layer
-    global_expert_counts: Tensor | None  # [n_layers, n_experts]
-    expert_outputs: Tensor | Sequence[Tensor] | None  # [n_experts, n, hidden_size]
-    lm_head_weight: Any  # [n_columns, hidden_size]
-    lm_head_bias: Tensor | None  # [n_columns]
-    token_weights: Tensor | None  # as targets
-    input_ids: Tensor | None  # as targets
-    prefix_ids: Tensor | None  # [batch_size, n_prefix]; [n_prefix] beside flat targets
-    position_ids: Tensor | None  # as targets, or [1, n_tokens]
-    segment_ids: Tensor | None  # as targets, or [1, n_tokens]
-    cu_seqlens: Tensor | None  # [n_segments + 1]
-    num_items_in_batch: float | Tensor | None
-    negative_ids: Tensor | None  # as targets, and [n_negatives]
-    negative_weights: Tensor | None  # as negative_ids
-    soft_target_ids: Tensor | None  # as targets, and [n_soft_targets]
-    soft_target_weights: Tensor | None  # as soft_target_ids
-    target_probabilities: Tensor | None  # as targets, and [vocab_size]
-    contrastive_pair: tuple[Tensor, Tensor] | None  # two of [n_pairs, hidden_size]
-    max_counted_rows: int | None
-    labels_are_shifted: bool | None  # None: as the configuration says
+    attention_mask: Tensor | None = None  # as targets
+    hidden_states: Any = None  # as logits, [..., hidden_size]
+    primary_logits: Any = None  # as logits
+    additional_logits: Heads = None  # of logits' shape, one per head
+    mtp_hidden_states: Any = None  # num_future_tokens of hidden_states' shape
+    mtp_depth_weights: Tensor | None = None  # [num_future_tokens]
+    confidence_scores: Tensor | None = None  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
+    mtp_active: bool | Tensor | None = None
+    gate_logits: Tensor | Sequence[Tensor | None] | None = None  # [n, n_experts] per layer
+    expert_indices: Tensor | Sequence[Tensor | None] | None = None  # [n, k] per layer
+    global_expert_counts: Tensor | None = None  # [n_layers, n_experts]
+    expert_outputs: Tensor | Sequence[Tensor] | None = None  # [n_experts, n, hidden_size]
+    lm_head_weight: Any = None  # [n_columns, hidden_size]
+    lm_head_bias: Tensor | None = None  # [n_columns]
+    token_weights: Tensor | None = None  # as targets
+    input_ids: Tensor | None = None  # as targets
+    prefix_ids: Tensor | None = None  # [batch_size, n_prefix]; [n_prefix] beside flat targets
+    position_ids: Tensor | None = None  # as targets, or [1, n_tokens]
+    segment_ids: Tensor | None = None  # as targets, or [1, n_tokens]
+    cu_seqlens: Tensor | None = None  # [n_segments + 1]
+    num_items_in_batch: float | Tensor | None = None
+    negative_ids: Tensor | None = None  # as targets, and [n_negatives]
+    negative_weights: Tensor | None = None  # as negative_ids
+    soft_target_ids: Tensor | None = None  # as targets, and [n_soft_targets]
+    soft_target_weights: Tensor | None = None  # as soft_target_ids
+    target_probabilities: Tensor | None = None  # as targets, and [vocab_size]
+    contrastive_pair: tuple[Tensor, Tensor] | None = None  # two of [n_pairs, hidden_size]
+    max_counted_rows: int | None = None
+    labels_are_shifted: bool | None = None  # None: as the configuration says
 
-    class_weights: Tensor | None  # [vocab_size], of the loss
+    class_weights: Tensor | None = None  # [vocab_size], of the loss
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
     head_loss: HeadLoss = dataclasses.field(init=False, repr=False)  # not there yet where a check fails

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -28,6 +27,4 @@ def rows_of_targets(
     arguments = dict(zip(arguments, given, strict=True))
     number = torch.empty(1, device=targets.device if isinstance(targets, Tensor) else None)
     shape = (*targets.shape, config.vocab_size) if isinstance(targets, Tensor) else (config.vocab_size,)
-    absent = {name: None for name in list(inspect.signature(Call).parameters)[2:]}
-    of_call = {"logits": number.expand(shape), "targets": targets, "num_items_in_batch": 1, **arguments}
-    return Call(config, (), **(absent | of_call)).rows
+    return Call(config, (), logits=number.expand(shape), targets=targets, num_items_in_batch=1, **arguments).rows
