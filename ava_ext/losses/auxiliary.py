@@ -12,9 +12,10 @@ from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.router import load_variation, measure_router, router_of_call, texts_of_router
-from ava_ext.ops.router_layers import layered_gate_logits, stack_expert_indices
-from ava_ext.ops.router_rows import RouterStatistics, router_statistics
+from ava_ext.ops.router_layers import layered_gate_logits
+from ava_ext.ops.router_rows import RouterStatistics
 from ava_ext.process_group import GroupReference, resolve
+from ava_ext.sequences import text_numbers
 
 CONVENTIONS = ("switch", "huggingface")
 
@@ -53,12 +54,11 @@ def load_balancing_loss(
     if convention not in CONVENTIONS:
         raise ValueError(f"load_balancing_loss: expected convention to be one of {CONVENTIONS}, got {convention!r}")
     counts, probability_sum, n_rows = statistics.counts, statistics.probability_sum, statistics.n_rows
+    factor: int | Tensor = 1
     if convention == "huggingface":
         counts, probability_sum, n_rows = (
             value.sum(dim=0, keepdim=True) for value in (counts, probability_sum, n_rows)
         )
-    factor: int | Tensor = 1
-    if convention == "huggingface":
         factor = counts.sum() / n_rows.sum().clamp_min(1) if k is None else k
     group = resolve(process_group)
     if group is not None:
@@ -333,24 +333,27 @@ class AuxiliaryLoss(Part):
         row_mask: Tensor | None = None,  # n_rows elements, bool
     ) -> RouterStatistics:
         """The statistics that `terms` needs; with per_sequence, every sequence of every layer is a layer."""
-        options: dict[str, Any] = {"k": self.k, "score": self.score}
-        if not self.per_sequence:
-            options |= {"n_experts": self.n_experts, "n_layers": self.n_layers, "owner": "auxiliary_loss"}
-            return measure_router(gate_logits, expert_indices, row_mask, **options)
-        layers = layered_gate_logits(gate_logits, self.n_layers)
-        if layers[0].dim() != 4:
-            raise ValueError(
-                "auxiliary_loss: per_sequence=True expects gate_logits [batch_size, n_tokens, n_experts] per layer, "
-                f"got {list(layers[0].shape[1:])}"
-            )
-        batch_size, n_tokens = layers[0].shape[1:3]
-        n_layers = sum(layer.shape[0] for layer in layers)
-        if expert_indices is not None:
-            expert_indices = stack_expert_indices(expert_indices, n_layers, batch_size * n_tokens, self.k)
-            expert_indices = expert_indices.reshape(n_layers * batch_size, n_tokens, -1)
-        if row_mask is not None:
-            row_mask = row_mask.reshape(batch_size, n_tokens).repeat(n_layers, 1)
-        return router_statistics([layer.flatten(0, 1) for layer in layers], expert_indices, row_mask, **options)
+        texts, n_texts = None, 1
+        if self.per_sequence:
+            first = layered_gate_logits(gate_logits, self.n_layers)[0]
+            if first.dim() != 4:
+                raise ValueError(
+                    "auxiliary_loss: per_sequence=True expects gate_logits [batch_size, n_tokens, n_experts] per "
+                    f"layer, got {list(first.shape[1:])}"
+                )
+            texts, n_texts = text_numbers((first.shape[1], first.shape[2]), None, None, first.device)
+        return measure_router(
+            gate_logits,
+            expert_indices,
+            row_mask,
+            k=self.k,
+            n_experts=self.n_experts,
+            n_layers=self.n_layers,
+            score=self.score,
+            texts=texts,
+            n_texts=n_texts,
+            owner="auxiliary_loss",
+        )
 
     def terms(self, statistics: RouterStatistics) -> tuple[Tensor, Tensor]:
         """(load balancing, router z-loss), both weighted, from statistics that have been measured."""
