@@ -15,16 +15,15 @@ from torch import Tensor
 
 from ava_ext.ops.arguments import check_devices, with_dense_rows
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient, without_second_derivative
+from ava_ext.ops.dtensor_logits import PlacedLogits
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_evaluation import RowOptions
 from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TARGET_PROBABILITIES, RowFlags, accumulation_dtype
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
 
-AnyLogits = Tensor | LinearLogits | ShardedLogits | LocalRows
-
 
 def as_column_weights(
-    logits: AnyLogits,  # [..., n_columns]
+    logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     flags: int,
     vocab_size: int | None,
     target_probabilities: Tensor | None,  # [..., vocab_size]
@@ -48,9 +47,7 @@ def as_column_weights(
             "row_loss: expected flags without EXCLUDE_TARGET beside target_probabilities, which have no one target, "
             f"got {RowFlags(flags)!r}"
         )
-    if isinstance(logits, ShardedLogits) or (
-        isinstance(logits, LocalRows) and isinstance(logits.logits, ShardedLogits)
-    ):
+    if isinstance(logits, ShardedLogits):
         raise NotImplementedError(f"row_loss: {name} beside logits whose columns are spread over ranks")
     check_devices("row_loss", logits, **{name: given})
     rows = () if target_probabilities is None else tuple(logits.shape[:-1])
@@ -72,7 +69,7 @@ def as_column_weights(
 def with_probability_gradient(
     loss: Tensor,  # [] or [...]
     target_probabilities: Tensor,  # [..., vocab_size], requires grad
-    logits: AnyLogits,  # [..., n_columns]
+    logits: PlacedLogits,  # [..., n_columns]
     targets: Tensor,  # [...]
     options: Tensor,  # [N_OPTIONS]
     flags: int,

@@ -176,63 +176,40 @@ def row_loss(
             refuse_transforms_in_graphs("row_loss", vmap_works=False)
         elif wants_gradient(target_probabilities):
             refuse_transforms("row_loss", (target_probabilities,))
-    if target_probabilities is not None and wants_gradient(target_probabilities):
-        found = row_loss(
-            logits,
-            targets,
-            options,
-            flags=flags,
-            row_weights=row_weights,
-            candidates=candidates,
-            vocab_size=vocab_size,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            inplace_gradient=inplace_gradient,
-            chunk_bytes=chunk_bytes,
-            max_counted_rows=max_counted_rows,
-            target_probabilities=target_probabilities.detach(),
-            smoothing_weights=smoothing_weights,
-            with_ranks=with_ranks,
+    placed, probabilities = logits, target_probabilities
+    if target_probabilities is not None:
+        target_probabilities = target_probabilities.detach()
+    constants = (targets, options, flags, row_weights, vocab_size, ignore_index, chunk_bytes)
+    block = None
+    if isinstance(logits, LocalRows):
+        block, logits = logits.rows, logits.logits
+        targets = block.local(targets)
+        row_weights, target_probabilities = (
+            None if given is None else block.local(given) for given in (row_weights, target_probabilities)
         )
-        if not torch.is_grad_enabled():
-            return found
-        constants = (targets, options, flags, row_weights, vocab_size, ignore_index, chunk_bytes)
-        return found._replace(loss=with_probability_gradient(found.loss, target_probabilities, logits, *constants))
+        candidates = None if candidates is None else block.local_candidates(candidates)
     of_columns = (vocab_size, target_probabilities, smoothing_weights)
     column_weights, column_flags = as_column_weights(logits, flags, *of_columns)
     flags = flags | column_flags | (RANKS if with_ranks else 0)
     arguments = (targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
     if isinstance(logits, Tensor):
-        return _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient, column_weights)
-    if isinstance(logits, LocalRows):
-        block = logits.rows
-        local = row_loss(
-            logits.logits,
-            block.local(targets),
-            options,
-            flags=flags & ~(column_flags | RANKS),
-            row_weights=None if row_weights is None else block.local(row_weights),
-            candidates=None if candidates is None else block.local_candidates(candidates),
-            vocab_size=vocab_size,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            inplace_gradient=inplace_gradient,
-            chunk_bytes=chunk_bytes,
-            max_counted_rows=max_counted_rows,
-            target_probabilities=None if target_probabilities is None else block.local(target_probabilities),
-            smoothing_weights=smoothing_weights,
-            with_ranks=with_ranks,
-        )
-        return RowLoss(local.loss if reduction == "sum" else block.among_all(local.loss), block.among_all(local.terms))
-    if isinstance(logits, ShardedLogits):
+        found = _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient, column_weights)
+    elif isinstance(logits, ShardedLogits):
         if with_ranks:
             raise NotImplementedError("row_loss: ranks of logits whose columns are spread over ranks")
         inplace = False
         if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
             _check_inplace(logits.logits)
             inplace = not is_checkpointed()
-        return vocabulary_parallel_row_loss(logits, *arguments, reduction, inplace, chunk_bytes, max_counted_rows)
-    return linear_row_loss(logits, *arguments, reduction, chunk_bytes, max_counted_rows, column_weights)
+        found = vocabulary_parallel_row_loss(logits, *arguments, reduction, inplace, chunk_bytes, max_counted_rows)
+    else:
+        found = linear_row_loss(logits, *arguments, reduction, chunk_bytes, max_counted_rows, column_weights)
+    if block is not None:
+        loss = found.loss if reduction == "sum" else block.among_all(found.loss)
+        found = RowLoss(loss, block.among_all(found.terms))
+    if probabilities is not None and wants_gradient(probabilities) and torch.is_grad_enabled():
+        return found._replace(loss=with_probability_gradient(found.loss, probabilities, placed, *constants))
+    return found
 
 
 def _dense_row_loss(
