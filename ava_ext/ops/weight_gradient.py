@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import check_devices, with_dense_rows
 
 _ops = torch.ops.ava_ext
 
@@ -41,13 +41,7 @@ def add_weight_gradient_(
         >>> add_weight_gradient_(grad_weight, torch.randn(4, 100).bfloat16(), torch.randn(4, 8).bfloat16())
         >>> grad_weight.norm()
     """
-    _ops.add_weight_gradient_(grad_weight, _with_dense_rows(grad_logits), _with_dense_rows(hidden_states))
-
-
-def _with_dense_rows(
-    matrix: Tensor,  # [n_rows, n]
-) -> Tensor:  # [n_rows, n], last stride 1
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+    _ops.add_weight_gradient_(grad_weight, with_dense_rows(grad_logits), with_dense_rows(hidden_states))
 
 
 @torch.library.register_fake("ava_ext::add_weight_gradient_")

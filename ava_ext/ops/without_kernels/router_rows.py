@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.linear_logits import without_autocast
-from ava_ext.ops.softmax_rows import accumulation_dtype
+from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.ops.without_kernels.dtypes import widest_dtype
 
 
