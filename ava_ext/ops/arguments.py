@@ -11,10 +11,11 @@ POSITIVE = "a number > 0 in the range of float32"
 _LEAST, _GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
-def check_is_tensor(owner: str, name: str, value: object, *, or_linear: bool = False) -> None:
+def check_is_tensor(
+    owner: str, name: str, value: object, kinds: tuple[type, ...] = (Tensor,), expected: str = "a Tensor"
+) -> None:
     """Raises TypeError for a list, an array of NumPy, the output of a model, ..."""
-    if not isinstance(value, Tensor):
-        expected = "a Tensor or LinearLogits" if or_linear else "a Tensor"
+    if not isinstance(value, kinds):
         raise TypeError(
             f"{owner}: expected {name} to be {expected}, got {type(value).__module__}.{type(value).__qualname__}"
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.ops.dtensors import is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import LocalRows, RowShard, ShardedLogits
@@ -32,6 +33,12 @@ def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
             return _local_linear_logits(owner, logits)
         return logits
     return _local_tensor_logits(owner, logits) if is_dtensor(logits) else logits
+
+
+def check_is_logits(owner: str, logits: object) -> None:
+    """Raises TypeError for what is neither a tensor nor what logits are computed from."""
+    kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
+    check_is_tensor(owner, "logits", logits, kinds, "a Tensor or LinearLogits")
 
 
 def has_dtensor(logits: PlacedLogits) -> bool:

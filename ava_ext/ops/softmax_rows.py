@@ -26,7 +26,7 @@ from ava_ext.ops.derivatives import (
     wants_gradient,
     without_second_derivative,
 )
-from ava_ext.ops.dtensor_logits import has_dtensor, local_logits, whole_beside
+from ava_ext.ops.dtensor_logits import check_is_logits, has_dtensor, local_logits, whole_beside
 from ava_ext.ops.dtensors import whole
 from ava_ext.ops.gradient_layout import new_gradient
 from ava_ext.ops.linear_logits import LinearLogits
@@ -146,8 +146,7 @@ def row_loss(
     if not (is_plain and type(target_probabilities) in _PLAIN and type(smoothing_weights) in _PLAIN):
         given, logits = logits, local_logits("row_loss", logits)
         inplace_gradient = inplace_gradient and not has_dtensor(given)  # it may be a leaf, or be saved: not seen here
-        if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
-            check_is_tensor("row_loss", "logits", logits, or_linear=True)
+        check_is_logits("row_loss", logits)
         if not isinstance(logits, LocalRows):  # which take their rows of DTensors
             ids, weights, groups = candidates if candidates else (None, None, ())
             of_rows = {

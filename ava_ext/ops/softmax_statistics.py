@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import as_ids, check_is_tensor, check_positive
-from ava_ext.ops.dtensor_logits import local_logits, whole_beside
+from ava_ext.ops.dtensor_logits import check_is_logits, local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
 from ava_ext.ops.row_fields import IDS_ARE_PRESENT, RowFlags, row_options
@@ -85,8 +85,7 @@ def softmax_statistics(
         >>> margin_loss = torch.relu(1 + s.log_rest + s.entropy - s.log_probs[..., 0]).mean()
         >>> margin_loss.backward()
     """
-    if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
-        check_is_tensor("softmax_statistics", "logits", logits, or_linear=True)
+    check_is_logits("softmax_statistics", logits)
     if ids is not None:
         check_is_tensor("softmax_statistics", "ids", ids)
         ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
@@ -180,8 +179,7 @@ def token_log_probs(
         >>> loss = -(advantages * log_prob).mean() - 0.01 * entropy.mean()
         >>> loss.backward()
     """
-    if not isinstance(logits, (LinearLogits, ShardedLogits, LocalRows)):
-        check_is_tensor("token_log_probs", "logits", logits, or_linear=True)
+    check_is_logits("token_log_probs", logits)
     check_is_tensor("token_log_probs", "targets", targets)
     targets = as_ids("token_log_probs", "targets", targets, "[...]")
     if targets.shape != logits.shape[:-1]:

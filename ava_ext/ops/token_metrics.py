@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_is_tensor
-from ava_ext.ops.dtensor_logits import local_logits
+from ava_ext.ops.dtensor_logits import check_is_logits, local_logits
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import N_RANKS, TERM_NAMES
-from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
+from ava_ext.ops.sharded_logits import LocalRows
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import statistics_options
 
@@ -66,8 +65,7 @@ def token_metrics(
         >>> metrics = token_metrics(logits, targets)
         >>> top_5_accuracy = ((metrics.rank >= 0) & (metrics.rank < 5)).sum() / (targets != -100).sum()
     """
-    if not isinstance(logits, (LinearLogits, ShardedLogits)):
-        check_is_tensor("token_metrics", "logits", logits, or_linear=True)
+    check_is_logits("token_metrics", logits)
     placed = local_logits("token_metrics", logits)
     if isinstance(placed, LocalRows):
         local = token_metrics(
