@@ -66,7 +66,7 @@ class Call:
         candidate_loss: the penalty of candidates on rows of the main logits; the pass over the rows sets it.
         head_loss: main's cross-entropy for the logits of a further head; the pass over the rows sets it.
         recording: whether this call counts for what components learn; a tensor where a traced graph finds out.
-        made: what parts share, each made by the first that asks.
+        router: the statistics of its router, which parts share: `losses.router.router_of_call` measures them.
         learned: what parts learn from this call, each called with `recording` once the whole loss is computed: a call
             that raises teaches nothing.
 
@@ -115,7 +115,7 @@ class Call:
     head_loss: HeadLoss = dataclasses.field(init=False, repr=False)  # not there yet where a check fails
     candidate_loss: CandidateLoss = dataclasses.field(init=False, repr=False)
     recording: bool | Tensor = dataclasses.field(init=False, default=False)
-    made: dict[str, Any] = dataclasses.field(init=False, default_factory=dict)
+    router: Any = dataclasses.field(init=False, default=None)
     learned: list[Callable[[bool | Tensor], None]] = dataclasses.field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:

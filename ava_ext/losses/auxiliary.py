@@ -11,7 +11,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
-from ava_ext.losses.router import load_variation, measure_router, router_of_call, texts_of_router
+from ava_ext.losses.router import load_variation, measure_router, router_of_call
 from ava_ext.ops.router_layers import layered_gate_logits
 from ava_ext.ops.router_rows import RouterStatistics
 from ava_ext.process_group import GroupReference, resolve
@@ -280,10 +280,9 @@ class AuxiliaryLoss(Part):
 
     def of_call(self, call: Call) -> Addends:
         """Both terms of the call's router, and metrics of how uneven its choices are."""
-        statistics = router_of_call(call, "use_auxiliary_loss")
-        groups = texts_of_router(call) if self.per_sequence else statistics
+        statistics, texts = router_of_call(call, "use_auxiliary_loss")
         share = call.rows.batch_share
-        terms = {key: share * term for key, term in zip(self.keys, self.terms(groups), strict=True)}
+        terms = {key: share * term for key, term in zip(self.keys, self.terms(texts), strict=True)}
         if call.global_expert_counts is not None:
             if self.per_sequence:
                 raise ValueError("unified_loss: expected no global_expert_counts with load_balancing_per_sequence=True")

@@ -162,10 +162,10 @@ class MoEBalancer(LearnedState, Part):
 
     def of_call(self, call: Call) -> Addends:
         """The steering term of the call's router."""
-        call.required("gate_logits", "use_moe_balancing")
-        statistics = router_of_call(call, "use_moe_balancing", self.bias_of_choice(call.expert_indices))
-        if self.has_quantiles and call.recording is not False and call.gate_logits is not None:
-            layers = layered_gate_logits(call.gate_logits, self.n_layers)
+        gate_logits = call.required("gate_logits", "use_moe_balancing")
+        statistics = router_of_call(call, "use_moe_balancing", self.bias_of_choice(call.expert_indices)).whole
+        if self.has_quantiles and call.recording is not False:
+            layers = layered_gate_logits(gate_logits, self.n_layers)
             row_mask = call.padding_free(layers_shape(layers)[1])
             counts = self._count_required_bias(layers, call.expert_indices, row_mask)
             call.learned.append(lambda recording: self.record(recording, pending_required_bias=counts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,23 +70,30 @@ def measure_router(
     )
 
 
+class RouterOfCall(NamedTuple):
+    """The statistics of a call's router."""
+
+    whole: RouterStatistics  # [n_layers, ...]
+    texts: RouterStatistics  # [n_layers * n_texts, ...], where load_balancing_per_sequence tells texts apart; or whole
+
+
 def router_of_call(
     call: Call,
     option: str,
     expert_bias: Tensor | None = None,  # [n_layers, n_experts]
-) -> RouterStatistics:
+) -> RouterOfCall:
     """The statistics of the call's router, measured for the first part that asks. option is the one that needs them."""
-    if "router" not in call.made:
+    if call.router is None:
         config = call.config
         gate_logits = call.required("gate_logits", option)
-        layers = layered_gate_logits(gate_logits, config.num_moe_layers)
+        n_rows = layers_shape(layered_gate_logits(gate_logits, config.num_moe_layers))[1]
         texts, n_texts = None, 1
         if config.use_auxiliary_loss and config.load_balancing_per_sequence:
-            texts, n_texts = _texts_of_rows(call, layers_shape(layers)[1])
+            texts, n_texts = _texts_of_rows(call, n_rows)
         measured = measure_router(
             gate_logits,
             call.expert_indices,
-            call.padding_free(layers_shape(layers)[1]),
+            call.padding_free(n_rows),
             k=config.num_experts_per_token,
             n_experts=config.num_experts,
             n_layers=config.num_moe_layers,
@@ -95,15 +103,11 @@ def router_of_call(
             n_texts=n_texts,
             owner="unified_loss",
         )
-        call.made["router_of_texts"] = measured
-        whole = (field.unflatten(0, (-1, n_texts)).sum(1) for field in measured)
-        call.made["router"] = measured if texts is None else RouterStatistics(*whole)
-    return call.made["router"]
-
-
-def texts_of_router(call: Call) -> RouterStatistics:
-    """The statistics of every text of every layer, [n_layers * n_texts], once router_of_call has measured them."""
-    return call.made["router_of_texts"]
+        whole = measured
+        if texts is not None:
+            whole = RouterStatistics(*(field.unflatten(0, (-1, n_texts)).sum(1) for field in measured))
+        call.router = RouterOfCall(whole, measured)
+    return call.router
 
 
 def _texts_of_rows(call: Call, n_rows: int) -> tuple[Tensor, int]:  # [n_rows]
