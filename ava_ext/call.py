@@ -231,6 +231,11 @@ class Call:
             values = values[..., :-1]
         return values.squeeze(-2) if self.is_flat else values
 
+    def no_loss(self) -> Tensor:  # [], or with reduction="none" [batch_size, n_tokens]
+        """The term of a part that is off in this call."""
+        weights = self.rows.weights
+        return torch.zeros_like(weights) if self.config.reduction == "none" else weights.new_zeros(())
+
     def own_rows(self) -> Tensor | None:  # [batch_size, n_tokens] bool
         """Which rows this rank has; None: all."""
         rows = None if self.placement is None else self.placement.rows

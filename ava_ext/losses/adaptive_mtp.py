@@ -118,10 +118,11 @@ def adaptive_mtp_terms(
         segments,
         len(heads),
         ignore_index,
+        scale=head_weights,
         depth_weights=depth_weights,
         own_denominator=own_denominator,
     )
-    loss, of_heads = losses_of_heads(heads, rows._replace(weights=rows.weights * head_weights), head_loss)
+    loss, of_heads = losses_of_heads(heads, rows, head_loss)
     probability = of_heads[CROSS_ENTROPY, 0].neg().exp().to(dtype)
     is_target = rows.targets[0] != ignore_index
     regularization = torch.zeros_like(weights)

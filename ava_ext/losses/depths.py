@@ -88,6 +88,7 @@ def depth_rows(
     n_depths: int,
     ignore_index: int,
     *,
+    scale: float | Tensor = 1.0,  # [] or [batch_size, n_tokens]
     depth_weights: Tensor | None = None,  # [n_depths]
     own_denominator: bool = False,
 ) -> DepthRows:
@@ -96,6 +97,7 @@ def depth_rows(
     Args:
         targets, row_weights, segments, ignore_index: of depth 0, as `shift_targets` and `counted_ahead` take them.
         n_depths: how many depths there are.
+        scale: factor of the weights of every depth.
         depth_weights: factor of each depth.
         own_denominator: multiply the weights of depth k by sum_t w_t / sum_t w_{t+k}: what was divided by the number of
             all rows is then divided by that of the rows which have a target at depth k. Both sums are those of this
@@ -118,7 +120,7 @@ def depth_rows(
                 f"{list(depth_weights.shape)}" + (" with it" if depth_weights.requires_grad else "")
             )
         weights = weights * depth_weights.to(weights).view(-1, 1, 1)
-    return DepthRows(shifted, weights)
+    return DepthRows(shifted, weights * scale)
 
 
 def active_rows(

@@ -147,9 +147,9 @@ class MultiTokenPrediction(Part):
         rows, active = call.rows, call.mtp_active
         head = (call.lm_head_weight, call.lm_head_bias) if self.share_head else (None, None)
         if active is False:
-            zeros = torch.zeros_like(rows.weights) if call.config.reduction == "none" else rows.weights.new_zeros(())
-            loss = connected(zeros, (*self.parameters(), call.hidden_states, *(() if self.detach_head else head)))
-            return Addends({"mtp_loss": loss}, depth_metrics(no_means(zeros, self.n_depths)))
+            parts = (*self.parameters(), call.hidden_states, *(() if self.detach_head else head))
+            means = no_means(rows.weights, self.n_depths)
+            return Addends({"mtp_loss": connected(call.no_loss(), parts)}, depth_metrics(means))
         hidden_states = call.required("hidden_states", "use_mtp")
         of_rows = (*active_rows(rows.targets, rows.weights, active, self.ignore_index), call.segments)
         of_call = (call.head_loss, *head, call.mtp_depth_weights, call.own_rows())
@@ -188,17 +188,16 @@ class MultiTokenPrediction(Part):
             ValueError: shapes do not fit, or mtp_share_head has no lm_head_weight.
         """
         self._check(hidden_states, targets, row_weights, segments, lm_head_weight)
-        weights = row_weights.detach()
         rows = depth_rows(
             targets,
-            weights,
+            row_weights.detach(),
             segments,
             self.n_depths,
             self.ignore_index,
+            scale=self.weight / self.n_depths,
             depth_weights=depth_weights,
             own_denominator=self.own_denominator,
         )
-        rows = rows._replace(weights=rows.weights * (self.weight / self.n_depths))
         # what a row that predicts nothing holds may be nan: 0 times nan would reach the gradients of norms and blocks
         predicts = (rows.targets != self.ignore_index).any(0).unsqueeze(-1)
         hidden_states = torch.where(predicts, hidden_states, 0.0)

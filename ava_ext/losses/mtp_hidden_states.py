@@ -83,19 +83,18 @@ class HiddenStatesMTP(Part):
         rows, active = call.rows, call.mtp_active
         heads = self._heads_of(call)
         if active is False or heads is None:
-            zeros = torch.zeros_like(rows.weights) if call.config.reduction == "none" else rows.weights.new_zeros(())
-            loss = connected(zeros, () if heads is None else parts_of_heads(heads))
+            loss = connected(call.no_loss(), () if heads is None else parts_of_heads(heads))
             return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, self.n_depths)))
         of_depths = depth_rows(
             *active_rows(rows.targets, rows.weights.detach(), active, self.ignore_index),
             call.segments,
             self.n_depths,
             self.ignore_index,
+            scale=self.weight / self.n_depths,
             depth_weights=call.mtp_depth_weights,
             own_denominator=self.own_denominator,
         )
-        scaled = of_depths._replace(weights=of_depths.weights * (self.weight / self.n_depths))
-        loss, terms = losses_of_heads(heads, scaled, call.head_loss)
+        loss, terms = losses_of_heads(heads, of_depths, call.head_loss)
         means = depth_means(terms, of_depths.targets, self.ignore_index, call.own_rows())
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 

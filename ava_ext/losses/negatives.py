@@ -65,8 +65,7 @@ class NegativesWithoutTarget(Part):
         rows, config = call.rows, call.config
         candidates = given_negatives(call)
         if candidates is None:
-            zeros = torch.zeros_like(rows.weights)
-            return Addends({"negative_penalty": zeros if config.reduction == "none" else zeros.sum()})
+            return Addends({"negative_penalty": call.no_loss()})
         ids = candidates.ids
         if ids.shape[-1] >= config.vocab_size:
             raise ValueError(
