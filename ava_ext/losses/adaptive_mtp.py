@@ -26,7 +26,7 @@ from ava_ext.losses.learned_state import LearnedState
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.committed import is_exporting, is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import TERM_NAMES
+from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 
@@ -104,7 +104,7 @@ def adaptive_mtp_terms(
             raise ValueError("adaptive_mtp: expected additional_logits of at least 1 head, got none")
         return _switched_off(heads, targets, row_weights, confidence_scores, per_row)
     batch_size, n_tokens = targets.shape
-    dtype = torch.float64 if heads[0].dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(heads[0].dtype)
     targets, weights = active_rows(targets, row_weights.detach().to(dtype), mtp_active, ignore_index)
     confidence = None
     if confidence_scores is not None:
@@ -193,7 +193,7 @@ def _switched_off(
     confidence_scores: Tensor | None,
     per_row: bool,
 ) -> AdaptiveMTPTerms:
-    dtype = torch.float64 if row_weights.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(row_weights.dtype)
     zeros = torch.zeros(targets.shape if per_row else (), dtype=dtype, device=targets.device)
     mtp_loss, regularization = connected(zeros, parts_of_heads(heads)), connected(zeros.clone(), [confidence_scores])
     nothing = torch.zeros((), dtype=dtype, device=targets.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.ops.arguments import check_positive
+from ava_ext.ops.row_fields import accumulation_dtype
 
 DIVERGENCES = ("kl", "js")
 
@@ -78,14 +79,14 @@ class ConsistencyLoss(nn.Module):
         mask = None if attention_mask is None else attention_mask != 0
         log_q, log_p = self._log_probability(logits, mask), self._log_probability(targets, mask)
         rows = _kl(log_p, log_q) if self.divergence == "kl" else _js(log_p, log_q)
-        n_rows = rows.numel() if mask is None else mask.sum().clamp_min(1)
-        loss = self.temperature**2 * rows.sum() / (max(n_rows, 1) if isinstance(n_rows, int) else n_rows)
+        n_rows = max(rows.numel(), 1) if mask is None else mask.sum().clamp_min(1)
+        loss = self.temperature**2 * rows.sum() / n_rows
         if not return_detailed:
             return loss
         return {"total_loss": loss, "consistency_loss": loss.detach().clone()}
 
     def _log_probability(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(accumulation_dtype(logits.dtype))
         if mask is not None:  # equal rows, so that rows that do not count have divergence 0
             logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
         return torch.log_softmax(logits / self.temperature, dim=-1)

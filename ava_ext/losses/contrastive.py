@@ -14,6 +14,7 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.ops.arguments import check_positive, has_shape
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import without_autocast
+from ava_ext.ops.row_fields import accumulation_dtype
 
 # similarities held at a time; backward computes a block again, so this bounds the memory of both passes
 BLOCK_ELEMENTS = 2**22
@@ -192,7 +193,7 @@ def _blocks(n_rows: int, block_rows: int) -> list[tuple[int, int]]:
 
 def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size], [...] -> [..., hidden_size]
     """Vectors of length 1 where mask, 0 elsewhere; a zero vector stays zero, with gradient 0."""
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    vectors = vectors.to(accumulation_dtype(vectors.dtype))
     vectors = torch.where(mask.unsqueeze(-1), vectors, 0.0)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors * torch.where(length == 0, 0.0, 1 / length.masked_fill(length == 0, 1.0))

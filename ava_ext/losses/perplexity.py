@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.arguments import check_integers
+from ava_ext.ops.row_fields import accumulation_dtype
 
 
 class PerplexityLoss(nn.Module):
@@ -58,7 +59,7 @@ class PerplexityLoss(nn.Module):
         targets = targets.long()  # uint8 has no -100
         if attention_mask is not None:
             targets = torch.where(attention_mask != 0, targets, self.ignore_index)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(accumulation_dtype(logits.dtype))
         is_counted = targets != self.ignore_index
         logits = torch.where(is_counted.unsqueeze(-1), logits, 0.0)  # nan in a row that does not count stays there
         rows = cross_entropy(
