@@ -24,7 +24,6 @@ from ava_ext.losses.depths import (
 )
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.ops.arguments import has_shape
-from ava_ext.ops.committed import is_exporting, is_first_run
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
 
@@ -213,10 +212,12 @@ class AdaptiveMTP(LearnedState, Part):
             UnifiedLossConfig.
 
     Example:
+        >>> from ava_ext.losses.adaptive_mtp import adaptive_mtp_terms
         >>> adaptive = AdaptiveMTP()
         >>> weights = torch.full(targets.shape, 1 / targets.numel())
         >>> certain = torch.full(targets.shape, 0.75)
-        >>> terms = adaptive(heads, targets, weights, None, head_loss, confidence_scores=certain)
+        >>> terms = adaptive_mtp_terms(heads, targets, weights, None, head_loss, confidence_scores=certain)
+        >>> adaptive.record_averages(True, terms)
         >>> adaptive.step()
         >>> adaptive.statistics()["mean_confidence"]
         tensor(0.7500)
@@ -282,7 +283,7 @@ class AdaptiveMTP(LearnedState, Part):
             active = False
         if active is not False and self.use_confidence_weighting and confidence is None:
             raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
-        terms = self(
+        terms = adaptive_mtp_terms(
             heads,
             rows.targets,
             rows.weights,
@@ -290,12 +291,16 @@ class AdaptiveMTP(LearnedState, Part):
             call.head_loss,
             confidence_scores=confidence if self.use_confidence_weighting else None,
             mtp_active=active,
+            mtp_weight=self.mtp_weight,
+            confidence_reg_strength=self.confidence_reg_strength,
+            use_confidence_weighting=self.use_confidence_weighting,
+            ignore_index=self.ignore_index,
             depth_weights=call.mtp_depth_weights,
+            own_denominator=self.own_denominator,
             per_row=call.config.reduction == "none",
-            recording=False,
         )
         if active is not False:
-            call.learned.append(lambda recording: self._record_averages(recording, terms))
+            call.learned.append(lambda recording: self.record_averages(recording, terms))
         addends = {"mtp_loss": terms.mtp_loss}
         if self.calibrates:
             addends["confidence_regularization"] = terms.confidence_regularization
@@ -322,50 +327,13 @@ class AdaptiveMTP(LearnedState, Part):
                 )
         return heads
 
-    def forward(
-        self,
-        additional_logits: Heads,  # [n_heads, batch_size, n_tokens, vocab_size], or a list
-        targets: Tensor,  # [batch_size, n_tokens]
-        row_weights: Tensor,  # [batch_size, n_tokens]
-        segments: Tensor | None,  # [batch_size, n_tokens]
-        head_loss: HeadLoss,
-        *,
-        confidence_scores: Tensor | None = None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or with 1
-        mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool
-        depth_weights: Tensor | None = None,  # [n_heads]
-        per_row: bool = False,
-        recording: bool | Tensor | None = None,  # [] bool
-    ) -> AdaptiveMTPTerms:
-        """See adaptive_mtp_terms. recording: whether the averages learn from this call; None: if training with grad."""
-        terms = adaptive_mtp_terms(
-            additional_logits,
-            targets,
-            row_weights,
-            segments,
-            head_loss,
-            confidence_scores=confidence_scores,
-            mtp_active=mtp_active,
-            mtp_weight=self.mtp_weight,
-            confidence_reg_strength=self.confidence_reg_strength,
-            use_confidence_weighting=self.use_confidence_weighting,
-            ignore_index=self.ignore_index,
-            depth_weights=depth_weights,
-            own_denominator=self.own_denominator,
-            per_row=per_row,
-        )
-        if recording is None:
-            learns = self.training and torch.is_grad_enabled() and not is_exporting()
-            recording = learns and is_first_run(row_weights)
-        if recording is not False and mtp_active is not False:
-            self._record_averages(recording, terms)
-        return terms
-
     @torch.no_grad()
-    def _record_averages(
+    def record_averages(
         self,
         recording: bool | Tensor,  # [] bool
         terms: AdaptiveMTPTerms,
     ) -> None:
+        """Adds the terms of a call to what is pending; see LearnedState.record."""
         values = torch.stack([getattr(terms, name).detach().sum().to(torch.float32) for name in self.AVERAGES])
         is_seen = (terms.n_targets > 0) & values.isfinite().all()  # one nan would stay in the sums for ever
         seen_values = torch.where(is_seen, values, 0.0)

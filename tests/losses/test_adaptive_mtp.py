@@ -214,22 +214,22 @@ def make_module():
     return AdaptiveMTP.from_config(UnifiedLossConfig(vocab_size=VOCAB, primary_loss_type="adaptive_mtp"))
 
 
+def learn(adaptive, additional_logits, **inputs):
+    """The terms of a call, which are added to the averages."""
+    terms = adaptive_mtp_terms(additional_logits, **inputs, head_loss=head_loss)
+    adaptive.record_averages(True, terms)
+    return terms
+
+
 def test_running_averages():
     adaptive = make_module().bfloat16()
-    seen = [adaptive(**make_inputs(seed), head_loss=head_loss) for seed in range(3)]
-    adaptive(**make_inputs(7), head_loss=head_loss, mtp_active=False)
-    adaptive(**make_inputs(7), head_loss=head_loss, mtp_active=torch.tensor(False))
-    with torch.no_grad():
-        adaptive(**make_inputs(8), head_loss=head_loss)
-    adaptive(**(make_inputs(7) | NOTHING_COUNTS), head_loss=head_loss)
+    seen = [learn(adaptive, **make_inputs(seed)) for seed in range(3)]
+    learn(adaptive, **make_inputs(7), mtp_active=torch.tensor(False))
+    learn(adaptive, **(make_inputs(7) | NOTHING_COUNTS))
     one_token = {name: value[..., :1] for name, value in make_inputs(7).items() if name != "additional_logits"}
     one_token["additional_logits"] = make_inputs(7)["additional_logits"][:, :, :1]
-    adaptive(**one_token, head_loss=head_loss)  # head 1 has no target in it
-    adaptive(
-        **(make_inputs(7) | {"additional_logits": torch.full((1, BATCH, LENGTH, VOCAB), torch.nan)}),
-        head_loss=head_loss,
-    )
-    adaptive.eval()(**make_inputs(9), head_loss=head_loss)
+    learn(adaptive, **one_token)  # head 1 has no target in it
+    learn(adaptive, **(make_inputs(7) | {"additional_logits": torch.full((1, BATCH, LENGTH, VOCAB), torch.nan)}))
     assert adaptive.statistics()["count"] == 0  # nothing is committed yet
     adaptive.step()
     statistics = adaptive.statistics()
@@ -247,7 +247,7 @@ def test_compiles_without_a_graph_break():
     logits = inputs.pop("additional_logits").requires_grad_()
 
     def call(adaptive, logits, inputs):
-        terms = adaptive(logits, **inputs, head_loss=head_loss)
+        terms = learn(adaptive, logits, **inputs)
         return terms.mtp_loss + terms.confidence_regularization
 
     losses = [
@@ -261,6 +261,19 @@ def test_compiles_without_a_graph_break():
         module.step()
     torch.testing.assert_close(adaptive.sums, eager.sums)
     assert adaptive.count == 1
+
+
+def test_only_training_calls_are_averaged():
+    loss_fn = UnifiedLoss(VOCAB, primary_loss_type="adaptive_mtp", num_future_tokens=1, auto_step=False)
+    logits, targets = torch.randn(BATCH, LENGTH, VOCAB), torch.randint(VOCAB, (BATCH, LENGTH))
+    heads = {"additional_logits": [logits], "confidence_scores": torch.rand(BATCH, LENGTH)}
+    loss_fn(logits, targets, **heads)
+    loss_fn(logits, targets, **heads, mtp_active=False)
+    with torch.no_grad():
+        loss_fn(logits, targets, **heads)
+    loss_fn.eval()(logits, targets, **heads)
+    loss_fn.step()
+    assert loss_fn.adaptive_mtp.count == 1
 
 
 def test_bad_input_is_named():
