@@ -216,8 +216,7 @@ class LossInForward(nn.Module):
     ) -> dict[str, Any]:
         """Arguments of the loss."""
         name, config = type(self).__name__, self.unified_loss.config
-        given = self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
-        given["num_items_in_batch"] = of_loss["num_items_in_batch"]
+        given: dict[str, Any] = {"num_items_in_batch": of_loss["num_items_in_batch"]}
         if self.is_fused:
             if not isinstance(logits, DeferredLogits):
                 raise TypeError(
@@ -231,7 +230,7 @@ class LossInForward(nn.Module):
             given |= {"logits": logits, "hidden_states": hidden_states}
             if config.mtp_share_head or config.mtp_heads == "hidden_states":
                 given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
-        return given | (of_loss["loss_inputs"] or {})
+        return given | self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
 
     def _router(self, output: Any) -> dict[str, Any]:
         if self.expert_bias_binding is not None:
