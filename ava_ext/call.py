@@ -246,11 +246,13 @@ class Call:
     def padding_free(self, n_rows: int) -> Tensor | None:
         """[n_rows] bool: which rows of a router or an expert are not padding; None: all, or their number is another."""
         for keep in (self.keep_targets, self.keep_tokens):
-            if keep is not None and self.placement is not None:
+            if keep is None:
+                continue
+            if self.placement is not None:
                 if keep.shape != self.rows_shape:
                     continue  # without the row behind the last label: no block of the rows
                 keep = self.placement.local(keep)
-            if keep is not None and keep.numel() == n_rows:
+            if keep.numel() == n_rows:
                 return keep.reshape(-1)
         return None
 

@@ -68,10 +68,10 @@ class CallPlacement:
 
     def local(
         self,
-        values: Tensor | None,  # [batch_size, n_tokens]
-    ) -> Tensor | None:
+        values: Tensor,  # [batch_size, n_tokens]
+    ) -> Tensor:
         """Those of this rank's rows."""
-        return values if values is None or self.rows is None else self.rows.local(values)
+        return values if self.rows is None else self.rows.local(values)
 
     def share(self, rows: Rows, ignore_index: int) -> Rows:
         """Rows of all ranks, counted as this rank's share of them."""

@@ -82,5 +82,4 @@ def teacher_kl(
     counted = call.rows.targets != call.config.ignore_index
     negative_entropy = torch.where(counted, negative_entropy, 0)
     of_rows = negative_entropy if call.placement is None else call.placement.local(negative_entropy)
-    total = term.sum() / _factor(call.config) + (0 if of_rows is None else of_rows.sum())
-    return total / call.rows.n_counted.clamp_min(1)
+    return (term.sum() / _factor(call.config) + of_rows.sum()) / call.rows.n_counted.clamp_min(1)

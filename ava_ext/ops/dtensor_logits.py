@@ -88,7 +88,7 @@ class Place:
         """The block of rows that this rank has; None: all."""
         if not any(self.is_of_rows):
             return None
-        placements = self._only(self.is_of_rows)
+        placements = self.of_rows()
         sizes, offsets = _local_shape_and_offset(shape, self.mesh, placements)
         return RowShard(shape, tuple(offsets), tuple(sizes), self.mesh, tuple(placements))
 
@@ -119,12 +119,9 @@ class Place:
             part = ShardedLogits(local, group, first, shape[-1])
         return part if rows is None else LocalRows(part, rows)
 
-    def of_hidden_states(self) -> list[Any]:
-        """The placements of the hidden states that these logits are computed from."""
-        return self._only(self.is_of_rows)
-
-    def _only(self, chosen: tuple[bool, ...]) -> list[Any]:
-        return [p if keep else _replicate() for p, keep in zip(self.placements, chosen, strict=True)]
+    def of_rows(self) -> list[Any]:
+        """The placements of what has a value for each row, such as the hidden states that logits are computed from."""
+        return [p if is_row else _replicate() for p, is_row in zip(self.placements, self.is_of_rows, strict=True)]
 
 
 def _without_negative(placement: Any, n_dimensions: int) -> Any:
@@ -193,7 +190,7 @@ def _local_linear_logits(owner: str, logits: LinearLogits) -> PlacedLogits:  # [
     if not is_dtensor(hidden_states):
         return LinearLogits(hidden_states, gathered_weight(weight), gathered_weight(bias))
     place = linear_place(owner, logits)
-    states = hidden_states.redistribute(placements=place.of_hidden_states()).to_local()
+    states = hidden_states.redistribute(placements=place.of_rows()).to_local()
     bias = None if bias is None else local_weight(owner, bias, place)
     return place.part_of(LinearLogits(_waited(states), local_weight(owner, weight, place), bias), logits.shape)
 

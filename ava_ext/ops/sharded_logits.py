@@ -50,11 +50,6 @@ class ShardedLogits(NamedTuple):
         """Where they are."""
         return self.logits.device
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether a gradient is wanted."""
-        return self.logits.requires_grad
-
     def unsqueeze(self, dim: int) -> ShardedLogits:
         """The logits with one more leading dimension."""
         return self._replace(logits=self.logits.unsqueeze(dim))
