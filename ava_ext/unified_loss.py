@@ -18,11 +18,11 @@ from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
 from ava_ext.model_config import options_of
 from ava_ext.ops.committed import is_exporting, is_first_run
+from ava_ext.ops.dtensors import whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.process_group import resolve
 from ava_ext.reduction import classes_of
-from ava_ext.row_count import rows_of_targets
 from ava_ext.row_pass import CROSS_ENTROPY, RowPass, RowPassOutput
 
 
@@ -141,16 +141,21 @@ class UnifiedLoss(nn.Module):
             >>> loss_fn.count_items(torch.tensor([[7, 8, -100, 9]]))
             tensor(2)
         """
-        rows = rows_of_targets(
-            self.config,
-            targets,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            segment_ids=segment_ids,
-            cu_seqlens=cu_seqlens,
-            token_weights=token_weights,
-            labels_are_shifted=labels_are_shifted,
-        )
+        of_rows: dict[str, Any] = {
+            "targets": targets,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "segment_ids": segment_ids,
+            "cu_seqlens": cu_seqlens,
+            "token_weights": token_weights,
+            "labels_are_shifted": labels_are_shifted,
+        }
+        # every rank has the whole of DTensors, as in the call: nothing here is beside logits
+        of_rows = {name: whole("count_items", name, given, True) for name, given in of_rows.items()}
+        # the call itself decides, so that this and the loss cannot differ; its logits are a single number, repeated
+        like = of_rows["targets"] if isinstance(targets, Tensor) else torch.empty(())
+        logits = like.new_empty(1, dtype=torch.float32).expand(*like.shape, self.config.vocab_size)
+        rows = Call(self.config, (), logits, **of_rows, num_items_in_batch=1).rows
         n_items = rows.weights.count_nonzero() if token_weights is None else rows.weights.sum()
         if self.row_pass.class_weights is not None:
             n_items = (rows.weights * classes_of(rows.targets, self.row_pass.class_weights)).sum()
