@@ -18,7 +18,7 @@ _ops = torch.ops.ava_ext
 def linear_row_statistics(
     owner: str,
     logits: LinearLogits,  # [..., n_columns]
-    ids: Tensor | None,  # [..., n_ids] int32
+    ids: Tensor | None,  # [..., n_ids]
     row_mask: Tensor | None,  # [...] bool
     options: Tensor,  # [N_OPTIONS]
     flags: int,

@@ -24,7 +24,7 @@ _REST, _COUNT = STATISTIC_NAMES.index("rest"), STATISTIC_NAMES.index("count")
 def row_statistics(
     owner: str,
     logits: Tensor,  # [..., n_columns]
-    ids: Tensor | None,  # [..., n_ids] int32
+    ids: Tensor | None,  # [..., n_ids]
     row_mask: Tensor | None,  # [...] bool
     options: Tensor,  # [N_OPTIONS]
     flags: int,

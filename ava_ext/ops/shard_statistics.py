@@ -40,8 +40,8 @@ class Shard(NamedTuple):
 
     def local_ids(
         self,
-        ids: Tensor,  # [n_rows, n_ids] int32
-    ) -> Tensor:  # [n_rows, n_ids] int32
+        ids: Tensor,  # [n_rows, n_ids]
+    ) -> Tensor:  # [n_rows, n_ids]
         """Ids as columns of this rank; -1 where they are none. TAIL_ID stays: each rank has columns of the tail."""
         local = ids - self.first_column
         local.masked_fill_((local < 0) | (local >= self.local_vocab_size), -1)
@@ -58,7 +58,7 @@ class MergedRows(NamedTuple):
 
 def measure(
     logits: Tensor | LinearLogits,  # [n_rows, n_local_columns]
-    ids: Tensor,  # [n_rows, n_ids] int32, columns of all ranks; -1: absent
+    ids: Tensor,  # [n_rows, n_ids], columns of all ranks; -1: absent
     row_mask: Tensor,  # [n_rows] bool: the others are not looked at
     shard: Shard,
 ) -> MergedRows:
@@ -74,7 +74,7 @@ def measure(
 
 def _measure_locally(
     logits: Tensor | LinearLogits,  # [n_rows, n_local_columns]
-    ids: Tensor,  # [n_rows, n_ids] int32
+    ids: Tensor,  # [n_rows, n_ids]
     row_mask: Tensor,  # [n_rows] bool
     shard: Shard,
 ) -> tuple[Tensor, Tensor]:  # [n_rows, N_STATISTICS], [n_rows, n_ids]
@@ -160,7 +160,7 @@ def _merge(
 def local_view(
     merged: MergedRows,
     row_coefficients: Tensor,  # [n_rows, N_ROW_COEFFICIENTS + n_ids], of the ids of all ranks
-    ids: Tensor,  # [n_rows, n_ids] int32
+    ids: Tensor,  # [n_rows, n_ids]
     shard: Shard,
 ) -> tuple[Tensor, Tensor]:  # [n_rows, N_STATISTICS], [n_rows, N_ROW_COEFFICIENTS + n_ids]
     """Statistics and coefficients with which row_gradient writes the gradient of this rank's columns.
@@ -185,7 +185,7 @@ def local_gradients(
     parts: tuple[Tensor | None, ...],  # (logits [n_rows, n_local_columns],) or those of LinearLogits
     statistics: Tensor,  # [n_rows, N_STATISTICS], of local_view
     row_coefficients: Tensor,  # [n_rows, N_ROW_COEFFICIENTS + n_ids]
-    ids: Tensor,  # [n_rows, n_ids] int32, columns of all ranks
+    ids: Tensor,  # [n_rows, n_ids], columns of all ranks
     row_mask: Tensor,  # [n_rows] bool
     shard: Shard,
     wanted: list[bool],

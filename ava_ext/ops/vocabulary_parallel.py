@@ -55,7 +55,7 @@ def vocabulary_parallel_row_loss(
     row_mask = targets != ignore_index
     counted = targets.masked_fill(~row_mask, 0)
     _check_range("row_loss", "targets", counted, 0, shard.vocab_size)
-    ids = targets.masked_fill(~row_mask, -1).to(torch.int32).unsqueeze(-1)
+    ids = targets.masked_fill(~row_mask, -1).unsqueeze(-1)
     weights: Tensor | None = None
     if given_ids is not None and given_weights is not None:
         given_ids = as_matrix(given_ids).masked_fill(~row_mask.unsqueeze(-1), -1)  # of other rows: not looked at
@@ -73,7 +73,7 @@ def vocabulary_parallel_row_loss(
 def vocabulary_parallel_statistics(
     owner: str,
     logits: ShardedLogits,  # [..., n_columns]
-    ids: Tensor | None,  # [..., n_ids] int32
+    ids: Tensor | None,  # [..., n_ids]
     row_mask: Tensor | None,  # [...] bool
     options: Tensor,  # [N_OPTIONS]
     flags: int,
