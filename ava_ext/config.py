@@ -298,10 +298,10 @@ class UnifiedLossConfig:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """eos_token_id as a tuple of any length."""
+        """eos_token_id as a tuple of any length, each id once."""
         if self.eos_token_id is None:
             return ()
-        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        return tuple(dict.fromkeys(self.eos_token_id)) if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def padding_id(self) -> int | None:

@@ -222,7 +222,7 @@ def _weighted_probabilities(
 
     e/V is 0 on the columns that are not there, and V the number of those that are, as in the kernel.
     """
-    dtype = accumulation_dtype(probabilities.dtype)
+    dtype = torch.promote_types(accumulation_dtype(probabilities.dtype), accumulation_dtype(logits.dtype))
     smoothed = probabilities.to(dtype)
     if label_smoothing > 0:
         is_there = _columns_that_are_there(logits, vocab_size)

@@ -184,7 +184,7 @@ def test_unknown_options_are_named_with_the_nearest_known(build):
 
 def test_there_and_back():
     config = UnifiedLossConfig(
-        vocab_size=10, eos_token_id=[3, 4], repetition_allow_list=[1], temperature_bounds=[0.7, 1.5]
+        vocab_size=10, eos_token_id=[3, 4, 3], repetition_allow_list=[1], temperature_bounds=[0.7, 1.5]
     )
     assert config.eos_ids == (3, 4)
     assert UnifiedLossConfig.from_dict(config.to_dict()) == config

@@ -89,6 +89,15 @@ def test_probabilities_of_lower_precision(label_smoothing, dtype):
                 torch.testing.assert_close(got.double(), want, rtol=4e-6, atol=0)
 
 
+def test_probabilities_of_less_precision_than_logits():
+    numbers = Numbers(6)
+    states, head, weight = numbers.normal(9, HIDDEN_SIZE), numbers.normal(V, HIDDEN_SIZE), numbers.uniform(V)
+    q, logits = numbers.uniform(9, V).float(), states @ head.T
+    want = F.cross_entropy(logits, q.double(), weight)
+    for got in (cross_entropy(logits, q, weight), linear_cross_entropy(states, head, q, weight=weight)):
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+
+
 # beside weights, and whether the columns of padding are known by vocab_size or by their logits
 @pytest.mark.parametrize("known_by", ["vocab_size", "logits", "both"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])

@@ -63,6 +63,7 @@ def linear_row_loss(
     beside = {"row_weights": row_weights, "candidate_ids": ids, "candidate_weights": weights}
     check_beside_rows("row_loss", rows, targets=targets, **beside)
     refuse_transforms("row_loss", (*logits, options, row_weights), vmap_works=True)
+    refuse_tangents("row_loss", (weights, column_weights))
     in_forward = logits.requires_grad and reduction == "sum" and logits.dtype != torch.float16
     if torch._C._are_functorch_transforms_active():  # a graph cannot tell whether a batch of vmap requires grad
         in_forward = False

@@ -177,6 +177,7 @@ def row_loss(
             refuse_transforms("row_loss", (target_probabilities,))
     placed, probabilities = logits, target_probabilities
     if target_probabilities is not None:
+        refuse_tangents("row_loss", (target_probabilities,))
         target_probabilities = target_probabilities.detach()
     constants = (targets, options, flags, row_weights, vocab_size, ignore_index, chunk_bytes)
     block = None

@@ -125,17 +125,18 @@ def test_forward_mode_of_linear_logits_raises(name, part):
         OF_LINEAR_LOGITS[name](LinearLogits(*parts))
 
 
-@pytest.mark.parametrize("name", ["row_weights", "options", "candidate weights"])
-def test_forward_mode_of_what_has_no_derivative_raises(name):
+@pytest.mark.parametrize("name", ["row_weights", "options", "candidate weights", "target_probabilities"])
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_forward_mode_of_what_has_no_derivative_raises(name, is_linear):
     logits = make_logits()
     tensors = {"row_weights": torch.ones(4).double(), "options": row_options(logits)}
     tensors["candidate weights"] = torch.ones(4, 1).double()
+    tensors["target_probabilities"] = torch.full((4, V), 1 / V).double() if name == "target_probabilities" else None
+    logits = LinearLogits(logits, torch.eye(V).double()) if is_linear else logits
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="row_loss: forward-mode derivatives"):
         tensors[name] = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
-        candidates = Candidates(torch.zeros(4, 1, dtype=torch.int32), tensors["candidate weights"], (1,))
-        row_loss(
-            logits, torch.tensor(TARGETS), tensors["options"], row_weights=tensors["row_weights"], candidates=candidates
-        )
+        candidates = Candidates(torch.zeros(4, 1, dtype=torch.int32), tensors.pop("candidate weights"), (1,))
+        row_loss(logits, torch.tensor(TARGETS), candidates=candidates, **tensors)
 
 
 @pytest.mark.parametrize("name", ["token_weights", "num_items_in_batch"])
