@@ -6,6 +6,16 @@
 
 #include "dialect.cuh"
 
+namespace ava {
+
+// Sums of rows of a tile, [16, 16] elements of 16 bits, of which each lane of a warp has a vector. Four lanes share two
+// rows: of_rows is the sum of one, twice, and of the other, twice.
+struct TileSums {
+  float of_rows[4] = {};
+};
+
+}  // namespace ava
+
 #ifdef __CUDACC__
 
 namespace ava {
@@ -188,6 +198,25 @@ __device__ __forceinline__ void store_async16(void* shared, uint4 value, uint64_
 #endif
 }
 
+// A vector more of every lane, by the tensor cores, which take the product with ones: all lanes of the warp together.
+// Elements are exact; what is added in float32 may be cut, where other units round.
+template <class Element>
+__device__ __forceinline__ void add_tile(uint4 vector, TileSums& sums) {
+  float* const d = sums.of_rows;
+  if constexpr (std::is_same<Element, __half>::value)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w), "r"(0x3c003c00));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w), "r"(0x3f803f80));
+}
+
 }  // namespace ava
 
 #else
@@ -205,6 +234,8 @@ __device__ __forceinline__ Type warp_sum(Type value) {
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kWholeWarp, value, offset);
   return value;
 }
+// A lane's quarter of its rows' sums: warp_sum adds up what the tensor cores were given.
+__device__ __forceinline__ float lane_sum(const TileSums& sums) { return (sums.of_rows[0] + sums.of_rows[2]) / 4; }
 // One instruction for each, not five rounds of shuffles.
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(kWholeWarp, value); }
 __device__ __forceinline__ int warp_min(int value) { return __reduce_min_sync(kWholeWarp, value); }

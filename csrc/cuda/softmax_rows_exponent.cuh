@@ -111,10 +111,10 @@ struct Exponent {
     const float e = exp2_fast(steps);
     return fmaf(e, lost * kLn2, e);
   }
-  // What U adds up, for all columns alike: differences, which do not overflow, or steps, which are there already.
-  __device__ __forceinline__ float summand(float x, float steps) const { return kExact ? x - reference : steps; }
+  // What U adds up, for all columns alike: logits, or differences where logits might overflow.
+  __device__ __forceinline__ float summand(float x) const { return kExact ? x - reference : x; }
   __device__ __forceinline__ float sum_of_u(float sum, float count) const {
-    return (kExact ? sum * scale.factor : sum - excess * count) * kLn2;
+    return (kExact ? sum : fmaf(-reference, count, sum)) * scale.factor * kLn2;
   }
 };
 

@@ -11,7 +11,7 @@ constexpr int kNoColumn = INT32_MAX;
 template <class Element, Features kFeatures>
 constexpr int kSlotsAtOnce = sizeof(Element) == 4 ? 1 : 2;
 
-// Sums of e, t e, and u in the exponent's units; without the maximum's e.
+// Sums of e, t e, and the exponent's summands; without the maximum's e.
 struct Sums {
   float rest = 0, weighted = 0, sum = 0;
   int n_masked = 0;
@@ -28,8 +28,8 @@ __device__ __forceinline__ float sum_of(float* values) {  // [kSize], which it u
 
 // One vector. `excluded` is the place of the maximum in it, or -1; only vectors that may have one are compared with it.
 // Where a soft cap is flat several logits may have its value `at_maximum`: `argmax` becomes the lowest column of those (R
-// is the same whichever of them is left out).
-template <bool kExcludes, class Element, Features kFeatures, bool kCareful>
+// is the same whichever of them is left out). kSums: the summands of U too; else the tensor cores add them up.
+template <bool kExcludes, bool kSums, class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize]
                                            int first_column, int excluded,
                                            const Exponent<Element, kFeatures, kCareful>& exponent, float at_maximum,
@@ -47,14 +47,14 @@ __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize
     if constexpr (kFeatures != Features::plain) {
       weighted = fmaf(steps, e, weighted);
       const bool is_masked = kCareful && x == -INFINITY;
-      summands[k] = is_masked ? 0.f : exponent.summand(x, steps);
+      summands[k] = is_masked ? 0.f : exponent.summand(x);
       sums.n_masked += is_masked;
     }
   }
   sums.rest += sum_of<kSize>(rest);
   if constexpr (kFeatures != Features::plain) {
     sums.weighted += weighted;
-    sums.sum += sum_of<kSize>(summands);
+    if constexpr (kSums) sums.sum += sum_of<kSize>(summands);
   }
 }
 
@@ -256,34 +256,46 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
   if constexpr (kFeatures == Features::capped) careful = careful || is_flat(capped_best);
 
   const auto sum_up = [&](auto is_careful) {
-    const Exponent<Element, kFeatures, decltype(is_careful)::value> exponent(scale, reference);
+    using RowExponent = Exponent<Element, kFeatures, decltype(is_careful)::value>;
+    constexpr bool kByTensorCores =
+        kFeatures == Features::dense && !RowExponent::kExact && kResidence != Residence::registers;
+    const RowExponent exponent(scale, reference);
     Sums sums;
+    TileSums logit_sums;
     int argmax = kNoColumn;
-    const auto add = [&](int i, auto may_hold_maximum) {
-      constexpr bool kMayHoldMaximum = decltype(may_hold_maximum)::value;
+    const auto add = [&](int i, auto is_apart) {
+      constexpr bool kApart = decltype(is_apart)::value;
       const int first_column = row.column(row.first + i * n_threads + thread);
+      const uint4 bits = kept.get(row, i, 0);
       float logits[kVectorSize<Element>];
-      unpack<Element>(kept.get(row, i, 0), logits);
+      unpack<Element>(bits, logits);
       int excluded = -1;
-      if (kMayHoldMaximum && wins && i == winner_slot) {
+      if (kApart && wins && i == winner_slot) {
         excluded = first_equal<Element>(logits, warp_best);
         argmax = first_column + excluded < argmax ? first_column + excluded : argmax;
       }
-      accumulate<kMayHoldMaximum>(logits, first_column, excluded, exponent, capped_best.value, sums, argmax);
+      if constexpr (kByTensorCores && !kApart) add_tile<Element>(bits, logit_sums);
+      accumulate<kApart, kApart || !kByTensorCores>(logits, first_column, excluded, exponent, capped_best.value, sums,
+                                                    argmax);
     };
     if constexpr (kResidence == Residence::registers) {
       for_slots<kResidence, 1>(0, n_mine, [&](int i) { add(i, std::true_type()); });
     } else {
-      // the winner's slot apart: in all others nothing is compared with the maximum, or asked
-      int begin = 0, end = min(winner_slot, n_mine);
+      // the winner's slot apart: in all others nothing is compared with the maximum, or asked. And for the tensor cores
+      // the last slot where only some lanes of the warp have it
+      const int n_common = kByTensorCores ? row.all.of(thread | 31) : n_mine;
+      const int apart = int(min(unsigned(winner_slot), unsigned(n_common)));
+      int begin = 0, end = apart;
 #pragma unroll 1
       for (;;) {
         for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(begin, end, [&](int i) { add(i, std::false_type()); });
-        if (end == n_mine) break;
-        begin = winner_slot + 1;
-        end = n_mine;
+        if (end == n_common) break;
+        begin = apart + 1;
+        end = n_common;
       }
-      if (unsigned(winner_slot) < unsigned(n_mine)) add(winner_slot, std::true_type());
+#pragma unroll 1
+      for (int i = apart; i < n_mine; i = max(i + 1, n_common)) add(i, std::true_type());
+      if constexpr (kByTensorCores) sums.sum += lane_sum(logit_sums);
     }
     sums.rest = warp_sum(sums.rest);
     int count = 0;
@@ -321,8 +333,8 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
     const int excluded = is_empty ? -1 : first_equal<Element>(logits, high);
     int argmax = is_empty ? kNoColumn : row.column(vector) + excluded;
     Sums sums;
-    accumulate<true>(logits, row.column(vector), excluded, exponent, capped_logit<kFeatures>(high, scale).value, sums,
-                     argmax);
+    accumulate<true, true>(logits, row.column(vector), excluded, exponent, capped_logit<kFeatures>(high, scale).value,
+                           sums, argmax);
     const float count = float(kVectorSize<Element> - sums.n_masked);
     partial = merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax, count),
                     scale.inverse_temperature);

@@ -29,6 +29,20 @@ Type* shared_computed_once(Type* shared) {
   return shared;
 }
 
+template <class Element>
+void add_tile(uint4 vector, TileSums& sums, Place place = Place::current()) {
+  Element elements[8];
+  memcpy(static_cast<void*>(elements), &vector, sizeof(vector));
+  // words x and z are of the row of a lane's group, y and w of the eighth row below
+  float of_rows[2] = {};
+  for (int k = 0; k < 8; ++k) of_rows[k / 2 % 2] += ava::widen(elements[k].number);
+  for (int row = 0; row < 2; ++row) {
+    for (int other = 1; other < 4; other *= 2) of_rows[row] += __shfl_xor_sync(~0u, of_rows[row], other, 32, place);
+    sums.of_rows[2 * row] += of_rows[row];
+    sums.of_rows[2 * row + 1] += of_rows[row];
+  }
+}
+
 inline bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 inline uint4 load16(const void* global, Place place = Place::current()) {
   cuda_emulator::require(is_aligned16(global), "load16: expected an address aligned to 16 bytes", place);

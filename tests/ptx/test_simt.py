@@ -137,6 +137,27 @@ def test_copies_are_waited_for(wait, is_found, late_copies):
     assert is_found or (got[:32] == np.arange(32) * 4 + 1).all()
 
 
+# an element of A alone, one of B alone, where their product is in D: lane 13 has row 3, columns 2 and 3, in its first
+# register, and row 11, columns 10 and 11, in its last; lane 21 has rows 2 and 3 of column 5, and 10 and 11 of it; lane 14
+# has columns 4 and 5 of D's row 3, and of row 11
+@pytest.mark.parametrize(("of_a", "of_b", "of_d"), [(0, 0, 1), (3, 1, 3)])
+@pytest.mark.parametrize(("kind", "one"), [("f16", 0x3C00), ("bf16", 0x3F80)])
+def test_products_of_tiles(kind, one, of_a, of_b, of_d):
+    a = ", ".join("%r14" if k == of_a else "%r13" for k in range(4))
+    b = ", ".join("%r15" if k == of_b else "%r13" for k in range(2))
+    body = f"""
+    mov.u32 %r13, 0; mov.u32 %r14, 0; mov.u32 %r15, 0; mov.f32 %f1, 0f41000000;
+    setp.eq.s32 %p1, %r1, 13; @%p1 mov.u32 %r14, {one << 16}; setp.eq.s32 %p1, %r1, 21; @%p1 mov.u32 %r15, {one << 16};
+    MEET: mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32
+      {{%f10, %f11, %f12, %f13}}, {{{a}}}, {{{b}}}, {{%f1, %f1, %f1, %f1}};
+    st.global.f32 [%rd4], %f1{of_d};
+    """
+    got, findings = run(body, block=32)
+    assert (got.view(np.float32) == 8 + (THREADS[:32] == 14)).all() and not findings
+    with pytest.raises(KernelFault, match="deadlock"):
+        run(body.replace("MEET:", "setp.eq.s32 %p1, %r1, 7; @%p1 bra MEET; bar.warp.sync -1; MEET:"), block=32)
+
+
 def test_instructions_of_warps_are_counted():
     """All but mov and bra, up to each barrier of a block."""
     body = "setp.lt.s32 %p1, %r1, 32; @%p1 bra END; mov.u32 %r9, %r1; add.s32 %r12, %r9, 1; add.s32 %r12, %r12, 1;"

@@ -181,3 +181,24 @@ def reverse_bits(a):
         result = (result << np.uint32(1)) | (a & np.uint32(1))
         a = a >> np.uint32(1)
     return result
+
+
+def multiply_tiles(a, b, c, widen):
+    """D of a warp's mma.m16n8k16, [32, 4]: A B + C, cut to float32 as tensor cores may do.
+
+    a: [32, 4] words with two elements of A [16, 16] each, low half first; b: [32, 2] of B [16, 8]; c: [32, 4], of
+    C [16, 8]. PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+    """
+    group, place = np.divmod(np.arange(32)[:, None, None], 4)
+    register, half = np.arange(4)[:, None], np.arange(2)
+    tiles = np.zeros((16, 16)), np.zeros((16, 8))
+    tiles[0][group + 8 * (register % 2), 2 * place + half + 8 * (register // 2)] = _elements(a, widen)
+    tiles[1][2 * place + half + 8 * register[:2], group] = _elements(b, widen)
+    of_result = group[..., 0] + 8 * (np.arange(4) // 2), 2 * place[..., 0] + np.arange(4) % 2
+    total = (tiles[0] @ tiles[1])[of_result] + c.astype(np.float64)
+    return _directed(total, 0, down=False)
+
+
+def _elements(words, widen):
+    """[32, n, 2] from [32, n] words."""
+    return widen(np.stack([words & 0xFFFF, words >> 16], -1).astype(np.uint16)).astype(np.float64)

@@ -32,7 +32,7 @@ TYPES = {
 }
 NAMES = {kind: np.dtype(dtype).name for kind, dtype in TYPES.items()}  # of numpy
 # threads wait for others in these, or for memory; each is a basic block of its own
-WAITING = ("bar", "barrier", "shfl", "vote", "activemask", "match", "redux", "mbarrier")
+WAITING = ("bar", "barrier", "shfl", "vote", "activemask", "match", "redux", "mma", "mbarrier")
 
 
 @dataclass(eq=False)

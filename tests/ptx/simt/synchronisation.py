@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from simt import arithmetic
 from simt.memory import WARP
-from simt.module import Instruction, Kernel
+from simt.module import Instruction, Kernel, split_operands
 from simt.translation import Program
 
 MOST_MBARRIERS = 16  # of a cluster here
@@ -43,7 +44,7 @@ class Synchronisation:
             self.release_block_barriers()
         elif operation == ("barrier", "cluster"):
             self._wait_in_cluster(number, instruction, threads)
-        elif instruction.name in ("shfl", "vote", "redux") or operation == ("bar", "warp"):
+        elif instruction.name in ("shfl", "vote", "redux", "mma") or operation == ("bar", "warp"):
             self._wait_in_warp(number, instruction, threads)
         else:
             raise NotImplementedError(instruction.text)
@@ -117,6 +118,8 @@ class Synchronisation:
                 self.pc[asked] = number + 1
 
     def _mask(self, instruction: Instruction, waiting: np.ndarray) -> int:
+        if instruction.name == "mma":
+            return (1 << WARP) - 1
         masks = np.unique(self._values(instruction.operands[-1], waiting))
         if masks.size > 1:
             self.find("lanes disagree about the mask", instruction)
@@ -153,8 +156,24 @@ class Synchronisation:
             reduced = {"min": np.min, "max": np.max, "add": np.sum}[mode](values)  # add: without a carry beyond 32 bits
             result = np.full(threads.size, reduced.astype(values.dtype))
             self._set_values(operands[0], threads, result)
+        elif instruction.name == "mma":
+            self._multiply(instruction, threads)
         else:
             self._shuffle(instruction, threads, lane)
+
+    def _multiply(self, instruction: Instruction, threads: np.ndarray) -> None:
+        *how, result, a, b, c = instruction.suffixes
+        if how != ["sync", "aligned", "m16n8k16", "row", "col"] or a != b or (result, c) != ("f32", "f32"):
+            raise NotImplementedError(instruction.text)
+        registers = [split_operands(operand[1:-1]) for operand in instruction.operands]
+        kinds = np.uint32, np.uint32, np.float32
+        given = [
+            np.stack([self._values(register, threads, kind) for register in operand], -1)
+            for operand, kind in zip(registers[1:], kinds, strict=True)
+        ]
+        tile = arithmetic.multiply_tiles(*given, {"f16": arithmetic.f16_to_f32, "bf16": arithmetic.bf16_to_f32}[a])
+        for k, register in enumerate(registers[0]):
+            self._set_values(register, threads, tile[:, k])
 
     def _shuffle(self, instruction: Instruction, threads: np.ndarray, lane: np.ndarray) -> None:
         operands, mode = instruction.operands, instruction.suffixes[1]

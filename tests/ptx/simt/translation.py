@@ -202,7 +202,7 @@ class Translator(Computations):
     def do_bar(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         self.ending = Ending("wait", i)
 
-    do_barrier = do_shfl = do_vote = do_redux = do_mbarrier = do_bar
+    do_barrier = do_shfl = do_vote = do_redux = do_mma = do_mbarrier = do_bar
 
     def do_membar(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         """Nothing: barriers order all memory here."""
