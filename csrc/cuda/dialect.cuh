@@ -78,7 +78,7 @@ inline const DeviceLimits& device_limits(int device_index) {
   limits = new DeviceLimits{
       attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrReservedSharedMemoryPerBlock),
-      attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1};  // 8: what every device grants
+      attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1};  // 8: the most that a kernel need not ask for
   return *limits;
 }
 
@@ -131,14 +131,23 @@ void launch(const char* op, void (*kernel)(Parameters...), const LaunchShape& sh
   check_cuda(op, cudaLaunchKernelEx(&launch.configuration, kernel, static_cast<Parameters>(arguments)...));
 }
 
-// How many clusters of this shape (blocks, where cluster_size is 1) the device runs at the same time.
+// How many clusters of this shape (blocks, where cluster_size is 1) the device runs at the same time. 0: a part of a
+// device may be too small for a cluster, and a kernel that was compiled for devices without clusters has none anywhere.
 template <class... Parameters>
 int resident_clusters(const char* op, void (*kernel)(Parameters...), const LaunchShape& shape) {
   allow_shared_memory(op, reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   int resident = 0;
   if (shape.cluster_size > 1) {
+    cudaFuncAttributes attributes;
+    check_cuda(op, cudaFuncGetAttributes(&attributes, kernel));
+    if (attributes.ptxVersion < 90) return 0;
     const LaunchConfiguration launch(shape, nullptr);
-    check_cuda(op, cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.configuration));
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.configuration);
+    if (error == cudaErrorInvalidClusterSize) {
+      cudaGetLastError();  // else the next check finds it
+      return 0;
+    }
+    check_cuda(op, error);
     return resident;
   }
   int device_index = 0;

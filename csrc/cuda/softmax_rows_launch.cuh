@@ -11,10 +11,21 @@
 
 namespace ava {
 
+// A cluster. A grid is a multiple of it.
+inline LaunchShape shape_of(const RowPlan& plan) {
+  LaunchShape shape{};
+  shape.block = dim3(unsigned(plan.n_threads));
+  shape.shared_bytes = plan.shared_bytes;
+  shape.cluster_size = unsigned(plan.cluster_size);
+  shape.grid = dim3(shape.cluster_size);
+  return shape;
+}
+
 // How many clusters the device really places: it cuts them from groups of multiprocessors of various sizes. A
 // persistent cluster that had to wait for the others would come on top of all their time. Asked once for each shape.
-inline int placed_clusters(const char* op, void (*kernel)(RowArguments), const LaunchShape& shape,
+inline int placed_clusters(const char* op, void (*kernel)(RowArguments), const RowPlan& plan,
                            const DeviceLimits& device) {
+  const LaunchShape shape = shape_of(plan);
   using Key = std::tuple<void (*)(RowArguments), const DeviceLimits*, unsigned, size_t, unsigned>;
   static std::mutex mutex;
   static std::map<Key, int> placed;
@@ -28,14 +39,9 @@ inline int placed_clusters(const char* op, void (*kernel)(RowArguments), const L
 // Persistent: a cluster takes one row after another and reads the next while it writes the last.
 inline void launch_persistent(const char* op, void (*kernel)(RowArguments), const RowPlan& plan, RowArguments arguments,
                               const DeviceLimits& device, Stream stream) {
-  LaunchShape shape{};
-  shape.block = dim3(unsigned(plan.n_threads));
-  shape.shared_bytes = plan.shared_bytes;
-  shape.cluster_size = unsigned(plan.cluster_size);
-  shape.grid = dim3(shape.cluster_size);
+  LaunchShape shape = shape_of(plan);
   int64_t n_clusters = plan.clusters_at_once(device);
-  if (plan.cluster_size > 1)
-    n_clusters = std::clamp<int64_t>(placed_clusters(op, kernel, shape, device), 1, n_clusters);
+  if (plan.cluster_size > 1) n_clusters = std::min<int64_t>(placed_clusters(op, kernel, plan, device), n_clusters);
   n_clusters = std::min(n_clusters, arguments.n_rows);
   shape.grid = dim3(unsigned(n_clusters) * shape.cluster_size);
   arguments.cluster_size = plan.cluster_size;
@@ -48,14 +54,20 @@ inline void launch_persistent(const char* op, void (*kernel)(RowArguments), cons
 
 template <class Element, Features kFeatures>
 void launch_row_loss_with(const char* op, const RowArguments& arguments, const DeviceLimits& device, Stream stream) {
-  const RowPlan plan = plan_rows(arguments.n_columns, int(sizeof(Element)), arguments.n_ids, device);
+  constexpr auto kInClusters = row_loss_kernel<Element, Residence::clusters, kFeatures>;
+  DeviceLimits granted = device;
+  RowPlan plan = plan_rows(arguments.n_columns, int(sizeof(Element)), arguments.n_ids, granted);
+  while (plan.cluster_size > 1 && placed_clusters(op, kInClusters, plan, device) == 0) {
+    granted.largest_cluster = plan.cluster_size / 2;
+    plan = plan_rows(arguments.n_columns, int(sizeof(Element)), arguments.n_ids, granted);
+  }
   const auto start = [&](void (*kernel)(RowArguments)) {
     launch_persistent(op, kernel, plan, arguments, device, stream);
   };
   switch (plan.residence) {
     case Residence::registers: return start(row_loss_kernel<Element, Residence::registers, kFeatures>);
     case Residence::shared: return start(row_loss_kernel<Element, Residence::shared, kFeatures>);
-    case Residence::clusters: return start(row_loss_kernel<Element, Residence::clusters, kFeatures>);
+    case Residence::clusters: return start(kInClusters);
     case Residence::streamed: return start(row_loss_kernel<Element, Residence::streamed, kFeatures>);
   }
 }

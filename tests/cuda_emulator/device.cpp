@@ -420,10 +420,10 @@ void run(const char* op, const LaunchShape& shape, const std::function<void()>& 
 int resident_clusters(const LaunchShape& shape) {
   const auto& limits = options().device;
   const int n_threads = int(shape.block.x * shape.block.y * shape.block.z), shared = int(shape.shared_bytes);
-  if (shared > limits.shared_per_block) return 0;
+  if (shared > limits.shared_per_block || int(shape.cluster_size) > limits.largest_cluster) return 0;
   const int per_multiprocessor =
       std::min({32, 2048 / n_threads, limits.shared_per_multiprocessor / (shared + limits.shared_reserved_per_block)});
-  return limits.n_multiprocessors * per_multiprocessor / int(shape.cluster_size);
+  return std::max(1, limits.n_multiprocessors * per_multiprocessor / int(shape.cluster_size));
 }
 
 // Everything below runs on the stack of a thread.

@@ -303,8 +303,23 @@ void test_every_residence(const SoftmaxRowsLaunchers& kernels) {
   }
 }
 
+// Where the device places no cluster as large as its kind allows: half of it, and no cluster at last.
+void test_clusters_without_room() {
+  const Problem problem = make_problem<__nv_bfloat16>({5003, 0, 0, 0, 0, false}, kCrossEntropy | kLabelSmoothing, 1);
+  const DeviceLimits kinds[] = {small_device(7424, 8), small_device(7424, 8)};
+  for (const int room : {2, 1}) {
+    const DeviceLimits& device = kinds[room - 1];
+    EXPECT(plan_rows(5003, 2, kCandidates, device).cluster_size == 4);
+    cuda_emulator::options().device = small_device(7424, room);
+    const std::string report =
+        cuda_emulator::report_of([&] { check<__nv_bfloat16>(softmax_rows_bfloat16, problem, device, true); });
+    if (!report.empty()) expect::fail(__FILE__, __LINE__, report.c_str());
+  }
+}
+
 int main() {
   test_plans();
+  test_clusters_without_room();
   test_every_residence<float>(softmax_rows_float32);
   test_every_residence<__nv_bfloat16>(softmax_rows_bfloat16);
   test_every_residence<__half>(softmax_rows_float16);
