@@ -5,6 +5,8 @@
 // began (no pass of its own to find the maximum); only when a block's maximum is far above is it summed again. The
 // sums of the block that holds the maximum are then taken again without it, against the exact maximum: that gives R.
 #pragma once
+#include <stddef.h>
+
 #include "../softmax_rows.h"
 #include "softmax_rows_arguments.h"
 #include "vector_double.h"
