@@ -28,12 +28,12 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   // row_terms: [kRowTerms + n_groups, ...], and with kRanks two more
   m.def(
       "row_loss(Tensor logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
-      "Tensor? candidate_weights, int[]? candidate_groups, int flags, int vocab_size, int ignore_index, "
+      "Tensor? candidate_weights, SymInt[]? candidate_groups, int flags, int vocab_size, int ignore_index, "
       "bool with_gradient, bool with_statistics, Tensor? column_weights=None) "
       "-> (Tensor row_loss, Tensor row_terms, Tensor grad_logits, Tensor statistics, Tensor row_coefficients)");
   m.def(
       "row_loss_(Tensor(a!) logits, Tensor targets, Tensor options, Tensor? row_weights, Tensor? candidate_ids, "
-      "Tensor? candidate_weights, int[]? candidate_groups, int flags, int vocab_size, int ignore_index, "
+      "Tensor? candidate_weights, SymInt[]? candidate_groups, int flags, int vocab_size, int ignore_index, "
       "Tensor? column_weights=None) -> (Tensor row_loss, Tensor row_terms)");
   m.def(
       "row_statistics(Tensor logits, Tensor? ids, Tensor? row_mask, Tensor options, int flags, int vocab_size) "
@@ -64,13 +64,13 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
   // rows of a mixture of experts' router: router_rows.h
   m.def(
       "router_statistics(Tensor[] gate_logits, Tensor? expert_indices, Tensor? row_mask, Tensor? segment_ids, "
-      "Tensor? expert_bias, int n_segments, int k, bool is_sigmoid) "
+      "Tensor? expert_bias, SymInt n_segments, int k, bool is_sigmoid) "
       "-> (Tensor probability_sum, Tensor importance_sum, Tensor lse_squared_sum, Tensor entropy_sum, Tensor counts, "
       "Tensor n_rows, Tensor expert_choice)");
   m.def(
       "router_gradient(Tensor[] gate_logits, Tensor? expert_indices, Tensor? row_mask, Tensor? segment_ids, "
       "Tensor? grad_probability_sum, Tensor? grad_importance_sum, Tensor? grad_lse_squared_sum, "
-      "Tensor? grad_entropy_sum, int n_segments, bool is_sigmoid) -> Tensor grad_logits");
+      "Tensor? grad_entropy_sum, SymInt n_segments, bool is_sigmoid) -> Tensor grad_logits");
 
   // the state of the adaptive temperature: temperature.h
   m.def(

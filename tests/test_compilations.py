@@ -91,3 +91,27 @@ def test_no_more_compilations_than_cross_entropy(name):
     loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name])
     found = compilations(loss_fn, lambda compiled, *what: compiled(**arguments(name, *what)))
     assert found == allowed
+
+
+def test_sizes_of_what_comes_beside_the_rows():
+    """Another batch size with load balancing of every sequence, another number of negatives: any, after the second."""
+    options = {"num_experts": E, "num_experts_per_token": 2, "use_auxiliary_loss": True}
+    balancing = UnifiedLoss(V, primary_loss_type="standard", load_balancing_per_sequence=True, **options)
+    plain = UnifiedLoss(V, primary_loss_type="standard")
+    numbers = Numbers(0)
+
+    def balanced(n):
+        logits, targets = numbers.leaf(n, 3, V), numbers.integers(0, V, n, 3)
+        return balancing, {"logits": logits, "targets": targets, "gate_logits": numbers.leaf(n, 3, E)}
+
+    def with_negatives(n):
+        logits, targets = numbers.leaf(2, 3, V), numbers.integers(0, V, 2, 3)
+        return plain, {"logits": logits, "targets": targets, "negative_ids": numbers.integers(0, V, 2, 3, n)}
+
+    for call in (balanced, with_negatives):
+        torch._dynamo.reset()
+        backend = Counting()
+        compiled = torch.compile(lambda loss_fn, given: loss_fn(**given), backend=backend, fullgraph=True)
+        for n in (2, 3, 4, 5, 7):
+            compiled(*call(n)).backward()
+        assert backend.n_compilations == 2, call.__name__

@@ -102,6 +102,10 @@ struct RowWriter : RowReader<Vector, Element, kDense, kCapped> {
     const Real t = tanh_of(widen(x[column]) / options.softcap);
     return 1 - t * t;
   }
+  // That of another rank's columns is none here.
+  bool has_argmax(const RowStatistics<Real>& row) const {
+    return row.argmax >= 0 && row.argmax < Real(arguments.vocab_size);
+  }
   bool has_column_weights() const { return kDense && arguments.column_weights; }
   // use(the weights of the columns of this row, in either type)
   template <class Use>
@@ -128,7 +132,7 @@ struct RowWriter : RowReader<Vector, Element, kDense, kCapped> {
     Entry* const entries = of_row.entries;
     const bool is_weighted = has_column_weights();
     if constexpr (kDense)
-      if (is_weighted && row.argmax >= 0)
+      if (is_weighted && has_argmax(row))
         with_column_weights(r, [&](auto weights) {
           const int64_t argmax = int64_t(row.argmax);
           of_row.add(argmax, Real(0), 1 / (1 + row.rest), coefficients.maximum * widen(weights.q[argmax]));

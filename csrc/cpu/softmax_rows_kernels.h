@@ -12,7 +12,8 @@ struct RowKernel : RowWriter<Vector, Element, kDense, kCapped> {
   using typename Writer::Entries, typename Writer::Entry, typename Writer::Reader, typename Writer::Real;
   using Writer::arguments, Writer::options, Writer::inverse_temperature, Writer::measure, Writer::measure_apart;
   using Writer::logits_of, Writer::Writer;
-  using Writer::scalar_u, Writer::has_column_weights, Writer::with_column_weights, Writer::write_gradient;
+  using Writer::scalar_u, Writer::has_argmax, Writer::has_column_weights, Writer::with_column_weights;
+  using Writer::write_gradient;
 
   // One row of row_loss, and what is known of it so far.
   struct Row {
@@ -208,7 +209,7 @@ struct RowKernel : RowWriter<Vector, Element, kDense, kCapped> {
       entries.clear();
       Real outside = 0;
       if (row.count != 0) {
-        if (coefficients.maximum != 0 && row.argmax >= 0 && !has_column_weights())
+        if (coefficients.maximum != 0 && has_argmax(row) && !has_column_weights())
           entries.add(int64_t(row.argmax), Real(0), 1 / (1 + row.rest), coefficients.maximum);
         for (int64_t k = 0; k < n_ids; ++k) {
           const int64_t column = arguments.ids[r * n_ids + k];

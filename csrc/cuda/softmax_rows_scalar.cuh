@@ -96,7 +96,7 @@ __device__ __forceinline__ void take_column_weights(const RowArguments& a, const
       evaluation.coefficients.constant += own.coefficients.constant * row_weight;
       evaluation.coefficients.maximum = own.coefficients.maximum * row_weight;
     }
-    if (row.count != 0 && row.argmax >= 0)
+    if (row.count != 0 && row.argmax >= 0 && row.argmax < Real(a.vocab_size))
       scratch->maximum += evaluation.coefficients.maximum * column_weight<Element>(a, row_index, int32_t(row.argmax));
     scratch->dense = finite_dense_gradient(row, evaluation.coefficients, scratch->others + scratch->maximum,
                                            1 / options.temperature);

@@ -9,6 +9,7 @@ from support.assertions import assert_bitwise_equal
 
 from ava_ext import UnifiedLoss, functional, token_metrics
 from ava_ext.ops.router_rows import router_statistics
+from ava_ext.ops.row_fields import TARGET_PROBABILITIES
 from ava_ext.ops.softmax_rows import N_OPTIONS, Candidates, RowFlags, row_loss, row_options
 from ava_ext.ops.softmax_statistics import token_log_probs
 
@@ -314,3 +315,22 @@ def test_rows_beyond_two_billion_elements_of_their_memory():
     loss = row_loss(logits, targets, row_options(logits)).loss
     expected = torch.nn.functional.cross_entropy(logits.contiguous(), targets, reduction="none")
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_a_maximum_in_columns_that_are_not_here(dtype, is_weighted):
+    """Of the shard of another rank: nothing is read or written there."""
+    logits = torch.randn(2, 32).to(dtype)
+    options = row_options(logits)
+    statistics = ops.row_statistics(logits[:, :8], None, None, options, 0, 8)[0]
+    statistics[:, 1] += 24
+    coefficients = torch.zeros(2, 4, dtype=statistics.dtype)
+    coefficients[:, 3] = 1
+    flags, weights = 0, None
+    if is_weighted:
+        flags, weights = int(RowFlags.CROSS_ENTROPY) | TARGET_PROBABILITIES, torch.ones(2, 8, dtype=statistics.dtype)
+    before = logits.clone()
+    ops.row_gradient_(logits[:, :8], statistics, coefficients, None, options, flags, 8, weights)
+    assert_bitwise_equal(logits[:, 8:], before[:, 8:])
+    assert logits[:, :8].isfinite().all()
