@@ -77,7 +77,8 @@ def test_the_definition(device, seed, shape, dtype, ignore_index, given_too, is_
     assert got[0].tolist() == counted
     assert got[1].item() == n_counted
     expected = torch.tensor(weights, dtype=dtype, device=device).reshape(shape)
-    torch.testing.assert_close(got[2], expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0)
+    # N is a sum of up to 1500 numbers, one after the other
+    torch.testing.assert_close(got[2], expected, rtol=1e-6 if dtype == torch.float32 else 2e-13, atol=0)
 
 
 def test_flat_rows(device):

@@ -137,9 +137,9 @@ def test_copies_are_waited_for(wait, is_found, late_copies):
     assert is_found or (got[:32] == np.arange(32) * 4 + 1).all()
 
 
-# An element of A alone, one of B alone, and where their product is in D. Lane 13 has row 3, columns 2 and 3, in its first
-# register, and row 11, columns 10 and 11, in its last. Lane 21 has rows 2 and 3 of column 5, and 10 and 11 of it. Lane 14
-# has columns 4 and 5 of D's row 3, and of row 11.
+# An element of A alone, one of B alone, and where their product is in D. Lane 13 has row 3, columns 2 and 3, in its
+# first register, and row 11, columns 10 and 11, in its last. Lane 21 has rows 2 and 3 of column 5, and 10 and 11 of it.
+# Lane 14 has columns 4 and 5 of D's row 3, and of row 11.
 @pytest.mark.parametrize(("of_a", "of_b", "of_d"), [(0, 0, 1), (3, 1, 3)])
 @pytest.mark.parametrize(("kind", "one"), [("f16", 0x3C00), ("bf16", 0x3F80)])
 def test_products_of_tiles(kind, one, of_a, of_b, of_d):
