@@ -55,7 +55,7 @@ inline void launch_persistent(const char* op, void (*kernel)(RowArguments), cons
 template <class Element, Features kFeatures>
 void launch_row_loss_with(const char* op, const RowArguments& arguments, const DeviceLimits& device, Stream stream) {
   constexpr auto kInClusters = row_loss_kernel<Element, Residence::clusters, kFeatures>;
-  DeviceLimits granted = device;
+  DeviceLimits granted = device;  // of which a part, or code made for another kind, may grant less than it says
   RowPlan plan = plan_rows(arguments.n_columns, int(sizeof(Element)), arguments.n_ids, granted);
   while (plan.cluster_size > 1 && placed_clusters(op, kInClusters, plan, device) == 0) {
     granted.largest_cluster = plan.cluster_size / 2;
