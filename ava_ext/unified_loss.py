@@ -77,6 +77,11 @@ class UnifiedLoss(nn.Module):
         sources = [source for module in self.CANDIDATES if (source := module.from_config(config)) is not None]
         self.row_pass = RowPass(config, row_terms, sources)
         for part in self.PARTS:
+            if hasattr(self, part.name):  # an option would hide the part
+                raise ValueError(
+                    f"unified_loss: expected {part.__name__} to have a name of its own, got {part.name!r}, which is an "
+                    "option, another part or another attribute of the loss"
+                )
             setattr(self, part.name, part.from_config(config))
         self._part_names = tuple(part.name for part in self.PARTS if getattr(self, part.name) is not None)
         states = [name for name, child in self.named_children() if isinstance(child, LearnedState)]
