@@ -489,20 +489,19 @@ def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
 
 def _signature() -> inspect.Signature:
     kinds = inspect.Parameter
-    return inspect.Signature(
-        [
-            kinds(
-                option.name,
-                kinds.POSITIONAL_OR_KEYWORD if option.name in ("vocab_size", "hidden_size") else kinds.KEYWORD_ONLY,
-                default=kinds.empty if option.default is dataclasses.MISSING else option.default,
-                annotation=option.type,
-            )
-            for option in dataclasses.fields(UnifiedLossConfig)
-        ]
-    )
+    options = [
+        kinds(
+            option.name,
+            kinds.POSITIONAL_OR_KEYWORD if option.name in ("vocab_size", "hidden_size") else kinds.KEYWORD_ONLY,
+            default=kinds.empty if option.default is dataclasses.MISSING else option.default,
+            annotation=option.type,
+        )
+        for option in dataclasses.fields(UnifiedLossConfig)
+    ]
+    return inspect.Signature([kinds("self", kinds.POSITIONAL_OR_KEYWORD), *options])
 
 
-# what help() and editors show is the configuration's own list
-UnifiedLoss.__signature__ = _signature()  # type: ignore[attr-defined]
+# what help() and editors show is the configuration's own list; of __init__, because subclasses may have another
+UnifiedLoss.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 for _option in dataclasses.fields(UnifiedLossConfig):
     setattr(UnifiedLoss, _option.name, _Option(_option.name, _option.metadata["doc"]))

@@ -1,5 +1,7 @@
 """The loss classes that are UnifiedLoss with the options each is about."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,29 @@ SAME = [
 def test_a_preset_is_unified_loss_with_these_options(preset, options):
     assert preset.config == UnifiedLoss(V, **options).config
     assert isinstance(preset, UnifiedLoss)
+
+
+class LossOfAUser(UnifiedLoss):
+    def __init__(self, n_classes, sharpness=2.0):
+        super().__init__(n_classes, initial_temperature=1 / sharpness)
+
+
+class LossWithoutArgumentsOfItsOwn(UnifiedLoss):
+    pass
+
+
+NAMED = [getattr(ava_ext, name) for name in ava_ext.losses.__all__]
+PRESETS = [kind for kind in NAMED if isinstance(kind, type) and issubclass(kind, UnifiedLoss)]
+
+
+@pytest.mark.parametrize("kind", [*PRESETS, LossOfAUser], ids=lambda kind: kind.__name__)
+def test_the_signature_is_that_of_the_class(kind):
+    own = inspect.signature(vars(kind)["__init__"]).parameters.values()
+    assert list(inspect.signature(kind).parameters.values()) == list(own)[1:]
+
+
+def test_the_signature_without_an_init_is_the_list_of_options():
+    assert inspect.signature(LossWithoutArgumentsOfItsOwn) == inspect.signature(UnifiedLoss)
 
 
 def arguments(numbers, n_heads=3):
