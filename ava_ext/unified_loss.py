@@ -440,7 +440,7 @@ class UnifiedLoss(nn.Module):
         # kept as it is
         own = {prefix + name: value for name, value in self.state_dict().items()}
         # "schedule" is that of presets.AdaptiveAntiRepetitionLoss, "temperature" every loss has
-        for component in ("temperature", "schedule", *(part.name for part in self.PARTS)):
+        for component in ("temperature", "schedule", *(part.name for part in {*PARTS, *self.PARTS})):
             begin = f"{prefix}{component}."
             given = [name for name in state_dict if name.startswith(begin)]
             if not given:
