@@ -251,12 +251,12 @@ class UnifiedLoss(nn.Module):
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
             shifted). With return_detailed a dict: total_loss with its graph; every component that is on, weighted and
-            detached, which add up to total_loss; and the metrics named in `METRICS`, means over the rows of this call.
-            `LossMeter` adds up such dicts over micro-batches and ranks.
+            detached, which add up to total_loss; and the metrics named in `METRICS`, most of them means over the rows
+            of this call. `LossMeter` adds up such dicts over micro-batches and ranks.
 
         Raises:
-            ValueError: an input is missing, or of the wrong shape, or contradicts another. What belongs to a component
-                that is off is not looked at.
+            ValueError: an input is missing, or of the wrong shape, or contradicts another. Of what belongs to a
+                component that is off, shapes and values are not checked, except for hidden_states and primary_logits.
             TypeError: an input is not a tensor.
             IndexError: a counted target is out of range (CPU).
         """
@@ -425,8 +425,9 @@ class UnifiedLoss(nn.Module):
         """Running statistics of the components that keep any, as step() has committed them; on the device.
 
         Returns:
-            {"temperature": {value, count, mean_loss}} and, where they are on, "adaptive_mtp" (averages, count) and
-            "moe_balancing" (expert_counts, expert_scores, total_tokens, max_violation).
+            {"temperature": {value, count, mean_loss}} and, where they are on, "adaptive_mtp" (averages, count),
+            "moe_balancing" (expert_counts, expert_scores, total_tokens, max_violation) and "penalty_schedule" (steps,
+            factor), that of AdaptiveAntiRepetitionLoss.
         """
         return {state.statistics_name: state.statistics() for state in self._learned()}
 

@@ -267,7 +267,7 @@ def local_weight(
 def gathered_weight(
     weight: Any,  # [n_columns, hidden_size], [n_columns] or None
 ) -> Any:
-    """The whole of a weight beside hidden states that are no DTensor: each rank's own rows, as under FSDP2.
+    """The whole of a weight beside hidden states that are not a DTensor: each rank's own rows, as under FSDP2.
 
     The gradient is averaged over the ranks, as FSDP2 does with every other one; that is right for hidden states that
     are the same on every rank, too. full_tensor() alone would take each rank's gradient for that of all.
