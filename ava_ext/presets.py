@@ -208,7 +208,7 @@ class PenaltySchedule(LearnedState):
         return {"steps": self.steps.clone(), "factor": self.factor()}
 
     def reset_statistics(self) -> None:
-        """Nothing: the schedule is no statistic."""
+        """Nothing: the schedule is not a statistic."""
 
 
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):

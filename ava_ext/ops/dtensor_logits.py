@@ -127,8 +127,8 @@ def _without_negative(placement: Any, n_dimensions: int) -> Any:
 
 
 def _check_placements(owner: str, name: str, tensor: Any, with_partial: bool) -> None:
-    """Raises ValueError where a rank's part is no block: a sum in parts, or rows of several texts that were flattened
-    while each was spread, which are _StridedShard.
+    """Raises ValueError where a rank's part is not a block: a sum in parts, or rows of several texts that were
+    flattened while each was spread, which are _StridedShard.
     """
     from torch.distributed.tensor import Shard
 
