@@ -63,6 +63,7 @@ class Call:
         placement: how the rows are spread over ranks; None: this process has all of them.
         kept_rows: [batch_size, n_tokens] bool, rows that are not padding, whether they have a target or not; None: all.
         kept_weights: [batch_size, n_tokens], the token weights of rows, whether they have a target or not; None: 1.
+        temperature: what divides the main logits, adaptive or not; the pass over the rows sets it.
         candidate_loss: the penalty of candidates on rows of the main logits; the pass over the rows sets it.
         head_loss: main's cross-entropy for the logits of a further head; the pass over the rows sets it.
         recording: whether this call counts for what components learn; a tensor where a traced graph finds out.
@@ -112,7 +113,8 @@ class Call:
     class_weights: Tensor | None = None  # [vocab_size], of the loss
 
     placement: CallPlacement | None = dataclasses.field(init=False, default=None)
-    head_loss: HeadLoss = dataclasses.field(init=False, repr=False)  # not there yet where a check fails
+    temperature: float | Tensor = dataclasses.field(init=False, repr=False)  # not there yet where a check fails
+    head_loss: HeadLoss = dataclasses.field(init=False, repr=False)
     candidate_loss: CandidateLoss = dataclasses.field(init=False, repr=False)
     recording: bool | Tensor = dataclasses.field(init=False, default=False)
     router: Any = dataclasses.field(init=False, default=None)
@@ -219,6 +221,13 @@ class Call:
         if value is None:
             raise ValueError(f"unified_loss: {option} needs {argument}, got None")
         return value
+
+    @property
+    def effective_logits(self) -> dict[str, Any]:
+        """What `losses.effective_logits` makes of the main logits, as arguments of softmax_statistics."""
+        config = self.config
+        scale = {"logit_scale": config.logit_scale, "logit_softcap": config.logit_softcap}
+        return {"temperature": self.temperature, **scale}
 
     def like_targets(
         self,

@@ -204,7 +204,8 @@ class UnifiedLossConfig:
     expert_bias_update: str = _option(
         "sign",
         _one_of("sign", "quantile"),
-        '"sign" (a step of expert_bias_rate) or "quantile" (where each expert would have had its share)',
+        '"sign" (a step of expert_bias_rate) or "quantile" (the bias that would have given each expert an equal share '
+        "of the rows)",
     )
     expert_bias_centered: bool = _option(False, _FLAG, "step() moves the mean of each layer's expert_bias to 0")
     use_diversity_loss: bool = _option(False, _FLAG, "mean pairwise cosine similarity of expert_outputs")

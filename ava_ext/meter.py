@@ -19,8 +19,8 @@ class LossMeter:
     It adds total_loss and the components: with num_items_in_batch they are shares of the whole batch, and their sum
     over micro-batches and ranks is the loss of the batch. It adds n_tokens and focal_loss, too. Every other metric is
     averaged with n_tokens as weights, over the calls that have it. Those that are means over the rows of a call become
-    means over all rows; the balance of experts and the metrics of a depth are none, and what is given is an average
-    over calls. perplexity is exp of the mean cross_entropy, temperature that of the last call.
+    means over all rows. Expert balance and per-depth metrics are not such means; for these you get the average over
+    calls. perplexity is exp of the mean cross_entropy, temperature that of the last call.
 
     Args:
         group: the process group that compute() adds up over; "world": the default group; None: this process alone.

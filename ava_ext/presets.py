@@ -1,12 +1,13 @@
 """UnifiedLoss under names that say what it does, and single parts of it.
 
-The classes that derive from UnifiedLoss take all of its other options too.
+The former take the options of UnifiedLoss, except those that they have their own arguments for.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +208,7 @@ class PenaltySchedule(LearnedState):
         return {"steps": self.steps.clone(), "factor": self.factor()}
 
     def reset_statistics(self) -> None:
-        """Nothing: the schedule is no statistic."""
+        """Nothing: the schedule is not a statistic."""
 
 
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
@@ -271,7 +272,42 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-class NGramRepetitionPenalty(UnifiedLoss):
+class _PenaltyAlone(UnifiedLoss):
+    """One penalty of UnifiedLoss: what would turn on another component, or is for one, raises."""
+
+    ROW_TERMS = (effective_logits,)
+    PARTS = ()
+    owner: ClassVar[str]
+
+    def __init__(self, vocab_size: int, **options: Any) -> None:
+        super().__init__(vocab_size, **{"primary_loss_type": "standard", **options})
+        config = self.config
+        # class weights change N, and so this penalty too
+        bare = UnifiedLossConfig(vocab_size, primary_loss_type="standard", class_weights=config.class_weights)
+        left_out = [
+            component
+            for component in (*UnifiedLoss.ROW_TERMS, *UnifiedLoss.CANDIDATES, *UnifiedLoss.PARTS)
+            if component not in (*self.ROW_TERMS, *self.CANDIDATES)
+            and component.from_config(config) not in (None, component.from_config(bare))
+        ]
+        if left_out:
+            names = ", ".join(getattr(component, "__module__", component.__name__) for component in left_out)
+            raise ValueError(
+                f"{self.owner}: expected options of this penalty alone, got {config.changed_options()}, which turn on "
+                f"or change {names}"
+            )
+
+    def forward(self, *arguments: Any, **given: Any) -> Tensor | dict[str, Tensor]:
+        for name in ("negative_ids", "soft_target_ids", "target_probabilities"):
+            if given.get(name) is not None:
+                raise ValueError(f"{self.owner}: expected no {name}, which this penalty does not read")
+        return super().forward(*arguments, **given)
+
+
+functools.update_wrapper(_PenaltyAlone.forward, UnifiedLoss.forward)  # its signature and documentation
+
+
+class NGramRepetitionPenalty(_PenaltyAlone):
     """The n-gram penalty alone, to add to your own loss; see losses.ngram.
 
     Args:
@@ -281,13 +317,16 @@ class NGramRepetitionPenalty(UnifiedLoss):
         ignore_index: target of a row that does not count.
         options: any option of `UnifiedLossConfig` that the penalty reads.
 
+    Raises:
+        ValueError: an option turns on or changes another component (such as label_smoothing, or eos_token_id without
+            eos_penalty_weight=0), or a call gets negative_ids, soft_target_ids or target_probabilities.
+
     Example:
         >>> loss = loss + NGramRepetitionPenalty(3, vocab_size=32000)(logits, targets)
     """
 
-    ROW_TERMS = (effective_logits,)
     CANDIDATES = (ngram,)
-    PARTS = ()
+    owner = "ngram_repetition_penalty"
 
     def __init__(
         self,
@@ -297,14 +336,11 @@ class NGramRepetitionPenalty(UnifiedLoss):
         ignore_index: int = UnifiedLossConfig.ignore_index,
         **options: Any,
     ) -> None:
-        options = _renamed(
-            "ngram_repetition_penalty", options, use_ngram_penalty=True, ngram_penalty_weight=penalty_weight
-        )
-        own = {"primary_loss_type": "standard", "ngram_size": ngram_size, "ignore_index": ignore_index}
-        super().__init__(vocab_size, **{**own, **options})
+        options = _renamed(self.owner, options, use_ngram_penalty=True, ngram_penalty_weight=penalty_weight)
+        super().__init__(vocab_size, **{"ngram_size": ngram_size, "ignore_index": ignore_index, **options})
 
 
-class SequenceRepetitionDetector(UnifiedLoss):
+class SequenceRepetitionDetector(_PenaltyAlone):
     """The penalty on the previous token alone, to add to your own loss; see losses.immediate_repetition.
 
     Args:
@@ -313,13 +349,16 @@ class SequenceRepetitionDetector(UnifiedLoss):
         ignore_index: target of a row that does not count.
         options: any option of `UnifiedLossConfig` that the penalty reads.
 
+    Raises:
+        ValueError: an option turns on or changes another component (such as label_smoothing, or eos_token_id without
+            eos_penalty_weight=0), or a call gets negative_ids, soft_target_ids or target_probabilities.
+
     Example:
         >>> loss = loss + SequenceRepetitionDetector(vocab_size=32000)(logits, targets)
     """
 
-    ROW_TERMS = (effective_logits,)
     CANDIDATES = (immediate_repetition,)
-    PARTS = ()
+    owner = "sequence_repetition_detector"
 
     def __init__(
         self,
@@ -328,13 +367,8 @@ class SequenceRepetitionDetector(UnifiedLoss):
         ignore_index: int = UnifiedLossConfig.ignore_index,
         **options: Any,
     ) -> None:
-        options = _renamed(
-            "sequence_repetition_detector",
-            options,
-            use_immediate_repetition_penalty=True,
-            immediate_repetition_weight=penalty_weight,
-        )
-        super().__init__(vocab_size, **{"primary_loss_type": "standard", "ignore_index": ignore_index, **options})
+        own = {"use_immediate_repetition_penalty": True, "immediate_repetition_weight": penalty_weight}
+        super().__init__(vocab_size, **{"ignore_index": ignore_index, **_renamed(self.owner, options, **own)})
 
 
 class MultiTokenPredictionLoss(nn.Module):

@@ -138,7 +138,7 @@ class RowPass(Float32Buffers):
         penalty_factor: Tensor | None = None,  # []
         is_detailed: bool = False,
     ) -> RowPassOutput:
-        """The loss of the rows of a call; binds call.head_loss.
+        """The loss of the rows of a call; sets its temperature, head_loss and candidate_loss.
 
         Args:
             call: the rows.
@@ -152,6 +152,7 @@ class RowPass(Float32Buffers):
         options = self._make_options(like) if like.dtype == torch.float64 else self.options
         if options.device != like.device:
             options = options.to(like.device)
+        call.temperature = self.config.initial_temperature if temperature is None else temperature
         if temperature is not None:
             if self.config.logit_scale != 1:
                 temperature = temperature.to(options.dtype) / self.config.logit_scale

@@ -77,6 +77,11 @@ class UnifiedLoss(nn.Module):
         sources = [source for module in self.CANDIDATES if (source := module.from_config(config)) is not None]
         self.row_pass = RowPass(config, row_terms, sources)
         for part in self.PARTS:
+            if hasattr(self, part.name):  # an option would hide the part
+                raise ValueError(
+                    f"unified_loss: expected {part.__name__} to have a name of its own, got {part.name!r}, which is an "
+                    "option, another part or another attribute of the loss"
+                )
             setattr(self, part.name, part.from_config(config))
         self._part_names = tuple(part.name for part in self.PARTS if getattr(self, part.name) is not None)
         states = [name for name, child in self.named_children() if isinstance(child, LearnedState)]
@@ -251,12 +256,12 @@ class UnifiedLoss(nn.Module):
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
             shifted). With return_detailed a dict: total_loss with its graph; every component that is on, weighted and
-            detached, which add up to total_loss; and the metrics named in `METRICS`, means over the rows of this call.
-            `LossMeter` adds up such dicts over micro-batches and ranks.
+            detached, which add up to total_loss; and the metrics named in `METRICS`, most of them means over the rows
+            of this call. `LossMeter` adds up such dicts over micro-batches and ranks.
 
         Raises:
-            ValueError: an input is missing, or of the wrong shape, or contradicts another. What belongs to a component
-                that is off is not looked at.
+            ValueError: an input is missing, or of the wrong shape, or contradicts another. Of what belongs to a
+                component that is off, shapes and values are not checked, except for hidden_states and primary_logits.
             TypeError: an input is not a tensor.
             IndexError: a counted target is out of range (CPU).
         """
@@ -425,8 +430,9 @@ class UnifiedLoss(nn.Module):
         """Running statistics of the components that keep any, as step() has committed them; on the device.
 
         Returns:
-            {"temperature": {value, count, mean_loss}} and, where they are on, "adaptive_mtp" (averages, count) and
-            "moe_balancing" (expert_counts, expert_scores, total_tokens, max_violation).
+            {"temperature": {value, count, mean_loss}} and, where they are on, "adaptive_mtp" (averages, count),
+            "moe_balancing" (expert_counts, expert_scores, total_tokens, max_violation) and "penalty_schedule" (steps,
+            factor), that of AdaptiveAntiRepetitionLoss.
         """
         return {state.statistics_name: state.statistics() for state in self._learned()}
 
@@ -440,7 +446,7 @@ class UnifiedLoss(nn.Module):
         # kept as it is
         own = {prefix + name: value for name, value in self.state_dict().items()}
         # "schedule" is that of presets.AdaptiveAntiRepetitionLoss, "temperature" every loss has
-        for component in ("temperature", "schedule", *(part.name for part in self.PARTS)):
+        for component in ("temperature", "schedule", *(part.name for part in {*PARTS, *self.PARTS})):
             begin = f"{prefix}{component}."
             given = [name for name in state_dict if name.startswith(begin)]
             if not given:
@@ -489,20 +495,19 @@ def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
 
 def _signature() -> inspect.Signature:
     kinds = inspect.Parameter
-    return inspect.Signature(
-        [
-            kinds(
-                option.name,
-                kinds.POSITIONAL_OR_KEYWORD if option.name in ("vocab_size", "hidden_size") else kinds.KEYWORD_ONLY,
-                default=kinds.empty if option.default is dataclasses.MISSING else option.default,
-                annotation=option.type,
-            )
-            for option in dataclasses.fields(UnifiedLossConfig)
-        ]
-    )
+    options = [
+        kinds(
+            option.name,
+            kinds.POSITIONAL_OR_KEYWORD if option.name in ("vocab_size", "hidden_size") else kinds.KEYWORD_ONLY,
+            default=kinds.empty if option.default is dataclasses.MISSING else option.default,
+            annotation=option.type,
+        )
+        for option in dataclasses.fields(UnifiedLossConfig)
+    ]
+    return inspect.Signature([kinds("self", kinds.POSITIONAL_OR_KEYWORD), *options])
 
 
-# what help() and editors show is the configuration's own list
-UnifiedLoss.__signature__ = _signature()  # type: ignore[attr-defined]
+# what help() and editors show is the configuration's own list; of __init__, because subclasses may have another
+UnifiedLoss.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 for _option in dataclasses.fields(UnifiedLossConfig):
     setattr(UnifiedLoss, _option.name, _Option(_option.name, _option.metadata["doc"]))

@@ -15,6 +15,7 @@ from ava_ext import (
     UnifiedLossConfig,
     create_unified_loss,
 )
+from ava_ext.losses.component import Part
 
 OPTIONS = {option.name: option for option in dataclasses.fields(UnifiedLossConfig)}
 
@@ -180,6 +181,21 @@ def test_unknown_options_are_named_with_the_nearest_known(build):
     options = {"lable_smoothing": 0.1}
     with pytest.raises(TypeError, match="unknown option 'lable_smoothing'; did you mean 'label_smoothing'"):
         build(options if build is not create_unified_loss else {"vocab_size": 10, **options})
+
+
+@pytest.mark.parametrize("name", ["focal_gamma", "temperature", "step", "moe_balancer"])
+def test_a_part_needs_a_name_of_its_own(name):
+    class Clashing(Part):
+        @classmethod
+        def from_config(cls, config):
+            return None
+
+    class LossWithPart(UnifiedLoss):
+        PARTS = (*UnifiedLoss.PARTS, Clashing)
+
+    Clashing.name = name
+    with pytest.raises(ValueError, match=f"expected Clashing to have a name of its own, got '{name}'"):
+        LossWithPart(10)
 
 
 def test_there_and_back():

@@ -1,5 +1,7 @@
 """The loss classes that are UnifiedLoss with the options each is about."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,34 @@ SAME = [
 def test_a_preset_is_unified_loss_with_these_options(preset, options):
     assert preset.config == UnifiedLoss(V, **options).config
     assert isinstance(preset, UnifiedLoss)
+
+
+class LossOfAUser(UnifiedLoss):
+    def __init__(self, n_classes, sharpness=2.0):
+        super().__init__(n_classes, initial_temperature=1 / sharpness)
+
+
+class LossWithoutArgumentsOfItsOwn(UnifiedLoss):
+    pass
+
+
+NAMED = [getattr(ava_ext, name) for name in ava_ext.losses.__all__]
+PRESETS = [kind for kind in NAMED if isinstance(kind, type) and issubclass(kind, UnifiedLoss)]
+
+
+@pytest.mark.parametrize("kind", [*PRESETS, LossOfAUser], ids=lambda kind: kind.__name__)
+def test_the_signature_is_that_of_the_class(kind):
+    own = inspect.signature(vars(kind)["__init__"]).parameters.values()
+    assert list(inspect.signature(kind).parameters.values()) == list(own)[1:]
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+def test_the_call_of_every_preset_is_that_of_unified_loss(kind):
+    assert inspect.signature(kind.forward) == inspect.signature(UnifiedLoss.forward)
+
+
+def test_the_signature_without_an_init_is_the_list_of_options():
+    assert inspect.signature(LossWithoutArgumentsOfItsOwn) == inspect.signature(UnifiedLoss)
 
 
 def arguments(numbers, n_heads=3):
@@ -153,7 +183,10 @@ def test_bad_schedules_raise(options):
         AdaptiveAntiRepetitionLoss(V, **options)
 
 
-@pytest.mark.parametrize("options", [{"initial_temperature": 2.0}, {"logit_softcap": 2.0}, {"logit_scale": 0.3}])
+@pytest.mark.parametrize(
+    "options",
+    [{"initial_temperature": 2.0}, {"logit_softcap": 2.0}, {"logit_scale": 0.3}, {"class_weights": [*range(V)]}],
+)
 @pytest.mark.parametrize(
     ("preset", "key", "on"),
     [
@@ -177,6 +210,50 @@ def test_a_penalty_alone_reads_the_effective_logits(preset, key, on, options):
     assert alone["total_loss"] > 0
     for name in ("total_loss", "temperature"):
         torch.testing.assert_close(alone[name], whole[key if name == "total_loss" else name])
+
+
+ALONE = pytest.mark.parametrize("preset", [NGramRepetitionPenalty, SequenceRepetitionDetector])
+
+
+@ALONE
+@pytest.mark.parametrize(
+    ("options", "component"),
+    [
+        ({"label_smoothing": 0.3}, "primary"),
+        ({"z_loss_weight": 9.0}, "z_loss"),
+        ({"use_focal_loss": True}, "focal"),
+        ({"token_reweighting": "dft"}, "reweighting"),
+        ({"eos_token_id": 1}, "eos"),
+        ({"distillation_temperature": 2.0}, "distillation"),
+        ({"negatives_need_target": False}, "negatives"),
+        ({"use_mtp": True, "hidden_size": 4}, "mtp"),
+        ({"primary_loss_type": "adaptive_mtp"}, "adaptive_mtp"),
+        ({"use_moe_balancing": True, "num_experts": 2}, "moe"),
+    ],
+)
+def test_a_penalty_alone_takes_no_options_of_other_components(preset, options, component):
+    options = {name: value for name, value in options.items() if getattr(preset(vocab_size=V), name) != value}
+    name = next(iter(options))
+    with pytest.raises(
+        ValueError, match=rf"expected options of this penalty .*{name}=.* change ava_ext.losses.{component}$"
+    ):
+        preset(vocab_size=V, **options)
+
+
+@ALONE
+@pytest.mark.parametrize("name", ["negative_ids", "soft_target_ids", "target_probabilities"])
+def test_a_penalty_alone_takes_no_arguments_of_other_components(preset, name):
+    with pytest.raises(ValueError, match=f"expected no {name}, which this penalty does not read"):
+        preset(vocab_size=V)(torch.zeros(1, 2, V), torch.zeros(1, 2).long(), **{name: torch.zeros(1, 2, V)})
+
+
+@ALONE
+def test_a_penalty_alone_loads_the_state_of_a_whole_loss(preset):
+    whole = UnifiedLoss(V, HIDDEN_SIZE, use_mtp=True, num_experts=4, use_moe_balancing=True)
+    whole.temperature.value.fill_(0.7)
+    alone = preset(vocab_size=V)
+    alone.load_state_dict(whole.state_dict())
+    assert alone.temperature.value == whole.temperature.value
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 0])

@@ -12,6 +12,8 @@ import importlib.util
 import io
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -225,6 +227,39 @@ def test_capability_of_the_page_on_environment_variables():
         in_sources |= set(re.findall(r"(?:getenv|environ\.get)\(\"(AVA_[A-Z_]*[A-Z])\"", path.read_text()))
     section = GUIDE.read_text().split("## Environment variables")[1].split("\n## ")[0]
     assert in_sources == set(re.findall(r"\bAVA_[A-Z_]*[A-Z]\b", section)) and in_sources
+
+
+USES_THE_OPTION = """
+import torch
+from ava_ext import UnifiedLoss
+
+def penalty(logits, temperature=None, **options):
+    loss_fn = UnifiedLoss(10, entropy_floor_nats=3.0, entropy_floor_weight=0.5, **options)
+    if temperature is not None:
+        loss_fn.temperature.value.fill_(temperature)
+    return loss_fn(logits, torch.ones(2, 6).long(), return_detailed=True)["entropy_floor_penalty"]
+
+logits = torch.randn(2, 6, 10)
+assert penalty(logits) > 0
+torch.testing.assert_close(penalty(2 * logits, temperature=2.0), penalty(logits))
+torch.testing.assert_close(penalty(2 * logits, initial_temperature=2.0, adaptive_temperature=False), penalty(logits))
+torch.testing.assert_close(penalty(logits, logit_softcap=2.0), penalty(2 * torch.tanh(logits / 2)))
+"""
+
+
+def test_the_worked_example_becomes_an_option(tmp_path):
+    page = ROOT / "docs" / "adding_a_loss.md"
+    shutil.copytree(ROOT / "ava_ext", tmp_path / "ava_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    module = sections(page)["Worked example: an entropy floor"][0]
+    (tmp_path / "ava_ext" / "losses" / "entropy_floor.py").write_text(module.source)
+    (diff,) = (body for language, body in FENCE.findall(page.read_text()) if language == "diff")
+    for hunk in re.split(r"^ # ", diff, flags=re.M)[1:]:
+        file_name, *lines = hunk.splitlines()
+        before, after = ([line[1:] for line in lines if line[0] in marks] for marks in (" ", " +"))
+        source = (tmp_path / file_name).read_text()
+        assert source.count("\n".join(before)) == 1, hunk
+        (tmp_path / file_name).write_text(source.replace("\n".join(before), "\n".join(after)))
+    subprocess.run([sys.executable, "-c", USES_THE_OPTION], check=True, cwd=tmp_path)
 
 
 def test_blocks_are_found_and_compared():

@@ -63,7 +63,7 @@ class Case:
         self.refill()
 
     def refill(self) -> None:
-        """Logits [n_tokens, vocab_size] that require grad and are no leaf."""
+        """Logits [n_tokens, vocab_size] that require grad and are not a leaf."""
         if self.problem == LOGITS:
             parameter = torch.zeros((), device=self.size.device, requires_grad=True)
             self.logits: Tensor = Rewritten.apply(parameter, self)

@@ -21,10 +21,9 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
     e_score_correction_bias).
 
     Hooks record what each router chose, for the loss; before every forward, and before the state of the model is saved,
-    expert_bias is copied into the routers. The bias that the model has now is where it begins, and so is that of a
-    state loaded into it that has none of the loss. With
-    `fuse_lm_head` or `attach_loss` the loss then gets gate_logits and expert_indices automatically; in a loop of your
-    own, pass `**binding.take()` to the loss.
+    expert_bias is copied into the routers. It starts from the routers' current bias, and again after a state dict
+    without the loss's state is loaded into the model. With `fuse_lm_head` or `attach_loss` the loss then gets
+    gate_logits and expert_indices automatically; in a loop of your own, pass `**binding.take()` to the loss.
 
     Args:
         model: before it is wrapped.

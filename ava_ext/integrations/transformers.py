@@ -246,7 +246,7 @@ class UnifiedLossTrainerMixin:
         self._logged_step = 0
         self._check_trained()
         super().__init__(model, *arguments, **options)  # type: ignore[call-arg]
-        for name, parameter in loss_fn.named_parameters():  # a peft_config of SFTTrainer freezes what is no adapter
+        for name, parameter in loss_fn.named_parameters():  # a peft_config of SFTTrainer freezes all but adapters
             if inner.trained_when_put.get(name):
                 parameter.requires_grad_(True)
         self._check_trained()

@@ -69,7 +69,8 @@ METRICS = _MetricNames(
 among them for every k."""
 
 METRICS_THAT_ADD_UP = frozenset({"n_tokens", "focal_loss"})
-"""Those of METRICS that add up over micro-batches, as components do; the others are means over the rows of a call."""
+"""Those of METRICS that add up over micro-batches, as components do. Most others are means over the rows of a call;
+moe_cv, moe_max_violation, temperature and perplexity are not, and those of a depth are means over its own rows."""
 
 __all__ = [
     "AdaptiveAntiRepetitionLoss",

@@ -24,11 +24,11 @@ class LearnedState(Float32Buffers):
       buffers, because DistributedDataParallel broadcasts buffers before every forward and would overwrite what the
       other ranks have learned since the last step.
     - A call counts once. If a backward recomputes it (activation checkpointing), the recomputation reads what the call
-      read and records nothing. A call is recognised by the targets that it was given. If the checkpointed function
-      makes the targets itself, and in a graph of torch.compile, only the last call is remembered. Under reentrant
-      checkpointing, the first run has no grad and the second is a recomputation, so such calls are never recorded.
-      Checkpointing within a compiled function needs auto_step=False; with True autograd raises, because the graph
-      writes over what its own recomputation reads.
+      read and records nothing. A call is recognised by the targets that it was given. If calls share one tensor of
+      targets, if the checkpointed function makes the targets itself, and in a graph of torch.compile, only the last
+      call is remembered. Under reentrant checkpointing, the first run has no grad and the second is a recomputation, so
+      such calls are never recorded. Checkpointing within a compiled function needs auto_step=False; with True autograd
+      raises, because the graph writes over what its own recomputation reads.
     - A program of torch.export reads what was committed and learns nothing, in training mode too.
 
     A subclass registers its buffers, names in READ those that its forward reads, sets previous_<name> beside each of

@@ -8,8 +8,8 @@ before its top-k, n_experts = E, and
 
 the next bias is the k / E quantile of r_ie over the rows i of the step, less its mean over e. It has no step size.
 
-The rows of a step come in several calls and on several ranks, and the quantile of all is no mean of theirs. So each
-call counts its r_ie in N_BINS equal bins over [min b - 1, max b + 1], outside of which none can be. The counts add up,
+The rows of a step come in several calls and on several ranks, and the quantile of all is not the mean of theirs. So
+each call counts its r_ie in N_BINS equal bins over [min b - 1, max b + 1], outside of which none can be. Counts add up,
 and the quantile is interpolated within its bin. Micro-batches and ranks therefore give bit for bit the bias of the
 whole batch; it is off by at most the width of a bin, 0.002 where the biases are alike. Every call of a step reads the
 bias that was committed before it, so that all count the same bins.

@@ -88,7 +88,7 @@ class SequenceUnlikelihoodLoss(nn.Module):
 
         Raises:
             ValueError: shapes do not fit, or num_items_in_batch is negative.
-            TypeError: it is no number.
+            TypeError: it is not a number.
         """
         if logits.shape[:-1] != tokens.shape or logits.shape[-1] < self.config.vocab_size:
             raise ValueError(

@@ -131,8 +131,8 @@ def _without_negative(placement: Any, n_dimensions: int) -> Any:
 
 
 def _check_placements(owner: str, name: str, tensor: Any, with_partial: bool) -> None:
-    """Raises ValueError where a rank's part is no block: a sum in parts, or rows of several texts that were flattened
-    while each was spread, which are _StridedShard.
+    """Raises ValueError where a rank's part is not a block: a sum in parts, or rows of several texts that were
+    flattened while each was spread, which are _StridedShard.
     """
     from torch.distributed.tensor import Shard
 
@@ -271,7 +271,7 @@ def local_weight(
 def gathered_weight(
     weight: Any,  # [n_columns, hidden_size], [n_columns] or None
 ) -> Any:
-    """The whole of a weight beside hidden states that are no DTensor: each rank's own rows, as under FSDP2.
+    """The whole of a weight beside hidden states that are not a DTensor: each rank's own rows, as under FSDP2.
 
     The gradient is averaged over the ranks, as FSDP2 does with every other one; that is right for hidden states that
     are the same on every rank, too. full_tensor() alone would take each rank's gradient for that of all.

@@ -1,4 +1,4 @@
-"""Functions of rows that are no logits, of DTensors: texts whose repetitions are looked for, and rows of a router.
+"""Functions of rows that are not logits, of DTensors: texts whose repetitions are looked for, and rows of a router.
 
 Each rank looks at its own rows, and nothing is gathered but what is given in other placements. Where every rank has all
 rows the results are torch.Tensors; where rows are spread they are DTensors.

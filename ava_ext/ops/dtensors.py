@@ -29,7 +29,7 @@ def whole(
     """Targets, a mask or ids of all rows, where they may be a DTensor. owner begins the message.
 
     Raises:
-        ValueError: a shard of them beside something (logits, tokens) that is no DTensor.
+        ValueError: a shard of them beside something (logits, tokens) that is not a DTensor.
     """
     if not is_dtensor(values):
         return values

@@ -33,7 +33,7 @@ def repeated_ngram_mask(
 
     Raises:
         ValueError: ngram_size is below 1, or shapes or types do not fit.
-        TypeError: tokens are no tensor.
+        TypeError: tokens are not a tensor.
 
     Example:
         >>> repeated_ngram_mask(torch.tensor([[1, 2, 3, 4, 1, 2, 3, 5]]), 3).int()

@@ -74,7 +74,7 @@ def repetition_candidates(
     - immediate repetition: one slot for the last token of the context. With run = the number of equal tokens that end
       the context, weight = weights[0] * min(weights[1] ** (run - 1), 4) where run >= immediate_repetition_threshold;
     - early EOS: a slot per EOS id, weight = weights[2], while fewer than min_sequence_length counted rows of the
-      segment precede the row and the row's own target is no EOS id;
+      segment precede the row and the row's own target is not an EOS id;
     - n-grams: ngram_slots slots for the distinct tokens that followed earlier occurrences of the context's last
       ngram_size - 1 tokens, most recent first, weight = weights[3].
 
@@ -84,7 +84,7 @@ def repetition_candidates(
 
     Args:
         tokens: [batch_size, n_tokens] integers, any strides. ignore_index marks a masked position: it matches nothing,
-            is never a candidate and ends a run. Ids outside the vocabulary match but are no candidates. A DTensor in
+            is never a candidate and ends a run. Ids outside the vocabulary match but are not candidates. A DTensor in
             Shard(0) gives DTensors.
         targets: [batch_size, n_tokens] integers. Rows with ignore_index do not count: no candidates.
         vocab_size: candidates are below it; in [1, 2^31).

@@ -278,7 +278,7 @@ def _router_statistics_backward(
 class _RouterStatistics(torch.autograd.Function):
     """`router_statistics` of the eager mode: torch.library's own autograd, below, costs three times as much Python.
 
-    The arguments that are no tensors come as one: torch looks at each.
+    The arguments that are not tensors come as one: torch looks at each.
     """
 
     @staticmethod

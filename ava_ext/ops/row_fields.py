@@ -132,7 +132,7 @@ def row_options(
     """The small tensor of options that the row kernels read, on the device of `like` and in its accumulation type.
 
     A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises. The scale of the
-    logits is no value of its own: c tanh(s x / c) / T = c' tanh(x / c') / T' with c' = c / s and T' = T / s. So the
+    logits is not a value of its own: c tanh(s x / c) / T = c' tanh(x / c') / T' with c' = c / s and T' = T / s. So the
     first value is temperature / logit_scale.
 
     Raises:

@@ -127,9 +127,9 @@ def row_loss(
 
     Raises:
         ValueError: on weights that require grad, an unknown reduction, inplace_gradient on a leaf or on overlapping
-            memory, targets that are no integers, RowFlags.EXCLUDE_TARGET beside target_probabilities, LinearLogits
+            memory, targets that are not integers, RowFlags.EXCLUDE_TARGET beside target_probabilities, LinearLogits
             whose shapes and types do not fit, weights and candidates of other rows beside them.
-        TypeError: on logits or targets that are no tensors.
+        TypeError: on logits or targets that are not tensors.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
         NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; within
@@ -359,7 +359,7 @@ def _row_loss_backward(ctx, grad_loss, *_):
 class _RowLoss(torch.autograd.Function):
     """`row_loss` of the eager mode: torch.library's own autograd, below, costs three times as much Python.
 
-    The arguments that are no tensors come as one: torch looks at each.
+    The arguments that are not tensors come as one: torch looks at each.
     """
 
     @staticmethod

@@ -74,8 +74,8 @@ def softmax_statistics(
 
     Raises:
         ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32, a temperature
-            that requires grad, ids that are no integers, LinearLogits that do not fit.
-        TypeError: on what is no tensor.
+            that requires grad, ids that are not integers, LinearLogits that do not fit.
+        TypeError: on an argument that is not a tensor.
         IndexError: on ids out of range.
         RuntimeError: on other wrong shapes and types; on double backward.
         NotImplementedError: on forward-mode derivatives.

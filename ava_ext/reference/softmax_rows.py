@@ -284,7 +284,7 @@ def tail(
 
 def unlikelihood(
     z: Tensor,  # [n_rows, vocab]
-    weights: Tensor,  # [n_rows, at most vocab], 0 where a column is no candidate
+    weights: Tensor,  # [n_rows, at most vocab], 0 where a column is not a candidate
 ) -> Tensor:
     """-sum_c w_c log(1 - p_c), [n_rows].
 

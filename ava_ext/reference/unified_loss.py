@@ -181,7 +181,7 @@ def unified_loss(
         addends, metrics = router_terms(config, gates, keeps, chosen, expert_load, expert_bias, texts)
         if global_expert_counts is not None and config.use_auxiliary_loss:
             addend = global_load_balancing(config, gates, keeps, chosen, global_expert_counts.to(dtype))
-            addends.pop("aux_load_balancing")  # an addend of the global batch is no mean of this one
+            addends.pop("aux_load_balancing")  # an addend of the global batch is not a mean of this one
             terms.append(({"aux_load_balancing": addend}, {}))
         of_batch |= addends
         terms.append(({}, metrics))
