@@ -14,7 +14,7 @@ from support.ninja_library import ROOT, build_library
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator needs x86-64")
 
 SANITIZERS = {
-    "none": ["-O1"],
+    "none": ["-O0"],  # they take longer to compile than to run
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
