@@ -29,5 +29,6 @@ def rows_of_targets(
     number = torch.empty(1, device=targets.device if isinstance(targets, Tensor) else None)
     shape = (*targets.shape, config.vocab_size) if isinstance(targets, Tensor) else (config.vocab_size,)
     absent = {name: None for name in list(inspect.signature(Call).parameters)[2:]}
-    of_call = {"logits": number.expand(shape), "targets": targets, "num_items_in_batch": 1, **arguments}
+    n_items = 1 if config.reduction == "mean" else None
+    of_call = {"logits": number.expand(shape), "targets": targets, "num_items_in_batch": n_items, **arguments}
     return Call(config, (), **(absent | of_call)).rows

@@ -231,7 +231,7 @@ class UnifiedLoss(nn.Module):
                 where a row did not count or there is none; every other entry counts for min_sequence_length.
             segment_ids, position_ids, cu_seqlens: the texts that are packed into one row. Nothing leaks across them.
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
-                whose value is not read.
+                whose value is not read. With reduction="mean" alone.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
                 ones of a teacher; see `losses.distillation`. distillation_tail: what they leave is one more target.

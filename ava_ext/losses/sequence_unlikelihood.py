@@ -11,7 +11,7 @@ from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.repeated_ngrams import repeated_ngram_mask
 from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
-from ava_ext.reduction import items_of
+from ava_ext.reduction import check_is_mean, items_of
 from ava_ext.sequences import segment_numbers
 
 
@@ -87,7 +87,7 @@ class SequenceUnlikelihoodLoss(nn.Module):
             max_counted_rows: at most so many tokens repeat; see `ops.row_loss`.
 
         Raises:
-            ValueError: shapes do not fit, or num_items_in_batch is negative.
+            ValueError: shapes do not fit, or num_items_in_batch is negative or beside a reduction that is no mean.
             TypeError: it is no number.
         """
         if logits.shape[:-1] != tokens.shape or logits.shape[-1] < self.config.vocab_size:
@@ -95,6 +95,8 @@ class SequenceUnlikelihoodLoss(nn.Module):
                 f"sequence_unlikelihood: expected logits of shape [{', '.join(map(str, tokens.shape))}, at least "
                 f"{self.config.vocab_size}], got {list(logits.shape)}"
             )
+        if num_items_in_batch is not None:
+            check_is_mean("sequence_unlikelihood", self.config)
         repeats = self.repeats(tokens, continuation_mask, segment_ids=segment_ids)
         if not is_dtensor(repeats):  # of tokens that are one: every rank has all of them
             tokens = whole("sequence_unlikelihood", "tokens", tokens, True)

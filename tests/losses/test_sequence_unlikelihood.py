@@ -78,6 +78,8 @@ def test_the_number_of_items_is_checked():
         loss_fn(logits, TOKENS, num_items_in_batch=torch.tensor([1, 2]))
     with pytest.raises(TypeError, match=r"expected num_items_in_batch to be a number or a torch.Tensor, got str"):
         loss_fn(logits, TOKENS, num_items_in_batch="3")
+    with pytest.raises(ValueError, match="num_items_in_batch needs reduction='mean', got 'sum'"):
+        SequenceUnlikelihoodLoss(V, 3, reduction="sum")(logits, TOKENS, num_items_in_batch=3)
 
 
 def test_nothing_repeats():
