@@ -184,7 +184,10 @@ class UnifiedLossConfig:
     )
     repetition_allow_list: tuple[int, ...] = _option((), _TOKENS, "ids that may repeat")
     negatives_need_target: bool = _option(
-        True, _FLAG, "False: a row counts for its negative_ids without a target too; N is the number of rows with any"
+        True,
+        _FLAG,
+        "False: a row counts for its negative_ids without a target too; N is the number of rows with any: with "
+        "num_items_in_batch, micro-batches do not add up to the batch",
     )
     min_sequence_length: int = _option(
         20, _at_least(0), "EOS is early while fewer counted targets of the segment precede it"

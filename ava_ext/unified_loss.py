@@ -128,8 +128,9 @@ class UnifiedLoss(nn.Module):
     ) -> Tensor:  # [] int64; with token_weights or class_weights float32
         """N of exactly this loss: how many rows of these targets count, or the sum of their weights.
 
-        Nothing waits for the device. It is 0 where no row counts, or every class has weight 0; the loss itself then
-        divides by 1.
+        Nothing waits for the device. It is 0 where no row counts, or all that count are of classes of weight 0. So the
+        counts of micro-batches add up; but a call of such rows alone, without N, divides by their number. Rows that
+        count for their negatives alone (negatives_need_target=False) have an N of their own and are not counted.
 
         Args:
             targets, attention_mask, position_ids, segment_ids, cu_seqlens, token_weights: as forward gets them.
