@@ -231,6 +231,7 @@ class UnifiedLoss(nn.Module):
                 over ranks): the targets of the rows before, or with input_ids the tokens read before. ignore_index
                 where a row did not count or there is none; every other entry counts for min_sequence_length.
             segment_ids, position_ids, cu_seqlens: the texts that are packed into one row. Nothing leaks across them.
+                cu_seqlens ascend from 0 to the number of rows, which is not checked: that would wait for the device.
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
                 whose value is not read. With reduction="mean" alone.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
