@@ -11,6 +11,8 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import torch
+
 from ava_ext.ops.arguments import POSITIVE, is_positive
 
 
@@ -31,6 +33,14 @@ def _is_number(value: object) -> bool:
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_group(value: object) -> bool:
+    distributed = torch.distributed
+    if isinstance(value, str) or not distributed.is_available():
+        return value == "world"
+    # new_group() gives the latter to a rank that is not in the group
+    return isinstance(value, distributed.ProcessGroup) or value == distributed.GroupMember.NON_GROUP_MEMBER
 
 
 def _at_least(least: int) -> _Range:
@@ -58,7 +68,7 @@ _NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) 
 _RANKS = _Range(
     "different integers >= 1", lambda v: _TOKENS.holds(v) and all(k >= 1 for k in v) and len(set(v)) == len(v)
 )
-_GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
+_GROUP = _Range('a process group, or "world"', _is_group)
 
 
 def _option(default: Any, values: _Range, doc: str) -> Any:
