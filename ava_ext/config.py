@@ -112,7 +112,7 @@ class UnifiedLossConfig:
         None, _GROUP, 'the group that step() sums learned state over; "world": the default group'
     )
     accuracy_top_k: tuple[int, ...] = _option(
-        (), _RANKS, "return_detailed also says how often the target is among the k likeliest tokens, for each k"
+        (), _RANKS, "return_detailed also says how often fewer than k tokens are likelier than the target, for each k"
     )
     linear_chunk_bytes: int | None = _option(
         None, _at_least(1), "bytes of a chunk of logits computed from hidden_states; None: 64 MB, on CUDA 1 GB"

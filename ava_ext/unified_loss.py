@@ -387,7 +387,7 @@ class UnifiedLoss(nn.Module):
         rows: RowPassOutput,
         n_counted: Tensor,  # []
     ) -> dict[str, Tensor]:
-        """How often the target is among the k likeliest tokens, for each k of accuracy_top_k."""
+        """How often fewer than k tokens are likelier than the target, for each k of accuracy_top_k."""
         rank = rows.rank  # 0 where a row does not count
         if rank is None:
             return {}
