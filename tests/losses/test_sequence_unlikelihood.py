@@ -123,6 +123,21 @@ def test_compiled():
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("padding", [-1, -100, V])
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_tokens_that_repeat_are_in_the_vocabulary(padding, is_linear):
+    given, loss_fn = head(), SequenceUnlikelihoodLoss(V, 2)
+    logits = given if is_linear else F.linear(*given)
+    tokens = TOKENS.clone()
+    tokens[:, 5:] = padding
+    with pytest.raises(IndexError, match=rf"^sequence_unlikelihood: expected tokens that repeat to be in \[0, {V}\)"):
+        loss_fn(logits, tokens)
+    padded = TOKENS.clone()
+    padded[:, 5:] = 0
+    is_written = torch.arange(8).expand(2, 8) < 5
+    torch.testing.assert_close(loss_fn(logits, tokens, is_written), loss_fn(logits, padded, is_written))
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"expected logits of shape \[2, 8, at least 11\], got \[2, 7, 11\]"):
         SequenceUnlikelihoodLoss(V)(torch.zeros(2, 7, V), TOKENS)
