@@ -139,7 +139,10 @@ class UnifiedLossConfig:
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
     class_weights: tuple[float, ...] | None = _option(
-        None, _NUMBERS, "weight of each class, in label smoothing too; N is then the sum of the targets' weights"
+        None,
+        _NUMBERS,
+        "weight of each class, in label smoothing too; N is then the sum of the targets' weights: scale them to a mean "
+        "of 1 over your data, because it divides the other terms too, which have no class weights",
     )
     token_reweighting: str | None = _option(
         None,
