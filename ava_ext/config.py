@@ -11,6 +11,8 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import torch
+
 from ava_ext.ops.arguments import POSITIVE, is_positive
 
 
@@ -31,6 +33,14 @@ def _is_number(value: object) -> bool:
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_group(value: object) -> bool:
+    distributed = torch.distributed
+    if isinstance(value, str) or not distributed.is_available():
+        return value == "world"
+    # new_group() gives the latter to a rank that is not in the group
+    return isinstance(value, distributed.ProcessGroup) or value == distributed.GroupMember.NON_GROUP_MEMBER
 
 
 def _at_least(least: int) -> _Range:
@@ -58,7 +68,7 @@ _NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) 
 _RANKS = _Range(
     "different integers >= 1", lambda v: _TOKENS.holds(v) and all(k >= 1 for k in v) and len(set(v)) == len(v)
 )
-_GROUP = _Range('a process group, or "world"', lambda v: not isinstance(v, str) or v == "world")
+_GROUP = _Range('a process group, or "world"', _is_group)
 
 
 def _option(default: Any, values: _Range, doc: str) -> Any:
@@ -102,7 +112,7 @@ class UnifiedLossConfig:
         None, _GROUP, 'the group that step() sums learned state over; "world": the default group'
     )
     accuracy_top_k: tuple[int, ...] = _option(
-        (), _RANKS, "return_detailed also says how often the target is among the k likeliest tokens, for each k"
+        (), _RANKS, "return_detailed also says how often fewer than k tokens are likelier than the target, for each k"
     )
     linear_chunk_bytes: int | None = _option(
         None, _at_least(1), "bytes of a chunk of logits computed from hidden_states; None: 64 MB, on CUDA 1 GB"
@@ -129,7 +139,10 @@ class UnifiedLossConfig:
     focal_gamma: float = _option(2.0, _NOT_NEGATIVE, "exponent of the focal term")
 
     class_weights: tuple[float, ...] | None = _option(
-        None, _NUMBERS, "weight of each class, in label smoothing too; N is then the sum of the targets' weights"
+        None,
+        _NUMBERS,
+        "weight of each class, in label smoothing too; N is then the sum of the targets' weights: scale them to a mean "
+        "of 1 over your data, because it divides the other terms too, which have no class weights",
     )
     token_reweighting: str | None = _option(
         None,
@@ -184,7 +197,10 @@ class UnifiedLossConfig:
     )
     repetition_allow_list: tuple[int, ...] = _option((), _TOKENS, "ids that may repeat")
     negatives_need_target: bool = _option(
-        True, _FLAG, "False: a row counts for its negative_ids without a target too; N is the number of rows with any"
+        True,
+        _FLAG,
+        "False: a row counts for its negative_ids without a target too; N is the number of rows with any: with "
+        "num_items_in_batch, micro-batches do not add up to the batch",
     )
     min_sequence_length: int = _option(
         20, _at_least(0), "EOS is early while fewer counted targets of the segment precede it"

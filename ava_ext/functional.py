@@ -14,11 +14,12 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 
 from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
-from ava_ext.ops.arguments import as_constant
+from ava_ext.ops.arguments import as_constant, check_integers, check_is_tensor
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowFlags, accumulation_dtype, row_options, target_weights
+from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import classes_of
 
@@ -73,7 +74,7 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`, or one target.
-        TypeError: there is no such option.
+        TypeError: there is no such option, or something is no tensor.
         IndexError: a target is out of range.
 
     Example:
@@ -83,6 +84,11 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if isinstance(input, LinearLogits):
+        input.check("cross_entropy")
+    elif not isinstance(input, ShardedLogits):
+        check_is_tensor("cross_entropy", "input", input, or_linear=True)
+    check_is_tensor("cross_entropy", "target", target)
     if isinstance(input, Tensor) and input.dim() > 2:
         input = input.movedim(1, -1)
         if target.is_floating_point() and target.dim() > 2:
@@ -124,6 +130,7 @@ def linear_cross_entropy(
     """
     logits = LinearLogits(input, linear_weight, linear_bias)
     logits.check("linear_cross_entropy", ("input", "linear_weight", "linear_bias"))
+    check_is_tensor("linear_cross_entropy", "target", target)
     index = UnifiedLossConfig.ignore_index if ignore_index is None else ignore_index
     return _row_loss("linear_cross_entropy", logits, target, weight, reduction, index, label_smoothing, options)
 
@@ -159,7 +166,9 @@ def _row_loss(
     if target.shape != logits.shape[:-1]:
         raise ValueError(f"{owner}: expected target of shape {list(logits.shape[:-1])}, got {list(target.shape)}")
     dtype = accumulation_dtype(logits.dtype)
-    target = target.long()
+    if target.dtype != torch.int64:
+        check_integers(owner, "target", target)
+        target = target.long()
     row_weights = candidates = smoothing_weights = None
     flags = terms.flags
     if reduction == "mean":
@@ -307,6 +316,7 @@ def _make_row_terms(owner: str, label_smoothing: float, /, **given: Any) -> _Row
     for name in given:
         if name not in ROW_OPTIONS:
             raise ValueError(f"{owner}: {name} needs a module: expected UnifiedLoss, got the function")
+    UnifiedLossConfig.checked(owner, label_smoothing=label_smoothing, **given)
     # of the row terms none depends on the vocabulary, whose size may be unknown while a graph is traced
     any_size = {"vocab_size": 1, **given}
     config = UnifiedLossConfig(primary_loss_type="standard", label_smoothing=label_smoothing, **any_size)

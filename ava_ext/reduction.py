@@ -67,19 +67,22 @@ def count_rows(
 
     Raises:
         TypeError: num_items_in_batch is no number.
-        ValueError: it is negative, not finite, has several elements, or is of half precision. The value of a tensor is
-            not read, because that would wait for the device.
+        ValueError: it is negative, not finite, has several elements, or is of half precision, or the reduction is no
+            mean. The value of a tensor is not read, because that would wait for the device.
         NotImplementedError: on forward-mode derivatives by a weight or num_items_in_batch.
     """
     if token_weights is not None:
         token_weights = token_weights.to(dtype)
     is_mean = config.reduction == "mean"
-    n_items = None if num_items_in_batch is None else items_of(num_items_in_batch, targets.device, dtype)
+    n_items = None
+    if num_items_in_batch is not None:
+        check_is_mean("unified_loss", config)
+        n_items = items_of(num_items_in_batch, targets.device, dtype)
     refuse_tangents("unified_loss", (token_weights, class_weights, n_items))
     targets, n_counted, weights = row_weights.count_rows(
         targets, keep, token_weights, class_weights, n_items, config.ignore_index, is_mean, dtype
     )
-    return Rows(targets, n_counted, weights, n_items if is_mean else None)
+    return Rows(targets, n_counted, weights, n_items)
 
 
 def classes_of(
@@ -88,6 +91,14 @@ def classes_of(
 ) -> Tensor:  # [...]
     """The weight of each row's target; of a row that does not count, that of any class."""
     return class_weights[targets.clamp(0, len(class_weights) - 1)]
+
+
+def check_is_mean(owner: str, config: UnifiedLossConfig) -> None:
+    """Raises ValueError where num_items_in_batch is given to a loss that divides by nothing."""
+    if config.reduction != "mean":
+        raise ValueError(
+            f"{owner}: num_items_in_batch needs reduction='mean', got {config.reduction!r}, which divides by nothing"
+        )
 
 
 def items_of(

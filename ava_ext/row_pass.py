@@ -32,7 +32,7 @@ from ava_ext.placements import CallPlacement
 from ava_ext.reduction import classes_of
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
-# of the main term, what further heads have too: all but focal and token reweighting
+# of the main term, what further heads have too: all but focal, token reweighting and class weights
 OF_HEADS = RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP
 
 

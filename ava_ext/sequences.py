@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import has_shape
+from ava_ext.ops.arguments import check_integers, has_shape
 
 
 def segment_numbers(
@@ -21,7 +21,8 @@ def segment_numbers(
     together, each of them begins segments.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        ValueError: on shapes that do not fit, and on what is no integers. The values of cu_seqlens, which ascend, are
+            not read.
     """
     batch_size, n_tokens = shape
     parts = []
@@ -32,6 +33,7 @@ def segment_numbers(
             raise ValueError(
                 f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
             )
+        check_integers("unified_loss", name, given, "[batch_size, n_tokens]")
         given = given.long()  # unsigned integers have no order
         parts.append(given if given.dim() == 2 else given.unsqueeze(0))
     starts = []
@@ -47,6 +49,7 @@ def segment_numbers(
         return numbers
     if cu_seqlens.dim() != 1:
         raise ValueError(f"unified_loss: expected cu_seqlens of shape [n_segments + 1], got {list(cu_seqlens.shape)}")
+    check_integers("unified_loss", "cu_seqlens", cu_seqlens, "[n_segments + 1]")
     rows = torch.arange(batch_size * n_tokens, device=cu_seqlens.device).view(batch_size, n_tokens)
     packed = torch.searchsorted(cu_seqlens.to(torch.int64), rows, right=True)
     # both count upwards, so their sum changes where either does

@@ -133,8 +133,9 @@ class UnifiedLoss(nn.Module):
     ) -> Tensor:  # [] int64; with token_weights or class_weights float32
         """N of exactly this loss: how many rows of these targets count, or the sum of their weights.
 
-        Nothing waits for the device. It is 0 where no row counts, or every class has weight 0; the loss itself then
-        divides by 1.
+        Nothing waits for the device. It is 0 where no row counts, or all that count are of classes of weight 0. So the
+        counts of micro-batches add up; but a call of such rows alone, without N, divides by their number. Rows that
+        count for their negatives alone (negatives_need_target=False) have an N of their own and are not counted.
 
         Args:
             targets, attention_mask, position_ids, segment_ids, cu_seqlens, token_weights: as forward gets them.
@@ -160,7 +161,8 @@ class UnifiedLoss(nn.Module):
         # the call itself decides, so that this and the loss cannot differ; its logits are a single number, repeated
         like = of_rows["targets"] if isinstance(targets, Tensor) else torch.empty(())
         logits = like.new_empty(1, dtype=torch.float32).expand(*like.shape, self.config.vocab_size)
-        rows = Call(self.config, (), logits, **of_rows, num_items_in_batch=1).rows
+        divisor = 1 if self.config.reduction == "mean" else None
+        rows = Call(self.config, (), logits, **of_rows, num_items_in_batch=divisor).rows
         n_items = rows.weights.count_nonzero() if token_weights is None else rows.weights.sum()
         if self.row_pass.class_weights is not None:
             n_items = (rows.weights * classes_of(rows.targets, self.row_pass.class_weights)).sum()
@@ -240,8 +242,9 @@ class UnifiedLoss(nn.Module):
                 over ranks): the targets of the rows before, or with input_ids the tokens read before. ignore_index
                 where a row did not count or there is none; every other entry counts for min_sequence_length.
             segment_ids, position_ids, cu_seqlens: the texts that are packed into one row. Nothing leaks across them.
+                cu_seqlens ascend from 0 to the number of rows, which is not checked: that would wait for the device.
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
-                whose value is not read.
+                whose value is not read. With reduction="mean" alone.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
                 ones of a teacher; see `losses.distillation`. distillation_tail: what they leave is one more target.
@@ -395,7 +398,7 @@ class UnifiedLoss(nn.Module):
         rows: RowPassOutput,
         n_counted: Tensor,  # []
     ) -> dict[str, Tensor]:
-        """How often the target is among the k likeliest tokens, for each k of accuracy_top_k."""
+        """How often fewer than k tokens are likelier than the target, for each k of accuracy_top_k."""
         rank = rows.rank  # 0 where a row does not count
         if rank is None:
             return {}

@@ -86,6 +86,7 @@ OUT_OF_RANGE = {
     "label_smoothing": [-0.1, 1.1, float("nan"), True],
     "smoothing_mode": ["exclude"],
     "logit_scale": [0.0, -1.0],
+    "process_group": [5, "gpu", object()],
     "logit_softcap": [0.0, -30.0, float("inf")],
     "z_loss_weight": [-1.0],
     "confidence_penalty_weight": [-0.1],

@@ -323,6 +323,8 @@ def test_bad_input_is_named():
         (ValueError, "expected z_loss_weight to be a number >= 0, got {}", {"z_loss_weight": {}}),
         (ValueError, r"expected z_loss_weight to be a number >= 0, got \(0.1,\)", {"z_loss_weight": [0.1]}),
         (ValueError, "expected label_smoothing to be a number", {"label_smoothing": "0.1"}),
+        (ValueError, "^linear_cross_entropy: expected label_smoothing .*, got 2", {"label_smoothing": 2}),
+        (ValueError, "^linear_cross_entropy: expected focal_gamma to be .*, got -1", {"focal_gamma": -1}),
         (
             ValueError,
             "linear_cross_entropy: expected z_loss_weight without requires_grad",
@@ -351,5 +353,18 @@ def test_bad_input_is_named():
             cross_entropy(logits, q, **keywords)
     with pytest.raises(ValueError, match=r"expected probabilities as target of shape \[6, 13\], got \[6, 12\]"):
         cross_entropy(logits, q[:, 1:])
+    for bad in (targets > 0, targets.to(torch.complex64)):
+        for loss, given in ((cross_entropy, (logits,)), (linear_cross_entropy, (states, weight))):
+            with pytest.raises(ValueError, match=f"^{loss.__name__}: expected target to be integers"):
+                loss(*given, bad)
+    for function, arguments, message in (
+        (cross_entropy, ([1.0], targets), "input to be a Tensor or LinearLogits, got builtins.list"),
+        (cross_entropy, (logits, [1]), "target to be a Tensor, got builtins.list"),
+        (cross_entropy, (LinearLogits(states, None), targets), "weight to be a Tensor, got builtins.NoneType"),
+        (linear_cross_entropy, ([1.0], weight, targets), "input to be a Tensor, got builtins.list"),
+        (linear_cross_entropy, (states, torch.nn.Linear(5, V), targets), "linear_weight to be a Tensor, got torch.nn"),
+    ):
+        with pytest.raises(TypeError, match=f"^{function.__name__}: expected {message}"):
+            function(*arguments)
     with pytest.raises(IndexError, match="got 13 at position 5"):
         cross_entropy(logits, torch.tensor([0, 1, 2, 3, 4, 13]))

@@ -65,6 +65,14 @@ def test_three_ways_to_say_where_texts_begin(options, n_batch):
         torch.testing.assert_close(detailed(loss_fn, arguments, **given_segments), expected, **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
+def test_what_tells_texts_apart_is_integers(dtype):
+    loss_fn, arguments = UnifiedLoss(V, use_ngram_penalty=True), packed(0)
+    for name, given_ids in {"segment_ids": SEGMENT_IDS, "position_ids": POSITION_IDS, "cu_seqlens": CU_SEQLENS}.items():
+        with pytest.raises(ValueError, match=f"^unified_loss: expected {name} to be integers"):
+            loss_fn(arguments["logits"], arguments["targets"], **{name: given_ids.to(dtype)})
+
+
 def test_packed_flat_rows_are_one_packed_sequence():
     loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **SEQUENTIAL).double().eval()
     arguments = packed(1)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ava_ext.ops.arguments import check_is_tensor
+
 
 class AdaptiveLossScaling(nn.Module):
     """Uncertainty weighting: sum over losses of exp(-s_i) L_i + s_i / 2, with a learned s_i (log variance) for each.
@@ -64,6 +66,7 @@ class AdaptiveLossScaling(nn.Module):
 
         Raises:
             ValueError: a name is missing or unknown, or a loss is not a scalar.
+            TypeError: a loss is no tensor.
         """
         if set(losses) != set(self.log_variance.keys()):
             raise ValueError(
@@ -72,6 +75,7 @@ class AdaptiveLossScaling(nn.Module):
         parts: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
         for name, log_variance in self.log_variance.items():
+            check_is_tensor("adaptive_loss_scaling", name, losses[name])
             if losses[name].dim() != 0:
                 raise ValueError(
                     f"adaptive_loss_scaling: expected a scalar for {name!r}, got shape {list(losses[name].shape)}"

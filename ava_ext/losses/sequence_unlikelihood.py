@@ -11,7 +11,7 @@ from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.repeated_ngrams import repeated_ngram_mask
 from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
-from ava_ext.reduction import items_of
+from ava_ext.reduction import check_is_mean, items_of
 from ava_ext.sequences import segment_numbers
 
 
@@ -80,28 +80,34 @@ class SequenceUnlikelihoodLoss(nn.Module):
         Args:
             logits: logits[:, t] predict tokens[:, t]; or LinearLogits, of which a few rows exist at a time.
             tokens: what was generated. With a prompt in front, tokens[:, t] is the token behind it and all before.
-            continuation_mask: tokens where it is 0 (prompt, padding) belong to no n-gram and are not penalised.
+            continuation_mask: tokens where it is 0 (prompt, padding) belong to no n-gram and are not penalised. Without
+                it padding is text: it repeats itself.
             segment_ids: the texts that are packed into one row.
             num_items_in_batch: how many tokens repeat in all micro-batches, if the batch is one of several: the sum is
                 divided by it. `repeats` tells those of one.
             max_counted_rows: at most so many tokens repeat; see `ops.row_loss`.
 
         Raises:
-            ValueError: shapes do not fit, or num_items_in_batch is negative.
+            ValueError: shapes do not fit, or num_items_in_batch is negative or beside a reduction other than "mean".
             TypeError: it is not a number.
+            IndexError: a token that repeats is out of range (CPU).
         """
         if logits.shape[:-1] != tokens.shape or logits.shape[-1] < self.config.vocab_size:
             raise ValueError(
                 f"sequence_unlikelihood: expected logits of shape [{', '.join(map(str, tokens.shape))}, at least "
                 f"{self.config.vocab_size}], got {list(logits.shape)}"
             )
+        if num_items_in_batch is not None:
+            check_is_mean("sequence_unlikelihood", self.config)
         repeats = self.repeats(tokens, continuation_mask, segment_ids=segment_ids)
         if not is_dtensor(repeats):  # of tokens that are one: every rank has all of them
             tokens = whole("sequence_unlikelihood", "tokens", tokens, True)
         real = accumulation_dtype(logits.dtype)
         # the row kernel leaves out a row's own target: another one, whose own loss is off
-        targets = torch.where(repeats, (tokens.long() == 0).long(), -1)
-        ids = torch.where(repeats, tokens.long(), -1).unsqueeze(-1)
+        tokens = tokens.long()
+        targets = torch.where(repeats, (tokens == 0).long(), -1)
+        # the row kernel takes -1 for an absent id, and refuses -2 as it does others out of range
+        ids = torch.where(repeats, torch.where(tokens == -1, -2, tokens), -1).unsqueeze(-1)
         weights = repeats.to(real)
         if self.config.reduction == "mean":
             n_items = weights.sum() if num_items_in_batch is None else num_items_in_batch
@@ -112,19 +118,25 @@ class SequenceUnlikelihoodLoss(nn.Module):
             temperature=self.config.initial_temperature,
             logit_softcap=softcap,
         )
-        return row_loss(
-            logits,
-            targets,
-            options,
-            flags=int(RowFlags.SOFTCAP) if softcap else 0,
-            row_weights=weights,
-            candidates=Candidates(ids, torch.ones_like(ids, dtype=real), (1,)),
-            vocab_size=self.config.vocab_size,
-            ignore_index=-1,
-            reduction="none" if self.config.reduction == "none" else "sum",
-            chunk_bytes=self.config.linear_chunk_bytes,
-            max_counted_rows=max_counted_rows,
-        ).loss
+        try:
+            return row_loss(
+                logits,
+                targets,
+                options,
+                flags=int(RowFlags.SOFTCAP) if softcap else 0,
+                row_weights=weights,
+                candidates=Candidates(ids, torch.ones_like(ids, dtype=real), (1,)),
+                vocab_size=self.config.vocab_size,
+                ignore_index=-1,
+                reduction="none" if self.config.reduction == "none" else "sum",
+                chunk_bytes=self.config.linear_chunk_bytes,
+                max_counted_rows=max_counted_rows,
+            ).loss
+        except IndexError as error:
+            raise IndexError(
+                f"sequence_unlikelihood: expected tokens that repeat to be in [0, {self.config.vocab_size}): leave "
+                "padding out by continuation_mask"
+            ) from error
 
     def repeats(
         self,

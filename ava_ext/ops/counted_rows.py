@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ def choose_rows(
         return ChosenRows(None, False)
     torch._assert_async(counted.sum() <= max_counted_rows, "row_loss: more rows count than max_counted_rows")
     return ChosenRows(counted.argsort(stable=True, descending=True)[:max_counted_rows], False)
+
+
+def check_max_counted_rows(owner: str, given: Any) -> None:
+    """Raises TypeError for what an operator would refuse in words of its own."""
+    if given is not None and not isinstance(given, (Integral, torch.SymInt, Tensor)):
+        raise TypeError(f"{owner}: expected max_counted_rows to be an integer or None, got {given!r}")
 
 
 def host_reads(device: torch.device) -> bool:

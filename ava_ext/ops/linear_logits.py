@@ -8,6 +8,8 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ava_ext.ops.arguments import check_is_tensor
+
 # what a chunk of logits may take, by default
 CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 64_000_000, 1_000_000_000
 CUDA_TILE_ROWS = 256  # of a matrix product
@@ -61,9 +63,16 @@ class LinearLogits(NamedTuple):
         return self._replace(hidden_states=self.hidden_states.unsqueeze(dim))
 
     def check(self, owner: str, names: tuple[str, str, str] = ("hidden_states", "weight", "bias")) -> None:
-        """Raises ValueError where shapes or types do not fit; owner begins the message, names are the three parts'."""
+        """Raises TypeError where a part is no tensor, and ValueError where shapes or types do not fit.
+
+        owner begins the message, names are the three parts'.
+        """
         hidden_states, weight, bias = self
         of_states, of_weight, of_bias = names
+        check_is_tensor(owner, of_states, hidden_states)
+        check_is_tensor(owner, of_weight, weight)
+        if bias is not None:
+            check_is_tensor(owner, of_bias, bias)
         if weight.dim() != 2 or hidden_states.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"{owner}: expected {of_weight} of shape [vocab_size, {hidden_states.shape[-1]}] for "

@@ -42,10 +42,11 @@ def token_metrics(
     """log p and rank of each target, each row's entropy and likeliest token, in one pass over the logits.
 
     The rank is how many logits are greater than the target's: 0 for the likeliest token, and for each of several that
-    are equally likely. So (rank < k) is whether the target is among the k likeliest. It compares the logits as they
-    are stored: a soft cap or a temperature changes no rank. A target whose logit is nan has rank vocab_size.
-    The likeliest token is that of the capped logits: where several are so great that the cap makes them equal, it is
-    the first of these, and a target of rank 0 may be another.
+    are equally likely. So (rank < k) is whether fewer than k tokens are likelier than the target; torch.topk, which
+    returns k of them whatever is equal, may leave it out. It compares the logits as they are stored: a soft cap or a
+    temperature changes no rank. A target whose logit is nan has rank vocab_size.
+    argmax is taken after the soft cap. If the cap makes several logits equal, the first is returned, and it may differ
+    from a target of rank 0.
 
     Args:
         logits, temperature, logit_softcap, logit_scale, vocab_size, chunk_bytes, max_counted_rows: as in

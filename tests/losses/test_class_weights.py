@@ -67,6 +67,29 @@ def test_every_token_term_has_the_same_n():
     assert_same_with_gradients(of_step, wanted / 4, logits)
 
 
+def test_other_terms_and_depths_are_not_weighted_by_class():
+    """They are divided by the same N: weights of mean 1 leave them as they are."""
+    logits, heads, targets = torch.randn(2, 3, V), torch.randn(1, 2, 3, V), torch.tensor([[1, 2, 4], [5, 3, 6]])
+    options = {"z_loss_weight": 0.1, "use_mtp": True, "mtp_type": "adaptive", "num_future_tokens": 1}
+
+    def parts(class_weights):
+        loss_fn = UnifiedLoss(V, primary_loss_type="standard", class_weights=class_weights, **options)
+        found = loss_fn(logits, targets, additional_logits=heads, confidence_scores=torch.ones(2), return_detailed=True)
+        return found["z_loss"], found["mtp_loss"]
+
+    mean = torch.tensor(WEIGHTS)[targets].mean().item()
+    torch.testing.assert_close(parts(tuple(w / mean for w in WEIGHTS)), parts(None))
+
+
+def test_counts_of_micro_batches_add_up():
+    logits, targets = torch.randn(2, 3, V), torch.tensor([[1, 2, 4], [3, 3, 3]])  # 3 has weight 0
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", class_weights=WEIGHTS, z_loss_weight=0.1)
+    counts = [loss_fn.count_items(part) for part in targets]
+    assert counts[1] == 0 and sum(counts) == loss_fn.count_items(targets)
+    parts = [loss_fn(logits[b], targets[b], num_items_in_batch=sum(counts)) for b in range(2)]
+    torch.testing.assert_close(sum(parts), loss_fn(logits, targets))
+
+
 def test_nothing_counts():
     logits = torch.full((2, V), torch.nan, requires_grad=True)
     loss_fn = UnifiedLoss(V, primary_loss_type="standard", class_weights=WEIGHTS)

@@ -73,6 +73,14 @@ def test_weights_mask_and_reductions():
         torch.testing.assert_close(got, sum(wanted.values()) / n, rtol=1e-12, atol=0)
 
 
+def test_micro_batches_of_negatives_alone_add_up():
+    logits, loss_fn = Numbers(2).leaf(2, 5, V), make_loss()
+    targets = torch.full((2, 5), -100)
+    n = (NEGATIVES != -1).any(-1).sum()  # as the guide says
+    parts = [loss_fn(logits[b], targets[b], negative_ids=NEGATIVES[b], num_items_in_batch=n) for b in range(2)]
+    torch.testing.assert_close(sum(parts), loss_fn(logits, targets, negative_ids=NEGATIVES))
+
+
 def test_linear_logits_and_options_of_the_row():
     numbers = Numbers(2)
     states, weight = numbers.leaf(2, 5, HIDDEN), numbers.leaf(V, HIDDEN)

@@ -78,6 +78,8 @@ def test_the_number_of_items_is_checked():
         loss_fn(logits, TOKENS, num_items_in_batch=torch.tensor([1, 2]))
     with pytest.raises(TypeError, match=r"expected num_items_in_batch to be a number or a torch.Tensor, got str"):
         loss_fn(logits, TOKENS, num_items_in_batch="3")
+    with pytest.raises(ValueError, match="num_items_in_batch needs reduction='mean', got 'sum'"):
+        SequenceUnlikelihoodLoss(V, 3, reduction="sum")(logits, TOKENS, num_items_in_batch=3)
 
 
 def test_nothing_repeats():
@@ -119,6 +121,21 @@ def test_compiled():
         torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
         gradients = (torch.autograd.grad(loss, list(given), retain_graph=True) for loss in (got, want))
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("padding", [-1, -100, V])
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_tokens_that_repeat_are_in_the_vocabulary(padding, is_linear):
+    given, loss_fn = head(), SequenceUnlikelihoodLoss(V, 2)
+    logits = given if is_linear else F.linear(*given)
+    tokens = TOKENS.clone()
+    tokens[:, 5:] = padding
+    with pytest.raises(IndexError, match=rf"^sequence_unlikelihood: expected tokens that repeat to be in \[0, {V}\)"):
+        loss_fn(logits, tokens)
+    padded = TOKENS.clone()
+    padded[:, 5:] = 0
+    is_written = torch.arange(8).expand(2, 8) < 5
+    torch.testing.assert_close(loss_fn(logits, tokens, is_written), loss_fn(logits, padded, is_written))
 
 
 def test_bad_input_is_named():

@@ -108,6 +108,8 @@ def test_accuracies_of_unified_loss():
         among = logits.topk(5).indices == targets.unsqueeze(-1)
         torch.testing.assert_close(parts["accuracy_top_5"], among.any(-1)[counted].float().mean())
         assert parts["accuracy_top_1"] == parts["accuracy"]
+    equal = loss_fn(torch.zeros_like(logits), targets, return_detailed=True)  # no token is likelier than another
+    assert equal["accuracy_top_1"] == equal["accuracy_top_5"] == 1 and equal["accuracy"] < 1
     empty = loss_fn(logits, torch.full_like(targets, -100), return_detailed=True)
     assert empty["accuracy_top_5"] == 0
 

@@ -154,7 +154,8 @@ def arguments(draw, config: UnifiedLossConfig) -> dict[str, Any]:
     given |= draw(logits(config, shape, numbers, given))
 
     given["token_weights"] = draw(st.sampled_from([None, numbers.uniform(*shape, low=0.1, high=2.0)]))
-    n_items = draw(st.sampled_from([None, None, 5, 7.5, "tensor"]))
+    is_mean = config.reduction == "mean"
+    n_items = draw(st.sampled_from([None, None, 5, 7.5, "tensor"])) if is_mean else None
     given["num_items_in_batch"] = torch.tensor(6) if n_items == "tensor" else n_items
     if draw(st.booleans()):
         given["input_ids"] = numbers.integers(0, 3, *shape)
