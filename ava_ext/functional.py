@@ -16,10 +16,10 @@ from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
 from ava_ext.ops.arguments import as_constant, check_integers, check_is_tensor
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient
+from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowFlags, accumulation_dtype, row_options, target_weights
-from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import classes_of
 
@@ -84,10 +84,9 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    check_is_logits("cross_entropy", input, "input")
     if isinstance(input, LinearLogits):
         input.check("cross_entropy")
-    elif not isinstance(input, ShardedLogits):
-        check_is_tensor("cross_entropy", "input", input, or_linear=True)
     check_is_tensor("cross_entropy", "target", target)
     if isinstance(input, Tensor) and input.dim() > 2:
         input = input.movedim(1, -1)

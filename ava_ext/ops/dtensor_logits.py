@@ -35,10 +35,10 @@ def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
     return _local_tensor_logits(owner, logits) if is_dtensor(logits) else logits
 
 
-def check_is_logits(owner: str, logits: object) -> None:
+def check_is_logits(owner: str, logits: object, name: str = "logits") -> None:
     """Raises TypeError for what is neither a tensor nor what logits are computed from."""
     kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
-    check_is_tensor(owner, "logits", logits, kinds, "a Tensor or LinearLogits")
+    check_is_tensor(owner, name, logits, kinds, "a Tensor or LinearLogits")
 
 
 def has_dtensor(logits: PlacedLogits) -> bool:
