@@ -62,7 +62,8 @@ def test_against_the_reference(problem, n_ids, seed, is_capped):
             1 + z.amax(-1).abs()
             if name == "lse"
             else 1 + wanted.detach().abs()
-            if name == "log_rest"
+            # a CUDA kernel takes the maximum's capped logit more exactly than the others: see test_cuda_rows.py
+            if name == "log_rest" or (name == "mean_log_prob" and is_capped)
             else wanted.detach().abs()
         )
         assert_within(value[mask].detach(), wanted.detach(), tolerance * size + 1e-33, name)
