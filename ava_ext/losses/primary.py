@@ -6,7 +6,8 @@
     target_probabilities q: -(1 - e) sum_j q_j log softmax(z)_j - e mean_j log softmax(z)_j
 
 z are the effective logits (`losses.effective_logits`) of the V columns that are not masked, n is -log
-softmax(z)_target, and e is label_smoothing.
+softmax(z)_target, and e is label_smoothing. The focal factor and token_reweighting modulate the first term, with
+exclude_target that of e V / (V - 1): the e / (V - 1) n which the second then holds is not modulated.
 
 Source: Szegedy et al. 2016, "Rethinking the Inception architecture" (smoothing).
 """
