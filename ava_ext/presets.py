@@ -6,6 +6,7 @@ The former take the options of UnifiedLoss, except those that they have their ow
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -211,6 +212,10 @@ class PenaltySchedule(LearnedState):
         """Nothing: the schedule is not a statistic."""
 
 
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
+
+
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
     """AntiRepetitionLoss whose penalty weights change over the first optimizer steps.
 
@@ -247,10 +252,11 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         **options: Any,
     ) -> None:
         super().__init__(vocab_size, eos_token_id, pad_token_id, **{"auto_step": False, **options})
-        if warmup_steps < 1 or initial_weight < 0 or final_weight < 0:
+        weights = {"initial_weight": initial_weight, "final_weight": final_weight}
+        if not (isinstance(warmup_steps, int) and warmup_steps >= 1) or not all(map(_is_weight, weights.values())):
             raise ValueError(
-                "adaptive_anti_repetition_loss: expected warmup_steps >= 1 and weights >= 0, got "
-                f"{warmup_steps}, initial_weight={initial_weight} and final_weight={final_weight}"
+                "adaptive_anti_repetition_loss: expected an integer warmup_steps >= 1 and weights >= 0, got "
+                f"{warmup_steps!r} and {weights}"
             )
         self.schedule = PenaltySchedule(initial_weight, final_weight, warmup_steps)
         self.schedule.auto_step = self.config.auto_step
@@ -419,6 +425,11 @@ class MultiTokenPredictionLoss(nn.Module):
         """
         check_integers("multi_token_prediction_loss", "targets", targets, "[batch_size, n_tokens]")
         dtype = accumulation_dtype(self.mtp.heads[0].weight.dtype)  # type: ignore[arg-type]
+        if attention_mask is not None and attention_mask.shape != targets.shape:
+            raise ValueError(
+                "multi_token_prediction_loss: expected attention_mask of targets' shape "
+                f"{list(targets.shape)}, got {list(attention_mask.shape)}"
+            )
         targets = targets.long()
         rows = count_rows(self.config, targets, keep_rows(self.config, targets, attention_mask), None, None, dtype)
 

@@ -1,6 +1,7 @@
 """The loss classes that are UnifiedLoss with the options each is about."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -177,9 +178,17 @@ def test_auto_step_may_be_turned_on():
     assert loss_fn.steps == 1
 
 
-@pytest.mark.parametrize("options", [{"warmup_steps": 0}, {"initial_weight": -1.0}, {"final_weight": -1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warmup_steps": 0}, {"warmup_steps": None}, {"warmup_steps": 2.5},
+        {"initial_weight": -1.0}, {"final_weight": -1.0}, {"final_weight": math.nan}, {"initial_weight": "0"},
+    ],
+)  # fmt: skip
 def test_bad_schedules_raise(options):
-    with pytest.raises(ValueError, match="adaptive_anti_repetition_loss: expected warmup_steps >= 1 and weights >= 0"):
+    with pytest.raises(
+        ValueError, match="adaptive_anti_repetition_loss: expected an integer warmup_steps >= 1 and weights >= 0"
+    ):
         AdaptiveAntiRepetitionLoss(V, **options)
 
 
@@ -270,3 +279,11 @@ def test_heads_alone_take_their_ignore_index_and_mixed_precisions(ignore_index, 
         ValueError, match=r"expected targets to be integers of shape \[batch_size, n_tokens\], got float32"
     ):
         mtp(hidden_states, targets.float())
+
+
+def test_the_mask_of_heads_alone_is_named():
+    mtp = ava_ext.MultiTokenPredictionLoss(HIDDEN_SIZE, V)
+    with pytest.raises(
+        ValueError, match=r"multi_token_prediction_loss: expected attention_mask of targets' shape \[2, 6\]"
+    ):
+        mtp(torch.randn(2, 6, HIDDEN_SIZE), torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 5))

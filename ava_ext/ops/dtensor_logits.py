@@ -39,6 +39,9 @@ def check_is_logits(owner: str, logits: object, name: str = "logits") -> None:
     """Raises TypeError for what is neither a tensor nor what logits are computed from."""
     kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
     check_is_tensor(owner, name, logits, kinds, "a Tensor or LinearLogits")
+    if isinstance(logits, LinearLogits):
+        check_is_tensor(owner, "hidden_states", logits.hidden_states)
+        check_is_tensor(owner, "weight", logits.weight)
 
 
 def has_dtensor(logits: PlacedLogits) -> bool:

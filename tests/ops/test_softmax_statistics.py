@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.assertions import assert_within, relative_error
 from support.strategies import row_problems
 
-from ava_ext import reference
+from ava_ext import LinearLogits, reference
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 
@@ -215,3 +215,8 @@ def test_up_to_which_gap_log_rest_is_exact(dtype, exact, infinite):
     logits = torch.tensor([[0.0, exact], [0.0, infinite]], dtype=dtype)
     log_rest = softmax_statistics(logits, None).log_rest
     assert log_rest[0].item() == pytest.approx(-exact, rel=1e-7) and log_rest[1].item() == -math.inf
+
+
+def test_linear_logits_without_a_weight():
+    with pytest.raises(TypeError, match="token_log_probs: expected weight to be a Tensor, got builtins"):
+        token_log_probs(LinearLogits(torch.randn(2, 3), None), torch.zeros(2, dtype=torch.long))
