@@ -82,3 +82,16 @@ def test_no_more_compilations_than_cross_entropy(name):
     loss_fn = UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name])
     found = compilations(loss_fn, lambda compiled, *what: compiled(**arguments(name, *what)))
     assert found == allowed
+
+
+@pytest.mark.parametrize("counts", [[10, 11, 12, 13], [10.0, 11.0, 12.0, 0.0, 2.0**24 + 1]])  # an int 0 is kept apart
+def test_the_number_of_items_compiles_twice(counts):
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard")
+    compiled = torch.compile(loss_fn, backend=backend, fullgraph=True)
+    given = arguments("plain", 5, torch.float32, seed=0)
+    for n_items in counts:
+        expected = loss_fn(**given, num_items_in_batch=n_items)
+        torch.testing.assert_close(compiled(**given, num_items_in_batch=n_items), expected)
+    assert backend.frame_count == 2
