@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.strategies import HIDDEN_SIZE, Numbers, seeds
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_ext import UnifiedLoss
@@ -376,6 +377,28 @@ def test_hidden_states_of_every_layer_and_the_head_itself(bias):
     trained = (layers[-1], *head.parameters())
     got, want = (torch.autograd.grad(value, trained) for value in (loss, expected))
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("made", [prune.identity, torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_head_whose_weight_its_hooks_make_is_refused(made):
+    """Only a call of the head would make it anew."""
+    head = made(torch.nn.Linear(3, V), name="weight")
+    given = {"targets": TARGETS, "hidden_states": STATES}
+    with pytest.raises(TypeError, match=r"got Linear, which may do more .* or whose weight a hook makes"):
+        UnifiedLoss(V)(**given, lm_head_weight=head)
+    torch.testing.assert_close(
+        UnifiedLoss(V)(**given, lm_head_weight=head.weight, lm_head_bias=head.bias),
+        UnifiedLoss(V)(head(STATES), TARGETS),
+    )
+
+
+def test_a_head_with_parametrizations_has_its_weight():
+    head = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, V))
+    with torch.no_grad():
+        head.parametrizations.weight.original0.mul_(2)
+    loss = UnifiedLoss(V)(targets=TARGETS, hidden_states=STATES + 1, lm_head_weight=head)
+    torch.testing.assert_close(loss, UnifiedLoss(V)(head(STATES + 1), TARGETS))
 
 
 def test_the_head_of_shared_depths_may_be_a_layer():
