@@ -465,6 +465,25 @@ def test_what_is_masked_is_no_token_in_any_integer_type(dtype):
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("as_given", [lambda indices: indices, list], ids=["tensor", "list of layers"])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_experts_of_every_integer_type(dtype, as_given):
+    loss_fn = UnifiedLoss(V, num_experts=4, use_auxiliary_loss=True, use_moe_balancing=True, num_moe_layers=2).eval()
+    numbers, indices = Numbers(6), torch.tensor([[0, 1], [3, 0], [1, 2], [2, 3], [0, 3], [1, 0], [2, 1], [3, 1]])
+    given = {"logits": numbers.normal(2, 4, V), "targets": TARGETS, "gate_logits": numbers.normal(2, 8, 4)}
+    indices = torch.stack([indices, indices.flip(0)])
+    loss = loss_fn(**given, expert_indices=as_given(indices.to(dtype)))
+    torch.testing.assert_close(loss, loss_fn(**given, expert_indices=indices), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_experts_that_are_no_integers_are_named(dtype):
+    loss_fn = UnifiedLoss(V, num_experts=4, use_auxiliary_loss=True)
+    message = f"expected expert_indices to be integers of shape .*, got {str(dtype)[6:]}"
+    with pytest.raises(ValueError, match=message):
+        loss_fn(logits(), TARGETS, gate_logits=torch.zeros(8, 4), expert_indices=torch.zeros(8, 1, dtype=dtype))
+
+
 @pytest.mark.parametrize("labels_are_shifted", [True, False])
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
 def test_empty_batches(shape, labels_are_shifted):
