@@ -21,6 +21,7 @@ CONFIGURATIONS = {
     "adaptive heads": ADAPTIVE,
     "pairs": {"primary_loss_type": "standard", "use_contrastive_loss": True},
     "linear layer": {},
+    "target probabilities": {"primary_loss_type": "standard"},
 }
 # a length for the second time, a new one (from now on any), and more of them; as training does
 LENGTHS = (5, 5, 7, 9, 16)
@@ -43,7 +44,9 @@ def arguments(name, n_tokens, dtype, seed):
         given["confidence_scores"] = numbers.uniform(2, n_tokens, low=0.1, high=0.9).requires_grad_()
     if name == "pairs":
         given["contrastive_pair"] = (numbers.leaf(n_tokens, HIDDEN_SIZE), numbers.leaf(n_tokens, HIDDEN_SIZE))
-    if name == "linear layer":
+    if name == "target probabilities":
+        given["target_probabilities"] = numbers.leaf(2, n_tokens, V).softmax(-1)
+    if name in ("linear layer", "target probabilities"):
         del given["logits"]
         given["hidden_states"] = numbers.leaf(2, n_tokens, HIDDEN_SIZE)
         given["lm_head_weight"] = numbers.leaf(V, HIDDEN_SIZE)
