@@ -15,7 +15,7 @@ from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.derivatives import wants_gradient
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
-from ava_ext.ops.linear_logits import LinearLogits, is_linear
+from ava_ext.ops.linear_logits import LinearLogits, is_weight_itself
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.placements import CallPlacement, check_is_local, check_is_whole
@@ -289,10 +289,11 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 def _weight_and_bias(head: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Of a linear layer."""
-    if not is_linear(head):
+    if not is_weight_itself(head):
         raise TypeError(
             "unified_loss: expected lm_head_weight to be a torch.Tensor or a torch.nn.Linear, got "
-            f"{type(head).__name__}, which may do more than one matrix product: pass logits, or its merged weight"
+            f"{type(head).__name__}, which may do more than one matrix product, or whose weight a hook makes: pass "
+            "logits, or its merged weight"
         )
     return head.weight, head.bias if bias is None else bias
 

@@ -14,7 +14,7 @@ from ava_ext.process_group import GroupReference, resolve
 
 
 class LossMeter:
-    """Adds up the dicts of return_detailed=True over calls and ranks, and reads them once.
+    """Adds up the dicts that UnifiedLoss gives with return_detailed=True, over calls and ranks, and reads them once.
 
     It adds total_loss and the components: with num_items_in_batch they are shares of the whole batch, and their sum
     over micro-batches and ranks is the loss of the batch. It adds n_tokens and focal_loss, too. Every other metric is
@@ -57,7 +57,10 @@ class LossMeter:
             ValueError: parts have no n_tokens, or an entry is not a scalar, as with reduction="none".
         """
         if "n_tokens" not in parts:
-            raise ValueError(f"loss_meter: expected the dict of return_detailed=True, got {sorted(parts)}")
+            raise ValueError(
+                "loss_meter: expected the dict of UnifiedLoss with return_detailed=True, with n_tokens, got "
+                f"{sorted(parts)}"
+            )
         n_tokens, added = parts["n_tokens"], {}
         for name, value in parts.items():
             if value.dim() != 0:

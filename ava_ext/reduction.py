@@ -68,7 +68,8 @@ def count_rows(
     Raises:
         TypeError: num_items_in_batch is no number.
         ValueError: it is negative, not finite, has several elements, or is of half precision, or the reduction is no
-            mean. The value of a tensor is not read, because that would wait for the device.
+            mean. The value of a tensor is not read, because that would wait for the device; nor that of a float in a
+            graph of torch.compile.
         NotImplementedError: on forward-mode derivatives by a weight or num_items_in_batch.
     """
     if token_weights is not None:
@@ -113,6 +114,10 @@ def items_of(
             got = type(num_items_in_batch).__name__
             raise TypeError(f"{owner}: expected num_items_in_batch to be a number or a torch.Tensor, got {got}")
         num_items_in_batch = torch.as_tensor(num_items_in_batch)
+    if isinstance(num_items_in_batch, float) and torch.compiler.is_compiling():
+        # compared, or given to torch.full, it would make a graph for every N
+        n_items = torch.ones((), dtype=dtype, device=device) * num_items_in_batch
+        return torch.where(n_items == 0, 1.0, n_items)
     if not isinstance(num_items_in_batch, Tensor):
         n = float(num_items_in_batch)
         if not 0 <= n < math.inf:

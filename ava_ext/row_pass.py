@@ -120,9 +120,16 @@ class RowPass(Float32Buffers):
     def _make_penalty_weights(self, like: Tensor) -> Tensor:  # [N_REPETITION_WEIGHTS]
         return repetition_weights(like, **self._penalty_weights)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowPass:
+        before = self.options
+        super()._apply(fn, recurse)
+        if self.options is not before:
+            self.reset_parameters()  # no checkpoint has them, and to_empty() leaves them undefined
+        return self
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fills the constants, again after to_empty()."""
+        """Fills the constants."""
         with torch.device("cpu"):
             like = torch.empty(0, dtype=torch.float32)
             self.options.copy_(self._make_options(like))

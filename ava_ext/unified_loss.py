@@ -88,6 +88,7 @@ class UnifiedLoss(nn.Module):
         self._state_names = tuple(states)
         for name in states:
             getattr(self, name).auto_step = config.auto_step
+        self.register_load_state_dict_post_hook(_constants_follow)
         self._learns = config.temperature_adapts or len(states) > 1
         parts = [getattr(self, name) for name in self._part_names]
         keys = [term.key for term in row_terms if term.key] + [source.key for source in sources]
@@ -462,6 +463,13 @@ class UnifiedLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
         return self.config.changed_options()
+
+
+def _constants_follow(loss_fn: UnifiedLoss, _: Any) -> None:
+    """With assign=True, a loss on the meta device has its state where the checkpoint was: the constants go there."""
+    row_pass, home = loss_fn.row_pass, loss_fn.temperature.value.device
+    if row_pass.options.is_meta and home.type != "meta":
+        row_pass.to_empty(device=home)
 
 
 class _Option:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.strategies import HIDDEN_SIZE, Numbers, seeds
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_ext import UnifiedLoss
@@ -378,6 +379,28 @@ def test_hidden_states_of_every_layer_and_the_head_itself(bias):
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("made", [prune.identity, torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_head_whose_weight_its_hooks_make_is_refused(made):
+    """Only a call of the head would make it anew."""
+    head = made(torch.nn.Linear(3, V), name="weight")
+    given = {"targets": TARGETS, "hidden_states": STATES}
+    with pytest.raises(TypeError, match=r"got Linear, which may do more .* or whose weight a hook makes"):
+        UnifiedLoss(V)(**given, lm_head_weight=head)
+    torch.testing.assert_close(
+        UnifiedLoss(V)(**given, lm_head_weight=head.weight, lm_head_bias=head.bias),
+        UnifiedLoss(V)(head(STATES), TARGETS),
+    )
+
+
+def test_a_head_with_parametrizations_has_its_weight():
+    head = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, V))
+    with torch.no_grad():
+        head.parametrizations.weight.original0.mul_(2)
+    loss = UnifiedLoss(V)(targets=TARGETS, hidden_states=STATES + 1, lm_head_weight=head)
+    torch.testing.assert_close(loss, UnifiedLoss(V)(head(STATES + 1), TARGETS))
+
+
 def test_the_head_of_shared_depths_may_be_a_layer():
     numbers = Numbers(5)
     states, head = numbers.leaf(2, 4, HIDDEN_SIZE), torch.nn.Linear(HIDDEN_SIZE, V).double()
@@ -440,6 +463,25 @@ def test_what_is_masked_is_no_token_in_any_integer_type(dtype):
     expected = loss_fn(logits, text, input_ids=text, attention_mask=mask, return_detailed=True)
     assert expected["ngram_penalty"] > 0
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("as_given", [lambda indices: indices, list], ids=["tensor", "list of layers"])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_experts_of_every_integer_type(dtype, as_given):
+    loss_fn = UnifiedLoss(V, num_experts=4, use_auxiliary_loss=True, use_moe_balancing=True, num_moe_layers=2).eval()
+    numbers, indices = Numbers(6), torch.tensor([[0, 1], [3, 0], [1, 2], [2, 3], [0, 3], [1, 0], [2, 1], [3, 1]])
+    given = {"logits": numbers.normal(2, 4, V), "targets": TARGETS, "gate_logits": numbers.normal(2, 8, 4)}
+    indices = torch.stack([indices, indices.flip(0)])
+    loss = loss_fn(**given, expert_indices=as_given(indices.to(dtype)))
+    torch.testing.assert_close(loss, loss_fn(**given, expert_indices=indices), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_experts_that_are_no_integers_are_named(dtype):
+    loss_fn = UnifiedLoss(V, num_experts=4, use_auxiliary_loss=True)
+    message = f"expected expert_indices to be integers of shape .*, got {str(dtype)[6:]}"
+    with pytest.raises(ValueError, match=message):
+        loss_fn(logits(), TARGETS, gate_logits=torch.zeros(8, 4), expert_indices=torch.zeros(8, 1, dtype=dtype))
 
 
 @pytest.mark.parametrize("labels_are_shifted", [True, False])

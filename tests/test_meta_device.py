@@ -26,6 +26,7 @@ MODULES = {
         ngram_penalty_weight=2.0,
         use_immediate_repetition_penalty=True,
         eos_token_id=1,
+        class_weights=[0.5] + [1.0] * (V - 1),
     ),
     "own heads": lambda: UnifiedLoss(V, HIDDEN_SIZE, use_mtp=True),
     "shared head": lambda: UnifiedLoss(V, HIDDEN_SIZE, use_mtp=True, mtp_share_head=True),
@@ -36,6 +37,7 @@ MODULES = {
     "heads alone": lambda: ava_ext.MultiTokenPredictionLoss(V, HIDDEN_SIZE),
     "scaling": lambda: ava_ext.AdaptiveLossScaling(["main", "auxiliary"], initial_log_variance=0.5),
 }
+LOSSES = [name for name in MODULES if isinstance(MODULES[name](), UnifiedLoss)]
 
 
 def rebuilt(build, dtype=torch.float32):
@@ -65,6 +67,18 @@ def everything(module):
     return dict(module.named_parameters()) | dict(module.named_buffers()) | others
 
 
+def inputs(numbers, loss_fn):
+    return {
+        "logits": numbers.leaf(2, 6, V),
+        "targets": numbers.integers(0, V, 2, 6),
+        "hidden_states": numbers.normal(2, 6, HIDDEN_SIZE).float(),
+        "lm_head_weight": numbers.normal(V, HIDDEN_SIZE).float() if loss_fn.mtp_share_head else None,
+        "gate_logits": numbers.normal(12, E),
+        "expert_outputs": numbers.normal(E, 12, 2),
+        "confidence_scores": numbers.uniform(2, 6),
+    }
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_state_is_that_of_a_new_module(name):
     build = MODULES[name]
@@ -86,21 +100,13 @@ def test_state_is_that_of_a_new_module(name):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if isinstance(MODULES[name](), UnifiedLoss)])
+@pytest.mark.parametrize("name", LOSSES)
 def test_values_are_those_of_a_new_loss(name):
     got, numbers = rebuilt(MODULES[name]), Numbers(0)
     new = MODULES[name]()
     new.load_state_dict(copy.deepcopy(got.state_dict()))  # random heads
     for _ in range(12):
-        given = {
-            "logits": numbers.leaf(2, 6, V),
-            "targets": numbers.integers(0, V, 2, 6),
-            "hidden_states": numbers.normal(2, 6, HIDDEN_SIZE).float(),
-            "lm_head_weight": numbers.normal(V, HIDDEN_SIZE).float() if got.mtp_share_head else None,
-            "gate_logits": numbers.normal(12, E),
-            "expert_outputs": numbers.normal(E, 12, 2),
-            "confidence_scores": numbers.uniform(2, 6),
-        }
+        given = inputs(numbers, got)
         results = []
         for loss_fn in (got, new):
             result = loss_fn(**given, return_detailed=True)
@@ -128,6 +134,47 @@ def test_a_checkpoint_fills_a_module_that_was_built_on_meta():
             submodule.reset_parameters()
     other.load_state_dict(trained.state_dict())
     torch.testing.assert_close(dict(other.named_buffers()), dict(trained.named_buffers()), rtol=0, atol=0)
+
+
+@pytest.fixture
+def filled_memory():
+    """What nobody has initialised is nan."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def trained(name):
+    loss_fn, numbers = MODULES[name](), Numbers(1)
+    for _ in range(12):
+        loss_fn(**inputs(numbers, loss_fn))
+        loss_fn.step()
+    return loss_fn
+
+
+@pytest.mark.parametrize("way", ["to_empty", "assign", "assign, then to()"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_checkpoint_is_all_that_a_loss_built_on_meta_needs(name, way, filled_memory):
+    """The recipes of FSDP2 and torchtune call no reset_parameters()."""
+    checkpoint, expected = trained(name).state_dict(), MODULES[name]()
+    with torch.device("meta"):
+        found = MODULES[name]()
+    if way == "to_empty":
+        found.to_empty(device="cpu")
+    for loss_fn in (found, expected):
+        loss_fn.load_state_dict(copy.deepcopy(checkpoint), assign=way != "to_empty")
+    if way == "assign, then to()":
+        found.to("cpu")
+    torch.testing.assert_close(everything(found), everything(expected), rtol=0, atol=0)
+    found.step()  # a rank whose first batch is empty
+    results = [loss_fn(**inputs(Numbers(2), loss_fn), return_detailed=True) for loss_fn in (found, expected)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_to_empty_keeps_what_the_configuration_says(filled_memory):
+    built = MODULES["every row term"]()
+    expected = {key: value.clone() for key, value in built.row_pass.named_buffers()}
+    torch.testing.assert_close(dict(built.to_empty(device="cpu").row_pass.named_buffers()), expected, rtol=0, atol=0)
 
 
 def test_a_call_on_meta_has_the_shapes_of_a_call():

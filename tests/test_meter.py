@@ -8,7 +8,7 @@ from support.processes import on_ranks
 from support.strategies import HIDDEN_SIZE, Numbers
 from test_compile import BATCH, CONFIGURATIONS, ROWS, E, NoSynchronisation, V, arguments
 
-from ava_ext import LossMeter, UnifiedLoss
+from ava_ext import AdaptiveLossScaling, LossMeter, UnifiedLoss
 
 AVERAGES_OF_CALLS = ("moe_cv", "moe_max_violation")  # of the balance; see LossMeter
 NOT_OF_ROWS = {"use_auxiliary_loss": False, "use_contrastive_loss": False, "use_diversity_loss": False}
@@ -110,6 +110,12 @@ def test_a_refused_update_leaves_nothing():
     with pytest.raises(ValueError, match="expected a scalar for 'z_loss'"):
         meter.update({"n_tokens": ones, "temperature": ones, "total_loss": ones, "z_loss": torch.ones(2)})
     assert meter.compute() == {}
+
+
+def test_the_dict_of_another_module_is_refused():
+    parts = AdaptiveLossScaling(["main"])({"main": torch.ones(())}, return_detailed=True)
+    with pytest.raises(ValueError, match=r"expected the dict of UnifiedLoss .*, with n_tokens, got \['main', 'total_l"):
+        LossMeter().update(parts)
 
 
 def test_what_is_given_may_change_later():

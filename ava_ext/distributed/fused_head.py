@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ava_ext.ops.linear_logits import is_linear
+from ava_ext.ops.linear_logits import is_weight_itself
 
 
 class FusedHead(nn.Module):
@@ -28,10 +28,10 @@ class FusedHead(nn.Module):
 
     def __init__(self, lm_head: nn.Linear, loss_fn: nn.Module) -> None:
         super().__init__()
-        if not is_linear(lm_head):
+        if not is_weight_itself(lm_head):
             raise TypeError(
                 f"fused_head: expected lm_head to be a torch.nn.Linear, got {type(lm_head).__name__}, which may do "
-                "more than one matrix product"
+                "more than one matrix product, or whose weight a hook makes"
             )
         self.lm_head = lm_head
         self.loss_fn = loss_fn

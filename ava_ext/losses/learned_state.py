@@ -54,7 +54,10 @@ class LearnedState(Float32Buffers):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._follow(next(self.buffers()).device)  # assign=True may have taken the buffers from the meta device
         self.clear_pending()  # what calls have learned beside the state that this one replaces
+        for name in self.READ:
+            getattr(self, _previous(name)).copy_(getattr(self, name))
 
     def check_device(self, device: torch.device, owner: str = "unified_loss") -> None:
         """Raises ValueError where the state is not on the device of the logits, as for every module with buffers.

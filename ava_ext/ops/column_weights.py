@@ -117,9 +117,7 @@ class _ProbabilityGradient(torch.autograd.Function):
         # of the factors, so that it holds a batch where they do
         gradient = factors.new_zeros(flat_probabilities.shape, dtype=probabilities.dtype)
         states = parts[0].detach().reshape(-1, parts[0].shape[-1])
-        n_rows = rows_of_a_chunk(len(factors), vocab_size, dtype, gradient.device, chunk_bytes)
-        for begin in range(0, len(factors), n_rows):
-            rows = slice(begin, begin + n_rows)
+        for rows in _chunks(factors.shape[0], vocab_size, dtype, gradient.device, chunk_bytes):
             logits = states[rows]
             if ctx.n_parts > 1:
                 with without_autocast(gradient.device):
@@ -136,6 +134,15 @@ class _ProbabilityGradient(torch.autograd.Function):
         # the logits' gradient depends on the probabilities, and is differentiated by way of what comes from above
         grad_loss = without_second_derivative(grad_loss, probabilities, grad_loss)
         return grad_loss, gradient, None, *(None,) * ctx.n_parts
+
+
+def _chunks(
+    n_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None
+) -> list[slice]:
+    if torch.compiler.is_compiling():  # a graph of any number of rows has no loop over them
+        return [slice(None)]
+    size = rows_of_a_chunk(n_rows, vocab_size, dtype, device, chunk_bytes)
+    return [slice(begin, begin + size) for begin in range(0, n_rows, size)]
 
 
 def _log_probs(

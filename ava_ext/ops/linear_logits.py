@@ -26,6 +26,14 @@ def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(head, nn.Linear) and cls.forward is nn.Linear.forward and "forward" not in vars(head)
 
 
+def is_weight_itself(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a head that is not called is its weight and bias as they stand: `is_linear`, and no hook makes them, as
+    torch.nn.utils.prune, weight_norm and spectral_norm do before each forward.
+    """
+    hooks = head._forward_pre_hooks.values()
+    return is_linear(head) and not any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
 class LinearLogits(NamedTuple):
     """The logits hidden_states @ weight.T + bias [..., n_columns], as what they are computed from.
 

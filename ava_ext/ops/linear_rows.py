@@ -302,7 +302,7 @@ def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
         origin, targets, *grads = ctx.saved_tensors
         if grad_losses is not None:
             raise RuntimeError("ava_ext: the gradient of the sum was computed; the rows need reduction='none'")
-        of_rows = counted_only(grad_total.expand(len(targets)), targets == ctx.ignore_index)
+        of_rows = counted_only(grad_total.expand(targets.shape[0]), targets == ctx.ignore_index)
         wanted, factors = ctx.gradients, (of_rows, grad_total, grad_total)
         triples = zip(grads, factors, wanted, strict=True)
         # linear in what comes from above, and so differentiable by that
@@ -314,7 +314,7 @@ def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
     origin, targets, *parts, options, row_weights, ids, id_weights, column_weights = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     upstream = sum(grad for grad in (grad_total, grad_losses) if grad is not None)
-    factors = upstream.expand(len(targets)) if row_weights is None else upstream * row_weights
+    factors = upstream.expand(targets.shape[0]) if row_weights is None else upstream * row_weights
     parts = [part if part is None else part.detach() for part in parts]
     arguments = (*parts, targets, options, factors, ids, id_weights, *ctx.constants, wanted, column_weights)
     grads = [
@@ -333,7 +333,7 @@ def _scaled(
     The factor is never rounded to bfloat16: the whole gradient would be off by as much, and always to the same side.
     """
     rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
-    factors = factor.to(accumulation_dtype(rows.dtype)).expand(len(rows))
+    factors = factor.to(accumulation_dtype(rows.dtype)).expand(rows.shape[0])
     # a compiler makes one kernel of it; what requires grad, in create_graph=True, is not written over
     if torch.compiler.is_compiling() or gradient.requires_grad or is_batched(factor):
         return (rows * factors.unsqueeze(-1)).to(gradient.dtype).view_as(gradient)

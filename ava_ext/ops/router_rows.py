@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_devices, has_shape, with_dense_rows
+from ava_ext.ops.arguments import as_ids, check_devices, has_shape, with_dense_rows
 from ava_ext.ops.derivatives import (
     raise_double_backward,
     refuse_batches,
@@ -81,7 +81,8 @@ def router_statistics(
         RouterStatistics; a group without a counted row has zeros.
 
     Raises:
-        ValueError: shapes that do not fit, neither expert_indices nor k, k > n_experts, an unknown score.
+        ValueError: shapes that do not fit, neither expert_indices nor k, k > n_experts, an unknown score, indices that
+            are no integers.
         IndexError: an expert index of a counted row outside [0, n_experts), a segment not below n_segments.
         RuntimeError: on double backward.
         NotImplementedError: on forward-mode derivatives.
@@ -97,6 +98,8 @@ def router_statistics(
         if expert_indices is None:
             raise ValueError("router_statistics: expected expert_indices or k, got neither")
         k = expert_indices.shape[-1]
+    if expert_indices is not None:
+        expert_indices = as_ids("router_statistics", "expert_indices", expert_indices, "[n_layers, n_rows, k]")
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
     if DTENSOR in sys.modules:
         if any(map(is_dtensor, layers)):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.processes import on_ranks
+from torch.nn.utils import prune
 
 from ava_ext import LinearLogits, UnifiedLoss
 from ava_ext.distributed import FusedHead, ShardedLogits
@@ -120,6 +121,8 @@ def test_fused_head_wants_a_linear_layer():
         FusedHead(torch.nn.Sequential(torch.nn.Linear(H, V)), UnifiedLoss(V))
     with pytest.raises(TypeError, match=r"lm_head to be a torch.nn.Linear, got ScaledLinear, which may do more"):
         FusedHead(ScaledLinear(H, V), UnifiedLoss(V))
+    with pytest.raises(TypeError, match=r"got Linear, which may do more .* or whose weight a hook makes"):
+        FusedHead(prune.identity(torch.nn.Linear(H, V), "weight"), UnifiedLoss(V))
     head = FusedHead(torch.nn.Linear(H, V), UnifiedLoss(V, primary_loss_type="standard"))
     states = torch.randn(3, H)
     torch.testing.assert_close(head(states), head.lm_head(states))

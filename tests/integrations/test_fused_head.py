@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from tiny_models import V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned, with_options_of_text
+from torch.nn.utils import prune
 
 from ava_ext import UnifiedLoss
 
@@ -57,6 +58,18 @@ def test_attached_loss_is_the_models_own_loss(name):
     attach_loss(model, plain_loss(model, fused=False))
     assert_same(loss_of(model, **batch()), expected)
     assert torch.equal(model(**batch()).logits, logits)
+
+
+def test_hooks_of_the_head_run():
+    """In one of them prune makes the weight; what another does to the logits has to be what the loss does."""
+    model = family("Llama")
+    expected = own_loss(model, **batch())[0]
+    prune.identity(model.lm_head, "weight").weight.detach().zero_()  # as stale as it can be
+    fuse_lm_head(model, plain_loss(model))
+    torch.testing.assert_close(model(**batch()).loss, expected, rtol=1e-12, atol=0, check_dtype=False)
+    model.lm_head.register_forward_hook(lambda head, inputs, output: 3 * output)
+    with pytest.raises(ValueError, match=r"applies logit_scale=3\.0"):
+        model(**batch())
 
 
 @pytest.mark.parametrize("name", ["Granite", "Cohere"])

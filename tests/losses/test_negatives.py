@@ -81,6 +81,27 @@ def test_micro_batches_of_negatives_alone_add_up():
     torch.testing.assert_close(sum(parts), loss_fn(logits, targets, negative_ids=NEGATIVES))
 
 
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"segment_ids": torch.tensor([[0, 0, 0, 1, 1]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        {"cu_seqlens": torch.tensor([0, 3, 5])},
+    ],
+)
+def test_unshifted_labels_of_packed_texts(packed):
+    """Behind the last label of each text there is no row, whatever the next text is."""
+    logits, labels, negatives = Numbers(4).normal(1, 5, V), TARGETS.clamp(0)[:1], NEGATIVES[:1]
+    loss_fn = make_loss(labels_are_shifted=False)
+    given = {"negative_ids": negatives, "num_items_in_batch": 5, "return_detailed": True}
+    got = loss_fn(logits, labels, **packed, **given)["negative_penalty"]
+    texts = [
+        loss_fn(logits[:, text], labels[:, text], **given | {"negative_ids": negatives[:, text]})["negative_penalty"]
+        for text in (slice(3), slice(3, 5))
+    ]
+    torch.testing.assert_close(got, sum(texts), rtol=1e-12, atol=0)
+
+
 def test_linear_logits_and_options_of_the_row():
     numbers = Numbers(2)
     states, weight = numbers.leaf(2, 5, HIDDEN), numbers.leaf(V, HIDDEN)
