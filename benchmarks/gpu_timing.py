@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ava_ext.bench.memory import extra_bytes_on_gpu
 from ava_ext.bench.timing import Times, interleave, wall_clock
-from ava_ext.ops.softmax_rows import accumulation_dtype
+from ava_ext.ops.row_fields import accumulation_dtype
 
 # Written before each measurement, outside the time: several times the L2 of any GPU so far, and for long enough (about
 # a millisecond) that the host has queued the whole call before the GPU gets to it. So launches cost nothing, as in

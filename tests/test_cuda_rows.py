@@ -17,8 +17,7 @@ from support.row_ways import assert_right, fused, in_place, split
 from support.strategies import RowProblem, row_problems
 
 from ava_ext import reference
-from ava_ext.ops.row_fields import IDS_ARE_PRESENT
-from ava_ext.ops.softmax_rows import RowFlags, row_options
+from ava_ext.ops.row_fields import IDS_ARE_PRESENT, RowFlags, row_options
 
 pytestmark = pytest.mark.skipif(not emulated_cuda.AVAILABLE, reason="the emulator needs x86-64")
 ops = torch.ops.ava_ext

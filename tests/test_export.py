@@ -8,7 +8,8 @@ import torch
 from support.strategies import HIDDEN_SIZE
 
 from ava_ext import UnifiedLoss
-from ava_ext.ops.softmax_rows import row_loss, row_options
+from ava_ext.ops.row_fields import row_options
+from ava_ext.ops.softmax_rows import row_loss
 
 V = 11
 SHAPES = ((3, 7), (1, 2), (5, 40))

@@ -10,7 +10,8 @@ import torch
 from support.assertions import assert_bitwise_equal
 
 from ava_ext import empty_cache
-from ava_ext.ops.softmax_rows import row_loss, row_options
+from ava_ext.ops.row_fields import row_options
+from ava_ext.ops.softmax_rows import row_loss
 
 SIZES = [(64, 8192), (300, 5003), (1024, 9001)]  # of 2, 6 and 37 MB, some of them no whole number of pages
 

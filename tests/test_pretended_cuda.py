@@ -38,7 +38,8 @@ def test_a_tensor_made_at_import_is_found():
     code = """if True:
         import torch
         from support import pretended_cuda
-        from ava_ext.ops.softmax_rows import row_loss, row_options
+        from ava_ext.ops.row_fields import row_options
+        from ava_ext.ops.softmax_rows import row_loss
         targets = torch.tensor([1, 2])
         pretended_cuda.pytest_sessionstart()
         torch.set_default_device("cuda")

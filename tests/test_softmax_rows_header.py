@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ava_ext import reference
-from ava_ext.ops.softmax_rows import RowFlags
+from ava_ext.ops.row_fields import RowFlags
 
 REALS = ["float32", "float64"]
 TOLERANCE = {"float32": 3e-6, "float64": 1e-13}

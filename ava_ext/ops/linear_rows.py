@@ -30,8 +30,6 @@ from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_aut
 from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype, n_terms
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
-__all__ = ["LinearLogits", "by_chunks", "empty_gradients", "linear_row_loss"]
-
 _ops = torch.ops.ava_ext
 
 

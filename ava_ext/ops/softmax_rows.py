@@ -32,38 +32,18 @@ from ava_ext.ops.gradient_layout import new_gradient
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import linear_row_loss
 from ava_ext.ops.row_fields import (
-    N_OPTIONS,
     N_ROW_COEFFICIENTS,
     N_STATISTICS,
-    N_SUMMARIES,
-    N_TERMS,
     RANKS,
-    TERM_NAMES,
     Candidates,
     RowFlags,
     RowLoss,
     accumulation_dtype,
     n_terms,
-    row_options,
 )
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
 from ava_ext.ops.transformed_rows import transformed_row_loss
 from ava_ext.ops.vocabulary_parallel import vocabulary_parallel_row_loss
-
-__all__ = [
-    "N_OPTIONS",
-    "N_ROW_COEFFICIENTS",
-    "N_STATISTICS",
-    "N_SUMMARIES",
-    "N_TERMS",
-    "TERM_NAMES",
-    "Candidates",
-    "RowFlags",
-    "RowLoss",
-    "accumulation_dtype",
-    "row_loss",
-    "row_options",
-]
 
 _PLAIN = (Tensor, type(None))
 _ops = torch.ops.ava_ext

@@ -11,8 +11,8 @@ from ava_ext import UnifiedLoss
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP, adaptive_mtp_terms
 from ava_ext.losses.depths import counted_ahead
-from ava_ext.ops.linear_rows import LinearLogits
-from ava_ext.ops.softmax_rows import TERM_NAMES, RowLoss
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import TERM_NAMES, RowLoss
 
 BATCH, LENGTH, VOCAB, HEADS = 2, 6, 9, 3
 

@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, rms_norm, sil
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.depths import counted_ahead, shift_targets
 from ava_ext.losses.mtp import MultiTokenPrediction
-from ava_ext.ops.softmax_rows import N_TERMS, TERM_NAMES, RowFlags, RowLoss, accumulation_dtype, row_loss, row_options
+from ava_ext.ops.row_fields import N_TERMS, TERM_NAMES, RowFlags, RowLoss, accumulation_dtype, row_options
+from ava_ext.ops.softmax_rows import row_loss
 
 BATCH, LENGTH, HIDDEN, VOCAB, DEPTHS = 2, 7, 5, 11, 3
 

@@ -9,10 +9,18 @@ import pytest
 import torch
 
 from ava_ext import UnifiedLoss, functional
-from ava_ext.ops.linear_rows import LinearLogits
-from ava_ext.ops.row_fields import N_OPTIONS, N_ROW_COEFFICIENTS, N_STATISTICS, TARGET_PROBABILITIES, RowFlags
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import (
+    N_OPTIONS,
+    N_ROW_COEFFICIENTS,
+    N_STATISTICS,
+    TARGET_PROBABILITIES,
+    Candidates,
+    RowFlags,
+    row_options,
+)
 from ava_ext.ops.row_weights import count_rows
-from ava_ext.ops.softmax_rows import Candidates, row_loss, row_options
+from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 from ava_ext.ops.token_metrics import token_metrics
 from ava_ext.ops.weight_gradient import has_bfloat16_products

@@ -10,10 +10,10 @@ from support.strategies import Numbers
 from torch.autograd import forward_ad
 
 from ava_ext import UnifiedLoss, functional
-from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.router_rows import router_statistics
-from ava_ext.ops.row_fields import accumulation_dtype
-from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
+from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 V, HIDDEN = 11, 5

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ava_ext.ops.softmax_rows import row_loss, row_options
+from ava_ext.ops.row_fields import row_options
+from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext

@@ -10,8 +10,9 @@ from support.strategies import Numbers
 from torch._subclasses import FakeTensorMode
 
 from ava_ext.ops import linear_logits
-from ava_ext.ops.linear_rows import LinearLogits
-from ava_ext.ops.softmax_rows import accumulation_dtype, row_loss, row_options
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import accumulation_dtype, row_options
+from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 V, HIDDEN, N_ROWS = 40, 16, 24

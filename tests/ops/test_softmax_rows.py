@@ -10,7 +10,8 @@ from support.row_oracle import expected_row_loss
 from support.row_ways import assert_right, fused, in_place, split
 from support.strategies import RowProblem, row_problems
 
-from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops.row_fields import Candidates, RowFlags, row_options
+from ava_ext.ops.softmax_rows import row_loss
 
 ops = torch.ops.ava_ext
 

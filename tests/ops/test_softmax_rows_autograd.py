@@ -10,7 +10,8 @@ from support.assertions import assert_bitwise_equal
 from support.strategies import row_problems
 from torch.utils.checkpoint import checkpoint
 
-from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops.row_fields import Candidates, RowFlags, row_options
+from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext

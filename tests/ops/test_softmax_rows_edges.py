@@ -9,8 +9,8 @@ from support.assertions import assert_bitwise_equal
 
 from ava_ext import UnifiedLoss, functional, token_metrics
 from ava_ext.ops.router_rows import router_statistics
-from ava_ext.ops.row_fields import TARGET_PROBABILITIES
-from ava_ext.ops.softmax_rows import N_OPTIONS, Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops.row_fields import N_OPTIONS, TARGET_PROBABILITIES, Candidates, RowFlags, row_options
+from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import token_log_probs
 
 ops = torch.ops.ava_ext

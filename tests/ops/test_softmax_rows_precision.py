@@ -6,7 +6,8 @@ from hypothesis import given
 from support.assertions import assert_bitwise_equal, assert_within, relative_error
 from support.strategies import row_problems
 
-from ava_ext.ops.softmax_rows import row_loss, row_options
+from ava_ext.ops.row_fields import row_options
+from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import softmax_statistics
 
 ops = torch.ops.ava_ext

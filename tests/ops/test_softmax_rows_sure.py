@@ -11,8 +11,7 @@ from support.strategies import VOCABULARIES
 
 from ava_ext import reference
 from ava_ext.ops import softmax_rows, softmax_statistics
-from ava_ext.ops.row_fields import TAIL_ID, accumulation_dtype
-from ava_ext.ops.softmax_rows import Candidates, RowFlags, row_options
+from ava_ext.ops.row_fields import TAIL_ID, Candidates, RowFlags, accumulation_dtype, row_options
 
 ops = torch.ops.ava_ext
 # of a row whose candidates are all pushed down

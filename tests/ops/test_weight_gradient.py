@@ -14,8 +14,9 @@ from support.assertions import assert_bitwise_equal, assert_within, relative_err
 from support.strategies import Numbers, seeds
 
 from ava_ext.ops import linear_rows
-from ava_ext.ops.linear_rows import LinearLogits
-from ava_ext.ops.softmax_rows import row_loss, row_options
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import row_options
+from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
 BF16 = torch.bfloat16

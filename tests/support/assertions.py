@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from ava_ext import UnifiedLoss, reference
-from ava_ext.ops.linear_rows import LinearLogits
+from ava_ext.ops.linear_logits import LinearLogits
 
 # float64 against float64; the running load of experts is float32
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

@@ -8,7 +8,7 @@ from support.strategies import RowProblem
 from torch import Tensor
 
 from ava_ext import reference
-from ava_ext.ops.softmax_rows import N_TERMS, TERM_NAMES, RowFlags
+from ava_ext.ops.row_fields import N_TERMS, TERM_NAMES, RowFlags
 
 
 class Expected(NamedTuple):

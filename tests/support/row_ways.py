@@ -5,7 +5,7 @@ import math
 import torch
 from support.assertions import assert_within
 
-from ava_ext.ops.softmax_rows import RowFlags
+from ava_ext.ops.row_fields import RowFlags
 
 ops = torch.ops.ava_ext
 

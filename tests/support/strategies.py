@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import CANDIDATES, PARTS
-from ava_ext.ops.linear_rows import LinearLogits
-from ava_ext.ops.softmax_rows import Candidates, RowFlags, accumulation_dtype, row_options
+from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.row_fields import Candidates, RowFlags, accumulation_dtype, row_options
 
 F64 = torch.float64
 HIDDEN_SIZE = 4
