@@ -60,7 +60,7 @@ class Case(NamedTuple):
     kernel: str  # a pattern of its mangled name
     device: DeviceLimits
     run: Callable[[], None]
-    # barriers and waits, counted from 0, that are not noticed: another one does their work, or nothing reaches them here
+    # barriers and waits, counted from 0, that nobody misses: another one does their work, or nothing reaches them here
     redundant: tuple[int, ...] = ()
 
 
