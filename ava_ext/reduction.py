@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops import row_weights
+from ava_ext.ops.arguments import check_real
 from ava_ext.ops.derivatives import refuse_tangents
 from ava_ext.ops.dtensors import whole
 
@@ -127,6 +128,7 @@ def items_of(
         raise ValueError(
             f"{owner}: expected num_items_in_batch of one element, got shape {list(num_items_in_batch.shape)}"
         )
+    check_real(owner, "num_items_in_batch", num_items_in_batch)
     if num_items_in_batch.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"{owner}: expected num_items_in_batch of integers, float32 or float64, got {num_items_in_batch.dtype}, "

@@ -141,6 +141,7 @@ def test_num_items_in_batch_is_one_element_of_any_shape(n_items):
         (torch.zeros(0), ValueError, r"of one element, got shape \[0\]"),
         (torch.tensor(8, dtype=torch.bfloat16), ValueError, r"of integers, float32 .*: pass float\(n\)"),
         (torch.tensor([8], dtype=torch.float16), ValueError, "of integers, float32 or float64, got torch.float16"),
+        (torch.tensor(3 + 4j), ValueError, "of real numbers, got complex64"),
         (-5, ValueError, "to be >= 0, got -5"),
         (-0.5, ValueError, "to be >= 0, got -0.5"),
         (math.nan, ValueError, "to be >= 0, got nan"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
-from ava_ext.ops.arguments import check_positive, has_shape
+from ava_ext.ops.arguments import check_positive, check_real, has_shape
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import without_autocast
 from ava_ext.ops.row_fields import accumulation_dtype
@@ -193,6 +193,7 @@ def _blocks(n_rows: int, block_rows: int) -> list[tuple[int, int]]:
 
 def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size], [...] -> [..., hidden_size]
     """Vectors of length 1 where mask, 0 elsewhere; a zero vector stays zero, with gradient 0."""
+    check_real("contrastive_loss", "representations", vectors)
     vectors = vectors.to(accumulation_dtype(vectors.dtype))
     vectors = torch.where(mask.unsqueeze(-1), vectors, 0.0)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)

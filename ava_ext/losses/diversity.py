@@ -10,6 +10,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
+from ava_ext.ops.arguments import check_real
 from ava_ext.ops.row_fields import accumulation_dtype
 
 SIMILARITIES = ("cosine", "dot", "l2")
@@ -136,5 +137,6 @@ def _stack_experts(expert_outputs: Tensor | Sequence[Tensor]) -> Tensor:  # [n_e
             f"diversity_loss: expected expert_outputs [n_experts, n_rows, hidden_size], "
             f"got {list(expert_outputs.shape)}"
         )
+    check_real("diversity_loss", "expert_outputs", expert_outputs)
     outputs = expert_outputs.reshape(expert_outputs.shape[0], -1, expert_outputs.shape[-1])
     return outputs.to(accumulation_dtype(outputs.dtype))

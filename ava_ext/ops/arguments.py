@@ -40,6 +40,13 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
 
 
+def check_real(owner: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError for complex numbers: a conversion to floats would drop their imaginary part."""
+    if tensor.is_complex():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{owner}: expected {name} of real numbers, got {dtype}")
+
+
 def check_beside_rows(
     owner: str,
     rows: torch.Size,  # the shape of the rows of the logits

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import as_ids, check_devices, has_shape, with_dense_rows
+from ava_ext.ops.arguments import as_ids, check_devices, check_real, has_shape, with_dense_rows
 from ava_ext.ops.derivatives import (
     raise_double_backward,
     refuse_batches,
@@ -187,6 +187,8 @@ def _check(
         raise ValueError(
             f"router_statistics: expected expert_bias of shape [{n_layers}, {n_experts}], got {list(expert_bias.shape)}"
         )
+    if expert_bias is not None:
+        check_real("router_statistics", "expert_bias", expert_bias)
 
 
 def _check_devices(owner, gate_logits, **others):

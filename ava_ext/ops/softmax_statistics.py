@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import as_ids, check_is_tensor, check_positive
+from ava_ext.ops.arguments import as_ids, check_is_tensor, check_positive, check_real
 from ava_ext.ops.dtensor_logits import check_is_logits, local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
@@ -145,6 +145,7 @@ def statistics_options(
         return options, flags
     if temperature.requires_grad:
         raise ValueError(f"{owner}: expected a temperature without requires_grad")
+    check_real(owner, "temperature", temperature)
     options = row_options(like, logit_softcap=logit_softcap, logit_scale=logit_scale)
     return torch.cat([temperature.reshape(1).to(options) / logit_scale, options[1:]]), flags
 

@@ -178,6 +178,9 @@ def test_bad_input_is_named():
         ContrastiveLoss()(torch.zeros(4, 3), torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"without targets, .* got \[5, 3\]"):
         ContrastiveLoss()(torch.zeros(5, 3))
+    for shape in ((4, 3), (2, 5, 3)):
+        with pytest.raises(ValueError, match="expected representations of real numbers, got complex64"):
+            ContrastiveLoss()(torch.zeros(shape, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"attention_mask of shape \[2, 5\], got \[2, 4\]"):
         ContrastiveLoss()(torch.zeros(2, 5, 3), attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"document_ids of shape \[4\], got \[3\]"):

@@ -163,6 +163,8 @@ def test_temperature_as_a_tensor():
     )
     with pytest.raises(ValueError, match="expected a temperature without requires_grad"):
         token_log_probs(logits, targets, temperature=torch.tensor(0.5, requires_grad=True))
+    with pytest.raises(ValueError, match="expected temperature of real numbers, got complex64"):
+        token_log_probs(logits, targets, temperature=torch.tensor(0.5 + 1j))
 
 
 def test_ids_out_of_range():
