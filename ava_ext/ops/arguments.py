@@ -33,6 +33,24 @@ def check_positive(owner: str, **numbers: float | None) -> None:
             raise ValueError(f"{owner}: expected {name} to be {POSITIVE}, got {number}")
 
 
+def check_constants(owner: str, **numbers: Any) -> None:
+    """Raises ValueError for a tensor that requires grad, where only its value is read."""
+    for name, number in numbers.items():
+        if isinstance(number, Tensor) and number.requires_grad:
+            raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for it")
+
+
+def check_not_negative(owner: str, names: tuple[str, ...], numbers: tuple[float, ...]) -> None:
+    """Raises ValueError for one that requires grad, or is not one >= 0 that float32 holds: a weight, an exponent."""
+    total = sum(numbers)  # nan where one is, and a tensor that requires grad where one does
+    if min(numbers) >= 0 and total <= _GREATEST and not (isinstance(total, Tensor) and total.requires_grad):
+        return
+    check_constants(owner, **dict(zip(names, numbers, strict=True)))
+    for name, number in zip(names, numbers, strict=True):
+        if not 0 <= number <= _GREATEST:
+            raise ValueError(f"{owner}: expected {name} to be a number >= 0 in the range of float32, got {number}")
+
+
 def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") -> None:
     """Raises ValueError for numbers that a conversion to integers would change."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

@@ -38,12 +38,15 @@ def repetition_weights(
 
     A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises.
 
+    Raises:
+        ValueError: a weight is below 0 or beyond the range of float32, or requires grad.
+
     Example:
         >>> repetition_weights(torch.zeros(1), ngram_penalty_weight=0.2)
         tensor([0.5000, 1.0000, 0.0500, 0.2000])
     """
     values = (immediate_repetition_weight, immediate_repetition_growth, eos_penalty_weight, ngram_penalty_weight)
-    return numbers_like(like, values)
+    return numbers_like("repetition_weights", like, WEIGHT_NAMES, values)
 
 
 def repetition_candidates(

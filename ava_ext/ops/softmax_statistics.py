@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import as_ids, check_is_tensor, check_positive, check_real
+from ava_ext.ops.arguments import as_ids, check_constants, check_is_tensor, check_positive, check_real
 from ava_ext.ops.dtensor_logits import check_is_logits, local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
@@ -73,8 +73,8 @@ def softmax_statistics(
         SoftmaxStatistics, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32, a temperature
-            that requires grad, ids that are not integers, LinearLogits that do not fit.
+        ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32 or requires
+            grad, ids that are not integers, LinearLogits that do not fit.
         TypeError: on an argument that is not a tensor.
         IndexError: on ids out of range.
         RuntimeError: on other wrong shapes and types; on double backward.
@@ -138,13 +138,12 @@ def statistics_options(
     """What the row operators read of these; owner begins the messages."""
     flags = int(RowFlags.ENTROPY if logit_softcap is None else RowFlags.ENTROPY | RowFlags.SOFTCAP)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
+    check_constants(owner, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
     check_positive(owner, logit_softcap=logit_softcap, logit_scale=logit_scale)
     if not isinstance(temperature, Tensor):
         check_positive(owner, temperature=temperature)
         options = row_options(like, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
         return options, flags
-    if temperature.requires_grad:
-        raise ValueError(f"{owner}: expected a temperature without requires_grad")
     check_real(owner, "temperature", temperature)
     options = row_options(like, logit_softcap=logit_softcap, logit_scale=logit_scale)
     return torch.cat([temperature.reshape(1).to(options) / logit_scale, options[1:]]), flags
