@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 POSITIVE = "a number > 0 in the range of float32"
+INTEGERS = (  # not uint64, whose greatest would become -1, -100, ...
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32
+)  # fmt: skip
 _LEAST, _GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -52,8 +55,8 @@ def check_not_negative(owner: str, names: tuple[str, ...], numbers: tuple[float,
 
 
 def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") -> None:
-    """Raises ValueError for numbers that a conversion to integers would change."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    """Raises ValueError for numbers that a conversion to int64 would change."""
+    if tensor.dtype not in INTEGERS:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import INTEGERS, check_devices
 from ava_ext.ops.dtensor_rows import of_whole_texts
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor
 from ava_ext.ops.row_fields import Candidates, numbers_like
@@ -189,7 +189,7 @@ def repetition_candidates(
 
 def _integers(name: str, shape: object, given: Tensor) -> Tensor:
     """given in a type that the operator takes."""
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+    if given.dtype not in INTEGERS:
         raise _bad(name, f"integers of shape {shape}", given)
     return given.to(torch.int64)
 

@@ -96,7 +96,7 @@ def test_ids_of_every_integer_type():
             torch.testing.assert_close(row_loss(logits, targets, options, candidates=ids), penalised, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint64])
 def test_numbers_that_are_no_integers(dtype):
     logits, targets, options = LOGITS["dense"], torch.tensor([1, 0]).to(dtype), row_options(LOGITS["dense"])
     for name, call in {
