@@ -10,7 +10,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
-from ava_ext.ops.arguments import check_real
+from ava_ext.ops.arguments import as_mask, check_real
 from ava_ext.ops.row_fields import accumulation_dtype
 
 SIMILARITIES = ("cosine", "dot", "l2")
@@ -86,7 +86,7 @@ class DiversityLoss(Part):
         if n_experts < 2 or n_rows == 0:
             loss = outputs[..., :0].sum()  # 0, still connected to the graph
         else:
-            mask = None if row_mask is None else row_mask.reshape(n_rows).to(torch.bool)
+            mask = None if row_mask is None else as_mask("diversity_loss", "row_mask", row_mask.reshape(n_rows))
             loss = self.weight * self._mean_similarity(outputs, mask)
         if not return_detailed:
             return loss

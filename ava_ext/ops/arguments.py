@@ -61,6 +61,14 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
 
 
+def as_mask(owner: str, name: str, mask: Tensor) -> Tensor:
+    """mask as bools; raises ValueError for floats, as of an additive mask, where 0 is what counts."""
+    if mask.is_floating_point() or mask.is_complex():
+        dtype = str(mask.dtype).removeprefix("torch.")
+        raise ValueError(f"{owner}: expected {name} of bool, got {dtype}")
+    return mask.to(torch.bool)
+
+
 def check_real(owner: str, name: str, tensor: Tensor) -> None:
     """Raises ValueError for complex numbers: a conversion to floats would drop their imaginary part."""
     if tensor.is_complex():

@@ -162,6 +162,8 @@ def test_index_out_of_range_is_named():
         ({"row_mask": torch.ones(5, dtype=torch.bool)}, r"row_mask of shape \[6\], got \[5\]"),
         ({"expert_bias": torch.zeros(4)}, r"expert_bias of shape \[1, 4\], got \[4\]"),
         ({"expert_bias": torch.zeros(1, 4, dtype=torch.complex64)}, "expert_bias of real numbers, got complex64"),
+        ({"segment_ids": torch.linspace(0, 1.9, 6)}, "segment_ids to be integers .*, got float32"),
+        ({"row_mask": torch.full((6,), float("nan"))}, "row_mask of bool, got float32"),
         ({"score": "relu"}, "got 'relu'"),
         ({"k": None}, "expected expert_indices or k, got neither"),
         ({"gate_logits": []}, "at least one layer, got none"),
