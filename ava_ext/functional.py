@@ -74,7 +74,7 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`, or one target.
-        TypeError: there is no such option, or something is no tensor.
+        TypeError: there is no such option, something is no tensor, or ignore_index no integer.
         IndexError: a target is out of range.
 
     Example:

@@ -110,7 +110,7 @@ def items_of(
     owner: str = "unified_loss",
 ) -> Tensor:  # []
     """num_items_in_batch as a tensor, and 1 where it is 0. owner begins the messages."""
-    if not isinstance(num_items_in_batch, (Tensor, Real)):
+    if isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, (Tensor, Real)):
         if not hasattr(num_items_in_batch, "__array__"):
             got = type(num_items_in_batch).__name__
             raise TypeError(f"{owner}: expected num_items_in_batch to be a number or a torch.Tensor, got {got}")

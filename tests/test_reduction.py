@@ -146,6 +146,7 @@ def test_num_items_in_batch_is_one_element_of_any_shape(n_items):
         (-0.5, ValueError, "to be >= 0, got -0.5"),
         (math.nan, ValueError, "to be >= 0, got nan"),
         (math.inf, ValueError, "to be >= 0, got inf"),
+        (True, TypeError, "to be a number or a torch.Tensor, got bool"),
         ("5", TypeError, "to be a number or a torch.Tensor, got str"),
         ([5], TypeError, "to be a number or a torch.Tensor, got list"),
     ],

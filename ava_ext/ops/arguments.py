@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -59,6 +60,16 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
     if tensor.dtype not in INTEGERS:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
+
+
+def check_are_integers(owner: str, **values: Any) -> None:
+    """Raises TypeError for one that is given and is none: the operators truncate it, or refuse it in words of torch."""
+    for name, value in values.items():
+        if type(value) is int or value is None:
+            continue
+        is_integer = not isinstance(value, bool) and isinstance(value, (Integral, torch.SymInt))
+        if not (is_integer or (isinstance(value, Tensor) and value.dtype in INTEGERS)):
+            raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
 
 
 def as_mask(owner: str, name: str, mask: Tensor) -> Tensor:

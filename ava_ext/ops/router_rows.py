@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import as_ids, as_mask, check_devices, check_real, has_shape, with_dense_rows
+from ava_ext.ops.arguments import (
+    as_ids,
+    as_mask,
+    check_are_integers,
+    check_devices,
+    check_real,
+    has_shape,
+    with_dense_rows,
+)
 from ava_ext.ops.derivatives import (
     raise_double_backward,
     refuse_batches,
@@ -83,6 +91,7 @@ def router_statistics(
     Raises:
         ValueError: shapes that do not fit, neither expert_indices nor k, k > n_experts, an unknown score, indices that
             are no integers, a row_mask of floats.
+        TypeError: k or n_segments is no integer.
         IndexError: an expert index of a counted row outside [0, n_experts), a segment not below n_segments.
         RuntimeError: on double backward.
         NotImplementedError: on forward-mode derivatives.
@@ -94,6 +103,7 @@ def router_statistics(
     """
     layers = [gate_logits] if isinstance(gate_logits, Tensor) else list(gate_logits)
     layers = [layer.unsqueeze(0) if layer.dim() == 2 else layer for layer in layers]
+    check_are_integers("router_statistics", k=k, n_segments=n_segments)
     if k is None:
         if expert_indices is None:
             raise ValueError("router_statistics: expected expert_indices or k, got neither")
