@@ -336,6 +336,7 @@ def test_bad_input_is_named():
             "on meta",
             {"label_smoothing": torch.tensor(0.1, device="meta")},
         ),
+        (ValueError, "expected weight of real numbers", {"weight": torch.ones(V, dtype=torch.complex64)}),
         (ValueError, "expected weight without requires_grad", {"weight": torch.ones(V, requires_grad=True)}),
     ):
         with pytest.raises(error, match=message):

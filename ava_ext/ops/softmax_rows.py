@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import as_ids, check_devices, check_integers, check_is_tensor, with_dense_rows
+from ava_ext.ops.arguments import (
+    as_ids,
+    check_are_integers,
+    check_devices,
+    check_integers,
+    check_is_tensor,
+    with_dense_rows,
+)
 from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
 from ava_ext.ops.committed import is_checkpointed, is_exporting
 from ava_ext.ops.derivatives import (
@@ -109,7 +116,8 @@ def row_loss(
         ValueError: on weights that require grad, an unknown reduction, inplace_gradient on a leaf or on overlapping
             memory, targets that are not integers, RowFlags.EXCLUDE_TARGET beside target_probabilities, LinearLogits
             whose shapes and types do not fit, weights and candidates of other rows beside them.
-        TypeError: on logits or targets that are not tensors.
+        TypeError: on logits or targets that are not tensors, a vocab_size, ignore_index, chunk_bytes or
+            max_counted_rows that is no integer.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
         NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; within
@@ -141,6 +149,8 @@ def row_loss(
         beside = isinstance(logits, LocalRows) or has_dtensor(given)
         smoothing_weights = whole("row_loss", "smoothing_weights", smoothing_weights, beside)  # of every row
     check_is_tensor("row_loss", "targets", targets)
+    if type(vocab_size) is not int or type(ignore_index) is not int:
+        check_are_integers("row_loss", vocab_size=vocab_size, ignore_index=ignore_index)
     _check_constants(options, row_weights, candidates)
     if targets.dtype != torch.int64:
         check_integers("row_loss", "targets", targets)
