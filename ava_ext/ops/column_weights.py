@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_devices, with_dense_rows
-from ava_ext.ops.counted_rows import host_reads
+from ava_ext.ops.counted_rows import host_sees
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient, without_second_derivative
 from ava_ext.ops.dtensor_logits import PlacedLogits
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
@@ -120,7 +120,7 @@ class _ProbabilityGradient(torch.autograd.Function):
         gradient = factors.new_zeros(flat_probabilities.shape, dtype=probabilities.dtype)
         states = parts[0].detach().reshape(-1, parts[0].shape[-1])
         # what the host can read is asked first: on the CPU a pass that compares or chooses takes as long as log_softmax
-        host_knows = host_reads(gradient.device) and not torch.compiler.is_compiling()
+        host_knows = host_sees(targets)
         if host_knows and ctx.n_parts == 1:
             chunk_bytes = chunk_bytes or CACHE_BYTES * torch.get_num_threads()
         for rows in _chunks(factors.shape[0], vocab_size, dtype, gradient.device, chunk_bytes):
