@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.allocations import Allocations
 from support.strategies import HIDDEN_SIZE, Numbers, seeds
 from torch.nn.utils import prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_ext import UnifiedLoss
 
@@ -53,26 +53,6 @@ def test_flat_confidence_is_that_of_the_rows(seed, with_last_dimension):
 
 
 # -- nothing of the size of the logits is copied
-
-
-class Allocations(TorchDispatchMode):
-    """Collects the memory of every floating tensor with `n_columns` columns that an op returns."""
-
-    def __init__(self, n_columns):
-        super().__init__()
-        self.n_columns = n_columns
-        self.blocks = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        for output in outputs if isinstance(outputs, (list, tuple)) else [outputs]:
-            if (
-                isinstance(output, torch.Tensor)
-                and output.is_floating_point()
-                and output.shape[-1:] == (self.n_columns,)
-            ):
-                self.blocks.add(output.untyped_storage().data_ptr())
-        return outputs
 
 
 @pytest.mark.parametrize("labels_are_shifted", [True, False])

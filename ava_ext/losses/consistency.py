@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.ops.arguments import check_positive, check_real
+from ava_ext.ops.counted_rows import host_sees
 from ava_ext.ops.row_fields import accumulation_dtype
 
 DIVERGENCES = ("kl", "js")
@@ -78,7 +79,8 @@ class ConsistencyLoss(nn.Module):
             targets = targets.detach()
         mask = None if attention_mask is None else attention_mask != 0
         log_q, log_p = self._log_probability(logits, mask), self._log_probability(targets, mask)
-        rows = _kl(log_p, log_q) if self.divergence == "kl" else _js(log_p, log_q)
+        divergence = _kl if self.divergence == "kl" else _js
+        rows = divergence(log_p, log_q, _may_be_masked(log_p, log_q))
         n_rows = max(rows.numel(), 1) if mask is None else mask.sum().clamp_min(1)
         loss = self.temperature**2 * rows.sum() / n_rows
         if not return_detailed:
@@ -90,16 +92,27 @@ class ConsistencyLoss(nn.Module):
         logits = logits.to(accumulation_dtype(logits.dtype))
         if mask is not None:  # equal rows, so that rows that do not count have divergence 0
             logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        return torch.log_softmax(logits if self.temperature == 1 else logits / self.temperature, dim=-1)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., vocab_size] each -> [...]
-    p = log_p.exp()
-    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(dim=-1)
+def _may_be_masked(log_p: Tensor, log_q: Tensor) -> bool:
+    """Whether a column may be at -inf. To look costs a small part of what it costs to choose between columns."""
+    both = log_p.detach(), log_q.detach()
+    return not (log_p.numel() and host_sees(log_p) and all(values.amin() > -torch.inf for values in both))
 
 
-def _js(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., vocab_size] each -> [...]
-    # where both are -inf the gradient of logaddexp is nan; _kl takes nothing from that column, whatever m is there
-    absent = (log_p == -torch.inf) & (log_q == -torch.inf)
-    log_m = torch.logaddexp(log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)) - math.log(2)
-    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+def _kl(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., vocab_size] each -> [...]
+    p, difference = log_p.exp(), log_p - log_q
+    if may_be_masked:
+        difference = torch.where(p > 0, difference, 0.0)
+    return (p * difference).sum(dim=-1)
+
+
+def _js(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., vocab_size] each -> [...]
+    mixed = log_p, log_q
+    if may_be_masked:
+        # where both are -inf the gradient of logaddexp is nan; _kl takes nothing from that column, whatever m is there
+        absent = (log_p == -torch.inf) & (log_q == -torch.inf)
+        mixed = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
+    log_m = torch.logaddexp(*mixed) - math.log(2)
+    return 0.5 * (_kl(log_p, log_m, may_be_masked) + _kl(log_q, log_m, may_be_masked))

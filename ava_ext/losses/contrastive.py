@@ -16,7 +16,8 @@ from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import without_autocast
 from ava_ext.ops.row_fields import accumulation_dtype
 
-# similarities held at a time; backward computes a block again, so this bounds the memory of both passes
+# similarities held at a time; backward computes blocks again where they are several, so this bounds the memory of both
+# passes
 BLOCK_ELEMENTS = 2**22
 
 
@@ -73,11 +74,14 @@ def info_nce(
     a, b = _directions(first, mask), _directions(second, mask)
     block_rows = max(1, block_elements // max(n_pairs, 1))
     total = (a[:0].sum() + b[:0].sum()) * 0.5  # 0, connected to the graph also without any pair
-    for queries, keys in ((a, b), (b, a)):
-        for start, stop in _blocks(n_pairs, block_rows):
-            total = total + 0.5 * without_activations(
-                _info_nce_block, queries[start:stop], keys, mask, document_ids, start, temperature
-            )
+    if block_rows >= n_pairs:  # one product for both directions, and backward may keep what a block takes
+        total = total + 0.5 * _info_nce_block(a, b, mask, document_ids, 0, temperature, (0, 1))
+    else:
+        for queries, keys in ((a, b), (b, a)):
+            for start, stop in _blocks(n_pairs, block_rows):
+                total = total + 0.5 * without_activations(
+                    _info_nce_block, queries[start:stop], keys, mask, document_ids, start, temperature
+                )
     return total / mask.sum().clamp_min(1)
 
 
@@ -88,20 +92,22 @@ def _info_nce_block(
     document_ids: Tensor | None,  # [n_pairs]
     start: int,
     temperature: float,
+    over: tuple[int, ...] = (1,),
 ) -> Tensor:
-    rows = torch.arange(start, start + queries.shape[0], device=queries.device)
-    columns = torch.arange(keys.shape[0], device=keys.device)
-    is_partner = rows.unsqueeze(1) == columns
-    is_candidate = mask.expand(len(rows), -1)
+    """The sum over pairs of -log softmax of the partner over the keys; over = (0, 1): and of it over the queries."""
+    stop = start + queries.shape[0]
+    rows = torch.arange(start, stop, device=queries.device).unsqueeze(1)
+    is_partner = rows == torch.arange(keys.shape[0], device=keys.device)
+    is_candidate = mask[start:stop].unsqueeze(1) & mask
     if document_ids is not None:
-        is_candidate = is_candidate & (document_ids[start : start + len(rows)].unsqueeze(1) != document_ids)
+        is_candidate = is_candidate & (document_ids[start:stop].unsqueeze(1) != document_ids)
     with without_autocast(queries.device):
         similarity = queries @ keys.T / temperature
+    # of the same product as logsumexp: where a row is sure, the two cancel, in the gradient too
+    partner = similarity.gather(1, rows).squeeze(1)
     # the partner always stays, so that no row is empty
-    lse = similarity.masked_fill(~(is_candidate | is_partner), -torch.inf).logsumexp(dim=1)
-    # of the same product as lse: where a row is sure, the two cancel, in the gradient too
-    partner = torch.where(is_partner, similarity, 0.0).sum(dim=1)
-    return ((lse - partner) * mask[start : start + len(rows)]).sum()
+    similarity = similarity.masked_fill(~(is_candidate | is_partner), -torch.inf)
+    return torch.stack([((similarity.logsumexp(dim) - partner) * mask[start:stop]).sum() for dim in over]).sum()
 
 
 def simctg(
@@ -163,9 +169,9 @@ def simctg(
     n_pairs = mask.sum() * 0
     for start, stop in _blocks(n_tokens, block_rows):
         n_pairs = n_pairs + _pairs(mask, segments, start, stop).sum()
-        total = total + without_activations(
-            _simctg_block, directions[:, start:stop], directions, mask, segments, start, margin
-        )
+        block = (directions[:, start:stop], directions, mask, segments, start, margin)
+        is_whole = block_rows >= n_tokens  # backward may keep what a block takes
+        total = total + (_simctg_block(*block) if is_whole else without_activations(_simctg_block, *block))
     return total / n_pairs.clamp_min(1)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.arguments import check_integers, check_real
-from ava_ext.ops.row_fields import accumulation_dtype
+from ava_ext.ops.row_fields import accumulation_dtype, row_options
+from ava_ext.ops.softmax_rows import row_loss
 
 
 class PerplexityLoss(nn.Module):
@@ -60,13 +60,15 @@ class PerplexityLoss(nn.Module):
         targets = targets.long()  # uint8 has no -100
         if attention_mask is not None:
             targets = torch.where(attention_mask != 0, targets, self.ignore_index)
-        logits = logits.to(accumulation_dtype(logits.dtype))
-        is_counted = targets != self.ignore_index
-        logits = torch.where(is_counted.unsqueeze(-1), logits, 0.0)  # nan in a row that does not count stays there
-        rows = cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=self.ignore_index, reduction="none"
-        )
-        mean = rows.sum() / is_counted.sum().clamp_min(1)
+        counted = (targets != self.ignore_index).to(accumulation_dtype(logits.dtype))
+        mean = row_loss(
+            logits,
+            targets,
+            row_options(logits),
+            row_weights=counted / counted.sum().clamp_min(1),
+            ignore_index=self.ignore_index,
+            reduction="sum",
+        ).loss
         perplexity = mean.exp()
         if not return_detailed:
             return perplexity

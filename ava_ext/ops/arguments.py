@@ -148,7 +148,13 @@ def with_dense_rows(
     """
     if values.shape[-1] == 1 or values.stride(-1) == 1:
         return values
-    return values.clone(memory_format=torch.contiguous_format)
+    if values.dim() < 3 or torch.compiler.is_compiling():
+        return values.clone(memory_format=torch.contiguous_format)
+    # on the CPU torch transposes two dimensions in blocks, and more of them number by number: [1, n_rows, n] too
+    rows = values.flatten(0, -2)
+    if rows.stride(-1) != 1:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(values.shape)
 
 
 def has_shape(

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_devices, with_dense_rows
+from ava_ext.ops.counted_rows import host_sees
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient, without_second_derivative
 from ava_ext.ops.dtensor_logits import PlacedLogits
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_evaluation import RowOptions
 from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TARGET_PROBABILITIES, RowFlags, accumulation_dtype
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
+
+CACHE_BYTES = 2**19  # of a chunk of logits that exist, for each thread: several passes over it stay in the cache
 
 
 def as_column_weights(
@@ -106,17 +109,20 @@ class _ProbabilityGradient(torch.autograd.Function):
         flags, vocab_size, ignore_index, dtype, chunk_bytes = ctx.constants
         if not flags & RowFlags.CROSS_ENTROPY:
             return grad_loss, torch.zeros_like(probabilities), None, *(None,) * ctx.n_parts
-        counted = targets != ignore_index
-        factors = grad_loss.expand(targets.shape)
+        factors = -grad_loss.expand(targets.shape)
         if row_weights is not None:
             factors = factors * row_weights
         if flags & RowFlags.LABEL_SMOOTHING:
             factors = factors * (1 - RowOptions(*options.unbind()).label_smoothing)
-        factors, counted = factors.reshape(-1, 1), counted.reshape(-1, 1)
+        factors, ignored = factors.reshape(-1, 1), targets.reshape(-1) == ignore_index
         flat_probabilities = probabilities.reshape(-1, probabilities.shape[-1])
         # of the factors, so that it holds a batch where they do
         gradient = factors.new_zeros(flat_probabilities.shape, dtype=probabilities.dtype)
         states = parts[0].detach().reshape(-1, parts[0].shape[-1])
+        # what the host can read is asked first: on the CPU a pass that compares or chooses takes as long as log_softmax
+        host_knows = host_sees(targets)
+        if host_knows and ctx.n_parts == 1:
+            chunk_bytes = chunk_bytes or CACHE_BYTES * torch.get_num_threads()
         for rows in _chunks(factors.shape[0], vocab_size, dtype, gradient.device, chunk_bytes):
             logits = states[rows]
             if ctx.n_parts > 1:
@@ -125,10 +131,14 @@ class _ProbabilityGradient(torch.autograd.Function):
                     if parts[2] is not None:
                         logits = logits + parts[2].detach()[:vocab_size].to(dtype)
             log_probs = _log_probs(logits[:, :vocab_size], options, flags)
-            has_no_part = (log_probs == -math.inf) & (flat_probabilities[rows, :vocab_size] == 0)
-            log_probs = log_probs.masked_fill(has_no_part, 0)
-            of_rows = torch.where(counted[rows], -log_probs * factors[rows], 0)
-            gradient[rows, :vocab_size] = of_rows.to(gradient.dtype)
+            if not (host_knows and log_probs.amin() > -math.inf):
+                has_no_part = (log_probs == -math.inf) & (flat_probabilities[rows, :vocab_size] == 0)
+                log_probs = log_probs.masked_fill(has_no_part, 0)
+            gradient[rows, :vocab_size] = (log_probs * factors[rows]).to(gradient.dtype)
+        if host_knows:
+            gradient.index_fill_(0, ignored.nonzero().squeeze(1), 0)
+        else:
+            gradient.masked_fill_(ignored.unsqueeze(1), 0)
         gradient = gradient.view(probabilities.shape)
         gradient = without_second_derivative(gradient, probabilities, *parts, grad_loss)
         # the logits' gradient depends on the probabilities, and is differentiated by way of what comes from above

@@ -7,6 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# what torch.fx.experimental.proxy_tensor.get_proxy_mode asks, which takes half a second to import
+_MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
+_MODES = (torch._C._get_dispatch_mode, torch._ops._get_dispatch_mode_pre_dispatch)
+
 
 class ChosenRows(NamedTuple):
     """The rows to compute. See `choose_rows`."""
@@ -49,3 +53,10 @@ def choose_rows(
 def host_reads(device: torch.device) -> bool:
     """Whether the host can look at numbers there without waiting."""
     return device.type == "cpu"
+
+
+def host_sees(tensor: Tensor) -> bool:
+    """Whether the host can decide by its numbers without waiting: they are there, in no trace and no transformation."""
+    is_traced = torch.compiler.is_compiling() or any(mode_of(_MAKE_FX) is not None for mode_of in _MODES)
+    has_numbers = host_reads(tensor.device) and type(tensor) is Tensor  # a FakeTensor has none
+    return has_numbers and not (is_traced or torch._C._are_functorch_transforms_active())

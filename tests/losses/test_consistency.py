@@ -4,9 +4,26 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import kl_div
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_ext.losses.consistency import ConsistencyLoss
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that run on matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dim() > 1:
+            self.names.add(function.overloadpacket.__name__)
+        return result
 
 
 def random_pair(*shape, seed=0):
@@ -59,6 +76,49 @@ def test_masked_columns_and_rows(divergence):
     for x in (logits, targets):
         assert x.grad.isfinite().all() and (x.grad[1] == 0).all() and (x.grad[:, 5:] == 0).all()
         assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+def test_one_masked_row_among_nan(divergence):
+    """Whether columns are masked is asked of all rows: a nan must not hide them."""
+    for first, second in [(0, 1), (1, 0)]:
+        logits, targets = random_pair(2, 7)
+        expected = oracle(logits[first, :5], targets[first, :5], divergence, 1.0)
+        logits[first, 5:] = targets[first, 5:] = -torch.inf
+        logits[second] = torch.nan
+        logits.requires_grad_()
+        ConsistencyLoss(divergence)(logits, targets).backward()
+        assert logits.grad[first].isfinite().all() and not logits.grad[second].isfinite().any()
+        torch.testing.assert_close(
+            ConsistencyLoss(divergence)(logits[first:][:1], targets[first:][:1]), expected, rtol=1e-12, atol=0
+        )
+
+
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+def test_transformed_and_of_fake_tensors(divergence):
+    """Where the host cannot look at the numbers."""
+    logits, targets = random_pair(3, 7)
+    logits[:, 5:] = targets[:, 5:] = -torch.inf
+    loss_fn = ConsistencyLoss(divergence)
+    expected = torch.stack([loss_fn(*rows) for rows in zip(logits, targets, strict=True)])
+    torch.testing.assert_close(torch.vmap(loss_fn)(logits, targets), expected)
+    leaf = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_fn(leaf, targets), leaf)
+    torch.testing.assert_close(torch.func.grad(loss_fn)(logits, targets), gradient)
+    for pre_dispatch in (False, True):
+        traced = make_fx(loss_fn, pre_dispatch=pre_dispatch)(*random_pair(3, 7))
+        torch.testing.assert_close(traced(logits, targets), loss_fn(logits, targets))
+    with FakeTensorMode() as mode:
+        assert loss_fn(mode.from_tensor(logits), mode.from_tensor(targets)).shape == ()
+
+
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+def test_nothing_is_chosen_where_no_column_is_masked(divergence):
+    """On the CPU each such pass takes the time of a log_softmax."""
+    logits, targets = (x.requires_grad_() for x in random_pair(3, 7))
+    with Operators() as seen:
+        ConsistencyLoss(divergence)(logits, targets).backward()
+    assert not seen.names & {"where", "masked_fill", "eq"}
 
 
 @pytest.mark.parametrize("divergence", ["kl", "js"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
+from torch.utils.flop_counter import FlopCounterMode
 
 from ava_ext import UnifiedLoss
 from ava_ext.losses.contrastive import ContrastiveLoss, info_nce, simctg
@@ -116,6 +117,19 @@ def test_backward_keeps_no_more_than_a_block():
         loss = simctg(h, block_elements=8 * length) + info_nce(h[0], h[0] * 2, block_elements=8 * length)
     assert loss.isfinite() and len(saved) > 2
     assert sum(tensor.numel() for tensor in saved.values()) < length * length / 2
+
+
+@pytest.mark.parametrize("n_pairs_of_block, n_products", [(12, 3), (4, 8)])
+def test_products(n_pairs_of_block, n_products):
+    """Of one block those of plain PyTorch; of several each direction has its own, and backward computes them again."""
+    a, b = random_vectors(12, 5).requires_grad_(), random_vectors(12, 5, seed=1).requires_grad_()
+    elements = 12 * n_pairs_of_block
+    with FlopCounterMode(display=False) as counter:
+        info_nce(a, b, block_elements=elements).backward()
+    assert counter.get_total_flops() == n_products * 2 * 12 * 12 * 5
+    with FlopCounterMode(display=False) as counter:
+        simctg(a[None], block_elements=elements).backward()
+    assert counter.get_total_flops() == (3 if n_products == 3 else 4) * 2 * 12 * 12 * 5
 
 
 def test_module_forms():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.allocations import Allocations
 from torch.nn.functional import cross_entropy
 
 from ava_ext.losses.perplexity import PerplexityLoss
@@ -31,6 +32,17 @@ def test_uniform_low_precision_and_no_row():
     loss = PerplexityLoss()(logits, torch.full((3,), -100))
     loss.backward()
     assert loss == 1 and (logits.grad == 0).all()
+
+
+def test_logits_are_read_where_they_are():
+    """By the row kernels, in one pass: no copy in float32, no log_softmax beside them."""
+    logits = torch.randn(2, 3, 501, dtype=torch.bfloat16, requires_grad=True)
+    targets, mask = torch.tensor([[1, -100, 3], [6, 0, 2]]), torch.tensor([[1, 1, 1], [1, 0, 1]])
+    with Allocations(501) as seen:
+        loss = PerplexityLoss()(logits, targets, mask)
+    assert len(seen.blocks - {logits.data_ptr()}) == 1  # the gradient, which the same pass writes
+    rows = cross_entropy(logits.double().flatten(0, 1), targets.masked_fill(mask == 0, -100).flatten())
+    torch.testing.assert_close(loss, rows.exp().float())
 
 
 def test_compiles_without_a_graph_break():

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.assertions import assert_within
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_ext import LinearLogits
-from ava_ext.ops import Candidates, RowFlags, row_loss, row_options
+from ava_ext.ops import Candidates, RowFlags, column_weights, row_loss, row_options
 from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TARGET_PROBABILITIES, accumulation_dtype
 
 ops = torch.ops.ava_ext
@@ -189,6 +190,38 @@ def test_the_gradient_by_the_probabilities(case, reduction, is_linear):
                 row_loss(logits, case.targets, case.options, **keywords).loss.sum(), probabilities, create_graph=True
             )
             gradient.sum().backward()
+
+
+class Passes(TorchDispatchMode):
+    """Collects the operators whose result has n_columns columns, and its greatest number of elements for each."""
+
+    def __init__(self, n_columns):
+        super().__init__()
+        self.n_columns, self.sizes = n_columns, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dim() > 1 and result.shape[-1] == self.n_columns:
+            name = function.overloadpacket.__name__
+            self.sizes[name] = max(self.sizes.get(name, 0), result.numel())
+        return result
+
+
+@pytest.mark.devices("cpu")
+def test_the_gradient_by_the_probabilities_is_made_in_the_cache(monkeypatch):
+    """Nothing is compared or chosen where nothing is masked, which would take the time of log_softmax each."""
+    monkeypatch.setattr(column_weights, "CACHE_BYTES", 3 * 31 * 4 // torch.get_num_threads() + 1)
+    logits, probabilities = torch.randn(9, 31), torch.rand(9, 31, requires_grad=True)
+    targets = torch.zeros(9, dtype=torch.int64).index_fill_(0, torch.tensor([4]), -100)
+    for x in (logits, logits.masked_fill(probabilities.detach() < 0.1, -math.inf)):
+        loss = row_loss(x, targets, row_options(x), target_probabilities=probabilities, reduction="sum").loss
+        with Passes(31) as passes:
+            (gradient,) = torch.autograd.grad(loss, probabilities)
+        assert passes.sizes["_log_softmax"] <= 3 * 31
+        assert ("eq" in passes.sizes) == bool(x.isinf().any()) and "where" not in passes.sizes
+        expected = -torch.log_softmax(x, -1)
+        expected[4] = 0
+        torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("is_linear", [False, True])

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from support.assertions import assert_bitwise_equal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_ext import UnifiedLoss, functional, token_metrics
 from ava_ext.ops.router_rows import router_statistics
@@ -214,6 +215,30 @@ def test_logits_whose_last_stride_is_not_one():
     logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(2))
     targets = torch.tensor([1, 2, 8])
     assert_bitwise_equal(loss_and_gradient(logits.T, targets), loss_and_gradient(logits.T.contiguous(), targets))
+
+
+class Clones(TorchDispatchMode):
+    """Collects how many dimensions the tensors have that are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_dims = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.clone.default:
+            self.n_dims.append(args[0].dim())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [(12,), (1, 12), (3, 4), (3, 2, 2)])
+def test_rows_that_lie_as_columns_are_transposed_as_a_matrix(rows):
+    """torch transposes a matrix in blocks, and more dimensions several times slower, number by number."""
+    leaf = torch.randn(9, *rows, generator=torch.Generator().manual_seed(2))
+    logits, targets = leaf.movedim(0, -1), torch.arange(12).reshape(rows) % 9
+    with Clones() as copied:
+        got = loss_and_gradient(logits, targets)
+    assert copied.n_dims == [2]
+    assert_bitwise_equal(got, loss_and_gradient(logits.contiguous(), targets))
 
 
 @pytest.mark.parametrize("value", [9, -1, 2**40, -(2**40)])
