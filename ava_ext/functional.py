@@ -258,6 +258,7 @@ def _check_weight(
     weight: Tensor,  # [n_columns]
     logits: Tensor | LinearLogits,  # [..., n_columns]
 ) -> None:
+    check_is_tensor(owner, "weight", weight)
     if weight.shape != logits.shape[-1:]:
         raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
     if wants_gradient(weight):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import check_integers
+from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_integers, check_is_tensor
 from ava_ext.ops.row_fields import accumulation_dtype
 
 
@@ -50,6 +50,9 @@ class PerplexityLoss(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
+        check_has_columns("perplexity_loss", "logits", logits)
+        check_is_tensor("perplexity_loss", "targets", targets)
+        check_are_tensors("perplexity_loss", attention_mask=attention_mask)
         for name, value in (("targets", targets), ("attention_mask", attention_mask)):
             if value is not None and value.shape != logits.shape[:-1]:
                 raise ValueError(

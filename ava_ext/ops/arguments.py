@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 POSITIVE = "a number > 0 in the range of float32"
+_NUMBERS: tuple[Any, ...] = (float, Real, Tensor, torch.SymFloat, torch.SymInt)
 _LEAST, _GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -21,16 +23,30 @@ def check_is_tensor(
         )
 
 
-def is_positive(number: float) -> bool:
+def check_are_tensors(owner: str, **values: object) -> None:
+    """check_is_tensor for each that is not None."""
+    for name, value in values.items():
+        if value is not None:
+            check_is_tensor(owner, name, value)
+
+
+def check_has_columns(owner: str, name: str, values: object) -> None:
+    """Raises TypeError where it is no tensor, ValueError where it has no dimension, which would be of columns."""
+    check_is_tensor(owner, name, values)
+    if values.dim() == 0:  # type: ignore[attr-defined]
+        raise ValueError(f"{owner}: expected {name} of at least one dimension, got a scalar")
+
+
+def is_positive(number: Any) -> bool:
     """Whether it is above 0 for the kernels, which read float32: nan is not, nor what becomes infinite or subnormal."""
-    return _LEAST <= number <= _GREATEST
+    return isinstance(number, _NUMBERS) and bool(_LEAST <= number <= _GREATEST)
 
 
-def check_positive(owner: str, **numbers: float | None) -> None:
-    """Raises ValueError for one that is given and is not positive: a temperature, a soft cap, a scale."""
+def check_positive(owner: str, **numbers: object) -> None:
+    """Raises ValueError for one that is not positive: a temperature, a soft cap, a scale."""
     for name, number in numbers.items():
-        if number is not None and not is_positive(number):
-            raise ValueError(f"{owner}: expected {name} to be {POSITIVE}, got {number}")
+        if not is_positive(number):
+            raise ValueError(f"{owner}: expected {name} to be {POSITIVE}, got {number!r}")
 
 
 def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") -> None:

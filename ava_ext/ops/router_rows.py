@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import as_ids, check_devices, has_shape, with_dense_rows
+from ava_ext.ops.arguments import (
+    as_ids,
+    check_are_tensors,
+    check_devices,
+    check_is_tensor,
+    has_shape,
+    with_dense_rows,
+)
 from ava_ext.ops.derivatives import (
     raise_double_backward,
     refuse_batches,
@@ -93,6 +100,15 @@ def router_statistics(
         tensor([[2., 2., 1., 1.]])
     """
     layers = [gate_logits] if isinstance(gate_logits, Tensor) else list(gate_logits)
+    check_are_tensors(
+        "router_statistics",
+        expert_indices=expert_indices,
+        row_mask=row_mask,
+        segment_ids=segment_ids,
+        expert_bias=expert_bias,
+    )
+    for number, layer in enumerate(layers):
+        check_is_tensor("router_statistics", f"gate_logits[{number}]", layer)
     layers = [layer.unsqueeze(0) if layer.dim() == 2 else layer for layer in layers]
     if k is None:
         if expert_indices is None:

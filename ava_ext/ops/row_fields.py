@@ -136,17 +136,17 @@ def row_options(
     first value is temperature / logit_scale.
 
     Raises:
-        ValueError: that, or logit_softcap / logit_scale, is not above 0 in the range of float32.
+        ValueError: that, logit_softcap / logit_scale, or one of the three is not above 0 in the range of float32.
 
     Example:
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
         tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000,  1.0000])
     """
-    of_logits = {
-        "temperature / logit_scale": temperature / logit_scale,
-        "logit_softcap / logit_scale": logit_softcap / logit_scale if logit_softcap else None,
-    }
-    check_positive("row_options", **of_logits)
+    check_positive("row_options", temperature=temperature, logit_scale=logit_scale)
+    check_positive("row_options", **{"temperature / logit_scale": temperature / logit_scale})
+    if logit_softcap:
+        check_positive("row_options", logit_softcap=logit_softcap)
+        check_positive("row_options", **{"logit_softcap / logit_scale": logit_softcap / logit_scale})
     values = (
         temperature / logit_scale,
         label_smoothing,

@@ -138,7 +138,9 @@ def statistics_options(
     """What the row operators read of these; owner begins the messages."""
     flags = int(RowFlags.ENTROPY if logit_softcap is None else RowFlags.ENTROPY | RowFlags.SOFTCAP)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
-    check_positive(owner, logit_softcap=logit_softcap, logit_scale=logit_scale)
+    check_positive(owner, logit_scale=logit_scale)
+    if logit_softcap is not None:
+        check_positive(owner, logit_softcap=logit_softcap)
     if not isinstance(temperature, Tensor):
         check_positive(owner, temperature=temperature)
         options = row_options(like, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
