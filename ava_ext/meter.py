@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import METRICS, METRICS_THAT_ADD_UP
 from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.process_group import GroupReference, resolve
@@ -38,6 +39,7 @@ class LossMeter:
     """
 
     def __init__(self, group: Any = None) -> None:
+        UnifiedLossConfig.checked("loss_meter", process_group=group)
         self.group = GroupReference(group)
         self.reset()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import Call
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
 from ava_ext.ops.arguments import check_are_tensors, check_is_tensor, check_positive, has_shape
 from ava_ext.ops.derivatives import without_activations
@@ -233,6 +233,7 @@ class ContrastiveLoss(Part):
     ) -> None:
         super().__init__()
         check_positive("contrastive_loss", temperature=temperature)
+        check_weights("contrastive_loss", margin=margin, weight=weight)
         self.temperature = temperature
         self.margin = margin
         self.weight = weight

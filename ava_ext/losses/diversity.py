@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import Call
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
 from ava_ext.ops.arguments import check_are_tensors
 from ava_ext.ops.row_fields import accumulation_dtype
@@ -45,6 +45,7 @@ class DiversityLoss(Part):
         super().__init__()
         if similarity not in SIMILARITIES:
             raise ValueError(f"diversity_loss: expected similarity to be one of {SIMILARITIES}, got {similarity!r}")
+        check_weights("diversity_loss", weight=weight)
         self.weight = weight
         self.similarity = similarity
 

@@ -27,6 +27,7 @@ class PerplexityLoss(nn.Module):
 
     def __init__(self, ignore_index: int = UnifiedLossConfig.ignore_index) -> None:
         super().__init__()
+        UnifiedLossConfig.checked("perplexity_loss", ignore_index=ignore_index)
         self.ignore_index = ignore_index
 
     def forward(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 POSITIVE = "a number > 0 in the range of float32"
 _NUMBERS: tuple[Any, ...] = (float, Real, Tensor, torch.SymFloat, torch.SymInt)
-_LEAST, _GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_LEAST, GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def check_is_tensor(
@@ -39,7 +39,7 @@ def check_has_columns(owner: str, name: str, values: object) -> None:
 
 def is_positive(number: Any) -> bool:
     """Whether it is above 0 for the kernels, which read float32: nan is not, nor what becomes infinite or subnormal."""
-    return isinstance(number, _NUMBERS) and bool(_LEAST <= number <= _GREATEST)
+    return isinstance(number, _NUMBERS) and bool(_LEAST <= number <= GREATEST)
 
 
 def check_positive(owner: str, **numbers: object) -> None:
