@@ -56,6 +56,12 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
 
 
+def check_shape(owner: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raises ValueError where the tensor is of another."""
+    if tensor.shape != shape:
+        raise ValueError(f"{owner}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+
+
 def check_beside_rows(
     owner: str,
     rows: torch.Size,  # the shape of the rows of the logits
@@ -70,8 +76,8 @@ def check_beside_rows(
     For what puts all rows in one dimension: reshaped or broadcast, a row would get what is another row's.
     """
     for name, tensor in (("targets", targets), ("row_weights", row_weights)):
-        if tensor is not None and tensor.shape != rows:
-            raise ValueError(f"{owner}: expected {name} of shape {list(rows)}, got {list(tensor.shape)}")
+        if tensor is not None:
+            check_shape(owner, name, tensor, rows)
     if candidate_ids is None:
         return
     check_ids_of_rows(owner, rows, "candidate_ids", candidate_ids, "n_candidates")

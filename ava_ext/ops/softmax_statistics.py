@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import as_ids, check_is_tensor, check_positive
+from ava_ext.ops.arguments import as_ids, check_ids_of_rows, check_is_tensor, check_positive, check_shape
 from ava_ext.ops.dtensor_logits import check_is_logits, local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
@@ -74,7 +74,7 @@ def softmax_statistics(
 
     Raises:
         ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32, a temperature
-            that requires grad, ids that are not integers, LinearLogits that do not fit.
+            that requires grad, ids that are not integers, ids or a mask of other rows, LinearLogits that do not fit.
         TypeError: on an argument that is not a tensor.
         IndexError: on ids out of range.
         RuntimeError: on other wrong shapes and types; on double backward.
@@ -89,6 +89,10 @@ def softmax_statistics(
     if ids is not None:
         check_is_tensor("softmax_statistics", "ids", ids)
         ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
+        check_ids_of_rows("softmax_statistics", logits.shape[:-1], "ids", ids)
+    if row_mask is not None:
+        check_is_tensor("softmax_statistics", "row_mask", row_mask)
+        check_shape("softmax_statistics", "row_mask", row_mask, logits.shape[:-1])
     size = logits.shape[-1] if vocab_size is None else vocab_size
     scale = (temperature, logit_softcap, logit_scale)
     return _statistics("softmax_statistics", logits, ids, *scale, size, row_mask, chunk_bytes, max_counted_rows)
@@ -184,10 +188,7 @@ def token_log_probs(
     check_is_logits("token_log_probs", logits)
     check_is_tensor("token_log_probs", "targets", targets)
     targets = as_ids("token_log_probs", "targets", targets, "[...]")
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"token_log_probs: expected targets of shape {list(logits.shape[:-1])}, got {list(targets.shape)}"
-        )
+    check_shape("token_log_probs", "targets", targets, logits.shape[:-1])
     counted = targets != ignore_index
     size = logits.shape[-1] if vocab_size is None else vocab_size
     ids, scale = targets.unsqueeze(-1), (temperature, logit_softcap, logit_scale)

@@ -203,6 +203,23 @@ def test_what_stands_beside_the_logits_is_no_tensor():
             call()
 
 
+@both_kinds
+def test_other_rows_are_named_by_what_was_called(logits):
+    for match, call in {
+        "token_metrics: expected targets": lambda: token_metrics(logits, torch.tensor([1])),
+        "token_log_probs: expected targets": lambda: token_log_probs(logits, torch.tensor([1])),
+        "softmax_statistics: expected row_mask": lambda: softmax_statistics(
+            logits, None, row_mask=torch.ones(1, dtype=torch.bool)
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{match} of shape \[2\], got \[1\]"):
+            call()
+    with pytest.raises(ValueError, match=r"^softmax_statistics: expected ids of shape \[2, n_ids\], got \[1, 3\]"):
+        softmax_statistics(logits, torch.zeros(1, 3).long())
+    with pytest.raises(ValueError, match=r"^token_metrics: expected targets to be integers"):
+        token_metrics(logits, torch.zeros(2))
+
+
 def test_logits_of_no_dimension():
     scalar, targets, weight = torch.zeros(()), torch.tensor([1]), torch.zeros(V, 4)
     linear = LinearLogits(scalar, weight)
