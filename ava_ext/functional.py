@@ -146,6 +146,8 @@ def _row_loss(
 ) -> Tensor:  # [] or [...]
     options = {name: _number(owner, name, value) for name, value in options.items()}
     ignore_index = _number(owner, "ignore_index", ignore_index)
+    if type(ignore_index) is not int:
+        raise ValueError(f"{owner}: expected ignore_index to be a token id (an integer), got {ignore_index!r}")
     label_smoothing = _number(owner, "label_smoothing", label_smoothing)
     terms = _row_terms(owner, label_smoothing, **options)
     if weight is not None:

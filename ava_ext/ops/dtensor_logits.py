@@ -40,7 +40,7 @@ def check_is_logits(owner: str, logits: object, name: str = "logits") -> None:
     kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
     check_is_tensor(owner, name, logits, kinds, "a Tensor or LinearLogits")
     if isinstance(logits, LinearLogits):
-        check_is_tensor(owner, "weight", logits.weight)
+        check_has_columns(owner, "weight", logits.weight)
         check_has_columns(owner, "hidden_states", logits.hidden_states)
     elif isinstance(logits, Tensor):
         check_has_columns(owner, name, logits)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ava_ext import UnifiedLoss, functional
+from ava_ext import SequenceUnlikelihoodLoss, UnifiedLoss, functional
 from ava_ext.losses.consistency import ConsistencyLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.ops.linear_logits import LinearLogits
@@ -196,6 +196,7 @@ def test_what_stands_beside_the_logits_is_no_tensor():
         "cross_entropy: expected weight": lambda: functional.cross_entropy(logits, targets, weight=[1.0] * V),
         "router_statistics: expected expert_indices": lambda: router_statistics(gates, [[0], [1]]),
         "router_statistics: expected row_mask": lambda: router_statistics(gates, row_mask=np.ones(2), k=1),
+        "sequence_unlikelihood: expected tokens": lambda: SequenceUnlikelihoodLoss(V)(logits, [1, 2]),
         r"router_statistics: expected gate_logits\[1\]": lambda: router_statistics([gates, None], k=1),
         "moe_balancer: expected row_mask": lambda: AuxiliaryFreeMoEBalancer(3)(gates, targets[:, None], [1, 1]),
     }.items():
@@ -226,6 +227,7 @@ def test_logits_of_no_dimension():
     for match, call in {
         "softmax_statistics: expected logits": lambda: softmax_statistics(scalar, None),
         "softmax_statistics: expected hidden_states": lambda: softmax_statistics(linear, None),
+        "softmax_statistics: expected weight": lambda: softmax_statistics(LinearLogits(weight, scalar), None),
         "token_log_probs: expected logits": lambda: token_log_probs(scalar, targets),
         "token_metrics: expected logits": lambda: token_metrics(scalar, targets),
         "token_metrics: expected hidden_states": lambda: token_metrics(linear, targets),
