@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import has_shape
+from ava_ext.ops.arguments import check_integers, check_real, has_shape
 from ava_ext.ops.derivatives import wants_gradient
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
@@ -364,6 +364,7 @@ def _check_tensors(call: Call) -> None:
             continue
         if _tensor(name, value).device != device:
             raise ValueError(f"unified_loss: expected {name} on {device} as the logits, got {value.device}")
+        check_real("unified_loss", name, value)
     if call.hidden_states is not None:
         _tensor("hidden_states", call.hidden_states)
 
@@ -384,8 +385,8 @@ def _check_shapes(call: Call) -> None:
         )
     for name in ("targets", "input_ids", "prefix_ids", "negative_ids", "soft_target_ids"):
         ids = getattr(call, name)
-        if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
-            raise ValueError(f"unified_loss: expected {name} of integers, got {ids.dtype}")
+        if ids is not None:
+            check_integers("unified_loss", name, ids)
     for name in ("attention_mask", "token_weights", "input_ids"):
         given = getattr(call, name)
         if given is not None and given.shape != shape:

@@ -23,7 +23,8 @@ class _Range(NamedTuple):
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's integers too
+    """Whether it is one, of numpy too, that the operators take."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= value < 2**63  # type: ignore[operator]
 
 
 def _is_number(value: object) -> bool:

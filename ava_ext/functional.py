@@ -14,7 +14,7 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 
 from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
-from ava_ext.ops.arguments import as_constant, check_integers, check_is_tensor
+from ava_ext.ops.arguments import as_constant, check_integers, check_is_tensor, check_real
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient
 from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.dtensors import is_dtensor
@@ -74,7 +74,7 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`, or one target.
-        TypeError: there is no such option, or something is no tensor.
+        TypeError: there is no such option, something is no tensor, or ignore_index no integer.
         IndexError: a target is out of range.
 
     Example:
@@ -147,7 +147,7 @@ def _row_loss(
     options = {name: _number(owner, name, value) for name, value in options.items()}
     ignore_index = _number(owner, "ignore_index", ignore_index)
     if type(ignore_index) is not int:
-        raise ValueError(f"{owner}: expected ignore_index to be a token id (an integer), got {ignore_index!r}")
+        raise TypeError(f"{owner}: expected ignore_index to be an integer, got {ignore_index!r}")
     label_smoothing = _number(owner, "label_smoothing", label_smoothing)
     terms = _row_terms(owner, label_smoothing, **options)
     if weight is not None:
@@ -263,6 +263,7 @@ def _check_weight(
     check_is_tensor(owner, "weight", weight)
     if weight.shape != logits.shape[-1:]:
         raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
+    check_real(owner, "weight", weight)
     if wants_gradient(weight):
         raise ValueError(f"{owner}: expected weight without requires_grad: no gradient is computed for it")
 

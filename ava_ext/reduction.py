@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops import row_weights
+from ava_ext.ops.arguments import check_real
 from ava_ext.ops.derivatives import refuse_tangents
 from ava_ext.ops.dtensors import whole
 
@@ -109,7 +110,7 @@ def items_of(
     owner: str = "unified_loss",
 ) -> Tensor:  # []
     """num_items_in_batch as a tensor, and 1 where it is 0. owner begins the messages."""
-    if not isinstance(num_items_in_batch, (Tensor, Real)):
+    if isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, (Tensor, Real)):
         if not hasattr(num_items_in_batch, "__array__"):
             got = type(num_items_in_batch).__name__
             raise TypeError(f"{owner}: expected num_items_in_batch to be a number or a torch.Tensor, got {got}")
@@ -129,6 +130,7 @@ def items_of(
         )
     if num_items_in_batch.is_meta and device.type != "meta":
         raise ValueError(f"{owner}: expected num_items_in_batch on {device}, got meta")
+    check_real(owner, "num_items_in_batch", num_items_in_batch)
     if num_items_in_batch.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"{owner}: expected num_items_in_batch of integers, float32 or float64, got {num_items_in_batch.dtype}, "

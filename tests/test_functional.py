@@ -323,7 +323,7 @@ def test_bad_input_is_named():
         (ValueError, r"expected z_loss_weight to be a number >= 0 .*, got {}", {"z_loss_weight": {}}),
         (ValueError, r"expected z_loss_weight to be a number >= 0 .*, got \(0.1,\)", {"z_loss_weight": [0.1]}),
         (ValueError, "expected label_smoothing to be a number", {"label_smoothing": "0.1"}),
-        (ValueError, r"expected ignore_index to be a token id \(an integer\), got 1\.5", {"ignore_index": 1.5}),
+        (TypeError, r"linear_cross_entropy: expected ignore_index to be an integer, got 1\.5", {"ignore_index": 1.5}),
         (ValueError, "^linear_cross_entropy: expected label_smoothing .*, got 2", {"label_smoothing": 2}),
         (ValueError, "^linear_cross_entropy: expected focal_gamma to be .*, got -1", {"focal_gamma": -1}),
         (
@@ -337,6 +337,7 @@ def test_bad_input_is_named():
             "on meta",
             {"label_smoothing": torch.tensor(0.1, device="meta")},
         ),
+        (ValueError, "expected weight of real numbers", {"weight": torch.ones(V, dtype=torch.complex64)}),
         (ValueError, "expected weight without requires_grad", {"weight": torch.ones(V, requires_grad=True)}),
     ):
         with pytest.raises(error, match=message):

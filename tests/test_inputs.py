@@ -175,8 +175,12 @@ def test_rows_without_order_are_refused_where_order_matters(options, name):
 
 MISFITS = [
     ({"targets": TARGETS[:, :3]}, r"expected targets of shape \[2, 4\], got \[2, 3\]"),
-    ({"targets": TARGETS.float()}, "expected targets of integers, got torch.float32"),
-    ({"targets": TARGETS.bool()}, "expected targets of integers, got torch.bool"),
+    ({"targets": TARGETS.float()}, "expected targets to be integers of shape .*, got float32"),
+    (  # -100 in int64: the row would not count
+        {"targets": torch.full((2, 4), 2**64 - 100, dtype=torch.uint64)},
+        "expected targets to be integers of shape .*, got uint64",
+    ),
+    ({"targets": TARGETS.bool()}, "expected targets to be integers of shape .*, got bool"),
     ({"logits": logits(n_columns=V - 1)}, r"at least vocab_size = 6 columns, got shape \[2, 4, 5\]"),
     (
         {"logits": logits(2, 4, 1), "targets": torch.zeros(2, 4, 1).long()},
@@ -186,7 +190,7 @@ MISFITS = [
     ({"token_weights": torch.ones(4)}, r"expected token_weights of shape \[2, 4\], got \[4\]"),
     ({"token_weights": torch.ones(2, 4, requires_grad=True)}, "expected token_weights without requires_grad"),
     ({"input_ids": TARGETS[:1]}, r"expected input_ids of shape \[2, 4\], got \[1, 4\]"),
-    ({"input_ids": TARGETS.double()}, "expected input_ids of integers, got torch.float64"),
+    ({"input_ids": TARGETS.double()}, "expected input_ids to be integers of shape .*, got float64"),
     ({"segment_ids": torch.zeros(2, 3)}, r"expected segment_ids of shape \[2, 4\], got \[2, 3\]"),
     ({"position_ids": torch.zeros(3, 4)}, r"expected position_ids of shape \[2, 4\], got \[3, 4\]"),
     ({"cu_seqlens": torch.zeros(1, 3)}, r"expected cu_seqlens of shape \[n_segments \+ 1\], got \[1, 3\]"),
@@ -196,7 +200,7 @@ MISFITS = [
         "expected target_probabilities of floating point, got torch.int64",
     ),
     ({"negative_ids": TARGETS}, r"expected negative_ids of shape \[2, 4, n_negatives\], got \[2, 4\]"),
-    ({"negative_ids": torch.ones(2, 4, 1)}, "expected negative_ids of integers, got torch.float32"),
+    ({"negative_ids": torch.ones(2, 4, 1)}, "expected negative_ids to be integers of shape .*, got float32"),
     (
         {"negative_ids": TARGETS[..., None], "negative_weights": torch.ones(2, 4)},
         r"expected negative_weights of shape \[2, 4, 1\], got \[2, 4\]",
@@ -290,6 +294,8 @@ ARGUMENTS = {
     "soft_target_ids": TARGETS[..., None],
     "soft_target_weights": torch.ones(2, 4, 1),
     "confidence_scores": torch.ones(2, 4),
+    "mtp_depth_weights": torch.ones(3),
+    "global_expert_counts": torch.ones(1, 4),
 }
 
 
@@ -308,6 +314,14 @@ def test_another_device_is_named(name):
     arguments = {"logits": logits(), "targets": TARGETS, **ARGUMENTS}
     with pytest.raises(ValueError, match=f"unified_loss: expected {name} on cpu as the logits, got meta"):
         UnifiedLoss(V)(**{**arguments, name: arguments[name].to("meta")})
+
+
+@pytest.mark.parametrize("name", ["targets", *ARGUMENTS])
+def test_complex_numbers_are_named(name):
+    """A conversion would drop their imaginary part."""
+    arguments = {"logits": logits(), "targets": TARGETS, **ARGUMENTS}
+    with pytest.raises(ValueError, match=f"unified_loss: expected {name} of real numbers, got complex64"):
+        UnifiedLoss(V)(**{**arguments, name: arguments[name].to(torch.complex64)})
 
 
 STATES, HEAD = torch.zeros(2, 4, 3), torch.nn.Linear(3, V)
@@ -414,7 +428,7 @@ def test_the_head_of_shared_depths_may_be_a_layer():
 # -- integer types, empty batches
 
 INTEGERS = [
-    torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64
+    torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32
 ]  # fmt: skip
 
 
@@ -476,7 +490,7 @@ def test_experts_of_every_integer_type(dtype, as_given):
     torch.testing.assert_close(loss, loss_fn(**given, expert_indices=indices), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint64])
 def test_experts_that_are_no_integers_are_named(dtype):
     loss_fn = UnifiedLoss(V, num_experts=4, use_auxiliary_loss=True)
     message = f"expected expert_indices to be integers of shape .*, got {str(dtype)[6:]}"

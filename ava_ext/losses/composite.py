@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ava_ext.ops.arguments import check_constants
+
 
 class CompositeLoss(nn.Module):
     """The weighted sum of several losses: sum_i weight_i * loss_i(*args, **kwargs).
@@ -17,7 +19,7 @@ class CompositeLoss(nn.Module):
         weights: factor of each name; 1 for names left out.
 
     Raises:
-        ValueError: there is no loss, a loss is named "total_loss", or a weight has no loss.
+        ValueError: there is no loss, a loss is named "total_loss", or a weight has no loss or requires grad.
 
     Example:
         >>> losses = {"focal": FocalLoss(32000), "smooth": LabelSmoothingLoss(32000)}
@@ -33,6 +35,7 @@ class CompositeLoss(nn.Module):
             raise ValueError(f"composite_loss: expected named losses, none of them 'total_loss', got {list(losses)}")
         if unknown:
             raise ValueError(f"composite_loss: expected weights for {list(losses)}, got {unknown}")
+        check_constants("composite_loss", **{f"weights[{name!r}]": weight for name, weight in weights.items()})
         self.weights = {name: float(weights.get(name, 1.0)) for name in losses}
         self.losses = nn.ModuleDict({name: loss for name, loss in losses.items() if isinstance(loss, nn.Module)})
         self.functions = {name: loss for name, loss in losses.items() if not isinstance(loss, nn.Module)}

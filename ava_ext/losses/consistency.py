@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_is_tensor, check_positive
+from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_is_tensor, check_positive, check_real
 from ava_ext.ops.row_fields import accumulation_dtype
 
 DIVERGENCES = ("kl", "js")
@@ -89,6 +89,7 @@ class ConsistencyLoss(nn.Module):
         return {"total_loss": loss, "consistency_loss": loss.detach().clone()}
 
     def _log_probability(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        check_real("consistency_loss", "logits", logits)
         logits = logits.to(accumulation_dtype(logits.dtype))
         if mask is not None:  # equal rows, so that rows that do not count have divergence 0
             logits = torch.where(mask.unsqueeze(-1), logits, 0.0)

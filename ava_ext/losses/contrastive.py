@@ -11,7 +11,15 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
-from ava_ext.ops.arguments import check_are_tensors, check_is_tensor, check_positive, has_shape
+from ava_ext.ops.arguments import (
+    as_mask,
+    check_are_tensors,
+    check_integers,
+    check_is_tensor,
+    check_positive,
+    check_real,
+    has_shape,
+)
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import without_autocast
 from ava_ext.ops.row_fields import accumulation_dtype
@@ -46,7 +54,8 @@ def info_nce(
         Scalar, float32 (float64 for float64 inputs); 0 where no pair counts.
 
     Raises:
-        ValueError: the shapes differ, or a temperature that is no tensor is not above 0.
+        ValueError: the shapes differ, document_ids are no integers, row_mask is of floats, or a temperature that is no
+            tensor is not above 0.
         TypeError: something is no tensor.
 
     Example:
@@ -69,7 +78,13 @@ def info_nce(
     for name, value in (("row_mask", row_mask), ("document_ids", document_ids)):
         if value is not None and list(value.shape) != [n_pairs]:
             raise ValueError(f"contrastive_loss: expected {name} of shape [{n_pairs}], got {list(value.shape)}")
-    mask = first.new_ones(n_pairs, dtype=torch.bool) if row_mask is None else row_mask.to(torch.bool)
+    if document_ids is not None:
+        check_integers("contrastive_loss", "document_ids", document_ids, "[n_pairs]")
+    mask = (
+        first.new_ones(n_pairs, dtype=torch.bool)
+        if row_mask is None
+        else as_mask("contrastive_loss", "row_mask", row_mask)
+    )
     a, b = _directions(first, mask), _directions(second, mask)
     block_rows = max(1, block_elements // max(n_pairs, 1))
     total = (a[:0].sum() + b[:0].sum()) * 0.5  # 0, connected to the graph also without any pair
@@ -130,7 +145,7 @@ def simctg(
         Scalar, float32 (float64 for float64 inputs); 0 where no sequence has two tokens.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, segment_ids are no integers.
 
     Example:
         >>> simctg(torch.ones(1, 5, 8))  # all tokens are alike: the margin
@@ -151,6 +166,8 @@ def simctg(
             raise ValueError(
                 f"contrastive_loss: expected {name} of shape [{batch_size}, {n_tokens}], got {list(value.shape)}"
             )
+    if segment_ids is not None:
+        check_integers("contrastive_loss", "segment_ids", segment_ids, "[batch_size, n_tokens]")
     if attention_mask is None:
         mask = hidden_states.new_ones(1, n_tokens, dtype=torch.bool)
     else:
@@ -201,6 +218,7 @@ def _blocks(n_rows: int, block_rows: int) -> list[tuple[int, int]]:
 
 def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size], [...] -> [..., hidden_size]
     """Vectors of length 1 where mask, 0 elsewhere; a zero vector stays zero, with gradient 0."""
+    check_real("contrastive_loss", "representations", vectors)
     vectors = vectors.to(accumulation_dtype(vectors.dtype))
     vectors = torch.where(mask.unsqueeze(-1), vectors, 0.0)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)

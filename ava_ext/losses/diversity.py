@@ -10,7 +10,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
-from ava_ext.ops.arguments import check_are_tensors
+from ava_ext.ops.arguments import as_mask, check_are_tensors, check_real
 from ava_ext.ops.row_fields import accumulation_dtype
 
 SIMILARITIES = ("cosine", "dot", "l2")
@@ -88,7 +88,7 @@ class DiversityLoss(Part):
         if n_experts < 2 or n_rows == 0:
             loss = outputs[..., :0].sum()  # 0, still connected to the graph
         else:
-            mask = None if row_mask is None else row_mask.reshape(n_rows).to(torch.bool)
+            mask = None if row_mask is None else as_mask("diversity_loss", "row_mask", row_mask.reshape(n_rows))
             loss = self.weight * self._mean_similarity(outputs, mask)
         if not return_detailed:
             return loss
@@ -139,5 +139,6 @@ def _stack_experts(expert_outputs: Tensor | Sequence[Tensor]) -> Tensor:  # [n_e
             f"diversity_loss: expected expert_outputs [n_experts, n_rows, hidden_size], "
             f"got {list(expert_outputs.shape)}"
         )
+    check_real("diversity_loss", "expert_outputs", expert_outputs)
     outputs = expert_outputs.reshape(expert_outputs.shape[0], -1, expert_outputs.shape[-1])
     return outputs.to(accumulation_dtype(outputs.dtype))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_integers, check_is_tensor
+from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_integers, check_is_tensor, check_real
 from ava_ext.ops.row_fields import accumulation_dtype
 
 
@@ -59,6 +59,7 @@ class PerplexityLoss(nn.Module):
                 raise ValueError(
                     f"perplexity_loss: expected {name} of shape {list(logits.shape[:-1])}, got {list(value.shape)}"
                 )
+        check_real("perplexity_loss", "logits", logits)
         check_integers("perplexity_loss", "targets", targets)
         targets = targets.long()  # uint8 has no -100
         if attention_mask is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 POSITIVE = "a number > 0 in the range of float32"
+INTEGERS = (  # not uint64, whose greatest would become -1, -100, ...
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32
+)  # fmt: skip
 _NUMBERS: tuple[Any, ...] = (float, Real, Tensor, torch.SymFloat, torch.SymInt)
 _LEAST, GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -49,9 +52,27 @@ def check_positive(owner: str, **numbers: object) -> None:
             raise ValueError(f"{owner}: expected {name} to be {POSITIVE}, got {number!r}")
 
 
+def check_constants(owner: str, **numbers: Any) -> None:
+    """Raises ValueError for a tensor that requires grad, where only its value is read."""
+    for name, number in numbers.items():
+        if isinstance(number, Tensor) and number.requires_grad:
+            raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for it")
+
+
+def check_not_negative(owner: str, names: tuple[str, ...], numbers: tuple[float, ...]) -> None:
+    """Raises ValueError for one that requires grad, or is not one >= 0 that float32 holds: a weight, an exponent."""
+    total = sum(numbers)  # nan where one is, and a tensor that requires grad where one does
+    if min(numbers) >= 0 and total <= GREATEST and not (isinstance(total, Tensor) and total.requires_grad):
+        return
+    check_constants(owner, **dict(zip(names, numbers, strict=True)))
+    for name, number in zip(names, numbers, strict=True):
+        if not 0 <= number <= GREATEST:
+            raise ValueError(f"{owner}: expected {name} to be a number >= 0 in the range of float32, got {number}")
+
+
 def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") -> None:
-    """Raises ValueError for numbers that a conversion to integers would change."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    """Raises ValueError for numbers that a conversion to int64 would change."""
+    if tensor.dtype not in INTEGERS:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
 
@@ -60,6 +81,31 @@ def check_shape(owner: str, name: str, tensor: Tensor, shape: torch.Size) -> Non
     """Raises ValueError where the tensor is of another."""
     if tensor.shape != shape:
         raise ValueError(f"{owner}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_are_integers(owner: str, **values: Any) -> None:
+    """Raises TypeError for one that is given and is none: the operators truncate it, or refuse it in words of torch."""
+    for name, value in values.items():
+        if type(value) is int or value is None:
+            continue
+        is_integer = not isinstance(value, bool) and isinstance(value, (Integral, torch.SymInt))
+        if not (is_integer or (isinstance(value, Tensor) and value.dtype in INTEGERS)):
+            raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
+
+
+def as_mask(owner: str, name: str, mask: Tensor) -> Tensor:
+    """mask as bools; raises ValueError for floats, as of an additive mask, where 0 is what counts."""
+    if mask.is_floating_point() or mask.is_complex():
+        dtype = str(mask.dtype).removeprefix("torch.")
+        raise ValueError(f"{owner}: expected {name} of bool, got {dtype}")
+    return mask.to(torch.bool)
+
+
+def check_real(owner: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError for complex numbers: a conversion to floats would drop their imaginary part."""
+    if tensor.is_complex():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{owner}: expected {name} of real numbers, got {dtype}")
 
 
 def check_beside_rows(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,12 +44,6 @@ def choose_rows(
         return ChosenRows(None, False)
     torch._assert_async(counted.sum() <= max_counted_rows, "row_loss: more rows count than max_counted_rows")
     return ChosenRows(counted.argsort(stable=True, descending=True)[:max_counted_rows], False)
-
-
-def check_max_counted_rows(owner: str, given: Any) -> None:
-    """Raises TypeError for what an operator would refuse in words of its own."""
-    if given is not None and not isinstance(given, (Integral, torch.SymInt, Tensor)):
-        raise TypeError(f"{owner}: expected max_counted_rows to be an integer or None, got {given!r}")
 
 
 def host_reads(device: torch.device) -> bool:

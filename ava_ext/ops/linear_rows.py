@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_beside_rows, check_devices
-from ava_ext.ops.counted_rows import check_max_counted_rows, choose_rows
+from ava_ext.ops.arguments import check_are_integers, check_beside_rows, check_devices
+from ava_ext.ops.counted_rows import choose_rows
 from ava_ext.ops.derivatives import (
     call_operator,
     counted_only,
@@ -56,7 +56,7 @@ def linear_row_loss(
 ) -> RowLoss:
     """`row_loss` of LinearLogits: see there."""
     logits.check("row_loss")
-    check_max_counted_rows("row_loss", max_counted_rows)
+    check_are_integers("row_loss", chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
     rows, n_columns = logits.shape[:-1], logits.shape[-1]
     ids, weights, groups = candidates if candidates else (None, None, ())
     beside = {"row_weights": row_weights, "candidate_ids": ids, "candidate_weights": weights}

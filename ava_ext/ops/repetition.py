@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import check_devices
+from ava_ext.ops.arguments import INTEGERS, check_devices
 from ava_ext.ops.dtensor_rows import of_whole_texts
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor
 from ava_ext.ops.row_fields import Candidates, numbers_like
@@ -38,12 +38,15 @@ def repetition_weights(
 
     A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises.
 
+    Raises:
+        ValueError: a weight is below 0 or beyond the range of float32, or requires grad.
+
     Example:
         >>> repetition_weights(torch.zeros(1), ngram_penalty_weight=0.2)
         tensor([0.5000, 1.0000, 0.0500, 0.2000])
     """
     values = (immediate_repetition_weight, immediate_repetition_growth, eos_penalty_weight, ngram_penalty_weight)
-    return numbers_like(like, values)
+    return numbers_like("repetition_weights", like, WEIGHT_NAMES, values)
 
 
 def repetition_candidates(
@@ -186,7 +189,7 @@ def repetition_candidates(
 
 def _integers(name: str, shape: object, given: Tensor) -> Tensor:
     """given in a type that the operator takes."""
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+    if given.dtype not in INTEGERS:
         raise _bad(name, f"integers of shape {shape}", given)
     return given.to(torch.int64)
 

@@ -15,9 +15,12 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import (
     as_ids,
+    as_mask,
+    check_are_integers,
     check_are_tensors,
     check_devices,
     check_is_tensor,
+    check_real,
     has_shape,
     with_dense_rows,
 )
@@ -89,7 +92,8 @@ def router_statistics(
 
     Raises:
         ValueError: shapes that do not fit, neither expert_indices nor k, k > n_experts, an unknown score, indices that
-            are no integers.
+            are no integers, a row_mask of floats.
+        TypeError: k or n_segments is no integer.
         IndexError: an expert index of a counted row outside [0, n_experts), a segment not below n_segments.
         RuntimeError: on double backward.
         NotImplementedError: on forward-mode derivatives.
@@ -110,12 +114,15 @@ def router_statistics(
     for number, layer in enumerate(layers):
         check_is_tensor("router_statistics", f"gate_logits[{number}]", layer)
     layers = [layer.unsqueeze(0) if layer.dim() == 2 else layer for layer in layers]
+    check_are_integers("router_statistics", k=k, n_segments=n_segments)
     if k is None:
         if expert_indices is None:
             raise ValueError("router_statistics: expected expert_indices or k, got neither")
         k = expert_indices.shape[-1]
     if expert_indices is not None:
         expert_indices = as_ids("router_statistics", "expert_indices", expert_indices, "[n_layers, n_rows, k]")
+    if segment_ids is not None:
+        segment_ids = as_ids("router_statistics", "segment_ids", segment_ids, "[n_rows]")
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
     if DTENSOR in sys.modules:
         if any(map(is_dtensor, layers)):
@@ -134,7 +141,7 @@ def router_statistics(
     dtype = accumulation_dtype(layers[0].dtype)
     tensors = (
         expert_indices,
-        None if row_mask is None else row_mask.to(torch.bool),
+        None if row_mask is None else as_mask("router_statistics", "row_mask", row_mask),
         None if segment_ids is None else segment_ids.reshape(-1).to(torch.int64),
         None if expert_bias is None else expert_bias.detach().to(dtype),
     )
@@ -203,6 +210,8 @@ def _check(
         raise ValueError(
             f"router_statistics: expected expert_bias of shape [{n_layers}, {n_experts}], got {list(expert_bias.shape)}"
         )
+    if expert_bias is not None:
+        check_real("router_statistics", "expert_bias", expert_bias)
 
 
 def _check_devices(owner, gate_logits, **others):

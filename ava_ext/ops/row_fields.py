@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_positive
+from ava_ext.ops.arguments import check_not_negative, check_positive
 
 
 class RowFlags(IntFlag):
@@ -66,6 +66,8 @@ OPTION_NAMES = (  # of the tensor options: RowOptions
     "logit_softcap",
     "reweighting_exponent",
 )
+# what row_options makes them of
+_GIVEN_NAMES = ("temperature / logit_scale", *OPTION_NAMES[1:6], "logit_softcap / logit_scale", *OPTION_NAMES[7:])
 N_TERMS, N_STATISTICS, N_SUMMARIES, N_OPTIONS = map(len, (TERM_NAMES, STATISTIC_NAMES, SUMMARY_NAMES, OPTION_NAMES))
 # of p, p log p, 1 and the one-hot of the maximum (beside column_weights: of these); those of the one-hots of the ids
 # follow
@@ -136,7 +138,8 @@ def row_options(
     first value is temperature / logit_scale.
 
     Raises:
-        ValueError: that, logit_softcap / logit_scale, or one of the three is not above 0 in the range of float32.
+        ValueError: that, logit_softcap / logit_scale, or one of the three is not above 0 in the range of float32,
+            another option is below 0 or beyond that range, label_smoothing is above 1, or one requires grad.
 
     Example:
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
@@ -144,9 +147,11 @@ def row_options(
     """
     check_positive("row_options", temperature=temperature, logit_scale=logit_scale)
     check_positive("row_options", **{"temperature / logit_scale": temperature / logit_scale})
-    if logit_softcap:
+    if logit_softcap is not None:
         check_positive("row_options", logit_softcap=logit_softcap)
         check_positive("row_options", **{"logit_softcap / logit_scale": logit_softcap / logit_scale})
+    if label_smoothing > 1:
+        raise ValueError(f"row_options: expected label_smoothing to be a number in [0, 1], got {label_smoothing}")
     values = (
         temperature / logit_scale,
         label_smoothing,
@@ -157,14 +162,17 @@ def row_options(
         (logit_softcap or 0.0) / logit_scale,
         reweighting_exponent,
     )
-    return numbers_like(like, values)
+    return numbers_like("row_options", like, _GIVEN_NAMES, values)
 
 
 def numbers_like(
+    owner: str,
     like: Tensor,
+    names: tuple[str, ...],
     values: tuple[float, ...],
 ) -> Tensor:  # [len(values)]
-    """A tensor of these numbers on the device of `like`, in its accumulation type."""
+    """A tensor of these numbers, constants >= 0, on the device of `like`, in its accumulation type."""
+    check_not_negative(owner, names, values)
     dtype, device = accumulation_dtype(like.dtype), like.device
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype, device=device)

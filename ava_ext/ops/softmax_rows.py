@@ -12,6 +12,7 @@ from torch import Tensor
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
 from ava_ext.ops.arguments import (
     as_ids,
+    check_are_integers,
     check_are_tensors,
     check_devices,
     check_integers,
@@ -116,7 +117,8 @@ def row_loss(
         ValueError: on weights that require grad, an unknown reduction, inplace_gradient on a leaf or on overlapping
             memory, targets that are not integers, RowFlags.EXCLUDE_TARGET beside target_probabilities, LinearLogits
             whose shapes and types do not fit, weights and candidates of other rows beside them.
-        TypeError: on logits or targets that are not tensors.
+        TypeError: on logits or targets that are not tensors, a vocab_size, ignore_index, chunk_bytes or
+            max_counted_rows that is no integer.
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
         NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; within
@@ -151,6 +153,8 @@ def row_loss(
         beside = isinstance(logits, LocalRows) or has_dtensor(given)
         smoothing_weights = whole("row_loss", "smoothing_weights", smoothing_weights, beside)  # of every row
     check_is_tensor("row_loss", "targets", targets)
+    if type(vocab_size) is not int or type(ignore_index) is not int:
+        check_are_integers("row_loss", vocab_size=vocab_size, ignore_index=ignore_index)
     _check_constants(options, row_weights, candidates)
     if targets.dtype != torch.int64:
         check_integers("row_loss", "targets", targets)

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import as_ids, check_ids_of_rows, check_is_tensor, check_positive, check_shape
+from ava_ext.ops.arguments import (
+    as_ids,
+    check_are_integers,
+    check_constants,
+    check_ids_of_rows,
+    check_is_tensor,
+    check_positive,
+    check_real,
+    check_shape,
+)
 from ava_ext.ops.dtensor_logits import check_is_logits, local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_statistics import linear_row_statistics
@@ -73,9 +82,9 @@ def softmax_statistics(
         SoftmaxStatistics, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32, a temperature
-            that requires grad, ids that are not integers, ids or a mask of other rows, LinearLogits that do not fit.
-        TypeError: on an argument that is not a tensor.
+        ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32 or requires
+            grad, ids that are not integers, ids or a mask of other rows, LinearLogits that do not fit.
+        TypeError: on an argument that is not a tensor, or not an integer.
         IndexError: on ids out of range.
         RuntimeError: on other wrong shapes and types; on double backward.
         NotImplementedError: on forward-mode derivatives.
@@ -112,6 +121,8 @@ def _statistics(
     flags: int = 0,
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
+    if type(vocab_size) is not int:
+        check_are_integers(owner, vocab_size=vocab_size)
     placed = local_logits(owner, logits)
     if isinstance(placed, LocalRows):
         scale, rows = (temperature, logit_softcap, logit_scale), placed.rows
@@ -142,6 +153,7 @@ def statistics_options(
     """What the row operators read of these; owner begins the messages."""
     flags = int(RowFlags.ENTROPY if logit_softcap is None else RowFlags.ENTROPY | RowFlags.SOFTCAP)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
+    check_constants(owner, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
     check_positive(owner, logit_scale=logit_scale)
     if logit_softcap is not None:
         check_positive(owner, logit_softcap=logit_softcap)
@@ -149,8 +161,7 @@ def statistics_options(
         check_positive(owner, temperature=temperature)
         options = row_options(like, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
         return options, flags
-    if temperature.requires_grad:
-        raise ValueError(f"{owner}: expected a temperature without requires_grad")
+    check_real(owner, "temperature", temperature)
     options = row_options(like, logit_softcap=logit_softcap, logit_scale=logit_scale)
     return torch.cat([temperature.reshape(1).to(options) / logit_scale, options[1:]]), flags
 
@@ -187,6 +198,8 @@ def token_log_probs(
     """
     check_is_logits("token_log_probs", logits)
     check_is_tensor("token_log_probs", "targets", targets)
+    if type(ignore_index) is not int:
+        check_are_integers("token_log_probs", ignore_index=ignore_index)
     targets = as_ids("token_log_probs", "targets", targets, "[...]")
     check_shape("token_log_probs", "targets", targets, logits.shape[:-1])
     counted = targets != ignore_index

@@ -45,6 +45,8 @@ def test_compiles_without_a_graph_break():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"expected weights for \['a'\], got \['b'\]"):
         CompositeLoss({"a": mse_loss}, weights={"b": 1.0})
+    with pytest.raises(ValueError, match=r"expected weights\['a'\] without requires_grad: no gradient is computed"):
+        CompositeLoss({"a": mse_loss}, weights={"a": torch.nn.Parameter(torch.tensor(2.0))})
     for losses in ({}, {"total_loss": mse_loss}):
         with pytest.raises(ValueError, match="expected named losses"):
             CompositeLoss(losses)

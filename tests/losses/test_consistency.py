@@ -92,5 +92,7 @@ def test_bad_input_is_named():
         ConsistencyLoss()(torch.zeros(3, 4), torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"attention_mask of shape \[3\], got \[4\]"):
         ConsistencyLoss()(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match="consistency_loss: expected logits of real numbers, got complex64"):
+        ConsistencyLoss()(torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.complex64))
     with pytest.raises(ValueError, match="got 'tv'"):
         ConsistencyLoss("tv")

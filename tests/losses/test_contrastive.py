@@ -178,10 +178,21 @@ def test_bad_input_is_named():
         ContrastiveLoss()(torch.zeros(4, 3), torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"without targets, .* got \[5, 3\]"):
         ContrastiveLoss()(torch.zeros(5, 3))
+    for shape in ((4, 3), (2, 5, 3)):
+        with pytest.raises(ValueError, match="expected representations of real numbers, got complex64"):
+            ContrastiveLoss()(torch.zeros(shape, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"attention_mask of shape \[2, 5\], got \[2, 4\]"):
         ContrastiveLoss()(torch.zeros(2, 5, 3), attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"document_ids of shape \[4\], got \[3\]"):
         ContrastiveLoss()(torch.zeros(4, 3), torch.zeros(4, 3), document_ids=torch.zeros(3))
+    pair, states = torch.zeros(2, 4, 3), torch.zeros(2, 5, 3)
+    for name, call in {
+        "document_ids to be integers": lambda: info_nce(*pair, document_ids=torch.arange(4.0)),
+        "segment_ids to be integers": lambda: simctg(states, segment_ids=torch.zeros(2, 5)),
+        "row_mask of bool": lambda: info_nce(*pair, row_mask=torch.ones(4)),
+    }.items():
+        with pytest.raises(ValueError, match=f"contrastive_loss: expected {name}.*, got float32"):
+            call()
     with pytest.raises(ValueError, match="expected no segment_ids with InfoNCE"):
         ContrastiveLoss()(torch.zeros(4, 3), torch.zeros(4, 3), segment_ids=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="expected no document_ids with SimCTG"):

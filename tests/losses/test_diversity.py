@@ -113,5 +113,9 @@ def test_bad_input_is_named():
         DiversityLoss()([])
     with pytest.raises(ValueError, match=r"row_mask of 4 rows, got shape \[3\]"):
         DiversityLoss()(torch.zeros(2, 4, 3), torch.ones(3).bool())
+    with pytest.raises(ValueError, match="diversity_loss: expected expert_outputs of real numbers, got complex64"):
+        DiversityLoss()(torch.zeros(2, 4, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="row_mask of bool, got float32"):
+        DiversityLoss()(torch.zeros(2, 4, 3), torch.ones(4))
     with pytest.raises(ValueError, match="got 'euclid'"):
         DiversityLoss(similarity="euclid")

@@ -44,6 +44,8 @@ def test_compiles_without_a_graph_break():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"targets of shape \[3\], got \[4\]"):
         PerplexityLoss()(torch.zeros(3, 5), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="perplexity_loss: expected logits of real numbers, got complex64"):
+        PerplexityLoss()(torch.zeros(3, 5, dtype=torch.complex64), torch.zeros(3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])

@@ -100,7 +100,7 @@ def test_ids_of_every_integer_type():
             torch.testing.assert_close(row_loss(logits, targets, options, candidates=ids), penalised, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint64])
 def test_numbers_that_are_no_integers(dtype):
     logits, targets, options = LOGITS["dense"], torch.tensor([1, 0]).to(dtype), row_options(LOGITS["dense"])
     for name, call in {
@@ -113,6 +113,34 @@ def test_numbers_that_are_no_integers(dtype):
     }.items():
         with pytest.raises(ValueError, match=f"{name} to be integers"):
             call()
+
+
+@pytest.mark.parametrize("value", [7.0, True, torch.tensor(3.7)])
+def test_counts_that_are_no_integers(value):
+    logits, head, targets, options = (
+        LOGITS["dense"],
+        LOGITS["linear"],
+        torch.tensor([1, 2]),
+        row_options(torch.zeros(0)),
+    )
+    gates = torch.zeros(2, 4)
+    for name, call in {
+        "row_loss: expected vocab_size": lambda: row_loss(logits, targets, options, vocab_size=value),
+        "cross_entropy: expected ignore_index": lambda: functional.cross_entropy(logits, targets, ignore_index=value),
+        "row_loss: expected chunk_bytes": lambda: row_loss(head, targets, options, chunk_bytes=value),
+        "softmax_statistics: expected vocab_size": lambda: softmax_statistics(logits, None, vocab_size=value),
+        "softmax_statistics: expected chunk_bytes": lambda: softmax_statistics(head, None, chunk_bytes=value),
+        "token_log_probs: expected ignore_index": lambda: token_log_probs(logits, targets, ignore_index=value),
+        "router_statistics: expected k": lambda: router_statistics(gates, k=value),
+        "router_statistics: expected n_segments": lambda: router_statistics(gates, k=1, n_segments=value),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} to be an integer, got "):
+            call()
+
+
+def test_a_row_mask_that_is_no_tensor():
+    with pytest.raises(TypeError, match=r"softmax_statistics: expected row_mask to be a Tensor, got builtins\.list"):
+        softmax_statistics(LOGITS["dense"], None, row_mask=[True, True])
 
 
 # -- temperature, soft cap and scale

@@ -439,6 +439,7 @@ def test_a_schedule_of_weights_does_not_recompile():
     ("changes", "message"),
     [
         ({"tokens": lambda text: text.float()}, r"expected tokens to be integers .*, got float32 of shape \[2, 5\]"),
+        ({"targets": lambda text: text.to(torch.uint64)}, "expected targets to be integers .*, got uint64 of shape"),
         (
             {"tokens": lambda text: text[0]},
             r"expected tokens .* of shape \[batch_size, n_tokens\], got int64 of shape \[5\]",

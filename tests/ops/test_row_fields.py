@@ -1,5 +1,8 @@
 """The small tensors of numbers that the kernels read: made on their device, by nothing that waits for it."""
 
+import inspect
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,3 +46,21 @@ def test_values_and_types(dtype):
     torch.testing.assert_close(scaled[[0, 6]], torch.tensor([2.8, 120.0], dtype=real), rtol=0, atol=0)
     weights = repetition_weights(like, eos_penalty_weight=0.3)
     torch.testing.assert_close(weights, torch.tensor([0.5, 1.0, 0.3, 0.1], dtype=real), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [row_options, repetition_weights])
+def test_numbers_that_would_be_constants_or_no_weights_are_refused(make):
+    like = torch.zeros(0)
+    for name in [name for name in inspect.signature(make).parameters if name != "like"]:
+        with pytest.raises(ValueError, match=f"^{make.__name__}: expected .* without requires_grad: no gradient is"):
+            make(like, **{name: torch.tensor(0.5, requires_grad=True)})
+        for number in (-1.0, math.nan, math.inf, 1e39):
+            with pytest.raises(ValueError, match=f"^{make.__name__}: expected .* to be a number .*, got "):
+                make(like, **{name: number})
+
+
+def test_a_soft_cap_of_0_and_a_smoothing_above_1_are_refused():
+    with pytest.raises(ValueError, match=r"logit_softcap to be a number > 0 .*, got 0.0"):
+        row_options(torch.zeros(0), logit_softcap=0.0)
+    with pytest.raises(ValueError, match=r"label_smoothing to be a number in \[0, 1\], got 1.5"):
+        row_options(torch.zeros(0), label_smoothing=1.5)

@@ -161,8 +161,11 @@ def test_temperature_as_a_tensor():
     torch.testing.assert_close(
         token_log_probs(logits, targets, temperature=torch.tensor(0.5)), expected, rtol=0, atol=0
     )
-    with pytest.raises(ValueError, match="expected a temperature without requires_grad"):
-        token_log_probs(logits, targets, temperature=torch.tensor(0.5, requires_grad=True))
+    for name in ("temperature", "logit_softcap", "logit_scale"):
+        with pytest.raises(ValueError, match=f"token_log_probs: expected {name} without requires_grad: no gradient is"):
+            token_log_probs(logits, targets, **{name: torch.tensor(0.5, requires_grad=True)})
+    with pytest.raises(ValueError, match="expected temperature of real numbers, got complex64"):
+        token_log_probs(logits, targets, temperature=torch.tensor(0.5 + 1j))
 
 
 def test_ids_out_of_range():
