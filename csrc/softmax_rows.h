@@ -135,6 +135,7 @@ enum RowFlags : int64_t {
   kSmoothingWeights = 32768,
   // report the target's rank and the maximum's column too: kRankTerms further rows of row_terms, behind the groups'
   kRanks = 65536,
+  kNextFlag = 131072,
 };
 constexpr int64_t kColumnWeightFlags = kTargetProbabilities | kSmoothingWeights;
 // In place of an id: all columns but those of the ids behind it.

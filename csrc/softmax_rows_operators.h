@@ -50,6 +50,7 @@ struct RowCall {
                    int64_t flags) {
     check_beside(op, "options", options, {kRowOptions}, real, logits);
     arguments.options = dense(options);
+    AVA_CHECK(flags >= 0 && flags < kNextFlag, op, ": expected flags of RowFlags, got ", flags);
     arguments.flags = decltype(arguments.flags)(flags);
   }
   // Behind what says which rows count: the targets, the mask, the statistics.
@@ -174,6 +175,8 @@ struct RowOperators {
     }
     AVA_CHECK(in_groups == arguments.n_ids, op, ": expected candidate_groups to add up to ", arguments.n_ids, ", got ",
               in_groups);
+    AVA_CHECK(!(flags & kSoftTargets) || !candidate_groups.empty(), op,
+              ": expected a group of soft targets beside kSoftTargets, got no candidate_groups");
     AVA_CHECK(!(flags & kTargetWeights) || (!candidate_groups.empty() && candidate_groups[0] == 1), op,
               ": expected a first group of 1 candidate, the weight of the target's term");
     Device::set_groups(op, arguments, candidate_groups);

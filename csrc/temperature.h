@@ -28,6 +28,7 @@ struct TemperatureOptions {
 AVA_HOST_DEVICE float next_temperature(float* history,  // [kHistory]
                                        int64_t* count,  // losses recorded so far
                                        float loss_sum, float n_rows, const TemperatureOptions& options) {
+  if (*count < 0) *count = 0;            // of a damaged checkpoint
   const float loss = loss_sum / n_rows;  // nan without rows
   if (fabsf(loss) < INFINITY) history[(*count)++ % kHistory] = loss;
   const int64_t n = *count < kHistory ? *count : kHistory;

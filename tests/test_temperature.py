@@ -161,3 +161,13 @@ def test_reset_forgets_everything():
     fresh = UnifiedLoss(V, initial_temperature=1.2)
     torch.testing.assert_close(dict(loss_fn.named_buffers()), dict(fresh.named_buffers()), rtol=0, atol=0)
     assert statistics["count"] == 12  # copies
+
+
+def test_a_count_below_zero_is_none():
+    """Of a damaged checkpoint: it is no place in the history."""
+    loss_fn = UnifiedLoss(5)
+    state = loss_fn.state_dict() | {"temperature.count": torch.tensor(-7)}
+    loss_fn.load_state_dict(state)
+    loss_fn(torch.randn(2, 3, 5), torch.randint(5, (2, 3)))
+    loss_fn.step()
+    assert loss_fn.get_loss_statistics()["temperature"]["count"] == 1

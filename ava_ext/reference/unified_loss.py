@@ -135,7 +135,8 @@ def unified_loss(
     if input_ids is not None:
         read = {"input_ids": of_rows(input_ids), "attention_mask": token_mask}
     beside = (negative_ids, negative_weights, soft_target_ids, soft_target_weights, target_probabilities)
-    terms = [row_terms(rows, logits, read, *map(of_rows, beside), row_keep, num_items_in_batch is not None)]
+    has_row = row_keep & label_in_segment  # whether there is a label or not
+    terms = [row_terms(rows, logits, read, *map(of_rows, beside), has_row, num_items_in_batch is not None)]
     if deepseek_heads or adaptive_heads or model_heads:
         heads, confidence = [], None
         is_weighted = adaptive_heads and config.use_confidence_weighting

@@ -106,10 +106,12 @@ struct CpuRows {
   }
   static void run(const char* op, const Tensor& logits, Arguments arguments, SoftmaxRowsKernel Kernels::* kernel) {
     arguments.element_type = element_type(op, logits);
-    // a gradient that will not be in the caches when it is wanted is written past them, which saves reading it first
-    constexpr int64_t cached_bytes = int64_t(8) << 20;
-    const int64_t bytes = arguments.n_rows * arguments.n_columns * int64_t(logits.element_size());
-    arguments.stream = arguments.grad_logits && arguments.grad_logits != arguments.logits && bytes > cached_bytes;
+    // a gradient that will not be in the caches when it is wanted is written past them, which saves reading it first;
+    // but each row then waits for what it has written, because of the columns with a coefficient of their own
+    constexpr int64_t cached_bytes = int64_t(8) << 20, long_row_bytes = 8192;
+    const int64_t row_bytes = arguments.n_columns * int64_t(logits.element_size());
+    arguments.stream = arguments.grad_logits && arguments.grad_logits != arguments.logits &&
+                       row_bytes >= long_row_bytes && arguments.n_rows * row_bytes > cached_bytes;
     for_rows(kernels().*kernel, arguments);
   }
 };

@@ -100,8 +100,8 @@ struct RowReader {
     Named named;
     uint64_t groups;  // a bit for each
   };
-  // `found` has room for the named columns of a part, if they are not many
-  static constexpr int64_t kMostFound = 64;
+  // `found` has room for the named columns of a part, unless they repeat
+  static constexpr int64_t kMostFound = kBlock;
   static Part part_of(const Element* x, int64_t begin, int64_t end, Named named, int32_t* found) {
     Part part{x, begin, end, named, 0};
     const auto n = uint32_t(end - begin);

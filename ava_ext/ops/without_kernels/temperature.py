@@ -23,6 +23,7 @@ def temperature_step_(
 ) -> None:
     """Records pending_loss / pending_rows and sets the temperature."""
     n_history = history.shape[0]
+    count.clamp_min_(0)  # of a damaged checkpoint
     places = torch.arange(n_history, device=history.device)
     loss = pending_loss / pending_rows  # nan without rows
     recorded = torch.isfinite(loss)
