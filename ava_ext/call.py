@@ -376,10 +376,9 @@ def _check_shapes(call: Call) -> None:
         raise ValueError(
             f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(shape)}"
         )
-    *rows_shape, n_columns = logits.shape
-    if (*rows_shape,) != shape:
-        raise _bad_shape("targets", (*rows_shape,), targets)
-    if n_columns < vocab_size:
+    if logits.shape[:-1] != shape:
+        raise _bad_shape("targets", logits.shape[:-1], targets)
+    if logits.shape[-1] < vocab_size:
         raise ValueError(
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
             f"got shape {list(logits.shape)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ava_ext.ops.arguments import POSITIVE, is_positive
+from ava_ext.ops.arguments import GREATEST, POSITIVE, is_positive
 
 
 class _Range(NamedTuple):
@@ -29,7 +28,8 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one, and finite in the kernels' float32."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= GREATEST  # type: ignore[operator]
 
 
 def _is_pair(value: object) -> bool:
@@ -54,8 +54,8 @@ def _one_of(*allowed: str) -> _Range:
 
 _FLAG = _Range("True or False", lambda v: isinstance(v, bool))
 _POSITIVE = _Range(POSITIVE, lambda v: _is_number(v) and is_positive(v))
-_NOT_NEGATIVE = _Range("a number >= 0", lambda v: _is_number(v) and v >= 0)
-_NOT_BELOW_ONE = _Range("a number >= 1", lambda v: _is_number(v) and v >= 1)
+_NOT_NEGATIVE = _Range("a number >= 0 in the range of float32", lambda v: _is_number(v) and v >= 0)
+_NOT_BELOW_ONE = _Range("a number >= 1 in the range of float32", lambda v: _is_number(v) and v >= 1)
 _SHARE = _Range("a number in [0, 1]", lambda v: _is_number(v) and 0 <= v <= 1)
 _BELOW_ONE = _Range("a number in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
 _TOKEN = _Range("a token id (an integer)", _is_integer)
@@ -65,7 +65,9 @@ _BOUNDS = _Range(
     "two numbers, 0 < low <= high, in the range of float32",
     lambda v: _is_pair(v) and all(map(is_positive, v)) and v[0] <= v[1],
 )
-_NUMBERS = _Range("numbers, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v)))
+_NUMBERS = _Range(
+    "numbers in the range of float32, one for each class", lambda v: isinstance(v, tuple) and all(map(_is_number, v))
+)
 _RANKS = _Range(
     "different integers >= 1", lambda v: _TOKENS.holds(v) and all(k >= 1 for k in v) and len(set(v)) == len(v)
 )
@@ -258,6 +260,8 @@ class UnifiedLossConfig:
             expected = values.expected + (" or None" if is_optional else "")
             if getattr(given, "requires_grad", False):
                 raise _bad(name, f"{expected}, read once", "a tensor that requires grad", owner)
+            if getattr(given, "is_meta", False):
+                raise _bad(name, expected, "a tensor on meta", owner)
             value = found[name] = plain(given)
             if not (value is None and is_optional) and not values.holds(value):
                 raise _bad(name, expected, value, owner)
@@ -392,6 +396,13 @@ class UnifiedLossConfig:
             )
             state["process_group"] = None
         return state
+
+
+def check_weights(owner: str, **weights: Any) -> None:
+    """Raises ValueError for a number that is not >= 0: a weight, a margin. A tensor may be learned, and is not read."""
+    for name, weight in weights.items():
+        if not (isinstance(weight, torch.Tensor) or _NOT_NEGATIVE.holds(plain(weight))):
+            raise _bad(name, _NOT_NEGATIVE.expected, weight, owner)
 
 
 def _short(value: Any) -> str:

@@ -146,6 +146,8 @@ def _row_loss(
 ) -> Tensor:  # [] or [...]
     options = {name: _number(owner, name, value) for name, value in options.items()}
     ignore_index = _number(owner, "ignore_index", ignore_index)
+    if type(ignore_index) is not int:
+        raise TypeError(f"{owner}: expected ignore_index to be an integer, got {ignore_index!r}")
     label_smoothing = _number(owner, "label_smoothing", label_smoothing)
     terms = _row_terms(owner, label_smoothing, **options)
     if weight is not None:
@@ -258,6 +260,7 @@ def _check_weight(
     weight: Tensor,  # [n_columns]
     logits: Tensor | LinearLogits,  # [..., n_columns]
 ) -> None:
+    check_is_tensor(owner, "weight", weight)
     if weight.shape != logits.shape[-1:]:
         raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
     check_real(owner, "weight", weight)

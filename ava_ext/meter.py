@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses import METRICS, METRICS_THAT_ADD_UP
+from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.process_group import GroupReference, resolve
 
 
@@ -37,6 +39,7 @@ class LossMeter:
     """
 
     def __init__(self, group: Any = None) -> None:
+        UnifiedLossConfig.checked("loss_meter", process_group=group)
         self.group = GroupReference(group)
         self.reset()
 
@@ -55,14 +58,17 @@ class LossMeter:
 
         Raises:
             ValueError: parts have no n_tokens, or an entry is not a scalar, as with reduction="none".
+            TypeError: parts are no dict, as without return_detailed=True, or an entry is no tensor.
         """
-        if "n_tokens" not in parts:
-            raise ValueError(
-                "loss_meter: expected the dict of UnifiedLoss with return_detailed=True, with n_tokens, got "
-                f"{sorted(parts)}"
+        is_dict = isinstance(parts, Mapping)
+        if not is_dict or "n_tokens" not in parts:
+            got = sorted(parts) if is_dict else type(parts).__name__
+            raise (ValueError if is_dict else TypeError)(
+                f"loss_meter: expected the dict of UnifiedLoss with return_detailed=True, with n_tokens, got {got}"
             )
         n_tokens, added = parts["n_tokens"], {}
         for name, value in parts.items():
+            check_is_tensor("loss_meter", name, value)
             if value.dim() != 0:
                 raise ValueError(f"loss_meter: expected a scalar for {name!r}, got shape {list(value.shape)}")
             # a copy: of float64, what is given may change later

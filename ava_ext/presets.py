@@ -19,7 +19,7 @@ from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
-from ava_ext.ops.arguments import check_integers
+from ava_ext.ops.arguments import check_are_tensors, check_integers, check_is_tensor
 from ava_ext.ops.row_fields import RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import count_rows, keep_rows
@@ -423,6 +423,9 @@ class MultiTokenPredictionLoss(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
+        check_is_tensor("multi_token_prediction_loss", "hidden_states", hidden_states)
+        check_is_tensor("multi_token_prediction_loss", "targets", targets)
+        check_are_tensors("multi_token_prediction_loss", attention_mask=attention_mask)
         check_integers("multi_token_prediction_loss", "targets", targets, "[batch_size, n_tokens]")
         dtype = accumulation_dtype(self.mtp.heads[0].weight.dtype)  # type: ignore[arg-type]
         if attention_mask is not None and attention_mask.shape != targets.shape:

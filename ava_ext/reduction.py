@@ -128,6 +128,8 @@ def items_of(
         raise ValueError(
             f"{owner}: expected num_items_in_batch of one element, got shape {list(num_items_in_batch.shape)}"
         )
+    if num_items_in_batch.is_meta and device.type != "meta":
+        raise ValueError(f"{owner}: expected num_items_in_batch on {device}, got meta")
     check_real(owner, "num_items_in_batch", num_items_in_batch)
     if num_items_in_batch.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(

@@ -317,7 +317,9 @@ class UnifiedLoss(nn.Module):
             addends = getattr(self, name).of_call(call)
             terms |= addends.terms
             metrics |= addends.metrics
-        for addend in terms.values():
+        for key, addend in terms.items():
+            if addend.is_meta and not total.is_meta:  # without values, the whole loss would be
+                raise RuntimeError(f"unified_loss: expected the tensors of {key} on {total.device}, got meta")
             total = total + addend
         if self.config.reduction == "none":
             total = call.like_targets(total)

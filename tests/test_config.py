@@ -3,19 +3,27 @@
 import dataclasses
 import inspect
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from ava_ext import (
+    AdaptiveLossScaling,
     AuxiliaryFreeMoEBalancer,
+    AuxiliaryLoss,
+    ContrastiveLoss,
+    DiversityLoss,
+    LossMeter,
     MultiTokenPredictionLoss,
+    PerplexityLoss,
     UnifiedLoss,
     UnifiedLossConfig,
     create_unified_loss,
 )
 from ava_ext.losses.component import Part
+from ava_ext.losses.contrastive import info_nce
 
 OPTIONS = {option.name: option for option in dataclasses.fields(UnifiedLossConfig)}
 
@@ -71,7 +79,7 @@ OUT_OF_RANGE = {
     "vocab_size": [0, -1, 7.0, True, None, "7"],
     "hidden_size": [0, 1.5],
     "primary_loss_type": ["deepseeek", None, ["standard"]],
-    "ignore_index": [1.5, None, True, 2**63],
+    "ignore_index": [1.5, None, True, 2**63, torch.tensor(1, device="meta")],
     "pad_token_id": [1.5, "0"],
     "eos_token_id": [10, -1, 1.5, "eos", [3, 10]],
     "reduction": ["average", None],
@@ -88,12 +96,12 @@ OUT_OF_RANGE = {
     "logit_scale": [0.0, -1.0],
     "process_group": [5, "gpu", object()],
     "logit_softcap": [0.0, -30.0, float("inf")],
-    "z_loss_weight": [-1.0],
+    "z_loss_weight": [-1.0, 1e300, 10**400, torch.ones((), device="meta")],
     "confidence_penalty_weight": [-0.1],
     "focal_alpha": [-1.0],
     "focal_gamma": [-0.5],
     "accuracy_top_k": [(0,), (1, 1), 5, (1.5,)],
-    "class_weights": [(1.0,), ("a",) * 10, 1.0],
+    "class_weights": [(1.0,), ("a",) * 10, 1.0, (1e300,) * 10],
     "token_reweighting": ["entropy", True],
     "reweighting_exponent": [-1.0],
     "distillation_weight": [-1.0],
@@ -109,7 +117,7 @@ OUT_OF_RANGE = {
     "ngram_slots": [0],
     "immediate_repetition_weight": [-1.0],
     "immediate_repetition_threshold": [0],
-    "immediate_repetition_growth": [0.5],
+    "immediate_repetition_growth": [0.5, 1e39],
     "repetition_allow_list": [3, [1.5], None, [-(2**63) - 1]],
     "min_sequence_length": [-1],
     "eos_penalty_weight": [-1.0],
@@ -163,12 +171,37 @@ def test_contradictory_options_are_named(options, message):
         (lambda: AuxiliaryFreeMoEBalancer(4, expert_bias_update="sgn"), "moe_balancer: expected expert_bias_update"),
         (lambda: AuxiliaryFreeMoEBalancer(4, moe_momentum=1.5), r"moe_balancer: expected moe_momentum .* got 1\.5"),
         (lambda: MultiTokenPredictionLoss(10, 4, 0), "expected num_future_tokens to be an integer >= 1, got 0"),
+        (
+            lambda: AuxiliaryLoss(2, load_balancing_weight=-5.0),
+            "auxiliary_loss: expected load_balancing_weight .* -5",
+        ),
+        (lambda: AuxiliaryLoss(2, router_z_weight="x"), "auxiliary_loss: expected router_z_weight .* got 'x'"),
+        (lambda: AuxiliaryLoss(2, router_score="relu"), "auxiliary_loss: expected router_score"),
+        (lambda: AuxiliaryLoss(2, process_group=5), "auxiliary_loss: expected process_group .* got 5"),
+        (lambda: ContrastiveLoss(weight=math.nan), "contrastive_loss: expected weight .* got nan"),
+        (lambda: ContrastiveLoss(margin="x"), "contrastive_loss: expected margin .* got 'x'"),
+        (lambda: info_nce(*torch.ones(2, 3, 4), temperature=-1.0), "contrastive_loss: expected temperature"),
+        (lambda: DiversityLoss(weight="x"), "diversity_loss: expected weight .* got 'x'"),
+        (lambda: PerplexityLoss(ignore_index=1.5), r"perplexity_loss: expected ignore_index .* got 1\.5"),
+        (
+            lambda: AdaptiveLossScaling(["a"], math.nan),
+            "expected initial_log_variance .* got nan",
+        ),
+        (lambda: LossMeter(group=5), "loss_meter: expected process_group .* got 5"),
         (lambda: UnifiedLoss(10, z_loss_weight=torch.ones((), requires_grad=True)), "z_loss_weight .* requires grad"),
     ],
 )
 def test_single_parts_check_their_options_too(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_weight_may_be_learned():
+    weight, x = torch.nn.Parameter(torch.tensor(-1.0)), torch.rand(2, 3, 4)  # alike, as every number is positive
+    learned = AuxiliaryLoss(1, router_z_weight=weight)
+    for loss_fn in (ContrastiveLoss(weight=weight), DiversityLoss(weight=weight), learned):
+        (gradient,) = torch.autograd.grad(loss_fn(x), weight)
+        assert gradient != 0
 
 
 def test_an_initial_temperature_beyond_the_bounds_is_fine_where_nothing_adapts():

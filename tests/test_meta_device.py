@@ -207,3 +207,22 @@ def test_a_default_device_other_than_the_logits(dtype):
     with torch.device("meta"):
         found = gradients()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+PARTS_ON_META = {
+    "diversity_loss": ({"use_diversity_loss": True}, {"expert_outputs": torch.randn(4, 10, 3)}),
+    "aux_load_balancing": ({"use_auxiliary_loss": True, "num_experts_per_token": 1}, {"gate_logits": torch.ones(4, E)}),
+    "contrastive_loss": ({"use_contrastive_loss": True}, {"contrastive_pair": torch.ones(2, 4, 3).unbind()}),
+    "moe_balancing_term": (MOE, {"gate_logits": torch.ones(4, E)}),
+}
+
+
+@pytest.mark.parametrize("key", PARTS_ON_META)
+def test_a_part_on_meta_beside_logits_elsewhere_is_named(key):
+    options, given = PARTS_ON_META[key]
+    on_meta = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else tuple(part.to("meta") for part in value)
+        for name, value in given.items()
+    }
+    with pytest.raises((RuntimeError, ValueError), match=r"expected .* on (cpu, got meta|meta, got cpu)"):
+        UnifiedLoss(V, **options)(torch.zeros(2, 5, V), torch.zeros(2, 5).long(), **on_meta)

@@ -118,6 +118,13 @@ def test_the_dict_of_another_module_is_refused():
         LossMeter().update(parts)
 
 
+def test_the_scalar_loss_and_numbers_are_refused():
+    with pytest.raises(TypeError, match=r"loss_meter: expected the dict of UnifiedLoss .*, got Tensor"):
+        LossMeter().update(UnifiedLoss(V)(torch.zeros(2, V), torch.zeros(2).long()))
+    with pytest.raises(TypeError, match=r"loss_meter: expected total_loss to be a Tensor, got builtins\.float"):
+        LossMeter().update({"n_tokens": torch.ones(()), "total_loss": 1.5})
+
+
 def test_what_is_given_may_change_later():
     parts = {name: torch.ones((), dtype=torch.float64) for name in ("n_tokens", "total_loss", "temperature")}
     meter = LossMeter()

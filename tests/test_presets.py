@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from ava_ext.losses import (
     NGramRepetitionPenalty,
     SequenceRepetitionDetector,
 )
+from ava_ext.losses.contrastive import info_nce, simctg
 
 V = 7
 STANDARD = {"primary_loss_type": "standard"}
@@ -287,3 +289,25 @@ def test_the_mask_of_heads_alone_is_named():
         ValueError, match=r"multi_token_prediction_loss: expected attention_mask of targets' shape \[2, 6\]"
     ):
         mtp(torch.randn(2, 6, HIDDEN_SIZE), torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 5))
+
+
+def test_what_is_no_tensor_is_named_by_a_loss_that_stands_alone():
+    rows, ids, mask = torch.zeros(1, 4, 3), torch.zeros(1, 4).long(), np.ones((1, 4))
+    mtp = ava_ext.MultiTokenPredictionLoss(5, 3)
+    for match, call in {
+        "contrastive_loss: expected second": lambda: info_nce(rows[0], mask),
+        "contrastive_loss: expected row_mask": lambda: info_nce(rows[0], rows[0], row_mask=mask),
+        "contrastive_loss: expected inputs": lambda: ava_ext.ContrastiveLoss()(mask),
+        "contrastive_loss: expected attention_mask": lambda: ava_ext.ContrastiveLoss()(rows, attention_mask=mask),
+        "contrastive_loss: expected hidden_states": lambda: simctg(mask),
+        "contrastive_loss: expected segment_ids": lambda: simctg(rows, segment_ids=mask),
+        "perplexity_loss: expected targets": lambda: ava_ext.PerplexityLoss()(rows, mask),
+        "perplexity_loss: expected attention_mask": lambda: ava_ext.PerplexityLoss()(rows, ids, mask),
+        "consistency_loss: expected targets": lambda: ava_ext.ConsistencyLoss()(rows, None),
+        "consistency_loss: expected attention_mask": lambda: ava_ext.ConsistencyLoss()(rows, rows, mask),
+        "multi_token_prediction_loss: expected targets": lambda: mtp(rows, mask),
+        "multi_token_prediction_loss: expected attention_mask": lambda: mtp(rows, ids, mask),
+        "diversity_loss: expected row_mask": lambda: ava_ext.DiversityLoss()(rows, mask),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{match} to be a Tensor, got "):
+            call()

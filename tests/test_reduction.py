@@ -114,6 +114,11 @@ def test_zero_items_and_zero_weights_give_zero():
     assert loss_fn(logits, torch.full((2, 3), -100), num_items_in_batch=0) == 0
 
 
+def test_num_items_in_batch_on_meta_is_named():
+    with pytest.raises(ValueError, match="unified_loss: expected num_items_in_batch on cpu, got meta"):
+        UnifiedLoss(V)(torch.zeros(2, V), torch.tensor([1, 2]), num_items_in_batch=torch.ones((), device="meta"))
+
+
 @pytest.mark.parametrize(
     "n_items",
     [torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(8, dtype=torch.int16), np.int64(8), np.array([8])],

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.ops.linear_logits import is_weight_itself
 
 
@@ -33,6 +34,7 @@ class FusedHead(nn.Module):
                 f"fused_head: expected lm_head to be a torch.nn.Linear, got {type(lm_head).__name__}, which may do "
                 "more than one matrix product, or whose weight a hook makes"
             )
+        check_is_tensor("fused_head", "loss_fn", loss_fn, (nn.Module,), "a UnifiedLoss")
         self.lm_head = lm_head
         self.loss_fn = loss_fn
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ava_ext.integrations.heads import weight_and_bias
-from ava_ext.integrations.loss_functions import refuse_logit_options
+from ava_ext.integrations.loss_functions import check_is_loss, refuse_logit_options
 from ava_ext.integrations.loss_in_forward import LossInForward, RecordsInput, class_with
 from ava_ext.unified_loss import UnifiedLoss
 
@@ -100,6 +100,7 @@ def causal_lm_of(model: Any) -> Any:
 
 def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Module:
     owner = "fuse_lm_head" if is_fused else "attach_loss"
+    check_is_loss(owner, loss_fn)
     inner = causal_lm_of(model)
     name, config = type(inner).__name__, loss_fn.config
     if isinstance(inner, LossInForward):

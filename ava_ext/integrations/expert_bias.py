@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.integrations.attach import causal_lm_of
+from ava_ext.integrations.loss_functions import check_is_loss
 from ava_ext.losses.moe import MoEBalancer
+from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.ops.committed import is_first_run
 from ava_ext.unified_loss import UnifiedLoss
 
@@ -42,6 +44,8 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
         >>> loss_fn = UnifiedLoss.from_model(model, **options)
         >>> bind_expert_bias(fuse_lm_head(model, loss_fn), loss_fn)
     """
+    check_is_loss("bind_expert_bias", loss_fn)
+    check_is_tensor("bind_expert_bias", "model", model, (nn.Module,), "a torch.nn.Module")
     inner = causal_lm_of(model)
     holders = [module for module in inner.modules() if isinstance(getattr(module, _BIAS, None), Tensor)]
     balancer = getattr(loss_fn, MoEBalancer.name)

@@ -25,6 +25,7 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     Example:
         >>> model.loss_function = causal_lm_loss(UnifiedLoss.from_model(model, fused=False))
     """
+    check_is_loss("causal_lm_loss", loss_fn)
     refuse_logit_options(loss_fn.config, "causal_lm_loss")
 
     def loss(
@@ -63,6 +64,7 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, compute_loss_func=trainer_loss(loss_fn))
     """
+    check_is_loss("trainer_loss", loss_fn)
     config = loss_fn.config
     refuse_logit_options(config, "trainer_loss")
     for option in ("use_auxiliary_loss", "use_moe_balancing"):
@@ -94,6 +96,13 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
         return loss_fn(outputs, labels, num_items_in_batch=num_items_in_batch, labels_are_shifted=False).clone()
 
     return loss
+
+
+def check_is_loss(owner: str, loss_fn: Any) -> None:
+    """Raises TypeError for what is no UnifiedLoss. What wraps one and has its config, as torch.compile's does, is."""
+    if not isinstance(getattr(loss_fn, "config", None), UnifiedLossConfig):
+        kind = type(loss_fn)
+        raise TypeError(f"{owner}: expected a UnifiedLoss as loss_fn, got {kind.__module__}.{kind.__qualname__}")
 
 
 def refuse_logit_options(config: UnifiedLossConfig, owner: str) -> None:

@@ -44,7 +44,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ava_ext.integrations.attach import attach_loss, causal_lm_of, fuse_lm_head, unfuse
 from ava_ext.integrations.expert_bias import ExpertBiasBinding, bind_expert_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, trainer_loss
+from ava_ext.integrations.loss_functions import causal_lm_loss, check_is_loss, trainer_loss
 from ava_ext.integrations.loss_in_forward import DECIDE_ROWS, LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
@@ -87,6 +87,7 @@ class UnifiedLossCallback(TrainerCallback):
     """
 
     def __init__(self, loss_fn: UnifiedLoss, resume_from: str | None = None) -> None:
+        check_is_loss("UnifiedLossCallback", loss_fn)
         if loss_fn._learns and loss_fn.config.auto_step:
             raise ValueError(
                 "UnifiedLossCallback: expected a loss with auto_step=False: with auto_step=True it steps for every "

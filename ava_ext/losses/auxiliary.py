@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import Call
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.router import load_variation, measure_router, router_of_call
 from ava_ext.ops.router_layers import layered_gate_logits
@@ -236,11 +236,16 @@ class AuxiliaryLoss(Part):
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        if load_balancing_convention not in CONVENTIONS:
-            raise ValueError(
-                f"auxiliary_loss: expected load_balancing_convention to be one of {CONVENTIONS}, "
-                f"got {load_balancing_convention!r}"
-            )
+        UnifiedLossConfig.checked(
+            "auxiliary_loss",
+            num_experts_per_token=num_experts_per_token,
+            num_experts=num_experts,
+            load_balancing_convention=load_balancing_convention,
+            router_score=router_score,
+            process_group=process_group,
+        )
+        weights = {"load_balancing_weight": load_balancing_weight, "router_z_weight": router_z_weight}
+        check_weights("auxiliary_loss", **weights)
         if per_sequence and (load_balancing_convention == "huggingface" or process_group is not None):
             raise ValueError(
                 "auxiliary_loss: per_sequence=True needs load_balancing_convention='switch' and process_group=None, "

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ava_ext.ops.arguments import check_positive, check_real
+from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_is_tensor, check_positive, check_real
 from ava_ext.ops.counted_rows import host_sees
 from ava_ext.ops.row_fields import accumulation_dtype
 
@@ -66,6 +66,9 @@ class ConsistencyLoss(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
+        check_has_columns("consistency_loss", "logits", logits)
+        check_is_tensor("consistency_loss", "targets", targets)
+        check_are_tensors("consistency_loss", attention_mask=attention_mask)
         if logits.shape != targets.shape:
             raise ValueError(
                 f"consistency_loss: expected targets of shape {list(logits.shape)}, got {list(targets.shape)}"

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import Call
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
-from ava_ext.ops.arguments import as_mask, check_integers, check_positive, check_real, has_shape
+from ava_ext.ops.arguments import (
+    as_mask,
+    check_are_tensors,
+    check_integers,
+    check_is_tensor,
+    check_positive,
+    check_real,
+    has_shape,
+)
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import without_autocast
 from ava_ext.ops.row_fields import accumulation_dtype
@@ -47,7 +55,9 @@ def info_nce(
         Scalar, float32 (float64 for float64 inputs); 0 where no pair counts.
 
     Raises:
-        ValueError: the shapes differ, document_ids are no integers, row_mask is of floats.
+        ValueError: the shapes differ, document_ids are no integers, row_mask is of floats, or a temperature that is no
+            tensor is not above 0.
+        TypeError: something is no tensor.
 
     Example:
         >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.07) < 1e-5
@@ -55,6 +65,11 @@ def info_nce(
 
     Source: van den Oord et al. 2018; symmetrical as in Radford et al. 2021 (CLIP).
     """
+    check_is_tensor("contrastive_loss", "first", first)
+    check_is_tensor("contrastive_loss", "second", second)
+    check_are_tensors("contrastive_loss", row_mask=row_mask, document_ids=document_ids)
+    if not isinstance(temperature, Tensor):  # to read one would wait for the device
+        check_positive("contrastive_loss", temperature=temperature)
     if first.dim() != 2 or first.shape != second.shape:
         raise ValueError(
             "contrastive_loss: expected a pair of equal shapes [n_pairs, hidden_size], got "
@@ -144,6 +159,8 @@ def simctg(
 
     Source: Su et al. 2022, "A contrastive framework for neural text generation", equation 2.
     """
+    check_is_tensor("contrastive_loss", "hidden_states", hidden_states)
+    check_are_tensors("contrastive_loss", attention_mask=attention_mask, segment_ids=segment_ids)
     if hidden_states.dim() != 3:
         raise ValueError(
             "contrastive_loss: expected hidden_states [batch_size, n_tokens, hidden_size], "
@@ -240,6 +257,7 @@ class ContrastiveLoss(Part):
     ) -> None:
         super().__init__()
         check_positive("contrastive_loss", temperature=temperature)
+        check_weights("contrastive_loss", margin=margin, weight=weight)
         self.temperature = temperature
         self.margin = margin
         self.weight = weight
@@ -291,6 +309,8 @@ class ContrastiveLoss(Part):
         Raises:
             ValueError: shapes that do not fit, segment_ids for InfoNCE, document_ids for SimCTG.
         """
+        check_is_tensor("contrastive_loss", "inputs", inputs)
+        check_are_tensors("contrastive_loss", targets=targets, attention_mask=attention_mask)
         is_simctg = targets is None and inputs.dim() == 3
         if is_simctg and document_ids is not None:
             raise ValueError("contrastive_loss: expected no document_ids with SimCTG, which takes segment_ids")

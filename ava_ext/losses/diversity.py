@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import Call
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
-from ava_ext.ops.arguments import as_mask, check_real
+from ava_ext.ops.arguments import as_mask, check_are_tensors, check_real
 from ava_ext.ops.row_fields import accumulation_dtype
 
 SIMILARITIES = ("cosine", "dot", "l2")
@@ -45,6 +45,7 @@ class DiversityLoss(Part):
         super().__init__()
         if similarity not in SIMILARITIES:
             raise ValueError(f"diversity_loss: expected similarity to be one of {SIMILARITIES}, got {similarity!r}")
+        check_weights("diversity_loss", weight=weight)
         self.weight = weight
         self.similarity = similarity
 
@@ -80,6 +81,7 @@ class DiversityLoss(Part):
             ValueError: there is no expert, experts differ in shape, or the mask has another size.
         """
         outputs = _stack_experts(expert_outputs)
+        check_are_tensors("diversity_loss", row_mask=row_mask)
         n_experts, n_rows, _ = outputs.shape
         if row_mask is not None and row_mask.numel() != n_rows:
             raise ValueError(f"diversity_loss: expected row_mask of {n_rows} rows, got shape {list(row_mask.shape)}")

@@ -20,6 +20,8 @@ from ava_ext.losses.depths import (
     no_means,
     parts_of_heads,
 )
+from ava_ext.ops.arguments import check_is_tensor
+from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.linear_logits import LinearLogits
 
 
@@ -122,6 +124,10 @@ class HiddenStatesMTP(Part):
             raise ValueError("unified_loss: mtp_hidden_states need lm_head_weight, got None")
         if self.detach_head:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if not isinstance(states, Tensor):
+            states = list(states)  # of any iterable
+            for number, depth in enumerate(states):
+                check_is_tensor("unified_loss", f"mtp_hidden_states[{number}]", depth)
         shapes = [list(depth.shape) for depth in states]
         expected = [*call.targets_shape, weight.shape[1]]
         if shapes != [expected] * self.n_depths:
@@ -130,7 +136,7 @@ class HiddenStatesMTP(Part):
                 f"got {shapes}"
             )
         if not isinstance(states, Tensor):
-            states = torch.stack(list(states))
+            states = torch.stack(states)
         if call.is_flat:
             states = states.unsqueeze(1)
         head = LinearLogits(states, weight, bias)
@@ -138,6 +144,8 @@ class HiddenStatesMTP(Part):
         return head
 
     def _given_heads(self, call: Call, heads: list[Logits]) -> list[Logits]:
+        for number, head in enumerate(heads):
+            check_is_logits("unified_loss", head, f"additional_logits[{number}]")
         shapes = [list(head.shape[:-1]) for head in heads]
         if shapes != [list(call.targets_shape)] * self.n_depths:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import check_integers, check_real
+from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_integers, check_is_tensor, check_real
 from ava_ext.ops.row_fields import accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 
@@ -27,6 +27,7 @@ class PerplexityLoss(nn.Module):
 
     def __init__(self, ignore_index: int = UnifiedLossConfig.ignore_index) -> None:
         super().__init__()
+        UnifiedLossConfig.checked("perplexity_loss", ignore_index=ignore_index)
         self.ignore_index = ignore_index
 
     def forward(
@@ -50,6 +51,9 @@ class PerplexityLoss(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
+        check_has_columns("perplexity_loss", "logits", logits)
+        check_is_tensor("perplexity_loss", "targets", targets)
+        check_are_tensors("perplexity_loss", attention_mask=attention_mask)
         for name, value in (("targets", targets), ("attention_mask", attention_mask)):
             if value is not None and value.shape != logits.shape[:-1]:
                 raise ValueError(

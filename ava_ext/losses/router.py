@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import Call
+from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices
 from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 from ava_ext.sequences import text_numbers
@@ -55,6 +56,7 @@ def measure_router(
             f"{owner}: expected expert_indices, or num_experts_per_token for a top-k of the gate_logits, got neither"
         )
     if row_mask is not None:
+        check_is_tensor(owner, "row_mask", row_mask)
         if row_mask.numel() != n_rows:
             raise ValueError(f"{owner}: expected row_mask of {n_rows} rows, got shape {list(row_mask.shape)}")
         row_mask = row_mask.reshape(n_rows)

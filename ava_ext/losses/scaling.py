@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -41,6 +42,10 @@ class AdaptiveLossScaling(nn.Module):
                 f"weight_<another name>, got {names!r}"
             )
         self.initial_log_variance = float(initial_log_variance)
+        if not math.isfinite(self.initial_log_variance):
+            raise ValueError(
+                f"adaptive_loss_scaling: expected initial_log_variance to be finite, got {initial_log_variance}"
+            )
         self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.empty(())) for name in names})
         self.reset_parameters()
 

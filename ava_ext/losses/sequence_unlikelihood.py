@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.ops.arguments import check_is_tensor
+from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.dtensors import is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.repeated_ngrams import repeated_ngram_mask
@@ -92,6 +94,8 @@ class SequenceUnlikelihoodLoss(nn.Module):
             TypeError: it is not a number.
             IndexError: a token that repeats is out of range (CPU).
         """
+        check_is_logits("sequence_unlikelihood", logits)
+        check_is_tensor("sequence_unlikelihood", "tokens", tokens)
         if logits.shape[:-1] != tokens.shape or logits.shape[-1] < self.config.vocab_size:
             raise ValueError(
                 f"sequence_unlikelihood: expected logits of shape [{', '.join(map(str, tokens.shape))}, at least "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ POSITIVE = "a number > 0 in the range of float32"
 INTEGERS = (  # not uint64, whose greatest would become -1, -100, ...
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32
 )  # fmt: skip
-_LEAST, _GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_NUMBERS: tuple[Any, ...] = (float, Real, Tensor, torch.SymFloat, torch.SymInt)
+_LEAST, GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def check_is_tensor(
@@ -25,16 +26,30 @@ def check_is_tensor(
         )
 
 
-def is_positive(number: float) -> bool:
+def check_are_tensors(owner: str, **values: object) -> None:
+    """check_is_tensor for each that is not None."""
+    for name, value in values.items():
+        if value is not None:
+            check_is_tensor(owner, name, value)
+
+
+def check_has_columns(owner: str, name: str, values: object) -> None:
+    """Raises TypeError where it is no tensor, ValueError where it has no dimension, which would be of columns."""
+    check_is_tensor(owner, name, values)
+    if values.dim() == 0:  # type: ignore[attr-defined]
+        raise ValueError(f"{owner}: expected {name} of at least one dimension, got a scalar")
+
+
+def is_positive(number: Any) -> bool:
     """Whether it is above 0 for the kernels, which read float32: nan is not, nor what becomes infinite or subnormal."""
-    return _LEAST <= number <= _GREATEST
+    return isinstance(number, _NUMBERS) and bool(_LEAST <= number <= GREATEST)
 
 
-def check_positive(owner: str, **numbers: float | None) -> None:
-    """Raises ValueError for one that is given and is not positive: a temperature, a soft cap, a scale."""
+def check_positive(owner: str, **numbers: object) -> None:
+    """Raises ValueError for one that is not positive: a temperature, a soft cap, a scale."""
     for name, number in numbers.items():
-        if number is not None and not is_positive(number):
-            raise ValueError(f"{owner}: expected {name} to be {POSITIVE}, got {number}")
+        if not is_positive(number):
+            raise ValueError(f"{owner}: expected {name} to be {POSITIVE}, got {number!r}")
 
 
 def check_constants(owner: str, **numbers: Any) -> None:
@@ -47,11 +62,11 @@ def check_constants(owner: str, **numbers: Any) -> None:
 def check_not_negative(owner: str, names: tuple[str, ...], numbers: tuple[float, ...]) -> None:
     """Raises ValueError for one that requires grad, or is not one >= 0 that float32 holds: a weight, an exponent."""
     total = sum(numbers)  # nan where one is, and a tensor that requires grad where one does
-    if min(numbers) >= 0 and total <= _GREATEST and not (isinstance(total, Tensor) and total.requires_grad):
+    if min(numbers) >= 0 and total <= GREATEST and not (isinstance(total, Tensor) and total.requires_grad):
         return
     check_constants(owner, **dict(zip(names, numbers, strict=True)))
     for name, number in zip(names, numbers, strict=True):
-        if not 0 <= number <= _GREATEST:
+        if not 0 <= number <= GREATEST:
             raise ValueError(f"{owner}: expected {name} to be a number >= 0 in the range of float32, got {number}")
 
 
@@ -60,6 +75,12 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
     if tensor.dtype not in INTEGERS:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
+
+
+def check_shape(owner: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raises ValueError where the tensor is of another."""
+    if tensor.shape != shape:
+        raise ValueError(f"{owner}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_are_integers(owner: str, **values: Any) -> None:
@@ -101,8 +122,8 @@ def check_beside_rows(
     For what puts all rows in one dimension: reshaped or broadcast, a row would get what is another row's.
     """
     for name, tensor in (("targets", targets), ("row_weights", row_weights)):
-        if tensor is not None and tensor.shape != rows:
-            raise ValueError(f"{owner}: expected {name} of shape {list(rows)}, got {list(tensor.shape)}")
+        if tensor is not None:
+            check_shape(owner, name, tensor, rows)
     if candidate_ids is None:
         return
     check_ids_of_rows(owner, rows, "candidate_ids", candidate_ids, "n_candidates")

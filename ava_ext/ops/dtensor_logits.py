@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_is_tensor
+from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_is_tensor
 from ava_ext.ops.dtensors import is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import LocalRows, RowShard, ShardedLogits
@@ -40,8 +40,10 @@ def check_is_logits(owner: str, logits: object, name: str = "logits") -> None:
     kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
     check_is_tensor(owner, name, logits, kinds, "a Tensor or LinearLogits")
     if isinstance(logits, LinearLogits):
-        check_is_tensor(owner, "hidden_states", logits.hidden_states)
-        check_is_tensor(owner, "weight", logits.weight)
+        check_has_columns(owner, "weight", logits.weight)
+        check_has_columns(owner, "hidden_states", logits.hidden_states)
+    elif isinstance(logits, Tensor):
+        check_has_columns(owner, name, logits)
 
 
 def has_dtensor(logits: PlacedLogits) -> bool:
@@ -54,8 +56,9 @@ def whole_beside(
     logits: PlacedLogits,  # [..., n_columns]
     **values: Tensor | None,  # [...] or [..., n]
 ) -> list[Any]:
-    """Values of all rows, where they may be DTensors beside logits that are one."""
+    """Values of all rows, where they may be DTensors beside logits that are one; TypeError for what is no tensor."""
     beside = has_dtensor(logits)
+    check_are_tensors(owner, **values)
     return [whole(owner, name, given, beside) for name, given in values.items()]
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ava_ext.ops.arguments import check_is_tensor
+from ava_ext.ops.arguments import check_has_columns, check_is_tensor
 
 # what a chunk of logits may take, by default
 CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 64_000_000, 1_000_000_000
@@ -77,7 +77,7 @@ class LinearLogits(NamedTuple):
         """
         hidden_states, weight, bias = self
         of_states, of_weight, of_bias = names
-        check_is_tensor(owner, of_states, hidden_states)
+        check_has_columns(owner, of_states, hidden_states)
         check_is_tensor(owner, of_weight, weight)
         if bias is not None:
             check_is_tensor(owner, of_bias, bias)

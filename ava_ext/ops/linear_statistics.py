@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_are_integers, check_devices, check_ids_of_rows
+from ava_ext.ops.arguments import check_are_integers, check_devices
 from ava_ext.ops.derivatives import call_operator, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import as_matrix, by_chunks, empty_gradients
@@ -34,10 +34,6 @@ def linear_row_statistics(
     check_are_integers(owner, chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
     refuse_transforms(owner, (*logits, options))
     rows = logits.shape[:-1]
-    if ids is not None:
-        check_ids_of_rows(owner, rows, "ids", ids)
-    if row_mask is not None and row_mask.shape != rows:
-        raise ValueError(f"{owner}: expected row_mask of shape {list(rows)}, got {list(row_mask.shape)}")
     tensors = (
         as_matrix(logits.hidden_states),
         logits.weight,

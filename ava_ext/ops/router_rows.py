@@ -17,7 +17,9 @@ from ava_ext.ops.arguments import (
     as_ids,
     as_mask,
     check_are_integers,
+    check_are_tensors,
     check_devices,
+    check_is_tensor,
     check_real,
     has_shape,
     with_dense_rows,
@@ -102,6 +104,15 @@ def router_statistics(
         tensor([[2., 2., 1., 1.]])
     """
     layers = [gate_logits] if isinstance(gate_logits, Tensor) else list(gate_logits)
+    check_are_tensors(
+        "router_statistics",
+        expert_indices=expert_indices,
+        row_mask=row_mask,
+        segment_ids=segment_ids,
+        expert_bias=expert_bias,
+    )
+    for number, layer in enumerate(layers):
+        check_is_tensor("router_statistics", f"gate_logits[{number}]", layer)
     layers = [layer.unsqueeze(0) if layer.dim() == 2 else layer for layer in layers]
     check_are_integers("router_statistics", k=k, n_segments=n_segments)
     if k is None:

@@ -138,18 +138,19 @@ def row_options(
     first value is temperature / logit_scale.
 
     Raises:
-        ValueError: that, or logit_softcap / logit_scale, is not above 0 in the range of float32, another option is
-            below 0 or beyond that range, label_smoothing is above 1, or one requires grad.
+        ValueError: that, logit_softcap / logit_scale, or one of the three is not above 0 in the range of float32,
+            another option is below 0 or beyond that range, label_smoothing is above 1, or one requires grad.
 
     Example:
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
         tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000,  1.0000])
     """
-    of_logits = {
-        "temperature / logit_scale": temperature / logit_scale,
-        "logit_softcap / logit_scale": None if logit_softcap is None else logit_softcap / logit_scale,
-    }
-    check_positive("row_options", **of_logits)
+    if not (isinstance(temperature, float) and isinstance(logit_scale, float)):  # of floats the quotient tells
+        check_positive("row_options", temperature=temperature, logit_scale=logit_scale)
+    check_positive("row_options", **{"temperature / logit_scale": temperature / logit_scale})
+    if logit_softcap is not None:
+        check_positive("row_options", logit_softcap=logit_softcap)
+        check_positive("row_options", **{"logit_softcap / logit_scale": logit_softcap / logit_scale})
     if label_smoothing > 1:
         raise ValueError(f"row_options: expected label_smoothing to be a number in [0, 1], got {label_smoothing}")
     values = (

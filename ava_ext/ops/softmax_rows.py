@@ -13,6 +13,7 @@ from ava_ext import _library  # noqa: F401  the operators exist once it is impor
 from ava_ext.ops.arguments import (
     as_ids,
     check_are_integers,
+    check_are_tensors,
     check_devices,
     check_integers,
     check_is_tensor,
@@ -129,12 +130,15 @@ def row_loss(
         >>> loss = row_loss(logits, targets, row_options(logits), reduction="sum").loss
         >>> loss.backward()
     """
-    is_plain = type(logits) is type(targets) is Tensor  # a DTensor is a Tensor too
-    is_plain = is_plain and type(row_weights) in _PLAIN and (candidates is None or type(candidates.ids) is Tensor)
+    is_plain = type(logits) is type(targets) is type(options) is Tensor  # a DTensor is a Tensor too
+    is_plain = is_plain and type(row_weights) in _PLAIN
+    is_plain = is_plain and (candidates is None or type(candidates.ids) is type(candidates.weights) is Tensor)
     if not (is_plain and type(target_probabilities) in _PLAIN and type(smoothing_weights) in _PLAIN):
         given, logits = logits, local_logits("row_loss", logits)
         inplace_gradient = inplace_gradient and not has_dtensor(given)  # it may be a leaf, or be saved: not seen here
         check_is_logits("row_loss", logits)
+        check_is_tensor("row_loss", "options", options)
+        check_are_tensors("row_loss", smoothing_weights=smoothing_weights)
         if not isinstance(logits, LocalRows):  # which take their rows of DTensors
             ids, weights, groups = candidates if candidates else (None, None, ())
             of_rows = {

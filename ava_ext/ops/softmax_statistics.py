@@ -14,9 +14,11 @@ from ava_ext.ops.arguments import (
     as_ids,
     check_are_integers,
     check_constants,
+    check_ids_of_rows,
     check_is_tensor,
     check_positive,
     check_real,
+    check_shape,
 )
 from ava_ext.ops.dtensor_logits import check_is_logits, local_logits, whole_beside
 from ava_ext.ops.linear_logits import LinearLogits
@@ -81,7 +83,7 @@ def softmax_statistics(
 
     Raises:
         ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32 or requires
-            grad, ids that are not integers, LinearLogits that do not fit.
+            grad, ids that are not integers, ids or a mask of other rows, LinearLogits that do not fit.
         TypeError: on an argument that is not a tensor, or not an integer.
         IndexError: on ids out of range.
         RuntimeError: on other wrong shapes and types; on double backward.
@@ -96,8 +98,10 @@ def softmax_statistics(
     if ids is not None:
         check_is_tensor("softmax_statistics", "ids", ids)
         ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
+        check_ids_of_rows("softmax_statistics", logits.shape[:-1], "ids", ids)
     if row_mask is not None:
         check_is_tensor("softmax_statistics", "row_mask", row_mask)
+        check_shape("softmax_statistics", "row_mask", row_mask, logits.shape[:-1])
     size = logits.shape[-1] if vocab_size is None else vocab_size
     scale = (temperature, logit_softcap, logit_scale)
     return _statistics("softmax_statistics", logits, ids, *scale, size, row_mask, chunk_bytes, max_counted_rows)
@@ -150,7 +154,9 @@ def statistics_options(
     flags = int(RowFlags.ENTROPY if logit_softcap is None else RowFlags.ENTROPY | RowFlags.SOFTCAP)
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
     check_constants(owner, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
-    check_positive(owner, logit_softcap=logit_softcap, logit_scale=logit_scale)
+    check_positive(owner, logit_scale=logit_scale)
+    if logit_softcap is not None:
+        check_positive(owner, logit_softcap=logit_softcap)
     if not isinstance(temperature, Tensor):
         check_positive(owner, temperature=temperature)
         options = row_options(like, temperature=temperature, logit_softcap=logit_softcap, logit_scale=logit_scale)
@@ -195,10 +201,7 @@ def token_log_probs(
     if type(ignore_index) is not int:
         check_are_integers("token_log_probs", ignore_index=ignore_index)
     targets = as_ids("token_log_probs", "targets", targets, "[...]")
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"token_log_probs: expected targets of shape {list(logits.shape[:-1])}, got {list(targets.shape)}"
-        )
+    check_shape("token_log_probs", "targets", targets, logits.shape[:-1])
     counted = targets != ignore_index
     size = logits.shape[-1] if vocab_size is None else vocab_size
     ids, scale = targets.unsqueeze(-1), (temperature, logit_softcap, logit_scale)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ava_ext.ops.arguments import as_ids, check_is_tensor, check_shape
 from ava_ext.ops.dtensor_logits import check_is_logits, local_logits
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import N_RANKS, TERM_NAMES
@@ -67,6 +68,9 @@ def token_metrics(
         >>> top_5_accuracy = ((metrics.rank >= 0) & (metrics.rank < 5)).sum() / (targets != -100).sum()
     """
     check_is_logits("token_metrics", logits)
+    check_is_tensor("token_metrics", "targets", targets)
+    targets = as_ids("token_metrics", "targets", targets, "[...]")
+    check_shape("token_metrics", "targets", targets, logits.shape[:-1])
     placed = local_logits("token_metrics", logits)
     if isinstance(placed, LocalRows):
         local = token_metrics(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_beside_rows, check_ids_of_rows, with_dense_rows
+from ava_ext.ops.arguments import check_beside_rows, with_dense_rows
 from ava_ext.ops.derivatives import without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import as_matrix
@@ -89,9 +89,6 @@ def vocabulary_parallel_statistics(
     lowest = -1  # absent
     if row_mask is None:
         row_mask = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    check_ids_of_rows(owner, rows, "ids", ids)
-    if row_mask.shape != rows:
-        raise ValueError(f"{owner}: expected row_mask of shape {list(rows)}, got {list(row_mask.shape)}")
     ids = ids.masked_fill(~row_mask.unsqueeze(-1), -1)  # what masked rows hold is not looked at
     if flags & IDS_ARE_PRESENT:
         lowest, flags = 0, flags & ~IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent

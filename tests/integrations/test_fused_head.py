@@ -12,7 +12,15 @@ from ava_ext import UnifiedLoss
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from ava_ext.integrations.transformers import attach_loss, fuse_lm_head, unfuse
+from ava_ext.integrations.transformers import (
+    UnifiedLossCallback,
+    attach_loss,
+    bind_expert_bias,
+    causal_lm_loss,
+    fuse_lm_head,
+    trainer_loss,
+    unfuse,
+)
 
 # what differs between families: nothing; one weight for embedding and head; a soft cap; a load balancing of its own;
 # another name of the backbone; a bias of the head; a scale of the logits
@@ -387,6 +395,30 @@ def test_what_fits_not_is_refused():
     other.forward = other.forward
     with pytest.raises(ValueError, match="with one of its own"):
         fuse_lm_head(other, plain_loss(other))
+
+
+@pytest.mark.parametrize("loss_fn", [None, torch.nn.Linear(2, 2), family("Llama")], ids=["None", "layer", "model"])
+def test_what_is_no_loss_is_named(loss_fn):
+    model = family("Llama")
+    for owner, call in {
+        "fuse_lm_head": lambda: fuse_lm_head(model, loss_fn),
+        "attach_loss": lambda: attach_loss(model, loss_fn),
+        "causal_lm_loss": lambda: causal_lm_loss(loss_fn),
+        "trainer_loss": lambda: trainer_loss(loss_fn),
+        "bind_expert_bias": lambda: bind_expert_bias(model, loss_fn),
+        "UnifiedLossCallback": lambda: UnifiedLossCallback(loss_fn),
+    }.items():
+        with pytest.raises(
+            TypeError, match=f"^{owner}: expected a UnifiedLoss as loss_fn, got .*{type(loss_fn).__name__}"
+        ):
+            call()
+    with pytest.raises(TypeError, match=r"^bind_expert_bias: expected model to be a torch.nn.Module, got builtins"):
+        bind_expert_bias(None, plain_loss(model))
+
+
+def test_a_compiled_loss_is_a_loss():
+    model = family("Llama", tie_word_embeddings=False)
+    causal_lm_loss(torch.compile(plain_loss(model, fused=False)))
 
 
 @pytest.mark.parametrize(

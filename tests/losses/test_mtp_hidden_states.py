@@ -243,6 +243,19 @@ def test_bad_input_is_named():
         make_loss(mtp_share_head=True)
 
 
+def test_depths_of_a_generator_and_what_is_no_tensor():
+    inputs, loss_fn = make_inputs(), make_loss()
+    states = list(inputs.pop("mtp_hidden_states"))
+    expected = loss_fn(**inputs, mtp_hidden_states=states)
+    torch.testing.assert_close(loss_fn(**inputs, mtp_hidden_states=(h for h in states)), expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"unified_loss: expected mtp_hidden_states\[1\] to be a Tensor, got"):
+        loss_fn(**inputs, mtp_hidden_states=[states[0], None, states[2]])
+    with pytest.raises(
+        TypeError, match=r"unified_loss: expected additional_logits\[1\] to be a Tensor or LinearLogits"
+    ):
+        loss_fn(**inputs, additional_logits=[torch.zeros(2, 7, 11), None, None])
+
+
 def test_one_head_may_stand_alone():
     numbers = Numbers(0)
     options = {"use_mtp": True, "mtp_type": "hidden_states", "num_future_tokens": 1}

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ava_ext import UnifiedLoss, functional
+from ava_ext import SequenceUnlikelihoodLoss, UnifiedLoss, functional
+from ava_ext.losses.consistency import ConsistencyLoss
+from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.router_rows import router_statistics
 from ava_ext.ops.row_fields import (
@@ -25,6 +27,7 @@ from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 from ava_ext.ops.token_metrics import token_metrics
 from ava_ext.ops.weight_gradient import has_bfloat16_products
+from ava_ext.presets import AuxiliaryFreeMoEBalancer
 
 V = 30
 LOGITS = {
@@ -123,7 +126,7 @@ def test_counts_that_are_no_integers(value):
     gates = torch.zeros(2, 4)
     for name, call in {
         "row_loss: expected vocab_size": lambda: row_loss(logits, targets, options, vocab_size=value),
-        "row_loss: expected ignore_index": lambda: functional.cross_entropy(logits, targets, ignore_index=value),
+        "cross_entropy: expected ignore_index": lambda: functional.cross_entropy(logits, targets, ignore_index=value),
         "row_loss: expected chunk_bytes": lambda: row_loss(head, targets, options, chunk_bytes=value),
         "softmax_statistics: expected vocab_size": lambda: softmax_statistics(logits, None, vocab_size=value),
         "softmax_statistics: expected chunk_bytes": lambda: softmax_statistics(head, None, chunk_bytes=value),
@@ -160,6 +163,25 @@ def test_a_scale_of_the_logits_out_of_range(name, value):
             call()
 
 
+@pytest.mark.parametrize("value", [None, "x", [1.0]])
+def test_a_scale_of_the_logits_that_is_no_number(value):
+    expected = re.escape(f"to be a number > 0 in the range of float32, got {value!r}")
+    for match, call in {
+        "softmax_statistics: expected temperature": lambda: softmax_statistics(
+            LOGITS["dense"], None, temperature=value
+        ),
+        "softmax_statistics: expected logit_scale": lambda: softmax_statistics(
+            LOGITS["dense"], None, logit_scale=value
+        ),
+        "row_options: expected temperature": lambda: row_options(LOGITS["dense"], temperature=value),
+        "row_options: expected logit_scale": lambda: row_options(LOGITS["dense"], logit_scale=value),
+        "contrastive_loss: expected temperature": lambda: ContrastiveLoss(temperature=value),
+        "consistency_loss: expected temperature": lambda: ConsistencyLoss(temperature=value),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{match} {expected}"):
+            call()
+
+
 def test_a_quotient_of_scales_out_of_range():
     message = "row_options: expected {} / logit_scale to be a number > 0 in the range of float32, got {}"
     with pytest.raises(ValueError, match=message.format("temperature", "1e-40")):
@@ -185,6 +207,68 @@ def test_what_is_no_tensor_is_named():
         softmax_statistics(arrays["logits"], None)
     with pytest.raises(TypeError, match=r"softmax_statistics: expected ids to be a Tensor, got numpy\.ndarray"):
         softmax_statistics(logits, arrays["ids"])
+
+
+def test_what_stands_beside_the_logits_is_no_tensor():
+    logits, targets, options = LOGITS["dense"], torch.tensor([1, 2]), row_options(LOGITS["dense"])
+    gates, candidates = torch.zeros(2, 3), Candidates(targets[:, None], [[1.0], [1.0]], (1,))
+    for match, call in {
+        "row_loss: expected options": lambda: row_loss(logits, targets, options.tolist()),
+        "row_loss: expected row_weights": lambda: row_loss(logits, targets, options, row_weights=[1.0, 1.0]),
+        "row_loss: expected candidate_weights": lambda: row_loss(logits, targets, options, candidates=candidates),
+        "row_loss: expected target_probabilities": lambda: row_loss(
+            logits, targets, options, target_probabilities=logits.tolist()
+        ),
+        "row_loss: expected smoothing_weights": lambda: row_loss(logits, targets, options, smoothing_weights=[1.0] * V),
+        "softmax_statistics: expected row_mask": lambda: softmax_statistics(logits, None, row_mask=[True, False]),
+        "cross_entropy: expected weight": lambda: functional.cross_entropy(logits, targets, weight=[1.0] * V),
+        "router_statistics: expected expert_indices": lambda: router_statistics(gates, [[0], [1]]),
+        "router_statistics: expected row_mask": lambda: router_statistics(gates, row_mask=np.ones(2), k=1),
+        "sequence_unlikelihood: expected tokens": lambda: SequenceUnlikelihoodLoss(V)(logits, [1, 2]),
+        r"router_statistics: expected gate_logits\[1\]": lambda: router_statistics([gates, None], k=1),
+        "moe_balancer: expected row_mask": lambda: AuxiliaryFreeMoEBalancer(3)(gates, targets[:, None], [1, 1]),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{match} to be a Tensor, got "):
+            call()
+
+
+@both_kinds
+def test_other_rows_are_named_by_what_was_called(logits):
+    for match, call in {
+        "token_metrics: expected targets": lambda: token_metrics(logits, torch.tensor([1])),
+        "token_log_probs: expected targets": lambda: token_log_probs(logits, torch.tensor([1])),
+        "softmax_statistics: expected row_mask": lambda: softmax_statistics(
+            logits, None, row_mask=torch.ones(1, dtype=torch.bool)
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{match} of shape \[2\], got \[1\]"):
+            call()
+    with pytest.raises(ValueError, match=r"^softmax_statistics: expected ids of shape \[2, n_ids\], got \[1, 3\]"):
+        softmax_statistics(logits, torch.zeros(1, 3).long())
+    with pytest.raises(ValueError, match=r"^token_metrics: expected targets to be integers"):
+        token_metrics(logits, torch.zeros(2))
+
+
+def test_logits_of_no_dimension():
+    scalar, targets, weight = torch.zeros(()), torch.tensor([1]), torch.zeros(V, 4)
+    linear = LinearLogits(scalar, weight)
+    for match, call in {
+        "softmax_statistics: expected logits": lambda: softmax_statistics(scalar, None),
+        "softmax_statistics: expected hidden_states": lambda: softmax_statistics(linear, None),
+        "softmax_statistics: expected weight": lambda: softmax_statistics(LinearLogits(weight, scalar), None),
+        "token_log_probs: expected logits": lambda: token_log_probs(scalar, targets),
+        "token_metrics: expected logits": lambda: token_metrics(scalar, targets),
+        "token_metrics: expected hidden_states": lambda: token_metrics(linear, targets),
+        "cross_entropy: expected input": lambda: functional.cross_entropy(scalar, targets),
+        "linear_cross_entropy: expected input": lambda: functional.linear_cross_entropy(scalar, weight, targets),
+        "unified_loss: expected hidden_states": lambda: UnifiedLoss(V)(
+            targets=targets, hidden_states=scalar, lm_head_weight=weight
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{match} of at least one dimension, got a scalar"):
+            call()
+    with pytest.raises(ValueError, match=r"unified_loss: expected targets of shape \[\], got \[1\]"):
+        UnifiedLoss(V)(scalar, targets)
 
 
 # -- devices
