@@ -175,8 +175,6 @@ struct RowOperators {
     }
     AVA_CHECK(in_groups == arguments.n_ids, op, ": expected candidate_groups to add up to ", arguments.n_ids, ", got ",
               in_groups);
-    AVA_CHECK(!(flags & kSoftTargets) || !candidate_groups.empty(), op,
-              ": expected a group of soft targets beside kSoftTargets, got no candidate_groups");
     AVA_CHECK(!(flags & kTargetWeights) || (!candidate_groups.empty() && candidate_groups[0] == 1), op,
               ": expected a first group of 1 candidate, the weight of the target's term");
     Device::set_groups(op, arguments, candidate_groups);

@@ -361,8 +361,8 @@ def test_a_maximum_in_columns_that_are_not_here(dtype, is_weighted):
     assert logits[:, :8].isfinite().all()
 
 
-@pytest.mark.parametrize("flags", [1 | 1 << 17, 1 | 1 << 40, -1, int(RowFlags.CROSS_ENTROPY | RowFlags.SOFT_TARGETS)])
+@pytest.mark.parametrize("flags", [1 | 1 << 17, 1 | 1 << 40, -1])
 def test_flags_that_mean_nothing(flags):
     logits = torch.randn(2, 8)
-    with pytest.raises((ValueError, RuntimeError), match=r"expected (flags of RowFlags|a group of soft targets)"):
+    with pytest.raises((ValueError, RuntimeError), match="expected flags of RowFlags, got"):
         row_loss(logits, torch.tensor([1, 2]), row_options(logits), flags=flags)
