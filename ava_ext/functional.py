@@ -74,7 +74,7 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`, or one target.
-        TypeError: there is no such option, something is no tensor, or ignore_index no integer.
+        TypeError: there is no such option, an argument is not a tensor, or ignore_index is not an integer.
         IndexError: a target is out of range.
 
     Example:

@@ -58,7 +58,7 @@ class LossMeter:
 
         Raises:
             ValueError: parts have no n_tokens, or an entry is not a scalar, as with reduction="none".
-            TypeError: parts are no dict, as without return_detailed=True, or an entry is no tensor.
+            TypeError: parts are not a dict, as without return_detailed=True, or an entry is not a tensor.
         """
         is_dict = isinstance(parts, Mapping)
         if not is_dict or "n_tokens" not in parts:

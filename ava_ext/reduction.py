@@ -68,8 +68,8 @@ def count_rows(
 
     Raises:
         TypeError: num_items_in_batch is no number.
-        ValueError: it is negative, not finite, has several elements, or is of half precision, or the reduction is no
-            mean. The value of a tensor is not read, because that would wait for the device; nor that of a float in a
+        ValueError: it is negative, not finite, has several elements, or is of half precision, or the reduction is not
+            "mean". The value of a tensor is not read, because that would wait for the device; nor that of a float in a
             graph of torch.compile.
         NotImplementedError: on forward-mode derivatives by a weight or num_items_in_batch.
     """

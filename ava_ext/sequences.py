@@ -21,8 +21,8 @@ def segment_numbers(
     together, each of them begins segments.
 
     Raises:
-        ValueError: on shapes that do not fit, and on what is no integers. The values of cu_seqlens, which ascend, are
-            not read.
+        ValueError: on shapes that do not fit, and on numbers that are not integers. Nothing checks that cu_seqlens
+            ascend.
     """
     batch_size, n_tokens = shape
     parts = []

@@ -99,7 +99,7 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
 
 
 def check_is_loss(owner: str, loss_fn: Any) -> None:
-    """Raises TypeError for what is no UnifiedLoss. What wraps one and has its config, as torch.compile's does, is."""
+    """Raises TypeError unless it is a UnifiedLoss, or wraps one and has its config, as a compiled loss does."""
     if not isinstance(getattr(loss_fn, "config", None), UnifiedLossConfig):
         kind = type(loss_fn)
         raise TypeError(f"{owner}: expected a UnifiedLoss as loss_fn, got {kind.__module__}.{kind.__qualname__}")

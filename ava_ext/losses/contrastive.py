@@ -55,9 +55,9 @@ def info_nce(
         Scalar, float32 (float64 for float64 inputs); 0 where no pair counts.
 
     Raises:
-        ValueError: the shapes differ, document_ids are no integers, row_mask is of floats, or a temperature that is no
-            tensor is not above 0.
-        TypeError: something is no tensor.
+        ValueError: the shapes differ, document_ids are not integers, row_mask is of floats, or a temperature given as a
+            number is not above 0.
+        TypeError: an input is not a tensor.
 
     Example:
         >>> info_nce(torch.eye(4), torch.eye(4), temperature=0.07) < 1e-5
@@ -151,7 +151,7 @@ def simctg(
         Scalar, float32 (float64 for float64 inputs); 0 where no sequence has two tokens.
 
     Raises:
-        ValueError: shapes do not fit, segment_ids are no integers.
+        ValueError: shapes do not fit, or segment_ids are not integers.
 
     Example:
         >>> simctg(torch.ones(1, 5, 8))  # all tokens are alike: the margin

@@ -71,7 +71,7 @@ class AdaptiveLossScaling(nn.Module):
 
         Raises:
             ValueError: a name is missing or unknown, or a loss is not a scalar.
-            TypeError: a loss is no tensor.
+            TypeError: a loss is not a tensor.
         """
         if set(losses) != set(self.log_variance.keys()):
             raise ValueError(

@@ -34,7 +34,7 @@ def check_are_tensors(owner: str, **values: object) -> None:
 
 
 def check_has_columns(owner: str, name: str, values: object) -> None:
-    """Raises TypeError where it is no tensor, ValueError where it has no dimension, which would be of columns."""
+    """Raises TypeError for anything but a tensor, ValueError for a scalar, which has no columns."""
     check_is_tensor(owner, name, values)
     if values.dim() == 0:  # type: ignore[attr-defined]
         raise ValueError(f"{owner}: expected {name} of at least one dimension, got a scalar")
@@ -78,13 +78,13 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
 
 
 def check_shape(owner: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
-    """Raises ValueError where the tensor is of another."""
+    """Raises ValueError where the tensor has another shape."""
     if tensor.shape != shape:
         raise ValueError(f"{owner}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_are_integers(owner: str, **values: Any) -> None:
-    """Raises TypeError for one that is given and is none: the operators truncate it, or refuse it in words of torch."""
+    """Raises TypeError for what is neither None nor an integer: operators truncate it, or print their own schema."""
     for name, value in values.items():
         if type(value) is int or value is None:
             continue

@@ -56,7 +56,7 @@ def whole_beside(
     logits: PlacedLogits,  # [..., n_columns]
     **values: Tensor | None,  # [...] or [..., n]
 ) -> list[Any]:
-    """Values of all rows, where they may be DTensors beside logits that are one; TypeError for what is no tensor."""
+    """Values of all rows. They may be DTensors if the logits are one; anything but a tensor raises TypeError."""
     beside = has_dtensor(logits)
     check_are_tensors(owner, **values)
     return [whole(owner, name, given, beside) for name, given in values.items()]

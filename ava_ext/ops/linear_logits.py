@@ -27,8 +27,8 @@ def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_weight_itself(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a head that is not called is its weight and bias as they stand: `is_linear`, and no hook makes them, as
-    torch.nn.utils.prune, weight_norm and spectral_norm do before each forward.
+    """Whether weight and bias may be read without calling the head: `is_linear`, and no hook makes them before each
+    forward, as those of torch.nn.utils.prune, weight_norm and spectral_norm do.
     """
     hooks = head._forward_pre_hooks.values()
     return is_linear(head) and not any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
@@ -71,7 +71,7 @@ class LinearLogits(NamedTuple):
         return self._replace(hidden_states=self.hidden_states.unsqueeze(dim))
 
     def check(self, owner: str, names: tuple[str, str, str] = ("hidden_states", "weight", "bias")) -> None:
-        """Raises TypeError where a part is no tensor, and ValueError where shapes or types do not fit.
+        """Raises TypeError where a part is not a tensor, and ValueError where shapes or types do not fit.
 
         owner begins the message, names are the three parts'.
         """
