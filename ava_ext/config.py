@@ -93,7 +93,7 @@ class UnifiedLossConfig:
     """
 
     vocab_size: int = _option(
-        dataclasses.MISSING, _at_least(1), "real columns of the logits; columns beyond it are padding"
+        dataclasses.MISSING, _at_least(1), "size of the vocabulary; columns of the logits beyond it are padding"
     )
     hidden_size: int | None = _option(None, _at_least(1), "width of hidden_states; needed by multi-token prediction")
     primary_loss_type: str = _option(
@@ -125,7 +125,9 @@ class UnifiedLossConfig:
     initial_temperature: float = _option(1.0, _POSITIVE, "T0: the logits are divided by the temperature")
     adaptive_temperature: bool | None = _option(None, _FLAG, 'let step() set the temperature; None: on for "deepseek"')
     temperature_bounds: tuple[float, float] = _option((0.5, 2.0), _BOUNDS, "lowest and highest adaptive temperature")
-    temperature_gain: float = _option(1.0, _NOT_NEGATIVE, "how strongly volatility moves the temperature")
+    temperature_gain: float = _option(
+        1.0, _NOT_NEGATIVE, "how strongly the spread of recent losses moves the temperature"
+    )
     auto_step: bool = _option(True, _FLAG, "call step() after every training forward with grad enabled")
     label_smoothing: float = _option(0.0, _SHARE, "probability mass spread over the vocabulary")
     smoothing_mode: str = _option(
@@ -135,7 +137,7 @@ class UnifiedLossConfig:
     )
     logit_scale: float = _option(1.0, _POSITIVE, "factor of the logits, before the soft cap (Cohere, Granite)")
     logit_softcap: float | None = _option(None, _POSITIVE, "c: logits become c tanh(logits / c)")
-    z_loss_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of lse^2")
+    z_loss_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of lse^2, lse = log sum exp(logits)")
     confidence_penalty_weight: float = _option(0.0, _NOT_NEGATIVE, "weight of 1 - entropy / log V")
     use_focal_loss: bool = _option(False, _FLAG, "modulate the cross-entropy by (1 - p_target)^gamma")
     focal_alpha: float = _option(1.0, _NOT_NEGATIVE, "factor of the focal term")
@@ -150,9 +152,9 @@ class UnifiedLossConfig:
     token_reweighting: str | None = _option(
         None,
         _one_of("dft", "eaft"),
-        "weigh the target's term by p_target (dft) or by entropy / log V (eaft), detached",
+        "multiply the target's term by p_target (dft) or by entropy / log V (eaft), detached",
     )
-    reweighting_exponent: float = _option(1.0, _NOT_NEGATIVE, "exponent of the weight of token_reweighting")
+    reweighting_exponent: float = _option(1.0, _NOT_NEGATIVE, "exponent of the factor of token_reweighting")
 
     # soft targets
     distillation_weight: float = _option(1.0, _NOT_NEGATIVE, "weight of the term of soft_target_ids")
@@ -191,18 +193,18 @@ class UnifiedLossConfig:
     ngram_size: int = _option(4, _at_least(1), "n; 1 is token-level unlikelihood")
     ngram_penalty_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of each n-gram candidate")
     ngram_window_size: int | None = _option(None, _at_least(1), "take only followers among the last W context tokens")
-    ngram_slots: int = _option(8, _at_least(1), "candidates per row, most recent first")
+    ngram_slots: int = _option(8, _at_least(1), "n-gram candidates per row, most recent first")
     use_immediate_repetition_penalty: bool = _option(False, _FLAG, "push down the previous token")
-    immediate_repetition_weight: float = _option(0.5, _NOT_NEGATIVE, "weight of the previous token")
+    immediate_repetition_weight: float = _option(0.5, _NOT_NEGATIVE, "weight of the penalty on the previous token")
     immediate_repetition_threshold: int = _option(1, _at_least(1), "penalise only runs of at least this length")
     immediate_repetition_growth: float = _option(
-        1.0, _NOT_BELOW_ONE, "factor per further token of the run, at most 4 in all"
+        1.0, _NOT_BELOW_ONE, "factor of that weight per further token of the run, at most 4 in all"
     )
     repetition_allow_list: tuple[int, ...] = _option((), _TOKENS, "ids that may repeat")
     negatives_need_target: bool = _option(
         True,
         _FLAG,
-        "False: a row counts for its negative_ids without a target too; N is the number of rows with any: with "
+        "False: a row without a target counts for its negative_ids, whose N is the number of rows with any: with "
         "num_items_in_batch, micro-batches do not add up to the batch",
     )
     min_sequence_length: int = _option(
@@ -377,7 +379,7 @@ class UnifiedLossConfig:
 
     @classmethod
     def from_json(cls, text: str) -> UnifiedLossConfig:
-        """The inverse of to_json."""
+        """The configuration that to_json stored."""
         return cls.from_dict(json.loads(text))
 
     def to_json(self) -> str:
