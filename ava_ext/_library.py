@@ -38,8 +38,8 @@ def empty_cache() -> int:
     """Frees the memory that is kept for the next large gradient on the CPU, as torch.cuda.empty_cache() on a GPU.
 
     A gradient of 1 MiB or more leaves its memory to the next one of about that size. At most two blocks are idle, none
-    of them longer than 32 further gradients. Call this where no such gradient follows, such as after training.
-    Gradients on other devices are of torch's own memory.
+    of them longer than 32 further gradients. Call this where no such gradient follows, such as after training. On other
+    devices, gradients take torch's own memory.
 
     Returns:
         How many bytes were freed.

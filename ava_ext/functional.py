@@ -1,4 +1,4 @@
-"""Losses with the signatures of torch.nn.functional. The terms of a row are further keywords."""
+"""Losses with the signatures of torch.nn.functional. Z-loss, focal loss and other terms of a row are keywords."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """torch.nn.functional.cross_entropy at the speed of this library, with every other term of a row.
+    """torch.nn.functional.cross_entropy at the speed of this library, and every other term of a row by keywords.
 
     The classes are the second dimension, as in torch. With three and more dimensions, it is fastest if the classes are
-    the last in memory. A batch in which no row counts gives 0, not nan.
+    last in memory. A batch in which no row counts gives 0, not nan.
 
     Args:
         input: logits; or LinearLogits [..., n_columns], whose classes are the last dimension.
-        target: class indices in [0, vocab_size), or ignore_index; or probabilities of the classes, of input's shape and
-            of floating point, which may require grad: sum_c q_c (-log p_c).
+        target: class indices in [0, vocab_size), or ignore_index. Or floating-point probabilities q of the classes, of
+            input's shape, for the loss sum_c q_c (-log p_c); they may require grad.
         weight: [n_columns], the weight of each class. "mean" divides by the sum of the targets' weights, as torch does;
             with probabilities, by the number of rows.
         size_average, reduce: deprecated in torch; use reduction.
@@ -65,15 +65,16 @@ def cross_entropy(
             bias of -inf) get none.
         options: initial_temperature, smoothing_mode, logit_scale, logit_softcap, z_loss_weight,
             confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, token_reweighting,
-            reweighting_exponent, vocab_size (columns beyond it are padding), inplace_gradient and linear_chunk_bytes,
-            as in `UnifiedLossConfig`. They and label_smoothing may be numbers of numpy or tensors on the CPU, which are
-            read at every call; in a graph of torch.compile, numbers of Python alone.
+            reweighting_exponent, vocab_size, inplace_gradient and linear_chunk_bytes, as in `UnifiedLossConfig`. They
+            and label_smoothing may be numbers of numpy or tensors on the CPU, which are read at every call; in a graph
+            of torch.compile, only numbers of Python.
 
     Returns:
         [], or with reduction="none" one for each row; float32, or float64 for float64 input.
 
     Raises:
-        ValueError: shapes do not fit, an option is out of its range, or an option needs `UnifiedLoss`, or one target.
+        ValueError: shapes do not fit, an option is out of its range, or it needs `UnifiedLoss`, or it needs one target
+            for each row and got probabilities.
         TypeError: there is no such option, an argument is not a tensor, or ignore_index is not an integer.
         IndexError: a target is out of range.
 

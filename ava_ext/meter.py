@@ -18,11 +18,12 @@ from ava_ext.process_group import GroupReference, resolve
 class LossMeter:
     """Adds up the dicts that UnifiedLoss gives with return_detailed=True, over calls and ranks, and reads them once.
 
-    It adds total_loss and the components: with num_items_in_batch they are shares of the whole batch, and their sum
-    over micro-batches and ranks is the loss of the batch. It adds n_tokens and focal_loss, too. Every other metric is
-    averaged with n_tokens as weights, over the calls that have it. Those that are means over the rows of a call become
-    means over all rows. Expert balance and per-depth metrics are not such means; for these you get the average over
-    calls. perplexity is exp of the mean cross_entropy, temperature that of the last call.
+    - total_loss, the components, n_tokens and focal_loss are added. With num_items_in_batch they are shares of the
+      whole batch, and their sum over micro-batches and ranks is that of the batch.
+    - perplexity is exp of the mean cross_entropy, temperature that of the last call.
+    - Every other metric is averaged with n_tokens as weights, over the calls that have it. Means over the rows of a
+      call become means over all rows. Expert balance and per-depth metrics are not such means; for these you get the
+      average over calls.
 
     Args:
         group: the process group that compute() adds up over; "world": the default group; None: this process alone.
@@ -82,7 +83,7 @@ class LossMeter:
     def compute(self) -> dict[str, float]:
         """Every entry as a number, over all calls since the last reset and all ranks. Waits for the device, once.
 
-        Ranks need not have the same entries, nor any: one of them may have had no batch. Without any, {}.
+        Ranks need not have the same entries, and one may have had no batch at all. If none had any, the result is {}.
         """
         kept = [value for sums in self._sums.values() for value in sums.values()]
         if self._temperature is not None:

@@ -1,6 +1,6 @@
-"""UnifiedLoss under names that say what it does, and single parts of it.
+"""Presets of UnifiedLoss, and single parts of it to add to a loss of your own.
 
-The former take the options of UnifiedLoss, except those that they have their own arguments for.
+Presets take the options of UnifiedLoss, except those that they have their own arguments for.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ava_ext.unified_loss import UnifiedLoss
 
 
 def _renamed(owner: str, options: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-    """options, and those that the class has its own arguments for.
+    """The options, and those that the class has its own arguments for.
 
     Raises:
-        TypeError: one of the latter was also given by the option's name. One of the two values would be lost.
+        TypeError: one of the latter was also given by the option's name, so one of the two values would be lost.
     """
     for name in arguments:
         if name in options:
@@ -57,10 +57,10 @@ class DeepSeekLoss(UnifiedLoss):
 
 
 class TemperatureScaledCrossEntropy(UnifiedLoss):
-    """Cross-entropy of logits / T. T rises while training is volatile; see losses.temperature.
+    """Cross-entropy of logits / T, with a temperature T that rises while training is volatile; see losses.temperature.
 
     Args:
-        vocab_size: real columns of the logits.
+        vocab_size: size of the vocabulary.
         initial_temperature: T0.
         adaptive_temperature: if False, the temperature stays T0.
         options: any option of `UnifiedLossConfig`.
@@ -80,7 +80,7 @@ class AdaptiveMTPLoss(UnifiedLoss):
     """Cross-entropy of the primary logits, plus confidence-weighted cross-entropy of the model's further heads.
 
     Args:
-        vocab_size: real columns of the logits.
+        vocab_size: size of the vocabulary.
         options: any option of `UnifiedLossConfig`.
 
     Example:
@@ -93,10 +93,10 @@ class AdaptiveMTPLoss(UnifiedLoss):
 
 
 class FocalLoss(UnifiedLoss):
-    """alpha (1 - p_target)^gamma times the cross-entropy. Lin et al. 2017.
+    """alpha (1 - p_target)^gamma times the cross-entropy: tokens that the model is sure of weigh less. Lin et al. 2017.
 
     Args:
-        vocab_size: real columns of the logits.
+        vocab_size: size of the vocabulary.
         alpha, gamma: factor and exponent.
         options: any option of `UnifiedLossConfig`.
 
@@ -113,7 +113,7 @@ class LabelSmoothingLoss(UnifiedLoss):
     """Cross-entropy against a target that keeps 1 - smoothing of its mass. Szegedy et al. 2016.
 
     Args:
-        vocab_size: real columns of the logits.
+        vocab_size: size of the vocabulary.
         smoothing: mass spread over the vocabulary.
         smoothing_mode: "uniform" (over all columns, as torch.nn.functional) or "exclude_target" (over the others).
         options: any option of `UnifiedLossConfig`.
@@ -132,10 +132,11 @@ class LabelSmoothingLoss(UnifiedLoss):
 class AntiRepetitionLoss(UnifiedLoss):
     """Cross-entropy, and unlikelihood penalties on repeated n-grams, the previous token and an early end.
 
-    Welleck et al. 2019.
+    The penalties look at the training text; `SequenceUnlikelihoodLoss` is for text that the model generated. Welleck et
+    al. 2019.
 
     Args:
-        vocab_size: real columns of the logits.
+        vocab_size: size of the vocabulary.
         eos_token_id: the id, or ids, that end a text; None: no penalty on an early end.
         pad_token_id: rows with this target do not count, unless it is an EOS id.
         options: any option of `UnifiedLossConfig`.
@@ -219,10 +220,10 @@ def _is_weight(value: object) -> bool:
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
     """AntiRepetitionLoss whose penalty weights change over the first optimizer steps.
 
-        weight = initial + (final - initial) min(steps / warmup_steps, 1)
+        factor = initial + (final - initial) min(steps / warmup_steps, 1)
 
-    It multiplies the three weights of the configuration. Call `step()` once per optimizer step to advance it. auto_step
-    is off by default here, so that the schedule counts optimizer steps and not micro-batches.
+    This factor multiplies the three weights of the configuration. Call `step()` once per optimizer step to advance it.
+    auto_step is off by default here, so that the schedule counts optimizer steps and not micro-batches.
 
     Args:
         vocab_size, eos_token_id, pad_token_id, options: as in AntiRepetitionLoss.
@@ -319,7 +320,7 @@ class NGramRepetitionPenalty(_PenaltyAlone):
     Args:
         ngram_size: n.
         penalty_weight: weight of each candidate.
-        vocab_size: real columns of the logits.
+        vocab_size: size of the vocabulary.
         ignore_index: target of a row that does not count.
         options: any option of `UnifiedLossConfig` that the penalty reads.
 
@@ -351,7 +352,7 @@ class SequenceRepetitionDetector(_PenaltyAlone):
 
     Args:
         penalty_weight: weight of the previous token.
-        vocab_size: real columns of the logits.
+        vocab_size: size of the vocabulary.
         ignore_index: target of a row that does not count.
         options: any option of `UnifiedLossConfig` that the penalty reads.
 
@@ -456,8 +457,8 @@ class MultiTokenPredictionLoss(nn.Module):
 class AuxiliaryFreeMoEBalancer(MoEBalancer):
     """Balancing of a mixture of experts without an auxiliary loss, to use in your own loop; see losses.moe.
 
-    Call it once for each training forward of the router, and `step()` once per optimizer step. Options as in
-    MoEBalancer.
+    Call it once for each training forward of the router, and `step()` once per optimizer step. Add `expert_bias` to the
+    router's scores before its top-k. It takes the options of `losses.moe.MoEBalancer`.
 
     Example:
         >>> balancer = AuxiliaryFreeMoEBalancer(num_experts=8)

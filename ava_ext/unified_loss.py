@@ -32,22 +32,23 @@ class UnifiedLoss(nn.Module):
         total = main (focal-modulated where focal is on) + z + confidence + immediate + eos + ngram + negative
               + distillation + mtp + moe + diversity + auxiliary + contrastive
 
-    One pass over a row of logits computes all terms of it, gradient included. Each component is a module of
-    `ava_ext.losses`, and `ava_ext/losses/__init__.py` lists them. `UnifiedLoss(V, primary_loss_type="standard")` equals
-    torch.nn.functional.cross_entropy, except that a batch in which no row counts gives 0 instead of nan, and that the
-    loss of logits in half precision is float32.
+    A row is the logits of one position, and one pass over it computes all of its terms, gradient included.
+    `UnifiedLoss(V, primary_loss_type="standard")` equals torch.nn.functional.cross_entropy, except that a batch in
+    which no row counts gives 0 instead of nan, and that the loss of logits in half precision is float32. Each component
+    is a module of `ava_ext.losses`, and `ava_ext/losses/__init__.py` lists them.
 
-    Every token term is divided by the same N (`ava_ext.reduction.count_rows`). If something averages gradients over
-    ranks, count num_items_in_batch over all ranks and multiply the loss by the world size.
+    Every term of a row is divided by the same N, the number of rows that count (or the sum of their weights). If
+    something averages gradients over ranks, count num_items_in_batch over all ranks and multiply the loss by the world
+    size.
 
     Call `step()` once per optimizer step. It commits the adaptive temperature, the expert load and the expert bias.
-    With auto_step=True, every training forward with grad enabled is followed by it. A forward reads what was committed
-    before it and counts once, also under activation checkpointing (see `losses.learned_state`).
+    With auto_step=True, every training forward with grad enabled calls it at its end. A forward reads what was
+    committed before it and counts once, also under activation checkpointing (see `losses.learned_state`).
 
     Every option reads as an attribute, such as `loss_fn.vocab_size`. Options are fixed: a new value needs a new loss.
 
     Args:
-        vocab_size: real columns of the logits; columns beyond it are padding.
+        vocab_size: size of the vocabulary; columns beyond it are padding.
         hidden_size: width of hidden_states, for the heads of multi-token prediction.
         options: see `UnifiedLossConfig`, which documents each.
 
@@ -134,9 +135,10 @@ class UnifiedLoss(nn.Module):
     ) -> Tensor:  # [] int64; with token_weights or class_weights float32
         """N of exactly this loss: how many rows of these targets count, or the sum of their weights.
 
-        Nothing waits for the device. It is 0 where no row counts, or all that count are of classes of weight 0. So the
-        counts of micro-batches add up; but a call of such rows alone, without N, divides by their number. Rows that
-        count for their negatives alone (negatives_need_target=False) have an N of their own and are not counted.
+        Add up the counts of all micro-batches, and pass the sum as num_items_in_batch. Nothing waits for the device.
+        N is 0 where no row counts, or where all that count are of classes of weight 0. (A call of such rows alone,
+        without num_items_in_batch, divides by their number.) Rows that count for their negatives alone
+        (negatives_need_target=False) have an N of their own and are not counted.
 
         Args:
             targets, attention_mask, position_ids, segment_ids, cu_seqlens, token_weights: as forward gets them.
@@ -211,25 +213,25 @@ class UnifiedLoss(nn.Module):
         """The loss, or with return_detailed a dict of the loss and its parts.
 
         Args:
-            logits: row t predicts targets[t]. You may pass a model's output that has .logits, or primary_logits, or
-                hidden_states and lm_head_weight instead. They may be DTensors, and logits also ShardedLogits: see
-                `ava_ext.distributed` for what a rank gets.
+            logits: row t predicts targets[t]. You may pass LinearLogits or a model's output that has .logits, or in
+                place of logits primary_logits, or hidden_states and lm_head_weight. They may be DTensors, and logits
+                also ShardedLogits: see `ava_ext.distributed` for what a rank gets.
             targets: the token that each row predicts; with labels_are_shifted=False, the token read at that row.
             attention_mask: rows where it is 0 do not count (with labels_are_shifted=False, labels).
-            hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, a chunk of rows at a
-                time, never as a whole. Multi-token prediction reads hidden_states too, and so does the contrastive term
-                without contrastive_pair. Of a tuple of all layers, the last is taken. lm_head_weight may be nn.Linear.
-            primary_logits: for adaptive heads. The main term reads them with primary_loss_type="adaptive_mtp", and with
-                mtp_type="adaptive" if there are no logits.
-            additional_logits, confidence_scores, mtp_active: adaptive multi-token prediction, see
-                `losses.adaptive_mtp`. mtp_active=False switches heads of any kind off for this call; a tensor, [] or
-                [batch_size], does so on the device, for all or per sequence; None takes the heads that are given. Each
-                head, logits and primary_logits may be LinearLogits(hidden_states, weight,
-                bias).
+            hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, computed a chunk of
+                rows at a time, never as a whole. Of a tuple of all layers, the last is taken. lm_head_weight may be
+                nn.Linear. Multi-token prediction reads hidden_states too, and so does the contrastive term without
+                contrastive_pair.
+            primary_logits: for adaptive heads; may be LinearLogits. The main term reads them with
+                primary_loss_type="adaptive_mtp", and with mtp_type="adaptive" if there are no logits.
+            additional_logits, confidence_scores: adaptive multi-token prediction, see `losses.adaptive_mtp`. Each head
+                may be LinearLogits.
+            mtp_active: False switches heads of any kind off for this call; a tensor, [] or [batch_size], does so on the
+                device, for all or per sequence; None takes the heads that are given.
             mtp_hidden_states: what the depth modules of the model give (mtp_type="hidden_states"), read by
                 lm_head_weight; or additional_logits for heads of their own. See `losses.mtp_hidden_states`.
-            mtp_depth_weights: factor of each depth of multi-token prediction of any kind. No gradient; the values are
-                not read by the host, so that a schedule may change them.
+            mtp_depth_weights: factor of each depth of multi-token prediction of any kind. No gradient. The host does
+                not read the values, so a schedule may change them.
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
                 `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
                 layers is a layer without a router.
@@ -239,33 +241,34 @@ class UnifiedLoss(nn.Module):
             token_weights: multiply every token term of their row; must not require grad.
             input_ids: the tokens that the model read. The context of row t is then input_ids[:, : t + 1], not
                 targets[:, :t].
-            prefix_ids: what comes before, where the rows continue a text that other calls have begun (a sequence spread
+            prefix_ids: what comes before, if the rows continue a text that other calls have begun (a sequence spread
                 over ranks): the targets of the rows before, or with input_ids the tokens read before. ignore_index
                 where a row did not count or there is none; every other entry counts for min_sequence_length.
-            segment_ids, position_ids, cu_seqlens: the texts that are packed into one row. Nothing leaks across them.
-                cu_seqlens ascend from 0 to the number of rows, which is not checked: that would wait for the device.
+            segment_ids, position_ids, cu_seqlens: which tokens belong to one text, where several are packed into a
+                batch row. Nothing leaks across texts. cu_seqlens ascend from 0 to the number of rows, which is not
+                checked: that would wait for the device.
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
                 whose value is not read. With reduction="mean" alone.
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
                 ones of a teacher; see `losses.distillation`. distillation_tail: what they leave is one more target.
-            target_probabilities: q of every token, in the row of the logits that they are for: the main term is
-                sum_c q_c (-log p_c), cross_entropy too. targets still say which rows count, and what accuracy,
-                repetition and multi-token prediction go by. They may require grad.
+            target_probabilities: q of every token, in the row of the logits that it is for. The main term and the
+                metric cross_entropy are then sum_c q_c (-log p_c). targets still say which rows count, and accuracy,
+                repetition and multi-token prediction read them. q may require grad.
             contrastive_pair: two views of the same things, for InfoNCE.
-            max_counted_rows: at most so many rows count (`count_items` counts them). With hidden_states, rows that do
-                not count are left out of the matrix products; a GPU leaves them out only with this number.
+            max_counted_rows: an upper bound of how many rows count (`count_items` counts them). With hidden_states,
+                rows that do not count are left out of the matrix products; on a GPU only if this number is given.
             labels_are_shifted: in place of the option of this name, for this call.
 
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
-            shifted). With return_detailed a dict: total_loss with its graph; every component that is on, weighted and
-            detached, which add up to total_loss; and the metrics named in `METRICS`, most of them means over the rows
-            of this call. `LossMeter` adds up such dicts over micro-batches and ranks.
+            shifted). With return_detailed a dict: total_loss, with its graph; the components that are on, weighted and
+            detached, which add up to it; and the metrics named in `METRICS`, most of them means over the rows of this
+            call. `LossMeter` adds up such dicts over micro-batches and ranks.
 
         Raises:
-            ValueError: an input is missing, or of the wrong shape, or contradicts another. Of what belongs to a
-                component that is off, shapes and values are not checked, except for hidden_states and primary_logits.
+            ValueError: an input is missing, has the wrong shape, or contradicts another. Shapes and values of inputs of
+                a component that is off are not checked, except those of hidden_states and primary_logits.
             TypeError: an input is not a tensor.
             IndexError: a counted target is out of range (CPU).
         """
@@ -328,7 +331,7 @@ class UnifiedLoss(nn.Module):
         return self._detailed(total, call, rows, terms, metrics) if return_detailed else total
 
     def penalty_factor(self) -> Tensor | None:  # []
-        """The factor of the weights of repetition penalties; None: 1. Schedules override it."""
+        """The factor by which the weights of repetition penalties are multiplied; None: 1. Schedules override it."""
         return None
 
     def _begin(

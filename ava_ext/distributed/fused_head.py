@@ -11,11 +11,12 @@ from ava_ext.ops.linear_logits import is_weight_itself
 
 
 class FusedHead(nn.Module):
-    """lm_head and the loss of what it gives, without the logits; without targets, the logits.
+    """lm_head and the loss in one module: hidden states in, the loss out, without logits. Without targets, the logits.
 
-    One module, so that wrappers see the head used: fully_shard(fused_head) gathers its weight for forward and backward
-    and reduces its gradient as that of any other layer, and DistributedDataParallel sees it run. Under FSDP2's mixed
-    precision, which casts tensors of floating point on their way in, num_items_in_batch is a number: float(n).
+    It is one module so that wrappers see the head used: fully_shard(fused_head) gathers its weight for forward and
+    backward and reduces its gradient as that of any other layer, and DistributedDataParallel sees it run. Under FSDP2's
+    mixed precision, which casts tensors of floating point on their way in, pass num_items_in_batch as a number:
+    float(n).
 
     Args:
         lm_head: torch.nn.Linear; its weight may be a DTensor, in Shard(0) for vocabulary parallelism.

@@ -24,17 +24,17 @@ def pipeline_loss(
 ) -> Callable[[Any, Tensor], Tensor]:
     """The loss_fn of a schedule of torch.distributed.pipelining: (outputs, targets) of a micro-batch -> its share.
 
-    The shares of all micro-batches add up to the loss of the whole batch, so the schedule has to add their gradients
-    up: give it scale_grads=False. With its default, True, it divides them by the number of micro-batches.
+    The shares of all micro-batches add up to the loss of the whole batch, so the schedule has to add up their
+    gradients: give it scale_grads=False. With its default, True, it divides them by the number of micro-batches.
 
     Args:
         loss_fn: a UnifiedLoss.
         n_items: N, the rows that count in all micro-batches of a step (and ranks): a number, a tensor of one element
             that is overwritten before each step, or a function that is asked for every micro-batch.
         meter: gets the parts of every micro-batch; LossMeter("world") can be read on the other stages too.
-        outputs: which arguments of loss_fn the tensors are that the last stage gives, in their order. A stage that
-            gives hidden states, with lm_head_weight among the arguments here, never has logits; what a stage gets as a
-            keyword from schedule.step (input_ids, negative_ids, ...) it can hand on.
+        outputs: the names of the arguments of loss_fn that the last stage gives, in the order of its outputs. A stage
+            that gives hidden states, with lm_head_weight among the arguments here, never has logits. A stage can hand
+            on what it gets as a keyword from schedule.step (input_ids, negative_ids, ...).
         arguments: further keywords of loss_fn, the same for every micro-batch.
 
     Raises:

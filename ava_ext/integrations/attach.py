@@ -15,7 +15,7 @@ from ava_ext.unified_loss import UnifiedLoss
 def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     """Lets model(..., labels=labels) compute loss_fn from the model's logits; returns the model.
 
-    As `fuse_lm_head`, but the logits exist, as the model computes them: for heads that fuse_lm_head refuses.
+    Like `fuse_lm_head`, but from the logits, as the model computes them: for heads that fuse_lm_head refuses.
 
     Raises:
         ValueError: the loss caps or scales logits that the model has capped or scaled already; a model that has a loss
@@ -27,8 +27,8 @@ def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
 def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     """Lets model(..., labels=labels) compute loss_fn from hidden states; returns the model.
 
-    The logits never exist as a whole in training: output.logits is then absent. Without labels the output is as
-    before. In evaluation (model.eval()) there are logits too, unless skip_logits=True is given.
+    In training, the logits never exist as a whole, and the output has none. In evaluation (model.eval()) it has them,
+    unless skip_logits=True is given. Without labels the output is as before.
 
     The loss becomes a module of the model, `model.unified_loss`: its parameters are trained, moved and reduced over
     ranks with the model's. save_pretrained leaves it out; UnifiedLossCallback saves it.
@@ -36,16 +36,16 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     A weight that FSDP2 or DeepSpeed ZeRO 3 has spread over ranks is gathered for each call, and its gradient is reduced
     as that of any other; put the loss into the model before they wrap it.
 
-    The model's forward takes, beside its own arguments: num_items_in_batch (N, see UnifiedLoss), shift_labels
-    (labels that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the loss, such as
+    The model's forward takes, beside its own arguments: num_items_in_batch (N, see UnifiedLoss), shift_labels (labels
+    that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the loss, such as
     token_weights). attention_mask and position_ids reach the loss where they are [batch_size, n_tokens]. A loss that
-    needs router logits gets them. If the model adds a loss of its own (the load balancing of a mixture of experts), it
-    is kept; with num_items_in_batch it is multiplied by this call's share of them.
+    needs router logits gets them too. If the model adds a loss of its own (the load balancing of a mixture of experts),
+    it is kept; with num_items_in_batch it is multiplied by this call's share of them.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).
-        loss_fn: of `UnifiedLoss.from_model(model)`; the soft cap and the scale of the model have to be the loss's too,
-            or the first call with labels raises ValueError.
+        loss_fn: made by `UnifiedLoss.from_model(model)`, or one with the soft cap and the scale of the model; otherwise
+            the first call with labels raises ValueError.
 
     Raises:
         TypeError: a head that is not one linear layer, or a model that does something unknown to its logits; what to

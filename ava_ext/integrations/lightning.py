@@ -30,10 +30,11 @@ __all__ = ["UnifiedLossCallback"]
 class UnifiedLossCallback(Callback):
     """Steps every UnifiedLoss of a LightningModule once per optimizer step, and logs what it is made of.
 
-    The parts are those under "loss_parts" in what training_step or validation_step returns (the dict of
-    return_detailed=True), or `loss_parts` of a model with the loss in its forward, after `model.report_parts = True`.
-    Each batch's go to log_dict as they are, tensors on the device. At the end of an epoch, the metrics over all rows of
-    all micro-batches and ranks are logged as <prefix><name>_epoch, with one synchronisation (`ava_ext.LossMeter`).
+    It takes the parts from "loss_parts" in what training_step or validation_step returns (the dict of
+    return_detailed=True), or from `loss_parts` of a model with the loss in its forward, after `model.report_parts =
+    True`. The parts of each batch go to log_dict as they are, tensors on the device. At the end of an epoch, the
+    metrics over all rows of all micro-batches and ranks are logged as <prefix><name>_epoch, with one synchronisation
+    (`ava_ext.LossMeter`).
 
     Args:
         prefix: of the names in the log; validation's have "val_" before it.

@@ -15,9 +15,10 @@ from ava_ext.unified_loss import UnifiedLoss
 def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For model.loss_function: the loss of logits and of labels that are not shifted, or of shift_labels.
 
-    A model hands over neither attention_mask nor router logits: padding is told by labels of -100, and what the model
-    itself adds to its loss stays. `attach_loss` has them all. A masked language model gives labels of the rows
-    themselves without a word of it, and would be shifted: `attach_loss` and shift_labels are for it.
+    A model hands over neither attention_mask nor router logits: padding must be marked by labels of -100, and what the
+    model itself adds to its loss stays. `attach_loss` reads all of these. The labels of a masked language model belong
+    to the rows themselves, but the model does not say so, and they would be shifted: use `attach_loss` and shift_labels
+    for it.
 
     Raises:
         ValueError: a loss with logit_softcap: a model caps its logits before it calls its loss function.
@@ -53,8 +54,8 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
 def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For Trainer(compute_loss_func=...): the loss of a causal model's outputs and of labels that are not shifted.
 
-    Trainer gives neither attention_mask nor position_ids, and takes the labels from the model, which then cannot add
-    its own auxiliary loss: UnifiedLossTrainerMixin has them all.
+    Trainer gives neither attention_mask nor position_ids, and does not give the labels to the model, which then cannot
+    add its own auxiliary loss. UnifiedLossTrainerMixin has none of these limits.
 
     Raises:
         ValueError: a loss with logit_softcap, which the outputs have gone through already, or with terms of a router,

@@ -69,8 +69,8 @@ FILE_NAME = "unified_loss.pt"  # in a checkpoint's folder
 class UnifiedLossCallback(TrainerCallback):
     """Steps the loss once per optimizer step, and keeps its state and parameters in the checkpoints of Trainer.
 
-    A resumed run goes on exactly as an uninterrupted one, and load_best_model_at_end loads the best model's loss. N is
-    Trainer's affair, and a plain one counts labels: a loss that counts otherwise (class_weights, pad_token_id, packed
+    A resumed run goes on exactly as an uninterrupted one, and load_best_model_at_end loads the best model's loss.
+    Trainer gives N, and a plain one counts labels: a loss that counts otherwise (class_weights, pad_token_id, packed
     texts) needs UnifiedLossTrainerMixin.
 
     Args:
@@ -201,18 +201,18 @@ class UnifiedLossTrainerMixin:
     """Trainer, or a subclass of it, that trains with UnifiedLoss; first among the bases.
 
     The loss is put into the model (`fuse_lm_head`, or `attach_loss` with fuse=False), unless it is in it already. So
-    its parameters are optimized, clipped and reduced over ranks as the model's; attention_mask and position_ids reach
-    it; what the model adds to its loss is added, as the model_aux_loss of the log. UnifiedLossCallback steps and saves
-    it. num_items_in_batch is the N of this loss, class weights and loss_inputs included. The loss that a subclass
-    computes in its own compute_loss (SFTTrainer) is replaced.
+    its parameters are optimized, clipped and reduced over ranks as the model's, and attention_mask and position_ids
+    reach it. What the model adds to its loss is added, and logged as model_aux_loss. UnifiedLossCallback steps and
+    saves the loss. num_items_in_batch is the N of this loss, class weights and loss_inputs included. The loss that a
+    subclass computes in its own compute_loss (SFTTrainer) is replaced.
 
-    The log has, beside loss: every part of the loss, per optimizer step, so that they add up to it, and the metrics
-    (`ava_ext.METRICS`) over all rows of all ranks since the last log. The metrics that evaluate() and predict() return
-    have the same, per batch, with their prefix.
+    Beside loss, the log has every part of the loss, per optimizer step, so that they add up to it, and the metrics
+    (`ava_ext.METRICS`) over all rows of all ranks since the last log. evaluate() and predict() return the same, per
+    batch, with their prefix.
 
     Args:
-        loss_fn: of UnifiedLoss.from_model(model). One that learns (by default, its temperature) needs auto_step=False,
-            and process_group="world" where there are several ranks.
+        loss_fn: made by UnifiedLoss.from_model(model). One that learns (by default, its temperature) needs
+            auto_step=False, and process_group="world" where there are several ranks.
         fuse: fuse_lm_head, or attach_loss.
         arguments, options: Trainer's.
 

@@ -18,13 +18,13 @@ from ava_ext.sequences import segment_numbers
 
 
 class SequenceUnlikelihoodLoss(nn.Module):
-    """-log(1 - p(tokens[t])), the mean over the tokens t that belong to an n-gram which occurred before.
+    """Pushes down what the model repeats in text that it generated: the mean of -log(1 - p(token)) over these tokens.
 
-    The tokens are those that the model itself generated, greedily or by sampling; the logits are those of a forward
-    over them. 0 where nothing repeats. See `repeated_ngram_mask` for what repeats.
+    These are the tokens of an n-gram that occurred before; see `repeated_ngram_mask`. The model generates greedily or
+    by sampling; the logits are those of a forward over what it wrote. 0 where nothing repeats.
 
     Args:
-        vocab_size: real columns of the logits; columns beyond it are padding. At least 2.
+        vocab_size: size of the vocabulary; columns beyond it are padding. At least 2.
         ngram_size: n. 4 as in the paper; on a real model (docs/studies/repetition.md) 6 cost less perplexity for nearly
             the same effect, because honest text repeats short n-grams.
         reduction: "mean" over the tokens that repeat (or num_items_in_batch, where given), "sum" or "none".
@@ -85,9 +85,9 @@ class SequenceUnlikelihoodLoss(nn.Module):
             continuation_mask: tokens where it is 0 (prompt, padding) belong to no n-gram and are not penalised. Without
                 it padding is text: it repeats itself.
             segment_ids: the texts that are packed into one row.
-            num_items_in_batch: how many tokens repeat in all micro-batches, if the batch is one of several: the sum is
-                divided by it. `repeats` tells those of one.
-            max_counted_rows: at most so many tokens repeat; see `ops.row_loss`.
+            num_items_in_batch: what the sum is divided by instead of the number of tokens that repeat: their number in
+                all micro-batches (`repeats` tells those of one), or that of all written tokens.
+            max_counted_rows: an upper bound of how many tokens repeat; see `ops.row_loss`.
 
         Raises:
             ValueError: shapes do not fit, or num_items_in_batch is negative or beside a reduction other than "mean".

@@ -37,6 +37,8 @@ def is_weight_itself(head: nn.Module) -> TypeGuard[nn.Linear]:
 class LinearLogits(NamedTuple):
     """The logits hidden_states @ weight.T + bias [..., n_columns], as what they are computed from.
 
+    Pass it where logits go. They are then computed a chunk of rows at a time, and never exist as a whole.
+
     Example:
         >>> heads = [LinearLogits(h, head.weight) for head in further_heads]
         >>> loss = loss_fn(logits, targets, additional_logits=heads, confidence_scores=confidence)

@@ -19,8 +19,9 @@ def repeated_ngram_mask(
 ) -> Tensor:
     """True at every token of an n-gram that has begun earlier in the same text.
 
-    The earlier occurrence may overlap: of 1 1 1 1, the second 1 1 1 repeats the first. Exact, not by hash: n-grams get
-    numbers by sorting, log2(ngram_size) + 1 times; nothing is copied to the host, and shapes depend on no value.
+    The earlier occurrence may overlap: in 1 1 1 1, the second 1 1 1 repeats the first. The result is exact, not by
+    hash: n-grams get numbers by sorting, log2(ngram_size) + 1 times. Nothing is copied to the host, and shapes depend
+    on no value.
 
     Args:
         tokens: [batch_size, n_tokens], any integers. A DTensor in Shard(0) gives one.

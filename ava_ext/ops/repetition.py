@@ -70,9 +70,9 @@ def repetition_candidates(
 ) -> Candidates:
     """The tokens that unlikelihood training pushes down in each row, and how strongly.
 
-    Row t predicts targets[:, t]. Its context is tokens[:, :t] (tokens are the targets) or, with tokens_include_row,
-    tokens[:, :t + 1] (tokens are what the model read), from the start of its segment on. Each row has a group of slots
-    for every kind that is on, in this order:
+    Row t predicts targets[:, t]. Its context is tokens[:, :t] if tokens are the targets, or with tokens_include_row
+    tokens[:, :t + 1], if tokens are what the model read; it begins with the row's segment. Each row has a group of
+    slots for every kind that is on, in this order:
 
     - immediate repetition: one slot for the last token of the context. With run = the number of equal tokens that end
       the context, weight = weights[0] * min(weights[1] ** (run - 1), 4) where run >= immediate_repetition_threshold;
@@ -81,9 +81,9 @@ def repetition_candidates(
     - n-grams: ngram_slots slots for the distinct tokens that followed earlier occurrences of the context's last
       ngram_size - 1 tokens, most recent first, weight = weights[3].
 
-    The first and the last kind never hold the row's own target, what may repeat, or ids outside [0, vocab_size).
-    Time and memory are linear in the number of tokens for every text. Not so on CUDA with more than 31 ngram_slots:
-    n-grams then cost up to the number of tokens times `ngram_window_size`. Not differentiable.
+    The first and the last kind never hold the row's own target, ids of repetition_allow_list, or ids outside
+    [0, vocab_size). Time and memory are linear in the number of tokens for every text, except on CUDA with more than 31
+    ngram_slots: n-grams then cost up to the number of tokens times `ngram_window_size`. Not differentiable.
 
     Args:
         tokens: [batch_size, n_tokens] integers, any strides. ignore_index marks a masked position: it matches nothing,

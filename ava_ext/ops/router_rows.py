@@ -67,17 +67,17 @@ def router_statistics(
     segment_ids: Tensor | None = None,  # [n_rows]
     n_segments: int = 1,
 ) -> RouterStatistics:
-    """Column statistics of the router's logits in one pass, differentiable in gate_logits in another.
+    """Counts, probabilities and other sums of each expert, in one pass over the router's logits: for balancing losses.
 
-    Counts are exact; sums are added in float64 above blocks of 64 rows, in an order that does not depend on threads, so
-    that results are repeatable bit by bit.
+    Differentiable in gate_logits, in another pass. Counts are exact. Sums of blocks of 64 rows are added in float64, in
+    an order that does not depend on threads, so that results are repeatable bit by bit.
 
     Args:
-        gate_logits: router logits, [n_layers, n_rows, n_experts], or [n_rows, n_experts] of one layer, where n_rows may
-            be several dimensions behind the layers; or a list of such tensors, layers one after another. float32,
+        gate_logits: router logits, [n_layers, n_rows, n_experts], or [n_rows, n_experts] of one layer, or a list of
+            such tensors, layers one after another. n_rows may be several dimensions, behind the layers. float32,
             bfloat16, float16 or float64, any leading strides; nothing is copied.
         expert_indices: the experts that each row was sent to, [n_layers, n_rows, k]; None: the k best by probability
-            (by score + expert_bias where a bias is given, as DeepSeek-V3 chooses), of equals the lowest index.
+            (by score + expert_bias where a bias is given, as DeepSeek-V3 chooses), the lowest index among equals.
         row_mask: True where a row counts, [n_rows] or [n_layers, n_rows]; None: all. What the other rows hold (nan,
             indices out of range) is not looked at.
         k: experts per row; may be left out beside expert_indices.

@@ -89,10 +89,14 @@ class RowLoss(NamedTuple):
 class Candidates(NamedTuple):
     """Tokens that a row pushes down: -sum_c weight_c log(1 - p_c).
 
-    With RowFlags.SOFT_TARGETS those of the last group are pulled up: -sum_c weight_c log p_c. The row's own target may
-    be among those, and is left out of all others. With RowFlags.TARGET_WEIGHTS the first group is one absent id (-1):
-    its weight multiplies the target's term. With RowFlags.TAIL the first of the soft targets may be TAIL_ID,
-    of weight w': it stands for all columns that the others do not name, -w' log(1 - sum_c p_c).
+    Candidates come in groups, whose terms are reported separately. The row's own target is left out of them. Three
+    flags give a group another meaning:
+
+    - RowFlags.SOFT_TARGETS: the tokens of the last group are pulled up, -sum_c weight_c log p_c. The row's own target
+      may be among them.
+    - RowFlags.TAIL: the first of the soft targets may be TAIL_ID, of weight w'. It stands for all columns that the
+      others do not name, -w' log(1 - sum_c p_c).
+    - RowFlags.TARGET_WEIGHTS: the first group is one absent id (-1), whose weight multiplies the target's term.
     """
 
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent
@@ -135,11 +139,11 @@ def row_options(
 
     A schedule may change the values of such a tensor: nothing is recompiled and nothing synchronises. The scale of the
     logits is not a value of its own: c tanh(s x / c) / T = c' tanh(x / c') / T' with c' = c / s and T' = T / s. So the
-    first value is temperature / logit_scale.
+    first value is temperature / logit_scale, and the soft cap's is logit_softcap / logit_scale.
 
     Raises:
-        ValueError: that, logit_softcap / logit_scale, or one of the three is not above 0 in the range of float32,
-            another option is below 0 or beyond that range, label_smoothing is above 1, or one requires grad.
+        ValueError: temperature, logit_softcap, logit_scale or one of these two quotients is not above 0 in the range of
+            float32, another option is below 0 or beyond that range, label_smoothing is above 1, or one requires grad.
 
     Example:
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)

@@ -17,10 +17,10 @@ from ava_ext.process_group import resolve
 class ShardedLogits(NamedTuple):
     """Logits [..., n_columns] whose columns are spread over the ranks of a group: what this rank holds of them.
 
-    Every rank of the group gives the same rows, targets and candidates, and gets the loss of the whole logits; its
-    gradient is that of its own columns. Forward gathers a few numbers per row once, backward gathers nothing. Of
-    LinearLogits(hidden_states, weight of these columns) hidden_states are the same on every rank too, and their
-    gradient is added up over the group in backward.
+    Every rank of the group gives the same rows, targets and candidates, and gets the loss of the whole logits and the
+    gradient of its own columns. Forward gathers a few numbers per row once, backward gathers nothing. The part may be
+    LinearLogits(hidden_states, weight of these columns). hidden_states are then the same on every rank too, and
+    backward adds up their gradient over the group.
 
     With shards of one size (a padded vocabulary, as Megatron has it) group is enough; vocab_size says which columns
     are real. Other shards say where they begin and how many columns there are in all.

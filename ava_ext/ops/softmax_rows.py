@@ -77,12 +77,12 @@ def row_loss(
     smoothing_weights: Tensor | None = None,  # [vocab_size], or n_columns
     with_ranks: bool = False,
 ) -> RowLoss:
-    """Every row-wise loss term, and its gradient, in one pass over the logits.
+    """Every row-wise loss term, and its gradient, in one pass over the logits: what the losses of this library call.
 
-    Of LinearLogits a few rows exist at a time. Their sum has one upstream gradient: with reduction="sum" everything is
-    computed in forward, by three matrix products and one pass over each chunk. With "none" each row has its own, and
-    backward computes the logits again; so it does for float16, whose gradients would be zeros before the scaler's
-    factor. A part that needs no gradient costs none.
+    Of LinearLogits a few rows exist at a time. With reduction="sum" there is one upstream gradient, so everything is
+    computed in forward, by three matrix products and one pass over each chunk. With "none" each row has an upstream
+    gradient of its own, and backward computes the logits again; so it does for float16, whose gradients would be zeros
+    before the scaler's factor. A part that needs no gradient costs none.
 
     Args:
         logits: [..., n_columns], float32, bfloat16, float16 or float64; any leading strides (a slice is not copied). Or
@@ -97,15 +97,15 @@ def row_loss(
         ignore_index: target of the rows that do not count.
         reduction: "none" gives the loss of every row, "sum" their sum.
         inplace_gradient: backward writes the gradient over the logits, which must not be a leaf. They stay readable
-            until then; a second backward raises. Nothing changes under torch.compile, which plans memory itself, under
-            hooks on saved tensors (activation checkpointing, save_on_cpu), where nobody would be told, for
-            LinearLogits, which do so anyway, and for a DTensor, of which nobody can tell who still reads it.
+            until then; a second backward raises. The option changes nothing under torch.compile, which plans memory
+            itself; under hooks on saved tensors (activation checkpointing, save_on_cpu), where a wrong use would go
+            unnoticed; for LinearLogits, which do so anyway; and for a DTensor, whose other readers cannot be known.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
-        max_counted_rows: at most so many targets are not ignore_index. Of LinearLogits, rows that are ignored are left
-            out of the matrix products on the CPU; a GPU leaves them out with this number, which it need not wait for.
+        max_counted_rows: an upper bound of how many targets are not ignore_index. Of LinearLogits, ignored rows are
+            left out of the matrix products: on the CPU always, on a GPU with this number, which it need not wait for.
         target_probabilities: [..., vocab_size] q, read beside the logits: sum_j q_j (-log p_j) takes the place of the
             target's term, which may be smoothed. The targets still say which rows count, and what "correct" compares
-            with. They may require grad; of other types than the logits' and float32 they are converted.
+            with. q may require grad; types other than the logits' and float32 are converted.
         smoothing_weights: [vocab_size] w, constants: the uniform part of label smoothing e is
             e/V sum_j w_j (-log p_j). The weight of each row's target comes with RowFlags.TARGET_WEIGHTS.
         with_ranks: the target's rank and the greatest logit's column are two further terms; see `token_metrics`.

@@ -53,21 +53,26 @@ def softmax_statistics(
     chunk_bytes: int | None = None,
     max_counted_rows: int | None = None,
 ) -> SoftmaxStatistics:
-    """Softmax statistics of each row, differentiable at kernel speed: a new loss is a few lines of PyTorch on [n_rows]
-    vectors.
+    """Softmax statistics of each row, differentiable at kernel speed, for a loss of your own.
 
-    With z = softcap(logit_scale logits) / temperature over the columns that are not masked (raw logit -inf, or beyond
-    vocab_size): log_probs = z_id - lse, entropy = -sum p log p, lse = log sum exp z, log_rest = log sum_{j != argmax}
-    exp(z_j - max z) (so that log(1 - max p) = log_rest - log1p(exp(log_rest)), where 1 - max p would be 0),
-    mean_log_prob = mean of log p. log_rest is exact up to a gap of 87 (float64: 708) between max z and the next z.
-    Beyond, exp leaves the range of normal numbers: log_rest loses digits, and from a gap of 104 (746) on, or from 88
-    (709) where subnormal numbers are flushed, it is -inf. Where exp(log_rest) is below 1e-37 (float64: 1e-300), its
-    gradient fades to 0.
+    The rest of such a loss is a few lines of PyTorch on [n_rows] vectors. With z = softcap(logit_scale logits) /
+    temperature over the columns that are not masked (raw logit -inf, or beyond vocab_size), the statistics are
+
+        log_probs      z_id - lse, of each of the ids
+        entropy        -sum p log p
+        lse            log sum exp z
+        log_rest       log sum_{j != argmax} exp(z_j - max z)
+        mean_log_prob  mean of log p
+
+    log_rest gives log(1 - max p) = log_rest - log1p(exp(log_rest)) where 1 - max p would be 0. It is exact up to a gap
+    of 87 (float64: 708) between max z and the next z. Beyond, exp leaves the range of normal numbers: log_rest loses
+    digits, and from a gap of 104 (746) on, or from 88 (709) where subnormal numbers are flushed, it is -inf. Where
+    exp(log_rest) is below 1e-37 (float64: 1e-300), its gradient fades to 0.
 
     Args:
         logits: [..., n_columns], float32, bfloat16, float16 or float64. Or LinearLogits(hidden_states, weight, bias),
-            of which a few rows exist at a time; backward computes them again.
-            Or ShardedLogits, or a DTensor: see `ava_ext.distributed` for what a rank gets.
+            of which a few rows exist at a time; backward computes them again. Or ShardedLogits, or a DTensor: see
+            `ava_ext.distributed` for what a rank gets.
         ids: [..., n_ids] integers in [0, vocab_size); -1 gives 0. None: no log_probs.
         temperature: a number > 0, or a 0-dim tensor on the logits' device that does not require grad. The value of a
             tensor is not checked: that would wait for a GPU.

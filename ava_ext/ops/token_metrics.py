@@ -42,17 +42,20 @@ def token_metrics(
 ) -> TokenMetrics:
     """log p and rank of each target, each row's entropy and likeliest token, in one pass over the logits.
 
+    For evaluation, filtering of data and speculative decoding: nothing here has a gradient.
+
     The rank is how many logits are greater than the target's: 0 for the likeliest token, and for each of several that
-    are equally likely. So (rank < k) is whether fewer than k tokens are likelier than the target; torch.topk, which
-    returns k of them whatever is equal, may leave it out. It compares the logits as they are stored: a soft cap or a
-    temperature changes no rank. A target whose logit is nan has rank vocab_size.
+    are equally likely. So (rank < k) is whether fewer than k tokens are likelier than the target. torch.topk, which
+    returns exactly k tokens, may leave out one that is equal to the last of them. The rank compares the logits as they
+    are stored: a soft cap or a temperature changes none. A target whose logit is nan has rank vocab_size.
+
     argmax is taken after the soft cap. If the cap makes several logits equal, the first is returned, and it may differ
     from a target of rank 0.
 
     Args:
         logits, temperature, logit_softcap, logit_scale, vocab_size, chunk_bytes, max_counted_rows: as in
-            `softmax_statistics`. LinearLogits never exist as a whole. Of logits whose rows are spread over ranks
-            (DTensors), the result is DTensors too.
+            `softmax_statistics`. If the rows of the logits are spread over ranks (DTensors), the results are DTensors
+            too.
         targets: [...], integers in [0, vocab_size), or ignore_index.
 
     Returns:
