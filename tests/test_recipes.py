@@ -1,22 +1,23 @@
-"""The guide's recipes for preferences and reinforcement learning, against plain PyTorch, each answer in float64."""
+"""The recipes of docs/recipes.md against plain PyTorch, each answer in float64."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_usage_guide import GUIDE, SHARED, run, sections
+from test_usage_guide import ROOT, run, sections
 
 N, LENGTH, HIDDEN, VOCAB = 6, 7, 4, 11
-SECTION = "Reinforcement learning and preferences"
+PAGE = ROOT / "docs" / "recipes.md"
 
 
 @pytest.fixture(scope="module")
 def recipes():
-    """The functions that the guide defines."""
+    """The functions that the page defines."""
     namespace = {"__name__": "documentation"}
-    for block in [*sections(GUIDE)[SHARED], *sections(GUIDE)[SECTION]]:
-        run(GUIDE, block, namespace)
+    (blocks,) = sections(PAGE).values()
+    for block in blocks:
+        run(PAGE, block, namespace)
     return namespace
 
 
