@@ -16,15 +16,15 @@ Targets, masks, token ids and weights are those of all rows, the same on every r
     a DTensor, Replicate            logits in the rows of the hidden states; the weight's gradient is added up
     a torch.Tensor, any DTensor     as under FSDP2: the weight is gathered once, and its gradient averaged
 
-softmax_statistics, token_log_probs and token_metrics give DTensors where rows are spread, since their values of other
-rows are not 0; so do repetition_candidates and repeated_ngram_mask of tokens in Shard(0), and router_statistics of
-spread rows (sums in Partial). With this module imported, the operators torch.ops.ava_ext take DTensors too: whole rows,
-spread in any way.
+softmax_statistics, token_log_probs and token_metrics give DTensors where rows are spread, and so do
+repetition_candidates and repeated_ngram_mask of tokens in Shard(0), and router_statistics of spread rows (sums in
+Partial). With this module imported, the operators torch.ops.ava_ext take DTensors too: whole rows, spread in any way.
 
 N, what the loss is divided by, is that of all rows in every placement: num_items_in_batch where it is given, else the
 rows that count (or their weights) on all ranks. A rank that holds some of the rows acts like one micro-batch: its
 metrics are means over its own rows, LossMeter(group) adds them up, and the gradients are those of one process.
-Averaging over processes is not undone here: under DistributedDataParallel and FSDP2 multiply the loss by their number.
+DistributedDataParallel and FSDP2 average over processes, and nothing here undoes that: multiply the loss by the number
+of processes.
 """
 
 import torch

@@ -19,12 +19,12 @@ _BIAS = "e_score_correction_bias"
 
 
 def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBinding:
-    """Lets the loss's expert_bias move the routers of a model (DeepSeek-V3, GLM-4 MoE and others with
-    e_score_correction_bias).
+    """Lets the loss's expert_bias balance the routers of a model: DeepSeek-V3, GLM-4 MoE and others that have an
+    e_score_correction_bias.
 
-    Hooks record what each router chose, for the loss; before every forward, and before the state of the model is saved,
-    expert_bias is copied into the routers. It starts from the routers' current bias, and again after a state dict
-    without the loss's state is loaded into the model. With `fuse_lm_head` or `attach_loss` the loss then gets
+    Hooks record what each router chose, for the loss. expert_bias is copied into the routers before every forward, and
+    before the state of the model is saved. It starts from the routers' current bias, and does so again after a state
+    dict without the loss's state is loaded into the model. With `fuse_lm_head` or `attach_loss` the loss then gets
     gate_logits and expert_indices automatically; in a loop of your own, pass `**binding.take()` to the loss.
 
     Args:

@@ -9,8 +9,9 @@
     UnifiedLossTrainerMixin            all of it for Trainer and its subclasses, with the parts of the loss in the log
     bind_expert_bias(model, loss_fn)   expert_bias moves the routers of DeepSeek-V3, GLM-4 MoE, ...
 
-Who divides the loss by what, and who undoes the averaging of gradients over ranks. N: `loss_fn.count_items` of every
-micro-batch of the optimizer step, summed over the ranks. Never do what the stack does already.
+Every stack divides the loss by something, and some average gradients over ranks. Where the table says "you", give N to
+the loss, `loss_fn.count_items` of every micro-batch of the optimizer step, summed over the ranks, and multiply the loss
+as the last column says. Never do what the stack does already.
 
     stack                          N given to the loss                      multiply the loss by
     Trainer,                       Trainer counts it over micro-batches     nothing: Trainer multiplies by the number of

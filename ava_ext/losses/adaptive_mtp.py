@@ -203,8 +203,8 @@ def _switched_off(
 class AdaptiveMTP(LearnedState, Part):
     """adaptive_mtp_terms with the options of a configuration, and running averages for get_loss_statistics().
 
-    In training with grad enabled, a call adds to the averages at the next step(), if it is not switched off, head 1 has
-    a target in it and it is finite.
+    In training with grad enabled, what a call adds to the averages is committed by the next step(). A call that is
+    switched off adds nothing, nor does one in which head 1 has no target or whose values are not finite.
 
     Args:
         num_future_tokens: how many heads are expected.

@@ -23,7 +23,7 @@ CONVENTIONS = ("switch", "huggingface")
 def load_balancing_loss(
     statistics: RouterStatistics, *, k: int | None = None, convention: str = "switch", process_group: Any = None
 ) -> Tensor:
-    """Switch Transformer's load balancing loss: n_experts * sum_e f_e P_e, 1 at perfect balance.
+    """Switch Transformer's load balancing loss, n_experts * sum_e f_e P_e: 1 at perfect balance, larger without it.
 
     f_e = counts_e / (k n_rows) is the share of choices that fell on an expert (no gradient), and P_e its mean
     probability. The loss is computed per layer, then averaged over the layers that have rows.
@@ -35,8 +35,8 @@ def load_balancing_loss(
             n_rows (so k at perfect balance), over the rows of all layers together (so layers can hide each other's
             imbalance).
         process_group: counts are summed over it, so f is that of the global batch (Qiu et al. 2025). The mean of the
-            ranks' losses, gradients included, is then the loss of the global batch if all have as many rows; of other
-            numbers of rows, `global_load_balancing_loss` gives addends that are exact.
+            ranks' losses, gradients included, is then the loss of the global batch if all ranks have as many rows;
+            otherwise use `global_load_balancing_loss`, whose addends are exact.
 
     Returns:
         Scalar; 0 where no row counts.
@@ -141,8 +141,8 @@ def router_z_loss(statistics: RouterStatistics) -> Tensor:
 def token_entropy(statistics: RouterStatistics) -> Tensor:
     """Mean over rows of the entropy of the router's probabilities, averaged over layers, in nats; [0, log n_experts].
 
-    It is low where the router is sure of each token. Minimise it and maximise marginal_entropy to get decisions that
-    are sure and spread over the experts (Mustafa et al. 2022, "LIMoE": local and global entropy).
+    It is low where the router is sure of each token. To get decisions that are sure and spread over the experts,
+    minimise it and maximise marginal_entropy (Mustafa et al. 2022, "LIMoE": local and global entropy).
 
     Returns:
         Scalar; 0 where no row counts.

@@ -28,10 +28,10 @@ class MoEBalance(NamedTuple):
 
 
 class MoEBalancer(LearnedState, Part):
-    """Steers a router against the running load of its experts.
+    """Keeps the experts of a router equally busy, by a term that steers the router and by a bias on its scores.
 
-    Let f be the running share of rows of each expert and p the router's probabilities. For each layer, then averaged
-    over layers:
+    The term: let f be the running share of rows of each expert and p the router's probabilities. For each layer, then
+    averaged over layers:
 
         term = gradient_balance_weight * n_experts * sum_e (f_e - 1 / n_experts) * mean_i p_ie
 
@@ -39,16 +39,16 @@ class MoEBalancer(LearnedState, Part):
     exponential average over optimizer steps; a call reads what was committed before it. In training with grad enabled,
     a call adds its counts to those pending since the last `step()`.
 
-    `step()`, once per optimizer step, commits f and moves `expert_bias` by the loss-free rule b_e += u sign(mean(c) -
-    c_e) (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). Your router adds `expert_bias` to its
-    scores before its top-k, but not to the weights of the chosen experts, and passes the experts it chose as
-    expert_indices. With a sigmoid router you may leave them out; the choice is then the k largest of score +
-    expert_bias. If your model chooses among groups of experts first, you must pass them.
+    The bias: `step()`, once per optimizer step, commits f and moves `expert_bias` by the loss-free rule b_e += u
+    sign(mean(c) - c_e) with c the counts (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). Your
+    router adds `expert_bias` to its scores before its top-k, but not to the weights of the chosen experts. You pass the
+    experts that it chose as expert_indices. With a sigmoid router you may leave them out; the choice is then the k
+    largest of score + expert_bias. If your model chooses among groups of experts first, you must pass them.
 
     With expert_bias_update="quantile", `step()` sets the bias to the one with which each expert would have been chosen
-    by its share of the rows since the last step; see losses.quantile_balancing. It follows the scores, not the choices,
-    so it is for a router that chooses by the k largest of score + expert_bias, without groups. It costs a top-k of the
-    scores in each call, and [n_layers, n_experts, 1000] counts.
+    by its share of the rows since the last step; see losses.quantile_balancing. This follows the scores, not the
+    choices, so it is for a router that chooses the k largest of score + expert_bias, without groups. It costs a top-k
+    of the scores in each call, and [n_layers, n_experts, 1000] counts.
 
     Buffers: expert_load (f), expert_counts (since reset_statistics), expert_bias, all [n_layers, n_experts] float32.
 
@@ -60,8 +60,8 @@ class MoEBalancer(LearnedState, Part):
         moe_momentum: momentum of the running load.
         expert_bias_rate: u; 0 does without the bias.
         expert_bias_update: "sign", the rule above, or "quantile", which does not read u; sigmoid routers only.
-        expert_bias_centered: step() takes the mean of each layer off expert_bias. No choice depends on it; the bias no
-            longer drifts away from the scores where experts above and below the mean are not as many.
+        expert_bias_centered: step() takes the mean of each layer off expert_bias, so that the bias does not drift where
+            experts above and below the mean are not as many. No choice changes.
         router_score: "softmax" or "sigmoid" (normalised).
 
     Example:

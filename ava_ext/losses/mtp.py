@@ -66,11 +66,13 @@ class MultiTokenPrediction(Part):
     """mtp_weight * mean over depths k = 1..K of c_k sum_t w_{t+k} CE(depth k's logits at t, targets[t + k]).
 
     w is the weight of the row that is predicted: token weight / N, or 0 if it does not count or is in another segment.
-    c_k is the depth's weight (1). All heads read one hidden state, that of the main head; for modules of the model that
-    hand a state of their own on from depth to depth, as in DeepSeek-V3, see losses.mtp_hidden_states.
+    c_k is the depth's weight (1).
+
     Each depth has its own head, Linear_k(LayerNorm(h)), behind one norm. With mtp_share_head, each depth has a residual
     block in front of the given lm_head instead: lm_head(h + SiLU(Linear_k(RMSNorm_k(h)))). head_loss gets the logits of
-    a depth as LinearLogits, that is, what they are computed from.
+    a depth as LinearLogits, that is, what they are computed from. All heads read one hidden state, that of the main
+    head; for modules of the model that hand a state of their own from depth to depth, as in DeepSeek-V3, see
+    losses.mtp_hidden_states.
 
     Args:
         vocab_size, hidden_size: of the heads.
