@@ -10,6 +10,7 @@ from support.assertions import assert_within, relative_error
 from support.strategies import row_problems
 
 from ava_ext import LinearLogits, reference
+from ava_ext.ops.row_fields import N_ROW_COEFFICIENTS, STATISTIC_NAMES, RowFlags, row_options
 from ava_ext.ops.softmax_statistics import softmax_statistics, token_log_probs
 
 
@@ -134,6 +135,19 @@ def test_log_rest_of_a_sure_row(gap):
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
     gradient, expected_gradient = torch.autograd.grad(got.sum(), x)[0], torch.autograd.grad(expected.sum(), wide)[0]
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-6 + gap * 2**-23, atol=0)
+
+
+def test_the_maximum_may_be_in_the_columns_of_another_rank():
+    """Its coefficient then belongs to no column here, and changes none."""
+    logits, options, flags = torch.randn(2, 9), row_options(torch.zeros(1)), int(RowFlags.ENTROPY)
+    statistics = torch.ops.ava_ext.row_statistics(logits, None, None, options, flags, 9)[0]
+    statistics[:, STATISTIC_NAMES.index("argmax")] = torch.tensor([-4.0, 9.0])
+    coefficients = torch.randn(2, N_ROW_COEFFICIENTS)
+    gradients = []
+    for of_maximum in (3.0, 0.0):
+        coefficients[:, -1] = of_maximum
+        gradients.append(torch.ops.ava_ext.row_gradient(logits, statistics, coefficients, None, options, flags, 9))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 @given(row_problems(dtypes=[torch.float32, torch.float64]))
