@@ -128,6 +128,11 @@ class RowPass(Float32Buffers):
             self.reset_parameters()  # no checkpoint has them, and to_empty() leaves them undefined
         return self
 
+    def restore_precision(self) -> None:
+        """Makes the constants float32 again, with all their digits."""
+        super().restore_precision()
+        self.reset_parameters()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fills the constants."""

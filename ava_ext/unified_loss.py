@@ -273,6 +273,9 @@ class UnifiedLoss(nn.Module):
             IndexError: a counted target is out of range (CPU).
         """
         row_pass = self.row_pass
+        if row_pass.options.dtype != torch.float32:
+            for module in (row_pass, *self._learned()):
+                module.restore_precision()
         call = Call(
             self.config,
             self._sequence_keys,
