@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ava_ext.ops.arguments import as_constant
+from ava_ext.ops.committed import is_exporting
 
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
@@ -48,8 +49,10 @@ def without_second_derivative(
 
 
 def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments), which backward computes again; within torch.func, which cannot, what it needs is kept."""
-    if torch._C._are_functorch_transforms_active():
+    """function(*arguments), which backward computes again; within torch.func and in a program of torch.export, which
+    cannot, what it needs is kept.
+    """
+    if torch._C._are_functorch_transforms_active() or is_exporting():
         return function(*arguments)
     # a graph passes no symbol of a float into what is checkpointed
     arguments = tuple(as_constant(value) if isinstance(value, float) else value for value in arguments)
