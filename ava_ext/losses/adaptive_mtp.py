@@ -26,6 +26,7 @@ from ava_ext.losses.learned_state import LearnedState
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
+from ava_ext.ops.sharded_logits import ShardedLogits
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 
@@ -312,7 +313,7 @@ class AdaptiveMTP(LearnedState, Part):
             return []
         if given is None:
             raise ValueError("unified_loss: mtp_active needs additional_logits, got None")
-        heads = [given] if isinstance(given, LinearLogits) else list(given)
+        heads = [given] if isinstance(given, (LinearLogits, ShardedLogits)) else list(given)
         if not heads and call.mtp_active is False:
             return []
         if len(heads) != self.n_heads:
@@ -320,7 +321,7 @@ class AdaptiveMTP(LearnedState, Part):
                 f"unified_loss: expected num_future_tokens = {self.n_heads} additional_logits, got {len(heads)}"
             )
         for number, head in enumerate(heads):
-            if not isinstance(head, (Tensor, LinearLogits)):
+            if not isinstance(head, (Tensor, LinearLogits, ShardedLogits)):
                 raise TypeError(
                     f"unified_loss: expected additional_logits[{number}] to be a torch.Tensor or LinearLogits, "
                     f"got {type(head).__name__}"
