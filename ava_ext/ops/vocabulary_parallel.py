@@ -262,7 +262,7 @@ class _StatisticsOfShard(torch.autograd.Function):
         if grad_log_probs is None:
             grad_log_probs = like.new_zeros(ids.shape)
         if grad_summaries is None:
-            grad_summaries = like.new_zeros(N_SUMMARIES, len(ids))
+            grad_summaries = like.new_zeros(N_SUMMARIES, ids.shape[0])
         coefficients = statistics_coefficients(like, ids, row_mask, grad_log_probs, grad_summaries.unbind(0))
         of_rows = local_view(merged, coefficients, ids, shard)
         gradients = _gradients(parts, of_rows, ids, row_mask, shard, wanted, upstream)
