@@ -167,9 +167,8 @@ class RowPass(Float32Buffers):
             options = options.to(like.device)
         call.temperature = self.config.initial_temperature if temperature is None else temperature
         if temperature is not None:
-            temperature = temperature.to(options)
-            if self.config.logit_scale != 1:
-                temperature = temperature / self.config.logit_scale
+            if self.config.logit_scale != 1 or temperature.dtype != options.dtype:
+                temperature = temperature.to(options.dtype) / self.config.logit_scale
             options = torch.lerp(options, temperature, self.is_temperature.to(options))
         # neither holds the call: in a cycle, its logits would outlive it until Python's collector comes by
         call.head_loss = functools.partial(self._head_loss, options, call.placement, call.max_counted_rows)

@@ -273,7 +273,7 @@ class UnifiedLoss(nn.Module):
             IndexError: a counted target is out of range (CPU).
         """
         row_pass = self.row_pass
-        if row_pass.options.dtype != torch.float32:
+        if row_pass._buffers["options"].dtype != torch.float32:  # type: ignore[union-attr]  # looked up as fast as can be
             for module in (row_pass, *self._learned()):
                 module.restore_precision()
         call = Call(
