@@ -290,7 +290,8 @@ class_with: Callable[[Any, Any, bool], Any] = functools.cache(_make_class)
 def _forward_of(cls: Any) -> Callable[..., Any]:
     """A forward with the signature of cls.forward, which others look at, that computes the loss."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    signature = inspect.signature(cls.forward)
+    parameters = list(signature.parameters.values())[1:]
     names = tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
 
     @functools.wraps(cls.forward)
@@ -299,6 +300,9 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
             return cls.forward(self, *arguments, **options)
         return self._with_loss(functools.partial(cls.forward, self), names, arguments, options)
 
+    # accelerate.unwrap_model unwraps a forward as far as it can, and would find the model's own, without the loss
+    del forward.__wrapped__
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
 
 
