@@ -38,11 +38,7 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
         shift_labels: Tensor | None = None,  # [batch_size, n_tokens]
         **options: Any,
     ) -> Tensor:  # []
-        config = loss_fn.config
-        if ignore_index not in (None, config.ignore_index):
-            raise ValueError(
-                f"causal_lm_loss: expected ignore_index={config.ignore_index} as the loss, got {ignore_index}"
-            )
+        check_ignore_index("causal_lm_loss", loss_fn.config, ignore_index)
         is_shifted = shift_labels is not None
         targets = shift_labels if is_shifted else labels
         # a copy: models add to it in place
@@ -104,6 +100,12 @@ def check_is_loss(owner: str, loss_fn: Any) -> None:
     if not isinstance(getattr(loss_fn, "config", None), UnifiedLossConfig):
         kind = type(loss_fn)
         raise TypeError(f"{owner}: expected a UnifiedLoss as loss_fn, got {kind.__module__}.{kind.__qualname__}")
+
+
+def check_ignore_index(owner: str, config: UnifiedLossConfig, ignore_index: int | None) -> None:
+    """Raises ValueError where a model gives its loss function another one than that of the loss."""
+    if ignore_index not in (None, config.ignore_index):
+        raise ValueError(f"{owner}: expected ignore_index={config.ignore_index} as the loss, got {ignore_index}")
 
 
 def refuse_logit_options(config: UnifiedLossConfig, owner: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ava_ext.integrations.deferred_logits import DeferredLogits
 from ava_ext.integrations.heads import weight_and_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, check_same_logits
+from ava_ext.integrations.loss_functions import causal_lm_loss, check_ignore_index, check_same_logits
 from ava_ext.model_config import text_config
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import accumulation_dtype
@@ -43,6 +43,11 @@ class RecordsInput(nn.Module):
             return super().forward(hidden_states, *arguments, **options)
         self.input_of_head = hidden_states
         if self.mode == "defer":
+            if arguments or options:  # such as the adapter of each text, of peft
+                raise TypeError(
+                    f"fuse_lm_head: expected {self.owner} to call its head with hidden states alone, got "
+                    f"{[*map(type, arguments), *options]} too: use attach_loss"
+                )
             return DeferredLogits(hidden_states, self.owner)
         return super().forward(hidden_states, *arguments, **options)
 
@@ -90,6 +95,7 @@ class LossInForward(nn.Module):
                 f"{self._owner}: expected {type(self).__name__} to call self.loss_function once, got a second call: "
                 "compute the loss from its outputs"
             )
+        check_ignore_index(self._owner, self.unified_loss.config, options.get("ignore_index"))
         zero = torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
         self._recorded = (logits, labels, options.get("shift_labels"), zero)
         return zero

@@ -10,7 +10,7 @@ from ava_ext import UnifiedLoss
 pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-from ava_ext.integrations.transformers import fuse_lm_head, unfuse
+from ava_ext.integrations.transformers import attach_loss, fuse_lm_head, unfuse
 
 
 def adapted(**options):
@@ -51,6 +51,25 @@ def test_adapted_head(options):
     with model.disable_adapter():
         torch.testing.assert_close(without, model(**batch()).loss, rtol=1e-12, atol=0)
     assert not torch.isclose(without, expected[0])
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"]}])
+def test_an_adapter_for_each_text(options):
+    """The fused head knows one weight; attach_loss computes with the logits of all of them."""
+    options |= {"modules_to_save": ["lm_head"]} if options["target_modules"] == ["q_proj"] else {}
+    model = adapted(**options)
+    model.add_adapter("other", peft.LoraConfig(r=2, init_lora_weights=False, **options))
+    model = model.double().eval()
+    model.get_base_model().loss_function = loss_in_double
+    of_texts = {"adapter_names": ["default", "other", "__base__"]}
+    expected = model(**batch(), **of_texts).loss
+    del model.get_base_model()._loss_function
+    attach_loss(model, plain_loss(model))
+    torch.testing.assert_close(model(**batch(), **of_texts).loss, expected, rtol=1e-12, atol=0)
+    unfuse(model)
+    fuse_lm_head(model, plain_loss(model))
+    with pytest.raises(TypeError, match=r"hidden states alone, got \['adapter_names'\] too: use attach_loss"):
+        model(**batch(), **of_texts)
 
 
 def test_a_loss_that_adapters_have_frozen_is_noticed(tmp_path):

@@ -295,6 +295,14 @@ def test_labels_of_the_rows_themselves_are_not_shifted(name, put):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_another_ignore_index_is_refused(put):
+    model = put(family("Llama"), plain_loss(family("Llama")))
+    assert torch.equal(model(**batch(), ignore_index=-100).loss, model(**batch()).loss)
+    with pytest.raises(ValueError, match=f"{put.__name__}: expected ignore_index=-100 as the loss, got 7"):
+        model(**batch(), ignore_index=7)
+
+
 def test_one_call_of_the_loss_function():
     """Of two, the second would be all of the loss."""
     model = family("Llama")
