@@ -77,6 +77,7 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
         "_keys_before_loss",
         "_recorded",
         "_is_recording",
+        "has_computed_loss",
         "loss_parts",
         "report_parts",
     ):
@@ -137,6 +138,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         *(inner._keys_before_loss or ()),
         *(f"unified_loss.{key}" for key in loss_fn.state_dict()),
     }
-    inner._recorded, inner._is_recording, inner.report_parts, inner.loss_parts = None, False, False, None
+    inner._recorded, inner._is_recording, inner.has_computed_loss = None, False, False
+    inner.report_parts, inner.loss_parts = False, None
     inner.__class__ = class_with(LossInForward, type(inner), is_fused)
     return model

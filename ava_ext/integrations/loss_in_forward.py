@@ -63,6 +63,7 @@ class LossInForward(nn.Module):
         report_parts: whether to keep what the loss is made of, in loss_parts.
         loss_parts: of the last call with labels, the dict of return_detailed without graph, and model_aux_loss where
             the model added something; None where report_parts is False.
+        has_computed_loss: set by each call with labels; whoever asks has to clear it.
     """
 
     class_before_loss: ClassVar[type[nn.Module]]
@@ -75,6 +76,7 @@ class LossInForward(nn.Module):
     config: Any  # of the model
     _recorded: Any  # what the model gave to its loss function
     _is_recording: bool
+    has_computed_loss: bool
     expert_bias_binding: Any = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -131,6 +133,7 @@ class LossInForward(nn.Module):
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
                 "did not call"
             )
+        self.has_computed_loss = True
         logits, labels, model_shifted, zero = recorded
         targets = self._targets(labels, model_shifted, shifted)
         given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)

@@ -74,7 +74,7 @@ def test_an_adapter_for_each_text(options):
 
 def test_a_loss_that_adapters_have_frozen_is_noticed(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from ava_ext.integrations.transformers import UnifiedLossTrainer
+    from ava_ext.integrations.transformers import UnifiedLossCallback, UnifiedLossTrainer
 
     model = tiny("Llama", torch.float32)
     loss_fn = UnifiedLoss.from_model(model, use_mtp=True, auto_step=False)
@@ -82,6 +82,10 @@ def test_a_loss_that_adapters_have_frozen_is_noticed(tmp_path):
     args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=r"got \['mtp.* frozen: put the loss in after get_peft_model"):
         UnifiedLossTrainer(later, args, train_dataset=[], loss_fn=loss_fn)
+    rows = [{name: value[0] for name, value in batch().items()}]
+    plain = transformers.Trainer(later, args, train_dataset=rows, callbacks=[UnifiedLossCallback(loss_fn)])
+    with pytest.raises(ValueError, match=r"UnifiedLossCallback: .* got \['mtp.* frozen"):
+        plain.train()
 
 
 def test_what_is_no_linear_layer_is_refused():

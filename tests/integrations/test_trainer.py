@@ -369,6 +369,27 @@ def test_what_a_callback_must_not_let_pass(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "here/checkpoint-1"))
 
 
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**inputs).logits[:, :-1].mT, labels[:, 1:])
+
+
+def test_the_callback_notices_a_trainer_that_leaves_the_loss_out(tmp_path):
+    """Its own loss would be trained, and logged as `loss`."""
+    model = tiny("Llama", dtype=torch.float32)
+    loss_fn = plain_loss(model)
+    options = {"train_dataset": dataset(), "callbacks": [UnifiedLossCallback(loss_fn)]}
+    fuse_lm_head(model, loss_fn)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"got a step without it: .*SFTTrainer.*UnifiedLossTrainerMixin"):
+        OwnLoss(model, arguments(tmp_path), **options).train()
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0, got 0\.1: label_smoothing is an option of the"):
+        transformers.Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1), **options).train()
+    assert_equal(weights(model), before)
+    transformers.Trainer(model, arguments(tmp_path), **options).train()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_callback_steps_once_per_optimizer_step(tmp_path):
     model = tiny("Llama", dtype=torch.float32)
