@@ -268,8 +268,9 @@ class UnifiedLossTrainerMixin:
         arguments, options: Trainer's.
 
     Raises:
-        ValueError: label_smoothing_factor, compute_loss_func, model_init, or DataParallel, which have another way here;
-            adapters in the loss, or parameters of it that were frozen after it was put into the model.
+        ValueError: label_smoothing_factor, compute_loss_func, model_init, DataParallel, or loss_type="dft" of
+            SFTTrainer, which have another way here; adapters in the loss, or parameters of it that were frozen after
+            it was put into the model.
 
     Example:
         >>> class MyTrainer(UnifiedLossTrainerMixin, Trainer): ...
@@ -304,6 +305,11 @@ class UnifiedLossTrainerMixin:
         _check_trained("UnifiedLossTrainerMixin", inner)
         trainer: Any = self
         _refuse_label_smoothing("UnifiedLossTrainerMixin", trainer.args)
+        if getattr(trainer.args, "loss_type", None) == "dft":  # of SFTTrainer
+            raise ValueError(
+                "UnifiedLossTrainerMixin: expected loss_type='nll', got 'dft': token_reweighting='dft' is an option of "
+                "the loss"
+            )
         if trainer.args.n_gpu > 1:
             raise ValueError("UnifiedLossTrainerMixin: expected one process per GPU (torchrun), got DataParallel")
         self._callback = _CallbackOfTrainer(loss_fn)
