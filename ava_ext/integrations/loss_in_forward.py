@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.integrations.deferred_logits import DeferredLogits
-from ava_ext.integrations.heads import weight_and_bias
+from ava_ext.integrations.heads import logits_of_lora, weight_and_bias
 from ava_ext.integrations.loss_functions import causal_lm_loss, check_ignore_index, check_same_logits
 from ava_ext.model_config import text_config
 from ava_ext.ops.arguments import has_shape
@@ -233,12 +233,10 @@ class LossInForward(nn.Module):
                     f"{type(logits).__name__} from elsewhere: use attach_loss"
                 )
             check_same_logits(name, config, logits.softcap, logits.scale)
-            weight, bias = weight_and_bias(head)
-            given |= {"hidden_states": hidden_states, "lm_head_weight": weight, "lm_head_bias": bias}
-        else:
-            given |= {"logits": logits, "hidden_states": hidden_states}
-            if config.mtp_share_head or config.mtp_heads == "hidden_states":
-                given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
+            logits = logits_of_lora(head, logits.hidden_states)
+        given |= {"logits": logits, "hidden_states": hidden_states}
+        if logits is None or config.mtp_share_head or config.mtp_heads == "hidden_states":
+            given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
         return given | self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
 
     def _router(self, output: Any) -> dict[str, Any]:

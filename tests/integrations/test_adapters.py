@@ -53,6 +53,34 @@ def test_adapted_head(options):
     assert not torch.isclose(without, expected[0])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_adapter_smaller_than_the_last_digit_of_its_head_counts(autocast):
+    """As after the first steps of training a bfloat16 model, whose weight would swallow it."""
+    torch.manual_seed(0)
+    base = tiny("Llama", torch.bfloat16, hidden_size=64)
+    base.lm_head.weight.data.normal_(0, 0.3)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["lm_head"]))
+    head = base.lm_head
+    nn.init.normal_(head.lora_A["default"].weight, std=0.1)
+    nn.init.normal_(head.lora_B["default"].weight, std=1e-3)
+    assert head.lora_B["default"].weight.dtype == torch.float32
+    inputs, hidden = batch(batch_size=8, n_tokens=32), []
+    hook = head.register_forward_pre_hook(lambda head, inputs: hidden.append(inputs[0].detach().double()))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    weight, lora_A, lora_B = (
+        part.weight.detach().double() for part in (head.base_layer, head.lora_A["default"], head.lora_B["default"])
+    )
+    without, expected = (
+        loss_in_double(hidden[0] @ merged.T, inputs["labels"], 61) for merged in (weight, weight + 2 * lora_B @ lora_A)
+    )
+    fuse_lm_head(model, plain_loss(model))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = model(**inputs).loss.double()
+    assert (found - expected).abs() < 0.2 * (without - expected).abs()
+
+
 @pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"]}])
 def test_an_adapter_for_each_text(options):
     """The fused head knows one weight; attach_loss computes with the logits of all of them."""
