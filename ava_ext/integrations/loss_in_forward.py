@@ -37,6 +37,7 @@ class RecordsInput(nn.Module):
     input_of_head: Tensor | None = None  # [..., hidden_size]
     mode: str | None = None  # "record", "defer", or None: as before
     owner: str = ""
+    n_columns: int | None = None  # its out_features when the loss was put into the model
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:  # [..., hidden_size]
         if self.mode is None:
@@ -167,7 +168,7 @@ class LossInForward(nn.Module):
 
     def _head(self) -> RecordsInput:
         head = self.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(head, RecordsInput):
+        if not isinstance(head, RecordsInput) or getattr(head, "out_features", None) != head.n_columns:
             raise TypeError(
                 f"fuse_lm_head: the head of {type(self).__name__} is now another {type(head).__name__} than when the "
                 "loss was put into the model: call unfuse(model) first, then change the head (get_peft_model, "

@@ -399,6 +399,11 @@ def test_what_fits_not_is_refused():
     model.set_output_embeddings(torch.nn.Linear(16, V + 3))
     with pytest.raises(TypeError, match="the head of Gemma2ForCausalLM is now another Linear"):
         model(**batch())
+    tied = family("Llama tied")
+    fuse_lm_head(tied, plain_loss(tied))
+    tied.resize_token_embeddings(V + 3)
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM is now another Linear .*resize_token_embeddings"):
+        tied(**batch())
     other = family("Llama")
     other.forward = other.forward
     with pytest.raises(ValueError, match="with one of its own"):
