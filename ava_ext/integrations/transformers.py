@@ -135,7 +135,8 @@ class UnifiedLossCallback(TrainerCallback):
         if model is not None and not model.has_computed_loss and args.n_gpu < 2:  # DataParallel computes in copies
             raise ValueError(
                 "UnifiedLossCallback: expected Trainer to train with the loss in the model, got a step without it: a "
-                "Trainer that computes its own loss, as SFTTrainer does, needs UnifiedLossTrainerMixin"
+                "Trainer that computes its own loss, as SFTTrainer does, needs UnifiedLossTrainerMixin, and "
+                "use_liger_kernel needs liger_kernel_config={'fused_linear_cross_entropy': False}"
             )
 
     def on_optimizer_step(
