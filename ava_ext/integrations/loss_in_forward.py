@@ -125,10 +125,10 @@ class LossInForward(nn.Module):
         head.mode, self._is_recording, self._recorded = "defer" if self.is_fused else "record", True, None
         try:
             output = forward(**options, return_dict=True)
-        finally:
+        finally:  # a forward that raises, of too little memory, keeps none of it
             head.mode, self._is_recording = None, False
-        recorded, self._recorded = self._recorded, None
-        hidden_states, head.input_of_head = head.input_of_head, None
+            recorded, self._recorded = self._recorded, None
+            hidden_states, head.input_of_head = head.input_of_head, None
         if recorded is None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "

@@ -1,7 +1,9 @@
 """A model whose forward computes the loss gives the loss and the gradients that it would compute itself, in float64."""
 
+import contextlib
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -210,6 +212,25 @@ def test_what_a_model_adds_is_shared_and_reported(put):
         total, added = total + loss.detach(), added + model.loss_parts["model_aux_loss"]
     assert_same((total, gradients(model)), expected)
     torch.testing.assert_close(added, 0.3 * model.lm_head.weight.detach().square().mean())
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_a_forward_that_raises_keeps_no_activations(put):
+    """The next batch may need the memory."""
+    model = family("Llama")
+    put(model, plain_loss(model))
+    kept = []
+
+    def run_out_of_memory(head, inputs, output):
+        kept.append(weakref.ref(inputs[0]))
+        raise torch.OutOfMemoryError("of the logits")
+
+    hook = model.lm_head.register_forward_hook(run_out_of_memory)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        model(**batch())
+    hook.remove()
+    assert kept[0]() is None
+    model(**batch()).loss.backward()
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
