@@ -132,7 +132,7 @@ class LossInForward(nn.Module):
         if recorded is None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
-                "did not call"
+                "did not call: compute the loss from its outputs; Trainer takes compute_loss_func=trainer_loss(loss_fn)"
             )
         self.has_computed_loss = True
         logits, labels, model_shifted, zero = recorded

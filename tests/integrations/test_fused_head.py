@@ -316,6 +316,18 @@ def test_labels_of_the_rows_themselves_are_not_shifted(name, put):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def test_a_model_that_computes_its_loss_itself_is_named():
+    """Its logits are viewed on the way to a cross-entropy of its own: fuse_lm_head asks for attach_loss."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24}
+    for put, match in ((fuse_lm_head, "use attach_loss"), (attach_loss, r"did not call: .*trainer_loss\(loss_fn\)")):
+        model = BertForMaskedLM(BertConfig(vocab_size=V, **sizes))
+        put(model, plain_loss(model))
+        with pytest.raises(TypeError, match=match):
+            model(**batch())
+
+
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
 def test_another_ignore_index_is_refused(put):
     model = put(family("Llama"), plain_loss(family("Llama")))
