@@ -14,7 +14,7 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 
 from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
-from ava_ext.ops.arguments import as_constant, check_integers, check_is_tensor, check_real
+from ava_ext.ops.arguments import as_constant, check_integers, check_is_tensor, check_real, check_shape
 from ava_ext.ops.derivatives import refuse_tangents, wants_gradient
 from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.dtensors import is_dtensor
@@ -164,8 +164,7 @@ def _row_loss(
         weight = None
     if reduction not in REDUCTIONS:
         raise ValueError(f"{owner}: expected reduction to be one of {REDUCTIONS}, got {reduction!r}")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(f"{owner}: expected target of shape {list(logits.shape[:-1])}, got {list(target.shape)}")
+    check_shape(owner, logits.shape[:-1], target=target)
     dtype = accumulation_dtype(logits.dtype)
     if target.dtype != torch.int64:
         check_integers(owner, "target", target)
@@ -261,8 +260,7 @@ def _check_weight(
     logits: Tensor | LinearLogits,  # [..., n_columns]
 ) -> None:
     check_is_tensor(owner, "weight", weight)
-    if weight.shape != logits.shape[-1:]:
-        raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
+    check_shape(owner, logits.shape[-1:], weight=weight)
     check_real(owner, "weight", weight)
     if wants_gradient(weight):
         raise ValueError(f"{owner}: expected weight without requires_grad: no gradient is computed for it")

@@ -19,7 +19,7 @@ from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
-from ava_ext.ops.arguments import check_are_tensors, check_integers, check_is_tensor
+from ava_ext.ops.arguments import check_are_tensors, check_integers, check_is_tensor, check_shape
 from ava_ext.ops.row_fields import RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import count_rows, keep_rows
@@ -427,12 +427,8 @@ class MultiTokenPredictionLoss(nn.Module):
         check_is_tensor("multi_token_prediction_loss", "targets", targets)
         check_are_tensors("multi_token_prediction_loss", attention_mask=attention_mask)
         check_integers("multi_token_prediction_loss", "targets", targets, "[batch_size, n_tokens]")
+        check_shape("multi_token_prediction_loss", targets.shape, attention_mask=attention_mask)
         dtype = accumulation_dtype(self.mtp.heads[0].weight.dtype)  # type: ignore[arg-type]
-        if attention_mask is not None and attention_mask.shape != targets.shape:
-            raise ValueError(
-                "multi_token_prediction_loss: expected attention_mask of targets' shape "
-                f"{list(targets.shape)}, got {list(attention_mask.shape)}"
-            )
         targets = targets.long()
         rows = count_rows(self.config, targets, keep_rows(self.config, targets, attention_mask), None, None, dtype)
 

@@ -22,6 +22,7 @@ from ava_ext.losses.depths import (
     losses_of_heads,
     no_means,
 )
+from ava_ext.ops.arguments import check_shape
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import LinearLogits
 
@@ -227,15 +228,8 @@ class MultiTokenPrediction(Part):
             raise ValueError(
                 f"multi_token_prediction: expected targets [batch_size, n_tokens], got {list(targets.shape)}"
             )
-        shape = list(targets.shape)
-        expected = [*shape, self.hidden_size]
-        if list(hidden_states.shape) != expected:
-            raise ValueError(
-                f"multi_token_prediction: expected hidden_states of shape {expected}, got {list(hidden_states.shape)}"
-            )
-        for name, value in (("row_weights", row_weights), ("segments", segments)):
-            if value is not None and list(value.shape) != shape:
-                raise ValueError(f"multi_token_prediction: expected {name} of shape {shape}, got {list(value.shape)}")
+        check_shape("multi_token_prediction", (*targets.shape, self.hidden_size), hidden_states=hidden_states)
+        check_shape("multi_token_prediction", targets.shape, row_weights=row_weights, segments=segments)
         if not self.share_head:
             return
         if lm_head_weight is None:

@@ -77,10 +77,11 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
 
 
-def check_shape(owner: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
-    """Raises ValueError where the tensor has another shape."""
-    if tensor.shape != shape:
-        raise ValueError(f"{owner}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+def check_shape(owner: str, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """Raises ValueError where one that is not None has another shape."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{owner}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_are_integers(owner: str, **values: Any) -> None:
@@ -121,30 +122,23 @@ def check_beside_rows(
 
     For what puts all rows in one dimension: reshaped or broadcast, a row would get what is another row's.
     """
-    for name, tensor in (("targets", targets), ("row_weights", row_weights)):
-        if tensor is not None:
-            check_shape(owner, name, tensor, rows)
-    if candidate_ids is None:
-        return
-    check_ids_of_rows(owner, rows, "candidate_ids", candidate_ids, "n_candidates")
-    if candidate_weights is not None and candidate_weights.shape != candidate_ids.shape:
-        raise ValueError(
-            f"{owner}: expected candidate_weights of shape {list(candidate_ids.shape)}, "
-            f"got {list(candidate_weights.shape)}"
-        )
+    check_shape(owner, rows, targets=targets, row_weights=row_weights)
+    if candidate_ids is not None:
+        check_several_of_rows(owner, rows, "candidate_ids", candidate_ids, "n_candidates")
+        check_shape(owner, candidate_ids.shape, candidate_weights=candidate_weights)
 
 
-def check_ids_of_rows(
+def check_several_of_rows(
     owner: str,
-    rows: torch.Size,  # the shape of the rows of the logits
+    rows: torch.Size,  # [...]
     name: str,
-    ids: Tensor,  # [..., n_ids]
-    last: str = "n_ids",
+    values: Tensor,  # [..., n]
+    n: str,  # what the message calls it
 ) -> None:
-    """Raises ValueError where ids are not some for each row."""
-    if ids.dim() != len(rows) + 1 or ids.shape[:-1] != rows:
-        expected = ", ".join([*map(str, rows), last])
-        raise ValueError(f"{owner}: expected {name} of shape [{expected}], got {list(ids.shape)}")
+    """Raises ValueError where there are not several values for each row."""
+    if values.dim() != len(rows) + 1 or values.shape[:-1] != rows:
+        expected = ", ".join([*map(str, rows), n])
+        raise ValueError(f"{owner}: expected {name} of shape [{expected}], got {list(values.shape)}")
 
 
 def check_devices(

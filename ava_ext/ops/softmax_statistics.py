@@ -14,10 +14,10 @@ from ava_ext.ops.arguments import (
     as_ids,
     check_are_integers,
     check_constants,
-    check_ids_of_rows,
     check_is_tensor,
     check_positive,
     check_real,
+    check_several_of_rows,
     check_shape,
 )
 from ava_ext.ops.dtensor_logits import check_is_logits, local_logits, whole_beside
@@ -98,10 +98,10 @@ def softmax_statistics(
     if ids is not None:
         check_is_tensor("softmax_statistics", "ids", ids)
         ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
-        check_ids_of_rows("softmax_statistics", logits.shape[:-1], "ids", ids)
+        check_several_of_rows("softmax_statistics", logits.shape[:-1], "ids", ids, "n_ids")
     if row_mask is not None:
         check_is_tensor("softmax_statistics", "row_mask", row_mask)
-        check_shape("softmax_statistics", "row_mask", row_mask, logits.shape[:-1])
+        check_shape("softmax_statistics", logits.shape[:-1], row_mask=row_mask)
     size = logits.shape[-1] if vocab_size is None else vocab_size
     scale = (temperature, logit_softcap, logit_scale)
     return _statistics("softmax_statistics", logits, ids, *scale, size, row_mask, chunk_bytes, max_counted_rows)
@@ -201,7 +201,7 @@ def token_log_probs(
     if type(ignore_index) is not int:
         check_are_integers("token_log_probs", ignore_index=ignore_index)
     targets = as_ids("token_log_probs", "targets", targets, "[...]")
-    check_shape("token_log_probs", "targets", targets, logits.shape[:-1])
+    check_shape("token_log_probs", logits.shape[:-1], targets=targets)
     counted = targets != ignore_index
     size = logits.shape[-1] if vocab_size is None else vocab_size
     ids, scale = targets.unsqueeze(-1), (temperature, logit_softcap, logit_scale)
