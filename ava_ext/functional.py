@@ -85,8 +85,6 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     check_is_logits("cross_entropy", input, "input")
-    if isinstance(input, LinearLogits):
-        input.check("cross_entropy")
     check_is_tensor("cross_entropy", "target", target)
     if isinstance(input, Tensor) and input.dim() > 2:
         input = input.movedim(1, -1)

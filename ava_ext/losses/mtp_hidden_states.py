@@ -145,14 +145,11 @@ class HiddenStatesMTP(Part):
 
     def _given_heads(self, call: Call, heads: list[Logits]) -> list[Logits]:
         for number, head in enumerate(heads):
-            check_is_logits("unified_loss", head, f"additional_logits[{number}]")
+            check_is_logits(f"unified_loss: additional_logits[{number}]", head)
         shapes = [list(head.shape[:-1]) for head in heads]
         if shapes != [list(call.targets_shape)] * self.n_depths:
             raise ValueError(
                 f"unified_loss: expected additional_logits of num_future_tokens = {self.n_depths} times "
                 f"{[*call.targets_shape, call.config.vocab_size]}, got {[list(head.shape) for head in heads]}"
             )
-        for number, head in enumerate(heads):
-            if isinstance(head, LinearLogits):
-                head.check(f"unified_loss: additional_logits[{number}]")
         return [head.unsqueeze(0) for head in heads] if call.is_flat else heads

@@ -36,12 +36,11 @@ def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
 
 
 def check_is_logits(owner: str, logits: object, name: str = "logits") -> None:
-    """Raises TypeError for what is neither a tensor nor what logits are computed from."""
+    """Raises TypeError for what is neither a tensor nor what logits are computed from; of LinearLogits, see `check`."""
     kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
     check_is_tensor(owner, name, logits, kinds, "a Tensor or LinearLogits")
     if isinstance(logits, LinearLogits):
-        check_has_columns(owner, "weight", logits.weight)
-        check_has_columns(owner, "hidden_states", logits.hidden_states)
+        logits.check(owner)
     elif isinstance(logits, Tensor):
         check_has_columns(owner, name, logits)
 

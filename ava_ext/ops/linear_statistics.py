@@ -30,7 +30,6 @@ def linear_row_statistics(
 
     A chunk of rows is computed at a time; backward computes it again. owner begins the messages.
     """
-    logits.check(owner)
     check_are_integers(owner, chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
     refuse_transforms(owner, (*logits, options))
     rows = logits.shape[:-1]

@@ -134,9 +134,9 @@ def row_loss(
     is_plain = is_plain and type(row_weights) in _PLAIN
     is_plain = is_plain and (candidates is None or type(candidates.ids) is type(candidates.weights) is Tensor)
     if not (is_plain and type(target_probabilities) in _PLAIN and type(smoothing_weights) in _PLAIN):
+        check_is_logits("row_loss", logits)
         given, logits = logits, local_logits("row_loss", logits)
         inplace_gradient = inplace_gradient and not has_dtensor(given)  # it may be a leaf, or be saved: not seen here
-        check_is_logits("row_loss", logits)
         check_is_tensor("row_loss", "options", options)
         check_are_tensors("row_loss", smoothing_weights=smoothing_weights)
         if not isinstance(logits, LocalRows):  # which take their rows of DTensors

@@ -255,7 +255,6 @@ def test_logits_of_no_dimension():
     for match, call in {
         "softmax_statistics: expected logits": lambda: softmax_statistics(scalar, None),
         "softmax_statistics: expected hidden_states": lambda: softmax_statistics(linear, None),
-        "softmax_statistics: expected weight": lambda: softmax_statistics(LinearLogits(weight, scalar), None),
         "token_log_probs: expected logits": lambda: token_log_probs(scalar, targets),
         "token_metrics: expected logits": lambda: token_metrics(scalar, targets),
         "token_metrics: expected hidden_states": lambda: token_metrics(linear, targets),
@@ -267,6 +266,8 @@ def test_logits_of_no_dimension():
     }.items():
         with pytest.raises(ValueError, match=f"^{match} of at least one dimension, got a scalar"):
             call()
+    with pytest.raises(ValueError, match=r"expected weight of shape \[vocab_size, 4\] .*, got \[\]"):
+        softmax_statistics(LinearLogits(weight, scalar), None)
     with pytest.raises(ValueError, match=r"unified_loss: expected targets of shape \[\], got \[1\]"):
         UnifiedLoss(V)(scalar, targets)
 
