@@ -201,15 +201,13 @@ def _switched_off(
 
 
 class AdaptiveMTP(LearnedState, Part):
-    """adaptive_mtp_terms with the options of a configuration, and running averages for get_loss_statistics().
+    """adaptive_mtp_terms with the options of the call, and running averages for get_loss_statistics().
 
     In training with grad enabled, a call adds to the averages at the next step(), if it is not switched off, head 1 has
     a target in it and it is finite.
 
     Args:
-        num_future_tokens: how many heads are expected.
-        mtp_weight, confidence_reg_strength, use_confidence_weighting, mtp_own_denominator, ignore_index: see
-            UnifiedLossConfig.
+        calibrates: whether it also adds confidence_regularization.
 
     Example:
         >>> from ava_ext.losses.adaptive_mtp import adaptive_mtp_terms
@@ -232,25 +230,10 @@ class AdaptiveMTP(LearnedState, Part):
     sums: Tensor
     count: Tensor
 
-    def __init__(
-        self,
-        num_future_tokens: int = UnifiedLossConfig.num_future_tokens,
-        *,
-        mtp_weight: float = UnifiedLossConfig.mtp_weight,
-        confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
-        use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
-        mtp_own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
-        ignore_index: int = UnifiedLossConfig.ignore_index,
-    ) -> None:
+    def __init__(self, calibrates: bool = True) -> None:
         super().__init__()
-        self.own_denominator = mtp_own_denominator
-        self.n_heads = num_future_tokens
-        self.mtp_weight = mtp_weight
-        self.confidence_reg_strength = confidence_reg_strength
-        self.use_confidence_weighting = use_confidence_weighting
-        self.ignore_index = ignore_index
-        self.calibrates = use_confidence_weighting and confidence_reg_strength > 0
-        self.keys = ("mtp_loss", "confidence_regularization") if self.calibrates else ("mtp_loss",)
+        self.calibrates = calibrates
+        self.keys = ("mtp_loss", "confidence_regularization") if calibrates else ("mtp_loss",)
         self.register_buffer("sums", torch.empty(len(self.AVERAGES), dtype=torch.float32))
         self.register_buffer("count", torch.empty((), dtype=torch.int64))
         self.pending_sums = torch.empty(len(self.AVERAGES), dtype=torch.float32)
@@ -262,18 +245,11 @@ class AdaptiveMTP(LearnedState, Part):
         """The part where the configuration asks for heads of the model."""
         if config.mtp_heads != "adaptive":
             return None
-        return cls(
-            config.num_future_tokens,
-            mtp_weight=config.mtp_weight,
-            confidence_reg_strength=config.confidence_reg_strength,
-            use_confidence_weighting=config.use_confidence_weighting,
-            mtp_own_denominator=config.mtp_own_denominator,
-            ignore_index=config.ignore_index,
-        )
+        return cls(config.use_confidence_weighting and config.confidence_reg_strength > 0)
 
     def of_call(self, call: Call) -> Addends:
         """The terms of the heads that the call gives; with mtp_active=False zeros, in the graph of the heads."""
-        rows, active, confidence = call.rows, call.mtp_active, call.confidence_scores
+        config, rows, active, confidence = call.config, call.rows, call.mtp_active, call.confidence_scores
         heads = self._heads_of(call)
         if call.is_flat:
             heads = [head.unsqueeze(0) for head in heads]
@@ -281,7 +257,7 @@ class AdaptiveMTP(LearnedState, Part):
                 confidence = confidence.unsqueeze(0)
         if not heads:
             active = False
-        if active is not False and self.use_confidence_weighting and confidence is None:
+        if active is not False and config.use_confidence_weighting and confidence is None:
             raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
         terms = adaptive_mtp_terms(
             heads,
@@ -289,22 +265,23 @@ class AdaptiveMTP(LearnedState, Part):
             rows.weights,
             call.segments,
             call.head_loss,
-            confidence_scores=confidence if self.use_confidence_weighting else None,
+            confidence_scores=confidence if config.use_confidence_weighting else None,
             mtp_active=active,
-            mtp_weight=self.mtp_weight,
-            confidence_reg_strength=self.confidence_reg_strength,
-            use_confidence_weighting=self.use_confidence_weighting,
-            ignore_index=self.ignore_index,
+            mtp_weight=config.mtp_weight,
+            confidence_reg_strength=config.confidence_reg_strength,
+            use_confidence_weighting=config.use_confidence_weighting,
+            ignore_index=config.ignore_index,
             depth_weights=call.mtp_depth_weights,
-            own_denominator=self.own_denominator,
-            per_row=call.config.reduction == "none",
+            own_denominator=config.mtp_own_denominator,
+            per_row=config.reduction == "none",
         )
         if active is not False:
             call.learned.append(lambda recording: self.record_averages(recording, terms))
         addends = {"mtp_loss": terms.mtp_loss}
         if self.calibrates:
             addends["confidence_regularization"] = terms.confidence_regularization
-        return Addends(addends, depth_metrics(terms.depths if heads else no_means(rows.weights, self.n_heads)))
+        depths = terms.depths if heads else no_means(rows.weights, config.num_future_tokens)
+        return Addends(addends, depth_metrics(depths))
 
     def _heads_of(self, call: Call) -> list[Logits]:
         given = call.additional_logits
@@ -315,9 +292,10 @@ class AdaptiveMTP(LearnedState, Part):
         heads = [given] if isinstance(given, LinearLogits) else list(given)
         if not heads and call.mtp_active is False:
             return []
-        if len(heads) != self.n_heads:
+        n_heads = call.config.num_future_tokens
+        if len(heads) != n_heads:
             raise ValueError(
-                f"unified_loss: expected num_future_tokens = {self.n_heads} additional_logits, got {len(heads)}"
+                f"unified_loss: expected num_future_tokens = {n_heads} additional_logits, got {len(heads)}"
             )
         for number, head in enumerate(heads):
             if not isinstance(head, (Tensor, LinearLogits)):
