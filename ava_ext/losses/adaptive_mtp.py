@@ -56,7 +56,6 @@ def adaptive_mtp_terms(
     mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool
     mtp_weight: float = UnifiedLossConfig.mtp_weight,
     confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
-    use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
     ignore_index: int = UnifiedLossConfig.ignore_index,
     depth_weights: Tensor | None = None,  # [n_heads]
     own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
@@ -67,9 +66,9 @@ def adaptive_mtp_terms(
         mtp_loss = mtp_weight * mean over heads k of sum_t w_{t+k} c_t CE(head k's logits at t, targets[t + k])
         confidence_regularization = strength * sum_t w_{t+1} BCE(c_t, q_t)
 
-    w is row_weights. c is the confidence, or 1 without confidence weighting; mtp_loss detaches it, so that a model
-    cannot lower the heads' losses by giving up. q is the probability, detached, that head 1 gives its target. The
-    second term is lowest at c = q.
+    w is row_weights. c is the confidence, or 1 without one; mtp_loss detaches it, so that a model cannot lower the
+    heads' losses by giving up. q is the probability, detached, that head 1 gives its target. The second term is lowest
+    at c = q.
 
     Args:
         additional_logits: of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k]. A list may hold
@@ -82,7 +81,7 @@ def adaptive_mtp_terms(
         confidence_scores: in [0, 1], per sequence or per row. None: c = 1 and no confidence term.
         mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence:
             a sequence that is off counts as one whose rows have no target. None: on.
-        mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
+        mtp_weight, confidence_reg_strength, ignore_index: see UnifiedLossConfig.
         depth_weights, own_denominator: of the heads' loss; see `depths.depth_rows`.
         per_row: return both terms per row, [batch_size, n_tokens].
 
@@ -106,10 +105,9 @@ def adaptive_mtp_terms(
     dtype = accumulation_dtype(heads[0].dtype)
     targets, weights = active_rows(targets, row_weights.detach().to(dtype), mtp_active, ignore_index)
     confidence = None
+    head_weights: float | Tensor = mtp_weight / len(heads)
     if confidence_scores is not None:
         confidence = _rows(confidence_scores, batch_size, n_tokens).to(dtype)
-    head_weights: float | Tensor = mtp_weight / len(heads)
-    if confidence is not None and use_confidence_weighting:
         head_weights = head_weights * confidence.detach()
     rows = depth_rows(
         targets,
@@ -269,7 +267,6 @@ class AdaptiveMTP(LearnedState, Part):
             mtp_active=active,
             mtp_weight=config.mtp_weight,
             confidence_reg_strength=config.confidence_reg_strength,
-            use_confidence_weighting=config.use_confidence_weighting,
             ignore_index=config.ignore_index,
             depth_weights=call.mtp_depth_weights,
             own_denominator=config.mtp_own_denominator,
