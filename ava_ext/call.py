@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import check_integers, check_real, check_several_of_rows, check_shape, has_shape
+from ava_ext.ops.arguments import (
+    check_integers,
+    check_is_tensor,
+    check_real,
+    check_several_of_rows,
+    check_shape,
+    has_shape,
+)
 from ava_ext.ops.derivatives import wants_gradient
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
@@ -282,8 +289,7 @@ def _tokens_read(
 def _tensor(name: str, value: Any) -> Tensor:
     if value is None:
         raise ValueError(f"unified_loss: expected {name}, got None")
-    if not isinstance(value, Tensor):
-        raise TypeError(f"unified_loss: expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    check_is_tensor("unified_loss", name, value)
     return value
 
 

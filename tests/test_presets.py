@@ -307,5 +307,5 @@ def test_what_is_no_tensor_is_named_by_a_loss_that_stands_alone():
         "multi_token_prediction_loss: expected attention_mask": lambda: mtp(rows, ids, mask),
         "diversity_loss: expected row_mask": lambda: ava_ext.DiversityLoss()(rows, mask),
     }.items():
-        with pytest.raises(TypeError, match=f"^{match} to be a Tensor, got "):
+        with pytest.raises(TypeError, match=f"^{match} to be a torch.Tensor, got "):
             call()

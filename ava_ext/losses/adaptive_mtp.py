@@ -23,7 +23,7 @@ from ava_ext.losses.depths import (
     parts_of_heads,
 )
 from ava_ext.losses.learned_state import LearnedState
-from ava_ext.ops.arguments import has_shape
+from ava_ext.ops.arguments import check_is_tensor, has_shape
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
 
@@ -294,12 +294,9 @@ class AdaptiveMTP(LearnedState, Part):
             raise ValueError(
                 f"unified_loss: expected num_future_tokens = {n_heads} additional_logits, got {len(heads)}"
             )
+        kinds = (Tensor, LinearLogits), "a torch.Tensor or LinearLogits"
         for number, head in enumerate(heads):
-            if not isinstance(head, (Tensor, LinearLogits)):
-                raise TypeError(
-                    f"unified_loss: expected additional_logits[{number}] to be a torch.Tensor or LinearLogits, "
-                    f"got {type(head).__name__}"
-                )
+            check_is_tensor("unified_loss", f"additional_logits[{number}]", head, *kinds)
         return heads
 
     @torch.no_grad()

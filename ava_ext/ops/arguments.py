@@ -17,13 +17,11 @@ _LEAST, GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).m
 
 
 def check_is_tensor(
-    owner: str, name: str, value: object, kinds: tuple[type, ...] = (Tensor,), expected: str = "a Tensor"
+    owner: str, name: str, value: object, kinds: tuple[type, ...] = (Tensor,), expected: str = "a torch.Tensor"
 ) -> None:
     """Raises TypeError for a list, an array of NumPy, the output of a model, ..."""
     if not isinstance(value, kinds):
-        raise TypeError(
-            f"{owner}: expected {name} to be {expected}, got {type(value).__module__}.{type(value).__qualname__}"
-        )
+        raise TypeError(f"{owner}: expected {name} to be {expected}, got {torch.typename(value)}")
 
 
 def check_are_tensors(owner: str, **values: object) -> None:

@@ -38,7 +38,7 @@ def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
 def check_is_logits(owner: str, logits: object, name: str = "logits") -> None:
     """Raises TypeError for what is neither a tensor nor what logits are computed from; of LinearLogits, see `check`."""
     kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
-    check_is_tensor(owner, name, logits, kinds, "a Tensor or LinearLogits")
+    check_is_tensor(owner, name, logits, kinds, "a torch.Tensor or LinearLogits")
     if isinstance(logits, LinearLogits):
         logits.check(owner)
     elif isinstance(logits, Tensor):
