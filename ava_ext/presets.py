@@ -6,14 +6,13 @@ The former take the options of UnifiedLoss, except those that they have their ow
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses import effective_logits, immediate_repetition, ngram
 from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
@@ -212,10 +211,6 @@ class PenaltySchedule(LearnedState):
         """Nothing: the schedule is not a statistic."""
 
 
-def _is_weight(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
-
-
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
     """AntiRepetitionLoss whose penalty weights change over the first optimizer steps.
 
@@ -252,12 +247,10 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         **options: Any,
     ) -> None:
         super().__init__(vocab_size, eos_token_id, pad_token_id, **{"auto_step": False, **options})
-        weights = {"initial_weight": initial_weight, "final_weight": final_weight}
-        if not (isinstance(warmup_steps, int) and warmup_steps >= 1) or not all(map(_is_weight, weights.values())):
-            raise ValueError(
-                "adaptive_anti_repetition_loss: expected an integer warmup_steps >= 1 and weights >= 0, got "
-                f"{warmup_steps!r} and {weights}"
-            )
+        owner = "adaptive_anti_repetition_loss"
+        check_weights(owner, initial_weight=initial_weight, final_weight=final_weight)
+        if not (isinstance(warmup_steps, int) and warmup_steps >= 1):
+            raise ValueError(f"{owner}: expected warmup_steps to be an integer >= 1, got {warmup_steps!r}")
         self.schedule = PenaltySchedule(initial_weight, final_weight, warmup_steps)
         self.schedule.auto_step = self.config.auto_step
         self._state_names += ("schedule",)
