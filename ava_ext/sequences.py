@@ -1,4 +1,4 @@
-"""Sequences: where a segment begins, and labels that are not shifted yet."""
+"""Sequences: where a segment begins, and the rows ahead."""
 
 from __future__ import annotations
 
@@ -82,10 +82,21 @@ def text_numbers(
 
 def shift_left(
     values: Tensor,  # [batch_size, n_tokens]
-    fill: int | float | bool,
+    fill: int,
+    k: int = 1,
+    segments: Tensor | None = None,  # [batch_size, n_tokens]
 ) -> Tensor:
-    """values[:, t + 1] at t, `fill` at the end; [batch_size, n_tokens].
+    """values[:, t + k] at t, `fill` where that is beyond the end or in another segment; [batch_size, n_tokens].
 
     Rows keep their number, so that logits are never copied.
+
+    Example:
+        >>> shift_left(torch.tensor([[5, 6, 7, 8]]), -100, k=2)
+        tensor([[   7,    8, -100, -100]])
     """
-    return torch.nn.functional.pad(values[:, 1:], (0, min(1, values.shape[1])), value=fill)
+    n_tokens = values.shape[1]
+    k = min(k, n_tokens)
+    values = values[:, k:]
+    if segments is not None:
+        values = torch.where(segments[:, k:] == segments[:, : n_tokens - k], values, fill)
+    return torch.constant_pad_nd(values, (0, k), fill)  # functional.pad would take fill for a float, of 53 bits

@@ -14,7 +14,6 @@ from ava_ext.losses.depths import (
     DepthMeans,
     active_rows,
     connected,
-    counted_ahead,
     depth_means,
     depth_metrics,
     depth_rows,
@@ -26,6 +25,7 @@ from ava_ext.losses.learned_state import LearnedState
 from ava_ext.ops.arguments import check_is_tensor, has_shape
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
+from ava_ext.sequences import shift_left
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 
@@ -128,7 +128,7 @@ def adaptive_mtp_terms(
         # the value is bounded, its derivative stays: a head that is too sure of itself has to learn it
         certainty = certainty + (certainty.clamp(CONFIDENCE_MARGIN, 1 - CONFIDENCE_MARGIN) - certainty).detach()
         cross_entropy = -(probability * certainty.log() + (1 - probability) * torch.log1p(-certainty))
-        row_weight = confidence_reg_strength * counted_ahead(weights, segments, 1)
+        row_weight = confidence_reg_strength * shift_left(weights, 0, segments=segments)
         regularization = torch.where(is_target, cross_entropy, 0.0) * row_weight
     seen = torch.ones_like(weights) if confidence is None else confidence.detach()
     return AdaptiveMTPTerms(

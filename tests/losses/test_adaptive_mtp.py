@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from ava_ext import UnifiedLoss
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP, adaptive_mtp_terms
-from ava_ext.losses.depths import counted_ahead
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES, RowLoss
+from ava_ext.sequences import shift_left
 
 BATCH, LENGTH, VOCAB, HEADS = 2, 6, 9, 3
 
@@ -301,7 +301,8 @@ def test_a_confidence_that_is_too_sure_is_corrected(logit):
         terms = adaptive_mtp_terms(**inputs | {"confidence_scores": logits.sigmoid()}, head_loss=head_loss)
         return torch.autograd.grad(terms.confidence_regularization, leaf)[0]
 
-    weights = UnifiedLossConfig.confidence_reg_strength * counted_ahead(inputs["row_weights"], inputs["segments"], 1)
+    ahead = shift_left(inputs["row_weights"], 0, segments=inputs["segments"])
+    weights = UnifiedLossConfig.confidence_reg_strength * ahead
     weighted_probability = 0.5 * weights - gradient(leaf)  # at a confidence of 1/2 it is weight (1/2 - q)
     confidence = torch.tensor(logit, dtype=torch.float64).sigmoid()
     bounded = confidence.clamp(1e-6, 1 - 1e-6)
