@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_integers, has_shape
+from ava_ext.ops.arguments import check_integers, check_shape, has_shape
 
 
 def segment_numbers(
@@ -25,22 +25,15 @@ def segment_numbers(
             ascend.
     """
     batch_size, n_tokens = shape
-    parts = []
-    for name, given in (("segment_ids", segment_ids), ("position_ids", position_ids)):
+    starts: list[Tensor] = []
+    for name, given, begins in (("segment_ids", segment_ids, torch.ne), ("position_ids", position_ids, torch.le)):
         if given is None:
             continue
-        if not has_shape(given, (batch_size, n_tokens), (1, n_tokens), (n_tokens,)):
-            raise ValueError(
-                f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
-            )
+        if not has_shape(given, (1, n_tokens), (n_tokens,)):
+            check_shape("unified_loss", shape, **{name: given})
         check_integers("unified_loss", name, given, "[batch_size, n_tokens]")
-        given = given.long()  # unsigned integers have no order
-        parts.append(given if given.dim() == 2 else given.unsqueeze(0))
-    starts = []
-    if segment_ids is not None:
-        starts.append(parts[0][:, 1:] != parts[0][:, :-1])
-    if position_ids is not None:
-        starts.append(parts[-1][:, 1:] <= parts[-1][:, :-1])
+        given = torch.atleast_2d(given.long())  # unsigned integers have no order
+        starts.append(begins(given[:, 1:], given[:, :-1]))
     numbers = None
     if starts:
         starting = starts[0] if len(starts) == 1 else starts[0] | starts[1]
