@@ -241,13 +241,11 @@ class AuxiliaryLoss(Part):
             router_score=router_score,
             process_group=process_group,
         )
-        weights = {"load_balancing_weight": load_balancing_weight, "router_z_weight": router_z_weight}
-        check_weights("auxiliary_loss", **weights)
+        check_weights("auxiliary_loss", load_balancing_weight=load_balancing_weight, router_z_weight=router_z_weight)
         if per_sequence and (load_balancing_convention == "huggingface" or process_group is not None):
             raise ValueError(
                 "auxiliary_loss: per_sequence=True needs load_balancing_convention='switch' and process_group=None, "
-                "got "
-                f"{load_balancing_convention!r} and {process_group!r}"
+                f"got {load_balancing_convention!r} and {process_group!r}"
             )
         self.k = num_experts_per_token
         self.n_experts = num_experts
