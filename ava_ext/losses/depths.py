@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import HeadLoss, Logits
-from ava_ext.ops.arguments import has_shape
+from ava_ext.ops.arguments import check_constants, check_shape, has_shape
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
@@ -63,11 +63,8 @@ def depth_rows(
         sums = weights.sum((1, 2))
         weights = weights * torch.where(sums == 0, 0.0, row_weights.sum() / sums).view(-1, 1, 1)
     if depth_weights is not None:
-        if depth_weights.shape != (n_depths,) or depth_weights.requires_grad:
-            raise ValueError(
-                f"multi_token_prediction: expected mtp_depth_weights of shape [{n_depths}] without requires_grad, got "
-                f"{list(depth_weights.shape)}" + (" with it" if depth_weights.requires_grad else "")
-            )
+        check_shape("multi_token_prediction", (n_depths,), mtp_depth_weights=depth_weights)
+        check_constants("multi_token_prediction", mtp_depth_weights=depth_weights)
         weights = weights * depth_weights.to(weights).view(-1, 1, 1)
     return DepthRows(shifted, weights * scale)
 
