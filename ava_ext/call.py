@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops.arguments import (
+    check_constants,
     check_integers,
     check_is_tensor,
     check_real,
@@ -19,7 +20,6 @@ from ava_ext.ops.arguments import (
     check_shape,
     has_shape,
 )
-from ava_ext.ops.derivatives import wants_gradient
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits, is_weight_itself
@@ -382,7 +382,14 @@ def _check_shapes(call: Call) -> None:
         raise ValueError(
             f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(shape)}"
         )
-    check_shape("unified_loss", logits.shape[:-1], targets=targets)
+    check_shape(
+        "unified_loss",
+        logits.shape[:-1],
+        targets=targets,
+        attention_mask=call.attention_mask,
+        token_weights=call.token_weights,
+        input_ids=call.input_ids,
+    )
     if logits.shape[-1] < vocab_size:
         raise ValueError(
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
@@ -392,10 +399,8 @@ def _check_shapes(call: Call) -> None:
         ids = getattr(call, name)
         if ids is not None:
             check_integers("unified_loss", name, ids)
-    of_rows = {"attention_mask": call.attention_mask, "token_weights": call.token_weights, "input_ids": call.input_ids}
-    check_shape("unified_loss", shape, **of_rows)
-    if call.token_weights is not None and wants_gradient(call.token_weights):
-        raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
+    if call.token_weights is not None:
+        check_constants("unified_loss", token_weights=call.token_weights)
     if call.hidden_states is not None:
         check_several_of_rows("unified_loss", shape, "hidden_states", call.hidden_states, "hidden_size")
     if call.prefix_ids is not None:

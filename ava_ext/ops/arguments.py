@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ava_ext.ops.derivatives import wants_gradient
+
 POSITIVE = "a number > 0 in the range of float32"
 INTEGERS = (  # not uint64, whose greatest would become -1, -100, ...
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32
@@ -51,9 +53,9 @@ def check_positive(owner: str, **numbers: object) -> None:
 
 
 def check_constants(owner: str, **numbers: Any) -> None:
-    """Raises ValueError for a tensor that requires grad, where only its value is read."""
+    """Raises ValueError for a tensor that requires grad, which it would not get."""
     for name, number in numbers.items():
-        if isinstance(number, Tensor) and number.requires_grad:
+        if isinstance(number, Tensor) and wants_gradient(number):
             raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for it")
 
 
@@ -179,15 +181,6 @@ def has_shape(
     In a graph with dynamic shapes, `in` asks whether symbols are the same, not whether they are equal.
     """
     return any(values.shape == shape for shape in shapes)
-
-
-def as_constant(value: float) -> float:
-    """value; where a graph that is traced has it as a symbol, a constant of that graph."""
-    if not torch.compiler.is_compiling():
-        return value
-    from torch.fx.experimental.symbolic_shapes import guard_scalar  # with sympy: nothing that eager calls wait for
-
-    return guard_scalar(value)
 
 
 def as_ids(owner: str, name: str, ids: Tensor, shape: str) -> Tensor:
