@@ -138,6 +138,7 @@ def row_loss(
         check_is_logits("row_loss", logits)
         given, logits = logits, local_logits("row_loss", logits)
         inplace_gradient = inplace_gradient and not has_dtensor(given)  # it may be a leaf, or be saved: not seen here
+        check_is_tensor("row_loss", "targets", targets)
         check_is_tensor("row_loss", "options", options)
         check_are_tensors("row_loss", smoothing_weights=smoothing_weights)
         if not isinstance(logits, LocalRows):  # which take their rows of DTensors
@@ -153,9 +154,7 @@ def row_loss(
             candidates = None if candidates is None else Candidates(ids, weights, groups)
         beside = isinstance(logits, LocalRows) or has_dtensor(given)
         smoothing_weights = whole("row_loss", "smoothing_weights", smoothing_weights, beside)  # of every row
-    check_is_tensor("row_loss", "targets", targets)
-    if type(vocab_size) is not int or type(ignore_index) is not int:
-        check_are_integers("row_loss", vocab_size=vocab_size, ignore_index=ignore_index)
+    check_are_integers("row_loss", vocab_size=vocab_size, ignore_index=ignore_index)
     candidate_weights = None if candidates is None else candidates.weights
     check_constants("row_loss", options=options, row_weights=row_weights, candidate_weights=candidate_weights)
     if targets.dtype != torch.int64:
