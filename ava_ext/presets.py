@@ -396,13 +396,12 @@ class MultiTokenPredictionLoss(nn.Module):
         self.config = UnifiedLossConfig(
             vocab_size,
             hidden_size,
+            use_mtp=True,
             num_future_tokens=num_future_tokens,
             mtp_weight=mtp_weight,
             ignore_index=ignore_index,
         )
-        self.mtp = MultiTokenPrediction(
-            vocab_size, hidden_size, num_future_tokens, mtp_weight=mtp_weight, ignore_index=ignore_index
-        )
+        self.mtp = MultiTokenPrediction(self.config)
 
     def forward(
         self,

@@ -275,7 +275,7 @@ def test_heads_alone_take_their_ignore_index_and_mixed_precisions(ignore_index, 
     logits = mtp.mtp.heads[0](mtp.mtp.norm(hidden_states.to(of_heads)))[0, :2]
     expected = F.cross_entropy(logits, targets[0, 1:3])
     torch.testing.assert_close(got["mtp_loss_depth_1"], expected)
-    torch.testing.assert_close(got["total_loss"], mtp.mtp.weight * expected * 2 / 3)
+    torch.testing.assert_close(got["total_loss"], mtp.config.mtp_weight * expected * 2 / 3)
     with pytest.raises(
         ValueError, match=r"expected targets to be integers of shape \[batch_size, n_tokens\], got float32"
     ):

@@ -190,7 +190,7 @@ def test_no_counted_row():
     mtp, inputs = make_mtp(), make_inputs()
     inputs["hidden_states"].requires_grad_()
     inputs["row_weights"] = torch.zeros(BATCH, LENGTH)
-    inputs["targets"] = torch.full((BATCH, LENGTH), mtp.ignore_index)
+    inputs["targets"] = torch.full((BATCH, LENGTH), mtp.config.ignore_index)
     got = mtp(**inputs, head_loss=head_loss)
     got.loss.backward()
     assert got.loss == 0 and (got.depths.losses == 0).all()
