@@ -188,9 +188,8 @@ def test_auto_step_may_be_turned_on():
     ],
 )  # fmt: skip
 def test_bad_schedules_raise(options):
-    with pytest.raises(
-        ValueError, match="adaptive_anti_repetition_loss: expected an integer warmup_steps >= 1 and weights >= 0"
-    ):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"adaptive_anti_repetition_loss: expected {name} to be .*, got "):
         AdaptiveAntiRepetitionLoss(V, **options)
 
 
@@ -276,7 +275,7 @@ def test_heads_alone_take_their_ignore_index_and_mixed_precisions(ignore_index, 
     logits = mtp.mtp.heads[0](mtp.mtp.norm(hidden_states.to(of_heads)))[0, :2]
     expected = F.cross_entropy(logits, targets[0, 1:3])
     torch.testing.assert_close(got["mtp_loss_depth_1"], expected)
-    torch.testing.assert_close(got["total_loss"], mtp.mtp.weight * expected * 2 / 3)
+    torch.testing.assert_close(got["total_loss"], mtp.config.mtp_weight * expected * 2 / 3)
     with pytest.raises(
         ValueError, match=r"expected targets to be integers of shape \[batch_size, n_tokens\], got float32"
     ):
@@ -285,9 +284,7 @@ def test_heads_alone_take_their_ignore_index_and_mixed_precisions(ignore_index, 
 
 def test_the_mask_of_heads_alone_is_named():
     mtp = ava_ext.MultiTokenPredictionLoss(HIDDEN_SIZE, V)
-    with pytest.raises(
-        ValueError, match=r"multi_token_prediction_loss: expected attention_mask of targets' shape \[2, 6\]"
-    ):
+    with pytest.raises(ValueError, match=r"multi_token_prediction_loss: expected attention_mask of shape \[2, 6\]"):
         mtp(torch.randn(2, 6, HIDDEN_SIZE), torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 5))
 
 
@@ -309,5 +306,5 @@ def test_what_is_no_tensor_is_named_by_a_loss_that_stands_alone():
         "multi_token_prediction_loss: expected attention_mask": lambda: mtp(rows, ids, mask),
         "diversity_loss: expected row_mask": lambda: ava_ext.DiversityLoss()(rows, mask),
     }.items():
-        with pytest.raises(TypeError, match=f"^{match} to be a Tensor, got "):
+        with pytest.raises(TypeError, match=f"^{match} to be a torch.Tensor, got "):
             call()

@@ -11,8 +11,6 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in whic
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from ava_ext.ops.arguments import as_constant
-
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -45,6 +43,15 @@ def without_second_derivative(
         leading = [gradient.new_empty(0).requires_grad_()]
     raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 1 + len(leading))
     return raise_later(gradient.detach(), *leading)[0]
+
+
+def as_constant(value: float) -> float:
+    """value; where a graph that is traced has it as a symbol, a constant of that graph."""
+    if not torch.compiler.is_compiling():
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # with sympy: nothing that eager calls wait for
+
+    return guard_scalar(value)
 
 
 def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -126,10 +133,9 @@ def _transforms() -> list[Any]:
 
 def wants_gradient(tensor: Tensor) -> bool:
     """requires_grad; within torch.func also that of what the transforms have wrapped: a batch of vmap says False."""
-    if tensor.requires_grad or not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-        return tensor.requires_grad  # compiled code cannot look into a batch
-    while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():  # a graph cannot look into it
+        while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = _functorch.get_unwrapped(tensor)
     return tensor.requires_grad
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_integers, check_is_tensor
+from ava_ext.ops.arguments import check_integers, check_is_tensor, check_shape
 from ava_ext.ops.dtensor_rows import of_whole_texts
 from ava_ext.ops.dtensors import is_dtensor
 
@@ -51,9 +51,9 @@ def repeated_ngram_mask(
             f"repeated_ngram_mask: expected tokens of shape [batch_size, n_tokens], got {list(tokens.shape)}"
         )
     shape = tokens.shape
-    for name, given in (("mask", mask), ("segments", segments)):
-        if given is not None and given.shape != shape and not (name == "segments" and given.shape == (1, shape[1])):
-            raise ValueError(f"repeated_ngram_mask: expected {name} of shape {list(shape)}, got {list(given.shape)}")
+    check_shape("repeated_ngram_mask", shape, mask=mask)
+    if segments is not None and segments.shape != (1, shape[1]):
+        check_shape("repeated_ngram_mask", shape, segments=segments)
     if is_dtensor(tokens) or is_dtensor(mask) or is_dtensor(segments):
 
         def of_local(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> tuple[Tensor]:
