@@ -56,7 +56,7 @@ def cross_entropy(
         target: class indices in [0, vocab_size), or ignore_index; or probabilities of the classes, of input's shape and
             of floating point, which may require grad: sum_c q_c (-log p_c).
         weight: [n_columns], the weight of each class. "mean" divides by the sum of the targets' weights, as torch does;
-            with probabilities, by the number of rows.
+            with probabilities, or where that sum is 0, by the number of rows.
         size_average, reduce: deprecated in torch; use reduction.
         ignore_index: target of a row that does not count. With probabilities every row counts.
         reduction: "mean" over the rows that count, "sum" or "none".
@@ -183,7 +183,7 @@ def _row_loss(
             smoothing_weights = weight
         if reduction == "mean":
             total = (counted * of_class).sum()
-            row_weights = counted / torch.where(total == 0, 1, total)
+            row_weights = torch.where(total == 0, row_weights, counted / total)
     return row_loss(
         logits,
         target,
