@@ -90,9 +90,18 @@ class LearnedState(Float32Buffers):
         recording: bool | Tensor,  # [] bool, where a traced graph finds out when it runs
         **learned: Tensor,
     ) -> None:
-        """Adds what a call has learned, without grad, to the pending tensors of these names."""
+        """Adds what a call has learned, without grad, to the pending tensors of these names.
+
+        Raises:
+            NotImplementedError: within torch.func, to whose transforms what the call has learned belongs.
+        """
         if recording is False:
             return
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{self.statistics_name}: a training call cannot learn within torch.func; expected eval(), or a call "
+                "outside"
+            )
         for name, value in learned.items():
             getattr(self, name).add_(torch.where(recording, value, 0) if isinstance(recording, Tensor) else value)
 
