@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ava_ext.losses.float32_buffers import Float32Buffers
 from ava_ext.ops.committed import CallMemory, committed, is_checkpointed, is_exporting
+from ava_ext.ops.derivatives import refuse_transforms_in_graphs
 from ava_ext.process_group import resolve
 
 
@@ -121,6 +122,8 @@ class LearnedState(Float32Buffers):
     ) -> None:
         """To be called with grad enabled before a forward reads: remembers what it will read, for recomputations."""
         if isinstance(first_run, Tensor):
+            if torch._C._are_functorch_transforms_active():
+                refuse_transforms_in_graphs(self.statistics_name)
             for name in self.READ if self.auto_step else ():
                 previous = getattr(self, _previous(name))
                 previous.copy_(torch.where(first_run, getattr(self, name), previous))
