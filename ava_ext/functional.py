@@ -174,7 +174,8 @@ def _row_loss(
     flags = terms.flags
     if reduction == "mean":
         counted = (target != ignore_index).to(dtype)
-        row_weights = counted / counted.sum().clamp_min(1)
+        n_counted = counted.sum().clamp_min(1)
+        row_weights = counted / n_counted
     if weight is not None:
         of_class = classes_of(target, weight.to(dtype))
         flags |= RowFlags.TARGET_WEIGHTS
@@ -183,7 +184,7 @@ def _row_loss(
             smoothing_weights = weight
         if reduction == "mean":
             total = (counted * of_class).sum()
-            row_weights = torch.where(total == 0, row_weights, counted / total)
+            row_weights = counted / torch.where(total == 0, n_counted, total)
     return row_loss(
         logits,
         target,
