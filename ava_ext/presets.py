@@ -6,20 +6,19 @@ The former take the options of UnifiedLoss, except those that they have their ow
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import effective_logits, immediate_repetition, ngram
 from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
-from ava_ext.ops.arguments import check_are_tensors, check_integers, check_is_tensor
+from ava_ext.ops.arguments import GREATEST, check_are_tensors, check_constants, check_integers, check_is_tensor
 from ava_ext.ops.row_fields import RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import count_rows, keep_rows
@@ -213,7 +212,7 @@ class PenaltySchedule(LearnedState):
 
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value <= GREATEST  # type: ignore[operator]
 
 
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
@@ -233,7 +232,7 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         schedule: a module whose buffer steps [] counts optimizer steps.
 
     Raises:
-        ValueError: warmup_steps is below 1, or a weight is negative.
+        ValueError: warmup_steps is below 1, or a weight is negative, beyond the range of float32, or requires grad.
 
     Example:
         >>> loss_fn = AdaptiveAntiRepetitionLoss(32000, initial_weight=0.0, final_weight=4.0, warmup_steps=1000)
@@ -252,8 +251,10 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         **options: Any,
     ) -> None:
         super().__init__(vocab_size, eos_token_id, pad_token_id, **{"auto_step": False, **options})
+        check_constants("adaptive_anti_repetition_loss", initial_weight=initial_weight, final_weight=final_weight)
+        initial_weight, final_weight, warmup_steps = plain((initial_weight, final_weight, warmup_steps))
         weights = {"initial_weight": initial_weight, "final_weight": final_weight}
-        if not (isinstance(warmup_steps, int) and warmup_steps >= 1) or not all(map(_is_weight, weights.values())):
+        if not (type(warmup_steps) is int and warmup_steps >= 1) or not all(map(_is_weight, weights.values())):
             raise ValueError(
                 "adaptive_anti_repetition_loss: expected an integer warmup_steps >= 1 and weights >= 0, got "
                 f"{warmup_steps!r} and {weights}"
