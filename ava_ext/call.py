@@ -65,7 +65,7 @@ class Call:
         prefix: [batch_size, n_prefix], what comes before the context in the first row's text, ignore_index where
             masked; None: nothing.
         keep_targets: [batch_size, n_tokens] bool, rows whose target is not padding, without the row behind the last
-            label; None: all.
+            label of each text; None: all.
         keep_tokens: [batch_size, n_tokens] bool, tokens that are not padding; None: all.
         placement: how the rows are spread over ranks; None: this process has all of them.
         kept_rows: [batch_size, n_tokens] bool, rows that are not padding, whether they have a target or not; None: all.
@@ -180,9 +180,10 @@ class Call:
             attention_mask = None if attention_mask is None else shift_left(attention_mask, 0)
             token_weights = None if token_weights is None else shift_left(token_weights, 0)
             keep = keep_rows(config, targets, attention_mask)
+            if self.segments is not None:  # behind the last label of a text there is no row
+                is_within = self.segments == shift_left(self.segments, -1)
+                keep = is_within if keep is None else keep & is_within
             self.keep_targets = None if keep is None else keep[:, :-1]
-            if self.segments is not None:
-                targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
         self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
         if self.class_weights is not None:

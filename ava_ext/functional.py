@@ -56,7 +56,7 @@ def cross_entropy(
         target: class indices in [0, vocab_size), or ignore_index. Or floating-point probabilities q of the classes, of
             input's shape, for the loss sum_c q_c (-log p_c); they may require grad.
         weight: [n_columns], the weight of each class. "mean" divides by the sum of the targets' weights, as torch does;
-            with probabilities, by the number of rows.
+            with probabilities, or where that sum is 0, by the number of rows.
         size_average, reduce: deprecated in torch; use reduction.
         ignore_index: target of a row that does not count. With probabilities every row counts.
         reduction: "mean" over the rows that count, "sum" or "none".
@@ -172,7 +172,8 @@ def _row_loss(
     flags = terms.flags
     if reduction == "mean":
         counted = (target != ignore_index).to(dtype)
-        row_weights = counted / counted.sum().clamp_min(1)
+        n_counted = counted.sum().clamp_min(1)
+        row_weights = counted / n_counted
     if weight is not None:
         of_class = classes_of(target, weight.to(dtype))
         flags |= RowFlags.TARGET_WEIGHTS
@@ -181,7 +182,7 @@ def _row_loss(
             smoothing_weights = weight
         if reduction == "mean":
             total = (counted * of_class).sum()
-            row_weights = counted / torch.where(total == 0, 1, total)
+            row_weights = counted / torch.where(total == 0, n_counted, total)
     return row_loss(
         logits,
         target,

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ava_ext.config import UnifiedLossConfig, check_weights
+from ava_ext.config import UnifiedLossConfig, check_weights, plain
 from ava_ext.losses import effective_logits, immediate_repetition, ngram
 from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
-from ava_ext.ops.arguments import check_are_tensors, check_integers, check_is_tensor, check_shape
+from ava_ext.ops.arguments import check_are_tensors, check_constants, check_integers, check_is_tensor, check_shape
 from ava_ext.ops.row_fields import RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import count_rows, keep_rows
@@ -229,7 +229,7 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         schedule: a module whose buffer steps [] counts optimizer steps.
 
     Raises:
-        ValueError: warmup_steps is below 1, or a weight is negative.
+        ValueError: warmup_steps is below 1, or a weight is negative, beyond the range of float32, or requires grad.
 
     Example:
         >>> loss_fn = AdaptiveAntiRepetitionLoss(32000, initial_weight=0.0, final_weight=4.0, warmup_steps=1000)
@@ -249,8 +249,10 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
     ) -> None:
         super().__init__(vocab_size, eos_token_id, pad_token_id, **{"auto_step": False, **options})
         owner = "adaptive_anti_repetition_loss"
+        check_constants(owner, initial_weight=initial_weight, final_weight=final_weight)
+        initial_weight, final_weight, warmup_steps = plain((initial_weight, final_weight, warmup_steps))
         check_weights(owner, initial_weight=initial_weight, final_weight=final_weight)
-        if not (isinstance(warmup_steps, int) and warmup_steps >= 1):
+        if not (type(warmup_steps) is int and warmup_steps >= 1):
             raise ValueError(f"{owner}: expected warmup_steps to be an integer >= 1, got {warmup_steps!r}")
         self.schedule = PenaltySchedule(initial_weight, final_weight, warmup_steps)
         self.schedule.auto_step = self.config.auto_step

@@ -184,13 +184,22 @@ def test_auto_step_may_be_turned_on():
     "options",
     [
         {"warmup_steps": 0}, {"warmup_steps": None}, {"warmup_steps": 2.5},
-        {"initial_weight": -1.0}, {"final_weight": -1.0}, {"final_weight": math.nan}, {"initial_weight": "0"},
+        {"warmup_steps": True}, {"initial_weight": -1.0}, {"final_weight": -1.0}, {"final_weight": math.nan},
+        {"initial_weight": "0"}, {"final_weight": 1e39},
     ],
 )  # fmt: skip
 def test_bad_schedules_raise(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"adaptive_anti_repetition_loss: expected {name} to be .*, got "):
         AdaptiveAntiRepetitionLoss(V, **options)
+
+
+def test_a_schedule_takes_numbers_of_numpy_and_torch():
+    loss_fn = AdaptiveAntiRepetitionLoss(
+        V, warmup_steps=np.int64(4), final_weight=np.float32(2.0), initial_weight=torch.tensor(1)
+    )
+    loss_fn.step()
+    assert loss_fn.penalty_factor() == 1.25
 
 
 @pytest.mark.parametrize(
@@ -290,7 +299,7 @@ def test_the_mask_of_heads_alone_is_named():
 
 def test_what_is_no_tensor_is_named_by_a_loss_that_stands_alone():
     rows, ids, mask = torch.zeros(1, 4, 3), torch.zeros(1, 4).long(), np.ones((1, 4))
-    mtp = ava_ext.MultiTokenPredictionLoss(5, 3)
+    mtp, written = ava_ext.MultiTokenPredictionLoss(5, 3), ava_ext.SequenceUnlikelihoodLoss(3)
     for match, call in {
         "contrastive_loss: expected second": lambda: info_nce(rows[0], mask),
         "contrastive_loss: expected row_mask": lambda: info_nce(rows[0], rows[0], row_mask=mask),
@@ -305,6 +314,9 @@ def test_what_is_no_tensor_is_named_by_a_loss_that_stands_alone():
         "multi_token_prediction_loss: expected targets": lambda: mtp(rows, mask),
         "multi_token_prediction_loss: expected attention_mask": lambda: mtp(rows, ids, mask),
         "diversity_loss: expected row_mask": lambda: ava_ext.DiversityLoss()(rows, mask),
+        "sequence_unlikelihood: expected tokens": lambda: written.repeats(mask),
+        "sequence_unlikelihood: expected continuation_mask": lambda: written(rows, ids, mask),
+        "sequence_unlikelihood: expected segment_ids": lambda: written(rows, ids, segment_ids=mask),
     }.items():
         with pytest.raises(TypeError, match=f"^{match} to be a torch.Tensor, got "):
             call()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ava_ext.ops.arguments import (
     as_ids,
+    as_mask,
     check_are_integers,
     check_constants,
     check_is_tensor,
@@ -79,7 +80,8 @@ def softmax_statistics(
         logit_softcap: c of c tanh(logits / c).
         logit_scale: factor of the logits, before the soft cap.
         vocab_size: columns beyond it are padding. Default: n_columns.
-        row_mask: [...] bool; rows where it is False give zeros and get a zero gradient, whatever they hold.
+        row_mask: [...] bool or integers; rows where it is False or 0 give zeros and get a zero gradient, whatever they
+            hold.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
         max_counted_rows: see `row_loss`; of LinearLogits, the rows of row_mask.
 
@@ -88,7 +90,8 @@ def softmax_statistics(
 
     Raises:
         ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32 or requires
-            grad, ids that are not integers, ids or a mask of other rows, LinearLogits that do not fit.
+            grad, ids that are not integers, a mask of floats, ids or a mask of other rows, or LinearLogits that do not
+            fit.
         TypeError: on an argument that is not a tensor, or not an integer.
         IndexError: on ids out of range.
         RuntimeError: on other wrong shapes and types; on double backward.
@@ -107,6 +110,7 @@ def softmax_statistics(
     if row_mask is not None:
         check_is_tensor("softmax_statistics", "row_mask", row_mask)
         check_shape("softmax_statistics", logits.shape[:-1], row_mask=row_mask)
+        row_mask = as_mask("softmax_statistics", "row_mask", row_mask)
     scale = (temperature, logit_softcap, logit_scale)
     return _statistics("softmax_statistics", logits, ids, *scale, vocab_size, row_mask, chunk_bytes, max_counted_rows)
 

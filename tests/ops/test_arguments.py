@@ -138,6 +138,15 @@ def test_counts_that_are_no_integers(value):
             call()
 
 
+@both_kinds
+def test_a_row_mask_of_integers_as_tokenizers_give_it(logits):
+    mask = torch.tensor([True, False])
+    expected = softmax_statistics(logits, None, row_mask=mask).lse
+    assert torch.equal(softmax_statistics(logits, None, row_mask=2 * mask.long()).lse, expected)
+    with pytest.raises(ValueError, match=r"softmax_statistics: expected row_mask of bool, got float32"):
+        softmax_statistics(logits, None, row_mask=mask.float())
+
+
 def test_a_row_mask_that_is_no_tensor():
     with pytest.raises(TypeError, match=r"softmax_statistics: expected row_mask to be a torch.Tensor, got list"):
         softmax_statistics(LOGITS["dense"], None, row_mask=[True, True])
