@@ -29,7 +29,7 @@ from ava_ext.placements import CallPlacement, check_is_local, check_is_whole
 from ava_ext.reduction import count_rows, keep_rows
 from ava_ext.sequences import segment_numbers, shift_left
 
-Logits = Tensor | LinearLogits
+Logits = Tensor | LinearLogits | ShardedLogits
 Heads = Tensor | Sequence[Logits] | None
 # The loss of a head's rows: logits [..., n_columns], targets [...], row_weights [...] -> RowLoss, whose loss is the
 # weighted sum [], or with reduction="none" that of each row [...]; 0 where the target is ignored.
@@ -305,7 +305,7 @@ def _weight_and_bias(head: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tens
     return head.weight, head.bias if bias is None else bias
 
 
-def _as_logits(name: str, value: Any) -> Logits | ShardedLogits:
+def _as_logits(name: str, value: Any) -> Logits:
     if isinstance(value, (Tensor, LinearLogits, ShardedLogits)):
         return value
     given = getattr(value, "logits", None)  # what a model of transformers returns
@@ -325,7 +325,7 @@ def _reads_dtensors(call: Call) -> bool:
     return has_dtensor(of_model) or any(is_dtensor(states) for states in (call.hidden_states, *several))
 
 
-def _logits_of(call: Call) -> Logits | ShardedLogits:  # [..., n_columns]
+def _logits_of(call: Call) -> Logits:  # [..., n_columns]
     """What the main term reads: logits or primary_logits, or what lm_head makes of hidden_states."""
     config, hidden_states, weight, bias = call.config, call.hidden_states, call.lm_head_weight, call.lm_head_bias
     if bias is not None and weight is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_integers, check_shape, has_shape
+from ava_ext.ops.counted_rows import host_sees
 
 
 def segment_numbers(
@@ -67,7 +68,7 @@ def text_numbers(
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     numbers = starts.flatten().cumsum(0) - 1
     n_rows = batch_size * n_tokens
-    if device.type != "cpu" or torch.compiler.is_compiling() or n_rows == 0:
+    if n_rows == 0 or not host_sees(numbers):
         n_most = n_rows if cu_seqlens is None else min(n_rows, len(cu_seqlens) + 1 + batch_size)
         return numbers, max(n_most, 1)
     return numbers, int(numbers[-1]) + 1

@@ -189,6 +189,19 @@ def test_the_bias_moves_on_from_a_checkpoint_of_bfloat16():
     torch.testing.assert_close(loss_fn.moe_balancer.expert_bias, torch.tensor([[-0.4, 0.4, 0.4]]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_an_average_of_all_buffers(name):
+    """AveragedModel subtracts them, constants too: Lightning's WeightAveraging does so by default."""
+    loss_fn = build(name)
+    averaged = torch.optim.swa_utils.AveragedModel(loss_fn, use_buffers=True)
+    for seed in range(3):
+        train(loss_fn, 12, seed)
+        averaged.update_parameters(loss_fn)
+    constants, expected = (dict(module.row_pass.named_buffers()) for module in (averaged.module, loss_fn))
+    torch.testing.assert_close(constants, expected, rtol=0, atol=0)
+    train(averaged.module)
+
+
 # -- process groups
 
 

@@ -25,6 +25,7 @@ from ava_ext.losses.learned_state import LearnedState
 from ava_ext.ops.arguments import check_is_tensor, has_shape
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
+from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.sequences import shift_left
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
@@ -286,7 +287,7 @@ class AdaptiveMTP(LearnedState, Part):
             return []
         if given is None:
             raise ValueError("unified_loss: mtp_active needs additional_logits, got None")
-        heads = [given] if isinstance(given, LinearLogits) else list(given)
+        heads = [given] if isinstance(given, (LinearLogits, ShardedLogits)) else list(given)
         if not heads and call.mtp_active is False:
             return []
         n_heads = call.config.num_future_tokens
@@ -294,7 +295,7 @@ class AdaptiveMTP(LearnedState, Part):
             raise ValueError(
                 f"unified_loss: expected num_future_tokens = {n_heads} additional_logits, got {len(heads)}"
             )
-        kinds = (Tensor, LinearLogits), "a torch.Tensor or LinearLogits"
+        kinds = (Tensor, LinearLogits, ShardedLogits), "a torch.Tensor or LinearLogits"
         for number, head in enumerate(heads):
             check_is_tensor("unified_loss", f"additional_logits[{number}]", head, *kinds)
         return heads

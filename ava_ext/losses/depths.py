@@ -16,6 +16,7 @@ from ava_ext.ops.arguments import check_constants, check_shape, has_shape
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
+from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.sequences import shift_left
 
 MAIN_LOSS, CORRECT = TERM_NAMES.index("main_loss"), TERM_NAMES.index("correct")
@@ -133,7 +134,7 @@ def losses_of_heads(
             continue
         states = torch.stack([heads[number].hidden_states for number in group])  # type: ignore[union-attr]
         of_group = (torch.stack([values[number] for number in group]) for values in rows)
-        output = head_loss(head._replace(hidden_states=states), *of_group)  # type: ignore[union-attr]
+        output = head_loss(head._replace(hidden_states=states), *of_group)  # type: ignore[union-attr, call-arg]
         losses.append(output.loss.sum(0) if output.loss.dim() else output.loss)
         terms |= dict(zip(group, output.terms.unbind(1), strict=True))
     return DepthLosses(torch.stack(losses).sum(0), torch.stack([terms[number] for number in range(len(heads))], 1))
@@ -188,7 +189,8 @@ def depth_metrics(means: DepthMeans) -> dict[str, Tensor]:
 def parts_of_heads(heads: LinearLogits | Sequence[Logits]) -> list[Tensor | None]:
     """The tensors that the heads are made of."""
     several = [heads] if isinstance(heads, LinearLogits) else heads
-    return [part for head in several for part in (head if isinstance(head, LinearLogits) else (head,))]
+    local = [head.logits if isinstance(head, ShardedLogits) else head for head in several]
+    return [part for head in local for part in (head if isinstance(head, LinearLogits) else (head,))]
 
 
 def connected(

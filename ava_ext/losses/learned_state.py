@@ -63,9 +63,13 @@ class LearnedState(Float32Buffers):
     def check_device(self, device: torch.device, owner: str = "unified_loss") -> None:
         """Raises ValueError where the state is not on the device of the logits, as for every module with buffers.
 
-        A call does not move it: a checkpoint, an optimizer step and the other ranks would not know where it went.
+        A call does not move it: a checkpoint, an optimizer step and the other ranks would not know where it went. State
+        that a wrapper has cast is float32 again.
         """
-        home = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
+        first: Any = next(iter(self._buffers.values()))
+        home = first.device
+        if first.is_floating_point() and first.dtype != torch.float32:
+            self.restore_precision()
         if home != device:
             raise ValueError(
                 f"{owner}: expected the state of {self.statistics_name} on {device} as the logits, got {home}: move "

@@ -23,6 +23,7 @@ from ava_ext.losses.depths import (
 from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.sharded_logits import ShardedLogits
 
 
 class HiddenStatesMTP(Part):
@@ -81,7 +82,7 @@ class HiddenStatesMTP(Part):
             raise ValueError("unified_loss: expected mtp_hidden_states or additional_logits, got both")
         if logits is None:
             return self._shared_head(call, states)
-        return self._given_heads(call, [logits] if isinstance(logits, LinearLogits) else list(logits))
+        return self._given_heads(call, [logits] if isinstance(logits, (LinearLogits, ShardedLogits)) else list(logits))
 
     def _shared_head(
         self,

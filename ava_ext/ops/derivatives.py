@@ -11,6 +11,8 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in whic
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from ava_ext.ops.committed import is_exporting
+
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -55,8 +57,10 @@ def as_constant(value: float) -> float:
 
 
 def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments), which backward computes again; within torch.func, which cannot, what it needs is kept."""
-    if torch._C._are_functorch_transforms_active():
+    """function(*arguments), which backward computes again; within torch.func and in a program of torch.export, which
+    cannot, what it needs is kept.
+    """
+    if torch._C._are_functorch_transforms_active() or is_exporting():
         return function(*arguments)
     # a graph passes no symbol of a float into what is checkpointed
     arguments = tuple(as_constant(value) if isinstance(value, float) else value for value in arguments)
