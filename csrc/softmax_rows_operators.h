@@ -60,10 +60,7 @@ struct RowCall {
     AVA_CHECK(ids->dim() == logits.dim(), op, ": expected ", name, " of shape ", shape_string(rows), " + [n_ids], got ",
               shape_string(*ids));
     const int64_t n_ids = ids->size(ids->dim() - 1);
-    const ScalarType type = ids->scalar_type();
-    AVA_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": expected ", name,
-              " of type int32 or int64, got ", type_name(type));
-    check_beside(op, name, *ids, rows_and(n_ids), type, logits);
+    check_beside(op, name, *ids, rows_and(n_ids), index_type(op, name, *ids), logits);
     Device::check_n_ids(op, n_ids - n_own);
     arguments.n_ids = Columns(n_ids);
     dense(*ids);
