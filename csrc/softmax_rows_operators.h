@@ -7,7 +7,6 @@
 //   check_size(op, n_rows, n_columns), check_n_ids(op, n_ids)     what it cannot take
 //   check_targets(call), set_ids(call, name, ids)     the ids are dense, int32 or int64. What is out of range in a row
 //                                                     that counts is found before it is narrowed: here or in kernels
-//   set_column_weights(op, arguments, weights, are_real)     or says that it cannot
 //   new_tensor(logits, sizes, type), new_gradient(logits)
 //   set_groups(op, arguments, sizes)
 //   run(op, logits, arguments, kernel)     of at least one row
@@ -85,7 +84,9 @@ struct RowCall {
     check_device(op, "column_weights", *weights, logits);
     AVA_CHECK(n_weights == 1 || weights->stride(weights->dim() - 1) == 1, op,
               ": expected column_weights with last stride 1, got ", weights->stride(weights->dim() - 1));
-    Device::set_column_weights(op, arguments, *weights, type == real);
+    arguments.column_weights = weights->const_data_ptr();
+    arguments.column_weights_layout = layout_of(op, "column_weights", *weights);
+    arguments.column_weights_are_real = type == real;
   }
   void set_gradient(const Tensor& grad_logits) {  // [..., n_columns]; may be the logits
     arguments.grad_logits = grad_logits.mutable_data_ptr();

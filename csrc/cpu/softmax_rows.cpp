@@ -89,11 +89,6 @@ struct CpuRows {
     return real == ScalarType::Double ? counts(static_cast<const RowStatistics<double>*>(arguments.statistics))
                                       : counts(static_cast<const RowStatistics<float>*>(arguments.statistics));
   }
-  static void set_column_weights(const char* op, Arguments& arguments, const Tensor& weights, bool are_real) {
-    arguments.column_weights = weights.const_data_ptr();
-    arguments.column_weights_layout = layout_of(op, "column_weights", weights);
-    arguments.column_weights_are_real = are_real;
-  }
   static Tensor new_tensor(const Tensor&, const std::vector<int64_t>& sizes, ScalarType type) {
     return empty_tensor(sizes, type);
   }
