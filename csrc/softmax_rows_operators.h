@@ -247,15 +247,15 @@ struct RowOperators {
     return {statistics, log_probs, summaries};
   }
 
-  static void run_row_gradient(const char* op,
-                               const Tensor& logits,              // [..., n_columns]
-                               const Tensor& statistics,          // [..., kRowStatistics]
-                               const Tensor& row_coefficients,    // [..., kRowCoefficients + n_ids]
-                               const std::optional<Tensor>& ids,  // [..., n_ids]
-                               const Tensor& options,             // [kRowOptions]
-                               int64_t flags, int64_t vocab_size,
-                               const std::optional<Tensor>& column_weights,  // [..., vocab_size]
-                               std::optional<Tensor>& grad_logits) {  // [..., n_columns]; made here where not given
+  static Tensor run_row_gradient(const char* op,
+                                 const Tensor& logits,              // [..., n_columns]
+                                 const Tensor& statistics,          // [..., kRowStatistics]
+                                 const Tensor& row_coefficients,    // [..., kRowCoefficients + n_ids]
+                                 const std::optional<Tensor>& ids,  // [..., n_ids]
+                                 const Tensor& options,             // [kRowOptions]
+                                 int64_t flags, int64_t vocab_size,
+                                 const std::optional<Tensor>& column_weights,  // [..., vocab_size]
+                                 bool in_place) {
     Call call(op, logits, vocab_size);
     auto& arguments = call.arguments;
     call.set_options(options, flags);
@@ -266,26 +266,24 @@ struct RowOperators {
     check_beside(op, "row_coefficients", row_coefficients, call.rows_and(kRowCoefficients + arguments.n_ids), call.real,
                  logits);
     arguments.row_coefficients = const_cast<void*>(call.dense(row_coefficients));
-    if (!grad_logits) grad_logits = Device::new_gradient(logits);
-    call.set_gradient(*grad_logits);
+    const Tensor grad_logits = in_place ? logits : Device::new_gradient(logits);  // [..., n_columns]
+    call.set_gradient(grad_logits);
     call.run(&Kernels::row_gradient);
+    return grad_logits;
   }
 
   static Tensor row_gradient(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients,
                              std::optional<Tensor> ids, const Tensor& options, int64_t flags, int64_t vocab_size,
                              std::optional<Tensor> column_weights) {
-    std::optional<Tensor> grad_logits;
-    run_row_gradient("row_gradient", logits, statistics, row_coefficients, ids, options, flags, vocab_size,
-                     column_weights, grad_logits);
-    return *grad_logits;
+    return run_row_gradient("row_gradient", logits, statistics, row_coefficients, ids, options, flags, vocab_size,
+                            column_weights, false);
   }
 
   static void row_gradient_(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients,
                             std::optional<Tensor> ids, const Tensor& options, int64_t flags, int64_t vocab_size,
                             std::optional<Tensor> column_weights) {
-    std::optional<Tensor> grad_logits = logits;
     run_row_gradient("row_gradient_", logits, statistics, row_coefficients, ids, options, flags, vocab_size,
-                     column_weights, grad_logits);
+                     column_weights, true);
   }
 
   // Touches no row whose factor is 1 (on CUDA the host never knows which those are), and none whose target is ignored.
