@@ -215,11 +215,10 @@ Tensor router_gradient(std::vector<Tensor> gate_logits,         // of [n_layers,
   rows.arguments.grad_importance = rows.dense(grad_importance);
   rows.arguments.grad_lse_squared = rows.dense(grad_lse_squared);
   rows.arguments.grad_entropy = rows.dense(grad_entropy);
-  const int64_t element_bytes = gate_logits[0].element_size();
-  Tensor grad_logits = pooled_empty(contiguous_layout(shape.gradient), gate_logits[0].scalar_type(), element_bytes);
+  Tensor grad_logits = pooled_empty(contiguous_layout(shape.gradient), gate_logits[0]);
   rows.arguments.grad_logits = grad_logits.mutable_data_ptr();
   if (segment_ids && int64_t(rows.order.size()) < shape.n_rows)  // rows without a segment are in no block
-    std::fill_n(static_cast<char*>(grad_logits.mutable_data_ptr()), grad_logits.numel() * element_bytes, 0);
+    std::fill_n(static_cast<char*>(rows.arguments.grad_logits), grad_logits.numel() * grad_logits.element_size(), 0);
   rows.for_blocks([&](int64_t block, void* scratch) {
     router_kernels().differentiate(rows.arguments, rows.blocks[block], scratch);
   });

@@ -92,9 +92,7 @@ struct CpuRows {
   static Tensor new_tensor(const Tensor&, const std::vector<int64_t>& sizes, ScalarType type) {
     return empty_tensor(sizes, type);
   }
-  static Tensor new_gradient(const Tensor& logits) {
-    return pooled_empty(gradient_layout(logits), logits.scalar_type(), int64_t(logits.element_size()));
-  }
+  static Tensor new_gradient(const Tensor& logits) { return pooled_empty(gradient_layout(logits), logits); }
   static void set_groups(const char*, Arguments& arguments, const std::vector<int64_t>& sizes) {
     arguments.group_sizes = sizes.data();
     arguments.n_groups = int64_t(sizes.size());
