@@ -49,9 +49,9 @@ struct SecondLook {
 };
 template <class Real>
 __device__ __forceinline__ SecondLook<Real> sum_of_lanes(SecondLook<Real> mine) {
-  return {{warp_total(mine.weights.rest), warp_total(mine.weights.at_maximum), warp_total(mine.weights.weighted)},
-          warp_total(mine.n_greater),
-          warp_total(mine.tail_mass)};
+  return {{warp_sum(mine.weights.rest), warp_sum(mine.weights.at_maximum), warp_sum(mine.weights.weighted)},
+          warp_sum(mine.n_greater),
+          warp_sum(mine.tail_mass)};
 }
 template <class Element, class Real>
 __device__ __forceinline__ SecondLook<Real> second_look(const RowArguments& a, const RowOptions<Real>& options,
