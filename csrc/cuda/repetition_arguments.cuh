@@ -8,8 +8,6 @@
 
 namespace ava {
 
-constexpr double kMostRunFactor = 4;  // by which a run's weight grows at most
-
 // base^exponent, exponent >= 0. pow is a call, over which registers are spilled.
 __device__ inline double power(double base, int64_t exponent) {
   double result = 1;
