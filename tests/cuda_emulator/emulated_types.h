@@ -26,7 +26,7 @@ struct alignas(8) float2 {
   float x, y;
 };
 
-// 16-bit numbers, with the roundings that the C++ tests hold against torch's
+// 16-bit numbers, rounded as tests/cpp/test_softmax_rows.cpp expects
 struct __half {
   ava::Float16 number;
 };
