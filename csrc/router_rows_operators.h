@@ -113,22 +113,22 @@ inline RouterShape check_router_gradient(
   return shape;
 }
 
-// Sets what the arguments of both devices call by the same names. dense(tensor): its elements, one after another.
-template <class Arguments, class Dense>
+// Sets what the arguments of both devices call by the same names.
+template <class Arguments>
 void set_choices_and_mask(Arguments& arguments, const RouterShape& shape,
                           const std::optional<Tensor>& expert_indices,  // [n_layers, n_rows, k]
                           const std::optional<Tensor>& row_mask,        // [n_rows] or [n_layers, n_rows]
-                          Dense dense) {
+                          DenseTensors& tensors) {
   if (expert_indices) {
     arguments.k = expert_indices->size(2);
-    const void* const indices = dense(*expert_indices);
+    const void* const indices = tensors.dense(*expert_indices);
     if (expert_indices->scalar_type() == ScalarType::Long)
       arguments.wide_indices = static_cast<const int64_t*>(indices);
     else
       arguments.indices = static_cast<const int32_t*>(indices);
   }
   if (row_mask) {
-    arguments.row_mask = static_cast<const bool*>(dense(*row_mask));
+    arguments.row_mask = static_cast<const bool*>(tensors.dense(*row_mask));
     arguments.mask_stride = row_mask->dim() == 2 ? shape.n_rows : 0;
   }
 }

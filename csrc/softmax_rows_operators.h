@@ -21,9 +21,9 @@
 
 namespace ava {
 
-// The arguments of one call. Keeps what the kernels read alive.
+// The arguments of one call, and what the kernels read.
 template <class Device>
-struct RowCall {
+struct RowCall : DenseTensors {
   using Arguments = typename Device::Arguments;
   using Kernel = decltype(Device::Kernels::row_loss) Device::Kernels::*;
   const char* op;
@@ -32,7 +32,6 @@ struct RowCall {
   const ScalarType real;            // of everything but the logits and their gradient
   const std::vector<int64_t> rows;  // the shape of the rows
   Arguments arguments{};
-  std::vector<Tensor> kept;
 
   RowCall(const char* op, const Tensor& logits, int64_t vocab_size)
       : op(op), logits(logits), vocab_size(vocab_size), real(accumulation_type(logits)), rows(checked_rows()) {
@@ -91,10 +90,6 @@ struct RowCall {
   void set_gradient(const Tensor& grad_logits) {  // [..., n_columns]; may be the logits
     arguments.grad_logits = grad_logits.mutable_data_ptr();
     arguments.grad_layout = layout_of(op, "logits", grad_logits);
-  }
-  const void* dense(const Tensor& tensor) {
-    kept.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-    return kept.back().const_data_ptr();
   }
 
   std::vector<int64_t> rows_and(int64_t last) const {  // [..., last]

@@ -11,14 +11,13 @@ namespace {
 
 // What both operators are given. Keeps what the kernels read alive until the launch.
 template <class Real>
-struct RouterCall {
+struct RouterCall : DenseTensors {
   const char* op;
   const RouterShape& shape;
   const std::vector<Tensor>& gate_logits;  // of [n_layers, ..., n_experts]
   const DeviceScope& device;
   int64_t n_segments;
   RouterArguments<Real> arguments{};
-  std::vector<Tensor> kept;
 
   RouterCall(const char* op, const RouterShape& shape, const std::vector<Tensor>& gate_logits,
              const std::optional<Tensor>& expert_indices,  // [n_layers, n_rows, k]
@@ -34,16 +33,10 @@ struct RouterCall {
     arguments.n_segments = n_segments;
     arguments.rows_in_slot = rows_in_slot(shape.n_experts);
     arguments.n_slots = most_slots(shape.n_rows, shape.n_experts, n_segments, segment_ids.has_value());
-    set_choices_and_mask(arguments, shape, expert_indices, row_mask,
-                         [&](const Tensor& tensor) { return dense(tensor); });
+    set_choices_and_mask(arguments, shape, expert_indices, row_mask, *this);
     if (segment_ids) sort_by_segment(static_cast<const int64_t*>(dense(segment_ids)));
   }
 
-  const void* dense(const std::optional<Tensor>& tensor) {
-    if (!tensor) return nullptr;
-    kept.push_back(torch::stable::contiguous(*tensor));
-    return kept.back().const_data_ptr();
-  }
   Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) const {
     return ava::new_tensor(gate_logits[0], sizes, type);
   }
