@@ -66,6 +66,11 @@ class CallPlacement:
             )
         return cls(place, rows)
 
+    @property
+    def is_within_texts(self) -> bool:
+        """Whether the tokens of a batch row are spread over ranks."""
+        return any(p.is_shard() and p.dim == 1 for p in self.place.placements)
+
     def local(
         self,
         values: Tensor,  # [batch_size, n_tokens]

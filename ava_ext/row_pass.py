@@ -46,10 +46,6 @@ class RowPassOutput(NamedTuple):
     rank: Tensor | None  # [batch_size, n_tokens], of the targets where accuracy_top_k wants them: see RowLoss
 
 
-def _no_soft_targets(call: Call) -> None:
-    return None
-
-
 class RowPass(Float32Buffers):
     """Row terms and sources of candidates of a configuration, merged into one call of `row_loss`.
 
@@ -73,7 +69,7 @@ class RowPass(Float32Buffers):
             (source.key, source.given) for source in sources if source.given is not None and not source.is_soft
         )
         self.soft_key: tuple[str, ...] = ()
-        self.soft_targets: Callable[[Call], Candidates | None] = _no_soft_targets
+        self.soft_targets: Callable[[Call], Candidates | None] | None = None
         self.soft_temperature = 1.0
         self.soft_flags = int(RowFlags.SOFT_TARGETS | (RowFlags.TAIL if config.distillation_tail else 0))
         for source in sources:
@@ -105,13 +101,14 @@ class RowPass(Float32Buffers):
         }
         # constants of the device: nothing is copied to it in a call, and nothing is made while a graph is traced
         n_classes = None if config.class_weights is None else len(config.class_weights)
-        for name, size, dtype in (
-            ("options", N_OPTIONS, torch.float32),
-            ("is_temperature", N_OPTIONS, torch.bool),
-            ("class_weights", n_classes, torch.float32),
-            ("penalty_weights", N_REPETITION_WEIGHTS, torch.float32),
+        for name, size in (
+            ("options", N_OPTIONS),
+            ("is_temperature", N_OPTIONS),  # 0 or 1: AveragedModel subtracts buffers, and no bools
+            ("class_weights", n_classes),
+            ("penalty_weights", N_REPETITION_WEIGHTS),
         ):
-            self.register_buffer(name, None if size is None else torch.empty(size, dtype=dtype), persistent=False)
+            constants = None if size is None else torch.empty(size, dtype=torch.float32)
+            self.register_buffer(name, constants, persistent=False)
         self.reset_parameters()
 
     def _make_options(self, like: Tensor) -> Tensor:  # [N_OPTIONS]
@@ -126,6 +123,11 @@ class RowPass(Float32Buffers):
         if self.options is not before:
             self.reset_parameters()  # no checkpoint has them, and to_empty() leaves them undefined
         return self
+
+    def restore_precision(self) -> None:
+        """Makes the constants float32 again, with all their digits."""
+        super().restore_precision()
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -161,13 +163,14 @@ class RowPass(Float32Buffers):
             options = options.to(like.device)
         call.temperature = self.config.initial_temperature if temperature is None else temperature
         if temperature is not None:
+            temperature = temperature.to(options)
             if self.config.logit_scale != 1:
-                temperature = temperature.to(options.dtype) / self.config.logit_scale
-            options = torch.where(self.is_temperature.to(like.device), temperature, options)
+                temperature = temperature / self.config.logit_scale
+            options = torch.lerp(options, temperature, self.is_temperature.to(options))
         # neither holds the call: in a cycle, its logits would outlive it until Python's collector comes by
         call.head_loss = functools.partial(self._head_loss, options, call.placement, call.max_counted_rows)
         call.candidate_loss = functools.partial(self._candidate_loss, options, call.logits)
-        soft = self.soft_targets(call)
+        soft = None if self.soft_targets is None else self.soft_targets(call)
         in_this_pass = soft is not None and self.soft_temperature == 1
         candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
         flags = self.flags_with_entropy if is_detailed else self.flags
@@ -203,7 +206,7 @@ class RowPass(Float32Buffers):
         options: Tensor,  # [N_OPTIONS]
     ) -> RowLoss:
         """Soft targets at a temperature of their own."""
-        options = torch.where(self.is_temperature.to(options.device), options * self.soft_temperature, options)
+        options = torch.lerp(options, options * self.soft_temperature, self.is_temperature.to(options))
         return row_loss(
             call.logits,
             call.rows.targets,

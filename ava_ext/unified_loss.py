@@ -225,7 +225,7 @@ class UnifiedLoss(nn.Module):
             primary_logits: for adaptive heads; may be LinearLogits. The main term reads them with
                 primary_loss_type="adaptive_mtp", and with mtp_type="adaptive" if there are no logits.
             additional_logits, confidence_scores: adaptive multi-token prediction, see `losses.adaptive_mtp`. Each head
-                may be LinearLogits.
+                may be LinearLogits or ShardedLogits.
             mtp_active: False switches heads of any kind off for this call; a tensor, [] or [batch_size], does so on the
                 device, for all or per sequence; None takes the heads that are given.
             mtp_hidden_states: what the depth modules of the model give (mtp_type="hidden_states"), read by
@@ -273,6 +273,9 @@ class UnifiedLoss(nn.Module):
             IndexError: a counted target is out of range (CPU).
         """
         row_pass = self.row_pass
+        if row_pass.options.dtype != torch.float32:
+            for module in (row_pass, *self._learned()):
+                module.restore_precision()
         call = Call(
             self.config,
             self._sequence_keys,

@@ -114,6 +114,15 @@ def test_an_exported_training_loss_reads_and_learns_nothing(strict):
 
 
 @pytest.mark.parametrize("strict", [True, False])
+def test_what_is_computed_again_in_training_is_plain_in_a_program(strict):
+    loss_fn = UnifiedLoss(V, HIDDEN_SIZE, primary_loss_type="standard", use_mtp=True, mtp_share_head=True)
+    states, weight = torch.randn(2, 6, HIDDEN_SIZE), torch.randn(V, HIDDEN_SIZE)
+    given = {"targets": batch((2, 6)), "hidden_states": states, "lm_head_weight": weight}
+    program = torch.export.export(loss_fn, (), given, strict=strict).module()
+    torch.testing.assert_close(program(**given), loss_fn(**given))
+
+
+@pytest.mark.parametrize("strict", [True, False])
 def test_a_program_that_was_exported_without_grad_is_differentiable(strict):
     loss_fn = UnifiedLoss(V, primary_loss_type="standard")
     logits, targets = torch.randn(2, 3, V), torch.randint(V, (2, 3))

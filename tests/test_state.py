@@ -189,6 +189,19 @@ def test_the_bias_moves_on_from_a_checkpoint_of_bfloat16():
     torch.testing.assert_close(loss_fn.moe_balancer.expert_bias, torch.tensor([[-0.4, 0.4, 0.4]]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_an_average_of_all_buffers(name):
+    """AveragedModel subtracts them, constants too: Lightning's WeightAveraging does so by default."""
+    loss_fn = build(name)
+    averaged = torch.optim.swa_utils.AveragedModel(loss_fn, use_buffers=True)
+    for seed in range(3):
+        train(loss_fn, 12, seed)
+        averaged.update_parameters(loss_fn)
+    constants, expected = (dict(module.row_pass.named_buffers()) for module in (averaged.module, loss_fn))
+    torch.testing.assert_close(constants, expected, rtol=0, atol=0)
+    train(averaged.module)
+
+
 # -- process groups
 
 
@@ -375,3 +388,28 @@ def test_a_call_that_raises_teaches_nothing(update):
     statistics = loss_fn.get_loss_statistics()
     assert statistics["moe_balancing"]["total_tokens"] == 8
     assert statistics["adaptive_mtp"]["count"] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"auto_step": False}, ADAPTIVE | {"num_future_tokens": 1}])
+def test_torch_func_is_refused_where_a_call_would_be_learned_from(options):
+    """What it gives belongs to the transform. In evaluation, and without what learns, it works."""
+    loss_fn = UnifiedLoss(V, **options)
+    numbers = Numbers(0)
+    logits, targets = numbers.normal(2, 4, V), numbers.integers(0, V, 2, 4)
+    given = {"additional_logits": [numbers.normal(2, 4, V)], "confidence_scores": numbers.uniform(2, 4)}
+
+    def of_logits(x):
+        return loss_fn(x, targets, **given)
+
+    in_transforms = (
+        lambda: torch.func.grad(of_logits)(logits),
+        lambda: torch.func.jvp(of_logits, (logits,), (logits,)),
+        lambda: torch.func.vmap(of_logits)(torch.stack([logits, logits])),
+    )
+    for transformed in in_transforms:
+        with pytest.raises(NotImplementedError, match=r"cannot learn within torch.func; expected eval\(\)"):
+            transformed()
+    loss_fn.eval()
+    leaf = logits.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(of_logits)(logits), torch.autograd.grad(of_logits(leaf), leaf)[0])
+    assert loss_fn.temperature.count == 0

@@ -81,6 +81,29 @@ def test_a_module(name, first_call):
 
 
 @pytest.mark.parametrize("first_call", FIRST_CALLS)
+def test_packed_texts_that_are_balanced_by_themselves(first_call):
+    options = {"num_experts": 3, "num_experts_per_token": 1, "use_auxiliary_loss": True}
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", load_balancing_per_sequence=True, **options)
+    given = arguments(loss_fn.config, 0)
+    given["gate_logits"] = given["gate_logits"].detach().unflatten(0, (2, 6)).requires_grad_()
+    expected = loss_fn(**given)
+    first_call(lambda **values: loss_fn(**values, return_detailed=True), given)
+    torch.testing.assert_close(loss_fn(**given), expected, rtol=0, atol=0)
+
+
+def test_a_trace_serves_any_number_of_packed_texts():
+    options = {"num_experts": 3, "num_experts_per_token": 1, "use_auxiliary_loss": True, "load_balancing_weight": 1.0}
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", load_balancing_per_sequence=True, **options)
+    logits, targets, gate_logits = torch.randn(2, 6, V), torch.ones(2, 6).long(), torch.randn(2, 6, 3)
+
+    def loss_of(segment_ids):
+        return loss_fn(logits, targets, gate_logits=gate_logits, segment_ids=segment_ids)
+
+    one, several = torch.zeros(1, 6).long(), torch.tensor([[0, 0, 1, 1, 1, 2]])
+    torch.testing.assert_close(make_fx(loss_of)(one)(several), loss_of(several))
+
+
+@pytest.mark.parametrize("first_call", FIRST_CALLS)
 def test_functions(first_call):
     functional._make_row_terms.cache_clear()
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -32,6 +33,14 @@ class Float32Buffers(nn.Module):
             if buffer is not None and after is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)  # from the original: the cast has already lost digits
         return self
+
+    def restore_precision(self) -> None:
+        """Makes buffers float32 again that a wrapper has cast one by one, as FullyShardedDataParallel does with a
+        buffer_dtype. The digits that they have lost are gone.
+        """
+        for buffer in self._buffers.values():
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype != torch.float32:
+                buffer.data = buffer.data.float()  # wrappers hold the buffers themselves
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         for name, buffer in self._buffers.items():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ava_ext.losses.float32_buffers import Float32Buffers
 from ava_ext.ops.committed import CallMemory, committed, is_checkpointed, is_exporting
+from ava_ext.ops.derivatives import refuse_transforms_in_graphs
 from ava_ext.process_group import resolve
 
 
@@ -62,9 +63,13 @@ class LearnedState(Float32Buffers):
     def check_device(self, device: torch.device, owner: str = "unified_loss") -> None:
         """Raises ValueError where the state is not on the device of the logits, as for every module with buffers.
 
-        A call does not move it: a checkpoint, an optimizer step and the other ranks would not know where it went.
+        A call does not move it: a checkpoint, an optimizer step and the other ranks would not know where it went. State
+        that a wrapper has cast is float32 again.
         """
-        home = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
+        first: Any = next(iter(self._buffers.values()))
+        home = first.device
+        if first.is_floating_point() and first.dtype != torch.float32:
+            self.restore_precision()
         if home != device:
             raise ValueError(
                 f"{owner}: expected the state of {self.statistics_name} on {device} as the logits, got {home}: move "
@@ -90,9 +95,18 @@ class LearnedState(Float32Buffers):
         recording: bool | Tensor,  # [] bool, where a traced graph finds out when it runs
         **learned: Tensor,
     ) -> None:
-        """Adds what a call has learned, without grad, to the pending tensors of these names."""
+        """Adds what a call has learned, without grad, to the pending tensors of these names.
+
+        Raises:
+            NotImplementedError: within torch.func, to whose transforms what the call has learned belongs.
+        """
         if recording is False:
             return
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{self.statistics_name}: a training call cannot learn within torch.func; expected eval(), or a call "
+                "outside"
+            )
         for name, value in learned.items():
             getattr(self, name).add_(torch.where(recording, value, 0) if isinstance(recording, Tensor) else value)
 
@@ -112,6 +126,8 @@ class LearnedState(Float32Buffers):
     ) -> None:
         """To be called with grad enabled before a forward reads: remembers what it will read, for recomputations."""
         if isinstance(first_run, Tensor):
+            if torch._C._are_functorch_transforms_active():
+                refuse_transforms_in_graphs(self.statistics_name)
             for name in self.READ if self.auto_step else ():
                 previous = getattr(self, _previous(name))
                 previous.copy_(torch.where(first_run, getattr(self, name), previous))

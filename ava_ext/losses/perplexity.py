@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_integers, check_is_tensor, check_real
+from ava_ext.ops.arguments import (
+    check_are_tensors,
+    check_has_columns,
+    check_integers,
+    check_is_tensor,
+    check_real,
+    check_shape,
+)
+from ava_ext.ops.dtensor_logits import Place
+from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.row_fields import accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 
@@ -40,7 +49,7 @@ class PerplexityLoss(nn.Module):
         """The perplexity.
 
         Args:
-            logits: predictions.
+            logits: predictions. Of a DTensor every rank has all rows: Replicate, or Shard(-1).
             targets: token ids.
             attention_mask: not 0 where a row counts; None: all rows whose target is not ignore_index.
             return_detailed: return {"total_loss", "cross_entropy"}, the second detached.
@@ -49,16 +58,18 @@ class PerplexityLoss(nn.Module):
             Scalar, float32 (float64 for float64 logits), or the dict; 1 with zero gradient where no row counts.
 
         Raises:
-            ValueError: shapes do not fit.
+            ValueError: shapes do not fit, or logits are a DTensor whose rows are spread over ranks.
         """
         check_has_columns("perplexity_loss", "logits", logits)
+        if is_dtensor(logits) and any(Place.of("perplexity_loss", "logits", logits).is_of_rows):
+            # each rank would have its share of the mean, and exp of that is no share of the perplexity
+            raise ValueError(
+                "perplexity_loss: expected logits of which every rank has all rows, got placements "
+                f"{logits.placements}: redistribute them, or take exp of the sum of the ranks' cross-entropies"
+            )
         check_is_tensor("perplexity_loss", "targets", targets)
         check_are_tensors("perplexity_loss", attention_mask=attention_mask)
-        for name, value in (("targets", targets), ("attention_mask", attention_mask)):
-            if value is not None and value.shape != logits.shape[:-1]:
-                raise ValueError(
-                    f"perplexity_loss: expected {name} of shape {list(logits.shape[:-1])}, got {list(value.shape)}"
-                )
+        check_shape("perplexity_loss", logits.shape[:-1], targets=targets, attention_mask=attention_mask)
         check_real("perplexity_loss", "logits", logits)
         check_integers("perplexity_loss", "targets", targets)
         targets = targets.long()  # uint8 has no -100

@@ -114,14 +114,23 @@ def router_of_call(
 
 def _texts_of_rows(call: Call, n_rows: int) -> tuple[Tensor, int]:  # [n_rows]
     """The text of each row of the router, and how many there are, or may be."""
-    shape = call.rows_shape
+    shape, segments = call.rows_shape, call.segments
+    placement = call.placement
+    if placement is not None and placement.rows is not None:  # the router's rows are those of this rank
+        if placement.is_within_texts:
+            raise ValueError(
+                "unified_loss: load_balancing_per_sequence=True expected logits whose texts are whole on every rank, "
+                f"got placements {placement.place.placements}: redistribute them"
+            )
+        shape = (placement.rows.sizes[0], placement.rows.sizes[1])
+        segments = None if segments is None else placement.local(segments)
     if n_rows != shape[0] * shape[1]:
         raise ValueError(
             "unified_loss: load_balancing_per_sequence=True expected gate_logits with a row for each of the "
             f"{shape[0] * shape[1]} targets, got {n_rows}"
         )
     alone = call.segment_ids is None and call.position_ids is None
-    return text_numbers(shape, call.segments, call.cu_seqlens if alone else None, call.targets.device)
+    return text_numbers(shape, segments, call.cu_seqlens if alone else None, call.targets.device)
 
 
 def load_variation(

@@ -11,7 +11,7 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in whic
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from ava_ext.ops.arguments import as_constant
+from ava_ext.ops.committed import is_exporting
 
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
@@ -47,9 +47,20 @@ def without_second_derivative(
     return raise_later(gradient.detach(), *leading)[0]
 
 
+def as_constant(value: float) -> float:
+    """value; where a graph that is traced has it as a symbol, a constant of that graph."""
+    if not torch.compiler.is_compiling():
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # with sympy: nothing that eager calls wait for
+
+    return guard_scalar(value)
+
+
 def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments), which backward computes again; within torch.func, which cannot, what it needs is kept."""
-    if torch._C._are_functorch_transforms_active():
+    """function(*arguments), which backward computes again; within torch.func and in a program of torch.export, which
+    cannot, what it needs is kept.
+    """
+    if torch._C._are_functorch_transforms_active() or is_exporting():
         return function(*arguments)
     # a graph passes no symbol of a float into what is checkpointed
     arguments = tuple(as_constant(value) if isinstance(value, float) else value for value in arguments)
@@ -126,10 +137,9 @@ def _transforms() -> list[Any]:
 
 def wants_gradient(tensor: Tensor) -> bool:
     """requires_grad; within torch.func also that of what the transforms have wrapped: a batch of vmap says False."""
-    if tensor.requires_grad or not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-        return tensor.requires_grad  # compiled code cannot look into a batch
-    while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():  # a graph cannot look into it
+        while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = _functorch.get_unwrapped(tensor)
     return tensor.requires_grad
 
 

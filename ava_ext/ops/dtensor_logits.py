@@ -29,19 +29,18 @@ def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
         ValueError: on a placement that has no such form, on parts of LinearLogits that do not fit each other.
     """
     if isinstance(logits, LinearLogits):
-        if any(is_dtensor(part) for part in logits):
-            return _local_linear_logits(owner, logits)
-        return logits
-    return _local_tensor_logits(owner, logits) if is_dtensor(logits) else logits
+        return _local_linear_logits(owner, logits) if any(is_dtensor(part) for part in logits) else logits
+    if is_dtensor(logits):
+        return Place.of(owner, "logits", logits).part_of(_waited(logits.to_local()), logits.shape)
+    return logits
 
 
 def check_is_logits(owner: str, logits: object, name: str = "logits") -> None:
-    """Raises TypeError for what is neither a tensor nor what logits are computed from."""
+    """Raises TypeError for what is neither a tensor nor what logits are computed from; of LinearLogits, see `check`."""
     kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
-    check_is_tensor(owner, name, logits, kinds, "a Tensor or LinearLogits")
+    check_is_tensor(owner, name, logits, kinds, "a torch.Tensor or LinearLogits")
     if isinstance(logits, LinearLogits):
-        check_has_columns(owner, "weight", logits.weight)
-        check_has_columns(owner, "hidden_states", logits.hidden_states)
+        logits.check(owner)
     elif isinstance(logits, Tensor):
         check_has_columns(owner, name, logits)
 
@@ -60,11 +59,6 @@ def whole_beside(
     beside = has_dtensor(logits)
     check_are_tensors(owner, **values)
     return [whole(owner, name, given, beside) for name, given in values.items()]
-
-
-def _local_tensor_logits(owner: str, logits: Any) -> PlacedLogits:  # [..., n_columns]
-    place = Place.of(owner, "logits", logits)
-    return place.part_of(_waited(logits.to_local()), logits.shape)
 
 
 class Place:

@@ -272,6 +272,34 @@ def test_padding_of_a_router_beside_unshifted_labels(dimension):
         torch.testing.assert_close(found, expected)
 
 
+def texts_worker(rank):
+    """Load balancing of each text by itself, of texts that are spread over the ranks: the sum of the shares."""
+    mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
+    options = {"num_experts": 3, "num_experts_per_token": 1, "use_auxiliary_loss": True, "load_balancing_weight": 1.0}
+    loss_fn = UnifiedLoss(VOCAB_SIZE, primary_loss_type="standard", load_balancing_per_sequence=True, **options)
+    logits, gates, targets = leaves["logits"], leaves["hidden_states"][..., :3], arguments["targets"].clamp_min(0)
+    packed = (torch.arange(N_TOKENS) > 2).long().expand(targets.shape)
+    found = []
+    for segment_ids in (None, packed):
+        given = {"targets": targets, "segment_ids": segment_ids, "return_detailed": True}
+        whole = loss_fn(logits, gate_logits=gates, **given)["aux_load_balancing"]
+        spread = distribute_tensor(logits, mesh, [Shard(0)])
+        share = loss_fn(spread, gate_logits=gates.chunk(2)[rank], **given)["aux_load_balancing"]
+        torch.distributed.all_reduce(share)
+        found.append((share, whole))
+    with pytest.raises(ValueError, match=r"texts are whole on every rank, got placements"):
+        spread = distribute_tensor(logits, mesh, [Shard(1)])
+        loss_fn(spread, targets, gate_logits=gates.chunk(2, 1)[rank])
+    return found
+
+
+def test_texts_that_are_balanced_by_themselves():
+    for found in on_ranks(2, texts_worker):
+        for share, whole in found:
+            assert whole > 0
+            torch.testing.assert_close(share, whole)
+
+
 def log_probs_of(logits, targets):
     log_probs = token_log_probs(logits, targets)[0]
     return -(log_probs.full_tensor() if isinstance(log_probs, DTensor) else log_probs).sum()

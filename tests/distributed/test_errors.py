@@ -5,7 +5,7 @@ import torch
 from support.processes import on_ranks
 from torch.nn.utils import prune
 
-from ava_ext import LinearLogits, UnifiedLoss
+from ava_ext import LinearLogits, PerplexityLoss, UnifiedLoss
 from ava_ext.distributed import FusedHead, ShardedLogits
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -79,6 +79,12 @@ def placements_worker(rank):
         router(logits, targets, gate_logits=[spread(gate_logits, Shard(0))])
     with pytest.raises(ValueError, match=r"at least vocab_size = 10 columns, got shape \[2, 6, 8\]"):
         loss_fn(ShardedLogits(logits[..., :4], "world"), targets)
+    perplexity = PerplexityLoss()
+    for placement in (Shard(0), Shard(1)):  # exp of a rank's share is no share of the perplexity
+        with pytest.raises(ValueError, match=r"logits of which every rank has all rows, got placements"):
+            perplexity(spread(logits, placement), targets)
+    for placement in (Replicate(), Shard(2)):
+        torch.testing.assert_close(perplexity(spread(logits, placement), targets), perplexity(logits, targets))
 
 
 def test_placements_that_do_not_fit():
@@ -123,7 +129,7 @@ def test_fused_head_wants_a_linear_layer():
         FusedHead(ScaledLinear(H, V), UnifiedLoss(V))
     with pytest.raises(TypeError, match=r"got Linear, which may do more .* or whose weight a hook makes"):
         FusedHead(prune.identity(torch.nn.Linear(H, V), "weight"), UnifiedLoss(V))
-    with pytest.raises(TypeError, match=r"fused_head: expected loss_fn to be a UnifiedLoss, got builtins\.str"):
+    with pytest.raises(TypeError, match=r"fused_head: expected loss_fn to be a UnifiedLoss, got str"):
         FusedHead(torch.nn.Linear(H, V), "x")
     head = FusedHead(torch.nn.Linear(H, V), UnifiedLoss(V, primary_loss_type="standard"))
     states = torch.randn(3, H)

@@ -7,6 +7,7 @@ import torch
 from support.processes import on_ranks
 from torch.utils.checkpoint import checkpoint
 
+from ava_ext import UnifiedLoss
 from ava_ext.distributed import ShardedLogits
 from ava_ext.ops import LinearLogits, RowFlags, linear_rows, row_loss, row_options, softmax_statistics, token_log_probs
 from ava_ext.ops.linear_logits import rows_of_a_chunk
@@ -451,3 +452,48 @@ def test_a_row_alone():
 def test_a_group_that_is_not_there():
     with pytest.raises(ValueError, match=r"before torch.distributed.init_process_group"):
         row_loss(ShardedLogits(torch.randn(3, 8), "world"), torch.zeros(3).long(), row_options(torch.empty(0)))
+
+
+HEADS = {
+    "heads of the model": {"mtp_type": "adaptive"},
+    "depth modules": {"mtp_type": "hidden_states"},
+}
+
+
+def run_heads(options, active, place):
+    """Loss and gradients of main logits and two heads, the second of hidden states. place: what a rank has of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    whole = [normal(2, 5, 8), normal(2, 5, 8), normal(2, 5, HIDDEN_SIZE), normal(8, HIDDEN_SIZE)]
+    targets, confidence = torch.arange(10).view(2, 5) % 8, torch.rand(2, 5, generator=generator, dtype=torch.float64)
+    logits, head, states, weight = leaves = [
+        part.chunk(2, dim)[place].clone().requires_grad_() if place is not None and dim is not None
+        else part.clone().requires_grad_()
+        for part, dim in zip(whole, (-1, -1, None, 0), strict=True)
+    ]  # fmt: skip
+    placed = [logits, head, LinearLogits(states, weight)]
+    if place is not None:
+        placed = [ShardedLogits(local, "world") for local in placed]
+    loss_fn = UnifiedLoss(8, primary_loss_type="standard", use_mtp=True, num_future_tokens=2, **options)
+    loss = loss_fn(placed[0], targets, additional_logits=placed[1:], confidence_scores=confidence, mtp_active=active)
+    return loss.detach(), torch.autograd.grad(loss, leaves)
+
+
+def heads_worker(rank, options, active):
+    return run_heads(options, active, rank)
+
+
+@pytest.mark.parametrize("active", [None, False])
+@pytest.mark.parametrize("name", HEADS)
+def test_sharded_heads(name, active):
+    loss, gradients = run_heads(HEADS[name], active, None)
+    found = on_ranks(2, heads_worker, HEADS[name], active)
+    for rank_loss, (*_, of_states, _) in found:
+        torch.testing.assert_close(rank_loss, loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(of_states, gradients[2], rtol=1e-12, atol=1e-12)
+    for number, dim in ((0, -1), (1, -1), (3, 0)):
+        assembled = torch.cat([of_rank[number] for _, of_rank in found], dim)
+        torch.testing.assert_close(assembled, gradients[number], rtol=1e-12, atol=1e-12)

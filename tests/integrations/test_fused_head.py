@@ -458,7 +458,7 @@ def test_what_is_no_loss_is_named(loss_fn):
             TypeError, match=f"^{owner}: expected a UnifiedLoss as loss_fn, got .*{type(loss_fn).__name__}"
         ):
             call()
-    with pytest.raises(TypeError, match=r"^bind_expert_bias: expected model to be a torch.nn.Module, got builtins"):
+    with pytest.raises(TypeError, match=r"^bind_expert_bias: expected model to be a torch.nn.Module, got "):
         bind_expert_bias(None, plain_loss(model))
 
 

@@ -100,5 +100,15 @@ def test_nothing_counts():
     assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_whose_classes_weigh_nothing_are_divided_by_their_number_in_the_function_too(dtype):
+    numbers = Numbers(4)
+    logits, targets = numbers.normal(6, V).to(dtype), torch.tensor([0, 1, 0, 1, -100, 0])
+    weights = torch.ones(V, dtype=dtype).index_fill(0, torch.tensor([0, 1]), 0)
+    options = {"label_smoothing": 0.1, "z_loss_weight": 0.5}
+    expected = UnifiedLoss(V, primary_loss_type="standard", class_weights=weights, **options)(logits, targets)
+    torch.testing.assert_close(cross_entropy(logits, targets, weights, **options), expected)
+
+
 def test_a_long_list_is_not_printed():
     assert "class_weights=(1.0, ..., 1.0)" in repr(UnifiedLoss(100, class_weights=(1.0,) * 100))

@@ -29,3 +29,14 @@ def test_moves_between_devices_still_happen():
     moved = Running().to("meta", torch.bfloat16)
     assert moved.average.device.type == "meta" and moved.average.dtype == torch.float32
     assert moved.to_empty(device="cpu").average.device.type == "cpu"
+
+
+def test_buffers_that_are_cast_one_by_one_are_float32_again():
+    module = Running()
+    average = module.average
+    for buffer in module.buffers():  # FullyShardedDataParallel with a buffer_dtype
+        if buffer.is_floating_point():
+            buffer.data = buffer.to(torch.bfloat16)
+    module.restore_precision()
+    assert module.average is average and average.dtype == torch.float32
+    assert module.count.dtype == torch.int64

@@ -248,10 +248,10 @@ def test_depths_of_a_generator_and_what_is_no_tensor():
     states = list(inputs.pop("mtp_hidden_states"))
     expected = loss_fn(**inputs, mtp_hidden_states=states)
     torch.testing.assert_close(loss_fn(**inputs, mtp_hidden_states=(h for h in states)), expected, rtol=0, atol=0)
-    with pytest.raises(TypeError, match=r"unified_loss: expected mtp_hidden_states\[1\] to be a Tensor, got"):
+    with pytest.raises(TypeError, match=r"unified_loss: expected mtp_hidden_states\[1\] to be a torch.Tensor, got"):
         loss_fn(**inputs, mtp_hidden_states=[states[0], None, states[2]])
     with pytest.raises(
-        TypeError, match=r"unified_loss: expected additional_logits\[1\] to be a Tensor or LinearLogits"
+        TypeError, match=r"unified_loss: additional_logits\[1\]: expected logits to be a torch.Tensor or LinearLogits"
     ):
         loss_fn(**inputs, additional_logits=[torch.zeros(2, 7, 11), None, None])
 
