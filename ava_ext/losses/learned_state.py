@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.ops.committed import CallMemory, committed, is_checkpointed, is_exporting
-from ava_ext.ops.derivatives import refuse_transforms_in_graphs
+from ava_ext.ops.committed import CallMemory, committed, is_checkpointed
+from ava_ext.ops.derivatives import is_exporting, refuse_transforms_in_graphs
 from ava_ext.process_group import resolve
 
 

@@ -11,8 +11,6 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in whic
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from ava_ext.ops.committed import is_exporting
-
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -54,6 +52,11 @@ def as_constant(value: float) -> float:
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # with sympy: nothing that eager calls wait for
 
     return guard_scalar(value)
+
+
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting(), which in torch 2.10 and 2.11 says yes to every graph that torch.compile traces."""
+    return torch.compiler._is_exporting_flag
 
 
 def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

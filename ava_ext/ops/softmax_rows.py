@@ -21,11 +21,12 @@ from ava_ext.ops.arguments import (
     with_dense_rows,
 )
 from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
-from ava_ext.ops.committed import is_checkpointed, is_exporting
+from ava_ext.ops.committed import is_checkpointed
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
     is_batched,
+    is_exporting,
     is_forward_mode,
     raise_double_backward,
     refuse_tangents,
