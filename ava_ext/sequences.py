@@ -69,7 +69,7 @@ def text_numbers(
     numbers = starts.flatten().cumsum(0) - 1
     n_rows = batch_size * n_tokens
     if n_rows == 0 or not host_sees(numbers):
-        n_most = n_rows if cu_seqlens is None else min(n_rows, len(cu_seqlens) + 1 + batch_size)
+        n_most = n_rows if cu_seqlens is None else min(n_rows, cu_seqlens.shape[0] + 1 + batch_size)
         return numbers, max(n_most, 1)
     return numbers, int(numbers[-1]) + 1
 

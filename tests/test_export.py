@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.strategies import HIDDEN_SIZE
 
-from ava_ext import UnifiedLoss
+from ava_ext import SequenceUnlikelihoodLoss, UnifiedLoss
 from ava_ext.ops.row_fields import row_options
 from ava_ext.ops.softmax_rows import row_loss
 
@@ -60,6 +60,39 @@ def test_export_with_dynamic_shapes(model, strict):
     program = exported(model, strict).module()
     for shape in SHAPES:
         torch.testing.assert_close(program(batch(shape)), model(batch(shape)))
+
+
+def any_sizes(name, shape):
+    """A loss, and arguments of which one has a size of the batch: rows that repeat, sequences that are on, texts."""
+    generator = torch.Generator().manual_seed(shape[1])
+    given = {"logits": torch.randn(*shape, V, generator=generator)}
+    if name == "repeats":
+        return SequenceUnlikelihoodLoss(V, ngram_size=2), given | {"tokens": batch(shape) % 3}
+    given["targets"] = batch(shape)
+    if name == "active":
+        options = {"use_mtp": True, "mtp_type": "adaptive", "use_confidence_weighting": False, "num_future_tokens": 1}
+        given |= {"additional_logits": given["logits"].unsqueeze(0), "mtp_active": torch.arange(shape[0]) % 2}
+    else:
+        options = {"use_auxiliary_loss": True, "load_balancing_per_sequence": True, "num_experts": 3}
+        options |= {"num_experts_per_token": 1, "load_balancing_weight": 1.0}
+        ends = torch.arange(shape[0] + 1) * shape[1]
+        given |= {"gate_logits": given["logits"][..., :3].contiguous(), "cu_seqlens": ends}
+    return UnifiedLoss(V, primary_loss_type="standard", **options), given
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["repeats", "active", "texts"])
+def test_no_size_becomes_a_constant(name, strict):
+    loss_fn, given = any_sizes(name, (2, 6))
+    batch_size, n_tokens = torch.export.Dim("batch_size", min=2, max=64), torch.export.Dim("n_tokens", min=4, max=512)
+    of_rows = {0: batch_size, 1: n_tokens}
+    shapes = {key: of_rows for key in given}
+    shapes |= {"additional_logits": {1: batch_size, 2: n_tokens}} if name == "active" else {}
+    shapes |= {"mtp_active": {0: batch_size}} if name == "active" else {}
+    shapes |= {"cu_seqlens": {0: batch_size + 1}} if name == "texts" else {}
+    program = torch.export.export(loss_fn, (), given, dynamic_shapes=shapes, strict=strict).module()
+    _, other = any_sizes(name, (3, 7))
+    torch.testing.assert_close(program(**other), loss_fn(**other))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")

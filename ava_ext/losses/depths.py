@@ -92,7 +92,7 @@ def active_rows(
     """
     if not isinstance(mtp_active, Tensor):
         return targets, row_weights
-    shape, batch_size = list(mtp_active.shape), len(row_weights)
+    shape, batch_size = list(mtp_active.shape), row_weights.shape[0]
     if not has_shape(mtp_active, (), (batch_size,)):
         raise ValueError(f"multi_token_prediction: expected mtp_active of shape [] or [{batch_size}], got {shape}")
     is_active = mtp_active.bool().unsqueeze(1) if shape else mtp_active.bool()

@@ -85,8 +85,8 @@ def repeated_ngram_mask(
     repeats = torch.zeros_like(is_later).scatter(0, places, is_later)
     # whole within one text, and without what is left out; what has run over the end of the batch comes last of equals
     n_left_out = torch.nn.functional.pad((~keep).flatten().long().cumsum(0), (1, 0))
-    begin = torch.arange(len(text), device=text.device)
-    end = (begin + ngram_size).clamp_max(len(text))
+    begin = torch.arange(text.shape[0], device=text.device)
+    end = (begin + ngram_size).clamp_max(text.shape[0])
     last = end - 1
     is_whole = (begin + ngram_size == end) & (text[last] == text) & (n_left_out[end] == n_left_out[begin])
     # a token belongs to the n-grams that begin at it or at the ngram_size - 1 before it
@@ -110,4 +110,4 @@ def _paired(
     second: Tensor,  # [n] int64 in [0, 2 n + 2)
 ) -> Tensor:  # [n] int64
     """One number for each different pair."""
-    return first * (2 * len(first) + 2) + second
+    return first * (2 * first.shape[0] + 2) + second  # no len(), which makes a constant of a symbol in torch.export

@@ -80,7 +80,7 @@ def _measure_locally(
 ) -> tuple[Tensor, Tensor]:  # [n_rows, N_STATISTICS], [n_rows, n_ids]
     vocab_size = shard.local_vocab_size
     if vocab_size == 0:  # nothing but padding
-        nothing = shard.options.new_zeros((len(ids), N_STATISTICS))
+        nothing = shard.options.new_zeros((ids.shape[0], N_STATISTICS))
         nothing[:, MAX].fill_(-torch.inf)
         nothing[:, ARGMAX].fill_(-1)
         return nothing, shard.options.new_full(ids.shape, -torch.inf)
@@ -110,7 +110,7 @@ def _gather(
     place = [statistics.new_full((1,), number) for number in (shard.first_column, shard.n_columns)]
     measured = torch.cat([statistics, log_probs], 1)
     sent = torch.cat([measured.flatten(), *place])
-    received = sent.new_empty(world_size * len(sent))
+    received = sent.new_empty(world_size * sent.shape[0])
     _all_gather(received, sent, group=shard.group)
     received = received.view(world_size, -1)
     _check_places(received[:, -N_PLACE:])
