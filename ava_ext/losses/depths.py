@@ -69,8 +69,7 @@ def shift_targets(
         tensor([[-100,    8, -100, -100]])
     """
     k = min(k, targets.shape[1])
-    # 0 or 1 in the dtype of targets, so that the rule of segments and ends stands in one place
-    is_target = counted_ahead(counted.to(targets.dtype), segments, k) != 0
+    is_target = counted_ahead(counted, segments, k) != 0  # the rule of segments and ends is that of the weights
     return torch.where(is_target, pad(targets[:, k:], (0, k)), ignore_index)
 
 
