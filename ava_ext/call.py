@@ -406,7 +406,7 @@ def _check_shapes(call: Call) -> None:
     if ids is None:
         if weights is not None:
             raise ValueError("unified_loss: negative_weights need negative_ids, got None")
-    elif ids.shape[:-1] != shape or ids.dim() != targets.dim() + 1:
+    elif ids.shape[:-1] != shape:
         raise _bad_shape("negative_ids", (*shape, "n_negatives"), ids)
     elif weights is not None and weights.shape != ids.shape:
         raise _bad_shape("negative_weights", ids.shape, weights)
@@ -421,7 +421,7 @@ def _check_soft_targets(call: Call, shape: torch.Size) -> None:
         raise ValueError(f"unified_loss: soft_target_{given} need soft_target_{missing}, got None")
     if call.config.distillation_weight == 0:
         raise ValueError("unified_loss: soft_target_ids need distillation_weight above 0, got 0")
-    if ids.shape[:-1] != shape or ids.dim() != len(shape) + 1:
+    if ids.shape[:-1] != shape:
         raise _bad_shape("soft_target_ids", (*shape, "n_soft_targets"), ids)
     if weights.shape != ids.shape:
         raise _bad_shape("soft_target_weights", ids.shape, weights)
