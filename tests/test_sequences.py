@@ -59,6 +59,9 @@ def test_three_ways_to_say_where_texts_begin(options, n_batch):
         {"cu_seqlens": batch_cu_seqlens(n_batch)},
         {"cu_seqlens": batch_cu_seqlens(n_batch).int()},
         {"segment_ids": SEGMENT_IDS.int(), "position_ids": POSITION_IDS},
+        # given together, each of them begins texts
+        {"segment_ids": torch.zeros(1, 8).long(), "position_ids": POSITION_IDS},
+        {"segment_ids": SEGMENT_IDS, "position_ids": torch.arange(8)},
         {"position_ids": POSITION_IDS, "cu_seqlens": batch_cu_seqlens(n_batch)},
         {"segment_ids": torch.zeros(1, 8).long(), "cu_seqlens": batch_cu_seqlens(n_batch)},
     ):

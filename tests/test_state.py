@@ -367,6 +367,7 @@ def test_what_is_pending_follows_buffers_that_are_moved_one_by_one():
         assert losses[0] == losses[1]
         loss_fn.step(), other.step()
     assert loss_fn.temperature.value == other.temperature.value != 1
+    assert loss_fn.temperature.previous_value == other.temperature.previous_value == 1  # a tensor of its own
 
 
 @pytest.mark.parametrize("update", ["sign", "quantile"])

@@ -112,10 +112,9 @@ def _kl(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., v
 
 
 def _js(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., vocab_size] each -> [...]
-    mixed = log_p, log_q
+    mixed = log_p
     if may_be_masked:
         # where both are -inf the gradient of logaddexp is nan; _kl takes nothing from that column, whatever m is there
-        absent = (log_p == -torch.inf) & (log_q == -torch.inf)
-        mixed = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
-    log_m = torch.logaddexp(*mixed) - math.log(2)
+        mixed = log_p.masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
+    log_m = torch.logaddexp(mixed, log_q) - math.log(2)
     return 0.5 * (_kl(log_p, log_m, may_be_masked) + _kl(log_q, log_m, may_be_masked))

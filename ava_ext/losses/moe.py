@@ -301,7 +301,7 @@ class MoEBalancer(LearnedState, Part):
         self.reduce_pending(process_group)
         counts = self.pending_counts
         total = counts.sum(dim=-1, keepdim=True)
-        moved = self.momentum * self.expert_load + (1 - self.momentum) * counts / total.clamp_min(1)
+        moved = self.momentum * self.expert_load + (1 - self.momentum) * counts / total
         self.expert_load.copy_(torch.where(total > 0, moved, self.expert_load))
         if self.has_quantiles:
             self.expert_bias.copy_(quantile_bias(self.pending_required_bias, self.expert_bias, counts.mean(dim=-1)))

@@ -67,7 +67,6 @@ class Place:
     def __init__(self, mesh: Any, placements: tuple[Any, ...], n_row_dimensions: int) -> None:
         self.mesh = mesh
         self.placements = placements
-        self.n_row_dimensions = n_row_dimensions
         self.is_of_rows = tuple(p.is_shard() and p.dim < n_row_dimensions for p in placements)
         self.is_of_columns = tuple(p.is_shard() and p.dim == n_row_dimensions for p in placements)
 

@@ -9,7 +9,7 @@ from ava_ext import UnifiedLoss
 from ava_ext.functional import cross_entropy, linear_cross_entropy
 
 V = 7
-WEIGHTS = (1.0, 0.25, 3.0, 0.0, 1.5, 0.5, 2.0)
+WEIGHTS = (1.0, 0.3, 3.0, 0.0, 1.5, 0.1, 2.0)  # 0.3 and 0.1 have no exact float32
 
 
 def problem(seed, *rows):
@@ -55,7 +55,7 @@ def test_every_token_term_has_the_same_n():
     loss_fn = UnifiedLoss(V, class_weights=WEIGHTS, **options)
     counted = targets != -100
     n = (token_weights * weight[targets.clamp(min=0)])[counted].sum()
-    assert loss_fn.count_items(targets) == weight[targets[counted]].sum()
+    torch.testing.assert_close(loss_fn.count_items(targets), weight[targets[counted]].sum().float())
     each = F.cross_entropy(logits[counted], targets[counted], weight, reduction="none")
     wanted = (token_weights[counted] * (each + 0.1 * logits[counted].logsumexp(-1).square())).sum()
     parts = loss_fn(logits, targets, token_weights=token_weights, return_detailed=True)
