@@ -142,7 +142,7 @@ class Call:
             self.lm_head_weight, self.lm_head_bias = (
                 gathered_weight(part) for part in (self.lm_head_weight, self.lm_head_bias)
             )
-        if not isinstance(self.mtp_active, (bool, Tensor, type(None))):  # 0 is not False, and would mean on
+        if not isinstance(self.mtp_active, (bool, type(None), Tensor)):  # 0 is not False, and would mean on
             got = type(self.mtp_active).__name__
             raise TypeError(f"unified_loss: expected mtp_active to be a bool, a torch.Tensor or None, got {got}")
         self.logits = _logits_of(self)
@@ -383,14 +383,8 @@ def _check_shapes(call: Call) -> None:
         raise ValueError(
             f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(shape)}"
         )
-    check_shape(
-        "unified_loss",
-        logits.shape[:-1],
-        targets=targets,
-        attention_mask=call.attention_mask,
-        token_weights=call.token_weights,
-        input_ids=call.input_ids,
-    )
+    if logits.shape[:-1] != shape:
+        raise ValueError(f"unified_loss: expected targets of shape {list(logits.shape[:-1])}, got {list(shape)}")
     if logits.shape[-1] < vocab_size:
         raise ValueError(
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
@@ -400,6 +394,10 @@ def _check_shapes(call: Call) -> None:
         ids = getattr(call, name)
         if ids is not None:
             check_integers("unified_loss", name, ids)
+    for name in ("attention_mask", "token_weights", "input_ids"):
+        given = getattr(call, name)
+        if given is not None:
+            check_shape("unified_loss", shape, **{name: given})
     if call.token_weights is not None:
         check_constants("unified_loss", token_weights=call.token_weights)
     if call.hidden_states is not None:

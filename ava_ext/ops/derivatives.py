@@ -130,6 +130,7 @@ def refuse_tangents(owner: str, tensors: Iterable[Tensor | None]) -> None:
 
 
 _functorch = torch._C._functorch
+_is_transformed = torch._C._are_functorch_transforms_active  # looked up once, for wants_gradient asks of many tensors
 _is_batched = getattr(_functorch, "is_legacy_batchedtensor", _functorch.is_batchedtensor)  # what autograd.grad makes
 
 
@@ -140,7 +141,7 @@ def _transforms() -> list[Any]:
 
 def wants_gradient(tensor: Tensor) -> bool:
     """requires_grad; within torch.func also that of what the transforms have wrapped: a batch of vmap says False."""
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():  # a graph cannot look into it
+    if _is_transformed() and not torch.compiler.is_compiling():  # compiled code cannot look into a batch
         while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
             tensor = _functorch.get_unwrapped(tensor)
     return tensor.requires_grad

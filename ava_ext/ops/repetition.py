@@ -119,9 +119,10 @@ def repetition_candidates(
     Source: unlikelihood training, Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
     """
     shape = tokens.shape
-    if tokens.dim() != 2:
+    if len(shape) != 2:
         raise ValueError(f"repetition_candidates: expected tokens of shape [batch_size, n_tokens], got {list(shape)}")
-    check_shape("repetition_candidates", shape, targets=targets)
+    if targets.shape != shape:
+        raise ValueError(f"repetition_candidates: expected targets of shape {list(shape)}, got {list(targets.shape)}")
     tokens = as_ids("repetition_candidates", "tokens", tokens, "[batch_size, n_tokens]")
     targets = as_ids("repetition_candidates", "targets", targets, "[batch_size, n_tokens]")
     if segments is not None:
