@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import check_integers, check_real, has_shape
-from ava_ext.ops.derivatives import wants_gradient
+from ava_ext.ops.arguments import (
+    check_constants,
+    check_integers,
+    check_is_tensor,
+    check_real,
+    check_several_of_rows,
+    check_shape,
+    has_shape,
+)
 from ava_ext.ops.dtensor_logits import gathered_weight, has_dtensor
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits, is_weight_itself
@@ -58,7 +65,7 @@ class Call:
         prefix: [batch_size, n_prefix], what comes before the context in the first row's text, ignore_index where
             masked; None: nothing.
         keep_targets: [batch_size, n_tokens] bool, rows whose target is not padding, without the row behind the last
-            label; None: all.
+            label of each text; None: all.
         keep_tokens: [batch_size, n_tokens] bool, tokens that are not padding; None: all.
         placement: how the rows are spread over ranks; None: this process has all of them.
         kept_rows: [batch_size, n_tokens] bool, rows that are not padding, whether they have a target or not; None: all.
@@ -135,7 +142,7 @@ class Call:
             self.lm_head_weight, self.lm_head_bias = (
                 gathered_weight(part) for part in (self.lm_head_weight, self.lm_head_bias)
             )
-        if not isinstance(self.mtp_active, (bool, Tensor, type(None))):  # 0 is not False, and would mean on
+        if not isinstance(self.mtp_active, (bool, type(None), Tensor)):  # 0 is not False, and would mean on
             got = type(self.mtp_active).__name__
             raise TypeError(f"unified_loss: expected mtp_active to be a bool, a torch.Tensor or None, got {got}")
         self.logits = _logits_of(self)
@@ -173,9 +180,10 @@ class Call:
             attention_mask = None if attention_mask is None else shift_left(attention_mask, 0)
             token_weights = None if token_weights is None else shift_left(token_weights, 0)
             keep = keep_rows(config, targets, attention_mask)
+            if self.segments is not None:  # behind the last label of a text there is no row
+                is_within = self.segments == shift_left(self.segments, -1)
+                keep = is_within if keep is None else keep & is_within
             self.keep_targets = None if keep is None else keep[:, :-1]
-            if self.segments is not None:
-                targets = targets.masked_fill(self.segments != shift_left(self.segments, -1), config.ignore_index)
         self.kept_rows, self.kept_weights = keep, token_weights
         dtype = accumulation_dtype(self.logits.dtype)
         if self.class_weights is not None:
@@ -282,8 +290,7 @@ def _tokens_read(
 def _tensor(name: str, value: Any) -> Tensor:
     if value is None:
         raise ValueError(f"unified_loss: expected {name}, got None")
-    if not isinstance(value, Tensor):
-        raise TypeError(f"unified_loss: expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    check_is_tensor("unified_loss", name, value)
     return value
 
 
@@ -377,7 +384,7 @@ def _check_shapes(call: Call) -> None:
             f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(shape)}"
         )
     if logits.shape[:-1] != shape:
-        raise _bad_shape("targets", logits.shape[:-1], targets)
+        raise ValueError(f"unified_loss: expected targets of shape {list(logits.shape[:-1])}, got {list(shape)}")
     if logits.shape[-1] < vocab_size:
         raise ValueError(
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "
@@ -389,15 +396,14 @@ def _check_shapes(call: Call) -> None:
             check_integers("unified_loss", name, ids)
     for name in ("attention_mask", "token_weights", "input_ids"):
         given = getattr(call, name)
-        if given is not None and given.shape != shape:
-            raise _bad_shape(name, shape, given)
-    if call.token_weights is not None and wants_gradient(call.token_weights):
-        raise ValueError("unified_loss: expected token_weights without requires_grad: they get no gradient")
-    if call.hidden_states is not None and call.hidden_states.shape[:-1] != shape:
-        raise _bad_shape("hidden_states", (*shape, "hidden_size"), call.hidden_states)
+        if given is not None:
+            check_shape("unified_loss", shape, **{name: given})
+    if call.token_weights is not None:
+        check_constants("unified_loss", token_weights=call.token_weights)
+    if call.hidden_states is not None:
+        check_several_of_rows("unified_loss", shape, "hidden_states", call.hidden_states, "hidden_size")
     if call.prefix_ids is not None:
-        if call.prefix_ids.shape[:-1] != shape[:-1] or call.prefix_ids.dim() != len(shape):
-            raise _bad_shape("prefix_ids", (*shape[:-1], "n_prefix"), call.prefix_ids)
+        check_several_of_rows("unified_loss", shape[:-1], "prefix_ids", call.prefix_ids, "n_prefix")
         if call.input_ids is None and not call.labels_are_shifted:
             raise ValueError("unified_loss: prefix_ids with labels_are_shifted=False need input_ids, got None")
     _check_soft_targets(call, shape)
@@ -406,10 +412,9 @@ def _check_shapes(call: Call) -> None:
     if ids is None:
         if weights is not None:
             raise ValueError("unified_loss: negative_weights need negative_ids, got None")
-    elif ids.shape[:-1] != shape or ids.dim() != targets.dim() + 1:
-        raise _bad_shape("negative_ids", (*shape, "n_negatives"), ids)
-    elif weights is not None and weights.shape != ids.shape:
-        raise _bad_shape("negative_weights", ids.shape, weights)
+        return
+    check_several_of_rows("unified_loss", shape, "negative_ids", ids, "n_negatives")
+    check_shape("unified_loss", ids.shape, negative_weights=weights)
 
 
 def _check_soft_targets(call: Call, shape: torch.Size) -> None:
@@ -421,18 +426,16 @@ def _check_soft_targets(call: Call, shape: torch.Size) -> None:
         raise ValueError(f"unified_loss: soft_target_{given} need soft_target_{missing}, got None")
     if call.config.distillation_weight == 0:
         raise ValueError("unified_loss: soft_target_ids need distillation_weight above 0, got 0")
-    if ids.shape[:-1] != shape or ids.dim() != len(shape) + 1:
-        raise _bad_shape("soft_target_ids", (*shape, "n_soft_targets"), ids)
-    if weights.shape != ids.shape:
-        raise _bad_shape("soft_target_weights", ids.shape, weights)
+    check_several_of_rows("unified_loss", shape, "soft_target_ids", ids, "n_soft_targets")
+    check_shape("unified_loss", ids.shape, soft_target_weights=weights)
 
 
 def _check_probabilities(call: Call, shape: torch.Size) -> None:
     probabilities, config = call.target_probabilities, call.config
     if probabilities is None:
         return
-    if not has_shape(probabilities, (*shape, config.vocab_size), (*shape, call.logits.shape[-1])):
-        raise _bad_shape("target_probabilities", (*shape, config.vocab_size), probabilities)
+    if not has_shape(probabilities, (*shape, call.logits.shape[-1])):
+        check_shape("unified_loss", (*shape, config.vocab_size), target_probabilities=probabilities)
     if not probabilities.is_floating_point():
         raise ValueError(f"unified_loss: expected target_probabilities of floating point, got {probabilities.dtype}")
     for name in ("use_focal_loss", "token_reweighting", "class_weights"):
@@ -451,8 +454,3 @@ def _check_order(call: Call) -> None:
             f"unified_loss: {wanting[0]} needs sequences: expected targets of shape [batch_size, n_tokens], or "
             f"segment_ids, position_ids or cu_seqlens, got targets of shape {list(call.targets.shape)}"
         )
-
-
-def _bad_shape(name: str, expected: tuple[int | str, ...], got: Tensor) -> ValueError:
-    shape = ", ".join(map(str, expected))
-    return ValueError(f"unified_loss: expected {name} of shape [{shape}], got {list(got.shape)}")

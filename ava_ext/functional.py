@@ -14,8 +14,8 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 
 from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
-from ava_ext.ops.arguments import as_constant, check_integers, check_is_tensor, check_real
-from ava_ext.ops.derivatives import refuse_tangents, wants_gradient
+from ava_ext.ops.arguments import check_constants, check_integers, check_is_tensor, check_real, check_shape
+from ava_ext.ops.derivatives import as_constant, refuse_tangents
 from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
@@ -56,7 +56,7 @@ def cross_entropy(
         target: class indices in [0, vocab_size), or ignore_index. Or floating-point probabilities q of the classes, of
             input's shape, for the loss sum_c q_c (-log p_c); they may require grad.
         weight: [n_columns], the weight of each class. "mean" divides by the sum of the targets' weights, as torch does;
-            with probabilities, by the number of rows.
+            with probabilities, or where that sum is 0, by the number of rows.
         size_average, reduce: deprecated in torch; use reduction.
         ignore_index: target of a row that does not count. With probabilities every row counts.
         reduction: "mean" over the rows that count, "sum" or "none".
@@ -86,8 +86,6 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     check_is_logits("cross_entropy", input, "input")
-    if isinstance(input, LinearLogits):
-        input.check("cross_entropy")
     check_is_tensor("cross_entropy", "target", target)
     if isinstance(input, Tensor) and input.dim() > 2:
         input = input.movedim(1, -1)
@@ -165,8 +163,7 @@ def _row_loss(
         weight = None
     if reduction not in REDUCTIONS:
         raise ValueError(f"{owner}: expected reduction to be one of {REDUCTIONS}, got {reduction!r}")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(f"{owner}: expected target of shape {list(logits.shape[:-1])}, got {list(target.shape)}")
+    check_shape(owner, logits.shape[:-1], target=target)
     dtype = accumulation_dtype(logits.dtype)
     if target.dtype != torch.int64:
         check_integers(owner, "target", target)
@@ -175,7 +172,8 @@ def _row_loss(
     flags = terms.flags
     if reduction == "mean":
         counted = (target != ignore_index).to(dtype)
-        row_weights = counted / counted.sum().clamp_min(1)
+        n_counted = counted.sum().clamp_min(1)
+        row_weights = counted / n_counted
     if weight is not None:
         of_class = classes_of(target, weight.to(dtype))
         flags |= RowFlags.TARGET_WEIGHTS
@@ -184,7 +182,7 @@ def _row_loss(
             smoothing_weights = weight
         if reduction == "mean":
             total = (counted * of_class).sum()
-            row_weights = counted / torch.where(total == 0, 1, total)
+            row_weights = counted / torch.where(total == 0, n_counted, total)
     return row_loss(
         logits,
         target,
@@ -262,11 +260,9 @@ def _check_weight(
     logits: Tensor | LinearLogits,  # [..., n_columns]
 ) -> None:
     check_is_tensor(owner, "weight", weight)
-    if weight.shape != logits.shape[-1:]:
-        raise ValueError(f"{owner}: expected weight of shape {list(logits.shape[-1:])}, got {list(weight.shape)}")
+    check_shape(owner, logits.shape[-1:], weight=weight)
     check_real(owner, "weight", weight)
-    if wants_gradient(weight):
-        raise ValueError(f"{owner}: expected weight without requires_grad: no gradient is computed for it")
+    check_constants(owner, weight=weight)
 
 
 def _beside(
@@ -300,15 +296,14 @@ def _number(owner: str, name: str, value: Any) -> Any:
         return as_constant(value)
     if type(value) in _PYTHON:
         return value
-    is_tensor = isinstance(value, Tensor)
-    if is_tensor and value.requires_grad:
-        raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for it")
-    if is_tensor:
+    if isinstance(value, Tensor):
+        check_constants(owner, **{name: value})
         refuse_tangents(owner, (value,))
-    if is_tensor and value.device.type != "cpu":  # to read it would wait for the device at every call
-        raise ValueError(
-            f"{owner}: expected {name} to be a number of Python, or a tensor on the CPU, got one on {value.device.type}"
-        )
+        device = value.device.type
+        if device != "cpu":  # to read it would wait for the device at every call
+            raise ValueError(
+                f"{owner}: expected {name} to be a number of Python, or a tensor on the CPU, got one on {device}"
+            )
     if torch.compiler.is_compiling() and hasattr(value, "tolist"):  # in a graph it has no value, or that of now forever
         raise ValueError(f"{owner}: expected {name} to be a number of Python in a compiled graph")
     return plain(value)

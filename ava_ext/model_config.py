@@ -19,6 +19,7 @@ _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_ca
 _SCALES: dict[str, Callable[[float], float]] = {
     "logit_scale": lambda value: value,  # Cohere
     "lm_head_multiplier": lambda value: value,  # Falcon-H1
+    "output_multiplier": lambda value: value,  # Muse
     "logits_scaling": lambda value: 1 / value,  # Granite divides by it
 }
 # by model_type, families that do something else with an attribute of such a name

@@ -6,20 +6,19 @@ Presets take the options of UnifiedLoss, except those that they have their own a
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, check_weights, plain
 from ava_ext.losses import effective_logits, immediate_repetition, ngram
 from ava_ext.losses.depths import depth_metrics
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.moe import MoEBalancer
 from ava_ext.losses.mtp import MultiTokenPrediction
-from ava_ext.ops.arguments import check_are_tensors, check_integers, check_is_tensor
+from ava_ext.ops.arguments import check_are_tensors, check_constants, check_integers, check_is_tensor, check_shape
 from ava_ext.ops.row_fields import RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import count_rows, keep_rows
@@ -213,10 +212,6 @@ class PenaltySchedule(LearnedState):
         """Nothing: the schedule is not a statistic."""
 
 
-def _is_weight(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
-
-
 class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
     """AntiRepetitionLoss whose penalty weights change over the first optimizer steps.
 
@@ -234,7 +229,7 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         schedule: a module whose buffer steps [] counts optimizer steps.
 
     Raises:
-        ValueError: warmup_steps is below 1, or a weight is negative.
+        ValueError: warmup_steps is below 1, or a weight is negative, beyond the range of float32, or requires grad.
 
     Example:
         >>> loss_fn = AdaptiveAntiRepetitionLoss(32000, initial_weight=0.0, final_weight=4.0, warmup_steps=1000)
@@ -253,12 +248,12 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         **options: Any,
     ) -> None:
         super().__init__(vocab_size, eos_token_id, pad_token_id, **{"auto_step": False, **options})
-        weights = {"initial_weight": initial_weight, "final_weight": final_weight}
-        if not (isinstance(warmup_steps, int) and warmup_steps >= 1) or not all(map(_is_weight, weights.values())):
-            raise ValueError(
-                "adaptive_anti_repetition_loss: expected an integer warmup_steps >= 1 and weights >= 0, got "
-                f"{warmup_steps!r} and {weights}"
-            )
+        owner = "adaptive_anti_repetition_loss"
+        check_constants(owner, initial_weight=initial_weight, final_weight=final_weight)
+        initial_weight, final_weight, warmup_steps = plain((initial_weight, final_weight, warmup_steps))
+        check_weights(owner, initial_weight=initial_weight, final_weight=final_weight)
+        if not (type(warmup_steps) is int and warmup_steps >= 1):
+            raise ValueError(f"{owner}: expected warmup_steps to be an integer >= 1, got {warmup_steps!r}")
         self.schedule = PenaltySchedule(initial_weight, final_weight, warmup_steps)
         self.schedule.auto_step = self.config.auto_step
         self._state_names += ("schedule",)
@@ -404,13 +399,12 @@ class MultiTokenPredictionLoss(nn.Module):
         self.config = UnifiedLossConfig(
             vocab_size,
             hidden_size,
+            use_mtp=True,
             num_future_tokens=num_future_tokens,
             mtp_weight=mtp_weight,
             ignore_index=ignore_index,
         )
-        self.mtp = MultiTokenPrediction(
-            vocab_size, hidden_size, num_future_tokens, mtp_weight=mtp_weight, ignore_index=ignore_index
-        )
+        self.mtp = MultiTokenPrediction(self.config)
 
     def forward(
         self,
@@ -428,12 +422,8 @@ class MultiTokenPredictionLoss(nn.Module):
         check_is_tensor("multi_token_prediction_loss", "targets", targets)
         check_are_tensors("multi_token_prediction_loss", attention_mask=attention_mask)
         check_integers("multi_token_prediction_loss", "targets", targets, "[batch_size, n_tokens]")
+        check_shape("multi_token_prediction_loss", targets.shape, attention_mask=attention_mask)
         dtype = accumulation_dtype(self.mtp.heads[0].weight.dtype)  # type: ignore[arg-type]
-        if attention_mask is not None and attention_mask.shape != targets.shape:
-            raise ValueError(
-                "multi_token_prediction_loss: expected attention_mask of targets' shape "
-                f"{list(targets.shape)}, got {list(attention_mask.shape)}"
-            )
         targets = targets.long()
         rows = count_rows(self.config, targets, keep_rows(self.config, targets, attention_mask), None, None, dtype)
 

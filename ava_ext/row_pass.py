@@ -46,10 +46,6 @@ class RowPassOutput(NamedTuple):
     rank: Tensor | None  # [batch_size, n_tokens], of the targets where accuracy_top_k wants them: see RowLoss
 
 
-def _no_soft_targets(call: Call) -> None:
-    return None
-
-
 class RowPass(Float32Buffers):
     """Row terms and sources of candidates of a configuration, merged into one call of `row_loss`.
 
@@ -73,7 +69,7 @@ class RowPass(Float32Buffers):
             (source.key, source.given) for source in sources if source.given is not None and not source.is_soft
         )
         self.soft_key: tuple[str, ...] = ()
-        self.soft_targets: Callable[[Call], Candidates | None] = _no_soft_targets
+        self.soft_targets: Callable[[Call], Candidates | None] | None = None
         self.soft_temperature = 1.0
         self.soft_flags = int(RowFlags.SOFT_TARGETS | (RowFlags.TAIL if config.distillation_tail else 0))
         for source in sources:
@@ -173,7 +169,7 @@ class RowPass(Float32Buffers):
         # neither holds the call: in a cycle, its logits would outlive it until Python's collector comes by
         call.head_loss = functools.partial(self._head_loss, options, call.placement, call.max_counted_rows)
         call.candidate_loss = functools.partial(self._candidate_loss, options, call.logits)
-        soft = self.soft_targets(call)
+        soft = None if self.soft_targets is None else self.soft_targets(call)
         in_this_pass = soft is not None and self.soft_temperature == 1
         candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
         flags = self.flags_with_entropy if is_detailed else self.flags

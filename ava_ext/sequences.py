@@ -1,11 +1,11 @@
-"""Sequences: where a segment begins, and labels that are not shifted yet."""
+"""Sequences: where a segment begins, and the rows ahead."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_integers, has_shape
+from ava_ext.ops.arguments import check_integers, check_shape, has_shape
 from ava_ext.ops.counted_rows import host_sees
 
 
@@ -26,22 +26,15 @@ def segment_numbers(
             ascend.
     """
     batch_size, n_tokens = shape
-    parts = []
-    for name, given in (("segment_ids", segment_ids), ("position_ids", position_ids)):
+    starts: list[Tensor] = []
+    for name, given, begins in (("segment_ids", segment_ids, torch.ne), ("position_ids", position_ids, torch.le)):
         if given is None:
             continue
-        if not has_shape(given, (batch_size, n_tokens), (1, n_tokens), (n_tokens,)):
-            raise ValueError(
-                f"unified_loss: expected {name} of shape {[batch_size, n_tokens]}, got {list(given.shape)}"
-            )
+        if not has_shape(given, (1, n_tokens), (n_tokens,)):
+            check_shape("unified_loss", shape, **{name: given})
         check_integers("unified_loss", name, given, "[batch_size, n_tokens]")
-        given = given.long()  # unsigned integers have no order
-        parts.append(given if given.dim() == 2 else given.unsqueeze(0))
-    starts = []
-    if segment_ids is not None:
-        starts.append(parts[0][:, 1:] != parts[0][:, :-1])
-    if position_ids is not None:
-        starts.append(parts[-1][:, 1:] <= parts[-1][:, :-1])
+        given = torch.atleast_2d(given.long())  # unsigned integers have no order
+        starts.append(begins(given[:, 1:], given[:, :-1]))
     numbers = None
     if starts:
         starting = starts[0] if len(starts) == 1 else starts[0] | starts[1]
@@ -83,10 +76,21 @@ def text_numbers(
 
 def shift_left(
     values: Tensor,  # [batch_size, n_tokens]
-    fill: int | float | bool,
+    fill: int,
+    k: int = 1,
+    segments: Tensor | None = None,  # [batch_size, n_tokens]
 ) -> Tensor:
-    """values[:, t + 1] at t, `fill` at the end; [batch_size, n_tokens].
+    """values[:, t + k] at t, `fill` where that is beyond the end or in another segment; [batch_size, n_tokens].
 
     Rows keep their number, so that logits are never copied.
+
+    Example:
+        >>> shift_left(torch.tensor([[5, 6, 7, 8]]), -100, k=2)
+        tensor([[   7,    8, -100, -100]])
     """
-    return torch.nn.functional.pad(values[:, 1:], (0, min(1, values.shape[1])), value=fill)
+    n_tokens = values.shape[1]
+    k = min(k, n_tokens)
+    values = values[:, k:]
+    if segments is not None:
+        values = torch.where(segments[:, k:] == segments[:, : n_tokens - k], values, fill)
+    return torch.constant_pad_nd(values, (0, k), fill)  # functional.pad would take fill for a float, of 53 bits

@@ -17,7 +17,8 @@ from ava_ext.losses.component import Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
 from ava_ext.model_config import options_of
-from ava_ext.ops.committed import is_exporting, is_first_run
+from ava_ext.ops.committed import is_first_run
+from ava_ext.ops.derivatives import is_exporting
 from ava_ext.ops.dtensors import whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import ShardedLogits

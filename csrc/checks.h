@@ -1,6 +1,5 @@
 // Argument checks of the operators: a message says what was expected and what came.
 #pragma once
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,8 +45,13 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
             type_name(tensor.scalar_type()));
 }
 
+inline std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another device";
+}
 inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
-  AVA_CHECK(tensor.device() == like.device(), op, ": expected ", name, " on the device of the logits");
+  AVA_CHECK(tensor.device() == like.device(), op, ": expected ", name, " on ", device_name(like), ", got ",
+            device_name(tensor));
 }
 // this shape and type, and where `like` is
 inline void check_beside(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
@@ -74,6 +78,14 @@ inline ElementType element_type(const char* op, const Tensor& logits) {
   }
 }
 
+// of ids, which kernels read in either
+inline ScalarType index_type(const char* op, const char* name, const Tensor& ids) {
+  const ScalarType type = ids.scalar_type();
+  AVA_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": expected ", name,
+            " of type int32 or int64, got ", type_name(type));
+  return type;
+}
+
 // logits [..., n_columns] with last stride 1, and the vocabulary within its columns
 inline void check_logits(const char* op, const Tensor& logits, int64_t vocab_size) {
   element_type(op, logits);
@@ -84,14 +96,6 @@ inline void check_logits(const char* op, const Tensor& logits, int64_t vocab_siz
   AVA_CHECK(vocab_size < (int64_t(1) << 24), op, ": expected vocab_size below 2^24, got ", vocab_size);
   AVA_CHECK(n_columns == 1 || logits.stride(logits.dim() - 1) == 1, op, ": expected logits with last stride 1, got ",
             logits.stride(logits.dim() - 1));
-}
-
-// shape of the rows: logits' without its columns, and with one more dimension of this size where it is not negative
-inline std::vector<int64_t> rows_shape(const Tensor& logits, int64_t last = -1) {
-  std::vector<int64_t> shape = shape_of(logits);
-  shape.pop_back();
-  if (last >= 0) shape.push_back(last);
-  return shape;
 }
 
 }  // namespace ava

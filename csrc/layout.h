@@ -1,5 +1,8 @@
 // How the rows of a tensor lie in memory: the layout (row_layout.h) that the kernels are given.
 #pragma once
+#include <optional>
+#include <vector>
+
 #include "checks.h"
 #include "row_layout.h"
 
@@ -25,6 +28,17 @@ inline RowLayout layout_of(const char* op, const char* name, const Tensor& tenso
   }
   return layout;
 }
+
+// Tensors whose elements kernels read one after another. They live as long as this.
+struct DenseTensors {
+  std::vector<Tensor> kept;
+
+  const void* dense(const Tensor& tensor) {
+    kept.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    return kept.back().const_data_ptr();
+  }
+  const void* dense(const std::optional<Tensor>& tensor) { return tensor ? dense(*tensor) : nullptr; }
+};
 
 inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());

@@ -1,6 +1,8 @@
 // New tensors by torch's dispatcher, and torch's own words where it refuses: out of memory above all.
 #pragma once
+#include <array>
 #include <exception>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -23,6 +25,16 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
     check_torch("new_empty", TORCH_FAILURE);
     throw;
   }
+}
+
+// aten::sort of keys [n], stable: the keys in order, and where each of them was.
+inline std::array<Tensor, 2> sort_keys(const Tensor& keys) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const int64_t first_dim = 0;
+  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(first_dim), from(false)};
+  check_torch("aten::sort", torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 }  // namespace ava

@@ -46,13 +46,15 @@ struct RepetitionWeights {
 };
 constexpr int kRepetitionWeights = 4;
 
-// The number of equal tokens that end the context, and min(growth^(length - 1), 4).
+constexpr double kMostRunFactor = 4;  // by which a run's weight grows at most
+
+// The number of equal tokens that end the context, and min(growth^(length - 1), kMostRunFactor).
 struct Run {
   int64_t length = 0;
   double factor = 1;
 
   void read(bool repeats, double growth) {
-    factor = repeats ? std::min(factor * growth, 4.0) : 1.0;
+    factor = repeats ? std::min(factor * growth, kMostRunFactor) : 1.0;
     length = repeats ? length + 1 : 1;
   }
 };

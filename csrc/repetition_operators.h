@@ -12,11 +12,6 @@
 
 namespace ava {
 
-inline void check_token_ids(const char* name, const Tensor& ids) {
-  AVA_CHECK(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int,
-            "repetition_candidates: expected ", name, " of type int64 or int32");
-}
-
 inline void check_repetition_candidates(const Tensor& tokens,                   // [batch_size, n_tokens]
                                         const Tensor& targets,                  // [batch_size, n_tokens]
                                         const std::optional<Tensor>& segments,  // [batch_size or 1, n_tokens]
@@ -26,23 +21,16 @@ inline void check_repetition_candidates(const Tensor& tokens,                   
   const char* op = "repetition_candidates";
   AVA_CHECK(tokens.dim() == 2, op, ": expected tokens of shape [batch_size, n_tokens], got ", shape_string(tokens));
   AVA_CHECK(tokens.size(1) < limit, op, ": expected fewer than 2^31 - 1 tokens in a sequence, got ", tokens.size(1));
-  check_token_ids("tokens", tokens);
-  check_token_ids("targets", targets);
-  AVA_CHECK(targets.dim() == 2 && targets.size(0) == tokens.size(0) && targets.size(1) == tokens.size(1), op,
-            ": expected targets of shape ", shape_string(tokens), ", got ", shape_string(targets));
-  AVA_CHECK(targets.device() == tokens.device(), op, ": expected tokens and targets on one device");
+  index_type(op, "tokens", tokens);
+  check_beside(op, "targets", targets, shape_of(tokens), index_type(op, "targets", targets), tokens);
   if (segments) {
-    check_token_ids("segments", *segments);
-    AVA_CHECK(segments->dim() == 2 && (segments->size(0) == tokens.size(0) || segments->size(0) == 1) &&
-                  segments->size(1) == tokens.size(1),
-              op, ": expected segments of shape ", shape_string(tokens), ", got ", shape_string(*segments));
-    AVA_CHECK(segments->device() == tokens.device(), op, ": expected tokens and segments on one device");
+    const bool is_for_all = segments->dim() == 2 && segments->size(0) == 1;
+    const std::vector<int64_t> shape = {is_for_all ? 1 : tokens.size(0), tokens.size(1)};
+    check_beside(op, "segments", *segments, shape, index_type(op, "segments", *segments), tokens);
   }
-  AVA_CHECK(weights.dim() == 1 && weights.size(0) == kRepetitionWeights, op, ": expected weights of shape ",
-            shape_string({kRepetitionWeights}), ", got ", shape_string(weights));
   AVA_CHECK(weights.scalar_type() == ScalarType::Float || weights.scalar_type() == ScalarType::Double, op,
-            ": expected weights of type float32 or float64");
-  AVA_CHECK(weights.device() == tokens.device(), op, ": expected tokens and weights on one device");
+            ": expected weights of type float32 or float64, got ", type_name(weights.scalar_type()));
+  check_beside(op, "weights", weights, {kRepetitionWeights}, weights.scalar_type(), tokens);
   AVA_CHECK(options.vocab_size > 0 && options.vocab_size <= limit, op, ": expected vocab_size in [1, 2^31), got ",
             options.vocab_size);
   AVA_CHECK(options.immediate_repetition_threshold >= 1, op, ": expected immediate_repetition_threshold >= 1, got ",

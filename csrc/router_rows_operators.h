@@ -31,7 +31,7 @@ inline RouterShape check_gate_logits(const char* op, const std::vector<Tensor>& 
     sizes[0] = wanted[0] = 0;
     AVA_CHECK(sizes == wanted, op, ": expected layers of one shape, got ", shape_string(first), " and ",
               shape_string(layers));
-    AVA_CHECK(layers.device() == first.device(), op, ": expected gate_logits on one device");
+    check_device(op, "gate_logits", layers, first);
     const int64_t last = layers.dim() - 1;
     AVA_CHECK(layers.size(last) == 1 || layers.stride(last) == 1, op, ": expected gate_logits with last stride 1, got ",
               layers.stride(last));
@@ -55,8 +55,7 @@ inline void check_router_rows(const char* op, const RouterShape& shape, const st
     AVA_CHECK(indices.dim() == 3 && indices.size(0) == shape.n_layers && indices.size(1) == shape.n_rows, op,
               ": expected expert_indices of shape ", shape_string({shape.n_layers, shape.n_rows}), " + [k], got ",
               shape_string(indices));
-    AVA_CHECK(indices.scalar_type() == ScalarType::Long || indices.scalar_type() == ScalarType::Int, op,
-              ": expected expert_indices of type int64 or int32, got ", type_name(indices.scalar_type()));
+    index_type(op, "expert_indices", indices);
     check_device(op, "expert_indices", indices, gate_logits);
   }
   if (row_mask) {
@@ -114,22 +113,22 @@ inline RouterShape check_router_gradient(
   return shape;
 }
 
-// Sets what the arguments of both devices call by the same names. dense(tensor): its elements, one after another.
-template <class Arguments, class Dense>
+// Sets what the arguments of both devices call by the same names.
+template <class Arguments>
 void set_choices_and_mask(Arguments& arguments, const RouterShape& shape,
                           const std::optional<Tensor>& expert_indices,  // [n_layers, n_rows, k]
                           const std::optional<Tensor>& row_mask,        // [n_rows] or [n_layers, n_rows]
-                          Dense dense) {
+                          DenseTensors& tensors) {
   if (expert_indices) {
     arguments.k = expert_indices->size(2);
-    const void* const indices = dense(*expert_indices);
+    const void* const indices = tensors.dense(*expert_indices);
     if (expert_indices->scalar_type() == ScalarType::Long)
       arguments.wide_indices = static_cast<const int64_t*>(indices);
     else
       arguments.indices = static_cast<const int32_t*>(indices);
   }
   if (row_mask) {
-    arguments.row_mask = static_cast<const bool*>(dense(*row_mask));
+    arguments.row_mask = static_cast<const bool*>(tensors.dense(*row_mask));
     arguments.mask_stride = row_mask->dim() == 2 ? shape.n_rows : 0;
   }
 }

@@ -63,9 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> count_rows(const Tensor& targets,            
   const std::vector<int64_t> shape = shape_of(targets);
   const auto check = [&](const char* name, const std::optional<Tensor>& tensor, const std::vector<int64_t>& expected,
                          ScalarType type) {
-    if (!tensor) return;
-    check_tensor(op, name, *tensor, expected, type);
-    AVA_CHECK(tensor->device() == targets.device(), op, ": expected ", name, " on the device of the targets");
+    if (tensor) check_beside(op, name, *tensor, expected, type, targets);
   };
   check("keep", keep, shape, ScalarType::Bool);
   check("token_weights", token_weights, shape, real);

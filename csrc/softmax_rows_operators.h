@@ -7,7 +7,6 @@
 //   check_size(op, n_rows, n_columns), check_n_ids(op, n_ids)     what it cannot take
 //   check_targets(call), set_ids(call, name, ids)     the ids are dense, int32 or int64. What is out of range in a row
 //                                                     that counts is found before it is narrowed: here or in kernels
-//   set_column_weights(op, arguments, weights, are_real)     or says that it cannot
 //   new_tensor(logits, sizes, type), new_gradient(logits)
 //   set_groups(op, arguments, sizes)
 //   run(op, logits, arguments, kernel)     of at least one row
@@ -22,9 +21,9 @@
 
 namespace ava {
 
-// The arguments of one call. Keeps what the kernels read alive.
+// The arguments of one call, and what the kernels read.
 template <class Device>
-struct RowCall {
+struct RowCall : DenseTensors {
   using Arguments = typename Device::Arguments;
   using Kernel = decltype(Device::Kernels::row_loss) Device::Kernels::*;
   const char* op;
@@ -33,7 +32,6 @@ struct RowCall {
   const ScalarType real;            // of everything but the logits and their gradient
   const std::vector<int64_t> rows;  // the shape of the rows
   Arguments arguments{};
-  std::vector<Tensor> kept;
 
   RowCall(const char* op, const Tensor& logits, int64_t vocab_size)
       : op(op), logits(logits), vocab_size(vocab_size), real(accumulation_type(logits)), rows(checked_rows()) {
@@ -60,10 +58,7 @@ struct RowCall {
     AVA_CHECK(ids->dim() == logits.dim(), op, ": expected ", name, " of shape ", shape_string(rows), " + [n_ids], got ",
               shape_string(*ids));
     const int64_t n_ids = ids->size(ids->dim() - 1);
-    const ScalarType type = ids->scalar_type();
-    AVA_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": expected ", name,
-              " of type int32 or int64, got ", type_name(type));
-    check_beside(op, name, *ids, rows_and(n_ids), type, logits);
+    check_beside(op, name, *ids, rows_and(n_ids), index_type(op, name, *ids), logits);
     Device::check_n_ids(op, n_ids - n_own);
     arguments.n_ids = Columns(n_ids);
     dense(*ids);
@@ -88,15 +83,13 @@ struct RowCall {
     check_device(op, "column_weights", *weights, logits);
     AVA_CHECK(n_weights == 1 || weights->stride(weights->dim() - 1) == 1, op,
               ": expected column_weights with last stride 1, got ", weights->stride(weights->dim() - 1));
-    Device::set_column_weights(op, arguments, *weights, type == real);
+    arguments.column_weights = weights->const_data_ptr();
+    arguments.column_weights_layout = layout_of(op, "column_weights", *weights);
+    arguments.column_weights_are_real = type == real;
   }
   void set_gradient(const Tensor& grad_logits) {  // [..., n_columns]; may be the logits
     arguments.grad_logits = grad_logits.mutable_data_ptr();
     arguments.grad_layout = layout_of(op, "logits", grad_logits);
-  }
-  const void* dense(const Tensor& tensor) {
-    kept.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-    return kept.back().const_data_ptr();
   }
 
   std::vector<int64_t> rows_and(int64_t last) const {  // [..., last]
@@ -249,15 +242,15 @@ struct RowOperators {
     return {statistics, log_probs, summaries};
   }
 
-  static void run_row_gradient(const char* op,
-                               const Tensor& logits,              // [..., n_columns]
-                               const Tensor& statistics,          // [..., kRowStatistics]
-                               const Tensor& row_coefficients,    // [..., kRowCoefficients + n_ids]
-                               const std::optional<Tensor>& ids,  // [..., n_ids]
-                               const Tensor& options,             // [kRowOptions]
-                               int64_t flags, int64_t vocab_size,
-                               const std::optional<Tensor>& column_weights,  // [..., vocab_size]
-                               std::optional<Tensor>& grad_logits) {  // [..., n_columns]; made here where not given
+  static Tensor run_row_gradient(const char* op,
+                                 const Tensor& logits,              // [..., n_columns]
+                                 const Tensor& statistics,          // [..., kRowStatistics]
+                                 const Tensor& row_coefficients,    // [..., kRowCoefficients + n_ids]
+                                 const std::optional<Tensor>& ids,  // [..., n_ids]
+                                 const Tensor& options,             // [kRowOptions]
+                                 int64_t flags, int64_t vocab_size,
+                                 const std::optional<Tensor>& column_weights,  // [..., vocab_size]
+                                 bool in_place) {
     Call call(op, logits, vocab_size);
     auto& arguments = call.arguments;
     call.set_options(options, flags);
@@ -268,26 +261,24 @@ struct RowOperators {
     check_beside(op, "row_coefficients", row_coefficients, call.rows_and(kRowCoefficients + arguments.n_ids), call.real,
                  logits);
     arguments.row_coefficients = const_cast<void*>(call.dense(row_coefficients));
-    if (!grad_logits) grad_logits = Device::new_gradient(logits);
-    call.set_gradient(*grad_logits);
+    const Tensor grad_logits = in_place ? logits : Device::new_gradient(logits);  // [..., n_columns]
+    call.set_gradient(grad_logits);
     call.run(&Kernels::row_gradient);
+    return grad_logits;
   }
 
   static Tensor row_gradient(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients,
                              std::optional<Tensor> ids, const Tensor& options, int64_t flags, int64_t vocab_size,
                              std::optional<Tensor> column_weights) {
-    std::optional<Tensor> grad_logits;
-    run_row_gradient("row_gradient", logits, statistics, row_coefficients, ids, options, flags, vocab_size,
-                     column_weights, grad_logits);
-    return *grad_logits;
+    return run_row_gradient("row_gradient", logits, statistics, row_coefficients, ids, options, flags, vocab_size,
+                            column_weights, false);
   }
 
   static void row_gradient_(const Tensor& logits, const Tensor& statistics, const Tensor& row_coefficients,
                             std::optional<Tensor> ids, const Tensor& options, int64_t flags, int64_t vocab_size,
                             std::optional<Tensor> column_weights) {
-    std::optional<Tensor> grad_logits = logits;
     run_row_gradient("row_gradient_", logits, statistics, row_coefficients, ids, options, flags, vocab_size,
-                     column_weights, grad_logits);
+                     column_weights, true);
   }
 
   // Touches no row whose factor is 1 (on CUDA the host never knows which those are), and none whose target is ignored.

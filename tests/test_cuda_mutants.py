@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant("tensor_cores_with_some_lanes", "none", SOFTMAX_SUMS, "row.all.of(thread | 31)", "n_mine",
            "__shfl_xor_sync at softmax_rows_measure.cuh"),
     Mutant("the_winner_is_summed_twice", "none", SOFTMAX_SUMS, "begin = apart + 1;", "begin = apart;", "expected"),
-    Mutant("zeros_of_both_signs_differ", "none", ROUTER_CHOICE, "pair = __hadd2(pair, Pair{});", "",
+    Mutant("zeros_of_both_signs_differ", "none", ROUTER_CHOICE, "pair = __hadd2(pair, ElementPair<Element>{});", "",
            "test_router_rows.cpp"),
     Mutant("lists_of_other_lanes", "none", ROUTER_CHOICE, "halve<2>(keys, 6);", "halve<2>(keys, 4);",
            "test_router_rows.cpp"),

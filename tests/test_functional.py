@@ -360,11 +360,11 @@ def test_bad_input_is_named():
             with pytest.raises(ValueError, match=f"^{loss.__name__}: expected target to be integers"):
                 loss(*given, bad)
     for function, arguments, message in (
-        (cross_entropy, ([1.0], targets), "input to be a Tensor or LinearLogits, got builtins.list"),
-        (cross_entropy, (logits, [1]), "target to be a Tensor, got builtins.list"),
-        (cross_entropy, (LinearLogits(states, None), targets), "weight to be a Tensor, got builtins.NoneType"),
-        (linear_cross_entropy, ([1.0], weight, targets), "input to be a Tensor, got builtins.list"),
-        (linear_cross_entropy, (states, torch.nn.Linear(5, V), targets), "linear_weight to be a Tensor, got torch.nn"),
+        (cross_entropy, ([1.0], targets), "input to be a torch.Tensor or LinearLogits, got list"),
+        (cross_entropy, (logits, [1]), "target to be a torch.Tensor, got list"),
+        (cross_entropy, (LinearLogits(states, None), targets), "weight to be a torch.Tensor, got NoneType"),
+        (linear_cross_entropy, ([1.0], weight, targets), "input to be a torch.Tensor, got list"),
+        (linear_cross_entropy, (states, torch.nn.Linear(5, V), targets), "linear_weight to be a torch.Tensor, got to"),
     ):
         with pytest.raises(TypeError, match=f"^{function.__name__}: expected {message}"):
             function(*arguments)

@@ -284,7 +284,7 @@ ARGUMENTS = {
 def test_what_is_no_tensor_is_named(name, convert):
     arguments = {"logits": logits(), "targets": TARGETS, **ARGUMENTS}
     value = convert(arguments[name])
-    message = f"unified_loss: expected {name} to be a torch.Tensor, got {type(value).__name__}"
+    message = f"unified_loss: expected {name} to be a torch.Tensor, got {torch.typename(value)}"
     with pytest.raises(TypeError, match=message):
         UnifiedLoss(V)(**{**arguments, name: value})
 

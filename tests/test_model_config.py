@@ -94,7 +94,8 @@ def test_soft_cap(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("logit_scale", 0.25), ("logits_scaling", 4.0), ("lm_head_multiplier", 0.25)]
+    ("name", "value"),
+    [("logit_scale", 0.25), ("logits_scaling", 4.0), ("lm_head_multiplier", 0.25), ("output_multiplier", 0.25)],
 )
 def test_scale_of_the_logits(name, value):
     """Granite, Cohere, Falcon-H1: never left out silently."""

@@ -184,14 +184,22 @@ def test_auto_step_may_be_turned_on():
     "options",
     [
         {"warmup_steps": 0}, {"warmup_steps": None}, {"warmup_steps": 2.5},
-        {"initial_weight": -1.0}, {"final_weight": -1.0}, {"final_weight": math.nan}, {"initial_weight": "0"},
+        {"warmup_steps": True}, {"initial_weight": -1.0}, {"final_weight": -1.0}, {"final_weight": math.nan},
+        {"initial_weight": "0"}, {"final_weight": 1e39},
     ],
 )  # fmt: skip
 def test_bad_schedules_raise(options):
-    with pytest.raises(
-        ValueError, match="adaptive_anti_repetition_loss: expected an integer warmup_steps >= 1 and weights >= 0"
-    ):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"adaptive_anti_repetition_loss: expected {name} to be .*, got "):
         AdaptiveAntiRepetitionLoss(V, **options)
+
+
+def test_a_schedule_takes_numbers_of_numpy_and_torch():
+    loss_fn = AdaptiveAntiRepetitionLoss(
+        V, warmup_steps=np.int64(4), final_weight=np.float32(2.0), initial_weight=torch.tensor(1)
+    )
+    loss_fn.step()
+    assert loss_fn.penalty_factor() == 1.25
 
 
 @pytest.mark.parametrize(
@@ -276,7 +284,7 @@ def test_heads_alone_take_their_ignore_index_and_mixed_precisions(ignore_index, 
     logits = mtp.mtp.heads[0](mtp.mtp.norm(hidden_states.to(of_heads)))[0, :2]
     expected = F.cross_entropy(logits, targets[0, 1:3])
     torch.testing.assert_close(got["mtp_loss_depth_1"], expected)
-    torch.testing.assert_close(got["total_loss"], mtp.mtp.weight * expected * 2 / 3)
+    torch.testing.assert_close(got["total_loss"], mtp.config.mtp_weight * expected * 2 / 3)
     with pytest.raises(
         ValueError, match=r"expected targets to be integers of shape \[batch_size, n_tokens\], got float32"
     ):
@@ -285,15 +293,13 @@ def test_heads_alone_take_their_ignore_index_and_mixed_precisions(ignore_index, 
 
 def test_the_mask_of_heads_alone_is_named():
     mtp = ava_ext.MultiTokenPredictionLoss(HIDDEN_SIZE, V)
-    with pytest.raises(
-        ValueError, match=r"multi_token_prediction_loss: expected attention_mask of targets' shape \[2, 6\]"
-    ):
+    with pytest.raises(ValueError, match=r"multi_token_prediction_loss: expected attention_mask of shape \[2, 6\]"):
         mtp(torch.randn(2, 6, HIDDEN_SIZE), torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 5))
 
 
 def test_what_is_no_tensor_is_named_by_a_loss_that_stands_alone():
     rows, ids, mask = torch.zeros(1, 4, 3), torch.zeros(1, 4).long(), np.ones((1, 4))
-    mtp = ava_ext.MultiTokenPredictionLoss(5, 3)
+    mtp, written = ava_ext.MultiTokenPredictionLoss(5, 3), ava_ext.SequenceUnlikelihoodLoss(3)
     for match, call in {
         "contrastive_loss: expected second": lambda: info_nce(rows[0], mask),
         "contrastive_loss: expected row_mask": lambda: info_nce(rows[0], rows[0], row_mask=mask),
@@ -308,6 +314,9 @@ def test_what_is_no_tensor_is_named_by_a_loss_that_stands_alone():
         "multi_token_prediction_loss: expected targets": lambda: mtp(rows, mask),
         "multi_token_prediction_loss: expected attention_mask": lambda: mtp(rows, ids, mask),
         "diversity_loss: expected row_mask": lambda: ava_ext.DiversityLoss()(rows, mask),
+        "sequence_unlikelihood: expected tokens": lambda: written.repeats(mask),
+        "sequence_unlikelihood: expected continuation_mask": lambda: written(rows, ids, mask),
+        "sequence_unlikelihood: expected segment_ids": lambda: written(rows, ids, segment_ids=mask),
     }.items():
-        with pytest.raises(TypeError, match=f"^{match} to be a Tensor, got "):
+        with pytest.raises(TypeError, match=f"^{match} to be a torch.Tensor, got "):
             call()

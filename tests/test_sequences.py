@@ -59,6 +59,9 @@ def test_three_ways_to_say_where_texts_begin(options, n_batch):
         {"cu_seqlens": batch_cu_seqlens(n_batch)},
         {"cu_seqlens": batch_cu_seqlens(n_batch).int()},
         {"segment_ids": SEGMENT_IDS.int(), "position_ids": POSITION_IDS},
+        # given together, each of them begins texts
+        {"segment_ids": torch.zeros(1, 8).long(), "position_ids": POSITION_IDS},
+        {"segment_ids": SEGMENT_IDS, "position_ids": torch.arange(8)},
         {"position_ids": POSITION_IDS, "cu_seqlens": batch_cu_seqlens(n_batch)},
         {"segment_ids": torch.zeros(1, 8).long(), "cu_seqlens": batch_cu_seqlens(n_batch)},
     ):
@@ -185,6 +188,28 @@ def test_simctg_of_unshifted_labels_reads_the_rows_with_and_without_a_mask():
     for mask in (None, torch.ones(2, 5)):
         found = loss_fn(**arguments, attention_mask=mask)["contrastive_loss"]
         torch.testing.assert_close(found, loss_fn.contrastive(states[:, :-1]), **EXACT)
+
+
+@pytest.mark.parametrize("mask", [None, [1] * 10, [1] * 3 + [0] * 2 + [1] * 5, [1] * 5 + [0] + [1] * 4])
+def test_simctg_and_routers_of_unshifted_labels_read_no_row_behind_the_last_label_of_a_packed_text(mask):
+    numbers = Numbers(3)
+    options = {"use_contrastive_loss": True, "num_experts": 3, "use_auxiliary_loss": True, "labels_are_shifted": False}
+    loss_fn = UnifiedLoss(V, **options, load_balancing_weight=1.0).double()
+    gates, choices = numbers.normal(2, 5, 3), numbers.integers(0, 3, 2, 5, 1)
+    arguments = {
+        "logits": numbers.normal(2, 5, V),
+        "targets": numbers.integers(0, V, 2, 5),
+        "attention_mask": None if mask is None else torch.tensor(mask).view(2, 5),
+        "hidden_states": numbers.normal(2, 5, HIDDEN_SIZE),
+    }
+    # one row for each label that is predicted, whose last tokens therefore have none
+    of_rows = {"gate_logits": gates[:, :-1], "expert_indices": choices[:, :-1]}
+    expected = loss_fn(**arguments, **of_rows, return_detailed=True)
+    in_one_row = {name: None if x is None else x.reshape(1, 10, *x.shape[2:]) for name, x in arguments.items()}
+    of_rows = {"gate_logits": gates.view(1, 10, 3)[:, :-1], "expert_indices": choices.view(1, 10, 1)[:, :-1]}
+    segment_ids = torch.tensor([[0] * 5 + [1] * 5])
+    found = loss_fn(**in_one_row, **of_rows, segment_ids=segment_ids, return_detailed=True)
+    torch.testing.assert_close(found, expected, **EXACT)
 
 
 # -- the context of a row

@@ -367,6 +367,7 @@ def test_what_is_pending_follows_buffers_that_are_moved_one_by_one():
         assert losses[0] == losses[1]
         loss_fn.step(), other.step()
     assert loss_fn.temperature.value == other.temperature.value != 1
+    assert loss_fn.temperature.previous_value == other.temperature.previous_value == 1  # a tensor of its own
 
 
 @pytest.mark.parametrize("update", ["sign", "quantile"])
@@ -388,3 +389,28 @@ def test_a_call_that_raises_teaches_nothing(update):
     statistics = loss_fn.get_loss_statistics()
     assert statistics["moe_balancing"]["total_tokens"] == 8
     assert statistics["adaptive_mtp"]["count"] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"auto_step": False}, ADAPTIVE | {"num_future_tokens": 1}])
+def test_torch_func_is_refused_where_a_call_would_be_learned_from(options):
+    """What it gives belongs to the transform. In evaluation, and without what learns, it works."""
+    loss_fn = UnifiedLoss(V, **options)
+    numbers = Numbers(0)
+    logits, targets = numbers.normal(2, 4, V), numbers.integers(0, V, 2, 4)
+    given = {"additional_logits": [numbers.normal(2, 4, V)], "confidence_scores": numbers.uniform(2, 4)}
+
+    def of_logits(x):
+        return loss_fn(x, targets, **given)
+
+    in_transforms = (
+        lambda: torch.func.grad(of_logits)(logits),
+        lambda: torch.func.jvp(of_logits, (logits,), (logits,)),
+        lambda: torch.func.vmap(of_logits)(torch.stack([logits, logits])),
+    )
+    for transformed in in_transforms:
+        with pytest.raises(NotImplementedError, match=r"cannot learn within torch.func; expected eval\(\)"):
+            transformed()
+    loss_fn.eval()
+    leaf = logits.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(of_logits)(logits), torch.autograd.grad(of_logits(leaf), leaf)[0])
+    assert loss_fn.temperature.count == 0

@@ -67,7 +67,7 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
     loss_fn = inner.unified_loss
     for head in inner.modules():
         if isinstance(head, RecordsInput):
-            for name in ("owner", "mode", "input_of_head"):
+            for name in ("owner", "mode", "input_of_head", "n_columns"):
                 vars(head).pop(name, None)
             head.__class__ = head.class_before_loss  # type: ignore[assignment]
     inner._keys_to_ignore_on_save = inner._keys_before_loss
@@ -77,6 +77,7 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
         "_keys_before_loss",
         "_recorded",
         "_is_recording",
+        "has_computed_loss",
         "loss_parts",
         "report_parts",
     ):
@@ -128,7 +129,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
     else:
         refuse_logit_options(config, owner)
     head.__class__ = class_with(RecordsInput, type(head), is_fused)
-    head.owner = name
+    head.owner, head.n_columns = name, getattr(head, "out_features", None)
     parameter = next(inner.parameters())
     inner.unified_loss = loss_fn.to(parameter.device)
     inner.trained_when_put = {name: p.requires_grad for name, p in loss_fn.named_parameters()}
@@ -137,6 +138,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         *(inner._keys_before_loss or ()),
         *(f"unified_loss.{key}" for key in loss_fn.state_dict()),
     }
-    inner._recorded, inner._is_recording, inner.report_parts, inner.loss_parts = None, False, False, None
+    inner._recorded, inner._is_recording, inner.has_computed_loss = None, False, False
+    inner.report_parts, inner.loss_parts = False, None
     inner.__class__ = class_with(LossInForward, type(inner), is_fused)
     return model

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ava_ext.ops.linear_logits import is_linear
+from ava_ext.ops.dtensors import is_dtensor
+from ava_ext.ops.linear_logits import LinearLogits, is_linear
 
 
 def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_columns, hidden_size], [n_columns]
@@ -29,12 +30,36 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_colu
             is_on = not head.disable_adapters and head.active_adapters
             return weight_and_bias(head.modules_to_save[head.active_adapters[0]] if is_on else head.original_module)
         if isinstance(head, peft.tuners.lora.Linear):
-            return _merged(head)
+            weight, bias, low_rank = _of_lora(head)
+            for lora_A, lora_B in low_rank:
+                weight = weight + (lora_B @ lora_A).to(weight.dtype)
+            return weight, bias
     if not is_linear(head):
         raise _refused(head, "a forward of its own", "use attach_loss, which takes the logits that the model computes")
     if head.weight.is_meta:
         raise _refused(head, "a weight on the meta device", "load it first")
     return _gathered(head.weight), _gathered(head.bias)
+
+
+def logits_of_lora(
+    head: nn.Module,
+    hidden_states: Tensor,  # [..., hidden_size]
+) -> LinearLogits | None:
+    """Of a head with LoRA: the logits of [h, A h] and [W, s B]; None of any other.
+
+    Merged in bfloat16, W + s B A would be W as long as s B A is less than half of its last digit.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(head, peft.tuners.lora.Linear):
+        return None
+    weight, bias, low_rank = _of_lora(head)
+    if not low_rank or is_dtensor(weight):
+        return None
+    inputs, columns = [hidden_states], [weight]
+    for lora_A, lora_B in low_rank:
+        inputs.append(nn.functional.linear(hidden_states.to(lora_A.dtype), lora_A).to(hidden_states.dtype))
+        columns.append(lora_B.to(weight.dtype))
+    return LinearLogits(torch.cat(inputs, -1), torch.cat(columns, 1), bias)
 
 
 class _Copy(torch.autograd.Function):
@@ -59,37 +84,35 @@ def _gathered(parameter: Any) -> Any:
         return _Copy.apply(parameter)
 
 
-def _merged(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Of a peft.tuners.lora.Linear: what its forward computes, as one linear layer."""
-    base = head.get_base_layer()
-    weight, bias = weight_and_bias(base)
+def _of_lora(head: Any) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """Of a peft.tuners.lora.Linear: weight and bias, and A and s B of each LoRA that is not in the weight."""
+    weight, bias = weight_and_bias(head.get_base_layer())
+    low_rank: list[tuple[Tensor, Tensor]] = []
     if head.disable_adapters or head.merged:
         if head.disable_adapters and head.merged:
             raise _refused(head, "merged adapters that are disabled", "unmerge them first")
-        return weight, bias
+        return weight, bias, low_rank
     names = [name for name in head.active_adapters if name in head.lora_A]
     for name in names:
-        dropout, lora_A, lora_B, scale = (
-            part[name] for part in (head.lora_dropout, head.lora_A, head.lora_B, head.scaling)
-        )
+        dropout, scale = head.lora_dropout[name], head.scaling[name]
         if head.training and getattr(dropout, "p", 0.0) > 0:
             raise _refused(head, f"lora_dropout={dropout.p}", "use lora_dropout=0.0 for the head, or attach_loss")
-        delta = scale * (_gathered(lora_B.weight) @ _gathered(lora_A.weight))
+        lora_A, lora_B = _gathered(head.lora_A[name].weight), scale * _gathered(head.lora_B[name].weight)
         variant = head.lora_variant.get(name)
         if variant is None:
-            weight = weight + delta.to(weight.dtype)
-            if lora_B.bias is not None:
-                shift = (scale * _gathered(lora_B.bias)).to(weight.dtype)
+            low_rank.append((lora_A, lora_B))
+            if head.lora_B[name].bias is not None:
+                shift = (scale * _gathered(head.lora_B[name].bias)).to(weight.dtype)
                 bias = shift if bias is None else bias + shift
         elif getattr(variant, "__name__", type(variant).__name__) == "DoraLinearVariant" and name == names[0]:
-            merged = weight.to(delta.dtype) + delta
+            merged = weight.to(lora_B.dtype) + lora_B @ lora_A
             # a constant in the backward, as in section 4.3 of "DoRA: Weight-decomposed low-rank adaptation"
             length = torch.linalg.vector_norm(merged.detach(), dim=1)
             magnitude = _gathered(head.lora_magnitude_vector[name].weight)
             weight = ((magnitude / length).unsqueeze(1) * merged).to(weight.dtype)
         else:
             raise _refused(head, "an adapter that is neither LoRA nor a single DoRA", "use attach_loss")
-    return weight, bias
+    return weight, bias, low_rank
 
 
 def _refused(head: nn.Module, what: str, instead: str) -> TypeError:

@@ -38,11 +38,7 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
         shift_labels: Tensor | None = None,  # [batch_size, n_tokens]
         **options: Any,
     ) -> Tensor:  # []
-        config = loss_fn.config
-        if ignore_index not in (None, config.ignore_index):
-            raise ValueError(
-                f"causal_lm_loss: expected ignore_index={config.ignore_index} as the loss, got {ignore_index}"
-            )
+        check_ignore_index("causal_lm_loss", loss_fn.config, ignore_index)
         is_shifted = shift_labels is not None
         targets = shift_labels if is_shifted else labels
         # a copy: models add to it in place
@@ -52,10 +48,12 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
 
 
 def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
-    """For Trainer(compute_loss_func=...): the loss of a causal model's outputs and of labels that are not shifted.
+    """For Trainer(compute_loss_func=...): the loss of a model's outputs and of its labels.
 
-    Trainer gives neither attention_mask nor position_ids, and does not give the labels to the model, which then cannot
-    add its own auxiliary loss. UnifiedLossTrainerMixin has none of these limits.
+    The labels of a causal model are shifted here. Those of an encoder-decoder and of a masked language model, which the
+    class of the outputs tells, are those of the rows themselves. Trainer gives neither attention_mask nor position_ids,
+    and does not give the labels to the model, which then cannot add its own auxiliary loss. UnifiedLossTrainerMixin has
+    none of these limits.
 
     Raises:
         ValueError: a loss with logit_softcap, which the outputs have gone through already, or with terms of a router,
@@ -93,8 +91,10 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
                 "trainer_loss: the model computes an auxiliary loss, which Trainer would leave out: use "
                 "UnifiedLossTrainerMixin, which adds it, or set model.config.output_router_logits=False"
             )
+        kind = type(outputs).__name__
+        is_aligned = any(name in kind for name in ("Seq2SeqLM", "Seq2SeqMoE", "MaskedLM"))
         # a copy: Trainer multiplies it in place
-        return loss_fn(outputs, labels, num_items_in_batch=num_items_in_batch, labels_are_shifted=False).clone()
+        return loss_fn(outputs, labels, num_items_in_batch=num_items_in_batch, labels_are_shifted=is_aligned).clone()
 
     return loss
 
@@ -104,6 +104,12 @@ def check_is_loss(owner: str, loss_fn: Any) -> None:
     if not isinstance(getattr(loss_fn, "config", None), UnifiedLossConfig):
         kind = type(loss_fn)
         raise TypeError(f"{owner}: expected a UnifiedLoss as loss_fn, got {kind.__module__}.{kind.__qualname__}")
+
+
+def check_ignore_index(owner: str, config: UnifiedLossConfig, ignore_index: int | None) -> None:
+    """Raises ValueError where a model gives its loss function another one than that of the loss."""
+    if ignore_index not in (None, config.ignore_index):
+        raise ValueError(f"{owner}: expected ignore_index={config.ignore_index} as the loss, got {ignore_index}")
 
 
 def refuse_logit_options(config: UnifiedLossConfig, owner: str) -> None:

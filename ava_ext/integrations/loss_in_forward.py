@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.integrations.deferred_logits import DeferredLogits
-from ava_ext.integrations.heads import weight_and_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, check_same_logits
+from ava_ext.integrations.heads import logits_of_lora, weight_and_bias
+from ava_ext.integrations.loss_functions import causal_lm_loss, check_ignore_index, check_same_logits
 from ava_ext.model_config import text_config
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import accumulation_dtype
@@ -37,12 +37,18 @@ class RecordsInput(nn.Module):
     input_of_head: Tensor | None = None  # [..., hidden_size]
     mode: str | None = None  # "record", "defer", or None: as before
     owner: str = ""
+    n_columns: int | None = None  # its out_features when the loss was put into the model
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:  # [..., hidden_size]
         if self.mode is None:
             return super().forward(hidden_states, *arguments, **options)
         self.input_of_head = hidden_states
         if self.mode == "defer":
+            if arguments or options:  # such as the adapter of each text, of peft
+                raise TypeError(
+                    f"fuse_lm_head: expected {self.owner} to call its head with hidden states alone, got "
+                    f"{[*map(type, arguments), *options]} too: use attach_loss"
+                )
             return DeferredLogits(hidden_states, self.owner)
         return super().forward(hidden_states, *arguments, **options)
 
@@ -58,6 +64,7 @@ class LossInForward(nn.Module):
         report_parts: whether to keep what the loss is made of, in loss_parts.
         loss_parts: of the last call with labels, the dict of return_detailed without graph, and model_aux_loss where
             the model added something; None where report_parts is False.
+        has_computed_loss: set by each call with labels; whoever asks has to clear it.
     """
 
     class_before_loss: ClassVar[type[nn.Module]]
@@ -70,6 +77,7 @@ class LossInForward(nn.Module):
     config: Any  # of the model
     _recorded: Any  # what the model gave to its loss function
     _is_recording: bool
+    has_computed_loss: bool
     expert_bias_binding: Any = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -90,6 +98,7 @@ class LossInForward(nn.Module):
                 f"{self._owner}: expected {type(self).__name__} to call self.loss_function once, got a second call: "
                 "compute the loss from its outputs"
             )
+        check_ignore_index(self._owner, self.unified_loss.config, options.get("ignore_index"))
         zero = torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
         self._recorded = (logits, labels, options.get("shift_labels"), zero)
         return zero
@@ -116,15 +125,16 @@ class LossInForward(nn.Module):
         head.mode, self._is_recording, self._recorded = "defer" if self.is_fused else "record", True, None
         try:
             output = forward(**options, return_dict=True)
-        finally:
+        finally:  # a forward that raises, of too little memory, keeps none of it
             head.mode, self._is_recording = None, False
-        recorded, self._recorded = self._recorded, None
-        hidden_states, head.input_of_head = head.input_of_head, None
+            recorded, self._recorded = self._recorded, None
+            hidden_states, head.input_of_head = head.input_of_head, None
         if recorded is None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
-                "did not call"
+                "did not call: compute the loss from its outputs; Trainer takes compute_loss_func=trainer_loss(loss_fn)"
             )
+        self.has_computed_loss = True
         logits, labels, model_shifted, zero = recorded
         targets = self._targets(labels, model_shifted, shifted)
         given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
@@ -158,7 +168,7 @@ class LossInForward(nn.Module):
 
     def _head(self) -> RecordsInput:
         head = self.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(head, RecordsInput):
+        if not isinstance(head, RecordsInput) or getattr(head, "out_features", None) != head.n_columns:
             raise TypeError(
                 f"fuse_lm_head: the head of {type(self).__name__} is now another {type(head).__name__} than when the "
                 "loss was put into the model: call unfuse(model) first, then change the head (get_peft_model, "
@@ -224,12 +234,10 @@ class LossInForward(nn.Module):
                     f"{type(logits).__name__} from elsewhere: use attach_loss"
                 )
             check_same_logits(name, config, logits.softcap, logits.scale)
-            weight, bias = weight_and_bias(head)
-            given |= {"hidden_states": hidden_states, "lm_head_weight": weight, "lm_head_bias": bias}
-        else:
-            given |= {"logits": logits, "hidden_states": hidden_states}
-            if config.mtp_share_head or config.mtp_heads == "hidden_states":
-                given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
+            logits = logits_of_lora(head, logits.hidden_states)
+        given |= {"logits": logits, "hidden_states": hidden_states}
+        if logits is None or config.mtp_share_head or config.mtp_heads == "hidden_states":
+            given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
         return given | self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
 
     def _router(self, output: Any) -> dict[str, Any]:
@@ -290,7 +298,8 @@ class_with: Callable[[Any, Any, bool], Any] = functools.cache(_make_class)
 def _forward_of(cls: Any) -> Callable[..., Any]:
     """A forward with the signature of cls.forward, which others look at, that computes the loss."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    signature = inspect.signature(cls.forward)
+    parameters = list(signature.parameters.values())[1:]
     names = tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
 
     @functools.wraps(cls.forward)
@@ -299,6 +308,9 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
             return cls.forward(self, *arguments, **options)
         return self._with_loss(functools.partial(cls.forward, self), names, arguments, options)
 
+    # accelerate.unwrap_model unwraps a forward as far as it can, and would find the model's own, without the loss
+    del forward.__wrapped__
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
 
 

@@ -81,7 +81,9 @@ class UnifiedLossCallback(TrainerCallback):
 
     Raises:
         ValueError: a loss that steps automatically. When training begins: a loss that learns separately on each rank,
-            or whose parameters no optimizer has. FileNotFoundError: a checkpoint without the loss.
+            or whose parameters no optimizer has, or that are frozen; label_smoothing_factor; at the first step, a
+            Trainer with a loss of its own around a model with this one. FileNotFoundError: a checkpoint without the
+            loss.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[UnifiedLossCallback(loss_fn)])
@@ -96,6 +98,7 @@ class UnifiedLossCallback(TrainerCallback):
             )
         self.loss_fn = loss_fn
         self.resume_from = resume_from
+        self._model_with_loss: Any = None  # found when training begins
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -107,6 +110,11 @@ class UnifiedLossCallback(TrainerCallback):
                 "UnifiedLossCallback: expected a loss with process_group='world', got None: its state would differ "
                 f"between the {args.world_size} ranks"
             )
+        _refuse_label_smoothing("UnifiedLossCallback", args)
+        self._model_with_loss = _with_this_loss(options.get("model"), self.loss_fn)
+        if self._model_with_loss is not None:
+            _check_trained("UnifiedLossCallback", self._model_with_loss)
+            self._model_with_loss.has_computed_loss = False
         optimizer = options.get("optimizer")
         if optimizer is not None:
             trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -118,6 +126,18 @@ class UnifiedLossCallback(TrainerCallback):
                 )
         if state.global_step > 0:
             self._load(args, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """Checks that the model with the loss in it has computed it."""
+        model = self._model_with_loss
+        if model is not None and not model.has_computed_loss and args.n_gpu < 2:  # DataParallel computes in copies
+            raise ValueError(
+                "UnifiedLossCallback: expected Trainer to train with the loss in the model, got a step without it: a "
+                "Trainer that computes its own loss, as SFTTrainer does, needs UnifiedLossTrainerMixin, and "
+                "use_liger_kernel needs liger_kernel_config={'fused_linear_cross_entropy': False}"
+            )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -157,6 +177,37 @@ class UnifiedLossCallback(TrainerCallback):
             f"UnifiedLossCallback: training goes on after step {state.global_step}; expected {FILE_NAME} of that "
             f"checkpoint in one of {[folder for folder in folders if isinstance(folder, str)]}, got none of this run: "
             "give resume_from=, the folder that train(resume_from_checkpoint=...) gets"
+        )
+
+
+def _with_this_loss(model: Any, loss_fn: UnifiedLoss) -> Any:
+    """The model of transformers in it, if that computes this loss in its forward; otherwise None."""
+    inner = None if model is None else causal_lm_of(model)
+    return inner if isinstance(inner, LossInForward) and inner.unified_loss is loss_fn else None
+
+
+def _check_trained(owner: str, model: LossInForward) -> None:
+    """That what the loss learns by gradient is what it was when the loss was put into the model."""
+    expected = model.trained_when_put
+    found = {name: parameter.requires_grad for name, parameter in model.unified_loss.named_parameters()}
+    if found.keys() != expected.keys():
+        raise ValueError(
+            f"{owner}: expected no adapters in the loss, got parameters "
+            f"{sorted(found.keys() - expected.keys())}: give exclude_modules='.*unified_loss.*' to peft"
+        )
+    frozen = [name for name in expected if expected[name] and not found[name]]
+    if frozen:
+        raise ValueError(
+            f"{owner}: expected the parameters of the loss as they were put into the model, "
+            f"got {frozen} frozen: put the loss in after get_peft_model, or freeze them before"
+        )
+
+
+def _refuse_label_smoothing(owner: str, args: TrainingArguments) -> None:
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"{owner}: expected label_smoothing_factor=0, got {args.label_smoothing_factor}: label_smoothing is an "
+            "option of the loss"
         )
 
 
@@ -218,8 +269,9 @@ class UnifiedLossTrainerMixin:
         arguments, options: Trainer's.
 
     Raises:
-        ValueError: label_smoothing_factor, compute_loss_func, model_init, or DataParallel, which have another way here;
-            adapters in the loss, or parameters of it that were frozen after it was put into the model.
+        ValueError: label_smoothing_factor, compute_loss_func, model_init, DataParallel, or loss_type="dft" of
+            SFTTrainer, which have another way here; adapters in the loss, or parameters of it that were frozen after
+            it was put into the model.
 
     Example:
         >>> class MyTrainer(UnifiedLossTrainerMixin, Trainer): ...
@@ -246,39 +298,24 @@ class UnifiedLossTrainerMixin:
         self._meter_calls = {True: 0, False: 0}
         self._n_is_of_all_ranks = {True: False, False: False}
         self._logged_step = 0
-        self._check_trained()
+        _check_trained("UnifiedLossTrainerMixin", inner)
         super().__init__(model, *arguments, **options)  # type: ignore[call-arg]
         for name, parameter in loss_fn.named_parameters():  # a peft_config of SFTTrainer freezes all but adapters
             if inner.trained_when_put.get(name):
                 parameter.requires_grad_(True)
-        self._check_trained()
+        _check_trained("UnifiedLossTrainerMixin", inner)
         trainer: Any = self
-        if trainer.args.label_smoothing_factor:
+        _refuse_label_smoothing("UnifiedLossTrainerMixin", trainer.args)
+        if getattr(trainer.args, "loss_type", None) == "dft":  # of SFTTrainer
             raise ValueError(
-                "UnifiedLossTrainerMixin: expected label_smoothing_factor=0, got "
-                f"{trainer.args.label_smoothing_factor}: label_smoothing is an option of the loss"
+                "UnifiedLossTrainerMixin: expected loss_type='nll', got 'dft': token_reweighting='dft' is an option of "
+                "the loss"
             )
         if trainer.args.n_gpu > 1:
             raise ValueError("UnifiedLossTrainerMixin: expected one process per GPU (torchrun), got DataParallel")
         self._callback = _CallbackOfTrainer(loss_fn)
         self._callback.at_begin = functools.partial(self._clear_meter, is_training=True)
         trainer.add_callback(self._callback)
-
-    def _check_trained(self) -> None:
-        """That what the loss learns by gradient is what it was when the loss was put into the model."""
-        expected = self._model_with_loss.trained_when_put
-        found = {name: parameter.requires_grad for name, parameter in self.loss_fn.named_parameters()}
-        if found.keys() != expected.keys():
-            raise ValueError(
-                "UnifiedLossTrainerMixin: expected no adapters in the loss, got parameters "
-                f"{sorted(found.keys() - expected.keys())}: give exclude_modules='.*unified_loss.*' to peft"
-            )
-        frozen = [name for name in expected if expected[name] and not found[name]]
-        if frozen:
-            raise ValueError(
-                f"UnifiedLossTrainerMixin: expected the parameters of the loss as they were put into the model, "
-                f"got {frozen} frozen: put the loss in after get_peft_model, or freeze them before"
-            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Trainer's, which tells the callback where the loss is."""

@@ -14,7 +14,6 @@ from ava_ext.losses.depths import (
     DepthMeans,
     active_rows,
     connected,
-    counted_ahead,
     depth_means,
     depth_metrics,
     depth_rows,
@@ -23,10 +22,11 @@ from ava_ext.losses.depths import (
     parts_of_heads,
 )
 from ava_ext.losses.learned_state import LearnedState
-from ava_ext.ops.arguments import has_shape
+from ava_ext.ops.arguments import check_is_tensor, has_shape
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
 from ava_ext.ops.sharded_logits import ShardedLogits
+from ava_ext.sequences import shift_left
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
 
@@ -57,7 +57,6 @@ def adaptive_mtp_terms(
     mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool
     mtp_weight: float = UnifiedLossConfig.mtp_weight,
     confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
-    use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
     ignore_index: int = UnifiedLossConfig.ignore_index,
     depth_weights: Tensor | None = None,  # [n_heads]
     own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
@@ -68,9 +67,9 @@ def adaptive_mtp_terms(
         mtp_loss = mtp_weight * mean over heads k of sum_t w_{t+k} c_t CE(head k's logits at t, targets[t + k])
         confidence_regularization = strength * sum_t w_{t+1} BCE(c_t, q_t)
 
-    w is row_weights. c is the confidence, or 1 without confidence weighting; mtp_loss detaches it, so that a model
-    cannot lower the heads' losses by giving up. q is the probability, detached, that head 1 gives its target. The
-    second term is lowest at c = q.
+    w is row_weights. c is the confidence, or 1 without one; mtp_loss detaches it, so that a model cannot lower the
+    heads' losses by giving up. q is the probability, detached, that head 1 gives its target. The second term is lowest
+    at c = q.
 
     Args:
         additional_logits: of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k]. A list may hold
@@ -83,7 +82,7 @@ def adaptive_mtp_terms(
         confidence_scores: in [0, 1], per sequence or per row. None: c = 1 and no confidence term.
         mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence:
             a sequence that is off counts as one whose rows have no target. None: on.
-        mtp_weight, confidence_reg_strength, use_confidence_weighting, ignore_index: see UnifiedLossConfig.
+        mtp_weight, confidence_reg_strength, ignore_index: see UnifiedLossConfig.
         depth_weights, own_denominator: of the heads' loss; see `depths.depth_rows`.
         per_row: return both terms per row, [batch_size, n_tokens].
 
@@ -107,10 +106,9 @@ def adaptive_mtp_terms(
     dtype = accumulation_dtype(heads[0].dtype)
     targets, weights = active_rows(targets, row_weights.detach().to(dtype), mtp_active, ignore_index)
     confidence = None
+    head_weights: float | Tensor = mtp_weight / len(heads)
     if confidence_scores is not None:
         confidence = _rows(confidence_scores, batch_size, n_tokens).to(dtype)
-    head_weights: float | Tensor = mtp_weight / len(heads)
-    if confidence is not None and use_confidence_weighting:
         head_weights = head_weights * confidence.detach()
     rows = depth_rows(
         targets,
@@ -131,7 +129,7 @@ def adaptive_mtp_terms(
         # the value is bounded, its derivative stays: a head that is too sure of itself has to learn it
         certainty = certainty + (certainty.clamp(CONFIDENCE_MARGIN, 1 - CONFIDENCE_MARGIN) - certainty).detach()
         cross_entropy = -(probability * certainty.log() + (1 - probability) * torch.log1p(-certainty))
-        row_weight = confidence_reg_strength * counted_ahead(weights, segments, 1)
+        row_weight = confidence_reg_strength * shift_left(weights, 0, segments=segments)
         regularization = torch.where(is_target, cross_entropy, 0.0) * row_weight
     seen = torch.ones_like(weights) if confidence is None else confidence.detach()
     return AdaptiveMTPTerms(
@@ -202,15 +200,13 @@ def _switched_off(
 
 
 class AdaptiveMTP(LearnedState, Part):
-    """adaptive_mtp_terms with the options of a configuration, and running averages for get_loss_statistics().
+    """adaptive_mtp_terms with the options of the call, and running averages for get_loss_statistics().
 
     In training with grad enabled, what a call adds to the averages is committed by the next step(). A call that is
     switched off adds nothing, nor does one in which head 1 has no target or whose values are not finite.
 
     Args:
-        num_future_tokens: how many heads are expected.
-        mtp_weight, confidence_reg_strength, use_confidence_weighting, mtp_own_denominator, ignore_index: see
-            UnifiedLossConfig.
+        calibrates: whether it also adds confidence_regularization.
 
     Example:
         >>> from ava_ext.losses.adaptive_mtp import adaptive_mtp_terms
@@ -233,25 +229,10 @@ class AdaptiveMTP(LearnedState, Part):
     sums: Tensor
     count: Tensor
 
-    def __init__(
-        self,
-        num_future_tokens: int = UnifiedLossConfig.num_future_tokens,
-        *,
-        mtp_weight: float = UnifiedLossConfig.mtp_weight,
-        confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
-        use_confidence_weighting: bool = UnifiedLossConfig.use_confidence_weighting,
-        mtp_own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
-        ignore_index: int = UnifiedLossConfig.ignore_index,
-    ) -> None:
+    def __init__(self, calibrates: bool = True) -> None:
         super().__init__()
-        self.own_denominator = mtp_own_denominator
-        self.n_heads = num_future_tokens
-        self.mtp_weight = mtp_weight
-        self.confidence_reg_strength = confidence_reg_strength
-        self.use_confidence_weighting = use_confidence_weighting
-        self.ignore_index = ignore_index
-        self.calibrates = use_confidence_weighting and confidence_reg_strength > 0
-        self.keys = ("mtp_loss", "confidence_regularization") if self.calibrates else ("mtp_loss",)
+        self.calibrates = calibrates
+        self.keys = ("mtp_loss", "confidence_regularization") if calibrates else ("mtp_loss",)
         self.register_buffer("sums", torch.empty(len(self.AVERAGES), dtype=torch.float32))
         self.register_buffer("count", torch.empty((), dtype=torch.int64))
         self.pending_sums = torch.empty(len(self.AVERAGES), dtype=torch.float32)
@@ -263,18 +244,11 @@ class AdaptiveMTP(LearnedState, Part):
         """The part where the configuration asks for heads of the model."""
         if config.mtp_heads != "adaptive":
             return None
-        return cls(
-            config.num_future_tokens,
-            mtp_weight=config.mtp_weight,
-            confidence_reg_strength=config.confidence_reg_strength,
-            use_confidence_weighting=config.use_confidence_weighting,
-            mtp_own_denominator=config.mtp_own_denominator,
-            ignore_index=config.ignore_index,
-        )
+        return cls(config.use_confidence_weighting and config.confidence_reg_strength > 0)
 
     def of_call(self, call: Call) -> Addends:
         """The terms of the heads that the call gives; with mtp_active=False zeros, in the graph of the heads."""
-        rows, active, confidence = call.rows, call.mtp_active, call.confidence_scores
+        config, rows, active, confidence = call.config, call.rows, call.mtp_active, call.confidence_scores
         heads = self._heads_of(call)
         if call.is_flat:
             heads = [head.unsqueeze(0) for head in heads]
@@ -282,7 +256,7 @@ class AdaptiveMTP(LearnedState, Part):
                 confidence = confidence.unsqueeze(0)
         if not heads:
             active = False
-        if active is not False and self.use_confidence_weighting and confidence is None:
+        if active is not False and config.use_confidence_weighting and confidence is None:
             raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
         terms = adaptive_mtp_terms(
             heads,
@@ -290,22 +264,22 @@ class AdaptiveMTP(LearnedState, Part):
             rows.weights,
             call.segments,
             call.head_loss,
-            confidence_scores=confidence if self.use_confidence_weighting else None,
+            confidence_scores=confidence if config.use_confidence_weighting else None,
             mtp_active=active,
-            mtp_weight=self.mtp_weight,
-            confidence_reg_strength=self.confidence_reg_strength,
-            use_confidence_weighting=self.use_confidence_weighting,
-            ignore_index=self.ignore_index,
+            mtp_weight=config.mtp_weight,
+            confidence_reg_strength=config.confidence_reg_strength,
+            ignore_index=config.ignore_index,
             depth_weights=call.mtp_depth_weights,
-            own_denominator=self.own_denominator,
-            per_row=call.config.reduction == "none",
+            own_denominator=config.mtp_own_denominator,
+            per_row=config.reduction == "none",
         )
         if active is not False:
             call.learned.append(lambda recording: self.record_averages(recording, terms))
         addends = {"mtp_loss": terms.mtp_loss}
         if self.calibrates:
             addends["confidence_regularization"] = terms.confidence_regularization
-        return Addends(addends, depth_metrics(terms.depths if heads else no_means(rows.weights, self.n_heads)))
+        depths = terms.depths if heads else no_means(rows.weights, config.num_future_tokens)
+        return Addends(addends, depth_metrics(depths))
 
     def _heads_of(self, call: Call) -> list[Logits]:
         given = call.additional_logits
@@ -316,16 +290,14 @@ class AdaptiveMTP(LearnedState, Part):
         heads = [given] if isinstance(given, (LinearLogits, ShardedLogits)) else list(given)
         if not heads and call.mtp_active is False:
             return []
-        if len(heads) != self.n_heads:
+        n_heads = call.config.num_future_tokens
+        if len(heads) != n_heads:
             raise ValueError(
-                f"unified_loss: expected num_future_tokens = {self.n_heads} additional_logits, got {len(heads)}"
+                f"unified_loss: expected num_future_tokens = {n_heads} additional_logits, got {len(heads)}"
             )
+        kinds = (Tensor, LinearLogits, ShardedLogits), "a torch.Tensor or LinearLogits"
         for number, head in enumerate(heads):
-            if not isinstance(head, (Tensor, LinearLogits, ShardedLogits)):
-                raise TypeError(
-                    f"unified_loss: expected additional_logits[{number}] to be a torch.Tensor or LinearLogits, "
-                    f"got {type(head).__name__}"
-                )
+            check_is_tensor("unified_loss", f"additional_logits[{number}]", head, *kinds)
         return heads
 
     @torch.no_grad()

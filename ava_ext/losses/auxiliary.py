@@ -12,6 +12,7 @@ from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.router import load_variation, measure_router, router_of_call
+from ava_ext.ops.arguments import check_shape
 from ava_ext.ops.router_layers import layered_gate_logits
 from ava_ext.ops.router_rows import RouterStatistics
 from ava_ext.process_group import GroupReference, resolve
@@ -107,11 +108,7 @@ def global_load_balancing_loss(
             f"global_load_balancing_loss: expected convention to be one of {CONVENTIONS}, got {convention!r}"
         )
     probability_sum = statistics.probability_sum
-    if global_counts.shape != probability_sum.shape:
-        raise ValueError(
-            f"global_load_balancing_loss: expected global_counts of shape {list(probability_sum.shape)}, "
-            f"got {list(global_counts.shape)}"
-        )
+    check_shape("global_load_balancing_loss", probability_sum.shape, global_counts=global_counts)
     counts = global_counts.detach().to(probability_sum)
     choices_of_a_row: int | Tensor = statistics.counts.sum() / statistics.n_rows.sum().clamp_min(1) if k is None else k
     if convention == "huggingface":
@@ -244,13 +241,11 @@ class AuxiliaryLoss(Part):
             router_score=router_score,
             process_group=process_group,
         )
-        weights = {"load_balancing_weight": load_balancing_weight, "router_z_weight": router_z_weight}
-        check_weights("auxiliary_loss", **weights)
+        check_weights("auxiliary_loss", load_balancing_weight=load_balancing_weight, router_z_weight=router_z_weight)
         if per_sequence and (load_balancing_convention == "huggingface" or process_group is not None):
             raise ValueError(
                 "auxiliary_loss: per_sequence=True needs load_balancing_convention='switch' and process_group=None, "
-                "got "
-                f"{load_balancing_convention!r} and {process_group!r}"
+                f"got {load_balancing_convention!r} and {process_group!r}"
             )
         self.k = num_experts_per_token
         self.n_experts = num_experts

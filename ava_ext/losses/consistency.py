@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_is_tensor, check_positive, check_real
+from ava_ext.ops.arguments import (
+    check_are_tensors,
+    check_has_columns,
+    check_is_tensor,
+    check_positive,
+    check_real,
+    check_shape,
+)
 from ava_ext.ops.counted_rows import host_sees
 from ava_ext.ops.row_fields import accumulation_dtype
 
@@ -69,15 +76,8 @@ class ConsistencyLoss(nn.Module):
         check_has_columns("consistency_loss", "logits", logits)
         check_is_tensor("consistency_loss", "targets", targets)
         check_are_tensors("consistency_loss", attention_mask=attention_mask)
-        if logits.shape != targets.shape:
-            raise ValueError(
-                f"consistency_loss: expected targets of shape {list(logits.shape)}, got {list(targets.shape)}"
-            )
-        if attention_mask is not None and attention_mask.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"consistency_loss: expected attention_mask of shape {list(logits.shape[:-1])}, "
-                f"got {list(attention_mask.shape)}"
-            )
+        check_shape("consistency_loss", logits.shape, targets=targets)
+        check_shape("consistency_loss", logits.shape[:-1], attention_mask=attention_mask)
         if self.detach_targets:
             targets = targets.detach()
         mask = None if attention_mask is None else attention_mask != 0
@@ -112,10 +112,9 @@ def _kl(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., v
 
 
 def _js(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., vocab_size] each -> [...]
-    mixed = log_p, log_q
+    mixed = log_p
     if may_be_masked:
         # where both are -inf the gradient of logaddexp is nan; _kl takes nothing from that column, whatever m is there
-        absent = (log_p == -torch.inf) & (log_q == -torch.inf)
-        mixed = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
-    log_m = torch.logaddexp(*mixed) - math.log(2)
+        mixed = log_p.masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
+    log_m = torch.logaddexp(mixed, log_q) - math.log(2)
     return 0.5 * (_kl(log_p, log_m, may_be_masked) + _kl(log_q, log_m, may_be_masked))

@@ -18,6 +18,7 @@ from ava_ext.ops.arguments import (
     check_is_tensor,
     check_positive,
     check_real,
+    check_shape,
     has_shape,
 )
 from ava_ext.ops.derivatives import without_activations
@@ -76,9 +77,7 @@ def info_nce(
             f"{list(first.shape)} and {list(second.shape)}"
         )
     n_pairs = first.shape[0]
-    for name, value in (("row_mask", row_mask), ("document_ids", document_ids)):
-        if value is not None and list(value.shape) != [n_pairs]:
-            raise ValueError(f"contrastive_loss: expected {name} of shape [{n_pairs}], got {list(value.shape)}")
+    check_shape("contrastive_loss", (n_pairs,), row_mask=row_mask, document_ids=document_ids)
     if document_ids is not None:
         check_integers("contrastive_loss", "document_ids", document_ids, "[n_pairs]")
     mask = (

@@ -10,69 +10,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ava_ext.call import HeadLoss, Logits
-from ava_ext.ops.arguments import has_shape
+from ava_ext.ops.arguments import check_constants, check_shape, has_shape
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
 from ava_ext.ops.sharded_logits import ShardedLogits
+from ava_ext.sequences import shift_left
 
 MAIN_LOSS, CORRECT = TERM_NAMES.index("main_loss"), TERM_NAMES.index("correct")
 # each is followed by the number of a depth, from 1 on
 DEPTH_METRICS = ("mtp_loss_depth_", "mtp_accuracy_depth_", "mtp_acceptance_depth_")
-
-
-def counted_ahead(
-    row_weights: Tensor,  # [batch_size, n_tokens]
-    segments: Tensor | None,  # [batch_size, n_tokens]
-    k: int,
-) -> Tensor:
-    """Weight of the row k positions ahead; 0 if that is beyond the end or in another segment.
-
-    Returns:
-        [batch_size, n_tokens]: row_weights[:, t + k] where segments agree.
-
-    Example:
-        >>> counted_ahead(torch.tensor([[0.5, 0.0, 0.25, 1.0]]), None, k=2)
-        tensor([[0.2500, 1.0000, 0.0000, 0.0000]])
-    """
-    n_tokens = row_weights.shape[1]
-    k = min(k, n_tokens)
-    weights = row_weights[:, k:]
-    if segments is not None:
-        weights = torch.where(segments[:, k:] == segments[:, : n_tokens - k], weights, 0)
-    return pad(weights, (0, k))
-
-
-def shift_targets(
-    targets: Tensor,  # [batch_size, n_tokens]
-    segments: Tensor | None,  # [batch_size, n_tokens]
-    counted: Tensor,  # [batch_size, n_tokens] bool
-    k: int,
-    ignore_index: int,
-) -> Tensor:
-    """Targets of depth k: row t predicts targets[:, t + k] if that row counts and is in the same segment.
-
-    Args:
-        targets: targets of depth 0.
-        segments: contiguous documents of packed rows; None: each batch row is one segment.
-        counted: True where a row counts at depth 0.
-        k: depth, >= 1.
-        ignore_index: target of rows that do not count at this depth.
-
-    Returns:
-        [batch_size, n_tokens], the dtype of targets.
-
-    Example:
-        >>> shift_targets(torch.tensor([[5, 6, 7, 8]]), None, torch.tensor([[True, True, False, True]]), 2, -100)
-        tensor([[-100,    8, -100, -100]])
-    """
-    k = min(k, targets.shape[1])
-    # 0 or 1 in the dtype of targets, so that the rule of segments and ends stands in one place
-    is_target = counted_ahead(counted.to(targets.dtype), segments, k) != 0
-    return torch.where(is_target, pad(targets[:, k:], (0, k)), ignore_index)
 
 
 class DepthRows(NamedTuple):
@@ -96,7 +45,8 @@ def depth_rows(
     """Targets and weights of every depth; row t of depth k predicts targets[:, t + k].
 
     Args:
-        targets, row_weights, segments, ignore_index: of depth 0, as `shift_targets` and `counted_ahead` take them.
+        targets, row_weights: of depth 0; ignore_index and 0 where a row does not count.
+        segments: contiguous documents of packed rows; None: each batch row is one segment.
         n_depths: how many depths there are.
         scale: factor of the weights of every depth.
         depth_weights: factor of each depth.
@@ -107,19 +57,15 @@ def depth_rows(
     Raises:
         ValueError: depth_weights of another shape, or that require grad.
     """
-    counted = targets != ignore_index
     depths = range(1, n_depths + 1)
-    shifted = torch.stack([shift_targets(targets, segments, counted, k, ignore_index) for k in depths])
-    weights = torch.stack([counted_ahead(row_weights, segments, k) for k in depths])
+    shifted = torch.stack([shift_left(targets, ignore_index, k, segments) for k in depths])
+    weights = torch.stack([shift_left(row_weights, 0, k, segments) for k in depths])
     if own_denominator:
         sums = weights.sum((1, 2))
         weights = weights * torch.where(sums == 0, 0.0, row_weights.sum() / sums).view(-1, 1, 1)
     if depth_weights is not None:
-        if depth_weights.shape != (n_depths,) or depth_weights.requires_grad:
-            raise ValueError(
-                f"multi_token_prediction: expected mtp_depth_weights of shape [{n_depths}] without requires_grad, got "
-                f"{list(depth_weights.shape)}" + (" with it" if depth_weights.requires_grad else "")
-            )
+        check_shape("multi_token_prediction", (n_depths,), mtp_depth_weights=depth_weights)
+        check_constants("multi_token_prediction", mtp_depth_weights=depth_weights)
         weights = weights * depth_weights.to(weights).view(-1, 1, 1)
     return DepthRows(shifted, weights * scale)
 

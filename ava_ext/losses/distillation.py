@@ -56,7 +56,8 @@ def soft_targets(call: Call) -> Candidates | None:
     ids, weights = ids.long(), weights.to(call.rows.weights.dtype)
     if call.config.distillation_tail:
         weights = torch.cat([_left_over(ids, weights), weights], -1)
-        ids = torch.cat([torch.full_like(ids[..., :1], TAIL_ID), ids], -1)
+        given = ids.masked_fill(ids == TAIL_ID, TAIL_ID - 1)  # out of range, as it is without a tail
+        ids = torch.cat([ids.new_full((*ids.shape[:-1], 1), TAIL_ID), given], -1)
     return Candidates(ids, weights * _factor(call.config), (ids.shape[-1],))
 
 

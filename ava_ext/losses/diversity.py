@@ -10,7 +10,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
-from ava_ext.ops.arguments import as_mask, check_are_tensors, check_real
+from ava_ext.ops.arguments import as_mask, check_are_tensors, check_is_tensor, check_real
 from ava_ext.ops.row_fields import accumulation_dtype
 
 SIMILARITIES = ("cosine", "dot", "l2")
@@ -123,11 +123,7 @@ def _stack_experts(expert_outputs: Tensor | Sequence[Tensor]) -> Tensor:  # [n_e
             raise ValueError("diversity_loss: expected expert_outputs of at least 1 expert, got 0")
         first = expert_outputs[0]
         for number, output in enumerate(expert_outputs):
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"diversity_loss: expected expert_outputs[{number}] to be a torch.Tensor, "
-                    f"got {type(output).__name__}"
-                )
+            check_is_tensor("diversity_loss", f"expert_outputs[{number}]", output)
             if output.shape != first.shape:
                 raise ValueError(
                     f"diversity_loss: expected {list(first.shape)} from every expert, "

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.ops.committed import CallMemory, committed, is_checkpointed, is_exporting
+from ava_ext.ops.committed import CallMemory, committed, is_checkpointed
+from ava_ext.ops.derivatives import is_exporting, refuse_transforms_in_graphs
 from ava_ext.process_group import resolve
 
 
@@ -94,9 +95,18 @@ class LearnedState(Float32Buffers):
         recording: bool | Tensor,  # [] bool, where a traced graph finds out when it runs
         **learned: Tensor,
     ) -> None:
-        """Adds what a call has learned, without grad, to the pending tensors of these names."""
+        """Adds what a call has learned, without grad, to the pending tensors of these names.
+
+        Raises:
+            NotImplementedError: within torch.func, to whose transforms what the call has learned belongs.
+        """
         if recording is False:
             return
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{self.statistics_name}: a training call cannot learn within torch.func; expected eval(), or a call "
+                "outside"
+            )
         for name, value in learned.items():
             getattr(self, name).add_(torch.where(recording, value, 0) if isinstance(recording, Tensor) else value)
 
@@ -116,6 +126,8 @@ class LearnedState(Float32Buffers):
     ) -> None:
         """To be called with grad enabled before a forward reads: remembers what it will read, for recomputations."""
         if isinstance(first_run, Tensor):
+            if torch._C._are_functorch_transforms_active():
+                refuse_transforms_in_graphs(self.statistics_name)
             for name in self.READ if self.auto_step else ():
                 previous = getattr(self, _previous(name))
                 previous.copy_(torch.where(first_run, getattr(self, name), previous))

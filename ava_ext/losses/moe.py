@@ -14,7 +14,8 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.quantile_balancing import N_BINS, count_required_bias, quantile_bias
 from ava_ext.losses.router import load_variation, max_violation, measure_router, router_of_call
-from ava_ext.ops.committed import is_exporting, is_first_run
+from ava_ext.ops.committed import is_first_run
+from ava_ext.ops.derivatives import is_exporting
 from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices, with_router
 from ava_ext.ops.router_rows import RouterStatistics
 
@@ -300,7 +301,7 @@ class MoEBalancer(LearnedState, Part):
         self.reduce_pending(process_group)
         counts = self.pending_counts
         total = counts.sum(dim=-1, keepdim=True)
-        moved = self.momentum * self.expert_load + (1 - self.momentum) * counts / total.clamp_min(1)
+        moved = self.momentum * self.expert_load + (1 - self.momentum) * counts / total
         self.expert_load.copy_(torch.where(total > 0, moved, self.expert_load))
         if self.has_quantiles:
             self.expert_bias.copy_(quantile_bias(self.pending_required_bias, self.expert_bias, counts.mean(dim=-1)))

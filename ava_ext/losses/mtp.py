@@ -22,6 +22,7 @@ from ava_ext.losses.depths import (
     losses_of_heads,
     no_means,
 )
+from ava_ext.ops.arguments import check_shape
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import LinearLogits
 
@@ -75,20 +76,14 @@ class MultiTokenPrediction(Part):
     losses.mtp_hidden_states.
 
     Args:
-        vocab_size, hidden_size: of the heads.
-        num_future_tokens: K.
-        mtp_weight: weight of the term.
-        mtp_share_head: depths use the given lm_head_weight behind a residual block.
-        mtp_detach_head: the shared head gets no gradient from the depths.
-        mtp_own_denominator: each depth is divided by the number of its own rows; see `depths.depth_rows`.
-        ignore_index: target of a row that does not count.
+        config: its options of multi-token prediction, vocab_size, hidden_size (of the heads) and ignore_index.
 
     Attributes:
         norm: LayerNorm before the heads (Identity with mtp_share_head, whose blocks have their own).
         heads: num_future_tokens x Linear(hidden_size, vocab_size), or ResidualHead with mtp_share_head.
 
     Example:
-        >>> mtp = MultiTokenPrediction(vocab_size=32000, hidden_size=512, num_future_tokens=1)
+        >>> mtp = MultiTokenPrediction(UnifiedLossConfig(vocab_size=32000, hidden_size=512, num_future_tokens=1))
         >>> weights = torch.full(targets.shape, 1 / targets.numel())
         >>> loss = loss + mtp(hidden_states, targets, weights, None, head_loss).loss
 
@@ -100,60 +95,34 @@ class MultiTokenPrediction(Part):
     METRICS = tuple(f"{name}1" for name in DEPTH_METRICS)
     needs_sequences = True
 
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        num_future_tokens: int = UnifiedLossConfig.num_future_tokens,
-        *,
-        mtp_weight: float = UnifiedLossConfig.mtp_weight,
-        mtp_share_head: bool = UnifiedLossConfig.mtp_share_head,
-        mtp_detach_head: bool = UnifiedLossConfig.mtp_detach_head,
-        mtp_own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
-        ignore_index: int = UnifiedLossConfig.ignore_index,
-    ) -> None:
+    def __init__(self, config: UnifiedLossConfig) -> None:
         super().__init__()
+        self.config = config
+        hidden_size, n_depths = config.hidden_size, config.num_future_tokens
+        assert hidden_size is not None  # use_mtp needs it
         self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
-        self.n_depths = num_future_tokens
-        self.weight = mtp_weight
-        self.share_head = mtp_share_head
-        self.detach_head = mtp_detach_head
-        self.own_denominator = mtp_own_denominator
-        self.ignore_index = ignore_index
-        if self.share_head:
+        if config.mtp_share_head:
             self.norm: nn.Module = nn.Identity()  # a parameter that nothing uses would stop DDP
-            self.heads = nn.ModuleList(ResidualHead(self.hidden_size) for _ in range(self.n_depths))
+            self.heads = nn.ModuleList(ResidualHead(hidden_size) for _ in range(n_depths))
         else:
-            self.norm = nn.LayerNorm(self.hidden_size)
-            self.heads = nn.ModuleList(nn.Linear(self.hidden_size, self.vocab_size) for _ in range(self.n_depths))
+            self.norm = nn.LayerNorm(hidden_size)
+            self.heads = nn.ModuleList(nn.Linear(hidden_size, config.vocab_size) for _ in range(n_depths))
 
     @classmethod
     def from_config(cls, config: UnifiedLossConfig) -> MultiTokenPrediction | None:
         """The part where the configuration asks for heads of the loss."""
-        if config.mtp_heads != "own" or config.hidden_size is None:
-            return None
-        return cls(
-            config.vocab_size,
-            config.hidden_size,
-            config.num_future_tokens,
-            mtp_weight=config.mtp_weight,
-            mtp_share_head=config.mtp_share_head,
-            mtp_detach_head=config.mtp_detach_head,
-            mtp_own_denominator=config.mtp_own_denominator,
-            ignore_index=config.ignore_index,
-        )
+        return cls(config) if config.mtp_heads == "own" else None
 
     def of_call(self, call: Call) -> Addends:
         """The term of the call's hidden states; with mtp_active=False zeros, in the graph of what it would read."""
-        rows, active = call.rows, call.mtp_active
-        head = (call.lm_head_weight, call.lm_head_bias) if self.share_head else (None, None)
+        config, rows, active = self.config, call.rows, call.mtp_active
+        head = (call.lm_head_weight, call.lm_head_bias) if config.mtp_share_head else (None, None)
         if active is False:
-            parts = (*self.parameters(), call.hidden_states, *(() if self.detach_head else head))
-            means = no_means(rows.weights, self.n_depths)
+            parts = (*self.parameters(), call.hidden_states, *(() if config.mtp_detach_head else head))
+            means = no_means(rows.weights, config.num_future_tokens)
             return Addends({"mtp_loss": connected(call.no_loss(), parts)}, depth_metrics(means))
         hidden_states = call.required("hidden_states", "use_mtp")
-        of_rows = (*active_rows(rows.targets, rows.weights, active, self.ignore_index), call.segments)
+        of_rows = (*active_rows(rows.targets, rows.weights, active, config.ignore_index), call.segments)
         of_call = (call.head_loss, *head, call.mtp_depth_weights, call.own_rows())
         loss, means = self(hidden_states, *of_rows, *of_call)
         return Addends({"mtp_loss": loss}, depth_metrics(means))
@@ -189,25 +158,27 @@ class MultiTokenPrediction(Part):
         Raises:
             ValueError: shapes do not fit, or mtp_share_head has no lm_head_weight.
         """
+        config, n_depths, ignore_index = self.config, self.config.num_future_tokens, self.config.ignore_index
         self._check(hidden_states, targets, row_weights, segments, lm_head_weight)
         rows = depth_rows(
             targets,
             row_weights.detach(),
             segments,
-            self.n_depths,
-            self.ignore_index,
-            scale=self.weight / self.n_depths,
+            n_depths,
+            ignore_index,
+            scale=config.mtp_weight / n_depths,
             depth_weights=depth_weights,
-            own_denominator=self.own_denominator,
+            own_denominator=config.mtp_own_denominator,
         )
         # what a row that predicts nothing holds may be nan: 0 times nan would reach the gradients of norms and blocks
-        predicts = (rows.targets != self.ignore_index).any(0).unsqueeze(-1)
+        predicts = (rows.targets != ignore_index).any(0).unsqueeze(-1)
         hidden_states = torch.where(predicts, hidden_states, 0.0)
-        first: Any = self.heads[0].linear if self.share_head else self.heads[0]  # FSDP may leave it no parameters()
+        # FSDP may leave it no parameters()
+        first: Any = self.heads[0].linear if config.mtp_share_head else self.heads[0]
         normed = self.norm(hidden_states.to(first.weight.dtype))
         heads: LinearLogits | list[LinearLogits]
-        if lm_head_weight is not None and self.share_head:
-            if self.detach_head:
+        if lm_head_weight is not None and config.mtp_share_head:
+            if config.mtp_detach_head:
                 lm_head_weight = lm_head_weight.detach()
                 lm_head_bias = None if lm_head_bias is None else lm_head_bias.detach()
             states = [without_activations(head, normed) for head in self.heads]
@@ -215,7 +186,7 @@ class MultiTokenPrediction(Part):
         else:
             heads = [LinearLogits(normed, head.weight, head.bias) for head in self.heads]  # type: ignore[arg-type]
         loss, terms = losses_of_heads(heads, rows, head_loss)
-        return MTPOutput(loss, depth_means(terms, rows.targets, self.ignore_index, own_rows))
+        return MTPOutput(loss, depth_means(terms, rows.targets, ignore_index, own_rows))
 
     def _check(
         self,
@@ -229,25 +200,15 @@ class MultiTokenPrediction(Part):
             raise ValueError(
                 f"multi_token_prediction: expected targets [batch_size, n_tokens], got {list(targets.shape)}"
             )
-        shape = list(targets.shape)
-        expected = [*shape, self.hidden_size]
-        if list(hidden_states.shape) != expected:
-            raise ValueError(
-                f"multi_token_prediction: expected hidden_states of shape {expected}, got {list(hidden_states.shape)}"
-            )
-        for name, value in (("row_weights", row_weights), ("segments", segments)):
-            if value is not None and list(value.shape) != shape:
-                raise ValueError(f"multi_token_prediction: expected {name} of shape {shape}, got {list(value.shape)}")
-        if not self.share_head:
+        vocab_size, hidden_size = self.config.vocab_size, self.hidden_size
+        check_shape("multi_token_prediction", (*targets.shape, hidden_size), hidden_states=hidden_states)
+        check_shape("multi_token_prediction", targets.shape, row_weights=row_weights, segments=segments)
+        if not self.config.mtp_share_head:
             return
         if lm_head_weight is None:
             raise ValueError("multi_token_prediction: mtp_share_head=True needs lm_head_weight, got None")
-        if (
-            lm_head_weight.dim() != 2
-            or lm_head_weight.shape[0] < self.vocab_size
-            or lm_head_weight.shape[1] != self.hidden_size
-        ):
+        shape = list(lm_head_weight.shape)
+        if len(shape) != 2 or shape[0] < vocab_size or shape[1] != hidden_size:
             raise ValueError(
-                f"multi_token_prediction: expected lm_head_weight of shape [{self.vocab_size}, {self.hidden_size}], "
-                f"got {list(lm_head_weight.shape)}"
+                f"multi_token_prediction: expected lm_head_weight of shape [{vocab_size}, {hidden_size}], got {shape}"
             )

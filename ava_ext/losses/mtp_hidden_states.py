@@ -32,18 +32,12 @@ class HiddenStatesMTP(Part):
     h_k are the call's mtp_hidden_states, what the depth modules of the model give; the head is that of the main logits.
     Row t of depth k has read the tokens up to k positions ahead of row t, and predicts the token after them. So the
     last k rows of a text predict nothing, and may hold anything. w is the weight of the row that is predicted: token
-    weight / N, or 0 if it does not count or is in another segment. c_k is mtp_depth_weights[k].
+    weight / N, or 0 if it does not count or is in another segment. c_k is mtp_depth_weights[k], K is
+    num_future_tokens.
 
     The depths share the head's weight, so they go as one batch of rows, and the weight gets one gradient of them.
     Depths with heads of their own come as additional_logits, logits or LinearLogits; those that share a weight go
     together.
-
-    Args:
-        num_future_tokens: K.
-        mtp_weight: weight of the term.
-        mtp_detach_head: the shared head gets no gradient from the depths.
-        mtp_own_denominator: each depth is divided by the number of its own rows; see `depths.depth_rows`.
-        ignore_index: target of a row that does not count.
 
     Source: DeepSeek-V3 technical report, section 2.2, equations 21 to 25.
     """
@@ -52,53 +46,30 @@ class HiddenStatesMTP(Part):
     keys = ("mtp_loss",)
     needs_sequences = True
 
-    def __init__(
-        self,
-        num_future_tokens: int = UnifiedLossConfig.num_future_tokens,
-        *,
-        mtp_weight: float = UnifiedLossConfig.mtp_weight,
-        mtp_detach_head: bool = UnifiedLossConfig.mtp_detach_head,
-        mtp_own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
-        ignore_index: int = UnifiedLossConfig.ignore_index,
-    ) -> None:
-        super().__init__()
-        self.n_depths = num_future_tokens
-        self.weight = mtp_weight
-        self.detach_head = mtp_detach_head
-        self.own_denominator = mtp_own_denominator
-        self.ignore_index = ignore_index
-
     @classmethod
     def from_config(cls, config: UnifiedLossConfig) -> HiddenStatesMTP | None:
         """The part where the configuration asks for depth modules of the model."""
-        if config.mtp_heads != "hidden_states":
-            return None
-        return cls(
-            config.num_future_tokens,
-            mtp_weight=config.mtp_weight,
-            mtp_detach_head=config.mtp_detach_head,
-            mtp_own_denominator=config.mtp_own_denominator,
-            ignore_index=config.ignore_index,
-        )
+        return cls() if config.mtp_heads == "hidden_states" else None
 
     def of_call(self, call: Call) -> Addends:
         """The term of the depths that the call gives; zeros without any, and with mtp_active=False."""
-        rows, active = call.rows, call.mtp_active
+        config, rows, active = call.config, call.rows, call.mtp_active
+        n_depths, ignore_index = config.num_future_tokens, config.ignore_index
         heads = self._heads_of(call)
         if active is False or heads is None:
             loss = connected(call.no_loss(), () if heads is None else parts_of_heads(heads))
-            return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, self.n_depths)))
+            return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, n_depths)))
         of_depths = depth_rows(
-            *active_rows(rows.targets, rows.weights.detach(), active, self.ignore_index),
+            *active_rows(rows.targets, rows.weights.detach(), active, ignore_index),
             call.segments,
-            self.n_depths,
-            self.ignore_index,
-            scale=self.weight / self.n_depths,
+            n_depths,
+            ignore_index,
+            scale=config.mtp_weight / n_depths,
             depth_weights=call.mtp_depth_weights,
-            own_denominator=self.own_denominator,
+            own_denominator=config.mtp_own_denominator,
         )
         loss, terms = losses_of_heads(heads, of_depths, call.head_loss)
-        means = depth_means(terms, of_depths.targets, self.ignore_index, call.own_rows())
+        means = depth_means(terms, of_depths.targets, ignore_index, call.own_rows())
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 
     def _heads_of(self, call: Call) -> LinearLogits | list[Logits] | None:
@@ -123,7 +94,7 @@ class HiddenStatesMTP(Part):
             weight, bias = call.logits.weight, call.logits.bias
         if weight is None:
             raise ValueError("unified_loss: mtp_hidden_states need lm_head_weight, got None")
-        if self.detach_head:
+        if call.config.mtp_detach_head:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not isinstance(states, Tensor):
             states = list(states)  # of any iterable
@@ -131,9 +102,10 @@ class HiddenStatesMTP(Part):
                 check_is_tensor("unified_loss", f"mtp_hidden_states[{number}]", depth)
         shapes = [list(depth.shape) for depth in states]
         expected = [*call.targets_shape, weight.shape[1]]
-        if shapes != [expected] * self.n_depths:
+        n_depths = call.config.num_future_tokens
+        if shapes != [expected] * n_depths:
             raise ValueError(
-                f"unified_loss: expected mtp_hidden_states of num_future_tokens = {self.n_depths} times {expected}, "
+                f"unified_loss: expected mtp_hidden_states of num_future_tokens = {n_depths} times {expected}, "
                 f"got {shapes}"
             )
         if not isinstance(states, Tensor):
@@ -146,14 +118,11 @@ class HiddenStatesMTP(Part):
 
     def _given_heads(self, call: Call, heads: list[Logits]) -> list[Logits]:
         for number, head in enumerate(heads):
-            check_is_logits("unified_loss", head, f"additional_logits[{number}]")
-        shapes = [list(head.shape[:-1]) for head in heads]
-        if shapes != [list(call.targets_shape)] * self.n_depths:
+            check_is_logits(f"unified_loss: additional_logits[{number}]", head)
+        shapes, n_depths = [list(head.shape[:-1]) for head in heads], call.config.num_future_tokens
+        if shapes != [list(call.targets_shape)] * n_depths:
             raise ValueError(
-                f"unified_loss: expected additional_logits of num_future_tokens = {self.n_depths} times "
+                f"unified_loss: expected additional_logits of num_future_tokens = {n_depths} times "
                 f"{[*call.targets_shape, call.config.vocab_size]}, got {[list(head.shape) for head in heads]}"
             )
-        for number, head in enumerate(heads):
-            if isinstance(head, LinearLogits):
-                head.check(f"unified_loss: additional_logits[{number}]")
         return [head.unsqueeze(0) for head in heads] if call.is_flat else heads

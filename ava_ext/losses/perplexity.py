@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import check_are_tensors, check_has_columns, check_integers, check_is_tensor, check_real
+from ava_ext.ops.arguments import (
+    check_are_tensors,
+    check_has_columns,
+    check_integers,
+    check_is_tensor,
+    check_real,
+    check_shape,
+)
 from ava_ext.ops.dtensor_logits import Place
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.row_fields import accumulation_dtype, row_options
@@ -62,11 +69,7 @@ class PerplexityLoss(nn.Module):
             )
         check_is_tensor("perplexity_loss", "targets", targets)
         check_are_tensors("perplexity_loss", attention_mask=attention_mask)
-        for name, value in (("targets", targets), ("attention_mask", attention_mask)):
-            if value is not None and value.shape != logits.shape[:-1]:
-                raise ValueError(
-                    f"perplexity_loss: expected {name} of shape {list(logits.shape[:-1])}, got {list(value.shape)}"
-                )
+        check_shape("perplexity_loss", logits.shape[:-1], targets=targets, attention_mask=attention_mask)
         check_real("perplexity_loss", "logits", logits)
         check_integers("perplexity_loss", "targets", targets)
         targets = targets.long()  # uint8 has no -100

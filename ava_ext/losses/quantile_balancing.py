@@ -40,7 +40,7 @@ def count_required_bias(
     mask = expert_bias.new_ones(n_rows, dtype=torch.bool) if row_mask is None else row_mask
     ones = mask.to(torch.int32).expand(n_experts, n_rows)
     counts = []
-    of_layers = (layer.detach() for part in layers for layer in part)
+    of_layers = (layer for part in layers for layer in part)
     for layer, bias, first, size in zip(of_layers, expert_bias, lowest, width, strict=True):
         scores = torch.sigmoid(layer.reshape(n_rows, n_experts).to(bias.dtype)).masked_fill(~mask.unsqueeze(-1), 0)
         threshold = (scores + bias).topk(k + 1, dim=-1).values[:, k:]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.ops.arguments import check_is_tensor
+from ava_ext.ops.arguments import check_are_tensors, check_is_tensor
 from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.dtensors import is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
@@ -91,7 +91,7 @@ class SequenceUnlikelihoodLoss(nn.Module):
 
         Raises:
             ValueError: shapes do not fit, or num_items_in_batch is negative or beside a reduction other than "mean".
-            TypeError: it is not a number.
+            TypeError: it is not a number, or another argument is not a tensor.
             IndexError: a token that repeats is out of range (CPU).
         """
         check_is_logits("sequence_unlikelihood", logits)
@@ -150,6 +150,8 @@ class SequenceUnlikelihoodLoss(nn.Module):
         segment_ids: Tensor | None = None,  # [batch_size, n_tokens] or [1, n_tokens]
     ) -> Tensor:
         """[batch_size, n_tokens] bool: the tokens that are penalised."""
+        check_is_tensor("sequence_unlikelihood", "tokens", tokens)
+        check_are_tensors("sequence_unlikelihood", continuation_mask=continuation_mask, segment_ids=segment_ids)
         segments = None
         if segment_ids is not None:
             segments = segment_numbers((tokens.shape[0], tokens.shape[1]), segment_ids, None, None)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ava_ext.ops.derivatives import wants_gradient
+
 POSITIVE = "a number > 0 in the range of float32"
 INTEGERS = (  # not uint64, whose greatest would become -1, -100, ...
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32
@@ -17,13 +19,11 @@ _LEAST, GREATEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).m
 
 
 def check_is_tensor(
-    owner: str, name: str, value: object, kinds: tuple[type, ...] = (Tensor,), expected: str = "a Tensor"
+    owner: str, name: str, value: object, kinds: tuple[type, ...] = (Tensor,), expected: str = "a torch.Tensor"
 ) -> None:
     """Raises TypeError for a list, an array of NumPy, the output of a model, ..."""
     if not isinstance(value, kinds):
-        raise TypeError(
-            f"{owner}: expected {name} to be {expected}, got {type(value).__module__}.{type(value).__qualname__}"
-        )
+        raise TypeError(f"{owner}: expected {name} to be {expected}, got {torch.typename(value)}")
 
 
 def check_are_tensors(owner: str, **values: object) -> None:
@@ -53,9 +53,9 @@ def check_positive(owner: str, **numbers: object) -> None:
 
 
 def check_constants(owner: str, **numbers: Any) -> None:
-    """Raises ValueError for a tensor that requires grad, where only its value is read."""
+    """Raises ValueError for a tensor that requires grad, which it would not get."""
     for name, number in numbers.items():
-        if isinstance(number, Tensor) and number.requires_grad:
+        if isinstance(number, Tensor) and wants_gradient(number):
             raise ValueError(f"{owner}: expected {name} without requires_grad: no gradient is computed for it")
 
 
@@ -77,10 +77,11 @@ def check_integers(owner: str, name: str, tensor: Tensor, shape: str = "[...]") 
         raise ValueError(f"{owner}: expected {name} to be integers of shape {shape}, got {dtype}")
 
 
-def check_shape(owner: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
-    """Raises ValueError where the tensor has another shape."""
-    if tensor.shape != shape:
-        raise ValueError(f"{owner}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+def check_shape(owner: str, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """Raises ValueError where one that is not None has another shape."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{owner}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_are_integers(owner: str, **values: Any) -> None:
@@ -121,30 +122,23 @@ def check_beside_rows(
 
     For what puts all rows in one dimension: reshaped or broadcast, a row would get what is another row's.
     """
-    for name, tensor in (("targets", targets), ("row_weights", row_weights)):
-        if tensor is not None:
-            check_shape(owner, name, tensor, rows)
-    if candidate_ids is None:
-        return
-    check_ids_of_rows(owner, rows, "candidate_ids", candidate_ids, "n_candidates")
-    if candidate_weights is not None and candidate_weights.shape != candidate_ids.shape:
-        raise ValueError(
-            f"{owner}: expected candidate_weights of shape {list(candidate_ids.shape)}, "
-            f"got {list(candidate_weights.shape)}"
-        )
+    check_shape(owner, rows, targets=targets, row_weights=row_weights)
+    if candidate_ids is not None:
+        check_several_of_rows(owner, rows, "candidate_ids", candidate_ids, "n_candidates")
+        check_shape(owner, candidate_ids.shape, candidate_weights=candidate_weights)
 
 
-def check_ids_of_rows(
+def check_several_of_rows(
     owner: str,
-    rows: torch.Size,  # the shape of the rows of the logits
+    rows: torch.Size,  # [...]
     name: str,
-    ids: Tensor,  # [..., n_ids]
-    last: str = "n_ids",
+    values: Tensor,  # [..., n]
+    n: str,  # what the message calls it
 ) -> None:
-    """Raises ValueError where ids are not some for each row."""
-    if ids.dim() != len(rows) + 1 or ids.shape[:-1] != rows:
-        expected = ", ".join([*map(str, rows), last])
-        raise ValueError(f"{owner}: expected {name} of shape [{expected}], got {list(ids.shape)}")
+    """Raises ValueError where there are not several values for each row."""
+    if values.dim() != len(rows) + 1 or values.shape[:-1] != rows:
+        expected = ", ".join([*map(str, rows), n])
+        raise ValueError(f"{owner}: expected {name} of shape [{expected}], got {list(values.shape)}")
 
 
 def check_devices(
@@ -187,15 +181,6 @@ def has_shape(
     In a graph with dynamic shapes, `in` asks whether symbols are the same, not whether they are equal.
     """
     return any(values.shape == shape for shape in shapes)
-
-
-def as_constant(value: float) -> float:
-    """value; where a graph that is traced has it as a symbol, a constant of that graph."""
-    if not torch.compiler.is_compiling():
-        return value
-    from torch.fx.experimental.symbolic_shapes import guard_scalar  # with sympy: nothing that eager calls wait for
-
-    return guard_scalar(value)
 
 
 def as_ids(owner: str, name: str, ids: Tensor, shape: str) -> Tensor:

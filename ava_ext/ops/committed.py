@@ -19,11 +19,6 @@ _graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
-def is_exporting() -> bool:
-    """torch.compiler.is_exporting(), which in torch 2.10 and 2.11 says yes to every graph that torch.compile traces."""
-    return torch.compiler._is_exporting_flag
-
-
 def is_checkpointed() -> bool:
     """Whether this forward may be computed again: then checkpointing hooks into what autograd saves."""
     return _saved_tensors_hooks(False) is not None

@@ -11,9 +11,6 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in whic
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from ava_ext.ops.arguments import as_constant
-from ava_ext.ops.committed import is_exporting
-
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -46,6 +43,20 @@ def without_second_derivative(
         leading = [gradient.new_empty(0).requires_grad_()]
     raise_later = torch._C._functions.DelayedError(b"ava_ext: double backward is not supported", 1 + len(leading))
     return raise_later(gradient.detach(), *leading)[0]
+
+
+def as_constant(value: float) -> float:
+    """value; where a graph that is traced has it as a symbol, a constant of that graph."""
+    if not torch.compiler.is_compiling():
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # with sympy: nothing that eager calls wait for
+
+    return guard_scalar(value)
+
+
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting(), which in torch 2.10 and 2.11 says yes to every graph that torch.compile traces."""
+    return torch.compiler._is_exporting_flag
 
 
 def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -119,6 +130,7 @@ def refuse_tangents(owner: str, tensors: Iterable[Tensor | None]) -> None:
 
 
 _functorch = torch._C._functorch
+_is_transformed = torch._C._are_functorch_transforms_active  # looked up once, for wants_gradient asks of many tensors
 _is_batched = getattr(_functorch, "is_legacy_batchedtensor", _functorch.is_batchedtensor)  # what autograd.grad makes
 
 
@@ -129,10 +141,9 @@ def _transforms() -> list[Any]:
 
 def wants_gradient(tensor: Tensor) -> bool:
     """requires_grad; within torch.func also that of what the transforms have wrapped: a batch of vmap says False."""
-    if tensor.requires_grad or not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-        return tensor.requires_grad  # compiled code cannot look into a batch
-    while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    if _is_transformed() and not torch.compiler.is_compiling():  # compiled code cannot look into a batch
+        while not tensor.requires_grad and _functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = _functorch.get_unwrapped(tensor)
     return tensor.requires_grad
 
 

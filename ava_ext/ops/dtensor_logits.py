@@ -29,19 +29,18 @@ def local_logits(owner: str, logits: PlacedLogits) -> PlacedLogits:
         ValueError: on a placement that has no such form, on parts of LinearLogits that do not fit each other.
     """
     if isinstance(logits, LinearLogits):
-        if any(is_dtensor(part) for part in logits):
-            return _local_linear_logits(owner, logits)
-        return logits
-    return _local_tensor_logits(owner, logits) if is_dtensor(logits) else logits
+        return _local_linear_logits(owner, logits) if any(is_dtensor(part) for part in logits) else logits
+    if is_dtensor(logits):
+        return Place.of(owner, "logits", logits).part_of(_waited(logits.to_local()), logits.shape)
+    return logits
 
 
 def check_is_logits(owner: str, logits: object, name: str = "logits") -> None:
-    """Raises TypeError for what is neither a tensor nor what logits are computed from."""
+    """Raises TypeError for what is neither a tensor nor what logits are computed from; of LinearLogits, see `check`."""
     kinds = (Tensor, LinearLogits, ShardedLogits, LocalRows)
-    check_is_tensor(owner, name, logits, kinds, "a Tensor or LinearLogits")
+    check_is_tensor(owner, name, logits, kinds, "a torch.Tensor or LinearLogits")
     if isinstance(logits, LinearLogits):
-        check_has_columns(owner, "weight", logits.weight)
-        check_has_columns(owner, "hidden_states", logits.hidden_states)
+        logits.check(owner)
     elif isinstance(logits, Tensor):
         check_has_columns(owner, name, logits)
 
@@ -62,18 +61,12 @@ def whole_beside(
     return [whole(owner, name, given, beside) for name, given in values.items()]
 
 
-def _local_tensor_logits(owner: str, logits: Any) -> PlacedLogits:  # [..., n_columns]
-    place = Place.of(owner, "logits", logits)
-    return place.part_of(_waited(logits.to_local()), logits.shape)
-
-
 class Place:
     """How rows and columns are spread over a mesh: placements by the dimensions of the logits [..., n_columns]."""
 
     def __init__(self, mesh: Any, placements: tuple[Any, ...], n_row_dimensions: int) -> None:
         self.mesh = mesh
         self.placements = placements
-        self.n_row_dimensions = n_row_dimensions
         self.is_of_rows = tuple(p.is_shard() and p.dim < n_row_dimensions for p in placements)
         self.is_of_columns = tuple(p.is_shard() and p.dim == n_row_dimensions for p in placements)
 

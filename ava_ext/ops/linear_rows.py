@@ -55,7 +55,6 @@ def linear_row_loss(
     column_weights: Tensor | None,  # [..., vocab_size] or [vocab_size]
 ) -> RowLoss:
     """`row_loss` of LinearLogits: see there."""
-    logits.check("row_loss")
     check_are_integers("row_loss", chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
     rows, n_columns = logits.shape[:-1], logits.shape[-1]
     ids, weights, groups = candidates if candidates else (None, None, ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_are_integers, check_devices
+from ava_ext.ops.arguments import check_devices
 from ava_ext.ops.derivatives import call_operator, refuse_tangents, refuse_transforms, without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import as_matrix, by_chunks, empty_gradients
@@ -30,8 +30,6 @@ def linear_row_statistics(
 
     A chunk of rows is computed at a time; backward computes it again. owner begins the messages.
     """
-    logits.check(owner)
-    check_are_integers(owner, chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
     refuse_transforms(owner, (*logits, options))
     rows = logits.shape[:-1]
     tensors = (

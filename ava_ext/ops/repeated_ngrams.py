@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_integers, check_is_tensor
+from ava_ext.ops.arguments import check_are_integers, check_are_tensors, check_integers, check_is_tensor, check_shape
 from ava_ext.ops.dtensor_rows import of_whole_texts
 from ava_ext.ops.dtensors import is_dtensor
 
@@ -34,7 +34,7 @@ def repeated_ngram_mask(
 
     Raises:
         ValueError: ngram_size is below 1, or shapes or types do not fit.
-        TypeError: tokens are not a tensor.
+        TypeError: tokens, mask or segments are not a tensor, or ngram_size is not an integer.
 
     Example:
         >>> repeated_ngram_mask(torch.tensor([[1, 2, 3, 4, 1, 2, 3, 5]]), 3).int()
@@ -43,7 +43,9 @@ def repeated_ngram_mask(
     Source: Welleck et al. 2019, "Neural text generation with unlikelihood training", section 5.2.
     """
     check_is_tensor("repeated_ngram_mask", "tokens", tokens)
+    check_are_tensors("repeated_ngram_mask", mask=mask, segments=segments)
     check_integers("repeated_ngram_mask", "tokens", tokens)
+    check_are_integers("repeated_ngram_mask", ngram_size=ngram_size)
     if ngram_size < 1:
         raise ValueError(f"repeated_ngram_mask: expected ngram_size >= 1, got {ngram_size}")
     if tokens.dim() != 2:
@@ -51,9 +53,11 @@ def repeated_ngram_mask(
             f"repeated_ngram_mask: expected tokens of shape [batch_size, n_tokens], got {list(tokens.shape)}"
         )
     shape = tokens.shape
-    for name, given in (("mask", mask), ("segments", segments)):
-        if given is not None and given.shape != shape and not (name == "segments" and given.shape == (1, shape[1])):
-            raise ValueError(f"repeated_ngram_mask: expected {name} of shape {list(shape)}, got {list(given.shape)}")
+    check_shape("repeated_ngram_mask", shape, mask=mask)
+    if segments is not None:
+        if segments.shape != (1, shape[1]):
+            check_shape("repeated_ngram_mask", shape, segments=segments)
+        check_integers("repeated_ngram_mask", "segments", segments)
     if is_dtensor(tokens) or is_dtensor(mask) or is_dtensor(segments):
 
         def of_local(tokens: Tensor, mask: Tensor | None, segments: Tensor | None) -> tuple[Tensor]:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import INTEGERS, check_devices
+from ava_ext.ops.arguments import as_ids, check_devices, check_shape
 from ava_ext.ops.dtensor_rows import of_whole_texts
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor
 from ava_ext.ops.row_fields import Candidates, numbers_like
 
 _OP = torch.ops.ava_ext.repetition_candidates.default
-_TOKEN_DTYPES = (torch.int64, torch.int32)  # of the operator
 _WEIGHT_DTYPES = (torch.float32, torch.float64)
 WEIGHT_NAMES = (
     "immediate_repetition_weight",
@@ -120,23 +119,23 @@ def repetition_candidates(
     Source: unlikelihood training, Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
     """
     shape = tokens.shape
-    if tokens.dim() != 2:
-        raise _bad("tokens", "integers of shape [batch_size, n_tokens]", tokens)
-    if tokens.dtype not in _TOKEN_DTYPES:
-        tokens = _integers("tokens", "[batch_size, n_tokens]", tokens)
+    if len(shape) != 2:
+        raise ValueError(f"repetition_candidates: expected tokens of shape [batch_size, n_tokens], got {list(shape)}")
     if targets.shape != shape:
-        raise _bad("targets", f"integers of shape {list(shape)}", targets)
-    if targets.dtype not in _TOKEN_DTYPES:
-        targets = _integers("targets", list(shape), targets)
+        raise ValueError(f"repetition_candidates: expected targets of shape {list(shape)}, got {list(targets.shape)}")
+    tokens = as_ids("repetition_candidates", "tokens", tokens, "[batch_size, n_tokens]")
+    targets = as_ids("repetition_candidates", "targets", targets, "[batch_size, n_tokens]")
     if segments is not None:
-        if segments.shape != shape and segments.shape != (1, shape[1]):
-            raise _bad("segments", f"integers of shape {list(shape)}", segments)
-        if segments.dtype not in _TOKEN_DTYPES:
-            segments = _integers("segments", list(shape), segments)
+        if segments.shape != (1, shape[1]):
+            check_shape("repetition_candidates", shape, segments=segments)
+        segments = as_ids("repetition_candidates", "segments", segments, "[batch_size, n_tokens]")
     if weights.dtype not in _WEIGHT_DTYPES or weights.shape != (N_REPETITION_WEIGHTS,):
-        raise _bad("weights", f"float32 or float64 of shape [{N_REPETITION_WEIGHTS}]", weights)
+        raise ValueError(
+            f"repetition_candidates: expected weights of float32 or float64 and shape [{N_REPETITION_WEIGHTS}], got "
+            f"{weights.dtype} of shape {list(weights.shape)}"
+        )
     if weights.requires_grad:
-        raise ValueError("repetition_candidates: expected weights without grad, got weights that require grad")
+        raise ValueError("repetition_candidates: expected weights without requires_grad, got weights with it")
     if (
         not 0 < vocab_size < 2**31
         or immediate_repetition_threshold < 1
@@ -185,20 +184,6 @@ def repetition_candidates(
     groups += (len(eos_ids),) if eos_ids else ()
     groups += (ngram_slots,) if use_ngram_penalty else ()
     return Candidates(ids, candidate_weights, groups)
-
-
-def _integers(name: str, shape: object, given: Tensor) -> Tensor:
-    """given in a type that the operator takes."""
-    if given.dtype not in INTEGERS:
-        raise _bad(name, f"integers of shape {shape}", given)
-    return given.to(torch.int64)
-
-
-def _bad(name: str, expected: str, got: Tensor) -> ValueError:
-    dtype = str(got.dtype).removeprefix("torch.")
-    return ValueError(
-        f"repetition_candidates: expected {name} to be {expected}, got {dtype} of shape {list(got.shape)}"
-    )
 
 
 @torch.library.register_fake("ava_ext::repetition_candidates")

@@ -21,6 +21,7 @@ from ava_ext.ops.arguments import (
     check_devices,
     check_is_tensor,
     check_real,
+    check_shape,
     has_shape,
     with_dense_rows,
 )
@@ -199,17 +200,10 @@ def _check(
         raise ValueError(f"router_statistics: expected k between 1 and n_experts = {n_experts}, got {k}")
     if score not in SCORES:
         raise ValueError(f"router_statistics: expected score to be one of {SCORES}, got {score!r}")
-    if expert_indices is not None and list(expert_indices.shape) != [n_layers, n_rows, k]:
-        raise ValueError(
-            f"router_statistics: expected expert_indices of shape [{n_layers}, {n_rows}, {k}], "
-            f"got {list(expert_indices.shape)}"
-        )
+    check_shape("router_statistics", (n_layers, n_rows, k), expert_indices=expert_indices)
     if row_mask is not None and not has_shape(row_mask, (n_rows,), (n_layers, n_rows)):
         raise ValueError(f"router_statistics: expected row_mask of shape [{n_rows}], got {list(row_mask.shape)}")
-    if expert_bias is not None and list(expert_bias.shape) != [n_layers, n_experts]:
-        raise ValueError(
-            f"router_statistics: expected expert_bias of shape [{n_layers}, {n_experts}], got {list(expert_bias.shape)}"
-        )
+    check_shape("router_statistics", (n_layers, n_experts), expert_bias=expert_bias)
     if expert_bias is not None:
         check_real("router_statistics", "expert_bias", expert_bias)
 

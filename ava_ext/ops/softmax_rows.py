@@ -14,17 +14,19 @@ from ava_ext.ops.arguments import (
     as_ids,
     check_are_integers,
     check_are_tensors,
+    check_constants,
     check_devices,
     check_integers,
     check_is_tensor,
     with_dense_rows,
 )
 from ava_ext.ops.column_weights import as_column_weights, with_probability_gradient
-from ava_ext.ops.committed import is_checkpointed, is_exporting
+from ava_ext.ops.committed import is_checkpointed
 from ava_ext.ops.derivatives import (
     counted_only,
     graph_is_kept,
     is_batched,
+    is_exporting,
     is_forward_mode,
     raise_double_backward,
     refuse_tangents,
@@ -134,9 +136,10 @@ def row_loss(
     is_plain = is_plain and type(row_weights) in _PLAIN
     is_plain = is_plain and (candidates is None or type(candidates.ids) is type(candidates.weights) is Tensor)
     if not (is_plain and type(target_probabilities) in _PLAIN and type(smoothing_weights) in _PLAIN):
+        check_is_logits("row_loss", logits)
         given, logits = logits, local_logits("row_loss", logits)
         inplace_gradient = inplace_gradient and not has_dtensor(given)  # it may be a leaf, or be saved: not seen here
-        check_is_logits("row_loss", logits)
+        check_is_tensor("row_loss", "targets", targets)
         check_is_tensor("row_loss", "options", options)
         check_are_tensors("row_loss", smoothing_weights=smoothing_weights)
         if not isinstance(logits, LocalRows):  # which take their rows of DTensors
@@ -152,10 +155,9 @@ def row_loss(
             candidates = None if candidates is None else Candidates(ids, weights, groups)
         beside = isinstance(logits, LocalRows) or has_dtensor(given)
         smoothing_weights = whole("row_loss", "smoothing_weights", smoothing_weights, beside)  # of every row
-    check_is_tensor("row_loss", "targets", targets)
-    if type(vocab_size) is not int or type(ignore_index) is not int:
-        check_are_integers("row_loss", vocab_size=vocab_size, ignore_index=ignore_index)
-    _check_constants(options, row_weights, candidates)
+    check_are_integers("row_loss", vocab_size=vocab_size, ignore_index=ignore_index)
+    candidate_weights = None if candidates is None else candidates.weights
+    check_constants("row_loss", options=options, row_weights=row_weights, candidate_weights=candidate_weights)
     if targets.dtype != torch.int64:
         check_integers("row_loss", "targets", targets)
         targets = targets.long()
@@ -265,21 +267,6 @@ def _dense_row_loss(
         loss, terms, _ = _apply_row_loss(*tensors, constants, is_sum, inplace_gradient)
         return RowLoss(loss, terms)
     return RowLoss(loss.sum() if is_sum else loss, terms)
-
-
-def _check_constants(
-    options: Tensor,  # [N_OPTIONS]
-    row_weights: Tensor | None,  # [...]
-    candidates: Candidates | None,
-) -> None:
-    """Raises ValueError where one of them requires grad, which it would not get."""
-    for name, tensor in (
-        ("options", options),
-        ("row_weights", row_weights),
-        ("candidate weights", candidates.weights if candidates else None),
-    ):
-        if tensor is not None and wants_gradient(tensor):
-            raise ValueError(f"row_loss: expected {name} without requires_grad: no gradient is computed for them")
 
 
 def _check_inplace(logits: Tensor) -> None:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ava_ext.ops.arguments import (
     as_ids,
+    as_mask,
     check_are_integers,
     check_constants,
-    check_ids_of_rows,
     check_is_tensor,
     check_positive,
     check_real,
+    check_several_of_rows,
     check_shape,
 )
 from ava_ext.ops.dtensor_logits import check_is_logits, local_logits, whole_beside
@@ -79,7 +80,8 @@ def softmax_statistics(
         logit_softcap: c of c tanh(logits / c).
         logit_scale: factor of the logits, before the soft cap.
         vocab_size: columns beyond it are padding. Default: n_columns.
-        row_mask: [...] bool; rows where it is False give zeros and get a zero gradient, whatever they hold.
+        row_mask: [...] bool or integers; rows where it is False or 0 give zeros and get a zero gradient, whatever they
+            hold.
         chunk_bytes: what the logits of one chunk of LinearLogits may take. Default: 64 MB, on CUDA 1 GB.
         max_counted_rows: see `row_loss`; of LinearLogits, the rows of row_mask.
 
@@ -88,7 +90,8 @@ def softmax_statistics(
 
     Raises:
         ValueError: on a temperature, a soft cap or a scale that is not above 0 in the range of float32 or requires
-            grad, ids that are not integers, ids or a mask of other rows, LinearLogits that do not fit.
+            grad, ids that are not integers, a mask of floats, ids or a mask of other rows, or LinearLogits that do not
+            fit.
         TypeError: on an argument that is not a tensor, or not an integer.
         IndexError: on ids out of range.
         RuntimeError: on other wrong shapes and types; on double backward.
@@ -103,13 +106,13 @@ def softmax_statistics(
     if ids is not None:
         check_is_tensor("softmax_statistics", "ids", ids)
         ids = as_ids("softmax_statistics", "ids", ids, "[..., n_ids]")
-        check_ids_of_rows("softmax_statistics", logits.shape[:-1], "ids", ids)
+        check_several_of_rows("softmax_statistics", logits.shape[:-1], "ids", ids, "n_ids")
     if row_mask is not None:
         check_is_tensor("softmax_statistics", "row_mask", row_mask)
-        check_shape("softmax_statistics", "row_mask", row_mask, logits.shape[:-1])
-    size = logits.shape[-1] if vocab_size is None else vocab_size
+        check_shape("softmax_statistics", logits.shape[:-1], row_mask=row_mask)
+        row_mask = as_mask("softmax_statistics", "row_mask", row_mask)
     scale = (temperature, logit_softcap, logit_scale)
-    return _statistics("softmax_statistics", logits, ids, *scale, size, row_mask, chunk_bytes, max_counted_rows)
+    return _statistics("softmax_statistics", logits, ids, *scale, vocab_size, row_mask, chunk_bytes, max_counted_rows)
 
 
 def _statistics(
@@ -119,15 +122,14 @@ def _statistics(
     temperature: float | Tensor,
     logit_softcap: float | None,
     logit_scale: float,
-    vocab_size: int,
+    vocab_size: int | None,
     row_mask: Tensor | None,  # [...]
     chunk_bytes: int | None,
     max_counted_rows: int | None,
     flags: int = 0,
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
-    if type(vocab_size) is not int:
-        check_are_integers(owner, vocab_size=vocab_size)
+    check_are_integers(owner, vocab_size=vocab_size, chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
     placed = local_logits(owner, logits)
     if isinstance(placed, LocalRows):
         scale, rows = (temperature, logit_softcap, logit_scale), placed.rows
@@ -135,11 +137,12 @@ def _statistics(
         limits = (chunk_bytes, max_counted_rows, flags)
         local = _statistics(owner, placed.logits, ids, *scale, vocab_size, row_mask, *limits)
         return SoftmaxStatistics(*(rows.spread(value) for value in local))
-    if any(type(given) not in _PLAIN for given in (logits, ids, row_mask)):  # a DTensor is a Tensor too
+    if not (type(logits) is Tensor and type(ids) in _PLAIN and type(row_mask) in _PLAIN):  # a DTensor is a Tensor too
         ids, row_mask = whole_beside(owner, logits, ids=ids, row_mask=row_mask)
     logits = placed
     options, own_flags = statistics_options(owner, logits, temperature, logit_softcap, logit_scale)
-    arguments = (ids, row_mask, options, flags | own_flags, vocab_size)
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    arguments = (ids, row_mask, options, flags | own_flags, size)
     if isinstance(logits, ShardedLogits):
         log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows)
         return SoftmaxStatistics(log_probs, *summaries.unbind(0))
@@ -203,13 +206,11 @@ def token_log_probs(
     """
     check_is_logits("token_log_probs", logits)
     check_is_tensor("token_log_probs", "targets", targets)
-    if type(ignore_index) is not int:
-        check_are_integers("token_log_probs", ignore_index=ignore_index)
+    check_are_integers("token_log_probs", ignore_index=ignore_index)
     targets = as_ids("token_log_probs", "targets", targets, "[...]")
-    check_shape("token_log_probs", "targets", targets, logits.shape[:-1])
+    check_shape("token_log_probs", logits.shape[:-1], targets=targets)
     counted = targets != ignore_index
-    size = logits.shape[-1] if vocab_size is None else vocab_size
     ids, scale = targets.unsqueeze(-1), (temperature, logit_softcap, logit_scale)
-    arguments = (logits, ids, *scale, size, counted, chunk_bytes, max_counted_rows)
+    arguments = (logits, ids, *scale, vocab_size, counted, chunk_bytes, max_counted_rows)
     statistics = _statistics("token_log_probs", *arguments, flags=IDS_ARE_PRESENT)
     return statistics.log_probs.squeeze(-1), statistics.entropy

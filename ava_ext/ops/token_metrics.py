@@ -73,7 +73,7 @@ def token_metrics(
     check_is_logits("token_metrics", logits)
     check_is_tensor("token_metrics", "targets", targets)
     targets = as_ids("token_metrics", "targets", targets, "[...]")
-    check_shape("token_metrics", "targets", targets, logits.shape[:-1])
+    check_shape("token_metrics", logits.shape[:-1], targets=targets)
     placed = local_logits("token_metrics", logits)
     if isinstance(placed, LocalRows):
         local = token_metrics(

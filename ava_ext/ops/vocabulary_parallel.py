@@ -257,13 +257,8 @@ class _StatisticsOfShard(torch.autograd.Function):
             return *nothing, *(None for _ in wanted)
         parts, shard, (ids, row_mask, *fields) = _saved(ctx)
         merged = MergedRows(*fields)
-        like = merged.statistics
-        upstream = (grad_log_probs, grad_summaries)
-        if grad_log_probs is None:
-            grad_log_probs = like.new_zeros(ids.shape)
-        if grad_summaries is None:
-            grad_summaries = like.new_zeros(N_SUMMARIES, ids.shape[0])
-        coefficients = statistics_coefficients(like, ids, row_mask, grad_log_probs, grad_summaries.unbind(0))
-        of_rows = local_view(merged, coefficients, ids, shard)
+        of_summaries = (None,) * N_SUMMARIES if grad_summaries is None else grad_summaries.unbind(0)
+        coefficients = statistics_coefficients(merged.statistics, ids, row_mask, grad_log_probs, of_summaries)
+        of_rows, upstream = local_view(merged, coefficients, ids, shard), (grad_log_probs, grad_summaries)
         gradients = _gradients(parts, of_rows, ids, row_mask, shard, wanted, upstream)
         return *nothing, *gradients

@@ -1,51 +1,38 @@
-# ruff: noqa: F401  the names of the modules, under one name
+# ruff: noqa: F401  the functions that tests call, under one name
 """The executable specification: what every component computes, in plain PyTorch, slow and without any kernel.
 
-Only tests and benchmarks import this package. It runs in the dtype of its inputs (float64 where it serves as an
-oracle), autograd differentiates it, and it loops over tokens in Python: inputs are tiny. One module per family of
-kernels, then the rows of one call, the terms of a batch, and everything together.
+Only tests, benchmarks and the self-check import this package. It runs in the dtype of its inputs (float64 where it
+serves as an oracle), autograd differentiates it, and it loops over tokens in Python: inputs are tiny. One module per
+family of kernels, then the rows of one call, the terms of a batch, and everything together.
 """
 
 from ava_ext.reference.batch_terms import adaptive_temperature, diversity, info_nce, simctg
 from ava_ext.reference.repetition import (
-    contexts,
     early_eos_weights,
     immediate_repetition_weights,
-    is_never_candidate,
     negative_weights_dense,
     ngram_weights,
 )
 from ava_ext.reference.router_rows import (
-    RouterStatistics,
-    load_balancing,
-    load_variation,
-    moe_steering,
     router_probabilities,
     router_statistics,
-    router_terms,
     updated_expert_bias,
     updated_expert_load,
 )
-from ava_ext.reference.rows import Depth, Rows, Terms, confidence_calibration, mtp_depth, mtp_terms, row_terms
-from ava_ext.reference.sequences import class_weights_of, counted_rows, denominator, is_padding, segment_numbers
+from ava_ext.reference.sequences import counted_rows, segment_numbers
 from ava_ext.reference.softmax_rows import (
-    SoftmaxStatistics,
     confidence_penalty,
     cross_entropy,
-    cross_entropy_of_probabilities,
     effective_logits,
     focal,
     log_normaliser,
     log_odds,
-    logsumexp,
-    mean_log_prob,
     negative_log_likelihood,
     reweighted,
     smoothed,
     soft_targets,
     softmax_statistics,
     softplus,
-    tail,
     token_entropy,
     token_weight,
     unlikelihood,

@@ -82,11 +82,9 @@ def updated_expert_bias(
     expert_bias: Tensor,  # [E]
     counts: Tensor,  # [E]
     rate: float,
-    is_centered: bool = False,
 ) -> Tensor:
-    """b <- b + rate sign(mean(c) - c), [E] (loss-free balancing, DeepSeek-V3); centered: less its mean."""
-    moved = expert_bias + rate * torch.sign(counts.mean() - counts)
-    return moved - moved.mean() if is_centered else moved
+    """b <- b + rate sign(mean(c) - c), [E] (loss-free balancing, DeepSeek-V3)."""
+    return expert_bias + rate * torch.sign(counts.mean() - counts)
 
 
 def load_balancing(statistics: RouterStatistics, convention: str) -> Tensor:

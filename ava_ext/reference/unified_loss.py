@@ -165,7 +165,7 @@ def unified_loss(
 
     def kept(n_rows: int) -> Tensor:
         """The rows that are not padding, where the mask has their number; else all. [n_rows] bool"""
-        matching = [keep for keep in (row_keep, token_keep) if keep.numel() == n_rows]
+        matching = [keep for keep in (has_row, token_keep) if keep.numel() == n_rows]
         return matching[0].reshape(-1) if matching else torch.ones(n_rows, dtype=torch.bool)
 
     of_batch = {}
@@ -195,7 +195,7 @@ def unified_loss(
             contrast = info_nce(*contrastive_pair, config.contrastive_temperature)
         else:
             states = _required(hidden_states, "contrastive_pair or hidden_states", "use_contrastive_loss")
-            contrast = simctg(of_rows(states), row_keep, segments)
+            contrast = simctg(of_rows(states), has_row, segments)
         of_batch["contrastive_loss"] = config.contrastive_weight * contrast
     share = counted.any().to(dtype)
     if num_items_in_batch is not None and config.reduction == "mean":

@@ -103,9 +103,9 @@ int64_t free_idle_blocks() {
   return idle[0].bytes + idle[1].bytes;
 }
 
-torch::stable::Tensor pooled_empty(const TensorLayout& layout, torch::headeronly::ScalarType type,
-                                   int64_t element_bytes) {
-  const int64_t bytes = element_bytes * layout.n_elements();
+Tensor pooled_empty(const TensorLayout& layout, const Tensor& logits) {
+  const ScalarType type = logits.scalar_type();
+  const int64_t bytes = int64_t(logits.element_size()) * layout.n_elements();
   const bool is_pooled = bytes >= kSmallestPooled && torch_from_blob;
   Block block = take(is_pooled ? bytes : 0);
   if (!is_pooled) return empty_tensor(layout, type);
@@ -119,7 +119,7 @@ torch::stable::Tensor pooled_empty(const TensorLayout& layout, torch::headeronly
     give_back(block.data, reinterpret_cast<void*>(intptr_t(block.bytes)));
     fail_out_of_memory("a new tensor");
   }
-  return torch::stable::Tensor(handle);
+  return Tensor(handle);
 }
 
 }  // namespace ava

@@ -6,13 +6,12 @@
 
 namespace ava {
 
-// An uninitialised CPU tensor. Its memory goes back to the pool when the last reference to its storage dies, whoever
-// holds it. Below 1 MiB, and on a torch without torch_from_blob (2.10), torch allocates as usual.
+// An uninitialised CPU tensor of the logits' type. Its memory goes back to the pool when the last reference to its
+// storage dies, whoever holds it. Below 1 MiB, and on a torch without torch_from_blob (2.10), torch allocates as usual.
 //
 // The pool keeps at most two idle blocks, and none that kIdleRequests gradients in a row have had no use for: sizes
 // that are gone for good leave nothing behind. Where memory is short they go at once.
-torch::stable::Tensor pooled_empty(const TensorLayout& layout, torch::headeronly::ScalarType type,
-                                   int64_t element_bytes);
+Tensor pooled_empty(const TensorLayout& layout, const Tensor& logits);
 
 constexpr int64_t kIdleRequests = 32;
 

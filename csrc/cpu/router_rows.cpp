@@ -31,12 +31,11 @@ const RouterRowsKernels& router_kernels() {
 }
 
 // What both operators are given, and the blocks to run.
-struct RouterRows {
+struct RouterRows : DenseTensors {
   RouterRowsArguments arguments{};
   std::vector<RowLayout> layouts;  // of the tensors of layers
   std::vector<RouterBlock> blocks;
   std::vector<int64_t> order;
-  std::vector<Tensor> kept;  // what the kernels read
 
   RouterRows(const char* op, const RouterShape& shape, const std::vector<Tensor>& gate_logits,
              const std::optional<Tensor>& expert_indices, const std::optional<Tensor>& row_mask,
@@ -45,8 +44,7 @@ struct RouterRows {
     arguments.n_experts = shape.n_experts;
     arguments.n_rows = shape.n_rows;
     arguments.is_sigmoid = is_sigmoid;
-    set_choices_and_mask(arguments, shape, expert_indices, row_mask,
-                         [&](const Tensor& tensor) { return dense(tensor); });
+    set_choices_and_mask(arguments, shape, expert_indices, row_mask, *this);
     std::vector<int64_t> segment_ends(1, shape.n_rows);
     if (segment_ids) segment_ends = sort_by_segment(op, *segment_ids, n_segments);
     const int64_t element_bytes = gate_logits[0].element_size();
@@ -66,16 +64,9 @@ struct RouterRows {
     }
   }
 
-  const void* dense(const std::optional<Tensor>& tensor) {
-    if (!tensor) return nullptr;
-    kept.push_back(torch::stable::contiguous(*tensor));
-    return kept.back().const_data_ptr();
-  }
-
   // where each segment ends among the sorted rows; those of negative segments are behind all
   std::vector<int64_t> sort_by_segment(const char* op, const Tensor& segment_ids, int64_t n_segments) {
-    const Tensor dense = torch::stable::contiguous(segment_ids);
-    const auto* ids = static_cast<const int64_t*>(dense.const_data_ptr());
+    const auto* ids = static_cast<const int64_t*>(dense(segment_ids));
     std::vector<int64_t> next(n_segments + 1, 0);
     for (int64_t row = 0; row < arguments.n_rows; ++row) {
       if (ids[row] >= n_segments)
@@ -215,11 +206,10 @@ Tensor router_gradient(std::vector<Tensor> gate_logits,         // of [n_layers,
   rows.arguments.grad_importance = rows.dense(grad_importance);
   rows.arguments.grad_lse_squared = rows.dense(grad_lse_squared);
   rows.arguments.grad_entropy = rows.dense(grad_entropy);
-  const int64_t element_bytes = gate_logits[0].element_size();
-  Tensor grad_logits = pooled_empty(contiguous_layout(shape.gradient), gate_logits[0].scalar_type(), element_bytes);
+  Tensor grad_logits = pooled_empty(contiguous_layout(shape.gradient), gate_logits[0]);
   rows.arguments.grad_logits = grad_logits.mutable_data_ptr();
   if (segment_ids && int64_t(rows.order.size()) < shape.n_rows)  // rows without a segment are in no block
-    std::fill_n(static_cast<char*>(grad_logits.mutable_data_ptr()), grad_logits.numel() * element_bytes, 0);
+    std::fill_n(static_cast<char*>(rows.arguments.grad_logits), grad_logits.numel() * grad_logits.element_size(), 0);
   rows.for_blocks([&](int64_t block, void* scratch) {
     router_kernels().differentiate(rows.arguments, rows.blocks[block], scratch);
   });

@@ -211,38 +211,31 @@ struct RouterKernel : RouterReader<Vector, Element, kSigmoid> {
   }
 };
 
-template <class Vector, class Element>
-static void measure_block(const RouterRowsArguments& arguments, const RouterBlock& block, RouterSums& sums,
-                          void* scratch) {
+// use(the kernel for logits and scores of this kind)
+template <class Vector, class Element, class Use>
+static void with_kernel_of_type(const RouterRowsArguments& arguments, const RouterBlock& block, void* scratch,
+                                const Use& use) {
   if (arguments.is_sigmoid)
-    RouterKernel<Vector, Element, true>(arguments, block, scratch).measure(sums);
+    use(RouterKernel<Vector, Element, true>(arguments, block, scratch));
   else
-    RouterKernel<Vector, Element, false>(arguments, block, scratch).measure(sums);
+    use(RouterKernel<Vector, Element, false>(arguments, block, scratch));
 }
-static void measure_router(const RouterRowsArguments& arguments, const RouterBlock& block, RouterSums& sums,
-                           void* scratch) {
+template <class Use>
+static void with_kernel(const RouterRowsArguments& arguments, const RouterBlock& block, void* scratch, const Use& use) {
   switch (arguments.element_type) {
-    case ElementType::f32: return measure_block<VectorFloat, float>(arguments, block, sums, scratch);
-    case ElementType::bf16: return measure_block<VectorFloat, BFloat16>(arguments, block, sums, scratch);
-    case ElementType::f16: return measure_block<VectorFloat, Float16>(arguments, block, sums, scratch);
-    case ElementType::f64: return measure_block<VectorDouble, double>(arguments, block, sums, scratch);
+    case ElementType::f32: return with_kernel_of_type<VectorFloat, float>(arguments, block, scratch, use);
+    case ElementType::bf16: return with_kernel_of_type<VectorFloat, BFloat16>(arguments, block, scratch, use);
+    case ElementType::f16: return with_kernel_of_type<VectorFloat, Float16>(arguments, block, scratch, use);
+    case ElementType::f64: return with_kernel_of_type<VectorDouble, double>(arguments, block, scratch, use);
   }
 }
 
-template <class Vector, class Element>
-static void differentiate_block(const RouterRowsArguments& arguments, const RouterBlock& block, void* scratch) {
-  if (arguments.is_sigmoid)
-    RouterKernel<Vector, Element, true>(arguments, block, scratch).differentiate();
-  else
-    RouterKernel<Vector, Element, false>(arguments, block, scratch).differentiate();
+static void measure_router(const RouterRowsArguments& arguments, const RouterBlock& block, RouterSums& sums,
+                           void* scratch) {
+  with_kernel(arguments, block, scratch, [&](const auto& kernel) { kernel.measure(sums); });
 }
 static void differentiate_router(const RouterRowsArguments& arguments, const RouterBlock& block, void* scratch) {
-  switch (arguments.element_type) {
-    case ElementType::f32: return differentiate_block<VectorFloat, float>(arguments, block, scratch);
-    case ElementType::bf16: return differentiate_block<VectorFloat, BFloat16>(arguments, block, scratch);
-    case ElementType::f16: return differentiate_block<VectorFloat, Float16>(arguments, block, scratch);
-    case ElementType::f64: return differentiate_block<VectorDouble, double>(arguments, block, scratch);
-  }
+  with_kernel(arguments, block, scratch, [](const auto& kernel) { kernel.differentiate(); });
 }
 
 constexpr RouterRowsKernels kRouterRowsKernels = {measure_router, differentiate_router};

@@ -89,17 +89,10 @@ struct CpuRows {
     return real == ScalarType::Double ? counts(static_cast<const RowStatistics<double>*>(arguments.statistics))
                                       : counts(static_cast<const RowStatistics<float>*>(arguments.statistics));
   }
-  static void set_column_weights(const char* op, Arguments& arguments, const Tensor& weights, bool are_real) {
-    arguments.column_weights = weights.const_data_ptr();
-    arguments.column_weights_layout = layout_of(op, "column_weights", weights);
-    arguments.column_weights_are_real = are_real;
-  }
   static Tensor new_tensor(const Tensor&, const std::vector<int64_t>& sizes, ScalarType type) {
     return empty_tensor(sizes, type);
   }
-  static Tensor new_gradient(const Tensor& logits) {
-    return pooled_empty(gradient_layout(logits), logits.scalar_type(), int64_t(logits.element_size()));
-  }
+  static Tensor new_gradient(const Tensor& logits) { return pooled_empty(gradient_layout(logits), logits); }
   static void set_groups(const char*, Arguments& arguments, const std::vector<int64_t>& sizes) {
     arguments.group_sizes = sizes.data();
     arguments.n_groups = int64_t(sizes.size());

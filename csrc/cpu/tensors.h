@@ -8,8 +8,7 @@
 
 namespace ava {
 
-inline int32_t shim_type(torch::headeronly::ScalarType type) {
-  using torch::headeronly::ScalarType;
+inline int32_t shim_type(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return aoti_torch_dtype_float32();
     case ScalarType::Double: return aoti_torch_dtype_float64();
@@ -20,18 +19,17 @@ inline int32_t shim_type(torch::headeronly::ScalarType type) {
   }
 }
 
-inline torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                                          torch::headeronly::ScalarType type) {
+inline Tensor empty_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   const auto error = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), shim_type(type),
                                               aoti_torch_device_type_cpu(), 0, &handle);
   if (error != TORCH_SUCCESS) fail_out_of_memory("a new tensor");  // the one thing that can be wrong here
-  return torch::stable::Tensor(handle);
+  return Tensor(handle);
 }
-inline torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
+inline Tensor empty_tensor(const std::vector<int64_t>& sizes, ScalarType type) {
   return empty_tensor(sizes, contiguous_strides(sizes), type);
 }
-inline torch::stable::Tensor empty_tensor(const TensorLayout& layout, torch::headeronly::ScalarType type) {
+inline Tensor empty_tensor(const TensorLayout& layout, ScalarType type) {
   if (layout.offset == 0) return empty_tensor(layout.sizes, layout.strides, type);
   return with_layout(empty_tensor({layout.n_elements()}, type), layout);
 }

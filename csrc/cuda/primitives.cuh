@@ -250,7 +250,10 @@ __device__ __forceinline__ double warp_max(double value) {
   return value;
 }
 
-// A row's elements: float, double, __half, __nv_bfloat16.
+// A row's elements: float, double, __half, __nv_bfloat16. Double is computed with as such, the others as float.
+template <class Element>
+using RealOf = std::conditional_t<std::is_same<Element, double>::value, double, float>;
+
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -264,6 +267,25 @@ __device__ __forceinline__ Element from_float(float value) {  // to nearest, tie
   else
     return value;
 }
+
+template <class Element>
+__device__ __forceinline__ RealOf<Element> to_real(Element value) {
+  if constexpr (std::is_same<Element, double>::value)
+    return value;
+  else
+    return to_float(value);
+}
+template <class Element>
+__device__ __forceinline__ Element from_real(RealOf<Element> value) {
+  if constexpr (std::is_same<Element, double>::value)
+    return value;
+  else
+    return from_float<Element>(value);
+}
+
+// Two elements of 16 bits, for instructions that take both at once.
+template <class Element>
+using ElementPair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
 
 // Rows travel as uint4: in registers, arrays of 16-bit elements cost a register each and are stored piecewise.
 template <class Element>
@@ -311,11 +333,10 @@ __device__ __forceinline__ uint4 pack(const float* values) {  // values: [kVecto
 template <class Element>
 __device__ __forceinline__ void vector_range(uint4 bits, float& highest, float& lowest) {
   if constexpr (sizeof(Element) == 2) {  // two elements per instruction
-    using Pair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
-    Pair pairs[4];
+    ElementPair<Element> pairs[4];
     memcpy(static_cast<void*>(pairs), &bits, 16);
-    const Pair high = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
-    const Pair low = __hmin2(__hmin2(pairs[0], pairs[1]), __hmin2(pairs[2], pairs[3]));
+    const auto high = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
+    const auto low = __hmin2(__hmin2(pairs[0], pairs[1]), __hmin2(pairs[2], pairs[3]));
     highest = fmaxf(to_float(high.x), to_float(high.y));
     lowest = fminf(to_float(low.x), to_float(low.y));
   } else {

@@ -2,7 +2,6 @@
 // (repetition_text.cuh, repetition_order.cuh).
 #include "repetition.cuh"
 
-#include <array>
 #include <optional>
 
 #include "../repetition_operators.h"
@@ -15,16 +14,6 @@ namespace {
 TokenMatrix token_matrix(const Tensor& tokens) {  // [batch_size or 1, n_tokens]
   return {tokens.const_data_ptr(), tokens.scalar_type() == ScalarType::Int, tokens.size(0) == 1 ? 0 : tokens.stride(0),
           tokens.stride(1)};
-}
-
-// aten::sort of keys [n], stable: the keys in order, and where each of them was.
-std::array<Tensor, 2> sort_keys(const Tensor& keys) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  const int64_t first_dim = 0;
-  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(first_dim), from(false)};
-  check_torch("aten::sort", torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 // Tokens that the rows may read one by one, for each multiprocessor: what takes no longer than the linear way's launches.
@@ -60,9 +49,9 @@ void write_candidates_of_device(RepetitionArguments<Weight> arguments, const Ten
   order.hash_bits = ~uint64_t(0);
   order.hashes = static_cast<int64_t*>(hashes.mutable_data_ptr());
   write_key_hashes(arguments, facts, order, device.stream());
-  const std::array<Tensor, 2> sorted = sort_keys(hashes);
-  order.sorted = static_cast<const int64_t*>(sorted[0].const_data_ptr());
-  order.rows = static_cast<const int64_t*>(sorted[1].const_data_ptr());
+  const auto [sorted, rows] = sort_keys(hashes);
+  order.sorted = static_cast<const int64_t*>(sorted.const_data_ptr());
+  order.rows = static_cast<const int64_t*>(rows.const_data_ptr());
   const int64_t n_lists = order.n_chunks() + order.n_spans();
   const Tensor list_tokens = new_ints(n_lists, 32), list_positions = new_ints(n_lists, 32),
                of_lists = new_ints(2, n_lists);
@@ -92,21 +81,9 @@ void write_candidates(const RepetitionOptions& options,
   if (segments) arguments.segments = token_matrix(*segments);
   arguments.weights = static_cast<const Weight*>(weights.const_data_ptr());
   arguments.weight_stride = weights.stride(0);
-  arguments.repetition_allow_list = static_cast<const int32_t*>(id_lists.const_data_ptr());
-  arguments.n_allowed = int64_t(options.repetition_allow_list.size());
-  arguments.eos_ids = arguments.repetition_allow_list + arguments.n_allowed;
-  arguments.n_eos = int64_t(options.eos_ids.size());
   arguments.n_sequences = tokens.size(0);
   arguments.n_tokens = tokens.size(1);
-  arguments.vocab_size = options.vocab_size;
-  arguments.ignore_index = options.ignore_index;
-  arguments.immediate_repetition_threshold = options.immediate_repetition_threshold;
-  arguments.ngram_size = options.ngram_size;
-  arguments.ngram_window_size = options.ngram_window_size;
-  arguments.ngram_slots = options.ngram_slots;
-  arguments.min_sequence_length = options.min_sequence_length;
-  arguments.tokens_include_row = options.tokens_include_row;
-  arguments.use_immediate_repetition_penalty = options.use_immediate_repetition_penalty;
+  arguments.set_options(options, static_cast<const int32_t*>(id_lists.const_data_ptr()));
   arguments.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
   arguments.candidate_weights = static_cast<Weight*>(candidate_weights.mutable_data_ptr());
   write_candidates_of_device(arguments, tokens, device);

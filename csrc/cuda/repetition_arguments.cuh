@@ -8,8 +8,6 @@
 
 namespace ava {
 
-constexpr double kMostRunFactor = 4;  // by which a run's weight grows at most
-
 // base^exponent, exponent >= 0. pow is a call, over which registers are spilled.
 __device__ inline double power(double base, int64_t exponent) {
   double result = 1;
@@ -51,6 +49,22 @@ struct RepetitionArguments {
   const int32_t* collisions = nullptr;
   int64_t n_collisions = 0;
 
+  void set_options(const RepetitionOptions& options,
+                   const int32_t* id_lists) {  // [n_allowed + n_eos], on the device
+    repetition_allow_list = id_lists;
+    n_allowed = int64_t(options.repetition_allow_list.size());
+    eos_ids = id_lists + n_allowed;
+    n_eos = int64_t(options.eos_ids.size());
+    vocab_size = options.vocab_size;
+    ignore_index = options.ignore_index;
+    immediate_repetition_threshold = options.immediate_repetition_threshold;
+    ngram_size = options.ngram_size;
+    ngram_window_size = options.ngram_window_size;
+    ngram_slots = options.ngram_slots;
+    min_sequence_length = options.min_sequence_length;
+    tokens_include_row = options.tokens_include_row;
+    use_immediate_repetition_penalty = options.use_immediate_repetition_penalty;
+  }
   __host__ __device__ int64_t first_ngram_slot() const { return use_immediate_repetition_penalty + n_eos; }
   __host__ __device__ int64_t n_slots() const { return first_ngram_slot() + (ngram_size > 0 ? ngram_slots : 0); }
 

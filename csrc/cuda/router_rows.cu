@@ -2,8 +2,6 @@
 // device assert of the kernels, as in torch: nothing here waits for the device.
 #include "router_rows.cuh"
 
-#include <array>
-
 #include "../new_tensor.h"
 #include "../router_rows_operators.h"
 #include "launch.h"
@@ -13,14 +11,13 @@ namespace {
 
 // What both operators are given. Keeps what the kernels read alive until the launch.
 template <class Real>
-struct RouterCall {
+struct RouterCall : DenseTensors {
   const char* op;
   const RouterShape& shape;
   const std::vector<Tensor>& gate_logits;  // of [n_layers, ..., n_experts]
   const DeviceScope& device;
   int64_t n_segments;
   RouterArguments<Real> arguments{};
-  std::vector<Tensor> kept;
 
   RouterCall(const char* op, const RouterShape& shape, const std::vector<Tensor>& gate_logits,
              const std::optional<Tensor>& expert_indices,  // [n_layers, n_rows, k]
@@ -36,16 +33,10 @@ struct RouterCall {
     arguments.n_segments = n_segments;
     arguments.rows_in_slot = rows_in_slot(shape.n_experts);
     arguments.n_slots = most_slots(shape.n_rows, shape.n_experts, n_segments, segment_ids.has_value());
-    set_choices_and_mask(arguments, shape, expert_indices, row_mask,
-                         [&](const Tensor& tensor) { return dense(tensor); });
+    set_choices_and_mask(arguments, shape, expert_indices, row_mask, *this);
     if (segment_ids) sort_by_segment(static_cast<const int64_t*>(dense(segment_ids)));
   }
 
-  const void* dense(const std::optional<Tensor>& tensor) {
-    if (!tensor) return nullptr;
-    kept.push_back(torch::stable::contiguous(*tensor));
-    return kept.back().const_data_ptr();
-  }
   Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) const {
     return ava::new_tensor(gate_logits[0], sizes, type);
   }
@@ -61,17 +52,12 @@ struct RouterCall {
     const Tensor keys = new_tensor({shape.n_rows}, ScalarType::Int);
     write_segment_keys(segment_ids, shape.n_rows, n_segments, static_cast<int32_t*>(keys.mutable_data_ptr()),
                        device.stream());
-    using torch::stable::detail::from;
-    using torch::stable::detail::to;
-    const int64_t first_dim = 0;
-    std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(first_dim), from(false)};
-    check_torch("aten::sort", torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-    kept.push_back(to<Tensor>(stack[0]));
-    const auto* sorted_keys = static_cast<const int32_t*>(kept.back().const_data_ptr());
-    kept.push_back(to<Tensor>(stack[1]));
-    arguments.order = static_cast<const int64_t*>(kept.back().const_data_ptr());
+    const auto [sorted_keys, order] = sort_keys(keys);
+    kept.push_back(order);
+    arguments.order = static_cast<const int64_t*>(order.const_data_ptr());
     int64_t* const starts = workspace<int64_t>(n_segments + 2);
-    write_segment_starts(sorted_keys, shape.n_rows, n_segments, starts, device.stream());
+    write_segment_starts(static_cast<const int32_t*>(sorted_keys.const_data_ptr()), shape.n_rows, n_segments, starts,
+                         device.stream());
     arguments.segment_starts = starts;
   }
 

@@ -11,10 +11,6 @@ namespace ava {
 constexpr int kRouterThreads = 256, kRouterWarps = kRouterThreads / 32;
 constexpr int kLayersPerLaunch = 256;  // addresses that travel as arguments; a launch takes 4 KB
 
-// of sums and statistics
-template <class Element>
-using RealOf = std::conditional_t<std::is_same<Element, double>::value, double, float>;
-
 // Statistics of a row that is too long for registers.
 template <class Real>
 struct WideRouterRow {

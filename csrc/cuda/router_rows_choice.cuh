@@ -116,10 +116,9 @@ __device__ int expert_of_key(Key key) {
 // The same for two neighbouring scores of 16 bits, signed: score and expert take half of a key each.
 template <class Element>
 __device__ __forceinline__ void pair_of_keys(uint32_t scores, int expert, int* keys) {  // keys: [2]
-  using Pair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
-  Pair pair;
+  ElementPair<Element> pair;
   memcpy(static_cast<void*>(&pair), &scores, 4);
-  pair = __hadd2(pair, Pair{});  // -0 becomes 0, and every nan the largest of all numbers
+  pair = __hadd2(pair, ElementPair<Element>{});  // -0 becomes 0, and every nan the largest of all numbers
   memcpy(&scores, &pair, 4);
   scores ^= sign_masks(scores) & 0x7fff7fffu;  // in the order of integers
   const uint32_t places = uint32_t((1 << kExpertBits) - 1 - expert) * 0x10001u - 0x10000u;

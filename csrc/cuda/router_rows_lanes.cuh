@@ -11,8 +11,7 @@ constexpr int64_t kMostExpertsOfLanes = 512;
 // A nan loses.
 template <class Element, int kVectors>
 __device__ __forceinline__ float largest_of(const uint4* bits) {  // [kVectors] of 16-bit elements
-  using Pair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
-  Pair pairs[4 * kVectors];
+  ElementPair<Element> pairs[4 * kVectors];
   memcpy(static_cast<void*>(pairs), bits, 16 * kVectors);
 #pragma unroll
   for (int n = 2 * kVectors; n > 0; n /= 2) {

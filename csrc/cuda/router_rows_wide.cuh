@@ -39,12 +39,7 @@ class WideRouter {
         logits_(static_cast<const Element*>(arguments.logits[layer - arguments.first_layer]) +
                 row_offset(arguments.layout, row)) {}
 
-  __device__ Real logit(int64_t expert) const {
-    if constexpr (std::is_same<Element, double>::value)
-      return logits_[expert];
-    else
-      return to_float(logits_[expert]);
-  }
+  __device__ Real logit(int64_t expert) const { return to_real(logits_[expert]); }
   __device__ Real effective(int64_t expert) const { return kSigmoid ? log_sigmoid(logit(expert)) : logit(expert); }
 
   __device__ WideRouterRow<Real> measure() const {
@@ -126,11 +121,8 @@ class WideRouter {
     return {max, warp_sum(rest) + (warp_sum(n_largest) - 1), warp_sum(weighted)};
   }
   __device__ void store(int64_t expert, Real gradient) const {
-    Element* const out = static_cast<Element*>(a_.grad_logits) + (layer_ * a_.n_rows + row_) * a_.n_experts + expert;
-    if constexpr (std::is_same<Element, double>::value)
-      *out = gradient;
-    else
-      *out = from_float<Element>(gradient);
+    Element* const out = static_cast<Element*>(a_.grad_logits) + (layer_ * a_.n_rows + row_) * a_.n_experts;
+    out[expert] = from_real<Element>(gradient);
   }
 
   const RouterArguments<Real>& a_;

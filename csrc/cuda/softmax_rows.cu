@@ -51,11 +51,6 @@ struct CudaRows {
     call.arguments.ids = static_cast<const int32_t*>(ids.const_data_ptr());
     call.arguments.ids_are_wide = ids.scalar_type() == ScalarType::Long;
   }
-  static void set_column_weights(const char* op, Arguments& arguments, const Tensor& weights, bool are_real) {
-    arguments.column_weights = weights.const_data_ptr();
-    arguments.column_weights_layout = layout_of(op, "column_weights", weights);
-    arguments.column_weights_are_real = are_real;
-  }
   static Tensor new_tensor(const Tensor& logits, const std::vector<int64_t>& sizes, ScalarType type) {
     return ava::new_tensor(logits, sizes, type);
   }

@@ -146,11 +146,8 @@ __device__ __forceinline__ RowStatistics<Real> finished(RowStatistics<Real> row,
   return row;
 }
 
-// Of 16 bits two elements at once, one pair after the other: a GPU compares three in one instruction. A nan loses.
-template <class Element>
-using ElementPair = std::conditional_t<std::is_same<Element, __half>::value, __half2, __nv_bfloat162>;
-
-// The largest element of some vectors.
+// The largest element of some vectors; a nan loses. Of 16 bits one pair after the other: a GPU compares three in one
+// instruction.
 template <class Element, int kVectors>
 __device__ __forceinline__ float largest(const uint4 (&vectors)[kVectors]) {
   constexpr int kPairs = 4 * kVectors;

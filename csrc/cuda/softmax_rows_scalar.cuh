@@ -10,23 +10,6 @@ namespace ava {
 
 constexpr int kScalarThreads = 256, kScalarWarps = kScalarThreads / 32;
 
-template <class Element>
-using RealOf = std::conditional_t<std::is_same<Element, double>::value, double, float>;
-template <class Element>
-__device__ __forceinline__ RealOf<Element> to_real(Element value) {
-  if constexpr (std::is_same<Element, double>::value)
-    return value;
-  else
-    return to_float(value);
-}
-template <class Element>
-__device__ __forceinline__ Element from_real(RealOf<Element> value) {
-  if constexpr (std::is_same<Element, double>::value)
-    return value;
-  else
-    return from_float<Element>(value);
-}
-
 template <class Real>
 __device__ __forceinline__ Real scalar_logit(const RowArguments& a, const RowOptions<Real>& options, Real x) {
   return (a.flags & kSoftcap) && x != Real(-INFINITY) ? options.softcap * tanh_of(x * (1 / options.softcap)) : x;
@@ -49,9 +32,9 @@ struct SecondLook {
 };
 template <class Real>
 __device__ __forceinline__ SecondLook<Real> sum_of_lanes(SecondLook<Real> mine) {
-  return {{warp_total(mine.weights.rest), warp_total(mine.weights.at_maximum), warp_total(mine.weights.weighted)},
-          warp_total(mine.n_greater),
-          warp_total(mine.tail_mass)};
+  return {{warp_sum(mine.weights.rest), warp_sum(mine.weights.at_maximum), warp_sum(mine.weights.weighted)},
+          warp_sum(mine.n_greater),
+          warp_sum(mine.tail_mass)};
 }
 template <class Element, class Real>
 __device__ __forceinline__ SecondLook<Real> second_look(const RowArguments& a, const RowOptions<Real>& options,

@@ -35,9 +35,6 @@ __device__ __forceinline__ int32_t id_of(const RowArguments& a, int64_t row, int
   return id;
 }
 
-__device__ __forceinline__ float warp_total(float value) { return warp_sum(value); }
-__device__ __forceinline__ double warp_total(double value) { return warp_sum(value); }
-
 // u of one column
 template <class Real>
 __device__ __forceinline__ Real scalar_u(const RowArguments& a, const RowOptions<Real>& options,
@@ -97,8 +94,8 @@ __device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const 
                                                const RowEvaluation<Real>& evaluation, Real others, Real maximum,
                                                Real inverse_temperature, int n_ids, int lane) {
   if (n_ids > 0) {  // else lane 0 alone has an entry
-    others = warp_total(others);
-    maximum = warp_total(maximum);
+    others = warp_sum(others);
+    maximum = warp_sum(maximum);
   }
   if (lane == 0) {
     DenseGradient<Real> dense =
@@ -218,7 +215,7 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, R
     const int last = first + a.group_sizes[group];
     Real penalty = 0;
     for (int k = first + lane; k < last; k += 32) penalty += entries[k].loss;
-    penalty = warp_total(penalty);
+    penalty = warp_sum(penalty);
     if (lane == 0) terms[(kRowTerms + group) * a.n_rows + row] = penalty;
     total += penalty;
     first = last;

@@ -1,6 +1,7 @@
 // The row maths by themselves, in float and in double, against sums taken column by column in long double.
 #include "softmax_rows.h"
 
+#include <algorithm>
 #include <random>
 #include <vector>
 
@@ -44,7 +45,8 @@ template <class Real>
 static std::vector<Real> random_row(std::mt19937& engine, size_t size, Real scale) {
   std::vector<Real> row(size);
   std::normal_distribution<Real> normal(0, scale);
-  for (Real& value : row) value = engine() % 5 == 0 ? -Real(INFINITY) : engine() % 7 == 0 ? Real(1) : normal(engine);
+  // of equal maxima, in any part, the first one counts
+  for (Real& value : row) value = engine() % 5 == 0 ? -Real(INFINITY) : std::min(normal(engine), Real(2));
   row[engine() % size] = 2;  // never masked altogether
   return row;
 }
@@ -80,15 +82,20 @@ static void test_empty_parts_and_nan() {
   for (const auto& merged : {ava::merge(one, empty, Real(1)), ava::merge(empty, one, Real(1))})
     EXPECT(merged.max == -3 && merged.argmax == 4 && merged.rest == 0 && merged.count == 1);
   EXPECT(ava::update(one, -infinity, 5, Real(1)).count == 1);
-  const auto sick = ava::update(one, nan, 5, Real(1));
-  EXPECT(std::isnan(sick.rest) && sick.max == -3);
-  EXPECT(std::isnan(ava::merge(empty, ava::update(empty, nan, 0, Real(1)), Real(1)).rest));
+  EXPECT(ava::update(one, nan, 5, Real(1)).max == -3);
+  const auto measured = [](const std::vector<Real>& part) { return measure(part, 0, part.size(), Real(1)); };
+  using Parts = std::vector<std::vector<Real>>;
+  for (const auto& sick : Parts{{nan}, {1, nan}, {nan, -infinity}})
+    for (const auto& other : Parts{{}, {2}, {-infinity}, {nan}}) {
+      EXPECT(std::isnan(ava::merge(measured(sick), measured(other), Real(1)).rest));
+      EXPECT(std::isnan(ava::merge(measured(other), measured(sick), Real(1)).rest));
+    }
 }
 
 // dz by central differences of the terms themselves, in the same header: a derivative that does not fit its term shows
 static void test_gradient_by_differences() {
   const std::vector<double> z = {0.3, -1.2, 2.1, 0.9, -0.4};
-  const ava::RowOptions<double> options{1, 0.2, 0.5, 1.5, 0.3, 0.7, 0};
+  const ava::RowOptions<double> options{1, 0.2, 0.5, 1.5, 0.3, 0.7, 0, 1};
   const std::vector<std::pair<int64_t, double>> candidates = {{2, 0.6}, {4, 1.1}, {0, 0.9}};
   constexpr int64_t target = 1;
   const auto total = [&](const std::vector<double>& values, int64_t flags, std::vector<double>* gradient) {
@@ -175,6 +182,16 @@ static void test_sure_candidate(double largest_gap) {
   }
 }
 
+// -log(1 - p) = log1p(odds), not the difference of two logarithms.
+template <class Real>
+static void test_log1p_of_odds() {
+  for (double odds = 1e-30; odds < 1e7; odds *= 1.01)
+    EXPECT_CLOSE(ava::log1p_of_odds(Real(odds)), std::log1p(double(Real(odds))), tolerance<Real>() / 10);
+  const auto row = measure(std::vector<Real>(3000, 0), 0, 3000, Real(1));
+  const auto share = ava::unlikelihood(row, true, Real(1) / 3000, Real(1));
+  EXPECT_CLOSE(share.loss, std::log1p(1. / 2999), tolerance<Real>() / 10);
+}
+
 template <class Real>
 static void test_rows_of_one_column() {
   const auto row = measure(std::vector<Real>{5}, 0, 1, Real(1));
@@ -191,15 +208,36 @@ static void test_rows_of_one_column() {
   EXPECT(std::isnan(ava::bounded_coefficient(Real(NAN), cold)));
 }
 
-// Every 16-bit value that is no nan comes back as it went.
+// Every 16-bit value is what its bits say, and comes back as it went. What lies between two goes to the nearer one, a tie
+// to the even one.
 template <class Element>
-static void test_round_trip() {
-  for (uint32_t bits = 0; bits < 65536; ++bits) {
-    const float value = ava::widen(Element{uint16_t(bits)});
-    Element back;
-    ava::narrow(value, &back);
-    EXPECT(value == value ? back.bits == bits : std::isnan(ava::widen(back)));
+static void test_elements_of_16_bits(int mantissa_bits, int bias) {
+  const auto widened = [](uint32_t bits) { return ava::widen(Element{uint16_t(bits)}); };
+  const auto narrowed = [](float value) {
+    Element element;
+    ava::narrow(value, &element);
+    return element.bits;
+  };
+  const uint32_t infinity = 0x8000u - (1u << mantissa_bits);
+  for (uint32_t bits = 0; bits < 0x8000u; ++bits) {
+    const uint32_t negative = bits | 0x8000u;
+    const float value = widened(bits);
+    if (bits > infinity) {
+      EXPECT(std::isnan(value) && std::isnan(widened(narrowed(value))) && std::isnan(widened(negative)));
+      continue;
+    }
+    const int exponent = int(bits >> mantissa_bits), mantissa = int(bits & ((1u << mantissa_bits) - 1));
+    const double exact = exponent == 0 ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
+                                       : std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+    EXPECT(bits == infinity ? std::isinf(value) : value == float(exact));
+    EXPECT(widened(negative) == -value && narrowed(value) == bits && narrowed(-value) == negative);
+    if (bits == infinity) continue;
+    const float step = bits + 1 < infinity ? widened(bits + 1) - value : value - widened(bits - 1);
+    const float tie = value + step / 2;
+    EXPECT(narrowed(tie) == bits + bits % 2 && narrowed(-tie) == negative + bits % 2);
+    EXPECT(narrowed(std::nextafter(tie, 0.f)) == bits && narrowed(std::nextafter(tie, INFINITY)) == bits + 1);
   }
+  EXPECT(std::isnan(widened(narrowed(ava::bits_to_float(0x7f800001u)))));  // whose upper half looks like infinity
 }
 
 template <class Real>
@@ -207,6 +245,7 @@ static void test_all(double largest_gap) {
   test_statistics_and_merge<Real>();
   test_empty_parts_and_nan<Real>();
   test_sure_candidate<Real>(largest_gap);
+  test_log1p_of_odds<Real>();
   test_rows_of_one_column<Real>();
 }
 
@@ -216,7 +255,7 @@ int main() {
   test_gradient_by_differences();
   test_tail<float>(80);
   test_tail<double>(600);
-  test_round_trip<ava::BFloat16>();
-  test_round_trip<ava::Float16>();
+  test_elements_of_16_bits<ava::BFloat16>(7, 127);
+  test_elements_of_16_bits<ava::Float16>(10, 15);
   return expect::exit_code();
 }

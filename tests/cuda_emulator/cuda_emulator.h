@@ -25,15 +25,15 @@
 //                    named by both source lines. Barriers and __syncwarp() order memory, shuffles do not.
 //
 // What it does not model
-//   speed; the rounding of fast-math instructions (exp2_fast is exact here); registers; the order in which weak memory
-//   becomes visible (atomics order everything here, a missing __threadfence() is not seen); blocks that wait for each
-//   other outside a cluster (they run one after the other, as a device with one free place would); streams (a launch is
-//   over when it returns); launch bounds. __shared__ itself is not there: AVA_SHARED.
+//   speed; the rounding of fast-math instructions (exp2_fast is exact here); registers; atomics, and the order in which
+//   weak memory becomes visible; blocks that wait for each other outside a cluster (they run one after the other, as a
+//   device with one free place would); streams (a launch is over when it returns); launch bounds. __shared__ itself is
+//   not there: AVA_SHARED.
 //
 // Files
 //   cuda_emulator.h           this page, and the emulated csrc/cuda/dialect.cuh
 //   emulated_types.h          keywords, dim3, uint4, __half, __nv_bfloat16
-//   emulated_intrinsics.h     shuffles, votes, atomics, conversions, fast-math
+//   emulated_intrinsics.h     shuffles, votes, bits
 //   emulated_primitives.h     the emulated csrc/cuda/primitives.cuh        emulated_launch.h: csrc/cuda/launch.h
 //   device.h, device.cpp      the device: launches, scheduler, barriers, warps, copies; threads.h: what it keeps of each
 //   shared_memory.h           the shared memory of a block, its red zones

@@ -28,11 +28,7 @@ struct Options {
 };
 Options& options();
 
-// What was done since the program began.
-struct Counts {
-  uint64_t launches, blocks, switches, barriers, warp_operations;
-};
-const Counts& counts();
+uint64_t n_launches();  // since the program began
 
 // The running CUDA thread, as its kernel sees itself.
 struct ThreadView {

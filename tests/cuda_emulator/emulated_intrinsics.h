@@ -1,4 +1,4 @@
-// CUDA's built-in functions: barriers, shuffles, votes, atomics, fast-math and bits.
+// CUDA's built-in functions, as far as kernels use them: barriers, shuffles, votes and bits.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -35,37 +35,31 @@ Value shuffle(WarpOperation operation, uint32_t mask, Value value, int source, P
   return from_bits<Value>(warp_operation(operation, mask, to_bits(value), source, place));
 }
 inline int lane() { return int(current->lane); }
-// the lanes of a warp form groups of `width`, each a small warp
-inline int group_start(int width) { return lane() & ~(width - 1); }
 
 }  // namespace cuda_emulator
 
 template <class Value>
-Value __shfl_sync(uint32_t mask, Value value, int source, int width = 32,
+Value __shfl_sync(uint32_t mask, Value value, int source,
                   cuda_emulator::Place place = cuda_emulator::Place::current()) {
-  const int from = cuda_emulator::group_start(width) + (source & (width - 1));
-  return cuda_emulator::shuffle(cuda_emulator::WarpOperation::shuffle, mask, value, from, place);
+  return cuda_emulator::shuffle(cuda_emulator::WarpOperation::shuffle, mask, value, source & 31, place);
 }
 template <class Value>
-Value __shfl_xor_sync(uint32_t mask, Value value, int lane_mask, int width = 32,
+Value __shfl_xor_sync(uint32_t mask, Value value, int lane_mask,
                       cuda_emulator::Place place = cuda_emulator::Place::current()) {
-  const int lane = cuda_emulator::lane(), partner = lane ^ lane_mask;
-  const int from = partner < cuda_emulator::group_start(width) + width ? partner : lane;
+  const int from = cuda_emulator::lane() ^ lane_mask;
   return cuda_emulator::shuffle(cuda_emulator::WarpOperation::shuffle_xor, mask, value, from, place);
 }
 template <class Value>
-Value __shfl_up_sync(uint32_t mask, Value value, int delta, int width = 32,
+Value __shfl_up_sync(uint32_t mask, Value value, int delta,
                      cuda_emulator::Place place = cuda_emulator::Place::current()) {
-  const int lane = cuda_emulator::lane(), from = lane - delta;
-  return cuda_emulator::shuffle(cuda_emulator::WarpOperation::shuffle_up, mask, value,
-                                from < cuda_emulator::group_start(width) ? lane : from, place);
+  const int lane = cuda_emulator::lane(), from = lane < delta ? lane : lane - delta;
+  return cuda_emulator::shuffle(cuda_emulator::WarpOperation::shuffle_up, mask, value, from, place);
 }
 template <class Value>
-Value __shfl_down_sync(uint32_t mask, Value value, int delta, int width = 32,
+Value __shfl_down_sync(uint32_t mask, Value value, int delta,
                        cuda_emulator::Place place = cuda_emulator::Place::current()) {
-  const int lane = cuda_emulator::lane(), from = lane + delta;
-  return cuda_emulator::shuffle(cuda_emulator::WarpOperation::shuffle_down, mask, value,
-                                from < cuda_emulator::group_start(width) + width ? from : lane, place);
+  const int lane = cuda_emulator::lane(), from = lane + delta < 32 ? lane + delta : lane;
+  return cuda_emulator::shuffle(cuda_emulator::WarpOperation::shuffle_down, mask, value, from, place);
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool vote, cuda_emulator::Place place = cuda_emulator::Place::current()) {
   return uint32_t(cuda_emulator::warp_operation(cuda_emulator::WarpOperation::ballot, mask, vote, 0, place));
@@ -101,64 +95,6 @@ inline int __reduce_max_sync(uint32_t mask, int value, cuda_emulator::Place plac
   return cuda_emulator::reduce(mask, value, [](int a, int b) { return a > b ? a : b; }, place);
 }
 
-// Atomics order all memory, so that ThreadSanitizer accepts what a __threadfence() beside them would make right.
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-template <class Value>
-using Same = std::type_identity_t<Value>;
-namespace cuda_emulator {
-template <class Value, class Change>
-Value read_modify_write(Value* place, Change change) {
-  Value before, after;
-  __atomic_load(place, &before, __ATOMIC_ACQUIRE);
-  do {
-    after = change(before);
-  } while (!__atomic_compare_exchange(place, &before, &after, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
-  return before;
-}
-}  // namespace cuda_emulator
-template <class Value>
-Value atomicAdd(Value* place, Same<Value> value) {
-  return cuda_emulator::read_modify_write(place, [=](Value old) { return Value(old + value); });
-}
-template <class Value>
-Value atomicMax(Value* place, Same<Value> value) {
-  return cuda_emulator::read_modify_write(place, [=](Value old) { return old > value ? old : value; });
-}
-template <class Value>
-Value atomicMin(Value* place, Same<Value> value) {
-  return cuda_emulator::read_modify_write(place, [=](Value old) { return old < value ? old : value; });
-}
-template <class Value>
-Value atomicOr(Value* place, Same<Value> value) {
-  return cuda_emulator::read_modify_write(place, [=](Value old) { return Value(old | value); });
-}
-template <class Value>
-Value atomicExch(Value* place, Same<Value> value) {
-  return cuda_emulator::read_modify_write(place, [=](Value) { return value; });
-}
-template <class Value>
-Value atomicCAS(Value* place, Same<Value> expected, Same<Value> value) {
-  return cuda_emulator::read_modify_write(place, [=](Value old) { return old == expected ? value : old; });
-}
-
-template <class Value>
-Value __ldg(const Value* global) {
-  return *global;
-}
-template <class Value>
-Value __ldcs(const Value* global) {
-  return *global;
-}
-template <class Value>
-void __stcs(Value* global, Same<Value> value) {
-  *global = value;
-}
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 // Four of the eight bytes, of x from 0 on, of y from 4 on.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;
@@ -173,7 +109,6 @@ inline unsigned __brev(unsigned bits) {
   return result;
 }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits ? __builtin_clz(unsigned(bits)) : 32; }
 inline unsigned __float_as_uint(float value) { return ava::float_to_bits(value); }
 inline int __float_as_int(float value) { return int(ava::float_to_bits(value)); }
 inline float __int_as_float(int bits) { return ava::bits_to_float(unsigned(bits)); }

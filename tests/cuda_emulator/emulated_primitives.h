@@ -37,7 +37,7 @@ void add_tile(uint4 vector, TileSums& sums, Place place = Place::current()) {
   float of_rows[2] = {};
   for (int k = 0; k < 8; ++k) of_rows[k / 2 % 2] += ava::widen(elements[k].number);
   for (int row = 0; row < 2; ++row) {
-    for (int other = 1; other < 4; other *= 2) of_rows[row] += __shfl_xor_sync(~0u, of_rows[row], other, 32, place);
+    for (int other = 1; other < 4; other *= 2) of_rows[row] += __shfl_xor_sync(~0u, of_rows[row], other, place);
     sums.of_rows[2 * row] += of_rows[row];
     sums.of_rows[2 * row + 1] += of_rows[row];
   }

@@ -8,12 +8,9 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__ static const
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
-#define __grid_constant__
-#define warpSize 32
 
 struct dim3 {
   unsigned x, y, z;
@@ -22,23 +19,14 @@ struct dim3 {
 struct uint3 {
   unsigned x, y, z;
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 struct alignas(8) float2 {
   float x, y;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
 
-// 16-bit numbers, with the roundings that the C++ tests hold against torch's
+// 16-bit numbers, rounded as tests/cpp/test_softmax_rows.cpp expects
 struct __half {
   ava::Float16 number;
 };
@@ -69,7 +57,6 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
 inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 pair) { return {__bfloat162float(pair.x), __bfloat162float(pair.y)}; }
 
 // Both halves of a sum; every nan is the same one.
 inline __half __hadd(__half x, __half y) {

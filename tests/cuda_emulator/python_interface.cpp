@@ -11,4 +11,4 @@ EXPORTED void set_schedule(int order, uint64_t seed) {
 }
 EXPORTED void get_device(ava::DeviceLimits* limits) { *limits = options().device; }
 EXPORTED void set_device(const ava::DeviceLimits* limits) { options().device = *limits; }
-EXPORTED uint64_t n_launches() { return cuda_emulator::counts().launches; }
+EXPORTED uint64_t n_launches() { return cuda_emulator::n_launches(); }

@@ -11,33 +11,6 @@
 
 using namespace ava;
 
-static RepetitionArguments<float> arguments_of(const RepetitionOptions& options,
-                                               const std::vector<int64_t>& tokens,  // [n_sequences, n_tokens]
-                                               int64_t n_sequences, const std::vector<float>& weights,
-                                               const std::vector<int32_t>& lists) {
-  const int64_t n_tokens = int64_t(tokens.size()) / n_sequences;
-  RepetitionArguments<float> arguments{};
-  arguments.tokens = arguments.targets = {tokens.data(), false, n_tokens, 1};
-  arguments.weights = weights.data();
-  arguments.weight_stride = 1;
-  arguments.repetition_allow_list = lists.data();
-  arguments.n_allowed = int64_t(options.repetition_allow_list.size());
-  arguments.eos_ids = lists.data() + arguments.n_allowed;
-  arguments.n_eos = int64_t(options.eos_ids.size());
-  arguments.n_sequences = n_sequences;
-  arguments.n_tokens = n_tokens;
-  arguments.vocab_size = options.vocab_size;
-  arguments.ignore_index = options.ignore_index;
-  arguments.immediate_repetition_threshold = options.immediate_repetition_threshold;
-  arguments.ngram_size = options.ngram_size;
-  arguments.ngram_window_size = options.ngram_window_size;
-  arguments.ngram_slots = options.ngram_slots;
-  arguments.min_sequence_length = options.min_sequence_length;
-  arguments.tokens_include_row = options.tokens_include_row;
-  arguments.use_immediate_repetition_penalty = options.use_immediate_repetition_penalty;
-  return arguments;
-}
-
 struct Problem {
   RepetitionOptions options;
   std::vector<int64_t> tokens;    // [n_sequences, n_tokens]
@@ -118,8 +91,13 @@ static void expect_agrees(const Problem& problem, Way way) {
                              problem.options.repetition_allow_list.end());
   lists.insert(lists.end(), problem.options.eos_ids.begin(), problem.options.eos_ids.end());
   store_ids(lists, listed.data(), nullptr);
-  RepetitionArguments<float> arguments =
-      arguments_of(problem.options, problem.tokens, problem.n_sequences, kWeights, listed);
+  RepetitionArguments<float> arguments{};
+  arguments.tokens = arguments.targets = {problem.tokens.data(), false, problem.n_tokens(), 1};
+  arguments.weights = kWeights.data();
+  arguments.weight_stride = 1;
+  arguments.n_sequences = problem.n_sequences;
+  arguments.n_tokens = problem.n_tokens();
+  arguments.set_options(problem.options, listed.data());
   if (!problem.segments.empty()) arguments.segments = {problem.segments.data(), false, problem.n_tokens(), 1};
   arguments.ids = slots.ids.data();
   arguments.candidate_weights = slots.weights.data();

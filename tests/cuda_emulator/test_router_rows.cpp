@@ -19,19 +19,6 @@ struct Case {
   int masked = 0;  // n: every n-th row is sure of an expert, and the others have logits of -inf; 0: none
 };
 
-double value_of(float x) { return x; }
-double value_of(double x) { return x; }
-double value_of(__half x) { return __half2float(x); }
-double value_of(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class Element>
-Element element_of(double x) {
-  if constexpr (std::is_same<Element, double>::value)
-    return x;
-  else
-    return from_float<Element>(float(x));
-}
-
 // What a call is given, drawn at random, and what has to come out.
 template <class Element, bool kSigmoid>
 struct Problem {
@@ -58,11 +45,11 @@ struct Problem {
     n_groups = shape.n_layers * n_segments;
     row_stride = shape.n_experts + shape.more_columns;
     const size_t n_all = size_t(shape.n_layers * shape.n_rows);
-    logits = draw(n_all * row_stride, [&] { return element_of<Element>(normal(random)); });
+    logits = draw(n_all * row_stride, [&] { return from_real<Element>(normal(random)); });
     for (size_t i = 0; shape.masked && i < logits.size(); ++i) {
       const bool is_sure = int(i / row_stride) % shape.masked == 0;
-      if (is_sure && i % row_stride == 3) logits[i] = element_of<Element>(20);
-      if (!is_sure && random() % 16 == 0) logits[i] = element_of<Element>(-INFINITY);
+      if (is_sure && i % row_stride == 3) logits[i] = from_real<Element>(20);
+      if (!is_sure && random() % 16 == 0) logits[i] = from_real<Element>(-INFINITY);
     }
     mask = draw(n_all, [&] { return char(random() % 4 != 0); });
     segment_ids = draw(shape.n_rows, [&] { return int64_t(random() % (n_segments + 1)) - 1; });
@@ -101,7 +88,7 @@ struct Problem {
     const int64_t n = shape.n_experts, at = layer * shape.n_rows + row;
     std::vector<double> z(n), y(n), score(n), v(n);
     for (int64_t e = 0; e < n; ++e) {
-      z[e] = value_of(logits[at * row_stride + e]);
+      z[e] = to_real(logits[at * row_stride + e]);
       y[e] = kSigmoid ? -std::log1p(std::exp(-z[e])) : z[e];
     }
     double lse = 0, lse_of_scores = 0;
@@ -196,7 +183,7 @@ struct Problem {
       for (int64_t i = 0; i < n_groups; ++i) EXPECT_CLOSE(got_scalars[which][i], scalars[which][i], tolerance);
     }
 
-    std::vector<Element> got_gradient(n_all * n, element_of<Element>(NAN));
+    std::vector<Element> got_gradient(n_all * n, from_real<Element>(NAN));
     if (shape.own_choice) arguments.indices = own.data();
     arguments.grad_probability = grad_vectors[0].data();
     arguments.grad_importance = grad_vectors[1].data();
@@ -206,7 +193,7 @@ struct Problem {
     run_router<Element, kSigmoid>(true, arguments, shape.n_layers, nullptr);
     const double rounding = sizeof(Element) == 2 ? (std::is_same<Element, __half>::value ? 5e-4 : 4e-3) : 0;
     for (int64_t i = 0; i < n_all * n; ++i) {
-      const double error = std::fabs(value_of(got_gradient[i]) - gradient[i]);
+      const double error = std::fabs(to_real(got_gradient[i]) - gradient[i]);
       EXPECT(error <= rounding * std::fabs(gradient[i]) + 20 * tolerance);
     }
   }

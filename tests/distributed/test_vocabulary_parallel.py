@@ -124,6 +124,35 @@ def test_loss_terms_and_gradient_are_those_of_the_whole_logits(flags, split, red
     torch.testing.assert_close(assembled, gradient, rtol=1e-12, atol=1e-12)
 
 
+def surest_rows(logits, leaf):
+    candidates = Candidates(torch.tensor([[-1], [5], [-1]]), torch.full((3, 1), 1e3), (1,))
+    flags = int(RowFlags.CROSS_ENTROPY | RowFlags.FOCAL | RowFlags.ENTROPY)
+    options = row_options(torch.empty(0), temperature=0.5, focal_gamma=1.5)
+    output = row_loss(logits, torch.tensor([0, 1, 7]), options, flags=flags, candidates=candidates)
+    return output.loss.detach(), output.terms, torch.autograd.grad(output.loss.sum(), leaf)[0]
+
+
+def surest_worker(rank, logits):
+    local = logits[:, columns_of(rank, (4, 4))].clone().requires_grad_()
+    return surest_rows(ShardedLogits(local, "world"), local)
+
+
+def test_rows_that_are_sure_beyond_the_range_of_exp():
+    """Of the target, of a candidate whose coefficient is beyond float32, and from one end of the range to the other."""
+    logits = torch.zeros(3, 8)
+    logits[0, 0] = logits[1, 5] = 100
+    logits[2] = -1e38
+    logits[2, 7] = 1e38
+    whole = logits.clone().requires_grad_()
+    loss, terms, gradient = surest_rows(whole, whole)
+    assert gradient.isfinite().all()
+    found = on_ranks(2, surest_worker, logits)
+    for rank_loss, rank_terms, _ in found:
+        torch.testing.assert_close(rank_loss, loss)
+        torch.testing.assert_close(rank_terms, terms)
+    torch.testing.assert_close(torch.cat([rank_gradient for *_, rank_gradient in found], -1), gradient)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precision(dtype):
     sizes, vocab_size = SPLITS["uneven"]

@@ -1,6 +1,7 @@
 """A loop with accelerate: the loss times accumulation steps (and ranks), since Accelerator.backward divides by them."""
 
 import copy
+import inspect
 import os
 
 import pytest
@@ -49,6 +50,21 @@ def test_micro_batches_are_the_batch(put, precision):
     torch.testing.assert_close(found, expected, **tolerance)
     stepped = {name: before[name] - 0.1 * g for name, g in expected.items()}
     torch.testing.assert_close(dict(model.named_parameters()), stepped, **tolerance)
+
+
+def test_an_unwrapped_model_keeps_its_loss():
+    """Without the wrapper of mixed precision, too, whose forward accelerate unwraps as far as it can."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    model = tiny("Llama", dtype=torch.float32)
+    fuse_lm_head(model, UnifiedLoss.from_model(model, primary_loss_type="standard"))
+    inputs = batch() | {"labels": batch()["input_ids"]}  # the mask, which the model hands to no loss, decides
+    parameters = inspect.signature(model.forward).parameters
+    assert {"input_ids", "labels"} <= parameters.keys() and "self" not in parameters
+    expected = model(**inputs).loss
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    unwrapped = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    assert torch.equal(unwrapped(**inputs).loss, expected)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def trained(put, rows, process_group=None):

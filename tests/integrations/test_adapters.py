@@ -10,7 +10,7 @@ from ava_ext import UnifiedLoss
 pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-from ava_ext.integrations.transformers import fuse_lm_head, unfuse
+from ava_ext.integrations.transformers import attach_loss, fuse_lm_head, unfuse
 
 
 def adapted(**options):
@@ -53,9 +53,56 @@ def test_adapted_head(options):
     assert not torch.isclose(without, expected[0])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_adapter_smaller_than_the_last_digit_of_its_head_counts(autocast):
+    """As after the first steps of training a bfloat16 model, whose weight would swallow it."""
+    torch.manual_seed(0)
+    base = tiny("Llama", torch.bfloat16, hidden_size=64)
+    base.lm_head.weight.data.normal_(0, 0.3)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["lm_head"]))
+    head = base.lm_head
+    nn.init.normal_(head.lora_A["default"].weight, std=0.1)
+    nn.init.normal_(head.lora_B["default"].weight, std=1e-3)
+    assert head.lora_B["default"].weight.dtype == torch.float32
+    inputs, hidden = batch(batch_size=8, n_tokens=32), []
+    hook = head.register_forward_pre_hook(lambda head, inputs: hidden.append(inputs[0].detach().double()))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    weight, lora_A, lora_B = (
+        part.weight.detach().double() for part in (head.base_layer, head.lora_A["default"], head.lora_B["default"])
+    )
+    without, expected = (
+        loss_in_double(hidden[0] @ merged.T, inputs["labels"], 61) for merged in (weight, weight + 2 * lora_B @ lora_A)
+    )
+    fuse_lm_head(model, plain_loss(model))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = model(**inputs).loss.double()
+    assert (found - expected).abs() < 0.2 * (without - expected).abs()
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"]}])
+def test_an_adapter_for_each_text(options):
+    """The fused head knows one weight; attach_loss computes with the logits of all of them."""
+    options |= {"modules_to_save": ["lm_head"]} if options["target_modules"] == ["q_proj"] else {}
+    model = adapted(**options)
+    model.add_adapter("other", peft.LoraConfig(r=2, init_lora_weights=False, **options))
+    model = model.double().eval()
+    model.get_base_model().loss_function = loss_in_double
+    of_texts = {"adapter_names": ["default", "other", "__base__"]}
+    expected = model(**batch(), **of_texts).loss
+    del model.get_base_model()._loss_function
+    attach_loss(model, plain_loss(model))
+    torch.testing.assert_close(model(**batch(), **of_texts).loss, expected, rtol=1e-12, atol=0)
+    unfuse(model)
+    fuse_lm_head(model, plain_loss(model))
+    with pytest.raises(TypeError, match=r"hidden states alone, got \['adapter_names'\] too: use attach_loss"):
+        model(**batch(), **of_texts)
+
+
 def test_a_loss_that_adapters_have_frozen_is_noticed(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from ava_ext.integrations.transformers import UnifiedLossTrainer
+    from ava_ext.integrations.transformers import UnifiedLossCallback, UnifiedLossTrainer
 
     model = tiny("Llama", torch.float32)
     loss_fn = UnifiedLoss.from_model(model, use_mtp=True, auto_step=False)
@@ -63,6 +110,10 @@ def test_a_loss_that_adapters_have_frozen_is_noticed(tmp_path):
     args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=r"got \['mtp.* frozen: put the loss in after get_peft_model"):
         UnifiedLossTrainer(later, args, train_dataset=[], loss_fn=loss_fn)
+    rows = [{name: value[0] for name, value in batch().items()}]
+    plain = transformers.Trainer(later, args, train_dataset=rows, callbacks=[UnifiedLossCallback(loss_fn)])
+    with pytest.raises(ValueError, match=r"UnifiedLossCallback: .* got \['mtp.* frozen"):
+        plain.train()
 
 
 def test_what_is_no_linear_layer_is_refused():

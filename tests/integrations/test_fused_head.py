@@ -1,7 +1,9 @@
 """A model whose forward computes the loss gives the loss and the gradients that it would compute itself, in float64."""
 
+import contextlib
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -213,6 +215,25 @@ def test_what_a_model_adds_is_shared_and_reported(put):
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_a_forward_that_raises_keeps_no_activations(put):
+    """The next batch may need the memory."""
+    model = family("Llama")
+    put(model, plain_loss(model))
+    kept = []
+
+    def run_out_of_memory(head, inputs, output):
+        kept.append(weakref.ref(inputs[0]))
+        raise torch.OutOfMemoryError("of the logits")
+
+    hook = model.lm_head.register_forward_hook(run_out_of_memory)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        model(**batch())
+    hook.remove()
+    assert kept[0]() is None
+    model(**batch()).loss.backward()
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
 def test_parts_add_up(put):
     model = family("Mixtral")
     put(model, plain_loss(model, z_loss_weight=0.1))
@@ -293,6 +314,26 @@ def test_labels_of_the_rows_themselves_are_not_shifted(name, put):
         model(**inputs)
     found = model(**inputs, shift_labels=inputs["labels"]).loss
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_a_model_that_computes_its_loss_itself_is_named():
+    """Its logits are viewed on the way to a cross-entropy of its own: fuse_lm_head asks for attach_loss."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24}
+    for put, match in ((fuse_lm_head, "use attach_loss"), (attach_loss, r"did not call: .*trainer_loss\(loss_fn\)")):
+        model = BertForMaskedLM(BertConfig(vocab_size=V, **sizes))
+        put(model, plain_loss(model))
+        with pytest.raises(TypeError, match=match):
+            model(**batch())
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_another_ignore_index_is_refused(put):
+    model = put(family("Llama"), plain_loss(family("Llama")))
+    assert torch.equal(model(**batch(), ignore_index=-100).loss, model(**batch()).loss)
+    with pytest.raises(ValueError, match=f"{put.__name__}: expected ignore_index=-100 as the loss, got 7"):
+        model(**batch(), ignore_index=7)
 
 
 def test_one_call_of_the_loss_function():
@@ -391,6 +432,11 @@ def test_what_fits_not_is_refused():
     model.set_output_embeddings(torch.nn.Linear(16, V + 3))
     with pytest.raises(TypeError, match="the head of Gemma2ForCausalLM is now another Linear"):
         model(**batch())
+    tied = family("Llama tied")
+    fuse_lm_head(tied, plain_loss(tied))
+    tied.resize_token_embeddings(V + 3)
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM is now another Linear .*resize_token_embeddings"):
+        tied(**batch())
     other = family("Llama")
     other.forward = other.forward
     with pytest.raises(ValueError, match="with one of its own"):
@@ -412,7 +458,7 @@ def test_what_is_no_loss_is_named(loss_fn):
             TypeError, match=f"^{owner}: expected a UnifiedLoss as loss_fn, got .*{type(loss_fn).__name__}"
         ):
             call()
-    with pytest.raises(TypeError, match=r"^bind_expert_bias: expected model to be a torch.nn.Module, got builtins"):
+    with pytest.raises(TypeError, match=r"^bind_expert_bias: expected model to be a torch.nn.Module, got "):
         bind_expert_bias(None, plain_loss(model))
 
 

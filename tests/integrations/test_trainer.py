@@ -119,6 +119,30 @@ def test_training_as_with_the_built_in_loss(options, tmp_path):
         assert losses(log, "eval_loss") == pytest.approx(losses(expected_log, "eval_loss"), rel=tolerance["rtol"])
 
 
+def aligned_model(name):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "num_layers": 1, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 24}
+    if name == "T5":
+        config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+        return transformers.T5ForConditionalGeneration(config)
+    sizes = {"vocab_size": V, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, **dropout, intermediate_size=24))
+
+
+@pytest.mark.parametrize("name", ["T5", "BERT"])
+def test_trainer_loss_of_labels_of_the_rows_themselves(name, tmp_path):
+    """An encoder-decoder's, whose decoder reads them a token later, and a masked language model's."""
+    data = dataset()
+    if name == "T5":
+        data = [row | {"decoder_input_ids": row["input_ids"].roll(1)} for row in data]
+    expected, expected_log = trained(built_in, tmp_path, model=aligned_model(name), data=data)
+    found, log = trained(with_trainer_loss, tmp_path, model=aligned_model(name), data=data)
+    assert losses(log, "loss") == pytest.approx(losses(expected_log, "loss"), rel=1e-5)
+    assert losses(log, "eval_loss") == pytest.approx(losses(expected_log, "eval_loss"), rel=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_compiled_trainer(tmp_path):
     expected, _ = trained(built_in, tmp_path, max_steps=1)
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 1}
@@ -367,6 +391,27 @@ def test_what_a_callback_must_not_let_pass(tmp_path):
     trainer.args.max_steps = 2
     with pytest.raises(FileNotFoundError, match="got none of this run"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "here/checkpoint-1"))
+
+
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**inputs).logits[:, :-1].mT, labels[:, 1:])
+
+
+def test_the_callback_notices_a_trainer_that_leaves_the_loss_out(tmp_path):
+    """Its own loss would be trained, and logged as `loss`."""
+    model = tiny("Llama", dtype=torch.float32)
+    loss_fn = plain_loss(model)
+    options = {"train_dataset": dataset(), "callbacks": [UnifiedLossCallback(loss_fn)]}
+    fuse_lm_head(model, loss_fn)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"got a step without it: .*SFTTrainer.*UnifiedLossTrainerMixin"):
+        OwnLoss(model, arguments(tmp_path), **options).train()
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0, got 0\.1: label_smoothing is an option of the"):
+        transformers.Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1), **options).train()
+    assert_equal(weights(model), before)
+    transformers.Trainer(model, arguments(tmp_path), **options).train()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

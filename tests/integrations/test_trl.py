@@ -34,10 +34,11 @@ def texts():
     return datasets.Dataset.from_dict({"text": [" ".join(f"w{token}" for token in row) for row in rows]})
 
 
-def trained(make, folder):
+def trained(make, folder, **given):
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "bf16": False}
     options |= {"report_to": [], "save_strategy": "no", "use_cpu": True, "seed": 1, "learning_rate": 1e-2}
     options |= {"optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1, "gradient_checkpointing": False}
+    options |= given
     model = tiny("Llama", dtype=torch.float32)
     args = trl.SFTConfig(str(folder), disable_tqdm=True, **options)
     trainer = make(model, args, train_dataset=texts(), processing_class=tokenizer())
@@ -59,6 +60,18 @@ def test_sft_with_the_fused_head(tmp_path):
         assert entry["loss"] == pytest.approx(expected_entry["loss"], rel=1e-5)
         assert entry["cross_entropy"] == pytest.approx(entry["loss"], rel=1e-5)
         assert entry["entropy"] == pytest.approx(expected_entry["entropy"], rel=1e-2)
+
+
+def test_dft_is_an_option_of_the_loss(tmp_path):
+    def make(model, args, **given):
+        options = {"primary_loss_type": "standard", "token_reweighting": "dft", "auto_step": False}
+        return UnifiedLossSFTTrainer(model, args, loss_fn=UnifiedLoss.from_model(model, **options), **given)
+
+    with pytest.raises(ValueError, match=r"expected loss_type='nll', got 'dft': token_reweighting='dft'"):
+        trained(make, tmp_path, loss_type="dft")
+    expected, _ = trained(trl.SFTTrainer, tmp_path, loss_type="dft")
+    found, _ = trained(make, tmp_path)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from ava_ext import UnifiedLoss
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP, adaptive_mtp_terms
-from ava_ext.losses.depths import counted_ahead
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES, RowLoss
+from ava_ext.sequences import shift_left
 
 BATCH, LENGTH, VOCAB, HEADS = 2, 6, 9, 3
 
@@ -51,7 +51,7 @@ def make_inputs(seed=0):
     }
 
 
-def one_row_at_a_time(additional_logits, targets, row_weights, segments, confidence_scores, weighting=True):
+def one_row_at_a_time(additional_logits, targets, row_weights, segments, confidence_scores):
     confidence = (
         torch.ones(BATCH, LENGTH).double() if confidence_scores is None else confidence_scores.reshape(BATCH, -1)
     )
@@ -64,7 +64,7 @@ def one_row_at_a_time(additional_logits, targets, row_weights, segments, confide
                 if targets[b, t + k] == -100 or (segments is not None and segments[b, t] != segments[b, t + k]):
                     continue
                 logits, target = additional_logits[k - 1][b, t], targets[b, t + k]
-                c = confidence[b, t].detach() if weighting else 1.0
+                c = confidence[b, t].detach()
                 ce = -(logits / 0.7).log_softmax(-1)[target]
                 loss[b, t] = loss[b, t] + 0.1 * row_weights[b, t + k] * c * ce / HEADS
                 if k == 1 and confidence_scores is not None:
@@ -96,14 +96,6 @@ def test_against_one_row_at_a_time(form, packed):
         for got, per_row, value in zip(terms, rows, expected, strict=False):
             torch.testing.assert_close(got, value.sum(), rtol=1e-12, atol=0)
             torch.testing.assert_close(per_row, value, rtol=1e-12, atol=1e-18)
-
-
-def test_without_confidence_weighting_the_confidence_is_still_calibrated():
-    inputs = make_inputs()
-    expected = one_row_at_a_time(**inputs, weighting=False)
-    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss, use_confidence_weighting=False)
-    for got, value in zip(terms, expected, strict=False):
-        torch.testing.assert_close(got, value.sum(), rtol=1e-12, atol=0)
 
 
 def test_metrics():
@@ -309,7 +301,8 @@ def test_a_confidence_that_is_too_sure_is_corrected(logit):
         terms = adaptive_mtp_terms(**inputs | {"confidence_scores": logits.sigmoid()}, head_loss=head_loss)
         return torch.autograd.grad(terms.confidence_regularization, leaf)[0]
 
-    weights = UnifiedLossConfig.confidence_reg_strength * counted_ahead(inputs["row_weights"], inputs["segments"], 1)
+    ahead = shift_left(inputs["row_weights"], 0, segments=inputs["segments"])
+    weights = UnifiedLossConfig.confidence_reg_strength * ahead
     weighted_probability = 0.5 * weights - gradient(leaf)  # at a confidence of 1/2 it is weight (1/2 - q)
     confidence = torch.tensor(logit, dtype=torch.float64).sigmoid()
     bounded = confidence.clamp(1e-6, 1 - 1e-6)

@@ -91,10 +91,21 @@ def test_other_terms_are_those_of_the_batch():
     assert parts["aux_load_balancing"] > whole["aux_load_balancing"]
 
 
-@pytest.mark.parametrize("packing", [{}, {"cu_seqlens": torch.tensor([0, 2, 6, 11, 12])}, {"segment_ids": None}])
+ONE_TEXT = {"cu_seqlens": torch.tensor([0, 12])}
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {},
+        {"cu_seqlens": torch.tensor([0, 2, 6, 11, 12])},
+        {"segment_ids": torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])},
+        # more texts than cu_seqlens alone would allow
+        {"segment_ids": torch.arange(12).view(SHAPE), **ONE_TEXT},
+        {"position_ids": torch.zeros(SHAPE, dtype=torch.int64), **ONE_TEXT},
+    ],
+)
 def test_compiled(packing):
-    if "segment_ids" in packing:
-        packing = {"segment_ids": torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])}
     (logits, targets, gates), loss_fn = make_inputs(), make_loss()
     compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
     got, want = (f(logits, targets, gate_logits=gates[0], **packing) for f in (compiled, loss_fn))

@@ -138,6 +138,10 @@ def test_module_forms():
     expected = 0.5 * all_similarities(a, b)
     for got in (loss_fn(a, b), loss_fn(torch.cat([a, b])), loss_fn(a, b, return_detailed=True)["total_loss"]):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1])
+    kept = mask.bool()
+    expected = 0.5 * all_similarities(a[kept], b[kept])
+    torch.testing.assert_close(loss_fn(a, b, attention_mask=mask), expected, rtol=1e-12, atol=0)
     h = random_vectors(2, 5, 3)
     got = loss_fn(h, attention_mask=torch.ones(2, 5))
     torch.testing.assert_close(got, 0.5 * simctg(h), rtol=1e-12, atol=0)

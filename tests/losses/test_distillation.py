@@ -117,6 +117,33 @@ def test_rows_that_do_not_count_may_hold_anything():
     assert parts["total_loss"] == parts["distillation_loss"] == parts["teacher_kl"] == 0 and not logits.grad.any()
 
 
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("linear", [False, True])
+def test_only_ids_of_the_vocabulary_and_absent_ones(tail, linear):
+    """With the tail too, for which the kernels have an id of their own."""
+    numbers = Numbers(6)
+    ids, q = of_teacher(numbers, 2, n_tokens=3)
+    states, weight = numbers.normal(2, HIDDEN_SIZE), numbers.normal(V, HIDDEN_SIZE)
+    of_logits = {"hidden_states": states, "lm_head_weight": weight} if linear else {"logits": states @ weight.T}
+    loss_fn, targets = standard(distillation_tail=tail), torch.tensor([0, 1])
+    for other in (-3, -2, V):
+        with pytest.raises(IndexError, match="expected candidate_ids in"):
+            loss_fn(
+                targets=targets,
+                soft_target_ids=ids.index_fill(1, torch.tensor(1), other),
+                soft_target_weights=q,
+                **of_logits,
+            )
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_no_soft_targets(tail):
+    logits, targets, nothing = Numbers(6).leaf(2, V), torch.tensor([0, 1]), torch.zeros(2, 0, dtype=torch.float64)
+    soft = {"soft_target_ids": nothing.long(), "soft_target_weights": nothing}
+    loss = standard(distillation_tail=tail)(logits, targets, **soft)
+    assert_same_with_gradients(loss, F.cross_entropy(logits, targets), logits)  # all columns are the tail, of p = 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_masked_column_has_no_probability(dtype):
     """As a target in a masked column: the loss is infinite, the gradient that of the others. Not with a weight of 0."""

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import cross_entropy, layer_norm, linear, rms_norm, silu
 
 from ava_ext.config import UnifiedLossConfig
-from ava_ext.losses.depths import counted_ahead, shift_targets
 from ava_ext.losses.mtp import MultiTokenPrediction
 from ava_ext.ops.row_fields import N_TERMS, TERM_NAMES, RowFlags, RowLoss, accumulation_dtype, row_options
 from ava_ext.ops.softmax_rows import row_loss
+from ava_ext.sequences import shift_left
 
 BATCH, LENGTH, HIDDEN, VOCAB, DEPTHS = 2, 7, 5, 11, 3
 
@@ -148,12 +148,11 @@ def test_detached_head_gets_no_gradient():
     for detach in (False, True):
         mtp = make_mtp(mtp_share_head=True, mtp_detach_head=detach)
         values.append(mtp(**inputs, head_loss=head_loss).loss)
-        gradients.append(
-            torch.autograd.grad(values[-1], [inputs["lm_head_weight"], mtp.heads[0].linear.weight], allow_unused=True)
-        )
+        leaves = [mtp.heads[0].linear.weight, inputs["lm_head_weight"], inputs["lm_head_bias"]]
+        gradients.append(torch.autograd.grad(values[-1], leaves, allow_unused=True))
     assert torch.equal(*values)
-    assert gradients[0][0] is not None and gradients[1][0] is None
-    assert torch.equal(gradients[0][1], gradients[1][1])
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert None not in gradients[0] and gradients[1][1:] == (None, None)
 
 
 def test_residual_blocks_start_as_the_identity_and_learn():
@@ -167,16 +166,15 @@ def test_residual_blocks_start_as_the_identity_and_learn():
     assert not list(mtp.norm.parameters())
 
 
-def test_shift_targets():
-    targets = torch.tensor([[5, 6, 7, 8, 9]])
-    counted = torch.tensor([[True, True, False, True, True]])
-    segments = torch.tensor([[0, 0, 0, 0, 1]])
-    assert shift_targets(targets, None, counted, 1, -1).tolist() == [[6, -1, 8, 9, -1]]
-    assert shift_targets(targets, segments, counted, 1, -1).tolist() == [[6, -1, 8, -1, -1]]
-    assert shift_targets(targets, segments, counted, 3, -1).tolist() == [[8, -1, -1, -1, -1]]
+def test_shift_left():
+    targets, segments = torch.tensor([[5, 6, -1, 8, 9]]), torch.tensor([[0, 0, 0, 0, 1]])
+    assert shift_left(targets, -1).tolist() == [[6, -1, 8, 9, -1]]
+    assert shift_left(targets, -1, 1, segments).tolist() == [[6, -1, 8, -1, -1]]
+    assert shift_left(targets, -1, 3, segments).tolist() == [[8, -1, -1, -1, -1]]
+    beyond = 2**53 + 1  # no float64
     for k in (5, 9):
-        assert shift_targets(targets, None, counted, k, -1).tolist() == [[-1] * 5]
-    assert counted_ahead(torch.tensor([[0.5, 0.25, 1.0]]), torch.tensor([[0, 0, 1]]), 1).tolist() == [[0.25, 0, 0]]
+        assert shift_left(targets, beyond, k).tolist() == [[beyond] * 5]
+    assert shift_left(torch.tensor([[0.5, 0.25, 1.0]]), 0, 1, torch.tensor([[0, 0, 1]])).tolist() == [[0.25, 0, 0]]
 
 
 def test_nothing_leaks_across_segments_and_padding():
@@ -192,7 +190,7 @@ def test_no_counted_row():
     mtp, inputs = make_mtp(), make_inputs()
     inputs["hidden_states"].requires_grad_()
     inputs["row_weights"] = torch.zeros(BATCH, LENGTH)
-    inputs["targets"] = torch.full((BATCH, LENGTH), mtp.ignore_index)
+    inputs["targets"] = torch.full((BATCH, LENGTH), mtp.config.ignore_index)
     got = mtp(**inputs, head_loss=head_loss)
     got.loss.backward()
     assert got.loss == 0 and (got.depths.losses == 0).all()

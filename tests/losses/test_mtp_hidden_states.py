@@ -126,6 +126,22 @@ def test_heads_that_share_a_weight_go_as_one_batch(kind, monkeypatch):
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_heads_of_one_weight_that_are_no_batch(adaptive):
+    """Their bias is another, or there are logits among them."""
+    numbers = Numbers(0)
+    options = {"mtp_type": "adaptive", "use_confidence_weighting": False} if adaptive else {"mtp_type": "hidden_states"}
+    loss_fn = UnifiedLoss(VOCAB, primary_loss_type="standard", use_mtp=True, num_future_tokens=4, **options).double()
+    logits, targets = numbers.normal(BATCH, LENGTH, VOCAB), numbers.integers(0, VOCAB, BATCH, LENGTH)
+    weight, bias = numbers.normal(VOCAB, HIDDEN), numbers.normal(VOCAB)
+    states = numbers.normal(4, BATCH, LENGTH, HIDDEN)
+    heads = [linear(states[0], weight), LinearLogits(states[1], weight, bias)]
+    heads += [LinearLogits(states[2], weight, 2 * bias), LinearLogits(states[3], weight)]
+    dense = [head if isinstance(head, torch.Tensor) else linear(*head) for head in heads]
+    got, expected = (loss_fn(logits, targets, additional_logits=given) for given in (heads, dense))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
 def test_detached_head_and_logits_beside_it():
     inputs = make_inputs()
     logits = linear(inputs["hidden_states"].detach(), inputs["lm_head_weight"].detach()).requires_grad_()
@@ -248,17 +264,18 @@ def test_depths_of_a_generator_and_what_is_no_tensor():
     states = list(inputs.pop("mtp_hidden_states"))
     expected = loss_fn(**inputs, mtp_hidden_states=states)
     torch.testing.assert_close(loss_fn(**inputs, mtp_hidden_states=(h for h in states)), expected, rtol=0, atol=0)
-    with pytest.raises(TypeError, match=r"unified_loss: expected mtp_hidden_states\[1\] to be a Tensor, got"):
+    with pytest.raises(TypeError, match=r"unified_loss: expected mtp_hidden_states\[1\] to be a torch.Tensor, got"):
         loss_fn(**inputs, mtp_hidden_states=[states[0], None, states[2]])
     with pytest.raises(
-        TypeError, match=r"unified_loss: expected additional_logits\[1\] to be a Tensor or LinearLogits"
+        TypeError, match=r"unified_loss: additional_logits\[1\]: expected logits to be a torch.Tensor or LinearLogits"
     ):
         loss_fn(**inputs, additional_logits=[torch.zeros(2, 7, 11), None, None])
 
 
-def test_one_head_may_stand_alone():
+@pytest.mark.parametrize("options", [{"mtp_type": "hidden_states"}, {"use_confidence_weighting": False}])
+def test_one_head_may_stand_alone(options):
     numbers = Numbers(0)
-    options = {"use_mtp": True, "mtp_type": "hidden_states", "num_future_tokens": 1}
+    options = {"use_mtp": True, "mtp_type": "adaptive", "num_future_tokens": 1} | options
     loss_fn = UnifiedLoss(7, primary_loss_type="standard", **options).double()
     logits, targets = numbers.normal(2, 5, 7), numbers.integers(0, 7, 2, 5)
     head = LinearLogits(numbers.normal(2, 5, 3), numbers.normal(7, 3), numbers.normal(7))

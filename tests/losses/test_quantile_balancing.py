@@ -53,9 +53,11 @@ def violation(logits, bias):
     return counts.amax(-1) / counts.mean(-1) - 1
 
 
-def test_the_bias_is_the_quantile():
+@pytest.mark.parametrize("spread", [0, 1])
+def test_the_bias_is_the_quantile(spread):
     logits, mask = gate_logits()
     balancer = make_balancer()
+    balancer.expert_bias.copy_(spread * SKEW)
     for _ in range(4):
         before = balancer.expert_bias.clone()
         balancer(logits, None, mask)

@@ -138,8 +138,17 @@ def test_counts_that_are_no_integers(value):
             call()
 
 
+@both_kinds
+def test_a_row_mask_of_integers_as_tokenizers_give_it(logits):
+    mask = torch.tensor([True, False])
+    expected = softmax_statistics(logits, None, row_mask=mask).lse
+    assert torch.equal(softmax_statistics(logits, None, row_mask=2 * mask.long()).lse, expected)
+    with pytest.raises(ValueError, match=r"softmax_statistics: expected row_mask of bool, got float32"):
+        softmax_statistics(logits, None, row_mask=mask.float())
+
+
 def test_a_row_mask_that_is_no_tensor():
-    with pytest.raises(TypeError, match=r"softmax_statistics: expected row_mask to be a Tensor, got builtins\.list"):
+    with pytest.raises(TypeError, match=r"softmax_statistics: expected row_mask to be a torch.Tensor, got list"):
         softmax_statistics(LOGITS["dense"], None, row_mask=[True, True])
 
 
@@ -196,7 +205,7 @@ def test_a_quotient_of_scales_out_of_range():
 def test_what_is_no_tensor_is_named():
     logits, targets, options = LOGITS["dense"], torch.tensor([1, 2]), row_options(LOGITS["dense"])
     arrays = {"logits": logits.numpy(), "targets": [1, 2], "ids": np.zeros((2, 1), dtype=np.int64)}
-    kind = {"logits": "a Tensor or LinearLogits, got numpy.ndarray", "targets": "a Tensor, got builtins.list"}
+    kind = {"logits": "a torch.Tensor or LinearLogits, got numpy.ndarray", "targets": "a torch.Tensor, got list"}
     for name, message in kind.items():
         arguments = {"logits": logits, "targets": targets, name: arrays[name]}
         with pytest.raises(TypeError, match=f"row_loss: expected {name} to be {message}"):
@@ -205,7 +214,7 @@ def test_what_is_no_tensor_is_named():
             token_log_probs(**arguments)
     with pytest.raises(TypeError, match=f"softmax_statistics: expected logits to be {kind['logits']}"):
         softmax_statistics(arrays["logits"], None)
-    with pytest.raises(TypeError, match=r"softmax_statistics: expected ids to be a Tensor, got numpy\.ndarray"):
+    with pytest.raises(TypeError, match=r"softmax_statistics: expected ids to be a torch.Tensor, got numpy\.ndarray"):
         softmax_statistics(logits, arrays["ids"])
 
 
@@ -228,7 +237,7 @@ def test_what_stands_beside_the_logits_is_no_tensor():
         r"router_statistics: expected gate_logits\[1\]": lambda: router_statistics([gates, None], k=1),
         "moe_balancer: expected row_mask": lambda: AuxiliaryFreeMoEBalancer(3)(gates, targets[:, None], [1, 1]),
     }.items():
-        with pytest.raises(TypeError, match=f"^{match} to be a Tensor, got "):
+        with pytest.raises(TypeError, match=f"^{match} to be a torch.Tensor, got "):
             call()
 
 
@@ -255,7 +264,6 @@ def test_logits_of_no_dimension():
     for match, call in {
         "softmax_statistics: expected logits": lambda: softmax_statistics(scalar, None),
         "softmax_statistics: expected hidden_states": lambda: softmax_statistics(linear, None),
-        "softmax_statistics: expected weight": lambda: softmax_statistics(LinearLogits(weight, scalar), None),
         "token_log_probs: expected logits": lambda: token_log_probs(scalar, targets),
         "token_metrics: expected logits": lambda: token_metrics(scalar, targets),
         "token_metrics: expected hidden_states": lambda: token_metrics(linear, targets),
@@ -267,6 +275,8 @@ def test_logits_of_no_dimension():
     }.items():
         with pytest.raises(ValueError, match=f"^{match} of at least one dimension, got a scalar"):
             call()
+    with pytest.raises(ValueError, match=r"expected weight of shape \[vocab_size, 4\] .*, got \[\]"):
+        softmax_statistics(LinearLogits(weight, scalar), None)
     with pytest.raises(ValueError, match=r"unified_loss: expected targets of shape \[\], got \[1\]"):
         UnifiedLoss(V)(scalar, targets)
 

@@ -192,6 +192,17 @@ def test_the_gradient_by_the_probabilities(case, reduction, is_linear):
             gradient.sum().backward()
 
 
+def test_the_gradient_by_the_probabilities_under_autocast():
+    states, weight, bias = torch.randn(4, 3), torch.randn(9, 3), torch.randn(9)
+    probabilities, targets = torch.rand(4, 9, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = LinearLogits(states, weight, bias)
+        loss = row_loss(logits, targets, row_options(states), target_probabilities=probabilities).loss
+        expected = -torch.log_softmax(F.linear(states, weight, bias).float(), -1)
+    (gradient,) = torch.autograd.grad(loss.sum(), probabilities)
+    torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.02)
+
+
 class Passes(TorchDispatchMode):
     """Collects the operators whose result has n_columns columns, and its greatest number of elements for each."""
 

@@ -115,6 +115,7 @@ def test_more_rows_than_promised_raise(way, monkeypatch):
     expected = "at most max_counted_rows = 2 rows that count, got 3" if way == "reads" else "more rows count than"
     with pytest.raises((ValueError, RuntimeError), match=expected):
         row_loss(head, targets, row_options(head.weight), max_counted_rows=2)
+    row_loss(head, targets, row_options(head.weight), max_counted_rows=3)
     with pytest.raises(ValueError, match="expected max_counted_rows >= 0, got -1"):
         row_loss(head, targets, row_options(head.weight), max_counted_rows=-1)
     with pytest.raises(TypeError, match="row_loss: expected max_counted_rows to be an integer, got"):

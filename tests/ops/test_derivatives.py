@@ -540,6 +540,13 @@ def test_a_graph_within_torch_func_grad_is_left_to_eager_mode(transform):
         torch.compile(transformed, fullgraph=True, backend="aot_eager")()
 
 
+def test_so_is_that_of_a_loss_whose_temperature_adapts():
+    torch._dynamo.reset()
+    loss_fn, logits = UnifiedLoss(V).eval(), make_logits()
+    gradient = torch.func.grad(lambda x: loss_fn(x, torch.tensor(TARGETS)))
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(logits), gradient(logits))
+
+
 # -- what users write to
 
 

@@ -73,6 +73,7 @@ def test_equals_the_loss_of_the_logits(seed, chunk_rows, reduction, with_bias, n
     expected = want.loss if reduction == "none" else want.loss.sum()
     torch.testing.assert_close(got.loss, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(got.terms, want.terms, rtol=1e-12, atol=1e-13)
+    assert not got.terms.requires_grad
     gradients = torch.autograd.grad(got.loss, leaves(head), upstream)
     expected_gradients = torch.autograd.grad(expected, leaves(head), upstream)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-10, atol=1e-12)

@@ -83,8 +83,15 @@ def test_bad_input_is_named():
         ("expected tokens to be integers", (tokens.float(), 2), {}),
         (r"expected mask of shape \[2, 3\], got \[1, 3\]", (tokens, 2), {"mask": tokens[:1]}),
         (r"expected segments of shape \[2, 3\], got \[2, 2\]", (tokens, 2), {"segments": tokens[:, :2]}),
+        ("expected segments to be integers", (tokens, 2), {"segments": tokens + 0.5}),
     ):
         with pytest.raises(ValueError, match=message):
             repeated_ngram_mask(*arguments, **keywords)
-    with pytest.raises(TypeError, match="tokens"):
-        repeated_ngram_mask([[1]], 2)
+    for name, arguments, keywords in (
+        ("tokens", ([[1]], 2), {}),
+        ("ngram_size", (tokens, 2.0), {}),
+        ("mask", (tokens, 2), {"mask": [[1, 1, 1]] * 2}),
+        ("segments", (tokens, 2), {"segments": [[1, 1, 1]] * 2}),
+    ):
+        with pytest.raises(TypeError, match=f"^repeated_ngram_mask: expected {name} to be"):
+            repeated_ngram_mask(*arguments, **keywords)

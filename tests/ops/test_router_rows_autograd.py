@@ -137,7 +137,7 @@ def test_bad_arguments_of_the_operators_are_named():
     gate_logits, indices, mask = router()
     vectors, scalars = torch.rand(2, 4, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
     for arguments, message in [
-        (([gate_logits], indices.float(), None, None, None, 1, 2, False), "expert_indices of type int64 or int32"),
+        (([gate_logits], indices.float(), None, None, None, 1, 2, False), "expert_indices of type int32 or int64"),
         (([gate_logits], indices, None, None, None, 1, 3, False), r"expert_indices of shape \[2, 5, 3\], got"),
         (([gate_logits], None, None, None, None, 1, 5, False), r"k in \[1, n_experts = 4\], got 5"),
         (([gate_logits], None, mask.int(), None, None, 1, 2, False), "row_mask of type bool, got int32"),

@@ -59,8 +59,9 @@ def test_numbers_that_would_be_constants_or_no_weights_are_refused(make):
                 make(like, **{name: number})
 
 
-def test_a_soft_cap_of_0_and_a_smoothing_above_1_are_refused():
-    with pytest.raises(ValueError, match=r"logit_softcap to be a number > 0 .*, got 0.0"):
-        row_options(torch.zeros(0), logit_softcap=0.0)
+def test_scales_of_0_and_a_smoothing_above_1_are_refused():
+    for name in ("temperature", "logit_softcap", "logit_scale"):
+        with pytest.raises(ValueError, match=rf"^row_options: expected {name}.* to be a number > 0 .*, got 0.0"):
+            row_options(torch.zeros(0), **{name: 0.0})
     with pytest.raises(ValueError, match=r"label_smoothing to be a number in \[0, 1\], got 1.5"):
         row_options(torch.zeros(0), label_smoothing=1.5)

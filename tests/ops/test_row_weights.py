@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.strategies import Numbers, seeds
 
@@ -52,6 +52,9 @@ def as_lists(tensor):
     st.sets(st.sampled_from(["keep", "token", "class", "n_items", "sliced", "none counts", "zero"])),
     st.booleans(),
 )
+# a device without kernels gets few examples, and maybe none with a given N or with classes
+@example(0, (3, 5), torch.float32, IGNORED, {"keep", "token", "n_items"}, True)
+@example(0, (3, 5), torch.float32, IGNORED, {"token", "class"}, True)
 def test_the_definition(device, seed, shape, dtype, ignore_index, given_too, is_mean):
     numbers = Numbers(seed)
     wide = (shape[0], 2 * shape[1] + 1) if "sliced" in given_too else shape

@@ -277,13 +277,13 @@ def test_no_gradient_is_computed_where_none_is_wanted():
         assert_bitwise_equal(value, expected.detach())
 
 
-@pytest.mark.parametrize("name", ["options", "row_weights", "candidate weights"])
+@pytest.mark.parametrize("name", ["options", "row_weights", "candidate_weights"])
 def test_weights_that_require_grad_raise(name):
     def leaf(tensor, here):
         return tensor.requires_grad_(name == here)
 
     logits = torch.zeros(1, 5)
-    candidates = Candidates(torch.zeros(1, 1, dtype=torch.int32), leaf(torch.ones(1, 1), "candidate weights"), (1,))
+    candidates = Candidates(torch.zeros(1, 1, dtype=torch.int32), leaf(torch.ones(1, 1), "candidate_weights"), (1,))
     with pytest.raises(ValueError, match=f"row_loss: expected {name} without requires_grad"):
         row_loss(
             logits, torch.tensor([1]), leaf(row_options(logits), "options"), candidates=candidates,
