@@ -111,7 +111,7 @@ class SequenceUnlikelihoodLoss(nn.Module):
         tokens = tokens.long()
         targets = torch.where(repeats, (tokens == 0).long(), -1)
         # the row kernel takes -1 for an absent id, and refuses -2 as it does others out of range
-        ids = torch.where(repeats, torch.where(tokens == -1, -2, tokens), -1).unsqueeze(-1)
+        ids = tokens.masked_fill(tokens == -1, -2).unsqueeze(-1)
         weights = repeats.to(real)
         if self.config.reduction == "mean":
             n_items = weights.sum() if num_items_in_batch is None else num_items_in_batch

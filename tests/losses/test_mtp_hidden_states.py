@@ -146,11 +146,12 @@ def test_detached_head_and_logits_beside_it():
     inputs = make_inputs()
     logits = linear(inputs["hidden_states"].detach(), inputs["lm_head_weight"].detach()).requires_grad_()
     given = {name: value for name, value in inputs.items() if name != "hidden_states"} | {"logits": logits}
+    head = [inputs["lm_head_weight"], torch.zeros(VOCAB, dtype=torch.float64, requires_grad=True)]
     for detach in (False, True):
-        loss = make_loss(mtp_detach_head=detach)(**given)
+        loss = make_loss(mtp_detach_head=detach)(**given, lm_head_bias=head[1])
         torch.testing.assert_close(loss, make_loss()(**inputs), rtol=1e-12, atol=0)
-        (gradient,) = torch.autograd.grad(loss, inputs["lm_head_weight"], allow_unused=True)
-        assert (gradient is None) == detach
+        gradients = torch.autograd.grad(loss, head, allow_unused=True)
+        assert [gradient is None for gradient in gradients] == [detach, detach]
     main = LinearLogits(inputs["hidden_states"], inputs["lm_head_weight"])
     del given["lm_head_weight"]
     torch.testing.assert_close(make_loss()(**given | {"logits": main}), make_loss()(**inputs), rtol=1e-12, atol=0)

@@ -58,7 +58,8 @@ def test_texts_do_not_meet():
     text = torch.tensor([[1, 2, 3], [1, 2, 3]])
     assert not repeated_ngram_mask(text, 2).any()
     packed = torch.tensor([[1, 2, 3, 1, 2, 3]])
-    assert not repeated_ngram_mask(packed, 2, segments=torch.tensor([[0, 0, 0, 1, 1, 1]])).any()
+    for n_rows in (1, 2):  # one row of segments is that of all
+        assert not repeated_ngram_mask(packed.expand(n_rows, 6), 2, segments=torch.tensor([[0, 0, 0, 1, 1, 1]])).any()
     assert repeated_ngram_mask(packed, 2).sum() == 3
     # the window that would run over the end of the batch
     assert not repeated_ngram_mask(torch.tensor([[1, 2, 1]]), 2).any()

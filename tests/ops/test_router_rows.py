@@ -108,6 +108,17 @@ def test_experts_at_minus_infinity_have_probability_and_gradient_zero():
     torch.testing.assert_close(got.entropy_sum, expected.entropy_sum, rtol=1e-12, atol=0)
 
 
+def test_logits_of_any_strides():
+    gate_logits = torch.randn(2, 6, 5, dtype=torch.float64)
+    strided = gate_logits.mT.contiguous().mT.requires_grad_()
+    got, expected = router_statistics(strided, k=2), router_statistics(gate_logits.requires_grad_(), k=2)
+    for value, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=0)
+    pairs = ((got, strided), (expected, gate_logits))
+    gradients = (torch.autograd.grad(found.importance_sum.square().sum(), leaf) for found, leaf in pairs)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_sigmoid_scores_survive_where_every_sigmoid_underflows():
     got = router_statistics(torch.tensor([[[-200.0, -200.0, -201.0]]]), None, None, k=1, score="sigmoid")
     torch.testing.assert_close(got.probability_sum, torch.tensor([[0.0, 0.0, -1.0]]).softmax(-1))
@@ -201,7 +212,8 @@ def test_every_form_of_expert_indices():
     for form in (x[0], x[:1]):
         assert torch.equal(stack_expert_indices(form, 1, 12, 2), expected[:1])
     for form in (x[..., 0], list(x[..., 0]), x[..., :1], expected[..., 0]):
-        assert torch.equal(stack_expert_indices(form, 2, 12, 1), expected[..., :1])
+        for k in (1, None):
+            assert torch.equal(stack_expert_indices(form, 2, 12, k), expected[..., :1])
     for form in (x.reshape(12, 4), expected.transpose(0, 1), x[:, :2], list(x[:1])):
         with pytest.raises(ValueError, match="expert_indices: expected"):
             stack_expert_indices(form, 2, 12, 2)
