@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.gradient_layout import new_gradient
-from ava_ext.ops.row_evaluation import (
-    ColumnWeightSums,
-    RowOptions,
-    RowStatistics,
-    bounded,
-    evaluate_rows,
-)
+from ava_ext.ops.row_evaluation import ColumnWeightSums, RowOptions, RowStatistics, bounded, evaluate_rows
 from ava_ext.ops.row_fields import (
     COLUMN_WEIGHT_FLAGS,
     IDS_ARE_PRESENT,
@@ -267,7 +261,7 @@ def _gradient(
     at_places = p * (probability - elsewhere + entropy * (u.clamp_min(LOWEST_U) - mean_u)) + of_places * complement
     at_places = at_places + constant
     factor = probability - others - maximum - entropy * mean_u
-    if of_columns is not None:  # s_j of every column but the maximum: its -s_j p is in the coefficient of p
+    if of_columns is not None:  # s_j of every column but the maximum; what -s_j p gives is in `probability` already
         at_places = at_places + of_columns.gather(-1, places).masked_fill(is_argmax, 0)
         constant = constant + of_columns
     if flags & RowFlags.TAIL:
