@@ -383,8 +383,7 @@ def _check_shapes(call: Call) -> None:
         raise ValueError(
             f"unified_loss: expected targets of shape [batch_size, n_tokens] or [n_rows], got {list(shape)}"
         )
-    if logits.shape[:-1] != shape:
-        raise ValueError(f"unified_loss: expected targets of shape {list(logits.shape[:-1])}, got {list(shape)}")
+    check_shape("unified_loss", logits.shape[:-1], targets=targets)
     if logits.shape[-1] < vocab_size:
         raise ValueError(
             f"unified_loss: expected logits with at least vocab_size = {vocab_size} columns, "

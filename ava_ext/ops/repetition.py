@@ -121,8 +121,7 @@ def repetition_candidates(
     shape = tokens.shape
     if len(shape) != 2:
         raise ValueError(f"repetition_candidates: expected tokens of shape [batch_size, n_tokens], got {list(shape)}")
-    if targets.shape != shape:
-        raise ValueError(f"repetition_candidates: expected targets of shape {list(shape)}, got {list(targets.shape)}")
+    check_shape("repetition_candidates", shape, targets=targets)
     tokens = as_ids("repetition_candidates", "tokens", tokens, "[batch_size, n_tokens]")
     targets = as_ids("repetition_candidates", "targets", targets, "[batch_size, n_tokens]")
     if segments is not None:
