@@ -217,8 +217,8 @@ def count_router_instructions(
 
     is_given: the caller brings the choices; else they are made, all at once.
     """
-    if not is_given and k != BEST_CHOICES:
-        raise ValueError(f"gpu_model: expected k = {BEST_CHOICES}, whose stores are known, got {k}")
+    if not is_given and k > BEST_CHOICES:
+        raise ValueError(f"gpu_model: expected k of at most {BEST_CHOICES}, which are chosen at once, got {k}")
 
     def path(stem: str, keys: str) -> float:
         (found,) = [f for f in kernels if re.search(stem, f.name)]
@@ -228,7 +228,7 @@ def count_router_instructions(
 
         def trips(inner: sass.Loop) -> float:
             opcodes = kernel.opcodes(inner)
-            if opcodes["STG.E"]:  # one choice after another: more than kBest of them, a bias, logits of 32 bits
+            if opcodes["SHFL.BFLY"]:  # one choice after another, or many scores that equal the last choice's
                 return math.inf
             if not opcodes["SHFL.IDX"]:
                 return 1
@@ -244,19 +244,21 @@ def count_router_instructions(
 
     # importance is added where bits in predicates say so
     return RouterInstructions(
-        path("router_statistics_kernel", "SHFL.IDX|R2P" if is_given else "SHFL.IDX|STG.E$"),
+        path("router_statistics_kernel", "SHFL.IDX|R2P" if is_given else "SHFL.IDX|STG.E.U8|HSET2.*GE"),
         path("router_gradient_kernel", "STG.*128"),
     )
 
 
 def _of_ordinary_rows(kernel: sass.Function, n_lanes: int, is_given: bool) -> sass.Function:
     """The kernel without ways through code for other rows, and through shuffles of more lanes than a row has."""
-    shuffles = [offset for offset in (4, 6, 8, 12, 16, 20) if offset >= n_lanes] + [1] * is_given
+    shuffles = [offset for offset in (4, 6, 8, 12, 16, 20) if offset >= n_lanes]
     offsets = [f", {offset:#x}," for offset in shuffles]
 
     def is_elsewhere(i: sass.Instruction) -> bool:
         if i.opcode == "SHFL.BFLY":
             return any(offset in i.operands for offset in offsets)
+        if is_given and i.opcode.startswith("HSET2"):  # own choices
+            return True
         return i.opcode in ("FMNMX.NAN", "I2F.U32.RP")  # what bounds u, and divides the number of a row
 
     kept = [replace(i, opcode="EXIT", guard="") if is_elsewhere(i) else i for i in kernel.instructions]
@@ -280,7 +282,7 @@ def router_times(
     """Cycles of a multiprocessor for a warp's rows, forward and backward, least and likely most; and of their bytes."""
     n_lanes = n_experts // 16
     rows, n_bytes = 32 // n_lanes, 1024
-    of_choices = rows * k * (8 if is_given else 4)
+    of_choices = rows * (k * 8 if is_given else n_experts / 8)
     least = most = 0.0
     for n_instructions, n_moved, kernel in (
         (counts.statistics, n_bytes + of_choices, "router_statistics"),

@@ -31,6 +31,7 @@ inline const char* type_name(ScalarType type) {
     case ScalarType::Half: return "float16";
     case ScalarType::Long: return "int64";
     case ScalarType::Int: return "int32";
+    case ScalarType::Byte: return "uint8";
     case ScalarType::Bool: return "bool";
     default: return "another type";
   }

@@ -68,9 +68,10 @@ STABLE_TORCH_LIBRARY(ava_ext, m) {
       "-> (Tensor probability_sum, Tensor importance_sum, Tensor lse_squared_sum, Tensor entropy_sum, Tensor counts, "
       "Tensor n_rows, Tensor expert_choice)");
   m.def(
-      "router_gradient(Tensor[] gate_logits, Tensor? expert_indices, Tensor? row_mask, Tensor? segment_ids, "
-      "Tensor? grad_probability_sum, Tensor? grad_importance_sum, Tensor? grad_lse_squared_sum, "
-      "Tensor? grad_entropy_sum, SymInt n_segments, bool is_sigmoid) -> Tensor grad_logits");
+      "router_gradient(Tensor[] gate_logits, Tensor? expert_indices, Tensor? expert_choice, Tensor? row_mask, "
+      "Tensor? segment_ids, Tensor? grad_probability_sum, Tensor? grad_importance_sum, "
+      "Tensor? grad_lse_squared_sum, Tensor? grad_entropy_sum, SymInt n_segments, bool is_sigmoid) "
+      "-> Tensor grad_logits");
 
   // the state of the adaptive temperature: temperature.h
   m.def(

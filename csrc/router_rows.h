@@ -106,6 +106,11 @@ AVA_HOST_DEVICE void choose(int64_t n_experts, int64_t k, ScoreOf score_of, int3
   }
 }
 
+// A row's own choices are kept as bits: expert e is bit e % 8 of byte e / 8.
+AVA_HOST_DEVICE int64_t bytes_of_choice(int64_t n_experts) { return (n_experts + 7) / 8; }
+AVA_HOST_DEVICE bool is_chosen(const uint8_t* choice, uint64_t expert) { return choice[expert / 8] >> expert % 8 & 1; }
+AVA_HOST_DEVICE void set_chosen(uint8_t* choice, uint64_t expert) { choice[expert / 8] |= uint8_t(1 << expert % 8); }
+
 // (1) at one expert.
 template <class Real>
 AVA_HOST_DEVICE Real effective_gradient(const RouterRow<Real>& row, Real u,

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "layout.h"
+#include "router_rows.h"
 
 namespace ava {
 
@@ -86,9 +87,15 @@ inline RouterShape check_router_statistics(const std::vector<Tensor>& gate_logit
   return shape;
 }
 
+// [n_layers, n_rows, bytes]: own choices, as router_rows.h keeps them
+inline std::vector<int64_t> choice_sizes(const RouterShape& shape) {
+  return {shape.n_layers, shape.n_rows, bytes_of_choice(shape.n_experts)};
+}
+
 inline RouterShape check_router_gradient(
     const std::vector<Tensor>& gate_logits,         // of [n_layers, ..., n_experts]
     const std::optional<Tensor>& expert_indices,    // [n_layers, n_rows, k]
+    const std::optional<Tensor>& expert_choice,     // choice_sizes
     const std::optional<Tensor>& row_mask,          // [n_rows] or [n_layers, n_rows]
     const std::optional<Tensor>& segment_ids,       // [n_rows]
     const std::optional<Tensor>& grad_probability,  // [n_layers * n_segments, n_experts]
@@ -103,13 +110,16 @@ inline RouterShape check_router_gradient(
   if (grad_probability)
     check_beside(op, "grad_probability_sum", *grad_probability, {n_groups, shape.n_experts}, shape.real,
                  gate_logits[0]);
-  if (grad_importance) {
+  if (grad_importance)
     check_beside(op, "grad_importance_sum", *grad_importance, {n_groups, shape.n_experts}, shape.real, gate_logits[0]);
-    AVA_CHECK(expert_indices.has_value(), op, ": expected expert_indices beside grad_importance_sum, got none");
-  }
+  if (expert_choice)
+    check_beside(op, "expert_choice", *expert_choice, choice_sizes(shape), ScalarType::Byte, gate_logits[0]);
   if (grad_lse_squared)
     check_beside(op, "grad_lse_squared_sum", *grad_lse_squared, {n_groups}, shape.real, gate_logits[0]);
   if (grad_entropy) check_beside(op, "grad_entropy_sum", *grad_entropy, {n_groups}, shape.real, gate_logits[0]);
+  AVA_CHECK(!grad_importance || expert_indices.has_value() != expert_choice.has_value(), op,
+            ": expected either expert_indices or expert_choice beside grad_importance_sum, got ",
+            expert_choice ? "both" : "neither");
   return shape;
 }
 

@@ -21,7 +21,7 @@ OPTIONS = torch.ones(N_OPTIONS)
         ("row_gradient", (torch.ones(2, 3), torch.ones(2, 6), torch.ones(2, 3), None, OPTIONS, 0, 3)),
         ("scale_rows_", (torch.ones(2, 3), torch.ones(3))),
         ("router_statistics", ([torch.ones(2, 3)], None, None, None, None, 1, 1, False)),
-        ("router_gradient", ([], None, None, None, None, None, None, None, 1, False)),
+        ("router_gradient", ([], *[None] * 8, 1, False)),
         ("count_rows", (torch.ones(2, 3), None, None, None, None, -100, True, False)),
         ("temperature_step_", (*[torch.zeros(3)] * 5, 1.0, 1.0, 1.0, 1.0)),
         ("add_weight_gradient_", (torch.zeros(3), torch.zeros(3), torch.zeros(3))),

@@ -227,7 +227,7 @@ def _(gate_logits, expert_indices, row_mask, segment_ids, expert_bias, n_segment
         first.new_empty(scalar, dtype=real),
         first.new_empty(vector, dtype=torch.int64),
         first.new_empty(scalar, dtype=torch.int64),
-        first.new_empty((n_layers, n_rows, k) if expert_indices is None else (0,), dtype=torch.int32),
+        first.new_empty((n_layers, n_rows, -(-n_experts // 8)) if expert_indices is None else (0,), dtype=torch.uint8),
     )
 
 
@@ -235,6 +235,7 @@ def _(gate_logits, expert_indices, row_mask, segment_ids, expert_bias, n_segment
 def _(
     gate_logits,
     expert_indices,
+    expert_choice,
     row_mask,
     segment_ids,
     grad_probability_sum,
@@ -248,6 +249,7 @@ def _(
         "router_gradient",
         gate_logits,
         expert_indices=expert_indices,
+        expert_choice=expert_choice,
         row_mask=row_mask,
         segment_ids=segment_ids,
         grad_probability_sum=grad_probability_sum,
@@ -264,8 +266,8 @@ def _save_router_statistics(ctx, inputs, output):
     counts, n_rows, choice = output[4:]
     ctx.mark_non_differentiable(counts, n_rows, choice)
     ctx.set_materialize_grads(False)
-    chosen = choice if expert_indices is None else expert_indices
-    ctx.save_for_backward(chosen, row_mask, segment_ids, *gate_logits)
+    chosen = (None, choice) if expert_indices is None else (expert_indices, None)
+    ctx.save_for_backward(*chosen, row_mask, segment_ids, *gate_logits)
 
 
 def _router_statistics_backward(
@@ -276,7 +278,8 @@ def _router_statistics_backward(
     grad_entropy_sum,  # [n_groups]
     *_,
 ):
-    chosen, row_mask, segment_ids, *gate_logits = ctx.saved_tensors
+    *chosen, row_mask, segment_ids = ctx.saved_tensors[:4]
+    gate_logits = ctx.saved_tensors[4:]
     gradients = (grad_probability_sum, grad_importance_sum, grad_lse_squared_sum, grad_entropy_sum)
     nothing = (None,) * 7
     if all(gradient is None for gradient in gradients):
@@ -285,7 +288,7 @@ def _router_statistics_backward(
     refuse_batches("router_statistics", gradients)
     grad_logits = _ops.router_gradient(
         [layers.detach() for layers in gate_logits],
-        None if grad_importance_sum is None else chosen,
+        *((None, None) if grad_importance_sum is None else chosen),
         row_mask,
         segment_ids,
         *gradients,

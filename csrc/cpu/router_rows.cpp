@@ -156,14 +156,11 @@ RouterOutputs router_statistics(std::vector<Tensor> gate_logits,       // of [n_
   RouterRows rows("router_statistics", shape, gate_logits, expert_indices, row_mask, segment_ids, n_segments,
                   is_sigmoid);
   const int64_t n_groups = shape.n_layers * n_segments, n_experts = shape.n_experts;
-  Tensor choice =
-      empty_tensor(expert_indices ? std::vector<int64_t>{0} : std::vector<int64_t>{shape.n_layers, shape.n_rows, k},
-                   ScalarType::Int);
+  Tensor choice = empty_tensor(expert_indices ? std::vector<int64_t>{0} : choice_sizes(shape), ScalarType::Byte);
   if (!expert_indices) {
     rows.arguments.k = k;
-    rows.arguments.choice = static_cast<int32_t*>(choice.mutable_data_ptr());
-    if (segment_ids)  // rows without a segment are in no block
-      std::fill_n(rows.arguments.choice, shape.n_layers * shape.n_rows * k, -1);
+    rows.arguments.new_choice = static_cast<uint8_t*>(choice.mutable_data_ptr());
+    std::fill_n(rows.arguments.new_choice, choice.numel(), 0);
     rows.arguments.expert_bias = rows.dense(expert_bias);
   }
   const size_t n_blocks = rows.blocks.size();
@@ -192,6 +189,7 @@ RouterOutputs router_statistics(std::vector<Tensor> gate_logits,       // of [n_
 
 Tensor router_gradient(std::vector<Tensor> gate_logits,         // of [n_layers, ..., n_experts]
                        std::optional<Tensor> expert_indices,    // [n_layers, n_rows, k]
+                       std::optional<Tensor> expert_choice,     // [n_layers, n_rows, bytes]: own ones
                        std::optional<Tensor> row_mask,          // [n_rows] or [n_layers, n_rows]
                        std::optional<Tensor> segment_ids,       // [n_rows]
                        std::optional<Tensor> grad_probability,  // [n_groups, n_experts]
@@ -199,9 +197,11 @@ Tensor router_gradient(std::vector<Tensor> gate_logits,         // of [n_layers,
                        std::optional<Tensor> grad_lse_squared,  // [n_groups]
                        std::optional<Tensor> grad_entropy,      // [n_groups]
                        int64_t n_segments, bool is_sigmoid) {
-  const RouterShape shape = check_router_gradient(gate_logits, expert_indices, row_mask, segment_ids, grad_probability,
-                                                  grad_importance, grad_lse_squared, grad_entropy, n_segments);
+  const RouterShape shape =
+      check_router_gradient(gate_logits, expert_indices, expert_choice, row_mask, segment_ids, grad_probability,
+                            grad_importance, grad_lse_squared, grad_entropy, n_segments);
   RouterRows rows("router_gradient", shape, gate_logits, expert_indices, row_mask, segment_ids, n_segments, is_sigmoid);
+  rows.arguments.choice = static_cast<const uint8_t*>(rows.dense(expert_choice));
   rows.arguments.grad_probability = rows.dense(grad_probability);
   rows.arguments.grad_importance = rows.dense(grad_importance);
   rows.arguments.grad_lse_squared = rows.dense(grad_lse_squared);

@@ -19,8 +19,9 @@ struct RouterRowsArguments {
   const int64_t* wide_indices;
   const int32_t* indices;
   const void* expert_bias;  // Real [n_layers, n_experts]
-  int32_t* choice;          // [n_layers, n_rows, k]: own choices, written where none are given; -1 in rows left out
-  // of the backward: upstream gradients of the groups
+  uint8_t* new_choice;      // [n_layers, n_rows, bytes_of_choice], zeros: for own choices, where none are given
+  // of the backward: own choices, and upstream gradients of the groups
+  const uint8_t* choice;
   const void* grad_probability;  // Real [n_groups, n_experts]
   const void* grad_importance;   // Real [n_groups, n_experts]
   const void* grad_lse_squared;  // Real [n_groups]
@@ -52,8 +53,8 @@ struct RouterRowsKernels {
   RouterDifferentiate differentiate;
 };
 
-// 12 vectors of n_experts Reals, each padded to whole registers
-inline int64_t router_scratch_bytes(int64_t n_experts) { return (n_experts + 16) * 12 * 8; }
+// 13 vectors of n_experts Reals, each padded to whole registers
+inline int64_t router_scratch_bytes(int64_t n_experts) { return (n_experts + 16) * 13 * 8; }
 
 extern const RouterRowsKernels router_rows_portable, router_rows_avx2, router_rows_avx512;
 

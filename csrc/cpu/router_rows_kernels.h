@@ -14,8 +14,8 @@ struct RouterKernel : RouterReader<Vector, Element, kSigmoid> {
   using Register = typename Vector::Register;
   using Reader::arguments, Reader::block, Reader::n_experts, Reader::padded, Reader::row_at, Reader::counts;
   using Reader::choice_at, Reader::row_of, Reader::load_row, Reader::effective_row, Reader::choose_of_row;
+  using Reader::chosen, Reader::weights, Reader::logits, Reader::effective, Reader::probability, Reader::importance;
   using Reader::kLanes, Reader::kBatch, Reader::Reader;
-  using Reader::weights, Reader::logits, Reader::effective, Reader::probability, Reader::importance;
 
   // What is kept of the rows that are added in float, for arithmetic on all of them at once.
   struct Chunk {
@@ -33,11 +33,7 @@ struct RouterKernel : RouterReader<Vector, Element, kSigmoid> {
     Chunk chunk;
     for (int64_t place = block.begin; place < block.end; ++place) {
       const int64_t row = row_at(place);
-      if (counts(row))
-        chunk.rows[chunk.n++] = row;
-      else if (arguments.choice)
-        for (int64_t slot = 0; slot < arguments.k; ++slot)
-          arguments.choice[(block.layer * arguments.n_rows + row) * arguments.k + slot] = -1;
+      if (counts(row)) chunk.rows[chunk.n++] = row;
       if (chunk.n == kRowsInFloat || place + 1 == block.end) {
         add_chunk(chunk, sums);
         chunk.n = 0;
@@ -91,19 +87,46 @@ struct RouterKernel : RouterReader<Vector, Element, kSigmoid> {
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = chunk.rows[first + r], at = (block.layer * arguments.n_rows + row) * arguments.k;
       const Real* row_weights = weights + r * padded;
-      if (arguments.choice) choose_of_row(z[r], row_weights, rows[r], arguments.choice + at);
-      if (arguments.wide_indices)
+      if (arguments.new_choice) {
+        choose_of_row(z[r], row_weights, rows[r]);
+        keep_choice(row);
+        add_choices(chosen, row, row_weights, inverse[r], sums);
+      } else if (arguments.wide_indices) {
         add_choices(arguments.wide_indices + at, row, row_weights, inverse[r], sums);
-      else
-        add_choices((arguments.choice ? arguments.choice : arguments.indices) + at, row, row_weights, inverse[r], sums);
+      } else {
+        add_choices(arguments.indices + at, row, row_weights, inverse[r], sums);
+      }
     }
   }
 
+  int64_t first_byte_of_choice(int64_t row) const {
+    return (block.layer * arguments.n_rows + row) * bytes_of_choice(n_experts);
+  }
+  void keep_choice(int64_t row) const {
+    uint8_t* const bytes = arguments.new_choice + first_byte_of_choice(row);
+    const int32_t* const experts = chosen;  // not read again behind each byte that is written
+    for (int64_t slot = 0, k = arguments.k; slot < k; ++slot) set_chosen(bytes, uint64_t(experts[slot]));
+  }
+  // Own choices to `chosen`, in order; returns how many there are.
+  int64_t read_choice(int64_t row) const {
+    const uint8_t* const bytes = arguments.choice + first_byte_of_choice(row);
+    const int64_t n_bytes = bytes_of_choice(n_experts);
+    int64_t n = 0;
+    for (int64_t first = 0; first < n_bytes; first += 8) {
+      uint64_t bits = 0;
+      if (first + 8 <= n_bytes)
+        __builtin_memcpy(&bits, bytes + first, 8);
+      else
+        for (int64_t byte = first; byte < n_bytes; ++byte) bits |= uint64_t(bytes[byte]) << 8 * (byte - first);
+      for (; bits != 0; bits &= bits - 1) chosen[n++] = int32_t(8 * first + __builtin_ctzll(bits));
+    }
+    return n;
+  }
   template <class Index>
-  void add_choices(const Index* chosen, int64_t row, const Real* row_weights, Real inverse, RouterSums& sums) const {
+  void add_choices(const Index* experts, int64_t row, const Real* row_weights, Real inverse, RouterSums& sums) const {
     int64_t* const n_choices = sums.counts;
     for (int64_t slot = 0, k = arguments.k, n = n_experts; slot < k; ++slot) {
-      const int64_t e = chosen[slot];
+      const int64_t e = experts[slot];
       if (e < 0 || e >= n) {
         if (sums.bad_row < 0 || row < sums.bad_row) sums.bad_row = row;
         continue;
@@ -143,8 +166,10 @@ struct RouterKernel : RouterReader<Vector, Element, kSigmoid> {
         for (int64_t e = 0; e < n_experts; ++e) narrow(Real(0), out + e);
         continue;
       }
+      const int64_t n_own = of_importance && arguments.choice ? read_choice(row) : 0;
       const auto for_choices = [&](auto change) {
-        for (int64_t slot = 0; of_importance && slot < arguments.k; ++slot) {
+        for (int64_t i = 0; i < n_own; ++i) change(chosen[i]);
+        for (int64_t slot = 0; of_importance && slot < arguments.k; ++slot) {  // k is 0 where none are given
           const int64_t e = choice_at(row, slot);
           if (e >= 0 && e < n_experts) change(e);
         }

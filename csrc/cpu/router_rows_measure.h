@@ -55,6 +55,7 @@ struct RouterReader {
   Real* const scores = effective + padded;
   Real* const probability = scores + padded;  // of the sums; in the backward: v
   Real* const importance = probability + padded;
+  int32_t* const chosen = reinterpret_cast<int32_t*>(importance + padded);  // [k]: of a row
 
   RouterReader(const RouterRowsArguments& all, const RouterBlock& some, void* scratch)
       : arguments(all), block(some), weights(static_cast<Real*>(scratch)) {}
@@ -127,7 +128,7 @@ struct RouterReader {
   }
 
   // The k best of `scores`, which it destroys: those taken become -inf. False where there is nothing else left.
-  bool choose_from_scores(int32_t* chosen) const {
+  bool choose_from_scores() const {
     Real numbers[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = Real(lane);
     const Register lanes = V::load(numbers), nothing = V::set(-Real(INFINITY));
@@ -155,14 +156,14 @@ struct RouterReader {
     return true;
   }
   // by the logits, or by the scores plus expert_bias: softmax probabilities, or sigmoids before they are normalised
-  void choose_of_row(const Real* z, const Real* row_weights, const RouterRow<Real>& row, int32_t* chosen) const {
+  void choose_of_row(const Real* z, const Real* row_weights, const RouterRow<Real>& row) const {
     const Real* bias = static_cast<const Real*>(arguments.expert_bias);
     if (bias) bias += block.layer * n_experts;
     const Real scale = kSigmoid ? exp_of(row.max) : 1 / (1 + row.rest);
     const auto score_of = [&](int64_t e) { return bias ? row_weights[e] * scale + bias[e] : z[e]; };
     for (int64_t i = 0; i < padded; i += kLanes) V::store(scores + i, V::load(z + i));
     for (int64_t e = 0; bias && e < n_experts; ++e) scores[e] = score_of(e);
-    if (row.rest == row.rest && choose_from_scores(chosen)) return;
+    if (row.rest == row.rest && choose_from_scores()) return;
     choose<Real>(n_experts, arguments.k, score_of, chosen);
   }
 };

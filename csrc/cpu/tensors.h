@@ -15,6 +15,7 @@ inline int32_t shim_type(ScalarType type) {
     case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
     case ScalarType::Half: return aoti_torch_dtype_float16();
     case ScalarType::Int: return aoti_torch_dtype_int32();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
     default: return aoti_torch_dtype_int64();
   }
 }

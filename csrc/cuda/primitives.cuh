@@ -61,13 +61,6 @@ __device__ __forceinline__ uint32_t bit_at(unsigned shift) {
   return bit;
 }
 
-// The sign of each half of a word as 16 equal bits.
-__device__ __forceinline__ uint32_t sign_masks(uint32_t pair) {
-  uint32_t masks;
-  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(masks) : "r"(pair));
-  return masks;
-}
-
 // The same value, of unknown origin to the compiler: what is made of it is computed again instead of kept in registers.
 __device__ __forceinline__ unsigned computed_again(unsigned value) {
   asm volatile("" : "+r"(value));

@@ -113,16 +113,15 @@ RouterOutputs statistics_of(RouterCall<Real> call, const std::optional<Tensor>& 
   const RouterShape& shape = call.shape;
   RouterArguments<Real>& arguments = call.arguments;
   const int64_t n_groups = shape.n_layers * call.n_segments, n_experts = shape.n_experts;
-  const bool is_given = arguments.wide_indices || arguments.indices;
+  const bool is_given = arguments.is_given();
   const std::vector<int64_t> vectors = {n_groups, n_experts}, scalars = {n_groups};
-  Tensor choice = call.new_tensor(
-      is_given ? std::vector<int64_t>{0} : std::vector<int64_t>{shape.n_layers, shape.n_rows, k}, ScalarType::Int);
+  Tensor choice = call.new_tensor(is_given ? std::vector<int64_t>{0} : choice_sizes(shape), ScalarType::Byte);
   Tensor probability = call.new_tensor(vectors, shape.real), importance = call.new_tensor(vectors, shape.real),
          lse_squared = call.new_tensor(scalars, shape.real), entropy = call.new_tensor(scalars, shape.real),
          counts = call.new_tensor(vectors, ScalarType::Long), n_rows = call.new_tensor(scalars, ScalarType::Long);
   if (!is_given) {
     arguments.k = k;
-    arguments.choice = static_cast<int32_t*>(choice.mutable_data_ptr());
+    arguments.new_choice = static_cast<uint8_t*>(choice.mutable_data_ptr());
     arguments.expert_bias = static_cast<const Real*>(call.dense(expert_bias));
   }
   const int64_t n_slots = shape.n_layers * arguments.n_slots;
@@ -159,6 +158,7 @@ RouterOutputs router_statistics_cuda(std::vector<Tensor> gate_logits,       // o
 
 Tensor router_gradient_cuda(std::vector<Tensor> gate_logits,         // of [n_layers, ..., n_experts]
                             std::optional<Tensor> expert_indices,    // [n_layers, n_rows, k]
+                            std::optional<Tensor> expert_choice,     // [n_layers, n_rows, bytes]: own ones
                             std::optional<Tensor> row_mask,          // [n_rows] or [n_layers, n_rows]
                             std::optional<Tensor> segment_ids,       // [n_rows]
                             std::optional<Tensor> grad_probability,  // [n_groups, n_experts]
@@ -167,14 +167,16 @@ Tensor router_gradient_cuda(std::vector<Tensor> gate_logits,         // of [n_la
                             std::optional<Tensor> grad_entropy,      // [n_groups]
                             int64_t n_segments, bool is_sigmoid) {
   const char* op = "router_gradient";
-  const RouterShape shape = check_router_gradient(gate_logits, expert_indices, row_mask, segment_ids, grad_probability,
-                                                  grad_importance, grad_lse_squared, grad_entropy, n_segments);
+  const RouterShape shape =
+      check_router_gradient(gate_logits, expert_indices, expert_choice, row_mask, segment_ids, grad_probability,
+                            grad_importance, grad_lse_squared, grad_entropy, n_segments);
   const DeviceScope device(gate_logits[0]);
   Tensor grad_logits = new_tensor(gate_logits[0], shape.gradient, gate_logits[0].scalar_type());
   const auto run = [&](auto real) {
     using Real = decltype(real);
     RouterCall<Real> call(op, shape, gate_logits, expert_indices, row_mask, segment_ids, n_segments, device);
     RouterArguments<Real>& arguments = call.arguments;
+    arguments.choice = static_cast<const uint8_t*>(call.dense(expert_choice));
     arguments.grad_probability = static_cast<const Real*>(call.dense(grad_probability));
     arguments.grad_importance = static_cast<const Real*>(call.dense(grad_importance));
     arguments.grad_lse_squared = static_cast<const Real*>(call.dense(grad_lse_squared));

@@ -135,7 +135,7 @@ template <class Element, bool kSigmoid>
 void run_router(bool is_gradient, const RouterArguments<RealOf<Element>>& arguments, int64_t n_layers, Stream stream) {
   if (arguments.n_slots == 0 || n_layers == 0) return;
   if constexpr (!std::is_same<Element, double>::value) {
-    if (!is_wide_router<float>(arguments.n_experts, !arguments.choice, arguments.k))
+    if (!is_wide_router<float>(arguments.n_experts, arguments.is_given(), arguments.k))
       return run_router_lanes<Element, kSigmoid>(is_gradient, arguments, n_layers, stream);
   }
   run_router_wide<Element, kSigmoid>(is_gradient, arguments, n_layers, stream);

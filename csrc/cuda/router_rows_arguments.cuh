@@ -40,11 +40,12 @@ struct RouterArguments {
   const int32_t* indices;
   // of the forward
   const Real* expert_bias;         // [n_layers, n_experts]
-  int32_t* choice;                 // [n_layers, n_rows, k]: own choices, where none are given; -1 in rows left out
+  uint8_t* new_choice;             // [n_layers, n_rows, bytes_of_choice]: own choices, where none are given
   WideRouterRow<Real>* wide_rows;  // [n_layers, n_rows]: where a row is too long for registers
   Real* sums;                      // [n_layers, n_slots, 2 n_experts + 2]: probability, importance, lse^2, entropy
   int32_t* counts;                 // [n_layers, n_slots, n_experts + 1]: choices, rows
-  // of the backward: upstream gradients of the groups
+  // of the backward: own choices, and upstream gradients of the groups
+  const uint8_t* choice;         // [n_layers, n_rows, bytes_of_choice]
   const Real* grad_probability;  // [n_layers * n_segments, n_experts]
   const Real* grad_importance;   // [n_layers * n_segments, n_experts]
   const Real* grad_lse_squared;  // [n_layers * n_segments]
@@ -55,6 +56,7 @@ struct RouterArguments {
   __device__ bool counts_row(int64_t layer, int64_t row) const {
     return !row_mask || row_mask[layer * mask_stride + row];
   }
+  bool is_given() const { return wide_indices || indices; }  // the choice
   __device__ int64_t choice_at(int64_t layer, int64_t row, int64_t slot) const {
     const int64_t at = (layer * n_rows + row) * k + slot;
     return wide_indices ? wide_indices[at] : indices[at];

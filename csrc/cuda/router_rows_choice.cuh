@@ -37,6 +37,11 @@ struct LaneGroup {
     return once *
            butterfly(value, [](float sum, int offset) { return sum + __shfl_xor_sync(kWholeWarp, sum, offset); });
   }
+  __device__ __forceinline__ int sum(int value) const {
+    const int sum =
+        butterfly(value, [](int sum, int offset) { return sum + __shfl_xor_sync(kWholeWarp, sum, offset); });
+    return n < 4 ? sum >> (2 - n_bits) : sum;
+  }
   __device__ __forceinline__ void sum(float& first, float& second) const {
     struct Two {
       float first, second;
@@ -64,36 +69,53 @@ struct LaneGroup {
       return other > largest ? other : largest;
     });
   }
+  __device__ int lane_of_warp(int lane) const { return int(threadIdx.x) % 32 - own + lane; }
   // of the group's lane of this number
   __device__ __forceinline__ int broadcast(int value, int lane) const {
-    return __shfl_sync(kWholeWarp, value, int(threadIdx.x) % 32 - own + lane);
+    return __shfl_sync(kWholeWarp, value, lane_of_warp(lane));
   }
 };
 
-// Which items of a lane were chosen: item i is bit 2 i.
+// Which items of a lane were chosen. The items of a pair of 16 bits have bits 16 apart: comparing two pairs makes both.
 struct ChosenItems {
   uint32_t bits = 0, repeated = 0;  // repeated: those that were chosen before
 
-  // twice the item of this lane, or any other number
-  __device__ void add(int twice_item) {
-    const uint32_t bit = bit_at(unsigned(twice_item));
+  __device__ static constexpr int bit_of(int item) { return (item & ~1) | (item & 1) << 4; }
+  // the bit of an item of this lane, or any other number
+  __device__ void add(int number) {
+    const uint32_t bit = bit_at(unsigned(number));
     repeated |= bits & bit;
     bits |= bit;
   }
-  __device__ bool has(int item) const { return bits >> 2 * item & 1; }
+  __device__ void remove(int item) { bits &= ~(1u << bit_of(item)); }
+  // use(item), in the order of bits, which become predicates four by four
+  template <int kItems, class Use>
+  __device__ __forceinline__ void for_each(Use use) const {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+      for (int item = odd; item < kItems; item += 2)
+        if (bits >> bit_of(item) & 1) use(item);
+    }
+  }
+  // item i as bit i
+  __device__ uint32_t in_order() const { return (bits | bits >> 15) & 0xffffu; }
+  __device__ static ChosenItems from_order(uint32_t items) { return {(items & 0x5555u) | (items & 0xaaaau) << 15}; }
 };
 
 // How often they were, 8 bits for each: a thread has 16 rows of a slot at most.
 constexpr int kMostGivenChoices = 15;
 struct ChoiceCounts {
-  uint32_t words[4] = {};  // item 4 m + j is byte m of word j
+  uint32_t words[4] = {};  // the item of bit 8 m + 2 j is byte m of word j
 
   __device__ void add(const ChosenItems& chosen) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) words[j] += chosen.bits >> 2 * j & 0x01010101u;
   }
-  __device__ void add(int item) { words[item % 4] += 1u << item / 4 * 8; }
-  __device__ int of(int item) const { return int(words[item % 4] >> item / 4 * 8 & 255); }
+  __device__ int of(int item) const {
+    const int bit = ChosenItems::bit_of(item);
+    return int(words[bit % 8 / 2] >> (bit & ~7) & 255);
+  }
 };
 
 // A score and its expert as one number, larger for what is chosen first (ranks_before): no two are equal. Scores of 16
@@ -113,63 +135,40 @@ __device__ int expert_of_key(Key key) {
   return int(~key & ((1 << kExpertBits) - 1));
 }
 
-// The same for two neighbouring scores of 16 bits, signed: score and expert take half of a key each.
-template <class Element>
-__device__ __forceinline__ void pair_of_keys(uint32_t scores, int expert, int* keys) {  // keys: [2]
-  ElementPair<Element> pair;
-  memcpy(static_cast<void*>(&pair), &scores, 4);
-  pair = __hadd2(pair, ElementPair<Element>{});  // -0 becomes 0, and every nan the largest of all numbers
-  memcpy(&scores, &pair, 4);
-  scores ^= sign_masks(scores) & 0x7fff7fffu;  // in the order of integers
-  const uint32_t places = uint32_t((1 << kExpertBits) - 1 - expert) * 0x10001u - 0x10000u;
-  keys[0] = int(__byte_perm(places, scores, 0x5410));
-  keys[1] = int(__byte_perm(places, scores, 0x7632));
-}
-
-// The largest keys that a lane holds, largest first. They are found for all choices at once, by networks of comparisons:
-// in the lane, then of both lanes of a pair, then of pairs, until it is those of the row (BestOfLanes).
+// The largest scores of 16 bits that a lane holds, largest first: two lists of 8, one in each half of pairs. The last
+// choice is found by networks of comparisons, each for both halves at once: in the lane, then over lanes (LastChoice).
 constexpr int kBest = 8, kLeastBest = 3;  // for fewer choices one after the other is cheaper
 
-__device__ __forceinline__ void put_larger_first(int& x, int& y) {
-  const int larger = max(x, y);
-  y = min(x, y);
+template <class Pair>
+__device__ __forceinline__ void put_larger_first(Pair& x, Pair& y) {
+  const Pair larger = __hmax2(x, y);
+  y = __hmin2(x, y);
   x = larger;
 }
-__device__ __forceinline__ void sort_best(int* keys) {  // [kBest]
+template <class Pair>
+__device__ __forceinline__ void sort_best(Pair* scores) {  // [kBest]
   constexpr int kPairs[][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 4}, {1, 5}, {2, 6}, {3, 7}, {0, 1}, {2, 3},
                                {4, 5}, {6, 7}, {2, 4}, {3, 5}, {1, 4}, {3, 6}, {1, 2}, {3, 4}, {5, 6}};
 #pragma unroll
-  for (int i = 0; i < 19; ++i) put_larger_first(keys[kPairs[i][0]], keys[kPairs[i][1]]);
-}
-// `keys` become the best of both, sorted as they were.
-template <class OtherOf>
-__device__ __forceinline__ void merge_best(int* keys, OtherOf other_of) {  // [kBest]
-  int both[kBest];
-#pragma unroll
-  for (int i = 0; i < kBest; ++i) both[i] = max(keys[i], other_of(kBest - 1 - i));  // they rise, then fall
-#pragma unroll
-  for (int distance = kBest / 2; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int i = 0; i < kBest; ++i)
-      if ((i & distance) == 0) put_larger_first(both[i], both[i + distance]);
-  }
-#pragma unroll
-  for (int i = 0; i < kBest; ++i) keys[i] = both[i];
+  for (int i = 0; i < 19; ++i) put_larger_first(scores[kPairs[i][0]], scores[kPairs[i][1]]);
 }
 
-// The best keys of lists that lanes share: of a lane, of two, of four and so on. Of two lists a and b of 8 keys each, c_i =
-// max(a_i, b_{7 - i}) are the best; they rise and fall, so that comparisons at distances 4, 2, 1 sort them. Both lanes that
-// compare would do the same: so each keeps half of the list, then half of that, until it has one key of the list.
+// The k-th largest of the scores of a row, in both halves of a pair; k <= 8, and there is no nan. Of two lists a and b of
+// 8 scores each, c_i = max(a_i, b_{7 - i}) are the best; they rise and fall, so that comparisons at distances 4, 2, 1 sort
+// them. So the lists of two lanes become one, those of two pairs of lanes, and so on, at last those of both halves.
 //
-// Lanes that compare have to know the key's place in the list, whose bits are 4 L2 + 2 L1 + L0. With each merge one more of
-// these bits is told by the lane: a list of 2^s lanes, s <= 3, has s of them, the others are the number of the key in the
-// lane. The lane of the list b keeps the places 7 - i where that of a keeps i, which turns every bit. So the bits of a place
-// are parities of the lane's bits l0, l1, ...: L2 = l0 ^ ... ^ l_{s-1}, L1 = l1 ^ ... ^ l_{s-1}, L0 = l2 ^ ... ^ l_{s-1}; and
-// only L2 is another one in lane l ^ 1, L1 in l ^ 3, L0 in l ^ 6.
-class BestOfLanes {
+// Both lanes that compare would do the same: so each keeps half of the list, then half of that, until it has one score of
+// the list. Lanes that compare have to know the score's place in the list, whose bits are 4 L2 + 2 L1 + L0. With each merge
+// one more of these bits is told by the lane: a list of 2^s lanes, s <= 3, has s of them, the others are the number of the
+// score in the lane. The lane of the list b keeps the places 7 - i where that of a keeps i, which turns every bit. So the
+// bits of a place are parities of the lane's bits l0, l1, ...: L2 = l0 ^ ... ^ l_{s-1}, L1 = l1 ^ ... ^ l_{s-1}, L0 = l2 ^
+// ... ^ l_{s-1}; and only L2 is another one in lane l ^ 1, L1 in l ^ 3, L0 in l ^ 6.
+template <class Element>
+class LastChoice {
  public:
-  // k: of the choices, the last of which is asked for
-  __device__ BestOfLanes(const LaneGroup& lanes, int k) : lanes_(lanes) {
+  using Pair = ElementPair<Element>;
+
+  __device__ LastChoice(const LaneGroup& lanes, int k) : lanes_(lanes) {
     unsigned smaller = 0;
 #pragma unroll
     for (int n_steps = 1; n_steps <= 5; ++n_steps) {
@@ -178,74 +177,90 @@ class BestOfLanes {
         smaller |= unsigned(__popc(unsigned(lanes.own) % (1u << n_steps) >> (2 - bit)) & 1) << (3 * n_steps + bit);
     }
     const int n_bits = lanes.n_bits < 3 ? lanes.n_bits : 3;  // of a place that the lane tells
-    place_ = int(smaller >> 3 * lanes.n_bits & 7) & (8 - (8 >> n_bits));
     // the bits of a lane from those of a place: l0 = L2 ^ L1, ...
     const unsigned last = unsigned(k - 1) >> (3 - n_bits);
     last_lane_ = computed_once(n_bits ? int(__brev(last ^ last << 1) >> (32 - n_bits)) : 0);
     smaller_ = unsigned(computed_once(int(smaller)));
-    place_ = computed_once(place_);
+    last_ = computed_once(k - 1);
   }
-  // of a list's last key, where it has k
-  __device__ int last_lane() const { return last_lane_; }
 
-  // finish(std::integral_constant<int, n>(), keys, place): n keys of this lane, the first of which has this place
-  template <class Finish>
-  __device__ __forceinline__ auto merge(int* keys, Finish finish) const {  // keys: [kBest] of this lane, sorted
-    if (lanes_.n == 1) return finish(std::integral_constant<int, 8>(), keys, place_);
-    halve<8>(keys, 1);
-    exchange<4, true>(keys, 1, keeps_smaller(1, 2));
-    put_larger_first(keys[0], keys[2]);
-    put_larger_first(keys[1], keys[3]);
-    put_larger_first(keys[0], keys[1]);
-    put_larger_first(keys[2], keys[3]);
-    if (lanes_.n == 2) return finish(std::integral_constant<int, 4>(), keys, place_);
-    halve<4>(keys, 3);
-    exchange<2, false>(keys, 1, keeps_smaller(2, 2));
-    exchange<2, true>(keys, 3, keeps_smaller(2, 1));
-    put_larger_first(keys[0], keys[1]);
-    if (lanes_.n == 4) return finish(std::integral_constant<int, 2>(), keys, place_);
-    halve<2>(keys, 6);
-    sort_over_lanes(keys, 3);
-    if (lanes_.n > 8) {
-      keys[0] = max(keys[0], __shfl_xor_sync(kWholeWarp, keys[0], 12));
-      sort_over_lanes(keys, 4);
-      if (lanes_.n > 16) {
-        keys[0] = max(keys[0], __shfl_xor_sync(kWholeWarp, keys[0], 20));
-        sort_over_lanes(keys, 5);
-      }
-    }
-    return finish(std::integral_constant<int, 1>(), keys, place_);
+  __device__ __forceinline__ Pair of(Pair* lists) const {  // [kBest] of this lane, sorted
+    if (lanes_.n == 1) return last_of_halves<8>(lists, 0);
+    halve<8>(lists, 1);
+    sort<4, true>(lists, 1);
+    if (lanes_.n == 2) return last_of_halves<4>(lists, 1);
+    halve<4>(lists, 3);
+    sort<2, true>(lists, 2);
+    if (lanes_.n == 4) return last_of_halves<2>(lists, 2);
+    halve<2>(lists, 6);
+    sort<1, true>(lists, 3);
+    if (lanes_.n == 8) return last_of_halves<1>(lists, 3);
+    merge_whole(lists, 12, 4);
+    if (lanes_.n == 16) return last_of_halves<1>(lists, 4);
+    merge_whole(lists, 20, 5);
+    return last_of_halves<1>(lists, 5);
   }
 
  private:
   // Whether this bit of a place in this lane is 1, in lists of 2^n_steps lanes.
   __device__ bool keeps_smaller(int n_steps, int bit) const { return smaller_ >> (3 * n_steps + bit) & 1; }
+  __device__ __forceinline__ static Pair other_of(Pair value, int offset) {
+    return __shfl_xor_sync(kWholeWarp, value, offset);
+  }
   // The larger ones of this list and the other.
-  template <int kKeys>
-  __device__ __forceinline__ static void halve(int* keys, int offset) {
+  template <int kScores>
+  __device__ __forceinline__ static void halve(Pair* lists, int offset) {
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i)
-      keys[i] = max(keys[i], __shfl_xor_sync(kWholeWarp, keys[kKeys - 1 - i], offset));
+    for (int i = 0; i < kScores / 2; ++i) lists[i] = __hmax2(lists[i], other_of(lists[kScores - 1 - i], offset));
   }
   // kReversed: the other lane has the places in the opposite order
-  template <int kKeys, bool kReversed>
-  __device__ __forceinline__ static void exchange(int* keys, int offset, bool keeps_smaller) {
-    int others[kKeys];
+  template <int kScores, bool kReversed>
+  __device__ __forceinline__ static void exchange(Pair* lists, int offset, bool keeps_smaller) {
+    Pair others[kScores];
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i)
-      others[i] = __shfl_xor_sync(kWholeWarp, keys[kReversed ? kKeys - 1 - i : i], offset);
+    for (int i = 0; i < kScores; ++i) others[i] = other_of(lists[kReversed ? kScores - 1 - i : i], offset);
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) keys[i] = keeps_smaller ? min(keys[i], others[i]) : max(keys[i], others[i]);
+    for (int i = 0; i < kScores; ++i)
+      lists[i] = keeps_smaller ? __hmin2(lists[i], others[i]) : __hmax2(lists[i], others[i]);
   }
-  __device__ __forceinline__ void sort_over_lanes(int* key, int n_steps) const {
-    exchange<1, false>(key, 1, keeps_smaller(n_steps, 2));
-    exchange<1, false>(key, 3, keeps_smaller(n_steps, 1));
-    exchange<1, false>(key, 6, keeps_smaller(n_steps, 0));
+  // Lists that rise and fall, of 2^n_steps lanes. kMerged: of two lists, whose lanes have the places in opposite orders
+  template <int kScores, bool kMerged>
+  __device__ __forceinline__ void sort(Pair* lists, int n_steps) const {
+    if constexpr (kScores <= 4) exchange<kScores, kMerged && kScores == 4>(lists, 1, keeps_smaller(n_steps, 2));
+    if constexpr (kScores <= 2) exchange<kScores, kMerged && kScores == 2>(lists, 3, keeps_smaller(n_steps, 1));
+    if constexpr (kScores == 1) exchange<kScores, false>(lists, 6, keeps_smaller(n_steps, 0));
+#pragma unroll
+    for (int distance = kScores / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i)
+        if ((i & distance) == 0) put_larger_first(lists[i], lists[i + distance]);
+    }
+  }
+  // where each lane has one score already
+  __device__ __forceinline__ void merge_whole(Pair* lists, int offset, int n_steps) const {
+    lists[0] = __hmax2(lists[0], other_of(lists[0], offset));
+    sort<1, true>(lists, n_steps);
+  }
+  // Both halves get the same list; before it is sorted, the upper one has it in the opposite order.
+  template <int kScores>
+  __device__ __forceinline__ Pair last_of_halves(const Pair* lists, int n_steps) const {
+    Pair best[kScores];
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const Pair reversed = __lowhigh2highlow(lists[kScores - 1 - i]);
+      best[i] = __hmax2(lists[i], kScores == 8 ? reversed : other_of(reversed, kScores == 1 ? 4 : 4 / kScores));
+    }
+    sort<kScores, false>(best, n_steps);
+    Pair last = best[0];
+#pragma unroll
+    for (int i = 1; i < kScores; ++i)
+      if (i <= (last_ & (kScores - 1))) last = best[i];
+    return __shfl_sync(kWholeWarp, last, lanes_.lane_of_warp(last_lane_));
   }
 
   const LaneGroup& lanes_;
   unsigned smaller_;
-  int place_, last_lane_;
+  int last_, last_lane_;  // k - 1, and the lane that has it
 };
 
 }  // namespace ava

@@ -60,14 +60,16 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
 #pragma unroll
     for (int i = 0; i < kItems; i += 4) unpack<float>(common[i / 4 * 32 + own], v + i);
     if (!arguments.grad_importance) return;
-    lanes.for_given(turn, [&](const ChosenItems& chosen) {
+    const auto add = [&](const ChosenItems& chosen) {
       float more[kItems];
 #pragma unroll
       for (int i = 0; i < kItems; i += 4) unpack<float>(of_choices[i / 4 * 32 + own], more + i);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (chosen.has(i)) v[i] += more[i];
-    });
+      chosen.template for_each<kItems>([&](int i) { v[i] += more[i]; });
+    };
+    if (arguments.choice)
+      add(lanes.load_choice(turn));
+    else
+      lanes.for_given(turn, add);
   };
   // An ordinary row's; false where this lane's part says that the row is another one.
   const auto differentiate_ordinary = [&](const typename Lanes::Turn& turn, float* gradient) {

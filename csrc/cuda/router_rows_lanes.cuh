@@ -32,12 +32,14 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
   using Rows = RouterRowsInFlight<Element, kItems, kQuick>;
   using Rows::expert_at, Rows::is_padded, Rows::kept, Rows::kSize, Rows::kVectors, Rows::read_bits, Rows::row_of_all;
   using typename Rows::Turn;
+  static constexpr int kMostSurplus = 3;  // more equal scores cost as much as choosing one after the other
   static constexpr float kLargestOrdinary = 32, kLeastOrdinaryRest = 1.f / 128;  // is_ordinary
 
   __device__ RouterLanes(const RouterArguments<float>& arguments, int n_lanes, unsigned char* rows)
-      : Rows(arguments, n_lanes, rows) {
-    const int64_t first_choice = row_of_all(0) * arguments.k;
-    if (arguments.choice) choices_ = kept(arguments.choice + first_choice);
+      : Rows(arguments, n_lanes, rows), n_bytes_(int(bytes_of_choice(arguments.n_experts))) {
+    const int64_t first_choice = row_of_all(0) * arguments.k, first_byte = row_of_all(0) * n_bytes_;
+    if (arguments.new_choice) new_choice_ = kept(arguments.new_choice + first_byte);
+    if (arguments.choice) choice_ = kept(arguments.choice + first_byte);
     if (arguments.indices) given_ = kept(arguments.indices + first_choice);
     if (arguments.wide_indices) given_ = kept(arguments.wide_indices + first_choice);
   }
@@ -117,9 +119,9 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
     }
   }
 
-  // The k best of `scores`, -inf behind the last expert, which also go to `choice`.
+  // The k best of `scores`, -inf behind the last expert.
   template <class Key>
-  __device__ ChosenItems choose(const Turn& turn, const float* scores) const {
+  __device__ ChosenItems choose(const float* scores) const {
     uint32_t ranks[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) ranks[i] = uint32_t(rank_of(scores[i])) ^ 0x80000000u;
@@ -127,7 +129,6 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
     const auto key = [&](int i) {
       return choice_key<Key>(sizeof(Key) == 4 ? ranks[i] : computed_again(ranks[i]), expert_at(i));
     };
-    int32_t* const choice = choice_of(turn);
     const int k = int(a_.k);
     ChosenItems chosen;
     Key last = kAboveKeys<Key>;
@@ -141,59 +142,80 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
         best = other > best ? other : best;
       }
       last += lanes_.largest(best);
-      const int expert = expert_of_key(last);
-      chosen.add(twice_position(expert) - 2 * lanes_.own * kItems);
-      if (lanes_.own == 0 && turn.has_row()) choice[which] = turn.counts() ? expert : -1;
+      chosen.add(place_of(expert_of_key(last)) - 32 * lanes_.own);
     }
     return chosen;
   }
-  // The same for scores of 16 bits, where there are at most kBest choices: add(item) for those of rows that count.
-  template <class Add>
-  __device__ void choose_best(const Turn& turn, const BestOfLanes& best_of_lanes, Add add) const {
+  // The same for scores of 16 bits without a nan, at most kBest of them, by the score of the last one. False for the whole
+  // warp where a row cannot be done so.
+  __device__ bool choose_best(const Turn& turn, const LastChoice<Element>& last_choice, bool has_nan,
+                              ChosenItems& chosen) const {
+    static_assert(kItems == 2 * kBest, "two lists in a lane");
     uint4 bits[kVectors];
     read_bits(turn, bits);
-    int keys[kItems], best[kBest];
-#pragma unroll
-    for (int vector = 0; vector < kVectors; ++vector) {
-      const uint32_t words[4] = {bits[vector].x, bits[vector].y, bits[vector].z, bits[vector].w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int item = vector * kSize + 2 * i;
-        pair_of_keys<Element>(words[i], expert_at(item), keys + item);
-      }
-    }
+    ElementPair<Element> scores[kBest], best[kBest];
+    memcpy(static_cast<void*>(scores), bits, sizeof(scores));
     if (is_padded()) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
-        if (expert_at(i) >= n_experts_) keys[i] = INT32_MIN;
+        if (expert_at(i) >= n_experts_) (i % 2 ? scores[i / 2].y : scores[i / 2].x) = from_float<Element>(-INFINITY);
     }
 #pragma unroll
-    for (int i = 0; i < kBest; ++i) best[i] = keys[i];
+    for (int i = 0; i < kBest; ++i) best[i] = scores[i];
     sort_best(best);
-    if constexpr (kItems > kBest) {
-      int others[kBest];
+    const ElementPair<Element> last = last_choice.of(best);
+    chosen = {};
 #pragma unroll
-      for (int i = 0; i < kBest; ++i) others[i] = keys[kBest + i];
-      sort_best(others);
-      merge_best(best, [&](int i) { return others[i]; });
+    for (int i = 0; i < kBest; ++i) chosen.bits |= __hge2_mask(scores[i], last) & 0x10001u << 2 * i;
+    // more than k where others equal the last one
+    int n_surplus = lanes_.sum(__popc(chosen.bits)) - int(a_.k);
+    if (!turn.counts()) n_surplus = 0;
+    if (!__any_sync(kWholeWarp, has_nan || n_surplus > 0)) return true;
+    if (__any_sync(kWholeWarp, has_nan || n_surplus > kMostSurplus)) return false;
+    ChosenItems equal;
+#pragma unroll
+    for (int i = 0; i < kBest; ++i) equal.bits |= __heq2_mask(scores[i], last) & 0x10001u << 2 * i;
+#pragma unroll 1
+    for (; __any_sync(kWholeWarp, n_surplus > 0); --n_surplus) {  // the last expert of them goes
+      const int item = 31 - __clz(int(equal.in_order()));
+      const int expert = n_surplus > 0 && item >= 0 ? expert_at(item) : -1;
+      const int last_expert = lanes_.largest(expert);
+      if (expert < 0 || expert != last_expert) continue;
+      equal.remove(item);
+      chosen.remove(item);
     }
-    const int last = best_of_lanes.merge(best, [&](auto n_keys, const int* own, int place) {
-      constexpr int kKeys = decltype(n_keys)::value;
-      const int k = int(a_.k);
-      int32_t* const choice = choice_of(turn) + place;
-      const int n_written = turn.has_row() && lanes_.own < kBest / kKeys ? k - place : 0;
-      int last = own[0];
+    return true;
+  }
+
+  // The row's own choices are kept as router_rows.h says: a byte for 8 neighbouring experts, of two lanes with 4 of 32 bits.
+  __device__ void store_choice(const Turn& turn, const ChosenItems& chosen) const {
+    const unsigned items = turn.counts() ? chosen.in_order() : 0;
+    uint8_t* const bytes = new_choice_ + uint64_t(turn.row()) * unsigned(n_bytes_);
+    if (kSize == 4 && lanes_.n > 1) {
+      const unsigned others = __shfl_xor_sync(kWholeWarp, items, 1);
+      if (!turn.has_row() || lanes_.own % 2 != 0) return;
 #pragma unroll
-      for (int i = 0; i < kKeys; ++i) {
-        if (i <= ((k - 1) & (kKeys - 1))) last = own[i];
-        if (i < n_written) choice[i] = turn.counts() ? expert_of_key(own[i]) : -1;
+      for (int vector = 0; vector < kVectors; ++vector) {
+        const int byte = expert_at(vector * kSize) / 8;
+        if (byte < n_bytes_)
+          bytes[byte] = uint8_t((items >> vector * kSize & 15) | (others >> vector * kSize & 15) << 4);
       }
-      return lanes_.broadcast(last, best_of_lanes.last_lane());
-    });
-    const int least = turn.counts() ? last : INT32_MAX;
+    } else if (turn.has_row()) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      if (keys[i] >= least) add(i);
+      for (int item = 0; item < kItems; item += 8)
+        if (expert_at(item) / 8 < n_bytes_) bytes[expert_at(item) / 8] = uint8_t(items >> item);
+    }
+  }
+  __device__ ChosenItems load_choice(const Turn& turn) const {
+    const uint8_t* const bytes = choice_ + uint64_t(turn.row()) * unsigned(n_bytes_);
+    unsigned items = 0;
+    if (!turn.counts()) return {};
+#pragma unroll
+    for (int item = 0; item < kItems; item += kSize) {
+      const int expert = expert_at(item);
+      if (expert < n_experts_) items |= (bytes[expert / 8] >> expert % 8 & ((1u << kSize) - 1)) << item;
+    }
+    return ChosenItems::from_order(items);
   }
   // use(chosen) for the row's choices that were given; one at a time where a row chose an expert twice.
   // False where there is no such expert.
@@ -202,7 +224,7 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
     const int k = int(a_.k);
     const uint64_t at = uint64_t(turn.row()) * unsigned(k) + unsigned(lanes_.own);
     bool every_expert_exists = true;
-    // each(twice the item of this lane, or beyond) for every choice; each lane reads one of them at a time
+    // each(the bit of an item of this lane, or beyond) for every choice; each lane reads one of them at a time
     const auto for_each = [&](auto n_at_once, auto each) {
 #pragma unroll 1
       for (int first = 0; first < k; first += lanes_.n) {
@@ -211,19 +233,18 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
           const int64_t expert = a_.wide_indices ? static_cast<const int64_t*>(given_)[at + unsigned(first)]
                                                  : static_cast<const int32_t*>(given_)[at + unsigned(first)];
           every_expert_exists = every_expert_exists && expert >= 0 && expert < a_.n_experts;
-          own = twice_position(int(expert));
+          own = place_of(int(expert));
         }
         const int n = k - first < lanes_.n ? k - first : lanes_.n;
 #pragma unroll 1
         for (int which = 0; which < n; which += decltype(n_at_once)::value) {
 #pragma unroll
-          for (int i = 0; i < decltype(n_at_once)::value; ++i)
-            each(lanes_.broadcast(own, which + i) - 2 * lanes_.own * kItems);
+          for (int i = 0; i < decltype(n_at_once)::value; ++i) each(lanes_.broadcast(own, which + i) - 32 * lanes_.own);
         }
       }
     };
     ChosenItems all;
-    const auto add = [&](int twice_item) { all.add(twice_item); };
+    const auto add = [&](int bit) { all.add(bit); };
     if (lanes_.n >= 4)
       for_each(std::integral_constant<int, 4>(), add);
     else
@@ -231,9 +252,9 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
     if (!__any_sync(kWholeWarp, all.repeated != 0)) {
       use(all);
     } else {
-      for_each(std::integral_constant<int, 1>(), [&](int twice_item) {
+      for_each(std::integral_constant<int, 1>(), [&](int bit) {
         ChosenItems one;
-        one.add(twice_item);
+        one.add(bit);
         use(one);
       });
     }
@@ -241,18 +262,17 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
   }
 
  private:
-  __device__ int32_t* choice_of(const Turn& turn) const {  // own ones
-    return choices_ + uint64_t(turn.row()) * unsigned(a_.k);
-  }
-  // Twice the number of an expert's logit among those of the row's lanes, lane by lane.
-  __device__ int twice_position(int expert) const {
+  // The bit of an expert's item among those of the row's lanes, 32 for each.
+  __device__ int place_of(int expert) const {
     const unsigned vector = unsigned(expert) / kSize;
     const unsigned lane = vector & (lanes_.n - 1), of_lane = vector >> lanes_.n_bits;
-    return 2 * int(lane * kItems + of_lane * kSize + unsigned(expert) % kSize);
+    return int(lane * 32) + ChosenItems::bit_of(int(of_lane * kSize + unsigned(expert) % kSize));
   }
 
   using Rows::a_, Rows::lanes_, Rows::n_experts_;
-  int32_t* choices_ = nullptr;   // of the layer
+  const int n_bytes_;              // of a row's own choices
+  uint8_t* new_choice_ = nullptr;  // of the layer
+  const uint8_t* choice_ = nullptr;
   const void* given_ = nullptr;  // of the layer, 64 or 32 bits
 };
 

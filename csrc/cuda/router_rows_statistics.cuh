@@ -55,11 +55,13 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   ChoiceCounts choices;
   RowScalars scalars;
   const bool is_biased = arguments.expert_bias != nullptr;
-  enum { kGiven, kBestOnes, kOneByOne };
-  const bool is_at_once = sizeof(Element) == 2 && !is_biased && arguments.k >= kLeastBest && arguments.k <= kBest;
-  const int choice = computed_once(!arguments.choice ? kGiven : is_at_once ? kBestOnes : kOneByOne);
+  enum { kGiven, kAtOnce, kOneByOne };
+  constexpr bool kMayBeAtOnce = sizeof(Element) == 2 && kItems == 2 * kBest;
+  const bool is_at_once = kMayBeAtOnce && !is_biased && arguments.k >= kLeastBest && arguments.k <= kBest;
+  const int choice = computed_once(!arguments.new_choice ? kGiven : is_at_once ? kAtOnce : kOneByOne);
   bool every_expert_exists = true;
-  const BestOfLanes best_of_lanes(lanes.lanes(), int(arguments.k));
+  using LastChoiceOfPairs = LastChoice<std::conditional_t<kMayBeAtOnce, Element, __half>>;
+  const LastChoiceOfPairs last_choice(lanes.lanes(), int(arguments.k));
   // A row's weights, what they are multiplied by to be p, and what makes a weight a score that a bias is added to: p, or a
   // sigmoid before it is normalised. adds: also what is one number for the row.
   const auto measure = [&](const typename Lanes::Turn& turn, bool adds, float* weights, float& inverse, float& scale) {
@@ -120,33 +122,33 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
     const auto add_chosen = [&](const ChosenItems& chosen) {
       if (!turn.counts()) return;
       choices.add(chosen);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (chosen.has(i)) importance[i] = fmaf(weights[i], inverse, importance[i]);
+      chosen.template for_each<kItems>([&](int i) { importance[i] = fmaf(weights[i], inverse, importance[i]); });
     };
     if (choice == kGiven) {
       every_expert_exists = lanes.for_given(turn, add_chosen) && every_expert_exists;
       return;
     }
-    if constexpr (sizeof(Element) == 2) {
-      if (choice == kBestOnes)
-        return lanes.choose_best(turn, best_of_lanes, [&](int i) {
-          importance[i] = fmaf(weights[i], inverse, importance[i]);
-          choices.add(i);
-        });
-    }
-    float scores[kItems];
-    if (!is_biased) {
-      lanes.read(turn, scores);
-      return add_chosen(lanes.template choose<ScoreKey>(turn, scores));
-    }
-    const float* const bias = arguments.expert_bias + lanes.layer() * arguments.n_experts;
+    const auto choose_one_by_one = [&] {
+      float scores[kItems];
+      if (!is_biased) {
+        lanes.read(turn, scores);
+        return lanes.template choose<ScoreKey>(scores);
+      }
+      const float* const bias = arguments.expert_bias + lanes.layer() * arguments.n_experts;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int expert = lanes.expert_at(i);
-      scores[i] = expert < arguments.n_experts ? weights[i] * scale + bias[expert] : -INFINITY;
-    }
-    add_chosen(lanes.template choose<uint64_t>(turn, scores));
+      for (int i = 0; i < kItems; ++i) {
+        const int expert = lanes.expert_at(i);
+        scores[i] = expert < arguments.n_experts ? weights[i] * scale + bias[expert] : -INFINITY;
+      }
+      return lanes.template choose<uint64_t>(scores);
+    };
+    ChosenItems chosen;
+    bool is_chosen = false;
+    if constexpr (kMayBeAtOnce)
+      is_chosen = choice == kAtOnce && lanes.choose_best(turn, last_choice, inverse != inverse, chosen);
+    if (!is_chosen) chosen = choose_one_by_one();
+    lanes.store_choice(turn, chosen);
+    add_chosen(chosen);
   });
   AVA_DEVICE_CHECK(every_expert_exists);
   scalars.evaluate();

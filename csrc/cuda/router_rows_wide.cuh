@@ -49,28 +49,43 @@ class WideRouter {
     return {row, of_logits.max, of_logits.rest};
   }
 
-  // The k best, by rank: each is the best of those behind the one before.
+  // The k best, by rank: each is the best of those behind the one before. None where the row does not count.
   __device__ void choose(const WideRouterRow<Real>& measured, bool counts) const {
+    const int64_t n_bytes = bytes_of_choice(a_.n_experts);
+    uint8_t* const choice = a_.new_choice + (layer_ * a_.n_rows + row_) * n_bytes;
+    for (int64_t byte = lane_; byte < n_bytes; byte += 32) choice[byte] = 0;
+    __syncwarp();
     const Real* const bias = a_.expert_bias ? a_.expert_bias + layer_ * a_.n_experts : nullptr;
     const Real scale = kSigmoid ? exp_of(measured.row.max) : 1 / (1 + measured.row.rest);
     BestExpert<Real> before;
-    for (int64_t slot = 0; slot < a_.k; ++slot) {
+    for (int64_t slot = 0; counts && slot < a_.k; ++slot) {
       BestExpert<Real> best;
-      for (int64_t expert = lane_; counts && expert < a_.n_experts; expert += 32) {
+      for (int64_t expert = lane_; expert < a_.n_experts; expert += 32) {
         const Real score = bias ? exp_of(effective(expert) - measured.row.max) * scale + bias[expert] : logit(expert);
         if (slot == 0 || ranks_before(before.score, before.expert, score, expert)) best.offer(score, int32_t(expert));
       }
       best.merge_lanes();
-      if (lane_ == 0) a_.choice[(layer_ * a_.n_rows + row_) * a_.k + slot] = counts ? best.expert : -1;
+      if (lane_ == 0) set_chosen(choice, uint64_t(best.expert));
       before = best;
     }
   }
 
+  __device__ int times_chosen(int64_t expert) const {
+    const int64_t row_of_all = layer_ * a_.n_rows + row_;
+    if (const uint8_t* const own = a_.new_choice ? a_.new_choice : a_.choice)
+      return is_chosen(own + row_of_all * bytes_of_choice(a_.n_experts), uint64_t(expert));
+    int times = 0;
+    for (int64_t slot = 0; slot < a_.k; ++slot) {
+      const int64_t chosen = a_.choice_at(layer_, row_, slot);
+      AVA_DEVICE_CHECK(chosen >= 0 && chosen < a_.n_experts);
+      times += chosen == expert;
+    }
+    return times;
+  }
   // v of the group, with what the row chose
   __device__ Real upstream(int64_t group, int64_t expert, Real mean_of_group) const {
     Real v = a_.grad_probability ? a_.grad_probability[group * a_.n_experts + expert] - mean_of_group : Real(0);
-    for (int64_t slot = 0; a_.grad_importance && slot < a_.k; ++slot)
-      if (a_.choice_at(layer_, row_, slot) == expert) v += a_.grad_importance[group * a_.n_experts + expert];
+    if (a_.grad_importance) v += Real(times_chosen(expert)) * a_.grad_importance[group * a_.n_experts + expert];
     return v;
   }
   __device__ void differentiate(int64_t group, Real mean_of_group) const {
@@ -144,7 +159,7 @@ __global__ void __launch_bounds__(kRouterThreads, 1)
     WideRouterRow<RealOf<Element>> measured{};
     if (counts) measured = router.measure();
     if (threadIdx.x % 32 == 0) arguments.wide_rows[layer * arguments.n_rows + row] = measured;
-    if (arguments.choice) router.choose(measured, counts);
+    if (arguments.new_choice) router.choose(measured, counts);
   }
 }
 
@@ -167,14 +182,9 @@ __global__ void __launch_bounds__(kRouterThreads, 1)
     const WideRouter<Element, kSigmoid> router(arguments, layer, row);
     const Real p = exp_of(router.effective(expert) - measured.row.max) / (1 + measured.row.rest);
     probability += double(p);
-    for (int64_t which = 0; which < arguments.k; ++which) {
-      const int64_t chosen =
-          arguments.choice ? arguments.choice[at * arguments.k + which] : arguments.choice_at(layer, row, which);
-      AVA_DEVICE_CHECK(chosen >= 0 && chosen < n_experts);
-      if (chosen != expert) continue;
-      ++choices;
-      importance += double(p);
-    }
+    const int times = router.times_chosen(expert);
+    choices += times;
+    importance += times * double(p);
     if (expert != 0) continue;
     const Real lse = measured.max_logit + log1p_of_rest(measured.rest_of_logits);
     lse_squared += double(lse * lse);

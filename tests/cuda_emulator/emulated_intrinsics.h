@@ -108,6 +108,7 @@ inline unsigned __brev(unsigned bits) {
   for (int i = 0; i < 32; ++i) result |= (bits >> i & 1) << (31 - i);
   return result;
 }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits)); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline unsigned __float_as_uint(float value) { return ava::float_to_bits(value); }
 inline int __float_as_int(float value) { return int(ava::float_to_bits(value)); }

@@ -18,7 +18,6 @@ inline float max_keep_nan(float x, float y) { return x != x ? x : y != y ? y : x
 inline float min_keep_nan(float x, float y) { return x != x ? x : y != y ? y : x < y ? x : y; }
 
 inline uint32_t bit_at(unsigned shift) { return shift < 32 ? 1u << shift : 0; }
-inline uint32_t sign_masks(uint32_t pair) { return (pair >> 31) * 0xffff0000u | (pair >> 15 & 1) * 0xffffu; }
 inline unsigned computed_again(unsigned value) { return value; }
 template <class Type>
 Type computed_once(Type value) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #include "../../csrc/element_type.h"
 
@@ -58,22 +59,6 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 }
 inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
 
-// Both halves of a sum; every nan is the same one.
-inline __half __hadd(__half x, __half y) {
-  const float sum = __half2float(x) + __half2float(y);
-  __half result = __float2half_rn(sum);
-  if (sum != sum) result.number.bits = 0x7fff;
-  return result;
-}
-inline __nv_bfloat16 __hadd(__nv_bfloat16 x, __nv_bfloat16 y) {
-  const float sum = __bfloat162float(x) + __bfloat162float(y);
-  __nv_bfloat16 result = __float2bfloat16_rn(sum);
-  if (sum != sum) result.number.bits = 0x7fff;
-  return result;
-}
-inline __half2 __hadd2(__half2 a, __half2 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
-inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
-
 // The larger and the smaller of each half; a nan loses.
 inline __half larger(__half x, __half y) {
   const float a = __half2float(x), b = __half2float(y);
@@ -95,3 +80,25 @@ inline __half2 __hmax2(__half2 a, __half2 b) { return {larger(a.x, b.x), larger(
 inline __half2 __hmin2(__half2 a, __half2 b) { return {smaller(a.x, b.x), smaller(a.y, b.y)}; }
 inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) { return {larger(a.x, b.x), larger(a.y, b.y)}; }
 inline __nv_bfloat162 __hmin2(__nv_bfloat162 a, __nv_bfloat162 b) { return {smaller(a.x, b.x), smaller(a.y, b.y)}; }
+inline __half2 __lowhigh2highlow(__half2 pair) { return {pair.y, pair.x}; }
+inline __nv_bfloat162 __lowhigh2highlow(__nv_bfloat162 pair) { return {pair.y, pair.x}; }
+
+// 16 bits of ones for each half that compares so, else zeros.
+template <class Compare>
+unsigned halves(Compare compare, float a, float b, float c, float d) {
+  return (compare(a, b) ? 0xffffu : 0) | (compare(c, d) ? 0xffff0000u : 0);
+}
+inline unsigned __hge2_mask(__half2 a, __half2 b) {
+  return halves(std::greater_equal<>(), __half2float(a.x), __half2float(b.x), __half2float(a.y), __half2float(b.y));
+}
+inline unsigned __hge2_mask(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return halves(std::greater_equal<>(), __bfloat162float(a.x), __bfloat162float(b.x), __bfloat162float(a.y),
+                __bfloat162float(b.y));
+}
+inline unsigned __heq2_mask(__half2 a, __half2 b) {
+  return halves(std::equal_to<>(), __half2float(a.x), __half2float(b.x), __half2float(a.y), __half2float(b.y));
+}
+inline unsigned __heq2_mask(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return halves(std::equal_to<>(), __bfloat162float(a.x), __bfloat162float(b.x), __bfloat162float(a.y),
+                __bfloat162float(b.y));
+}

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cuda/router_rows.cuh"
@@ -31,7 +32,7 @@ struct Problem {
   std::vector<Real> bias, grad_vectors[2], grad_scalars[2];
   std::vector<double> vectors[2], scalars[2], gradient;
   std::vector<int64_t> counts, n_rows;
-  std::vector<int32_t> choice;
+  std::vector<uint8_t> choice;  // [n_layers, n_rows, bytes_of_choice]
 
   Problem(const Case& shape, uint64_t seed) : shape(shape) {
     std::mt19937_64 random(seed);
@@ -66,7 +67,7 @@ struct Problem {
     counts.assign(n_groups * shape.n_experts, 0);
     n_rows.assign(n_groups, 0);
     gradient.assign(shape.n_layers * shape.n_rows * shape.n_experts, 0);
-    choice.assign(shape.n_layers * shape.n_rows * shape.k, -1);
+    choice.assign(shape.n_layers * shape.n_rows * bytes_of_choice(shape.n_experts), 0);
     for (int64_t layer = 0; layer < shape.n_layers; ++layer)
       for (int64_t row = 0; row < shape.n_rows; ++row) {
         const int64_t segment = shape.n_segments ? segment_ids[row] : 0;
@@ -95,11 +96,12 @@ struct Problem {
     const std::vector<double> of_softmax = softmax(z, lse), p = softmax(y, lse_of_scores);
     for (int64_t e = 0; e < n; ++e)
       score[e] = shape.biased ? (kSigmoid ? 1 / (1 + std::exp(-z[e])) : p[e]) + double(bias[layer * n + e]) : z[e];
-    int32_t* const chosen = choice.data() + at * shape.k;
+    std::vector<int32_t> chosen(shape.k);
     if (shape.own_choice)
-      choose<double>(n, shape.k, [&](int64_t e) { return score[e]; }, chosen);
+      choose<double>(n, shape.k, [&](int64_t e) { return score[e]; }, chosen.data());
     else
-      std::copy_n(indices.begin() + at * shape.k, shape.k, chosen);
+      std::copy_n(indices.begin() + at * shape.k, shape.k, chosen.begin());
+    for (int32_t e : chosen) set_chosen(choice.data() + at * bytes_of_choice(n), e);
 
     double entropy = 0, mean = 0;
     for (int64_t e = 0; e < n; ++e) {
@@ -152,9 +154,9 @@ struct Problem {
       arguments.order = order.data();
       arguments.segment_starts = starts.data();
     }
-    std::vector<int32_t> own(n_all * shape.k, 7);
+    std::vector<uint8_t> own(choice.size(), 7);
     if (shape.own_choice)
-      arguments.choice = own.data();
+      arguments.new_choice = own.data();
     else
       arguments.wide_indices = indices.data();
     if (shape.biased) arguments.expert_bias = bias.data();
@@ -184,7 +186,7 @@ struct Problem {
     }
 
     std::vector<Element> got_gradient(n_all * n, from_real<Element>(NAN));
-    if (shape.own_choice) arguments.indices = own.data();
+    arguments.choice = std::exchange(arguments.new_choice, nullptr);
     arguments.grad_probability = grad_vectors[0].data();
     arguments.grad_importance = grad_vectors[1].data();
     arguments.grad_lse_squared = grad_scalars[0].data();
@@ -205,18 +207,24 @@ void test_problem(const Case& shape, int n_random = 0) {
   cuda_emulator::under_every_schedule([&] { problem.check(); }, n_random);
 }
 
-// Rows of few different scores, so that most are equal, also of infinities, of both zeros, and of nan.
+// Of which scores rows are: few different ones, so that most are equal, also infinities, both zeros, and nan; 256 numbers;
+// the same with a nan; k - 1 of them, and -inf.
+enum class Scores { few, many, nan, masked };
+
 template <class Element>
-void test_choices(int64_t n_experts, int64_t k) {
+void test_choices(int64_t n_experts, int64_t k, Scores of) {
   constexpr int64_t kRows = 40;
   const float values[] = {1, -1, 0.f, -0.f, -INFINITY, 2, -1e-40f, INFINITY, NAN};
   std::mt19937_64 random(uint64_t(n_experts * 16 + k));
   std::vector<Element> logits(kRows * n_experts);
   for (int64_t row = 0; row < kRows; ++row) {
     const size_t n_values = row % 4 == 0 ? 9 : row % 4 == 1 ? 2 : row % 4 == 2 ? 5 : 7;
-    for (int64_t e = 0; e < n_experts; ++e)
-      logits[row * n_experts + e] =
-          from_float<Element>(row % 8 == 7 ? float(int64_t(random() % 256) - 128) / 16 : values[random() % n_values]);
+    for (int64_t e = 0; e < n_experts; ++e) {
+      float score = of == Scores::few ? values[random() % n_values] : float(int64_t(random() % 256) - 128) / 16;
+      if (of == Scores::nan && e == row % n_experts) score = NAN;
+      if (of == Scores::masked && (e + row) % n_experts >= k - 1) score = -INFINITY;
+      logits[row * n_experts + e] = from_float<Element>(score);
+    }
   }
   RouterArguments<float> arguments{};
   arguments.logits[0] = logits.data();
@@ -226,19 +234,22 @@ void test_choices(int64_t n_experts, int64_t k) {
   arguments.k = k;
   arguments.n_segments = arguments.n_slots = 1;
   arguments.rows_in_slot = rows_in_slot(n_experts);
-  std::vector<int32_t> choice(kRows * k, -7), counts(n_experts + 1), expected(k), expected_counts(n_experts + 1);
+  const int64_t n_bytes = bytes_of_choice(n_experts);
+  std::vector<uint8_t> choice(kRows * n_bytes, 7), expected_choice(kRows * n_bytes);
+  std::vector<int32_t> counts(n_experts + 1), expected(k), expected_counts(n_experts + 1);
   std::vector<float> sums(2 * n_experts + 2);
-  arguments.choice = choice.data();
+  arguments.new_choice = choice.data();
   arguments.sums = sums.data();
   arguments.counts = counts.data();
   run_router<Element, false>(false, arguments, 1, nullptr);
   for (int64_t row = 0; row < kRows; ++row) {
     choose<float>(n_experts, k, [&](int64_t e) { return to_float(logits[row * n_experts + e]); }, expected.data());
-    for (int64_t i = 0; i < k; ++i) {
-      EXPECT(choice[row * k + i] == expected[i]);
-      ++expected_counts[expected[i]];
+    for (int32_t e : expected) {
+      set_chosen(expected_choice.data() + row * n_bytes, e);
+      ++expected_counts[e];
     }
   }
+  EXPECT(choice == expected_choice);
   expected_counts[n_experts] = kRows;
   EXPECT(counts == expected_counts);
 }
@@ -287,58 +298,32 @@ void test_slots_have_room_for_every_segment() {
   }
 }
 
-template <class Element>
-void test_keys_are_in_the_order_of_scores() {
-  std::vector<float> scores = {NAN, -NAN, INFINITY, -INFINITY, 0.f, -0.f, 1.f, -1.f, 1e-40f, -1e-40f, 3e4f, -3e4f};
-  for (float& score : scores) score = to_float(from_float<Element>(score));
-  for (float score : scores)
-    for (float other : scores)
-      for (int expert : {0, 6, 510})
-        for (int other_expert : {0, 6, 510}) {
-          const Element low[2] = {from_float<Element>(score), from_float<Element>(other)};
-          const Element high[2] = {low[1], low[0]};
-          uint32_t words[2];
-          memcpy(&words[0], low, 4);
-          memcpy(&words[1], high, 4);
-          int keys[2], others[2];
-          pair_of_keys<Element>(words[0], expert, keys);
-          pair_of_keys<Element>(words[1], other_expert, others);
-          for (int i = 0; i < 2; ++i)
-            for (int j = 0; j < 2; ++j) {
-              const float x = i ? other : score, y = j ? score : other;
-              EXPECT((keys[i] > others[j]) == ranks_before(x, expert + i, y, other_expert + j));
-              EXPECT(expert_of_key(keys[i]) == expert + i);
-            }
-        }
-}
-
-// A network that sorts every sequence of zeros and ones sorts all.
-void test_networks_sort() {
+// A network that sorts every sequence of zeros and ones sorts all. Both halves at once: the upper one has ones for zeros.
+void test_the_network_sorts() {
   for (int bits = 0; bits < 256; ++bits) {
-    int keys[kBest];
-    for (int i = 0; i < kBest; ++i) keys[i] = bits >> i & 1;
-    sort_best(keys);
-    for (int i = 0; i < kBest; ++i) EXPECT(keys[i] == (i < __builtin_popcount(unsigned(bits))));
-  }
-  for (int ones = 0; ones <= kBest; ++ones)
-    for (int other_ones = 0; other_ones <= kBest; ++other_ones) {
-      int keys[kBest];
-      for (int i = 0; i < kBest; ++i) keys[i] = i < ones;
-      merge_best(keys, [&](int i) { return int(i < other_ones); });
-      for (int i = 0; i < kBest; ++i) EXPECT(keys[i] == (i < ones + other_ones));
+    __half2 scores[kBest];
+    for (int i = 0; i < kBest; ++i) scores[i] = __floats2half2_rn(float(bits >> i & 1), float(~bits >> i & 1));
+    sort_best(scores);
+    const int n_ones = __builtin_popcount(unsigned(bits));
+    for (int i = 0; i < kBest; ++i) {
+      EXPECT(to_float(scores[i].x) == float(i < n_ones));
+      EXPECT(to_float(scores[i].y) == float(i < kBest - n_ones));
     }
+  }
 }
 
 }  // namespace
 
 int main() {
-  test_keys_are_in_the_order_of_scores<__nv_bfloat16>();
-  test_keys_are_in_the_order_of_scores<__half>();
-  for (int64_t n_experts : {3, 8, 16, 20, 32, 60, 64, 128, 200, 256, 500, 512})
-    for (int64_t k : {3, 5, 8}) test_choices<__nv_bfloat16>(n_experts, std::min(k, n_experts));
-  test_choices<__half>(64, 8);
-  test_choices<float>(100, 7);
-  test_networks_sort();
+  for (int64_t n_experts : {3, 8, 16, 20, 31, 60, 64, 128, 200, 256, 500, 512})
+    for (int64_t k : {3, 4, 5, 6, 7, 8})
+      for (Scores of : {Scores::few, Scores::many, Scores::nan, Scores::masked})
+        test_choices<__nv_bfloat16>(n_experts, std::min(k, n_experts), of);
+  for (Scores of : {Scores::few, Scores::many, Scores::masked}) {
+    test_choices<__half>(31, 8, of);
+    test_choices<float>(100, 7, of);
+  }
+  test_the_network_sorts();
   test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0}, 1);
   test_problem<__nv_bfloat16, false>({1, 70, 64, 8, 0, 0, true, false, 3});
   test_problem<__half, false>({1, 40, 100, 3, 2, 0, false, false, 2});

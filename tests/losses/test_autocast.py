@@ -75,8 +75,9 @@ def test_autocast_changes_nothing_on_a_device_without_float64(monkeypatch):
         upstream = Numbers(22)
         of_experts = (upstream.normal(1, E).float() for _ in range(2))
         of_groups = (upstream.normal(1).float() for _ in range(2))
-        indices = measured[-1].long()
-        gradient = router_rows.router_gradient([gates], indices, None, None, *of_experts, *of_groups, 1, False)
+        gradient = router_rows.router_gradient(
+            [gates], None, measured[-1], None, None, *of_experts, *of_groups, 1, False
+        )
         return (*measured, gradient)
 
     expected = run()

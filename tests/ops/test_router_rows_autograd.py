@@ -31,10 +31,12 @@ def test_opcheck(dtype, is_sigmoid):
     ]:
         torch.library.opcheck(ops.router_statistics.default, arguments)
     detached = gate_logits.detach()
+    choice = ops.router_statistics([detached], None, mask, None, None, 1, 2, is_sigmoid)[-1]
     vectors, scalars = torch.rand(2, 6, 17, dtype=real), torch.rand(2, 6, dtype=real)
     for arguments in [
-        ([detached], None, mask, None, vectors[0, :2], None, None, None, 1, is_sigmoid),
-        ([detached], indices, None, segments, *vectors, *scalars, 3, is_sigmoid),
+        ([detached], None, None, mask, None, vectors[0, :2], None, None, None, 1, is_sigmoid),
+        ([detached], indices, None, None, segments, *vectors, *scalars, 3, is_sigmoid),
+        ([detached], None, choice, None, segments, *vectors, *scalars, 3, is_sigmoid),
     ]:
         torch.library.opcheck(ops.router_gradient.default, arguments)
 
@@ -156,11 +158,15 @@ def test_bad_arguments_of_the_operators_are_named():
         with pytest.raises(RuntimeError, match=message):
             ops.router_statistics(*arguments)
     with pytest.raises(RuntimeError, match=r"grad_probability_sum of shape \[2, 4\], got \[2, 3\]"):
-        ops.router_gradient([gate_logits], None, None, None, vectors[:, 1:], None, None, None, 1, False)
-    with pytest.raises(RuntimeError, match="expert_indices beside grad_importance_sum, got none"):
-        ops.router_gradient([gate_logits], None, None, None, None, vectors, None, None, 1, False)
+        ops.router_gradient([gate_logits], None, None, None, None, vectors[:, 1:], None, None, None, 1, False)
+    choice = torch.zeros(2, 5, 1, dtype=torch.uint8)
+    for chosen, message in (((None, None), "got neither"), ((indices, choice), "got both")):
+        with pytest.raises(RuntimeError, match="either expert_indices or expert_choice beside .*" + message):
+            ops.router_gradient([gate_logits], *chosen, None, None, None, vectors, None, None, 1, False)
+    with pytest.raises(RuntimeError, match=r"expert_choice of shape \[2, 5, 1\], got \[2, 5, 4\]"):
+        ops.router_gradient([gate_logits], None, choice.expand(2, 5, 4), *[None] * 6, 1, False)
     with pytest.raises(RuntimeError, match=r"grad_entropy_sum of type float64, got float32"):
-        ops.router_gradient([gate_logits], None, None, None, None, None, None, scalars.float(), 1, False)
+        ops.router_gradient([gate_logits], *[None] * 7, scalars.float(), 1, False)
 
 
 def test_segments_out_of_range_are_named():

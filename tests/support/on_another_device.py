@@ -68,5 +68,7 @@ check(
 gates = [torch.randn(2, 5, 4)]
 check("router_statistics", gates, None, None, torch.tensor([0, 1, 0, -1, 1]), None, 2, 2, True)
 chosen = torch.randint(4, (2, 5, 2))
-check("router_gradient", gates, chosen, None, None, torch.rand(2, 4), torch.rand(2, 4), *torch.rand(2, 2), 1, False)
+check(
+    "router_gradient", gates, chosen, None, None, None, torch.rand(2, 4), torch.rand(2, 4), *torch.rand(2, 2), 1, False
+)
 check_front_end()

@@ -29,16 +29,13 @@ def router_statistics(
     counted = _counted(gate_logits, row_mask, segment_ids)
     z = _rows(gate_logits).masked_fill(~counted.unsqueeze(-1), 0)
     p, _, entropy = _measure(z, is_sigmoid)
-    choice = torch.empty(0, dtype=torch.int32, device=z.device)
-    if expert_indices is None:
+    chosen = expert_indices
+    if chosen is None:
         scores = z
         if expert_bias is not None:
             scores = (torch.sigmoid(z) if is_sigmoid else p).to(real) + expert_bias.unsqueeze(1)
         # stable: of equals the lowest index
         chosen = scores.sort(stable=True, dim=-1, descending=True).indices[..., :k]
-        choice = torch.where(counted.unsqueeze(-1), chosen, -1).int()
-    else:
-        chosen = expert_indices
     times_chosen = _times_chosen(z, chosen, counted)
     mask = counted.to(z.dtype)
     values = torch.cat(
@@ -65,13 +62,14 @@ def router_statistics(
         ),
         counts.long().clone(memory_format=torch.contiguous_format),
         n_rows.long().clone(memory_format=torch.contiguous_format),
-        choice.contiguous(),
+        _packed(times_chosen) if expert_indices is None else counts.new_empty(0, dtype=torch.uint8),
     )
 
 
 def router_gradient(
     gate_logits: Sequence[Tensor],  # of [n_layers, ..., n_experts]
     expert_indices: Tensor | None,  # [n_layers, n_rows, k]
+    expert_choice: Tensor | None,  # [n_layers, n_rows, n_experts / 8] uint8
     row_mask: Tensor | None,  # [n_rows] or [n_layers, n_rows]
     segment_ids: Tensor | None,  # [n_rows]
     grad_probability_sum: Tensor | None,  # [n_groups, n_experts]
@@ -98,6 +96,8 @@ def router_gradient(
         by_expert += of_rows(grad_probability_sum)
     if grad_importance_sum is not None and expert_indices is not None:
         by_expert += _times_chosen(z, expert_indices, counted) * of_rows(grad_importance_sum)
+    if grad_importance_sum is not None and expert_choice is not None:
+        by_expert += _unpacked(expert_choice, z) * of_rows(grad_importance_sum)
     # against the maximum's own: where a row is sure, the others' differences are all that is left
     centred = by_expert - by_expert.gather(-1, p.argmax(-1, keepdim=True))
     gradient = p * (centred - (p * centred).sum(-1, keepdim=True))
@@ -165,3 +165,22 @@ def _times_chosen(
     counted = counted.unsqueeze(-1)
     once = counted.to(z.dtype).expand(chosen.shape)
     return torch.zeros_like(z).scatter_add_(-1, chosen.long().masked_fill(~counted, 0), once)
+
+
+def _packed(
+    choice: Tensor,  # [n_layers, n_rows, n_experts]: 0 or 1
+) -> Tensor:  # [n_layers, n_rows, n_experts / 8] uint8
+    """Expert e as bit e % 8 of byte e / 8."""
+    padded = torch.nn.functional.pad(choice.to(torch.uint8), (0, -choice.shape[-1] % 8))
+    return (padded.unflatten(-1, (-1, 8)) * _bits(choice)).sum(-1).to(torch.uint8)
+
+
+def _unpacked(
+    packed: Tensor,  # [n_layers, n_rows, n_experts / 8] uint8
+    z: Tensor,  # [n_layers, n_rows, n_experts]
+) -> Tensor:  # like z
+    return (packed.unsqueeze(-1) & _bits(z)).ne(0).flatten(-2)[..., : z.shape[-1]].to(z.dtype)
+
+
+def _bits(beside: Tensor) -> Tensor:  # [8]
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=beside.device)

@@ -99,6 +99,15 @@ def of_pairs(function, widen, narrow, a, b):
     return pair(narrow, *result)
 
 
+def masks_of_pairs(compare, widen, a, b):
+    """16 bits of ones for each of the two 16-bit floats of a uint32 that compares so"""
+    result = np.uint32(0)
+    for shift in (np.uint32(0), np.uint32(16)):
+        x, y = (widen(((v >> shift) & np.uint32(0xFFFF)).astype(np.uint16)) for v in (a, b))
+        result = result | np.where(compare(x, y), np.uint32(0xFFFF) << shift, np.uint32(0))
+    return result
+
+
 def to_integer(x, rounding, target):
     rounded = rounding(x.astype(np.float64))
     limits = np.iinfo(target)

@@ -18,7 +18,7 @@ class Computations:
         """An instruction whose operands all have the type of its last suffix."""
         kind = i.suffixes[-1] if i.suffixes else ""
         simple = SIMPLE.get(i.name)
-        if simple is None or (kind.endswith(("x2", "f16")) and i.name not in ("add", "min", "max")):
+        if simple is None or (kind.endswith(("x2", "f16")) and i.name not in ("min", "max")):
             raise NotImplementedError(i.text)
         self.write(i.operands[0], kind, simple(kind, i.suffixes, *[self.read(x, kind) for x in i.operands[1:]]))
 
@@ -91,6 +91,15 @@ class Computations:
             expression = f"({expression} {combine} {self.read(operands[3], 'pred')})"
         self.write(operands[0], "pred", expression)
 
+    def do_set(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
+        """Of pairs of 16 bits: 16 bits of ones for each half that compares so"""
+        comparison, to, kind = suffixes
+        if to != "u32" or not kind.endswith("x2"):
+            raise NotImplementedError(i.text)
+        a, b = self.read(operands[1], kind), self.read(operands[2], kind)
+        expression = COMPARISONS[comparison].format(a="a", b="b")
+        self.write(operands[0], "u32", f"masks_of_pairs(lambda a, b: {expression}, {kind[:-2]}_to_f32, {a}, {b})")
+
     def do_selp(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         kind = suffixes[-1]
         a, b, p = self.read(operands[1], kind), self.read(operands[2], kind), self.read(operands[3], "pred")
@@ -161,9 +170,6 @@ def _fma(kind: str, suffixes: list[str], a: str, b: str, c: str) -> str:
 
 
 def _add(kind: str, suffixes: list[str], a: str, b: str) -> str:
-    if kind.endswith("x2"):  # rounded twice as once: float32 has more than twice the digits
-        half = kind[:-2]
-        return f"of_pairs(np.add, {half}_to_f32, f32_to_{half}, {a}, {b})"
     return f"add_rz_f32({a}, {b})" if "rz" in suffixes else f"{a} + {b}"
 
 

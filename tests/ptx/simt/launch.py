@@ -56,6 +56,8 @@ class Launch(Synchronisation, Mbarriers, MemoryAccess):
         if cluster_size > 1 and block % WARP:
             raise NotImplementedError("clusters of blocks with part of a warp")
         self.instructions = self.program.instructions
+        stores = [i.suffixes[-1] for i in self.instructions if i.name == "st" and "global" in i.suffixes]
+        self.global_granule = 1 if {"u8", "b8", "s8"} & set(stores) else 2  # bytes: of the smallest store
         self.findings: dict[str, tuple[int, str]] = {}  # text: how often, and where first
         self.block_threads = np.zeros(len(kernel.blocks), np.int64)  # how many threads ran each basic block
         self.block_warps = np.zeros(len(kernel.blocks), np.int64)
@@ -74,7 +76,7 @@ class Launch(Synchronisation, Mbarriers, MemoryAccess):
         if self.parameters.size != self.kernel.parameter_bytes:
             raise ValueError(f"expected {self.kernel.parameter_bytes} bytes of parameters, got {len(parameters)}")
         self.memory.see_writes_of_host()
-        n_granules = self.memory.end // 2 + 1
+        n_granules = self.memory.end // self.global_granule + 1
         # the cluster that wrote, or read, each granule of global memory
         self.global_owner, self.global_reader = (np.full(n_granules, -1, np.int32) for _ in range(2))
         self.namespace: dict[str, Any] = {**self.program.constants, "launch": self}
@@ -119,7 +121,7 @@ class Launch(Synchronisation, Mbarriers, MemoryAccess):
         self.shared_base = (SHARED_BASE + self.block_of * SHARED_WINDOW).astype(np.uint64)
         self.accesses = {
             "shared": Accesses(self.shared_memory.size, 4, self.n_warps),
-            "global": Accesses(self.memory.end + RED_ZONE, 2, self.n_warps),
+            "global": Accesses(self.memory.end + RED_ZONE, self.global_granule, self.n_warps),
         }
         self.start_copy_groups()
         self.start_mbarriers()

@@ -77,6 +77,8 @@ class Program:
             return np.array([int(text[2:], 16)], np.uint64).view(np.float64)[0].astype(dtype)
         if dtype == np.bool_:
             return np.bool_(int(text, 0))
+        if text == "WARP_SZ":
+            return dtype.type(32)
         value = int(text.rstrip("U"), 0) & ((1 << 8 * dtype.itemsize) - 1)
         return np.array([value], UNSIGNED[dtype.itemsize]).view(dtype)[0]
 
