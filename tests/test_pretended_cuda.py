@@ -12,7 +12,7 @@ from support.ninja_library import ROOT
 # here, compile, or ask torch for what it knows of a device
 FILES = [
     "test_softmax_rows_autograd.py", "test_softmax_rows_edges.py", "test_softmax_statistics.py", "test_repetition.py",
-    "test_router_rows_autograd.py",
+    "test_router_rows_autograd.py", "test_softmax_rows_tail.py",
 ]  # fmt: skip
 LEFT_OUT = ["emulated", "compile", "opcheck", "gradcheck", "long_text", "two_billion", "400000"]
 
