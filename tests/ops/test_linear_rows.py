@@ -1,8 +1,6 @@
 """Losses and statistics of logits that never exist as a whole, against those of the same logits, made."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.assertions import relative_error
+from support.new_python import run_python
 from support.strategies import Numbers, seeds
 
 from ava_ext import LinearLogits, UnifiedLoss, softmax_statistics, token_log_probs
@@ -329,7 +328,7 @@ def test_gradients_can_be_stolen():
 
 
 MEMORY = """
-import sys, torch
+import torch
 from pathlib import Path
 from ava_ext import UnifiedLoss
 
@@ -355,7 +354,8 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
 def test_no_more_memory_than_a_chunk():
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    result = run_python(MEMORY)
+    assert result.returncode == 0, result.stderr
     logits, chunk, grad_weight = 512 * 50_000 * 4, 4 << 20, 50_000 * 8 * 4
     extra = int(result.stdout)
     assert extra < 2 * chunk + 2 * grad_weight < logits / 8
