@@ -1,6 +1,7 @@
 """A compiled loss is compiled as often as torch.nn.functional.cross_entropy: over lengths, dtypes and a reload."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -71,6 +72,7 @@ def compilations(function, call):
     return found
 
 
+@functools.cache
 def of_cross_entropy():
     def function(logits, targets):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
