@@ -140,9 +140,12 @@ def test_against_pytorch(bytes_of_a_row, dtype, terms):
     assert_within(gradient, expected_gradient, bound, "gradient")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("terms", [1, EVERY_TERM])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+# each two of dtype, terms and value meet
+@pytest.mark.parametrize(
+    ("dtype", "terms", "value"),
+    [(dtype, 1, value) for dtype, value in zip(DTYPES, (math.nan, math.inf, math.nan), strict=True)]
+    + [(dtype, EVERY_TERM, value) for dtype, value in zip(DTYPES, (math.inf, math.nan, math.inf), strict=True)],
+)
 def test_nan_and_infinity_are_never_hidden(bytes_of_a_row, dtype, terms, value):
     logits = rows_of(bytes_of_a_row, dtype)
     n_columns = logits.shape[-1]

@@ -462,7 +462,6 @@ def test_what_belongs_to_other_rows_is_named(rows):
             row_loss(head, targets, options, candidates=candidates)
 
 
-@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_first_chunk_overwrites_the_weight_s_gradient(dtype):
     """Nothing is zeroed before, so nothing of what the memory held may show."""
@@ -475,7 +474,6 @@ def test_the_first_chunk_overwrites_the_weight_s_gradient(dtype):
         torch.testing.assert_close(grad_weight, factor * expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.devices("cpu")
 def test_no_row_that_counts_leaves_a_gradient_of_zeros():
     states, weight = (torch.randn(n, 4, requires_grad=True) for n in (3, 7))
     loss = row_loss(LinearLogits(states, weight), torch.full((3,), -100), row_options(weight), reduction="sum").loss
@@ -483,7 +481,6 @@ def test_no_row_that_counts_leaves_a_gradient_of_zeros():
         assert not gradient.any()
 
 
-@pytest.mark.devices("cpu")
 def test_chunks_on_a_gpu():
     """Whole tiles, within the budget; all rows where a chunk and the float32 accumulator take as much."""
     cuda, dtype, vocab_size, hidden_size = torch.device("cuda"), torch.bfloat16, 128_256, 4096

@@ -105,6 +105,7 @@ def test_logits_changed_before_backward_raise():
         loss.backward()
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("own_choice", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -190,6 +190,7 @@ def test_rows_of_all_kinds(device, reduction, dtype):
     torch.testing.assert_close(gradient.double().cpu(), expected, **rounding)
 
 
+@pytest.mark.devices("cpu")
 def test_compiled():
     torch._dynamo.reset()
     numbers = Numbers(10)
