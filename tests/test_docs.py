@@ -1,5 +1,6 @@
 """The pages of `make docs`: every public name, every section, every link; and the tests that the pages name exist."""
 
+import functools
 import importlib
 import re
 import sys
@@ -20,6 +21,7 @@ GENERATED = pages.generated_pages()
 NAV = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
 
+@functools.cache
 def written():
     """{page: Markdown} of the files of docs/."""
     folder = ROOT / "docs"
