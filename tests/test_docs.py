@@ -3,18 +3,14 @@
 import functools
 import importlib
 import re
-import sys
 from pathlib import Path
 
+import pages
 import pytest
 
 import ava_ext
 from ava_ext import UnifiedLossConfig, functional, ops
 from ava_ext.losses import __all__ as losses
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
-
-import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = pages.generated_pages()

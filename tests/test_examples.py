@@ -1,13 +1,9 @@
 """The parts of the training example: what it reads, what it measures, what its model may see. No training here."""
 
 import pydoc_data.topics
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 pytest.importorskip("tokenizers", reason="needs the extra: pip install '.[examples]'")
 

@@ -9,12 +9,6 @@ import sys
 import types
 from pathlib import Path
 
-import pytest
-import torch
-import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import gpu
 import gpu_check
 import gpu_linear
@@ -23,7 +17,10 @@ import gpu_router
 import gpu_rows
 import gpu_timing
 import linear
+import pytest
 import row_loss
+import torch
+import torch.nn.functional as F
 from row_loss import Variant
 
 from ava_ext.ops import linear_rows

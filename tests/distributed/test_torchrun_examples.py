@@ -31,7 +31,6 @@ def under_torchrun(name):
 
 def in_a_group(rank, name):
     """What the example does between the beginning and the end of its process group."""
-    sys.path.insert(0, str(EXAMPLES))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         importlib.import_module(name).run()
     return printed.getvalue()

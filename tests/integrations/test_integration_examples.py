@@ -20,7 +20,6 @@ SMALL = ["--vocab-size", "300", "--hidden-size", "32", "--tokens", "16", "--batc
 def printed(name, *arguments):
     """By the example's main(), given these arguments. Here: a process of its own takes seconds to import so much."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
-        patch.syspath_prepend(ROOT / "examples")
         example = importlib.import_module(name)
         patch.setattr(sys, "argv", [example.__file__, *arguments])
         example.main()
