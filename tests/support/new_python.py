@@ -26,6 +26,11 @@ def run_python(program: str, *arguments: str, cwd: Path = ROOT, **environment: s
         return subprocess.CompletedProcess(program, process.exitcode, *(path.read_text() for path in outputs))
 
 
+def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    return run_python(program, "-q", "-n0", "-p", "no:cacheprovider", *arguments, **environment)
+
+
 def _run(program, arguments, cwd, environment, outputs):
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
