@@ -1,15 +1,14 @@
 """The studies: measures by hand, the sequence-level loss against autograd, pages that show the results, quick runs."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.new_python import run_python
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))
@@ -230,9 +229,8 @@ def test_pages_show_the_results(mark):
 
 
 def run(script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(ROOT / "studies" / script), *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    program = f"import runpy; runpy.run_path('studies/{script}', run_name='__main__')"
+    result = run_python(program, *map(str, arguments))
     assert result.returncode == 0, result.stderr
     return result
 
