@@ -17,7 +17,6 @@ CONFIGURATIONS = {
     "plain": {"primary_loss_type": "standard"},
     "default": {},
     "default, step by hand": {"auto_step": False},
-    "every term of a row": {"primary_loss_type": "standard", **ROWS},
     "every part": {"primary_loss_type": "deepseek", "use_mtp": True, **ROWS, **BATCH},
     "adaptive heads": ADAPTIVE,
     "pairs": {"primary_loss_type": "standard", "use_contrastive_loss": True},
