@@ -1,19 +1,13 @@
 """What the benchmarks claim to compare is the same loss, and their ratios are those of paired rounds."""
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import linear
+import pytest
 import recipes
 import router
 import row_loss
 import targets
+import torch
+import torch.nn.functional as F
 import vocabulary_parallel
 
 from ava_ext.bench import timing

@@ -104,8 +104,7 @@ def test_compiled_training_is_eager_training(name, backend):
     torch.testing.assert_close(eager_after, train_step(eager, eager.config, 99), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["segment_ids", "position_ids", "attention_mask"])
-def test_an_input_that_comes_when_sizes_are_dynamic(name):
+def test_an_input_that_comes_when_sizes_are_dynamic():
     """Its own size is a number then, where those of the others are symbols."""
     torch._dynamo.reset()
     loss_fn = UnifiedLoss(
@@ -120,11 +119,14 @@ def test_an_input_that_comes_when_sizes_are_dynamic(name):
 
     for n_tokens in (5, 6):
         compiled(**given(n_tokens))
-    last = given(8)
-    last[name] = (
-        torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]) if name == "position_ids" else torch.ones(2, 8).long().cumsum(1) // 4
-    )
-    torch.testing.assert_close(compiled(**last), loss_fn(**last))
+    of_each_sequence = torch.ones(2, 8).long().cumsum(1) // 4
+    for name, value in {
+        "segment_ids": of_each_sequence,
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]),
+        "attention_mask": of_each_sequence,
+    }.items():
+        last = given(8) | {name: value}
+        torch.testing.assert_close(compiled(**last), loss_fn(**last), msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_operators_of_committed_state_can_be_traced():

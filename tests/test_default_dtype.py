@@ -1,6 +1,7 @@
 """torch.set_default_dtype changes nothing that is computed: a quotient of integers would follow it."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -38,11 +39,16 @@ def trained(name, initial, n_steps=12):
     return results, dict(loss_fn.state_dict()), loss_fn.get_loss_statistics()
 
 
+@functools.cache
+def expected_training(name):
+    initial = UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name]).state_dict()
+    return initial, trained(name, initial)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_training(name, dtype):
-    initial = UnifiedLoss(V, HIDDEN_SIZE, **CONFIGURATIONS[name]).state_dict()
-    expected = trained(name, initial)
+    initial, expected = expected_training(name)
     with default_dtype(dtype):
         found = trained(name, initial)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -1,25 +1,23 @@
 """The pages of `make docs`: every public name, every section, every link; and the tests that the pages name exist."""
 
+import functools
 import importlib
 import re
-import sys
 from pathlib import Path
 
+import pages
 import pytest
 
 import ava_ext
 from ava_ext import UnifiedLossConfig, functional, ops
 from ava_ext.losses import __all__ as losses
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
-
-import pages
-
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = pages.generated_pages()
 NAV = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
 
+@functools.cache
 def written():
     """{page: Markdown} of the files of docs/."""
     folder = ROOT / "docs"

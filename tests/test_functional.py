@@ -286,7 +286,7 @@ def test_compiles_without_a_graph_break(function, kind):
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "classes"])
 def test_compiles_with_symbols_of_sizes_and_numbers(kind):
-    """dynamic=True makes symbols of the numbers too; without it, so does their second value."""
+    """dynamic=True makes symbols of the numbers too; without it, which is tried once, so does their second value."""
     targets = Numbers(9).uniform(8, V).softmax(-1) if kind == "probabilities" else Numbers(9).integers(0, V, 8)
     ignored = {} if kind == "probabilities" else {"ignore_index": 3}
 
@@ -296,7 +296,7 @@ def test_compiles_with_symbols_of_sizes_and_numbers(kind):
         return cross_entropy(logits, targets, classes, **keywords) + cross_entropy(logits, targets, classes)
 
     logits = Numbers(18).normal(8, V)
-    for dynamic in (None, True):
+    for dynamic in (None, True) if kind == "indices" else (True,):
         torch._dynamo.reset()
         compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for number in (0.125, 0.25, 0.0):

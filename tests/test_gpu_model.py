@@ -1,15 +1,9 @@
 """benchmarks/gpu_model.py: counts of a small listing, and bounds that can be checked by hand."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 import gpu_model
 import gpu_model_repetition
 import gpu_model_tables
+import pytest
 import sass
 
 # a loop over two vectors at a time, with the bounds of a row (a way past the work), the one vector that holds the

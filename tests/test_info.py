@@ -3,13 +3,12 @@
 import json
 import re
 import struct
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from support.new_python import run_python
 
 import ava_ext
 from ava_ext import info, self_check
@@ -80,9 +79,9 @@ def test_text_says_what_is_in_use_and_why(report):
 
 
 def test_json_is_the_report_and_names_a_forced_instruction_set():
-    environment = {"AVA_CPU_CAPABILITY": "portable", "PATH": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "ava_ext", "--json", "--no-check"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    program = "import runpy; runpy.run_module('ava_ext', run_name='__main__')"
+    result = run_python(program, "--json", "--no-check", AVA_CPU_CAPABILITY="portable", PATH="")
+    assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["in_use"]["cpu"] == {"kernels": "portable", "reason": "AVA_CPU_CAPABILITY=portable asks for it"}
     assert report["environment"]["AVA_CPU_CAPABILITY"] == "portable"

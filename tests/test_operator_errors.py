@@ -1,11 +1,10 @@
 """Errors of the operators begin with the operator's name, whatever the machine that built them."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
-from support.ninja_library import ROOT
+from support.new_python import run_python
 
 from ava_ext.ops.row_fields import N_OPTIONS
 
@@ -57,5 +56,5 @@ for n_rows in (1, 2):  # in this thread, and in others
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 def test_an_operator_without_memory_to_work_in():
-    result = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], cwd=ROOT, capture_output=True, text=True)
+    result = run_python(WITHOUT_MEMORY)
     assert result.stdout.count("RuntimeError DefaultCPUAllocator: can't allocate memory") == 2, result

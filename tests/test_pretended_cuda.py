@@ -1,12 +1,9 @@
 """Tests of every device keep to their own: a tensor left on the CPU is an error on a GPU. Shown without one."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from support.ninja_library import ROOT
+from support.new_python import run_pytest, run_python
 
 # the fixed cases of these files. Hypothesis' tests draw from the same strategies; those left out by name take minutes
 # here, compile, or ask torch for what it knows of a device
@@ -17,18 +14,12 @@ FILES = [
 LEFT_OUT = ["emulated", "compile", "opcheck", "gradcheck", "long_text", "two_billion", "400000"]
 
 
-def run_python(*arguments):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_tests_keep_to_their_device():
-    options = ["-q", "-n0", "-p", "no:cacheprovider", "-p", "support.pretended_cuda", "--tb=short"]
     names = " and ".join(["cuda", *(f"not {name}" for name in LEFT_OUT)])
     files = [f"tests/ops/{name}" for name in FILES]
-    result = run_python("-m", "pytest", *options, "-m", "not hypothesis", "-k", names, *files)
+    options = ["-p", "support.pretended_cuda", "--tb=short", "-m", "not hypothesis", "-k", names]
+    result = run_pytest(*options, *files)
     assert result.returncode == 0, result.stdout
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 150
 
@@ -47,5 +38,5 @@ def test_a_tensor_made_at_import_is_found():
         assert row_loss(logits, torch.tensor([1, 2]), row_options(logits)).loss.device.type == "cuda"
         row_loss(logits, targets, row_options(logits))
     """
-    result = run_python("-c", code)
+    result = run_python(code)
     assert re.search(r"expected .*(targets|all tensors).* on .*device", result.stderr.splitlines()[-1]), result.stderr

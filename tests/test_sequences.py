@@ -175,21 +175,6 @@ def test_unshifted_labels_are_explicit_slices(case):
     torch.testing.assert_close(got, shifted(**sliced, return_detailed=True), **EXACT, equal_nan=True)
 
 
-def test_simctg_of_unshifted_labels_reads_the_rows_with_and_without_a_mask():
-    numbers = Numbers(2)
-    states, targets = numbers.normal(2, 5, HIDDEN_SIZE), numbers.integers(0, V, 2, 5)
-    loss_fn = UnifiedLoss(V, use_contrastive_loss=True, labels_are_shifted=False)
-    arguments = {
-        "logits": numbers.normal(2, 5, V),
-        "targets": targets,
-        "hidden_states": states,
-        "return_detailed": True,
-    }
-    for mask in (None, torch.ones(2, 5)):
-        found = loss_fn(**arguments, attention_mask=mask)["contrastive_loss"]
-        torch.testing.assert_close(found, loss_fn.contrastive(states[:, :-1]), **EXACT)
-
-
 @pytest.mark.parametrize("mask", [None, [1] * 10, [1] * 3 + [0] * 2 + [1] * 5, [1] * 5 + [0] + [1] * 4])
 def test_simctg_and_routers_of_unshifted_labels_read_no_row_behind_the_last_label_of_a_packed_text(mask):
     numbers = Numbers(3)

@@ -56,8 +56,7 @@ def test_names_in_a_checkpoint():
     assert {name.split(".")[0] for name in names} == {"temperature", "mtp", "moe_balancer"}
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("nested", "assign"), [(False, True), (True, False)])
 @pytest.mark.parametrize("source", CONFIGURATIONS)
 @pytest.mark.parametrize("destination", CONFIGURATIONS)
 def test_strict_loading_with_a_component_more_or_less(source, destination, assign, nested):

@@ -1,15 +1,14 @@
 """The studies: measures by hand, the sequence-level loss against autograd, pages that show the results, quick runs."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.new_python import run_python
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))
@@ -176,6 +175,9 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     whole_loss = repetition.sequence_loss
     whole, n_calls = study("whole")
     assert n_calls == 12
+    written = (tmp_path / "whole.json").stat().st_mtime_ns
+    assert study("whole") == (whole, 0)  # nothing is left to do
+    assert (tmp_path / "whole.json").stat().st_mtime_ns == written
     with pytest.raises(Interrupted):
         study("stopped", stop_at=7)  # the state behind update 4 is on the disk
     assert len(list((tmp_path / "stopped").glob("*.pt"))) == 1
@@ -227,9 +229,8 @@ def test_pages_show_the_results(mark):
 
 
 def run(script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(ROOT / "studies" / script), *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    program = f"import runpy; runpy.run_path('studies/{script}', run_name='__main__')"
+    result = run_python(program, *map(str, arguments))
     assert result.returncode == 0, result.stderr
     return result
 
@@ -263,10 +264,6 @@ def test_quick_run_of_the_real_model(tmp_path):
     assert all(line["repeated"] >= 0 for line in sequence) and max(line["sequence_loss"] for line in sequence) > 0
     assert [results["before"][kind]["perplexity"] > 1 for kind in ("held_out", "other")] == [True, True]
     assert [0 <= line.get("validation_seq_rep_4", -1) <= 1 for line in sequence] == [False, True, False, True]
-    # goes on where it stopped: nothing is left to do
-    before = (tmp_path / "repetition.json").stat().st_mtime_ns
-    run("repetition.py", "--quick", "--output", tmp_path / "repetition.json", "--cache", tmp_path / "cache")
-    assert (tmp_path / "repetition.json").stat().st_mtime_ns == before
 
 
 if __name__ == "__main__":  # writes the results into the pages

@@ -118,8 +118,8 @@ def test_entries_that_are_no_metrics_add_up_to_the_total(case):
 
 
 @settings(max_examples=40)
-@given(cases(), cases())
-def test_keys_depend_on_the_configuration_only(case, other):
+@given(cases())
+def test_keys_depend_on_the_configuration_only(case):
     config, arguments = case
     loss_fn = UnifiedLoss(**config.to_dict()).double()
     plain = {**arguments, "negative_ids": None, "negative_weights": None, "attention_mask": None, "input_ids": None}

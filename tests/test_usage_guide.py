@@ -13,13 +13,13 @@ import io
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from support.new_python import run_python
 
 from ava_ext import ConsistencyLoss, FocalLoss, UnifiedLoss, UnifiedLossConfig, build_info
 from ava_ext.ops import row_loss, row_options
@@ -261,7 +261,8 @@ def test_the_worked_example_becomes_an_option(tmp_path):
         source = (tmp_path / file_name).read_text()
         assert source.count("\n".join(before)) == 1, hunk
         (tmp_path / file_name).write_text(source.replace("\n".join(before), "\n".join(after)))
-    subprocess.run([sys.executable, "-c", USES_THE_OPTION], check=True, cwd=tmp_path)
+    result = run_python(USES_THE_OPTION, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_blocks_are_found_and_compared():

@@ -1,15 +1,12 @@
 """Devices for which the library has no kernels. The operators' values are tested by the files that run on "pytorch"
 (tests/conftest.py); here, that every device reaches them."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from support.emulated_cuda import has_kernel
-from support.ninja_library import ROOT
+from support.new_python import run_python
 from test_cuda_twins import defined_operators
 
 from ava_ext._library import CUDA_VERSION
@@ -47,9 +44,7 @@ def test_fakes_come_first():
 
 @pytest.mark.skipif(not hasattr(torch._C, "_acc"), reason="this torch knows no devices made in Python")
 def test_the_values_on_another_device():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    program = [sys.executable, "-W", "always", str(ROOT / "tests/support/on_another_device.py")]
-    result = subprocess.run(program, env=environment, capture_output=True, text=True)
+    result = run_python("import warnings; warnings.simplefilter('always'); import support.on_another_device")
     assert result.returncode == 0, result.stdout + result.stderr
     assert set(result.stdout.split()) == defined_operators() | {"cross_entropy"}
     assert result.stderr.count("ava_ext: this library has no kernels for toy tensors") == 1

@@ -2,13 +2,12 @@
 
 import copy
 import inspect
-import os
 
 import pytest
 import torch
 import torch.distributed
 from support.processes import on_new_ranks
-from tiny_models import batch, gradients, own_loss, tiny
+from tiny_models import batch, forget_accelerate, gradients, own_loss, tiny
 
 from ava_ext import UnifiedLoss
 
@@ -22,7 +21,6 @@ from ava_ext.integrations.transformers import attach_loss, fuse_lm_head
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_micro_batches_are_the_batch(put, precision):
     """3 micro-batches of 1 = 1 batch of 3, with different numbers of labels."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     dtype = torch.float64 if precision == "no" else torch.float32
     model = tiny("Llama", dtype=dtype)
     inputs = batch()
@@ -54,7 +52,6 @@ def test_micro_batches_are_the_batch(put, precision):
 
 def test_an_unwrapped_model_keeps_its_loss():
     """Without the wrapper of mixed precision, too, whose forward accelerate unwraps as far as it can."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     model = tiny("Llama", dtype=torch.float32)
     fuse_lm_head(model, UnifiedLoss.from_model(model, primary_loss_type="standard"))
     inputs = batch() | {"labels": batch()["input_ids"]}  # the mask, which the model hands to no loss, decides
@@ -64,12 +61,11 @@ def test_an_unwrapped_model_keeps_its_loss():
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     unwrapped = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
     assert torch.equal(unwrapped(**inputs).loss, expected)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def trained(put, rows, process_group=None):
     """Parameters after three steps of an optimizer, each of two micro-batches of one text."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     model = tiny("Llama")
     options = {"primary_loss_type": "standard", "z_loss_weight": 0.1, "fused": put is fuse_lm_head}
     loss_fn = UnifiedLoss.from_model(model, **options, process_group=process_group)
@@ -93,8 +89,6 @@ def trained(put, rows, process_group=None):
 
 
 def train_on_rank(rank, put):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
     return trained(put, [2 * rank, 2 * rank + 1], "world")
 
 

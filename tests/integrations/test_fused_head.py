@@ -148,9 +148,7 @@ def test_unfuse_where_accelerate_has_wrapped_forward():
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(**inputs).logits.float()
     fuse_lm_head(model, plain_loss(model))
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     assert "forward" in vars(model)
     unfuse(model)
     assert torch.equal(model(**inputs).logits, expected)

@@ -1,7 +1,6 @@
 """Lightning trains as a plain loop, steps the loss once per optimizer step, logs its parts, and resumes exactly."""
 
 import copy
-import os
 import warnings
 
 import pytest
@@ -221,13 +220,6 @@ def trained(folder, rows, process_group=None, **options):
 
 
 def train_on_rank(rank, folder):
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-    variables |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 1,
-        "TORCHELASTIC_RUN_ID": "test",
-    }  # the group is there already
-    os.environ |= {name: str(value) for name, value in variables.items()}
     strategy = lightning.pytorch.strategies.DDPStrategy(process_group_backend="gloo")
     return trained(folder, [2 * rank, 2 * rank + 1], "world", devices=2, strategy=strategy)
 

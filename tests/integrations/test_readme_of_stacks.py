@@ -1,12 +1,11 @@
 """What the start page defines for other libraries does what it says."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.new_python import run_python
 from tiny_models import batch, loss_of, own_loss, tiny
 
 from ava_ext import UnifiedLoss
@@ -74,4 +73,5 @@ def test_lightning(tmp_path):
 def test_the_package_imports_none_of_them():
     modules = "{'transformers', 'accelerate', 'peft', 'trl', 'lightning', 'deepspeed'}"
     program = f"import sys, ava_ext, ava_ext.distributed, ava_ext.integrations; assert not {modules} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    result = run_python(program)
+    assert result.returncode == 0, result.stderr

@@ -2,13 +2,12 @@
 
 import copy
 import functools
-import os
 
 import pytest
 import torch
 import torch.distributed
 from support.processes import on_new_ranks
-from tiny_models import V, batch, tiny
+from tiny_models import V, batch, forget_accelerate, tiny
 
 from ava_ext import UnifiedLoss
 
@@ -521,11 +520,7 @@ TWO_PROCESSES = [with_trainer_loss, with_mixin, with_class_weights]
 
 
 def train_on_rank(rank, folder):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
+    forget_accelerate()
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
     of_own_n = {"average_tokens_across_devices": False, "per_device_eval_batch_size": 2}  # batches of one size
     own_n = trained(with_mixin, folder, **of_own_n, **options)[1]

@@ -128,3 +128,11 @@ def loss_of(model, **inputs):
     loss = model(**inputs).loss
     loss.backward()
     return loss.detach(), gradients(model)
+
+
+def forget_accelerate():
+    """What accelerate knows of a process: before a test that of other tests, on a rank that of the test."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -51,8 +51,8 @@ def test_the_whole_vocabulary_is_cross_entropy_with_probabilities():
     torch.testing.assert_close(parts["teacher_kl"], kl.detach(), rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.3])
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+# at a temperature of 1 the term is part of the only pass over the rows
+@pytest.mark.parametrize(("temperature", "weight"), [(1.0, 1.0), (1.0, 0.3), (2.0, 0.3), (0.5, 1.0)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("tail", [False, True])

@@ -381,7 +381,6 @@ def test_every_operator_of_several_tensors_is_listed():
     assert several == set(OPERATORS)
 
 
-@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_one_tensor_on_another_device_is_named(name):
     """With one tensor on meta an operator is its fake: without a check, its outputs are memory that nobody wrote."""

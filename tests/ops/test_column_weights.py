@@ -299,6 +299,7 @@ def test_the_metric_is_the_cross_entropy_of_the_probabilities():
     assert (terms[5] == 1).all()
 
 
+@pytest.mark.devices("cpu")
 def test_compiled():
     numbers = torch.Generator().manual_seed(1)
     logits = torch.randn(6, 11, generator=numbers, dtype=torch.float64, requires_grad=True)

@@ -162,6 +162,7 @@ def test_forward_mode_of_an_option_raises(name):
 REFUSED = r"forward-mode derivatives|Observed exception|wrap a dual tensor input"
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("name", ["rows", "entropy", "lse"])
 def test_forward_mode_of_compiled_code_raises(name):
     torch._dynamo.reset()
@@ -502,6 +503,7 @@ def test_transforms_of_target_probabilities_that_require_grad_raise(kind):
         torch.testing.assert_close(torch.vmap(loss)(leaf), expected)
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("way", VMAPS)
 def test_a_compiled_vmap_keeps_the_gradient(way):
     torch._dynamo.reset()
@@ -515,6 +517,7 @@ def test_a_compiled_vmap_keeps_the_gradient(way):
     torch.testing.assert_close(torch.autograd.grad(compiled, leaf), torch.autograd.grad(total(leaf), leaf))
 
 
+@pytest.mark.devices("cpu")
 def test_a_compiled_vmap_of_linear_logits_keeps_the_gradient():
     torch._dynamo.reset()
     head = [part.detach().expand(2, *part.shape).clone().requires_grad_() for part in make_head(22)[:2]]
@@ -527,6 +530,7 @@ def test_a_compiled_vmap_of_linear_logits_keeps_the_gradient():
     torch.testing.assert_close(torch.autograd.grad(compiled, head), torch.autograd.grad(expected, head))
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad"])
 def test_a_graph_within_torch_func_grad_is_left_to_eager_mode(transform):
     torch._dynamo.reset()
@@ -540,6 +544,7 @@ def test_a_graph_within_torch_func_grad_is_left_to_eager_mode(transform):
         torch.compile(transformed, fullgraph=True, backend="aot_eager")()
 
 
+@pytest.mark.devices("cpu")
 def test_so_is_that_of_a_loss_whose_temperature_adapts():
     torch._dynamo.reset()
     loss_fn, logits = UnifiedLoss(V).eval(), make_logits()

@@ -1,8 +1,6 @@
 """Losses and statistics of logits that never exist as a whole, against those of the same logits, made."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.assertions import relative_error
+from support.new_python import run_python
 from support.strategies import Numbers, seeds
 
 from ava_ext import LinearLogits, UnifiedLoss, softmax_statistics, token_log_probs
@@ -329,7 +328,7 @@ def test_gradients_can_be_stolen():
 
 
 MEMORY = """
-import sys, torch
+import torch
 from pathlib import Path
 from ava_ext import UnifiedLoss
 
@@ -355,7 +354,8 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
 def test_no_more_memory_than_a_chunk():
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    result = run_python(MEMORY)
+    assert result.returncode == 0, result.stderr
     logits, chunk, grad_weight = 512 * 50_000 * 4, 4 << 20, 50_000 * 8 * 4
     extra = int(result.stdout)
     assert extra < 2 * chunk + 2 * grad_weight < logits / 8
@@ -462,7 +462,6 @@ def test_what_belongs_to_other_rows_is_named(rows):
             row_loss(head, targets, options, candidates=candidates)
 
 
-@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_first_chunk_overwrites_the_weight_s_gradient(dtype):
     """Nothing is zeroed before, so nothing of what the memory held may show."""
@@ -475,7 +474,6 @@ def test_the_first_chunk_overwrites_the_weight_s_gradient(dtype):
         torch.testing.assert_close(grad_weight, factor * expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.devices("cpu")
 def test_no_row_that_counts_leaves_a_gradient_of_zeros():
     states, weight = (torch.randn(n, 4, requires_grad=True) for n in (3, 7))
     loss = row_loss(LinearLogits(states, weight), torch.full((3,), -100), row_options(weight), reduction="sum").loss
@@ -483,7 +481,6 @@ def test_no_row_that_counts_leaves_a_gradient_of_zeros():
         assert not gradient.any()
 
 
-@pytest.mark.devices("cpu")
 def test_chunks_on_a_gpu():
     """Whole tiles, within the budget; all rows where a chunk and the float32 accumulator take as much."""
     cuda, dtype, vocab_size, hidden_size = torch.device("cuda"), torch.bfloat16, 128_256, 4096

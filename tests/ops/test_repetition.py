@@ -399,6 +399,7 @@ def test_not_differentiable():
     assert not ids.requires_grad and not weights.requires_grad
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", False), ("inductor", True)])
 def test_compile_in_one_graph(backend, dynamic):
     def penalised(logits, text, weights):
@@ -417,6 +418,7 @@ def test_compile_in_one_graph(backend, dynamic):
         torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.devices("cpu")
 def test_a_schedule_of_weights_does_not_recompile():
     n_compiled = 0
 

@@ -137,6 +137,7 @@ def test_expert_bias_changes_the_choice_alone():
         assert torch.equal(biased.probability_sum, unbiased.probability_sum)
 
 
+@pytest.mark.devices("cpu")
 def test_compiles_without_a_graph_break():
     gate_logits, expert_indices, mask = random_router()
     gate_logits.requires_grad_()

@@ -16,8 +16,10 @@ def router(n_layers=2, n_rows=5, n_experts=4, k=2, dtype=torch.float64, seed=0):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("is_sigmoid", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "is_sigmoid"),
+    [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False), (torch.float64, True)],
+)
 def test_opcheck(dtype, is_sigmoid):
     gate_logits, indices, mask = router(n_rows=7, n_experts=17, dtype=dtype)
     leaf = gate_logits.requires_grad_()
@@ -107,6 +109,7 @@ def test_logits_changed_before_backward_raise():
         loss.backward()
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("own_choice", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -46,7 +46,7 @@ def expected_with_tail(logits, ids, q):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("where", ["of the named", "of the tail"])
-def test_the_tail_of_a_sure_row(device, where, dtype):
+def test_the_tail_of_a_sure_row(where, dtype):
     """All columns but three have a probability far below the digits of that of the three."""
     vocab_size, ids = 3000, torch.tensor([[7, 1500, 2999]])
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, 0)  # of the gradient
@@ -76,7 +76,7 @@ def test_the_tail_of_a_sure_row(device, where, dtype):
             assert gradient[0, 6] < -1e-7
 
 
-def test_nothing_but_named_columns(device):
+def test_nothing_but_named_columns():
     """The tail has no column, or masked ones: a finite loss, and the gradient of the others."""
     for masked in (False, True):
         logits = torch.randn(1, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -93,7 +93,7 @@ def test_nothing_but_named_columns(device):
         assert loss.isfinite().all() and loss > 50
 
 
-def test_a_tail_that_the_teacher_leaves_empty_changes_nothing(device):
+def test_a_tail_that_the_teacher_leaves_empty_changes_nothing():
     numbers = Numbers(6)
     logits, ids = numbers.leaf(4, V), numbers.integers(0, V, 4, 3)
     q = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).expand(4, 3)
@@ -107,7 +107,7 @@ def test_a_tail_that_the_teacher_leaves_empty_changes_nothing(device):
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def test_a_class_of_probability_0_is_not_of_the_tail(device):
+def test_a_class_of_probability_0_is_not_of_the_tail():
     """Named with q = 0: it costs nothing, and what it has is not the tail's."""
     logits = Numbers(7).leaf(1, V)
     ids, q = torch.tensor([[2, 4]]), torch.tensor([[0.0, 0.75]], dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_a_class_of_probability_0_is_not_of_the_tail(device):
 
 
 @pytest.mark.parametrize("reading", ["fused", "split", "capped"])
-def test_the_gradient_of_the_tail_by_differences(device, reading):
+def test_the_gradient_of_the_tail_by_differences(reading):
     """Gradients that are computed with the loss, after it, over the logits; target and candidates in and out of it."""
     numbers = Numbers(8)
     base, row_weights = numbers.leaf(4, V, scale=2.0), numbers.uniform(4)
@@ -189,6 +189,7 @@ def test_rows_of_all_kinds(device, reduction, dtype):
     torch.testing.assert_close(gradient.double().cpu(), expected, **rounding)
 
 
+@pytest.mark.devices("cpu")
 def test_compiled():
     torch._dynamo.reset()
     numbers = Numbers(10)
@@ -202,7 +203,7 @@ def test_compiled():
 
 
 @pytest.mark.parametrize("groups", [(), (2,), (2, 0)])
-def test_a_tail_without_soft_targets_is_none(device, groups):
+def test_a_tail_without_soft_targets_is_none(groups):
     """The flag alone changes nothing, whatever else the row has."""
     numbers = Numbers(11)
     logits, targets = numbers.leaf(3, V), numbers.integers(0, V, 3)

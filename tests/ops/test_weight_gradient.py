@@ -1,8 +1,6 @@
 """The float32 product that the weight's gradient is made by, against float64; and what stands in for it elsewhere."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.assertions import assert_bitwise_equal, assert_within, relative_error
+from support.new_python import run_python
 from support.strategies import Numbers, seeds
 
 from ava_ext.ops import linear_rows
@@ -170,7 +169,7 @@ print("done")
 @needs_kernel
 @pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
 def test_nothing_beyond_the_tensors_is_read_or_written():
-    result = subprocess.run([sys.executable, "-c", NO_STEP_FURTHER], capture_output=True, text=True)
+    result = run_python(NO_STEP_FURTHER)
     assert result.stdout.strip() == "done", f"exit status {result.returncode}\n{result.stderr}"
 
 
@@ -217,8 +216,7 @@ def has_instructions():
 @pytest.mark.parametrize("capability", ["", "avx512", "avx2"])
 def test_processor_and_environment_decide(capability):
     code = "from ava_ext.ops.weight_gradient import has_bfloat16_products; print(has_bfloat16_products())"
-    environment = {**os.environ, "AVA_CPU_CAPABILITY": capability}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = run_python(code, AVA_CPU_CAPABILITY=capability)
     if capability and f"AVA_CPU_CAPABILITY={capability}, but this processor has" in result.stderr:
         pytest.skip(f"this processor has no {capability}")
     assert result.stdout.strip() == str(has_instructions() and capability in ("", "avx512")), result.stderr
@@ -227,8 +225,7 @@ def test_processor_and_environment_decide(capability):
 def test_an_error_where_it_does_not_work():
     code = "import torch; from ava_ext.ops.weight_gradient import add_weight_gradient_ as add;"
     code += "add(torch.zeros(3, 2), torch.zeros(4, 3).bfloat16(), torch.zeros(4, 2).bfloat16())"
-    environment = {**os.environ, "AVA_CPU_CAPABILITY": "portable"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = run_python(code, AVA_CPU_CAPABILITY="portable")
     assert "add_weight_gradient_: expected a processor with AVX512-BF16" in result.stderr
 
 

@@ -34,7 +34,7 @@ def on_ranks(world_size, function, *arguments):
 
 
 def on_new_ranks(world_size, function, *arguments):
-    """The same in processes of its own, for what leaves something behind: environment variables, a library's state."""
+    """The same in processes of its own, for what leaves something behind, such as a library's state."""
     pool = Pool(world_size)
     try:
         return pool.run(function, arguments)
@@ -90,6 +90,10 @@ def _serve(folder, rank, world_size, connection):
     gc.freeze()  # what is there already, all of the tests, would be looked through at every collection below
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate and Lightning ask for as many as there are cores
+    # as torchrun tells a process, for libraries that ask. The group is there already: nobody goes to this port
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    variables |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {name: str(value) for name, value in variables.items()}
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -38,11 +38,8 @@ def in_place(problem, op):
     return loss, terms, grad_logits
 
 
-def is_measured(name, terms):
-    """The entropy is right only where it is asked for."""
-    return name != "entropy" or bool(
-        terms & (RowFlags.ENTROPY | RowFlags.CONFIDENCE_PENALTY | RowFlags.LABEL_SMOOTHING | RowFlags.EAFT)
-    )
+# the entropy is right only where one of these asks for it
+NEED_ENTROPY = RowFlags.ENTROPY | RowFlags.CONFIDENCE_PENALTY | RowFlags.LABEL_SMOOTHING | RowFlags.EAFT
 
 
 def assert_right(problem, outputs, expected, name):
@@ -51,7 +48,7 @@ def assert_right(problem, outputs, expected, name):
     assert loss.dtype == terms.dtype == real and loss.shape == expected.loss.shape
     assert_within(loss, expected.loss, expected.loss_bound, f"{name}: loss")
     bounds = expected.terms_bound.clone()
-    if not is_measured("entropy", problem.flags):
+    if not problem.flags & NEED_ENTROPY:
         bounds[4] = math.inf
     if problem.flags & RowFlags.SOFTCAP:
         bounds[5] = math.inf  # saturated columns may be equal
