@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -417,7 +417,8 @@ def plain(value: Any) -> Any:
     """value as Python's own bool, int, float and tuple: numpy and torch give others, and JSON knows lists only."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))  # OmegaConf's is no subclass of list
+    return tuple(map(plain, value)) if is_list else value
 
 
 def _bad(name: str, expected: str, got: object, owner: str = "unified_loss") -> ValueError:

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+from collections import UserList
 
 import numpy as np
 import pytest
@@ -249,6 +250,17 @@ def test_repr_shows_what_differs_from_the_defaults():
     text = repr(UnifiedLoss(10, label_smoothing=0.1))
     assert "vocab_size=10, label_smoothing=0.1" in text
     assert "reduction" not in text
+
+
+def test_any_sequence_is_a_list():
+    # the lists of OmegaConf, which hydra passes, are no subclass of list
+    config = UnifiedLossConfig(
+        10, eos_token_id=UserList([3, 4]), repetition_allow_list=range(2), temperature_bounds=UserList([0.7, 1.5])
+    )
+    assert (config.eos_token_id, config.repetition_allow_list) == ((3, 4), (0, 1))
+    assert UnifiedLossConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match=r"expected eos_token_id to be token ids \(integers\) or None, got '12'"):
+        UnifiedLossConfig(20, eos_token_id="12")
 
 
 def test_numbers_of_numpy_are_pythons_own():
