@@ -303,7 +303,7 @@ class UnifiedLossConfig:
                 "expected inplace_gradient=False"
             )
         if self.class_weights is not None and len(self.class_weights) != self.vocab_size:
-            raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
+            raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", len(self.class_weights))
         if self.inplace_gradient and self.distillation_temperature != 1:
             raise ValueError(
                 "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "
@@ -422,4 +422,4 @@ def plain(value: Any) -> Any:
 
 
 def _bad(name: str, expected: str, got: object, owner: str = "unified_loss") -> ValueError:
-    return ValueError(f"{owner}: expected {name} to be {expected}, got {got!r}")
+    return ValueError(f"{owner}: expected {name} to be {expected}, got {_short(got)}")

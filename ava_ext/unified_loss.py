@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,10 @@ class UnifiedLoss(nn.Module):
     PARTS: ClassVar[Sequence[type[Part]]] = PARTS
 
     temperature: AdaptiveTemperature
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # options and parts; to nn.Module's stubs they are Tensor | Module
 
     def __init__(self, vocab_size: int, hidden_size: int | None = None, **options: Any) -> None:
         super().__init__()

@@ -252,6 +252,13 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert "reduction" not in text
 
 
+def test_errors_about_long_lists_are_short():
+    with pytest.raises(ValueError, match=r"one for each class or None, got \('1', \.\.\., '1'\)$"):
+        UnifiedLossConfig(50000, class_weights=["1"] * 50000)
+    with pytest.raises(ValueError, match=r"expected class_weights to be vocab_size = 3 numbers, got 2$"):
+        UnifiedLossConfig(3, class_weights=[1.0] * 2)
+
+
 def test_any_sequence_is_a_list():
     # the lists of OmegaConf, which hydra passes, are no subclass of list
     config = UnifiedLossConfig(
