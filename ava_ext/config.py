@@ -423,3 +423,10 @@ def plain(value: Any) -> Any:
 
 def _bad(name: str, expected: str, got: object, owner: str = "unified_loss") -> ValueError:
     return ValueError(f"{owner}: expected {name} to be {expected}, got {_short(got)}")
+
+
+if UnifiedLossConfig.__doc__:  # python -OO has none
+    _lines = [f"        {option.name}: {option.metadata['doc']}\n" for option in dataclasses.fields(UnifiedLossConfig)]
+    UnifiedLossConfig.__doc__ = UnifiedLossConfig.__doc__.replace(
+        "    Raises:", f"    Args:\n{''.join(_lines)}\n    Raises:"
+    )

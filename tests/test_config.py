@@ -233,6 +233,13 @@ def test_a_part_needs_a_name_of_its_own(name):
         LossWithPart(10)
 
 
+def test_help_documents_every_option():
+    text = inspect.getdoc(UnifiedLossConfig)
+    for name, option in OPTIONS.items():
+        assert f"\n    {name}: {option.metadata['doc']}" in text
+    assert text.index("\nArgs:\n    vocab_size: ") < text.index("\nRaises:")
+
+
 def test_there_and_back():
     config = UnifiedLossConfig(
         vocab_size=10, eos_token_id=[3, 4, 3], repetition_allow_list=[1], temperature_bounds=[0.7, 1.5]
