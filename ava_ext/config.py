@@ -74,6 +74,13 @@ _RANKS = _Range(
 _GROUP = _Range('a process group, or "world"', _is_group)
 
 
+# what torch, Liger and others call an option, whose nearest name here is another one's
+_ELSEWHERE = {
+    "weight": "class_weights", "temperature": "initial_temperature", "smoothing": "label_smoothing",
+    "lse_square_scale": "z_loss_weight", "shift_labels": "labels_are_shifted",
+}  # fmt: skip
+
+
 def _option(default: Any, values: _Range, doc: str) -> Any:
     """An option. If its default is None, None is allowed as well as the range."""
     return dataclasses.field(default=default, metadata={"values": values, "doc": doc})
@@ -361,7 +368,7 @@ class UnifiedLossConfig:
         known = [option.name for option in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, n=1)
                 raise TypeError(f"{owner}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
     @classmethod

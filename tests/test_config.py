@@ -218,6 +218,15 @@ def test_unknown_options_are_named_with_the_nearest_known(build):
         build(options if build is not create_unified_loss else {"vocab_size": 10, **options})
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("weight", "class_weights"), ("temperature", "initial_temperature"), ("smoothing", "label_smoothing")],
+)
+def test_names_of_other_libraries_are_known(name, option):
+    with pytest.raises(TypeError, match=f"unknown option '{name}'; did you mean '{option}'"):
+        UnifiedLoss(10, **{name: 0.1})
+
+
 @pytest.mark.parametrize("name", ["focal_gamma", "temperature", "step", "moe_balancer"])
 def test_a_part_needs_a_name_of_its_own(name):
     class Clashing(Part):
