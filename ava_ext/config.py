@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -363,7 +363,7 @@ class UnifiedLossConfig:
         return ", ".join(f"{option.name}={_short(value)}" for option, value in options if value != option.default)
 
     @classmethod
-    def check_names(cls, options: dict[str, Any], owner: str = "unified_loss") -> None:
+    def check_names(cls, options: Mapping[str, Any], owner: str = "unified_loss") -> None:
         """Raises TypeError for a name that is not an option, and suggests the nearest one."""
         known = [option.name for option in dataclasses.fields(cls)]
         for name in options:
@@ -372,7 +372,7 @@ class UnifiedLossConfig:
                 raise TypeError(f"{owner}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
     @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> UnifiedLossConfig:
+    def from_dict(cls, options: Mapping[str, Any]) -> UnifiedLossConfig:
         """The configuration with these options; unknown names raise TypeError."""
         cls.check_names(options)
         return cls(**options)

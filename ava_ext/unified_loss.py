@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -502,8 +502,8 @@ class _Option:
         )
 
 
-def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
-    """UnifiedLoss from a dict of options, such as a configuration file holds.
+def create_unified_loss(options: Mapping[str, Any] | UnifiedLossConfig) -> UnifiedLoss:
+    """UnifiedLoss from a dict of options, such as a configuration file holds, or from a UnifiedLossConfig.
 
     Raises:
         TypeError: there is no such option.
@@ -514,7 +514,7 @@ def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
         >>> loss_fn.label_smoothing
         0.1
     """
-    return UnifiedLoss(**options)
+    return UnifiedLoss(**(vars(options) if isinstance(options, UnifiedLossConfig) else options))
 
 
 def _signature() -> inspect.Signature:

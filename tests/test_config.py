@@ -258,6 +258,7 @@ def test_there_and_back():
     assert UnifiedLossConfig.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["temperature_bounds"] == [0.7, 1.5]
     assert create_unified_loss(config.to_dict()).config == config
+    assert create_unified_loss(config).config == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.vocab_size = 11
 
