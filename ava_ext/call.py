@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ava_ext.config import UnifiedLossConfig
+from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.ops.arguments import (
     check_constants,
     check_integers,
@@ -132,8 +132,7 @@ class Call:
         if self.labels_are_shifted is None:
             self.labels_are_shifted = config.labels_are_shifted
         if not isinstance(self.labels_are_shifted, bool):
-            got = type(self.labels_are_shifted).__name__
-            raise TypeError(f"unified_loss: expected labels_are_shifted to be True, False or None, got {got}")
+            self.labels_are_shifted = _flag("labels_are_shifted to be True, False or None", self.labels_are_shifted)
         if isinstance(self.hidden_states, (tuple, list)) and self.hidden_states:  # of every layer
             self.hidden_states = self.hidden_states[-1]  # what the head reads
         if isinstance(self.lm_head_weight, nn.Module):
@@ -143,8 +142,7 @@ class Call:
                 gathered_weight(part) for part in (self.lm_head_weight, self.lm_head_bias)
             )
         if not isinstance(self.mtp_active, (bool, type(None), Tensor)):  # 0 is not False, and would mean on
-            got = type(self.mtp_active).__name__
-            raise TypeError(f"unified_loss: expected mtp_active to be a bool, a torch.Tensor or None, got {got}")
+            self.mtp_active = _flag("mtp_active to be a bool, a torch.Tensor or None", self.mtp_active)
         self.logits = _logits_of(self)
         if DTENSOR in sys.modules:
             self._take_whole()
@@ -285,6 +283,14 @@ def _tokens_read(
     tokens = ids.long()
     keep = keep_rows(config, tokens, attention_mask)
     return tokens if keep is None else torch.where(keep, tokens, config.ignore_index)
+
+
+def _flag(expected: str, value: Any) -> bool:
+    """A bool of numpy, as comparing its numbers gives, as Python's own."""
+    found = value if isinstance(value, Tensor) else plain(value)
+    if not isinstance(found, bool):
+        raise TypeError(f"unified_loss: expected {expected}, got {type(value).__name__}")
+    return found
 
 
 def _tensor(name: str, value: Any) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -72,6 +72,13 @@ _RANKS = _Range(
     "different integers >= 1", lambda v: _TOKENS.holds(v) and all(k >= 1 for k in v) and len(set(v)) == len(v)
 )
 _GROUP = _Range('a process group, or "world"', _is_group)
+
+
+# what torch, Liger and others call an option, whose nearest name here is another one's
+_ELSEWHERE = {
+    "weight": "class_weights", "temperature": "initial_temperature", "smoothing": "label_smoothing",
+    "lse_square_scale": "z_loss_weight", "shift_labels": "labels_are_shifted",
+}  # fmt: skip
 
 
 def _option(default: Any, values: _Range, doc: str) -> Any:
@@ -303,7 +310,7 @@ class UnifiedLossConfig:
                 "expected inplace_gradient=False"
             )
         if self.class_weights is not None and len(self.class_weights) != self.vocab_size:
-            raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", f"{len(self.class_weights)}")
+            raise _bad("class_weights", f"vocab_size = {self.vocab_size} numbers", len(self.class_weights))
         if self.inplace_gradient and self.distillation_temperature != 1:
             raise ValueError(
                 "unified_loss: distillation_temperature other than 1 reads the logits twice: expected "
@@ -356,16 +363,16 @@ class UnifiedLossConfig:
         return ", ".join(f"{option.name}={_short(value)}" for option, value in options if value != option.default)
 
     @classmethod
-    def check_names(cls, options: dict[str, Any], owner: str = "unified_loss") -> None:
+    def check_names(cls, options: Mapping[str, Any], owner: str = "unified_loss") -> None:
         """Raises TypeError for a name that is not an option, and suggests the nearest one."""
         known = [option.name for option in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, n=1)
                 raise TypeError(f"{owner}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
     @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> UnifiedLossConfig:
+    def from_dict(cls, options: Mapping[str, Any]) -> UnifiedLossConfig:
         """The configuration with these options; unknown names raise TypeError."""
         cls.check_names(options)
         return cls(**options)
@@ -417,8 +424,16 @@ def plain(value: Any) -> Any:
     """value as Python's own bool, int, float and tuple: numpy and torch give others, and JSON knows lists only."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))  # OmegaConf's is no subclass of list
+    return tuple(map(plain, value)) if is_list else value
 
 
 def _bad(name: str, expected: str, got: object, owner: str = "unified_loss") -> ValueError:
-    return ValueError(f"{owner}: expected {name} to be {expected}, got {got!r}")
+    return ValueError(f"{owner}: expected {name} to be {expected}, got {_short(got)}")
+
+
+if UnifiedLossConfig.__doc__:  # python -OO has none
+    _lines = [f"        {option.name}: {option.metadata['doc']}\n" for option in dataclasses.fields(UnifiedLossConfig)]
+    UnifiedLossConfig.__doc__ = UnifiedLossConfig.__doc__.replace(
+        "    Raises:", f"    Args:\n{''.join(_lines)}\n    Raises:"
+    )

@@ -147,7 +147,7 @@ class AntiRepetitionLoss(UnifiedLoss):
     def __init__(
         self,
         vocab_size: int,
-        eos_token_id: int | tuple[int, ...] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         **options: Any,
     ) -> None:
@@ -239,7 +239,7 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
     def __init__(
         self,
         vocab_size: int,
-        eos_token_id: int | tuple[int, ...] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         *,
         initial_weight: float = 0.0,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,10 @@ class UnifiedLoss(nn.Module):
     PARTS: ClassVar[Sequence[type[Part]]] = PARTS
 
     temperature: AdaptiveTemperature
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # options and parts; to nn.Module's stubs they are Tensor | Module
 
     def __init__(self, vocab_size: int, hidden_size: int | None = None, **options: Any) -> None:
         super().__init__()
@@ -498,8 +502,8 @@ class _Option:
         )
 
 
-def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
-    """UnifiedLoss from a dict of options, such as a configuration file holds.
+def create_unified_loss(options: Mapping[str, Any] | UnifiedLossConfig) -> UnifiedLoss:
+    """UnifiedLoss from a dict of options, such as a configuration file holds, or from a UnifiedLossConfig.
 
     Raises:
         TypeError: there is no such option.
@@ -510,7 +514,7 @@ def create_unified_loss(options: dict[str, Any]) -> UnifiedLoss:
         >>> loss_fn.label_smoothing
         0.1
     """
-    return UnifiedLoss(**options)
+    return UnifiedLoss(**(vars(options) if isinstance(options, UnifiedLossConfig) else options))
 
 
 def _signature() -> inspect.Signature:

@@ -44,7 +44,7 @@ def test_an_error_shows_where_it_is():
 
 
 def test_run_prints_a_table_and_writes_what_it_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")  # of a terminal, and of a pipe
     monkeypatch.setattr(bench.memory, "is_available", lambda: False)  # each needs a process
     arguments = "--vocab-size 40 --hidden-size 6 --tokens 8 --dtype bfloat16 --device cpu --rounds 3 --no-compile"
     assert bench.main([*arguments.split(), "--output", str(tmp_path / "here")]) == 0
@@ -54,10 +54,13 @@ def test_run_prints_a_table_and_writes_what_it_measured(tmp_path, capsys, monkey
     for part in result["results"]:
         assert {"ours", "eager"} <= set(part["variants"])
         for row in part["variants"].values():
-            assert f"{row['median_ms']:.4g}" in printed and row["label"] in printed
+            assert f"{row['median_ms']:.4g}" in printed
+            assert all(word in printed for word in row["label"].split())
+            assert all(f"{error:.1e}" in printed for error in row["errors"].values())
             assert len(row["milliseconds"]) == 3
     assert (tmp_path / "here.png").read_bytes().startswith(b"\x89PNG")
     assert "liger" in printed  # absent or present, never silently left out
+    assert "…" not in printed
 
 
 @pytest.mark.skipif(not bench.memory.is_available(), reason="the peak of a process's memory is Linux's to tell")

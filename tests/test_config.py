@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+from collections import UserList
 
 import numpy as np
 import pytest
@@ -217,6 +218,15 @@ def test_unknown_options_are_named_with_the_nearest_known(build):
         build(options if build is not create_unified_loss else {"vocab_size": 10, **options})
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("weight", "class_weights"), ("temperature", "initial_temperature"), ("smoothing", "label_smoothing")],
+)
+def test_names_of_other_libraries_are_known(name, option):
+    with pytest.raises(TypeError, match=f"unknown option '{name}'; did you mean '{option}'"):
+        UnifiedLoss(10, **{name: 0.1})
+
+
 @pytest.mark.parametrize("name", ["focal_gamma", "temperature", "step", "moe_balancer"])
 def test_a_part_needs_a_name_of_its_own(name):
     class Clashing(Part):
@@ -232,6 +242,13 @@ def test_a_part_needs_a_name_of_its_own(name):
         LossWithPart(10)
 
 
+def test_help_documents_every_option():
+    text = inspect.getdoc(UnifiedLossConfig)
+    for name, option in OPTIONS.items():
+        assert f"\n    {name}: {option.metadata['doc']}" in text
+    assert text.index("\nArgs:\n    vocab_size: ") < text.index("\nRaises:")
+
+
 def test_there_and_back():
     config = UnifiedLossConfig(
         vocab_size=10, eos_token_id=[3, 4, 3], repetition_allow_list=[1], temperature_bounds=[0.7, 1.5]
@@ -241,6 +258,7 @@ def test_there_and_back():
     assert UnifiedLossConfig.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["temperature_bounds"] == [0.7, 1.5]
     assert create_unified_loss(config.to_dict()).config == config
+    assert create_unified_loss(config).config == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.vocab_size = 11
 
@@ -249,6 +267,24 @@ def test_repr_shows_what_differs_from_the_defaults():
     text = repr(UnifiedLoss(10, label_smoothing=0.1))
     assert "vocab_size=10, label_smoothing=0.1" in text
     assert "reduction" not in text
+
+
+def test_errors_about_long_lists_are_short():
+    with pytest.raises(ValueError, match=r"one for each class or None, got \('1', \.\.\., '1'\)$"):
+        UnifiedLossConfig(50000, class_weights=["1"] * 50000)
+    with pytest.raises(ValueError, match=r"expected class_weights to be vocab_size = 3 numbers, got 2$"):
+        UnifiedLossConfig(3, class_weights=[1.0] * 2)
+
+
+def test_any_sequence_is_a_list():
+    # the lists of OmegaConf, which hydra passes, are no subclass of list
+    config = UnifiedLossConfig(
+        10, eos_token_id=UserList([3, 4]), repetition_allow_list=range(2), temperature_bounds=UserList([0.7, 1.5])
+    )
+    assert (config.eos_token_id, config.repetition_allow_list) == ((3, 4), (0, 1))
+    assert UnifiedLossConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match=r"expected eos_token_id to be token ids \(integers\) or None, got '12'"):
+        UnifiedLossConfig(20, eos_token_id="12")
 
 
 def test_numbers_of_numpy_are_pythons_own():

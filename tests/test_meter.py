@@ -8,7 +8,8 @@ from support.processes import on_ranks
 from support.strategies import HIDDEN_SIZE, Numbers
 from test_compile import BATCH, CONFIGURATIONS, ROWS, E, NoSynchronisation, V, arguments
 
-from ava_ext import AdaptiveLossScaling, LossMeter, UnifiedLoss
+from ava_ext import METRICS, AdaptiveLossScaling, LossMeter, UnifiedLoss
+from ava_ext.losses.component import Addends, Part
 
 AVERAGES_OF_CALLS = ("moe_cv", "moe_max_violation")  # of the balance; see LossMeter
 NOT_OF_ROWS = {"use_auxiliary_loss": False, "use_contrastive_loss": False, "use_diversity_loss": False}
@@ -103,6 +104,32 @@ def metered_on_rank(rank):
 def check_partial_metric(found, n_tokens):
     assert found["accuracy_top_2"] == 1.0 and found["n_tokens"] == n_tokens
     assert found["cross_entropy"] == pytest.approx(math.log(V), rel=1e-6)
+
+
+class MeanTarget(Part):
+    name, keys, METRICS = "mean_target", ("half",), ("mean_of_targets",)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def of_call(self, call):
+        return Addends({"half": call.rows.batch_share / 2}, {"mean_of_targets": call.targets.float().mean()})
+
+
+class LossWithMeanTarget(UnifiedLoss):
+    PARTS = (*UnifiedLoss.PARTS, MeanTarget)
+
+
+def test_a_metric_of_a_part_of_ones_own_is_a_metric():
+    loss_fn, meter = LossWithMeanTarget(5, primary_loss_type="standard"), LossMeter()
+    for target in (1, 3):
+        parts = loss_fn(torch.zeros(1, 2, 5), torch.full((1, 2), target), num_items_in_batch=4, return_detailed=True)
+        meter.update(parts)
+    found = meter.compute()
+    assert found["mean_of_targets"] == 2 and found["half"] == 0.5
+    addends = [value for name, value in found.items() if name != "total_loss" and name not in METRICS]
+    assert math.isclose(found["total_loss"], sum(addends), rel_tol=1e-6)
 
 
 def test_a_refused_update_leaves_nothing():

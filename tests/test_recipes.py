@@ -133,14 +133,20 @@ def test_grpo(recipes, answers):
     answers.check(recipes["grpo_loss"](*given, clip=0.1, beta=0.3), expected)
 
 
+def test_equal_rewards_have_no_advantage(recipes):
+    assert not recipes["group_advantages"](torch.full((7,), 0.1), n_answers=7).any()  # their mean is not 0.1
+
+
 def test_dapo(recipes, answers):
-    used = [n for n in range(N) if ADVANTAGES[n] != 0]
+    # the second group has no signal; the last answer of the first has the mean reward, and its tokens count
+    advantages = torch.tensor([1.2, -1.2, 0, 0, 0, 0], dtype=torch.float64)
+    used = range(3)
     total = sum(
-        surrogate((answers.plain[n] - answers.old[n]).exp(), ADVANTAGES[n].item(), 0.1, 0.15).sum() for n in used
+        surrogate((answers.plain[n] - answers.old[n]).exp(), advantages[n].item(), 0.1, 0.15).sum() for n in used
     )
     expected = -total / sum(len(answers.plain[n]) for n in used)
-    given = (answers.log_probs, answers.old_padded, answers.labels, ADVANTAGES)
-    answers.check(recipes["dapo_loss"](*given, low=0.1, high=0.15), expected)
+    given = (answers.log_probs, answers.old_padded, answers.labels, advantages)
+    answers.check(recipes["dapo_loss"](*given, n_answers=3, low=0.1, high=0.15), expected)
 
 
 def test_gspo(recipes, answers):

@@ -22,6 +22,7 @@ from ava_ext.losses import (
 )
 from ava_ext.losses.adaptive_mtp import AdaptiveMTP
 from ava_ext.losses.auxiliary import AuxiliaryLoss
+from ava_ext.losses.component import METRICS_OF_PARTS
 from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.losses.depths import DEPTH_METRICS
 from ava_ext.losses.diversity import DiversityLoss
@@ -55,10 +56,13 @@ TOP_K_ACCURACY = "accuracy_top_"  # and k
 
 
 class _MetricNames(frozenset[str]):
-    """Names of metrics. Those of the depths of multi-token prediction and of accuracy_top_k are open-ended."""
+    """Names of metrics. Those of the depths of multi-token prediction and of accuracy_top_k are open-ended; parts of a
+    user's own have others.
+    """
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith((*DEPTH_METRICS, TOP_K_ACCURACY))
+        is_known = super().__contains__(name) or name in METRICS_OF_PARTS
+        return is_known or str(name).startswith((*DEPTH_METRICS, TOP_K_ACCURACY))
 
 
 METRICS = _MetricNames(

@@ -53,6 +53,9 @@ class Addends(NamedTuple):
     metrics: Mapping[str, Tensor] = {}  # further entries of the detailed dict
 
 
+METRICS_OF_PARTS: set[str] = set()  # of every class of parts, those of a user's own loss too
+
+
 class Part(nn.Module):
     """A component outside the row kernel: anything that computes addends from a call."""
 
@@ -60,6 +63,10 @@ class Part(nn.Module):
     METRICS: ClassVar[tuple[str, ...]] = ()  # names of the metrics that it may give
     needs_sequences: ClassVar[bool] = False  # rows in the order of the text
     keys: tuple[str, ...]  # of the terms that it adds
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        METRICS_OF_PARTS.update(cls.METRICS)
 
     @classmethod
     def from_config(cls, config: UnifiedLossConfig) -> Part | None:

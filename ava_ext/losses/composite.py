@@ -20,6 +20,7 @@ class CompositeLoss(nn.Module):
 
     Raises:
         ValueError: there is no loss, a loss is named "total_loss", or a weight has no loss or requires grad.
+        TypeError: losses have no names.
 
     Example:
         >>> losses = {"focal": FocalLoss(32000), "smooth": LabelSmoothingLoss(32000)}
@@ -29,6 +30,8 @@ class CompositeLoss(nn.Module):
 
     def __init__(self, losses: Mapping[str, Callable[..., Any]], weights: Mapping[str, float] | None = None) -> None:
         super().__init__()
+        if not hasattr(losses, "items"):  # nn.ModuleDict is no Mapping
+            raise TypeError(f"composite_loss: expected a dict of named losses, got {type(losses).__name__}")
         weights = weights or {}
         unknown = sorted(set(weights) - set(losses))
         if not losses or "total_loss" in losses:

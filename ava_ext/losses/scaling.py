@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,9 @@ class AdaptiveLossScaling(nn.Module):
 
     def __init__(self, names: Sequence[str], initial_log_variance: float = 0.0) -> None:
         super().__init__()
-        taken = {"total_loss", *(f"weight_{name}" for name in names)}  # by other entries of the dict
-        if isinstance(names, str) or not names or len(set(names)) != len(names) or taken & set(names):
+        several = () if isinstance(names, str) or not isinstance(names, Collection) else names
+        taken = {"total_loss", *(f"weight_{name}" for name in several)}  # by other entries of the dict
+        if not several or len(set(several)) != len(several) or taken & set(several):
             raise ValueError(
                 "adaptive_loss_scaling: expected names to be a list of different names, none of them 'total_loss' or "
                 f"weight_<another name>, got {names!r}"

@@ -50,6 +50,8 @@ def test_bad_input_is_named():
     for losses in ({}, {"total_loss": mse_loss}):
         with pytest.raises(ValueError, match="expected named losses"):
             CompositeLoss(losses)
+    with pytest.raises(TypeError, match="composite_loss: expected a dict of named losses, got list"):
+        CompositeLoss([mse_loss])
     with pytest.raises(ValueError, match=r"a scalar from 'a', got shape \[3\]"):
         CompositeLoss({"a": lambda x: x})(torch.zeros(3))
     with pytest.raises(ValueError, match="a scalar from 'a', got float"):

@@ -1,5 +1,6 @@
 """Heads of every kind that a call switches off: for all rows, or for some sequences on the device."""
 
+import numpy as np
 import pytest
 import torch
 from support.processes import on_ranks
@@ -280,6 +281,15 @@ def test_what_only_looks_like_a_flag_is_refused(active):
     logits, targets = torch.randn(2, 4, 11), torch.zeros(2, 4, dtype=torch.long)
     with pytest.raises(TypeError, match="expected mtp_active to be a bool"):
         loss_fn(logits, targets, hidden_states=torch.randn(2, 4, 8), mtp_active=active)
+
+
+def test_a_flag_may_be_numpys():
+    loss_fn = UnifiedLoss(11, 8, primary_loss_type="standard", use_mtp=True, num_future_tokens=1)
+    logits, labels, hidden_states = torch.randn(2, 4, 11), torch.randint(11, (2, 4)), torch.randn(2, 4, 8)
+    for is_on in (True, False):
+        expected = loss_fn(logits, labels, hidden_states=hidden_states, mtp_active=is_on, labels_are_shifted=is_on)
+        flags = {"mtp_active": np.bool_(is_on), "labels_are_shifted": np.bool_(is_on)}
+        torch.testing.assert_close(loss_fn(logits, labels, hidden_states=hidden_states, **flags), expected)
 
 
 @pytest.mark.parametrize("mtp_type", ["deepseek", "adaptive", "hidden_states"])

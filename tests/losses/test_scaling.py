@@ -53,6 +53,6 @@ def test_bad_input_is_named():
         scaling({"main": torch.tensor(1.0), "aux": torch.zeros(2)})
     with pytest.raises(TypeError, match=r"adaptive_loss_scaling: expected aux to be a torch.Tensor"):
         scaling({"main": torch.tensor(1.0), "aux": 0.5})
-    for names in ("main", [], ["a", "a"], ["total_loss", "a"], ["a", "weight_a"]):
+    for names in ("main", 2, [], ["a", "a"], ["total_loss", "a"], ["a", "weight_a"]):
         with pytest.raises(ValueError, match="a list of different names"):
             AdaptiveLossScaling(names)
