@@ -143,10 +143,10 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
       return lanes.template choose<uint64_t>(scores);
     };
     ChosenItems chosen;
-    bool is_chosen = false;
+    bool is_found = false;
     if constexpr (kMayBeAtOnce)
-      is_chosen = choice == kAtOnce && lanes.choose_best(turn, last_choice, inverse != inverse, chosen);
-    if (!is_chosen) chosen = choose_one_by_one();
+      is_found = choice == kAtOnce && lanes.choose_best(turn, last_choice, inverse != inverse, chosen);
+    if (!is_found) chosen = choose_one_by_one();
     lanes.store_choice(turn, chosen);
     add_chosen(chosen);
   });
