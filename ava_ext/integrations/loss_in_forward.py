@@ -21,6 +21,7 @@ from ava_ext.integrations.loss_functions import causal_lm_loss, check_ignore_ind
 from ava_ext.model_config import text_config
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import accumulation_dtype
+from ava_ext.reduction import items_of
 from ava_ext.unified_loss import UnifiedLoss
 
 # arguments of forward that are the loss's alone; the model's own forward does not see them
@@ -266,7 +267,7 @@ class LossInForward(nn.Module):
             if has_added and n_items is not None:  # a mean of this call: its share of the whole batch
                 # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
                 n_tokens = loss_fn.count_items(**{name: given[name] for name in DECIDE_ROWS if name in given})
-                added = added * (n_tokens.to(loss.dtype) / n_items)
+                added = added * (n_tokens.to(loss.dtype) / items_of(n_items, loss.device, loss.dtype))
             loss = loss + added.to(loss.dtype)
         if parts is not None:
             if has_added and added is not None:

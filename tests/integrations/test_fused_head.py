@@ -215,6 +215,17 @@ def test_what_a_model_adds_is_shared_and_reported(put):
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("n_items", [0, torch.tensor(0)])
+def test_what_a_model_adds_where_nothing_counts_in_the_whole_batch(put, n_items):
+    model, inputs = family("Mixtral"), batch()
+    put(model, plain_loss(model))
+    inputs["labels"].fill_(-100)
+    loss, found = loss_of(model, **inputs, num_items_in_batch=n_items)
+    assert loss == 0
+    assert found and all(gradient.count_nonzero() == 0 for gradient in found.values())
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
 def test_a_forward_that_raises_keeps_no_activations(put):
     """The next batch may need the memory."""
     model = family("Llama")
