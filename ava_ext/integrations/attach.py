@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ava_ext.integrations.heads import weight_and_bias
+from ava_ext.integrations.heads import n_columns_of, weight_and_bias
 from ava_ext.integrations.loss_functions import check_is_loss, refuse_logit_options
 from ava_ext.integrations.loss_in_forward import LossInForward, RecordsInput, class_with
 from ava_ext.unified_loss import UnifiedLoss
@@ -129,7 +129,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
     else:
         refuse_logit_options(config, owner)
     head.__class__ = class_with(RecordsInput, type(head), is_fused)
-    head.owner, head.n_columns = name, getattr(head, "out_features", None)
+    head.owner, head.n_columns = name, n_columns_of(head)
     parameter = next(inner.parameters())
     inner.unified_loss = loss_fn.to(parameter.device)
     inner.trained_when_put = {name: p.requires_grad for name, p in loss_fn.named_parameters()}

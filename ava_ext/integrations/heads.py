@@ -41,6 +41,15 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_colu
     return _gathered(head.weight), _gathered(head.bias)
 
 
+def n_columns_of(head: nn.Module) -> int | None:
+    """Its out_features, which a weight that is spread over ranks does not tell.
+
+    Of what peft has wrapped, the original's: ensure_weight_tying makes a copy that has in_features and out_features
+    swapped.
+    """
+    return getattr(getattr(head, "original_module", head), "out_features", None)
+
+
 def logits_of_lora(
     head: nn.Module,
     hidden_states: Tensor,  # [..., hidden_size]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.integrations.deferred_logits import DeferredLogits
-from ava_ext.integrations.heads import logits_of_lora, weight_and_bias
+from ava_ext.integrations.heads import logits_of_lora, n_columns_of, weight_and_bias
 from ava_ext.integrations.loss_functions import causal_lm_loss, check_ignore_index, check_same_logits
 from ava_ext.model_config import text_config
 from ava_ext.ops.arguments import has_shape
@@ -169,7 +169,7 @@ class LossInForward(nn.Module):
 
     def _head(self) -> RecordsInput:
         head = self.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(head, RecordsInput) or getattr(head, "out_features", None) != head.n_columns:
+        if not isinstance(head, RecordsInput) or n_columns_of(head) != head.n_columns:
             raise TypeError(
                 f"fuse_lm_head: the head of {type(self).__name__} is now another {type(head).__name__} than when the "
                 "loss was put into the model: call unfuse(model) first, then change the head (get_peft_model, "
