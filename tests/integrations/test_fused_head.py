@@ -167,6 +167,23 @@ def test_a_copy_computes_with_its_own_weights(make_copy):
     assert other.unified_loss is not model.unified_loss and type(other) is type(model)
 
 
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_loss_function_goes_with_its_model(make_copy):
+    model = family("Llama")
+    loss_fn = UnifiedLoss.from_model(model, fused=False)  # learns its temperature
+    model.loss_function = causal_lm_loss(loss_fn)
+    copied = make_copy(model)
+    torch.testing.assert_close(copied(**batch()).loss, model(**batch()).loss, rtol=0, atol=0)
+    copied(**batch())
+    assert loss_fn.get_loss_statistics()["temperature"]["count"] == 1
+
+
+def test_labels_follow_the_logits_of_a_model_that_is_spread_over_devices():
+    logits, labels = torch.empty(3, 9, V, device="meta"), batch()["labels"]
+    loss = causal_lm_loss(UnifiedLoss(V, primary_loss_type="standard").to("meta"))
+    assert loss(logits, labels).device.type == loss(logits, shift_labels=labels).device.type == "meta"
+
+
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
 def test_micro_batches_add_up_to_the_batch(put):
     """Also what the model adds to its loss, which is a mean of each call: by its share of the tokens."""
