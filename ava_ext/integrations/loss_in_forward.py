@@ -141,6 +141,8 @@ class LossInForward(nn.Module):
         given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
         if needs_router:
             given |= self._router(output)
+        # a model that is spread over devices (device_map) ends on another than it begins
+        given = {name: _brought_to(zero.device, value) for name, value in given.items()}
         fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
         added = None if adds_router else output["loss"]
         if adds_router:  # asked for by the loss alone, which weighs it itself
@@ -278,6 +280,13 @@ class LossInForward(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _made_of, (LossInForward, self.class_before_loss, self.is_fused), self.__dict__
+
+
+def _brought_to(device: torch.device, value: Any) -> Any:
+    """A tensor, or each of a list or tuple of them."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    return type(value)(_brought_to(device, part) for part in value) if type(value) in (tuple, list) else value
 
 
 def _make_class(mixin: Any, cls: Any, is_fused: bool) -> Any:

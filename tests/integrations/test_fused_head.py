@@ -156,6 +156,33 @@ def test_unfuse_where_accelerate_has_wrapped_forward():
     assert torch.equal(model(**inputs).logits, expected)
 
 
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("is_dispatched_first", [True, False])
+def test_a_model_that_accelerate_has_dispatched(put, is_dispatched_first):
+    """As from_pretrained(device_map="auto") makes it where there are several devices."""
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = family("Llama"), batch()
+    expected = own_loss(model, **inputs)
+    steps = [lambda: accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)]
+    steps.insert(is_dispatched_first, lambda: put(model, plain_loss(model)))
+    for step in steps:
+        step()
+    assert_same(loss_of(model, **inputs), expected)
+    assert_same(loss_of(copy.deepcopy(model), **inputs), expected)
+    logits = model.eval()(**inputs).logits
+    unfuse(model)
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_the_loss_is_computed_where_the_logits_are():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny("Mixtral")
+    model.lm_head.to("meta")  # another device, where nothing has values
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook("meta"))
+    attach_loss(model, UnifiedLoss.from_model(model, use_auxiliary_loss=True))
+    assert model(**batch()).loss.is_meta
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_computes_with_its_own_weights(make_copy):
     model = fuse_lm_head(family("Llama"), plain_loss(family("Llama")))
