@@ -29,10 +29,10 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """
     check_is_loss("causal_lm_loss", loss_fn)
     refuse_logit_options(loss_fn.config, "causal_lm_loss")
-    return functools.partial(_loss_of_logits, loss_fn)  # goes with the model through copy and pickle
+    return functools.partial(loss_of_logits, loss_fn)  # goes with the model through copy and pickle
 
 
-def _loss_of_logits(
+def loss_of_logits(
     loss_fn: UnifiedLoss,
     logits: Tensor,  # [batch_size, n_tokens, n_columns]
     labels: Tensor | None = None,  # [batch_size, n_tokens]
@@ -42,6 +42,8 @@ def _loss_of_logits(
     shift_labels: Tensor | None = None,  # [batch_size, n_tokens]
     **options: Any,
 ) -> Tensor:  # []
+    """As `causal_lm_loss` describes it."""
+    refuse_logit_options(loss_fn.config, "causal_lm_loss")
     check_ignore_index("causal_lm_loss", loss_fn.config, ignore_index)
     is_shifted = shift_labels is not None
     targets = shift_labels if is_shifted else labels

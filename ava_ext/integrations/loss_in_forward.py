@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ava_ext.integrations.deferred_logits import DeferredLogits
 from ava_ext.integrations.heads import logits_of_lora, n_columns_of, weight_and_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, check_ignore_index, check_same_logits
+from ava_ext.integrations.loss_functions import check_ignore_index, check_same_logits, loss_of_logits
 from ava_ext.model_config import text_config
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import accumulation_dtype
@@ -90,7 +90,7 @@ class LossInForward(nn.Module):
         """While forward runs, takes what the loss is computed of; otherwise the loss of logits."""
         if self._is_recording:
             return self._record
-        return causal_lm_loss(self.unified_loss)
+        return functools.partial(loss_of_logits, self.unified_loss)
 
     def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""

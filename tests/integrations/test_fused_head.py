@@ -194,6 +194,15 @@ def test_a_copy_computes_with_its_own_weights(make_copy):
     assert other.unified_loss is not model.unified_loss and type(other) is type(model)
 
 
+def test_the_loss_function_of_a_fused_model_can_be_asked_for():
+    """By whoever looks at the attributes of a model; called, it would cap the logits twice."""
+    model = family("Gemma2")
+    fuse_lm_head(model, plain_loss(model))
+    assert hasattr(model, "loss_function")
+    with pytest.raises(ValueError, match=r"expected a loss without logit_softcap, got 3\.0"):
+        model.loss_function(torch.zeros(1, 2, V), torch.zeros(1, 2, dtype=torch.long))
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_loss_function_goes_with_its_model(make_copy):
     model = family("Llama")
