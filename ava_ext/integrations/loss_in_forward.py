@@ -117,8 +117,7 @@ class LossInForward(nn.Module):
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         options["labels"] = shifted if labels is None else labels  # the model asks only whether there are any
-        config = self.unified_loss.config
-        needs_router = config.use_auxiliary_loss or config.use_moe_balancing
+        needs_router = self._needs_router
         adds_router = needs_router and self.expert_bias_binding is None and not self._router_logits_wanted(options)
         if adds_router:
             options["output_router_logits"] = True
@@ -183,6 +182,14 @@ class LossInForward(nn.Module):
     def _owner(self) -> str:
         return "fuse_lm_head" if self.is_fused else "attach_loss"
 
+    @property
+    def _needs_router(self) -> bool:
+        return self.unified_loss.config.use_auxiliary_loss or self.unified_loss.config.use_moe_balancing
+
+    @property
+    def _is_masked_lm(self) -> bool:
+        return "ForMaskedLM" in (getattr(self, "loss_type", None) or type(self).__name__)
+
     def _targets(
         self,
         labels: Any,  # [batch_size, n_tokens], which the model gave to its loss function
@@ -192,8 +199,7 @@ class LossInForward(nn.Module):
         """What the rows are compared with: what the caller says is shifted, or what the model makes of the labels."""
         if shifted is not None:
             return shifted
-        is_masked_lm = "ForMaskedLM" in (getattr(self, "loss_type", None) or type(self).__name__)
-        if model_shifted is not None or is_masked_lm:
+        if model_shifted is not None or self._is_masked_lm:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to predict the token after each row, but its labels "
                 "are those of the rows themselves: give them as shift_labels, too"
@@ -213,7 +219,11 @@ class LossInForward(nn.Module):
         mask, positions = (None if of_encoder else options.get(name) for name in ("attention_mask", "position_ids"))
         batch_size, n_tokens = labels.shape[0], labels.shape[-1]
         if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch_size and mask.shape[1] >= n_tokens:
-            given["attention_mask"] = mask[:, mask.shape[1] - n_tokens :]  # a cache or a prefix of peft is before them
+            mask = mask[:, mask.shape[1] - n_tokens :]  # a cache or a prefix of peft is before them
+            if labels_are_shifted and not (self._is_masked_lm or self._needs_router):
+                # that of each row's target, the token after it; a masked language model and routers want that of tokens
+                mask = torch.cat([mask[:, 1:], mask[:, -1:]], 1)
+            given["attention_mask"] = mask
         if isinstance(positions, Tensor) and has_shape(positions, (batch_size, n_tokens), (1, n_tokens)):
             given["position_ids"] = positions
         return given | (loss_inputs or {})

@@ -364,6 +364,20 @@ def test_packed_texts_and_shifted_labels():
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_padding_is_left_out_where_labels_are_shifted_too(put):
+    """Its labels are not -100, and attention_mask is that of the tokens, as beside labels."""
+    model, inputs = family("Llama"), batch()
+    labels = inputs.pop("labels")
+    labels[1] = inputs["input_ids"][1]
+    put(model, plain_loss(model))
+    expected = loss_of(model, **inputs, labels=labels)
+    shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    assert_same(loss_of(model, **inputs, shift_labels=shift_labels), expected)
+    whole, row = torch.ones(1, 4), torch.tensor([[5, 6, 7, 8]])  # the last row's target is a token of another rank's
+    assert model.rows_of_call(row, True, {"attention_mask": whole}, None)["attention_mask"].all()
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
 @pytest.mark.parametrize("name", ["ModernBert", "Moonshine"])
 def test_labels_of_the_rows_themselves_are_not_shifted(name, put):
     """A masked language model; one whose decoder is fed the labels, and that gives shift_labels to its loss itself."""
