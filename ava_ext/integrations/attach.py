@@ -132,7 +132,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         refuse_logit_options(config, owner)
     _become(head, class_with(RecordsInput, type(head), is_fused))
     head.owner, head.n_columns = name, n_columns_of(head)
-    inner.unified_loss = loss_fn.to(device_of(head))
+    inner.unified_loss = loss_fn.to(device_of(head, inner))
     inner.trained_when_put = {name: p.requires_grad for name, p in loss_fn.named_parameters()}
     inner._keys_before_loss = inner._keys_to_ignore_on_save
     inner._keys_to_ignore_on_save = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -42,9 +43,10 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_colu
     return _gathered(head.weight), _gathered(head.bias)
 
 
-def device_of(head: nn.Module) -> torch.device:
-    """Where it gives logits."""
-    device, hook = next(head.parameters()).device, vars(head).get("_hf_hook")
+def device_of(head: nn.Module, model: nn.Module) -> torch.device:
+    """Where the head of the model gives logits; it may have no parameters of its own."""
+    device = next(itertools.chain(head.parameters(), model.parameters())).device
+    hook = vars(head).get("_hf_hook")
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
 
 
