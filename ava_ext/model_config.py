@@ -47,7 +47,9 @@ _APPLY_OPTIONS_OF_TEXT = {
     "t5gemma",
     "t5gemma2",
 }
-# routers with a softmax although they have an e_score_correction_bias
+_SCORES = ("scoring_func", "expert_selection_fn")
+# routers with a sigmoid and no e_score_correction_bias that tells it, and with a softmax although they have one
+_SIGMOID_WITHOUT_BIAS = {"afmoe", "flint", "lfm2_moe", "llama4_text"}
 _SOFTMAX_WITH_BIAS = {"ernie4_5_moe", "ernie4_5_vl_moe_text", "longcat_flash"}
 
 
@@ -84,7 +86,7 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         wants_router = given.get("use_auxiliary_loss") or given.get("use_moe_balancing")
         if score not in ("softmax", "sigmoid") and wants_router and "router_score" not in given:
             raise ValueError(
-                f"unified_loss: expected a router with the score 'softmax' or 'sigmoid', got scoring_func={score!r} in "
+                f"unified_loss: expected a router with the score 'softmax' or 'sigmoid', got {score!r} in "
                 f"{type(config).__name__}: leave router terms out, or say router_score="
             )
         if score == "sigmoid":
@@ -152,9 +154,11 @@ def _moe_layers(model: nn.Module | None, config: Any) -> int:
 
 
 def _router_score(model: nn.Module | None, config: Any) -> str:
-    """What a router makes of its logits. A configuration without scoring_func tells nothing: then a softmax."""
-    score = getattr(config, "scoring_func", None)
-    if score is not None or model is None or getattr(config, "model_type", None) in _SOFTMAX_WITH_BIAS:
+    """What a router makes of its logits. A configuration alone tells it of few families; of others it is a softmax."""
+    score, family = _first(config, _SCORES), getattr(config, "model_type", None)
+    if score is None and family in _SIGMOID_WITHOUT_BIAS:
+        return "sigmoid"
+    if score is not None or model is None or family in _SOFTMAX_WITH_BIAS:
         return score or "softmax"
     has_bias = any(hasattr(module, "e_score_correction_bias") for module in model.modules())
     return "sigmoid" if has_bias else "softmax"

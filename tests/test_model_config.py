@@ -81,9 +81,19 @@ def test_score_of_a_router():
     model.config = config(num_experts=6, scoring_func="sqrtsoftplus")
     assert "router_score" not in options_of(model)
     for term in ("use_auxiliary_loss", "use_moe_balancing"):
-        with pytest.raises(ValueError, match="got scoring_func='sqrtsoftplus' in SimpleNamespace"):
+        with pytest.raises(ValueError, match="got 'sqrtsoftplus' in SimpleNamespace"):
             options_of(model, **{term: True})
         assert options_of(model, **{term: True}, router_score="sigmoid")["router_score"] == "sigmoid"
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"scoring_func": "sigmoid"}, {"expert_selection_fn": "sigmoid"}]
+    + [{"model_type": name} for name in ("afmoe", "flint", "lfm2_moe", "llama4_text")],
+    ids=["DeepSeek-V4", "Cohere 2 MoE", "AfMoE", "Flint", "LFM2 MoE", "Llama 4"],
+)
+def test_sigmoid_without_a_correction_bias(attributes):
+    assert options_of(config(num_experts=6, **attributes))["router_score"] == "sigmoid"
 
 
 @pytest.mark.parametrize("name", ["final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from ava_ext.integrations.heads import weight_and_bias
+from ava_ext.integrations.heads import device_of, n_columns_of, weight_and_bias
 from ava_ext.integrations.loss_functions import check_is_loss, refuse_logit_options
 from ava_ext.integrations.loss_in_forward import LossInForward, RecordsInput, class_with
+from ava_ext.ops.linear_logits import is_moved
 from ava_ext.unified_loss import UnifiedLoss
 
 
@@ -69,7 +71,7 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
         if isinstance(head, RecordsInput):
             for name in ("owner", "mode", "input_of_head", "n_columns"):
                 vars(head).pop(name, None)
-            head.__class__ = head.class_before_loss  # type: ignore[assignment]
+            _become(head, head.class_before_loss)
     inner._keys_to_ignore_on_save = inner._keys_before_loss
     for name in (
         "unified_loss",
@@ -82,7 +84,7 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
         "report_parts",
     ):
         delattr(inner, name)
-    inner.__class__ = inner.class_before_loss  # type: ignore[assignment]
+    _become(inner, inner.class_before_loss)
     return loss_fn
 
 
@@ -110,7 +112,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         )
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
         raise TypeError(f"{owner}: expected a causal language model of transformers, got {name}")
-    if "forward" in vars(inner):
+    if "forward" in vars(inner) and not is_moved(inner):
         raise ValueError(
             f"{owner}: expected a model with the forward of its class, got {name} with one of its own, which another "
             "library has put there: put the loss into the model before Accelerator.prepare, SFTTrainer and the like"
@@ -128,10 +130,9 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         weight_and_bias(head)
     else:
         refuse_logit_options(config, owner)
-    head.__class__ = class_with(RecordsInput, type(head), is_fused)
-    head.owner, head.n_columns = name, getattr(head, "out_features", None)
-    parameter = next(inner.parameters())
-    inner.unified_loss = loss_fn.to(parameter.device)
+    _become(head, class_with(RecordsInput, type(head), is_fused))
+    head.owner, head.n_columns = name, n_columns_of(head)
+    inner.unified_loss = loss_fn.to(device_of(head, inner))
     inner.trained_when_put = {name: p.requires_grad for name, p in loss_fn.named_parameters()}
     inner._keys_before_loss = inner._keys_to_ignore_on_save
     inner._keys_to_ignore_on_save = {
@@ -140,5 +141,12 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
     }
     inner._recorded, inner._is_recording, inner.has_computed_loss = None, False, False
     inner.report_parts, inner.loss_parts = False, None
-    inner.__class__ = class_with(LossInForward, type(inner), is_fused)
+    _become(inner, class_with(LossInForward, type(inner), is_fused))
     return model
+
+
+def _become(module: Any, cls: Any) -> None:
+    """Changes the class of an instance."""
+    if is_moved(module):
+        module._old_forward = MethodType(cls.forward, module)
+    module.__class__ = cls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -22,7 +23,8 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_colu
     Raises:
         TypeError: a head that does something else, or whose weight is not here; what to do instead.
     """
-    if hasattr(head, "_hf_hook"):
+    hook = getattr(head, "_hf_hook", None)
+    if hook is not None and getattr(hook, "offload", True):
         raise _refused(head, "weights that accelerate moves to the device for each call", "keep the head on its device")
     peft = sys.modules.get("peft")
     if peft is not None:
@@ -39,6 +41,22 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:  # [n_colu
     if head.weight.is_meta:
         raise _refused(head, "a weight on the meta device", "load it first")
     return _gathered(head.weight), _gathered(head.bias)
+
+
+def device_of(head: nn.Module, model: nn.Module) -> torch.device:
+    """Where the head of the model gives logits; it may have no parameters of its own."""
+    device = next(itertools.chain(head.parameters(), model.parameters())).device
+    hook = vars(head).get("_hf_hook")
+    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
+
+
+def n_columns_of(head: nn.Module) -> int | None:
+    """Its out_features, which a weight that is spread over ranks does not tell.
+
+    Of what peft has wrapped, the original's: ensure_weight_tying makes a copy that has in_features and out_features
+    swapped.
+    """
+    return getattr(getattr(head, "original_module", head), "out_features", None)
 
 
 def logits_of_lora(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,23 +29,28 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """
     check_is_loss("causal_lm_loss", loss_fn)
     refuse_logit_options(loss_fn.config, "causal_lm_loss")
+    return functools.partial(loss_of_logits, loss_fn)  # goes with the model through copy and pickle
 
-    def loss(
-        logits: Tensor,  # [batch_size, n_tokens, n_columns]
-        labels: Tensor | None = None,  # [batch_size, n_tokens]
-        vocab_size: int | None = None,
-        num_items_in_batch: float | Tensor | None = None,
-        ignore_index: int | None = None,
-        shift_labels: Tensor | None = None,  # [batch_size, n_tokens]
-        **options: Any,
-    ) -> Tensor:  # []
-        check_ignore_index("causal_lm_loss", loss_fn.config, ignore_index)
-        is_shifted = shift_labels is not None
-        targets = shift_labels if is_shifted else labels
-        # a copy: models add to it in place
-        return loss_fn(logits, targets, num_items_in_batch=num_items_in_batch, labels_are_shifted=is_shifted).clone()
 
-    return loss
+def loss_of_logits(
+    loss_fn: UnifiedLoss,
+    logits: Tensor,  # [batch_size, n_tokens, n_columns]
+    labels: Tensor | None = None,  # [batch_size, n_tokens]
+    vocab_size: int | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    ignore_index: int | None = None,
+    shift_labels: Tensor | None = None,  # [batch_size, n_tokens]
+    **options: Any,
+) -> Tensor:  # []
+    """As `causal_lm_loss` describes it."""
+    refuse_logit_options(loss_fn.config, "causal_lm_loss")
+    check_ignore_index("causal_lm_loss", loss_fn.config, ignore_index)
+    is_shifted = shift_labels is not None
+    targets = shift_labels if is_shifted else labels
+    if isinstance(targets, Tensor):
+        targets = targets.to(logits.device)  # a model that is spread over devices ends on another than it begins
+    # a copy: models add to it in place
+    return loss_fn(logits, targets, num_items_in_batch=num_items_in_batch, labels_are_shifted=is_shifted).clone()
 
 
 def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ava_ext.integrations.deferred_logits import DeferredLogits
-from ava_ext.integrations.heads import logits_of_lora, weight_and_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, check_ignore_index, check_same_logits
+from ava_ext.integrations.heads import logits_of_lora, n_columns_of, weight_and_bias
+from ava_ext.integrations.loss_functions import check_ignore_index, check_same_logits, loss_of_logits
 from ava_ext.model_config import text_config
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import accumulation_dtype
+from ava_ext.reduction import items_of
 from ava_ext.unified_loss import UnifiedLoss
 
 # arguments of forward that are the loss's alone; the model's own forward does not see them
@@ -89,7 +90,7 @@ class LossInForward(nn.Module):
         """While forward runs, takes what the loss is computed of; otherwise the loss of logits."""
         if self._is_recording:
             return self._record
-        return causal_lm_loss(self.unified_loss)
+        return functools.partial(loss_of_logits, self.unified_loss)
 
     def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""
@@ -116,8 +117,7 @@ class LossInForward(nn.Module):
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         options["labels"] = shifted if labels is None else labels  # the model asks only whether there are any
-        config = self.unified_loss.config
-        needs_router = config.use_auxiliary_loss or config.use_moe_balancing
+        needs_router = self._needs_router
         adds_router = needs_router and self.expert_bias_binding is None and not self._router_logits_wanted(options)
         if adds_router:
             options["output_router_logits"] = True
@@ -140,6 +140,8 @@ class LossInForward(nn.Module):
         given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
         if needs_router:
             given |= self._router(output)
+        # a model that is spread over devices (device_map) ends on another than it begins
+        given = {name: _brought_to(zero.device, value) for name, value in given.items()}
         fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
         added = None if adds_router else output["loss"]
         if adds_router:  # asked for by the loss alone, which weighs it itself
@@ -168,7 +170,7 @@ class LossInForward(nn.Module):
 
     def _head(self) -> RecordsInput:
         head = self.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(head, RecordsInput) or getattr(head, "out_features", None) != head.n_columns:
+        if not isinstance(head, RecordsInput) or n_columns_of(head) != head.n_columns:
             raise TypeError(
                 f"fuse_lm_head: the head of {type(self).__name__} is now another {type(head).__name__} than when the "
                 "loss was put into the model: call unfuse(model) first, then change the head (get_peft_model, "
@@ -180,6 +182,14 @@ class LossInForward(nn.Module):
     def _owner(self) -> str:
         return "fuse_lm_head" if self.is_fused else "attach_loss"
 
+    @property
+    def _needs_router(self) -> bool:
+        return self.unified_loss.config.use_auxiliary_loss or self.unified_loss.config.use_moe_balancing
+
+    @property
+    def _is_masked_lm(self) -> bool:
+        return "ForMaskedLM" in (getattr(self, "loss_type", None) or type(self).__name__)
+
     def _targets(
         self,
         labels: Any,  # [batch_size, n_tokens], which the model gave to its loss function
@@ -189,8 +199,7 @@ class LossInForward(nn.Module):
         """What the rows are compared with: what the caller says is shifted, or what the model makes of the labels."""
         if shifted is not None:
             return shifted
-        is_masked_lm = "ForMaskedLM" in (getattr(self, "loss_type", None) or type(self).__name__)
-        if model_shifted is not None or is_masked_lm:
+        if model_shifted is not None or self._is_masked_lm:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to predict the token after each row, but its labels "
                 "are those of the rows themselves: give them as shift_labels, too"
@@ -210,7 +219,11 @@ class LossInForward(nn.Module):
         mask, positions = (None if of_encoder else options.get(name) for name in ("attention_mask", "position_ids"))
         batch_size, n_tokens = labels.shape[0], labels.shape[-1]
         if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch_size and mask.shape[1] >= n_tokens:
-            given["attention_mask"] = mask[:, mask.shape[1] - n_tokens :]  # a cache or a prefix of peft is before them
+            mask = mask[:, mask.shape[1] - n_tokens :]  # a cache or a prefix of peft is before them
+            if labels_are_shifted and not (self._is_masked_lm or self._needs_router):
+                # that of each row's target, the token after it; a masked language model and routers want that of tokens
+                mask = torch.cat([mask[:, 1:], mask[:, -1:]], 1)
+            given["attention_mask"] = mask
         if isinstance(positions, Tensor) and has_shape(positions, (batch_size, n_tokens), (1, n_tokens)):
             given["position_ids"] = positions
         return given | (loss_inputs or {})
@@ -266,7 +279,7 @@ class LossInForward(nn.Module):
             if has_added and n_items is not None:  # a mean of this call: its share of the whole batch
                 # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
                 n_tokens = loss_fn.count_items(**{name: given[name] for name in DECIDE_ROWS if name in given})
-                added = added * (n_tokens.to(loss.dtype) / n_items)
+                added = added * (n_tokens.to(loss.dtype) / items_of(n_items, loss.device, loss.dtype))
             loss = loss + added.to(loss.dtype)
         if parts is not None:
             if has_added and added is not None:
@@ -277,6 +290,13 @@ class LossInForward(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _made_of, (LossInForward, self.class_before_loss, self.is_fused), self.__dict__
+
+
+def _brought_to(device: torch.device, value: Any) -> Any:
+    """A tensor, or each of a list or tuple of them."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    return type(value)(_brought_to(device, part) for part in value) if type(value) in (tuple, list) else value
 
 
 def _make_class(mixin: Any, cls: Any, is_fused: bool) -> Any:

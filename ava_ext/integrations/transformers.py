@@ -104,14 +104,15 @@ class UnifiedLossCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
         """Checks that the loss can learn, and loads what it had learned."""
-        self.loss_fn.to(args.device)
+        self._model_with_loss = _with_this_loss(options.get("model"), self.loss_fn)
+        if self._model_with_loss is None:  # which is where its model is
+            self.loss_fn.to(args.device)
         if args.world_size > 1 and self.loss_fn._learns and self.loss_fn.config.process_group is None:
             raise ValueError(
                 "UnifiedLossCallback: expected a loss with process_group='world', got None: its state would differ "
                 f"between the {args.world_size} ranks"
             )
         _refuse_label_smoothing("UnifiedLossCallback", args)
-        self._model_with_loss = _with_this_loss(options.get("model"), self.loss_fn)
         if self._model_with_loss is not None:
             _check_trained("UnifiedLossCallback", self._model_with_loss)
             self._model_with_loss.has_computed_loss = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -23,7 +24,17 @@ def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     (of an adapter, of a scale) would silently be lost.
     """
     cls = getattr(head, "class_before_loss", type(head))  # a head whose input is recorded is of a class made for it
-    return isinstance(head, nn.Linear) and cls.forward is nn.Linear.forward and "forward" not in vars(head)
+    is_plain = isinstance(head, nn.Linear) and cls.forward is nn.Linear.forward
+    return is_plain and ("forward" not in vars(head) or is_moved(head))
+
+
+def is_moved(module: nn.Module) -> bool:
+    """Whether the forward of an instance is that of its class between hooks of accelerate, which bring its inputs to
+    its device, and its weights too where they are offloaded (device_map).
+    """
+    own = vars(module)
+    is_of_class = getattr(own.get("_old_forward"), "__func__", None) is type(module).forward
+    return is_of_class and isinstance(own.get("forward"), functools.partial)
 
 
 def is_weight_itself(head: nn.Module) -> TypeGuard[nn.Linear]:

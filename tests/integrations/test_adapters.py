@@ -13,10 +13,10 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 from ava_ext.integrations.transformers import attach_loss, fuse_lm_head, unfuse
 
 
-def adapted(**options):
+def adapted(tied=False, **options):
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **({"lora_dropout": 0.0} | options))
-    return peft.get_peft_model(tiny("Llama"), config).double()
+    return peft.get_peft_model(tiny("Llama", tie_word_embeddings=tied), config).double()
 
 
 def plain_loss(model):
@@ -31,15 +31,16 @@ def plain_loss(model):
         {"target_modules": ["lm_head"], "use_dora": True},
         {"target_modules": ["lm_head"], "use_rslora": True, "lora_bias": True},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "tied": True, "ensure_weight_tying": True},
     ],
-    ids=["lora", "dora", "rslora with bias", "modules to save"],
+    ids=["lora", "dora", "rslora with bias", "modules to save", "tied modules to save"],
 )
 def test_adapted_head(options):
     model = adapted(**options)
     inner = model.get_base_model()
     inner.loss_function = loss_in_double
     expected = loss_of(model, **batch())
-    assert any("lm_head" in name for name in expected[1])
+    assert any("lm_head" in name or "modules_to_save" in name for name in expected[1])
     del inner._loss_function
     fuse_lm_head(model, plain_loss(model))
     found = loss_of(model, **batch())

@@ -154,6 +154,33 @@ def test_unfuse_where_accelerate_has_wrapped_forward():
     assert torch.equal(model(**inputs).logits, expected)
 
 
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("is_dispatched_first", [True, False])
+def test_a_model_that_accelerate_has_dispatched(put, is_dispatched_first):
+    """As from_pretrained(device_map="auto") makes it where there are several devices."""
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = family("Llama"), batch()
+    expected = own_loss(model, **inputs)
+    steps = [lambda: accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)]
+    steps.insert(is_dispatched_first, lambda: put(model, plain_loss(model)))
+    for step in steps:
+        step()
+    assert_same(loss_of(model, **inputs), expected)
+    assert_same(loss_of(copy.deepcopy(model), **inputs), expected)
+    logits = model.eval()(**inputs).logits
+    unfuse(model)
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_the_loss_is_computed_where_the_logits_are():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny("Mixtral")
+    model.lm_head.to("meta")  # another device, where nothing has values
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook("meta"))
+    attach_loss(model, UnifiedLoss.from_model(model, use_auxiliary_loss=True))
+    assert model(**batch()).loss.is_meta
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_computes_with_its_own_weights(make_copy):
     model = fuse_lm_head(family("Llama"), plain_loss(family("Llama")))
@@ -163,6 +190,32 @@ def test_a_copy_computes_with_its_own_weights(make_copy):
     assert_same(loss_of(other, **batch()), expected)
     assert not gradients(model)
     assert other.unified_loss is not model.unified_loss and type(other) is type(model)
+
+
+def test_the_loss_function_of_a_fused_model_can_be_asked_for():
+    """By whoever looks at the attributes of a model; called, it would cap the logits twice."""
+    model = family("Gemma2")
+    fuse_lm_head(model, plain_loss(model))
+    assert hasattr(model, "loss_function")
+    with pytest.raises(ValueError, match=r"expected a loss without logit_softcap, got 3\.0"):
+        model.loss_function(torch.zeros(1, 2, V), torch.zeros(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_loss_function_goes_with_its_model(make_copy):
+    model = family("Llama")
+    loss_fn = UnifiedLoss.from_model(model, fused=False)  # learns its temperature
+    model.loss_function = causal_lm_loss(loss_fn)
+    copied = make_copy(model)
+    torch.testing.assert_close(copied(**batch()).loss, model(**batch()).loss, rtol=0, atol=0)
+    copied(**batch())
+    assert loss_fn.get_loss_statistics()["temperature"]["count"] == 1
+
+
+def test_labels_follow_the_logits_of_a_model_that_is_spread_over_devices():
+    logits, labels = torch.empty(3, 9, V, device="meta"), batch()["labels"]
+    loss = causal_lm_loss(UnifiedLoss(V, primary_loss_type="standard").to("meta"))
+    assert loss(logits, labels).device.type == loss(logits, shift_labels=labels).device.type == "meta"
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
@@ -210,6 +263,17 @@ def test_what_a_model_adds_is_shared_and_reported(put):
         total, added = total + loss.detach(), added + model.loss_parts["model_aux_loss"]
     assert_same((total, gradients(model)), expected)
     torch.testing.assert_close(added, 0.3 * model.lm_head.weight.detach().square().mean())
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("n_items", [0, torch.tensor(0)])
+def test_what_a_model_adds_where_nothing_counts_in_the_whole_batch(put, n_items):
+    model, inputs = family("Mixtral"), batch()
+    put(model, plain_loss(model))
+    inputs["labels"].fill_(-100)
+    loss, found = loss_of(model, **inputs, num_items_in_batch=n_items)
+    assert loss == 0
+    assert found and all(gradient.count_nonzero() == 0 for gradient in found.values())
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
@@ -295,6 +359,20 @@ def test_packed_texts_and_shifted_labels():
     weights = torch.rand(3, 9)
     with_weights = model(**inputs, loss_inputs={"token_weights": weights}).loss
     assert not torch.isclose(with_weights, expected[0])
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_padding_is_left_out_where_labels_are_shifted_too(put):
+    """Its labels are not -100, and attention_mask is that of the tokens, as beside labels."""
+    model, inputs = family("Llama"), batch()
+    labels = inputs.pop("labels")
+    labels[1] = inputs["input_ids"][1]
+    put(model, plain_loss(model))
+    expected = loss_of(model, **inputs, labels=labels)
+    shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    assert_same(loss_of(model, **inputs, shift_labels=shift_labels), expected)
+    whole, row = torch.ones(1, 4), torch.tensor([[5, 6, 7, 8]])  # the last row's target is a token of another rank's
+    assert model.rows_of_call(row, True, {"attention_mask": whole}, None)["attention_mask"].all()
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
