@@ -253,7 +253,7 @@ def _gradient(
     u, is_argmax = _u_at(logits, places, row, options, flags)
     # apart from each other: where a row is sure, s of the maximum may be 1e30
     maximum = bounded(torch.where(is_argmax, s, 0).sum(-1, keepdim=True), options.temperature)
-    others = torch.where(is_argmax, 0, s).sum(-1, keepdim=True)
+    others = bounded(torch.where(is_argmax, 0, s).sum(-1, keepdim=True), options.temperature)
 
     p = u.exp() * inverse_total
     elsewhere = torch.where(is_argmax, others, others - of_places + maximum)
@@ -270,7 +270,7 @@ def _gradient(
         at_places = at_places + (p * of_tail).masked_fill(is_named.gather(-1, places), 0)
         factor = torch.where(is_named, factor, factor + of_tail)
 
-    gradient = columns.exponential * (factor * inverse_total / options.temperature)
+    gradient = columns.exponential * (bounded(factor, options.temperature) * inverse_total / options.temperature)
     if columns.u is not None and columns.is_masked is not None:
         slope = entropy * inverse_total / options.temperature
         gradient += columns.u.clamp_min(LOWEST_U).mul_(columns.exponential).mul_(slope)
