@@ -157,7 +157,7 @@ def _row_loss(
         _check_probabilities(owner, target, logits, ignore_index, options)
         probabilities = target
         if weight is not None:
-            probabilities = _weighted_probabilities(target, weight, label_smoothing, logits, terms.vocab_size)
+            probabilities = _weighted_probabilities(target, weight, label_smoothing, logits, options.get("vocab_size"))
             terms = _row_terms(owner, 0.0, **options)
         target = target.new_zeros(target.shape[:-1], dtype=torch.int64)
         weight = None
@@ -190,11 +190,11 @@ def _row_loss(
         flags=flags,
         row_weights=row_weights,
         candidates=candidates,
-        vocab_size=terms.vocab_size,
+        vocab_size=options.get("vocab_size"),
         ignore_index=ignore_index,
         reduction="none" if reduction == "none" else "sum",
-        inplace_gradient=terms.inplace_gradient,
-        chunk_bytes=terms.linear_chunk_bytes,
+        inplace_gradient=options.get("inplace_gradient", False),
+        chunk_bytes=options.get("linear_chunk_bytes"),
         target_probabilities=probabilities,
         smoothing_weights=smoothing_weights,
     ).loss
@@ -285,9 +285,6 @@ class _RowTerms(NamedTuple):
 
     flags: int
     options: tuple[tuple[str, float], ...]  # of row_options
-    vocab_size: int | None  # None: every column
-    inplace_gradient: bool
-    linear_chunk_bytes: int | None
 
 
 def _number(owner: str, name: str, value: Any) -> Any:
@@ -323,9 +320,6 @@ def _make_row_terms(owner: str, label_smoothing: float, /, **given: Any) -> _Row
     return _RowTerms(
         int(functools.reduce(operator.or_, (term.flags for term in terms))),
         tuple((name, value) for term in terms for name, value in term.options.items()),
-        config.vocab_size if "vocab_size" in given else None,
-        config.inplace_gradient,
-        config.linear_chunk_bytes,
     )
 
 

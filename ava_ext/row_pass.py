@@ -205,7 +205,7 @@ class RowPass(Float32Buffers):
         options: Tensor,  # [N_OPTIONS]
     ) -> RowLoss:
         """Soft targets at a temperature of their own."""
-        options = torch.lerp(options, options * self.soft_temperature, self.is_temperature.to(options))
+        options = options * self.soft_temperature ** self.is_temperature.to(options)
         return row_loss(
             call.logits,
             call.rows.targets,

@@ -265,18 +265,22 @@ def test_an_option_that_would_break_a_graph_is_named(make):
         compiled(Numbers(18).normal(6, V), torch.arange(6), make(0.25))
 
 
-@pytest.mark.parametrize("kind", ["indices", "probabilities", "classes"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "classes", "padding"])
 @pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
 def test_compiles_without_a_graph_break(function, kind):
-    (states, weight, _), targets = head(Numbers(9), 8), Numbers(9).integers(0, V, 8)
+    (states, weight, _), targets = head(Numbers(9), 8), Numbers(9).integers(0, V - 1, 8)
     if kind == "probabilities":
         targets = Numbers(9).uniform(8, V)
-    classes = Numbers(9).uniform(V) if kind == "classes" else None
+    options = {"label_smoothing": 0.1, "z_loss_weight": 0.1}
+    if kind == "classes":
+        options["weight"] = Numbers(9).uniform(V)
+    if kind == "padding":
+        options |= {"vocab_size": V - 1, "linear_chunk_bytes": 200}
 
     def loss(states, weight):
         if function == "cross_entropy":
-            return cross_entropy(F.linear(states, weight), targets, classes, label_smoothing=0.1, z_loss_weight=0.1)
-        return linear_cross_entropy(states, weight, targets, weight=classes, label_smoothing=0.1, z_loss_weight=0.1)
+            return cross_entropy(F.linear(states, weight), targets, **options)
+        return linear_cross_entropy(states, weight, targets, **options)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(states, weight)
     torch.testing.assert_close(compiled, loss(states, weight), rtol=1e-12, atol=0)

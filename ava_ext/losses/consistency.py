@@ -112,9 +112,10 @@ def _kl(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., v
 
 
 def _js(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., vocab_size] each -> [...]
-    mixed = log_p
+    first, second = log_p, log_q
     if may_be_masked:
-        # where both are -inf the gradient of logaddexp is nan; _kl takes nothing from that column, whatever m is there
-        mixed = log_p.masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
-    log_m = torch.logaddexp(mixed, log_q) - math.log(2)
+        # at -inf the derivatives of logaddexp are nan; e^lowest is nothing beside what _kl takes something of
+        lowest = -0.9 * math.log(torch.finfo(log_p.dtype).max)
+        first, second = (values.masked_fill(values == -torch.inf, lowest) for values in (log_p, log_q))
+    log_m = torch.logaddexp(first, second) - math.log(2)
     return 0.5 * (_kl(log_p, log_m, may_be_masked) + _kl(log_q, log_m, may_be_masked))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.arguments import as_ids, check_devices, check_shape
+from ava_ext.ops.arguments import as_ids, check_are_tensors, check_devices, check_is_tensor, check_shape
 from ava_ext.ops.dtensor_rows import of_whole_texts
 from ava_ext.ops.dtensors import DTENSOR, is_dtensor
 from ava_ext.ops.row_fields import Candidates, numbers_like
@@ -106,6 +106,7 @@ def repetition_candidates(
 
     Raises:
         ValueError: on wrong shapes, dtypes or numbers, or if weights require grad.
+        TypeError: tokens, targets, weights or segments are not a tensor.
 
     Example:
         >>> text = torch.tensor([[5, 6, 7, 5, 6, 8]])
@@ -118,6 +119,10 @@ def repetition_candidates(
 
     Source: unlikelihood training, Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
     """
+    if not (type(tokens) is type(targets) is type(weights) is Tensor and type(segments) in (Tensor, type(None))):
+        for name, given in (("tokens", tokens), ("targets", targets), ("weights", weights)):
+            check_is_tensor("repetition_candidates", name, given)
+        check_are_tensors("repetition_candidates", segments=segments)
     shape = tokens.shape
     if len(shape) != 2:
         raise ValueError(f"repetition_candidates: expected tokens of shape [batch_size, n_tokens], got {list(shape)}")

@@ -78,6 +78,27 @@ def test_masked_columns_and_rows(divergence):
         assert x.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("divergence", "is_masked"), [("kl", "both"), ("js", "both"), ("js", "logits"), ("js", "targets")]
+)
+def test_second_derivative_beside_masked_columns(divergence, is_masked):
+    """logaddexp has none at -inf."""
+    logits, targets = (x.requires_grad_() for x in random_pair(2, 5))
+    masks = [torch.zeros(2, 5, dtype=torch.float64) for _ in range(2)]
+    for mask, name in zip(masks, ("logits", "targets"), strict=True):
+        if is_masked in ("both", name):
+            mask[:, 3] = mask[0, 4] = -torch.inf
+
+    def loss(logits, targets):
+        return ConsistencyLoss(divergence)(logits + masks[0], targets + masks[1])
+
+    if is_masked != "both":  # of which the oracle makes nan
+        expected = oracle(logits + masks[0], targets + masks[1], divergence, 1.0)
+        torch.testing.assert_close(loss(logits, targets), expected, rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(loss, (logits, targets))
+    assert torch.autograd.gradgradcheck(loss, (logits, targets))
+
+
 @pytest.mark.parametrize("divergence", ["kl", "js"])
 def test_one_masked_row_among_nan(divergence):
     """Whether columns are masked is asked of all rows: a nan must not hide them."""

@@ -109,6 +109,17 @@ def test_distillation_at_a_temperature_is_hintons():
     assert_same_with_gradients(got["total_loss"], wanted, student)
 
 
+def test_only_the_temperature_is_multiplied():
+    """A soft cap at the end of float32 stays what it is."""
+    numbers = Numbers(3)
+    logits, targets = numbers.normal(6, V).float(), numbers.integers(0, V, 6)
+    given = {"soft_target_ids": targets.unsqueeze(-1), "soft_target_weights": torch.ones(6, 1)}
+    expected = standard(distillation_temperature=2.0)(logits, targets, **given)
+    torch.testing.assert_close(
+        standard(distillation_temperature=2.0, logit_softcap=2e38)(logits, targets, **given), expected
+    )
+
+
 def test_rows_that_do_not_count_may_hold_anything():
     logits = torch.full((2, V), math.nan, requires_grad=True)
     soft = {"soft_target_ids": torch.full((2, 3), V + 5), "soft_target_weights": torch.full((2, 3), math.nan)}

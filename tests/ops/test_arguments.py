@@ -12,6 +12,7 @@ from ava_ext import SequenceUnlikelihoodLoss, UnifiedLoss, functional
 from ava_ext.losses.consistency import ConsistencyLoss
 from ava_ext.losses.contrastive import ContrastiveLoss
 from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.repetition import repetition_candidates, repetition_weights
 from ava_ext.ops.router_rows import router_statistics
 from ava_ext.ops.row_fields import (
     N_OPTIONS,
@@ -221,6 +222,7 @@ def test_what_is_no_tensor_is_named():
 def test_what_stands_beside_the_logits_is_no_tensor():
     logits, targets, options = LOGITS["dense"], torch.tensor([1, 2]), row_options(LOGITS["dense"])
     gates, candidates = torch.zeros(2, 3), Candidates(targets[:, None], [[1.0], [1.0]], (1,))
+    text, of_text = targets[None], {"vocab_size": V, "weights": repetition_weights(logits)}
     for match, call in {
         "row_loss: expected options": lambda: row_loss(logits, targets, options.tolist()),
         "row_loss: expected row_weights": lambda: row_loss(logits, targets, options, row_weights=[1.0, 1.0]),
@@ -233,6 +235,11 @@ def test_what_stands_beside_the_logits_is_no_tensor():
         "cross_entropy: expected weight": lambda: functional.cross_entropy(logits, targets, weight=[1.0] * V),
         "router_statistics: expected expert_indices": lambda: router_statistics(gates, [[0], [1]]),
         "router_statistics: expected row_mask": lambda: router_statistics(gates, row_mask=np.ones(2), k=1),
+        "repetition_candidates: expected tokens": lambda: repetition_candidates(text.numpy(), text, **of_text),
+        "repetition_candidates: expected targets": lambda: repetition_candidates(text, [[1, 2]], **of_text),
+        "repetition_candidates: expected segments": lambda: repetition_candidates(
+            text, text, segments=[[0, 0]], **of_text
+        ),
         "sequence_unlikelihood: expected tokens": lambda: SequenceUnlikelihoodLoss(V)(logits, [1, 2]),
         r"router_statistics: expected gate_logits\[1\]": lambda: router_statistics([gates, None], k=1),
         "moe_balancer: expected row_mask": lambda: AuxiliaryFreeMoEBalancer(3)(gates, targets[:, None], [1, 1]),

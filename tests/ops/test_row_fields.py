@@ -63,5 +63,7 @@ def test_scales_of_0_and_a_smoothing_above_1_are_refused():
     for name in ("temperature", "logit_softcap", "logit_scale"):
         with pytest.raises(ValueError, match=rf"^row_options: expected {name}.* to be a number > 0 .*, got 0.0"):
             row_options(torch.zeros(0), **{name: 0.0})
+    with pytest.raises(ValueError, match=r"^row_options: expected temperature to be a number > 0 .*, got -1.0"):
+        row_options(torch.zeros(0), temperature=-1.0, logit_scale=-2.0)  # whose quotient is above 0
     with pytest.raises(ValueError, match=r"label_smoothing to be a number in \[0, 1\], got 1.5"):
         row_options(torch.zeros(0), label_smoothing=1.5)

@@ -180,7 +180,7 @@ def test_what_multiplies_a_sure_row_leaves_it_finite(way, gap, dtype):
         if way == "log_rest":
             loss = -softmax_statistics(leaf, None).log_rest.sum() * factor
         else:
-            ids, weights, flags = [[2]], [[0.5]], 0
+            ids, weights, flags = [[2, 2]], [[0.25, 0.25]], 0  # by two penalties: their sum has to stay finite too
             if way.startswith("tail"):
                 ids, weights, flags = [[TAIL_ID, 2]], [[0.1, 0.9]], RowFlags.SOFT_TARGETS | RowFlags.TAIL
             candidates = Candidates(torch.tensor(ids), torch.tensor(weights, dtype=real), (len(ids[0]),))

@@ -248,12 +248,12 @@ def _gradient(
     # an absent id, and a maximum that is not here, stand as column 0 with an s of 0
     places = torch.cat([ids.clamp_min(0).long(), place], -1)
     s = torch.cat([own.masked_fill(ids < 0, 0), at_maximum.masked_fill(~has_argmax, 0)], -1)
-    s = bounded(s, options.temperature)
     of_places = torch.zeros_like(columns.exponential).scatter_add_(-1, places, s).gather(-1, places)
+    of_places = bounded(of_places, options.temperature)
     u, is_argmax = _u_at(logits, places, row, options, flags)
     # apart from each other: where a row is sure, s of the maximum may be 1e30
-    maximum = torch.where(is_argmax, s, 0).sum(-1, keepdim=True)
-    others = torch.where(is_argmax, 0, s).sum(-1, keepdim=True)
+    maximum = bounded(torch.where(is_argmax, s, 0).sum(-1, keepdim=True), options.temperature)
+    others = bounded(torch.where(is_argmax, 0, s).sum(-1, keepdim=True), options.temperature)
 
     p = u.exp() * inverse_total
     elsewhere = torch.where(is_argmax, others, others - of_places + maximum)
@@ -270,7 +270,7 @@ def _gradient(
         at_places = at_places + (p * of_tail).masked_fill(is_named.gather(-1, places), 0)
         factor = torch.where(is_named, factor, factor + of_tail)
 
-    gradient = columns.exponential * (factor * inverse_total / options.temperature)
+    gradient = columns.exponential * (bounded(factor, options.temperature) * inverse_total / options.temperature)
     if columns.u is not None and columns.is_masked is not None:
         slope = entropy * inverse_total / options.temperature
         gradient += columns.u.clamp_min(LOWEST_U).mul_(columns.exponential).mul_(slope)
