@@ -278,8 +278,7 @@ def _router_statistics_backward(
     grad_entropy_sum,  # [n_groups]
     *_,
 ):
-    *chosen, row_mask, segment_ids = ctx.saved_tensors[:4]
-    gate_logits = ctx.saved_tensors[4:]
+    expert_indices, expert_choice, row_mask, segment_ids, *gate_logits = ctx.saved_tensors
     gradients = (grad_probability_sum, grad_importance_sum, grad_lse_squared_sum, grad_entropy_sum)
     nothing = (None,) * 7
     if all(gradient is None for gradient in gradients):
@@ -288,7 +287,8 @@ def _router_statistics_backward(
     refuse_batches("router_statistics", gradients)
     grad_logits = _ops.router_gradient(
         [layers.detach() for layers in gate_logits],
-        *((None, None) if grad_importance_sum is None else chosen),
+        None if grad_importance_sum is None else expert_indices,
+        None if grad_importance_sum is None else expert_choice,
         row_mask,
         segment_ids,
         *gradients,

@@ -88,8 +88,7 @@ struct RouterKernel : RouterReader<Vector, Element, kSigmoid> {
       const int64_t row = chunk.rows[first + r], at = (block.layer * arguments.n_rows + row) * arguments.k;
       const Real* row_weights = weights + r * padded;
       if (arguments.new_choice) {
-        choose_of_row(z[r], row_weights, rows[r]);
-        keep_choice(row);
+        choose_of_row(z[r], row_weights, rows[r], arguments.new_choice + first_byte_of_choice(row));
         add_choices(chosen, row, row_weights, inverse[r], sums);
       } else if (arguments.wide_indices) {
         add_choices(arguments.wide_indices + at, row, row_weights, inverse[r], sums);
@@ -101,11 +100,6 @@ struct RouterKernel : RouterReader<Vector, Element, kSigmoid> {
 
   int64_t first_byte_of_choice(int64_t row) const {
     return (block.layer * arguments.n_rows + row) * bytes_of_choice(n_experts);
-  }
-  void keep_choice(int64_t row) const {
-    uint8_t* const bytes = arguments.new_choice + first_byte_of_choice(row);
-    const int32_t* const experts = chosen;  // not read again behind each byte that is written
-    for (int64_t slot = 0, k = arguments.k; slot < k; ++slot) set_chosen(bytes, uint64_t(experts[slot]));
   }
   // Own choices to `chosen`, in order; returns how many there are.
   int64_t read_choice(int64_t row) const {

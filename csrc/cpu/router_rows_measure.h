@@ -128,12 +128,16 @@ struct RouterReader {
   }
 
   // The k best of `scores`, which it destroys: those taken become -inf. False where there is nothing else left.
-  bool choose_from_scores() const {
+  bool choose_from_scores(uint8_t* bits) const {
+    // locals: a byte that is written may be anything of *this to the compiler
+    Real* const scores = this->scores;
+    int32_t* const chosen = this->chosen;
+    const int64_t padded = this->padded, k = arguments.k;
     Real numbers[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = Real(lane);
     const Register lanes = V::load(numbers), nothing = V::set(-Real(INFINITY));
     Register taken = V::set(Real(-1));
-    for (int64_t slot = 0; slot < arguments.k; ++slot) {
+    for (int64_t slot = 0; slot < k; ++slot) {
       Register best = nothing;
       for (int64_t i = 0; i < padded; i += kLanes) {
         const Register place = V::add(lanes, V::set(Real(i)));
@@ -151,20 +155,23 @@ struct RouterReader {
       }
       const Real first = -V::largest(minus_first);
       chosen[slot] = int32_t(first);
+      set_chosen(bits, uint64_t(int32_t(first)));
       taken = V::set(first);
     }
     return true;
   }
   // by the logits, or by the scores plus expert_bias: softmax probabilities, or sigmoids before they are normalised
-  void choose_of_row(const Real* z, const Real* row_weights, const RouterRow<Real>& row) const {
+  void choose_of_row(const Real* z, const Real* row_weights, const RouterRow<Real>& row, uint8_t* bits) const {
     const Real* bias = static_cast<const Real*>(arguments.expert_bias);
     if (bias) bias += block.layer * n_experts;
     const Real scale = kSigmoid ? exp_of(row.max) : 1 / (1 + row.rest);
     const auto score_of = [&](int64_t e) { return bias ? row_weights[e] * scale + bias[e] : z[e]; };
     for (int64_t i = 0; i < padded; i += kLanes) V::store(scores + i, V::load(z + i));
     for (int64_t e = 0; bias && e < n_experts; ++e) scores[e] = score_of(e);
-    if (row.rest == row.rest && choose_from_scores()) return;
+    if (row.rest == row.rest && choose_from_scores(bits)) return;
     choose<Real>(n_experts, arguments.k, score_of, chosen);
+    for (int64_t byte = 0; byte < bytes_of_choice(n_experts); ++byte) bits[byte] = 0;
+    for (int64_t slot = 0; slot < arguments.k; ++slot) set_chosen(bits, uint64_t(chosen[slot]));
   }
 };
 
