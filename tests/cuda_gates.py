@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,13 +109,16 @@ def add_instructions(kernels: dict[str, Kernel], sass: str) -> None:
 def check(objects: list[Path], cuobjdump: str, show_table: bool) -> int:
     """Prints what is wrong; returns how much that is."""
     environment = {**os.environ, "PATH": str(Path(cuobjdump).parent) + os.pathsep + os.environ["PATH"]}
+
+    def disassemble(cubin: Path) -> str:
+        return subprocess.check_output([cuobjdump, "-sass", cubin], text=True, env=environment)
+
     n_faults = n_kernels = 0
-    for cubin in objects:
-        if not KERNELS.search(cubin.name.split(".")[0]):
-            continue
+    with_kernels = [cubin for cubin in objects if KERNELS.search(cubin.name.split(".")[0])]
+    pool = ThreadPoolExecutor()
+    for cubin, sass in zip(with_kernels, pool.map(disassemble, with_kernels), strict=True):
         has_clusters = int(cubin.name.split("sm_")[1].split(".")[0]) >= 90
         kernels = kernels_of_report(Path(f"{cubin}.log").read_text())
-        sass = subprocess.check_output([cuobjdump, "-sass", cubin], text=True, env=environment)
         add_instructions(kernels, sass)
         n_kernels += len(kernels)
         if not kernels or "Function :" not in sass:
