@@ -142,6 +142,29 @@ def test_gradcheck(share):
     assert torch.autograd.gradcheck(loss, (hidden_states, *head), fast_mode=True)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_functional_call_has_the_gradient_of_the_parameters_it_was_given(share):
+    """Not of the module's own, which are back when backward computes a block again."""
+    mtp, other = make_mtp(mtp_share_head=share), make_mtp(mtp_share_head=share, seed=4)
+    inputs = make_inputs() | (shared_head() if share else {}) | {"head_loss": head_loss}
+    inputs["hidden_states"].requires_grad_()
+    given = dict(other.named_parameters())
+    called = torch.func.functional_call(mtp, given, kwargs=inputs).loss, other(**inputs).loss
+    gradients = [torch.autograd.grad(loss, (inputs["hidden_states"], *given.values())) for loss in called]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_parameters_modified_between_forward_and_backward_are_noticed(share):
+    mtp = make_mtp(mtp_share_head=share)
+    loss = mtp(**make_inputs(), **(shared_head() if share else {}), head_loss=head_loss).loss
+    with torch.no_grad():
+        for parameter in mtp.parameters():
+            parameter.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_detached_head_gets_no_gradient():
     inputs = make_inputs() | {name: value.requires_grad_() for name, value in shared_head().items()}
     values, gradients = [], []
