@@ -55,6 +55,8 @@ def _residual(
 class ResidualHead(nn.Module):
     """h + SiLU(Linear(RMSNorm(h))): the block of a depth in front of the shared head; backward computes it again.
 
+    Layers that have been replaced, or have hooks, are called, and what they need is kept.
+
     The block starts as the identity. It still learns from the first step, because SiLU'(0) = 1/2.
 
     Source: Cai et al. 2024, "Medusa", section 3.1, with a norm added in front.
@@ -69,6 +71,10 @@ class ResidualHead(nn.Module):
         self,
         hidden_states: Tensor,  # [..., hidden_size]
     ) -> Tensor:  # [..., hidden_size]
+        layers = (self.norm, self.linear)
+        is_plain = tuple(map(type, layers)) == (nn.RMSNorm, ZeroLinear)
+        if not is_plain or any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):
+            return hidden_states + silu(self.linear(self.norm(hidden_states)))  # an adapter, or what gathers weights
         # the parameters of now: a backward after torch.func.functional_call finds others in the modules
         parameters = (self.norm.weight, self.linear.weight, self.linear.bias)
         return without_activations(_residual, hidden_states, *parameters)

@@ -165,6 +165,37 @@ def test_parameters_modified_between_forward_and_backward_are_noticed(share):
         loss.backward()
 
 
+class Adapted(torch.nn.Module):
+    """A layer with an adapter, as peft makes it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.adapter = layer, torch.nn.Linear(HIDDEN, HIDDEN, bias=False).double()
+        self.weight = layer.weight
+
+    def forward(self, values):
+        return self.layer(values) + self.adapter(values)
+
+
+@pytest.mark.parametrize("way", ["replaced", "hook"])
+def test_layers_of_a_block_that_do_more_are_called(way):
+    mtp = make_mtp(mtp_share_head=True)
+    merged = make_mtp(mtp_share_head=True)
+    for block, other in zip(mtp.heads, merged.heads, strict=True):
+        adapted = Adapted(block.linear)
+        if way == "replaced":
+            block.linear = adapted
+        else:
+            block.linear.register_forward_hook(lambda _, given, output, a=adapted: output + a.adapter(*given))
+        with torch.no_grad():
+            other.linear.weight += adapted.adapter.weight
+    found, expected = (each(**make_inputs(), **shared_head(), head_loss=head_loss).loss for each in (mtp, merged))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = torch.autograd.grad(found, mtp.heads[0].norm.weight)
+    expected_gradients = torch.autograd.grad(expected, merged.heads[0].norm.weight)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-12, atol=0)
+
+
 def test_detached_head_gets_no_gradient():
     inputs = make_inputs() | {name: value.requires_grad_() for name, value in shared_head().items()}
     values, gradients = [], []
