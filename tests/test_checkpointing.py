@@ -203,6 +203,32 @@ def test_a_schedule_of_penalties():
     torch.testing.assert_close(train_with_schedule(checkpointed), train_with_schedule(plainly), **EXACT)
 
 
+def test_a_router_in_a_checkpointed_layer_reads_the_bias_again():
+    """The router is the user's, and chooses by a bias that must not have moved: auto_step=False."""
+
+    def train_router(run):
+        numbers, loss_fn = Numbers(0), build("experts", auto_step=False)
+        weight, values = numbers.leaf(E, HIDDEN_SIZE), numbers.leaf(E, V)
+
+        def layer(states):
+            gate_logits = states @ weight.T
+            scores = gate_logits.sigmoid()
+            chosen = (scores + loss_fn.moe_balancer.expert_bias[0]).topk(1).indices
+            return scores.gather(-1, chosen) * values[chosen.squeeze(-1)], gate_logits, chosen
+
+        for _ in range(8):
+            logits, gate_logits, chosen = run(layer, numbers.normal(2, 5, HIDDEN_SIZE))
+            routing = {"gate_logits": gate_logits.flatten(0, 1), "expert_indices": chosen.flatten(0, 1)}
+            loss_fn(logits, numbers.integers(0, V, 2, 5), **routing).backward()
+            loss_fn.step()
+        return weight.grad, values.grad, loss_fn.moe_balancer.expert_bias
+
+    again = functools.partial(checkpoint, use_reentrant=False)
+    found, expected = train_router(again), train_router(lambda layer, states: layer(states))
+    assert expected[-1].abs().sum() > 0
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
 def test_a_balancer_by_itself():
     def train_balancer(run):
         numbers, gradients = Numbers(0), []

@@ -28,7 +28,8 @@ def pipeline_loss(
     gradients: give it scale_grads=False. With its default, True, it divides them by the number of micro-batches.
 
     Args:
-        loss_fn: a UnifiedLoss.
+        loss_fn: a UnifiedLoss. One with parameters (heads of its own) must be a submodule of the last stage's module:
+            zero-bubble schedules compute the gradients of the stages' own parameters, and of no others.
         n_items: N, the rows that count in all micro-batches of a step (and ranks): a number, a tensor of one element
             that is overwritten before each step, or a function that is asked for every micro-batch.
         meter: gets the parts of every micro-batch; LossMeter("world") can be read on the other stages too.

@@ -42,7 +42,8 @@ class MoEBalancer(LearnedState, Part):
 
     The bias: `step()`, once per optimizer step, commits f and moves `expert_bias` by the loss-free rule b_e += u
     sign(mean(c) - c_e) with c the counts (Wang et al. 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3). Your
-    router adds `expert_bias` to its scores before its top-k, but not to the weights of the chosen experts. You pass the
+    router adds `expert_bias` to its scores before its top-k, but not to the weights of the chosen experts. Where its
+    layer is checkpointed, call `step()` after backward, which runs the router again: auto_step=False. You pass the
     experts that it chose as expert_indices. With a sigmoid router you may leave them out; the choice is then the k
     largest of score + expert_bias. If your model chooses among groups of experts first, you must pass them.
 

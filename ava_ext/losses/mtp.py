@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from ava_ext.call import Call, HeadLoss
 from ava_ext.config import UnifiedLossConfig
@@ -43,8 +43,19 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+def _residual(
+    hidden_states: Tensor,  # [..., hidden_size]
+    norm_weight: Tensor,  # [hidden_size]
+    weight: Tensor,  # [hidden_size, hidden_size]
+    bias: Tensor,  # [hidden_size]
+) -> Tensor:  # [..., hidden_size]
+    return hidden_states + silu(linear(rms_norm(hidden_states, norm_weight.shape, norm_weight), weight, bias))
+
+
 class ResidualHead(nn.Module):
-    """h + SiLU(Linear(RMSNorm(h))): the block of a depth in front of the shared head.
+    """h + SiLU(Linear(RMSNorm(h))): the block of a depth in front of the shared head; backward computes it again.
+
+    Layers that have been replaced, or have hooks, are called, and what they need is kept.
 
     The block starts as the identity. It still learns from the first step, because SiLU'(0) = 1/2.
 
@@ -60,7 +71,13 @@ class ResidualHead(nn.Module):
         self,
         hidden_states: Tensor,  # [..., hidden_size]
     ) -> Tensor:  # [..., hidden_size]
-        return hidden_states + silu(self.linear(self.norm(hidden_states)))
+        layers = (self.norm, self.linear)
+        is_plain = tuple(map(type, layers)) == (nn.RMSNorm, ZeroLinear)
+        if not is_plain or any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):
+            return hidden_states + silu(self.linear(self.norm(hidden_states)))  # an adapter, or what gathers weights
+        # the parameters of now: a backward after torch.func.functional_call finds others in the modules
+        parameters = (self.norm.weight, self.linear.weight, self.linear.bias)
+        return without_activations(_residual, hidden_states, *parameters)
 
 
 class MultiTokenPrediction(Part):
@@ -181,7 +198,7 @@ class MultiTokenPrediction(Part):
             if config.mtp_detach_head:
                 lm_head_weight = lm_head_weight.detach()
                 lm_head_bias = None if lm_head_bias is None else lm_head_bias.detach()
-            states = [without_activations(head, normed) for head in self.heads]
+            states = [head(normed) for head in self.heads]
             heads = LinearLogits(torch.stack(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
         else:
             heads = [LinearLogits(normed, head.weight, head.bias) for head in self.heads]  # type: ignore[arg-type]

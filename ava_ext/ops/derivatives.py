@@ -61,7 +61,7 @@ def is_exporting() -> bool:
 
 def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """function(*arguments), which backward computes again; within torch.func and in a program of torch.export, which
-    cannot, what it needs is kept.
+    cannot, what it needs is kept. The function reads no other tensors, so that backward finds what forward had.
     """
     if torch._C._are_functorch_transforms_active() or is_exporting():
         return function(*arguments)

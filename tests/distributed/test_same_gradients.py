@@ -17,7 +17,7 @@ pytestmark = [
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleInterleavedZeroBubble
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -296,6 +296,7 @@ class LastStage(torch.nn.Module):
     def __init__(self, model, is_fused):
         super().__init__()
         self.layer, self.router, self.lm_head = model.layer, model.router, model.head.lm_head
+        self.loss_fn = model.head.loss_fn  # whose heads a zero-bubble schedule would leave out elsewhere
         self.is_fused = is_fused
 
     def forward(self, given, **of_rows):
@@ -304,7 +305,7 @@ class LastStage(torch.nn.Module):
         return made if self.is_fused else (self.lm_head(states), *made)
 
 
-def pipeline_worker(rank, n_micro_batches, is_fused, terms):
+def pipeline_worker(rank, n_micro_batches, is_fused, terms, zero_bubble):
     given, model = batch(), Model(terms, mtp_share_head=is_fused)
     head = model.head.lm_head
     module = FirstStage(model) if rank == 0 else LastStage(model, is_fused)
@@ -316,7 +317,8 @@ def pipeline_worker(rank, n_micro_batches, is_fused, terms):
     outputs = outputs if is_fused else ["logits", *outputs]
     n_items = (lambda: held) if n_micro_batches == 4 else held
     loss_fn = pipeline_loss(model.head.loss_fn, n_items, meter, outputs, **arguments)
-    schedule = ScheduleGPipe(stage, n_micro_batches, loss_fn=loss_fn, scale_grads=False)
+    kind, stages = (ScheduleInterleavedZeroBubble, [stage]) if zero_bubble else (ScheduleGPipe, stage)
+    schedule = kind(stages, n_micro_batches, loss_fn=loss_fn, scale_grads=False)
     held.copy_(given["n_items"])
     losses = []
     if rank == 0:
@@ -328,9 +330,12 @@ def pipeline_worker(rank, n_micro_batches, is_fused, terms):
 
 
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize(("n_micro_batches", "is_fused"), [(2, False), (4, False), (2, True)])
-def test_pipeline(n_micro_batches, is_fused, terms):
-    first, last = on_ranks(2, pipeline_worker, n_micro_batches, is_fused, terms)
+@pytest.mark.parametrize(
+    ("n_micro_batches", "is_fused", "zero_bubble"),
+    [(2, False, False), (4, False, True), (4, False, False), (2, True, True)],
+)
+def test_pipeline(n_micro_batches, is_fused, terms, zero_bubble):
+    first, last = on_ranks(2, pipeline_worker, n_micro_batches, is_fused, terms, zero_bubble)
     check([(last[0], first[1] | last[1])], mtp_share_head=is_fused, terms=terms)
     assert first[2] == last[2]  # read on a rank that has computed no loss too
     assert first[2]["n_tokens"] == batch()["n_items"]  # the schedule's call for shapes is none

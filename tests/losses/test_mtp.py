@@ -142,6 +142,60 @@ def test_gradcheck(share):
     assert torch.autograd.gradcheck(loss, (hidden_states, *head), fast_mode=True)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_functional_call_has_the_gradient_of_the_parameters_it_was_given(share):
+    """Not of the module's own, which are back when backward computes a block again."""
+    mtp, other = make_mtp(mtp_share_head=share), make_mtp(mtp_share_head=share, seed=4)
+    inputs = make_inputs() | (shared_head() if share else {}) | {"head_loss": head_loss}
+    inputs["hidden_states"].requires_grad_()
+    given = dict(other.named_parameters())
+    called = torch.func.functional_call(mtp, given, kwargs=inputs).loss, other(**inputs).loss
+    gradients = [torch.autograd.grad(loss, (inputs["hidden_states"], *given.values())) for loss in called]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_parameters_modified_between_forward_and_backward_are_noticed(share):
+    mtp = make_mtp(mtp_share_head=share)
+    loss = mtp(**make_inputs(), **(shared_head() if share else {}), head_loss=head_loss).loss
+    with torch.no_grad():
+        for parameter in mtp.parameters():
+            parameter.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Adapted(torch.nn.Module):
+    """A layer with an adapter, as peft makes it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.adapter = layer, torch.nn.Linear(HIDDEN, HIDDEN, bias=False).double()
+        self.weight = layer.weight
+
+    def forward(self, values):
+        return self.layer(values) + self.adapter(values)
+
+
+@pytest.mark.parametrize("way", ["replaced", "hook"])
+def test_layers_of_a_block_that_do_more_are_called(way):
+    mtp = make_mtp(mtp_share_head=True)
+    merged = make_mtp(mtp_share_head=True)
+    for block, other in zip(mtp.heads, merged.heads, strict=True):
+        adapted = Adapted(block.linear)
+        if way == "replaced":
+            block.linear = adapted
+        else:
+            block.linear.register_forward_hook(lambda _, given, output, a=adapted: output + a.adapter(*given))
+        with torch.no_grad():
+            other.linear.weight += adapted.adapter.weight
+    found, expected = (each(**make_inputs(), **shared_head(), head_loss=head_loss).loss for each in (mtp, merged))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = torch.autograd.grad(found, mtp.heads[0].norm.weight)
+    expected_gradients = torch.autograd.grad(expected, merged.heads[0].norm.weight)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-12, atol=0)
+
+
 def test_detached_head_gets_no_gradient():
     inputs = make_inputs() | {name: value.requires_grad_() for name, value in shared_head().items()}
     values, gradients = [], []
