@@ -76,7 +76,8 @@ struct LaneGroup {
   }
 };
 
-// Which items of a lane were chosen. The items of a pair of 16 bits have bits 16 apart: comparing two pairs makes both.
+// Which items of a lane were chosen: item 2 i is bit 2 i, item 2 i + 1 is bit 2 i + 16, where a comparison of two pairs of
+// 16 bits puts them.
 struct ChosenItems {
   uint32_t bits = 0, repeated = 0;  // repeated: those that were chosen before
 
@@ -248,7 +249,7 @@ class LastChoice {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       const Pair reversed = __lowhigh2highlow(lists[kScores - 1 - i]);
-      best[i] = __hmax2(lists[i], kScores == 8 ? reversed : other_of(reversed, kScores == 1 ? 4 : 4 / kScores));
+      best[i] = __hmax2(lists[i], kScores == 8 ? reversed : other_of(reversed, 4 / kScores));
     }
     sort<kScores, false>(best, n_steps);
     Pair last = best[0];
