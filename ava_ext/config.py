@@ -73,8 +73,7 @@ _RANKS = _Range(
 )
 _GROUP = _Range('a process group, or "world"', _is_group)
 
-
-# what torch, Liger and others call an option, whose nearest name here is another one's
+# names that torch, Liger and others have for an option, where the nearest name here is that of another option
 _ELSEWHERE = {
     "weight": "class_weights", "temperature": "initial_temperature", "smoothing": "label_smoothing",
     "lse_square_scale": "z_loss_weight", "shift_labels": "labels_are_shifted",

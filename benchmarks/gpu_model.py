@@ -217,8 +217,8 @@ def count_router_instructions(
 
     is_given: the caller brings the choices; else they are made, all at once.
     """
-    if not is_given and k > BEST_CHOICES:
-        raise ValueError(f"gpu_model: expected k of at most {BEST_CHOICES}, which are chosen at once, got {k}")
+    if not is_given and k not in AT_ONCE:
+        raise ValueError(f"gpu_model: expected a k that is chosen at once, {AT_ONCE[0]} to {AT_ONCE[-1]}, got {k}")
 
     def path(stem: str, keys: str) -> float:
         (found,) = [f for f in kernels if re.search(stem, f.name)]
@@ -272,7 +272,7 @@ def _is_over_rows(opcodes: Counter[str]) -> bool:
 ROUTER = r"I13__nv_bfloat16Li16ELb0E"  # in a kernel's name: bfloat16, more than 8 experts, softmax
 ROUTER_BLOCK = 256  # threads
 ROUTER_SPECIAL = 19  # exponentials, a logarithm and a reciprocal of 16 logits
-BEST_CHOICES = 8  # kBest in csrc/cuda/router_rows_choice.cuh
+AT_ONCE = range(3, 9)  # kLeastBest to kBest in csrc/cuda/router_rows_choice.cuh
 REGISTERS = 65536  # of a multiprocessor
 
 

@@ -22,7 +22,7 @@ def print_table(result: Result, console: Any) -> None:
         pad_edge=False,
         **texts,
     )
-    table.add_column("")  # the one that wraps in a narrow terminal: of a number nothing may be cut off
+    table.add_column("")  # the only one that wraps in a narrow terminal: no number may be cut off
     errors = (f"error:\n{name}" for name in result["error_names"])
     for column in ("\nms", "\n±", "time\n/ ours", "extra\nMB", *errors):
         table.add_column(column, justify="right", no_wrap=True)

@@ -10,7 +10,7 @@ from torch import nn
 from ava_ext.integrations.heads import device_of, n_columns_of, weight_and_bias
 from ava_ext.integrations.loss_functions import check_is_loss, refuse_logit_options
 from ava_ext.integrations.loss_in_forward import LossInForward, RecordsInput, class_with
-from ava_ext.ops.linear_logits import is_moved
+from ava_ext.ops.linear_logits import has_accelerate_hooks
 from ava_ext.unified_loss import UnifiedLoss
 
 
@@ -112,7 +112,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         )
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "loss_function"):
         raise TypeError(f"{owner}: expected a causal language model of transformers, got {name}")
-    if "forward" in vars(inner) and not is_moved(inner):
+    if "forward" in vars(inner) and not has_accelerate_hooks(inner):
         raise ValueError(
             f"{owner}: expected a model with the forward of its class, got {name} with one of its own, which another "
             "library has put there: put the loss into the model before Accelerator.prepare, SFTTrainer and the like"
@@ -146,7 +146,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
 
 
 def _become(module: Any, cls: Any) -> None:
-    """Changes the class of an instance."""
-    if is_moved(module):
+    """Changes the class of an instance, and so the forward that hooks of accelerate call."""
+    if has_accelerate_hooks(module):
         module._old_forward = MethodType(cls.forward, module)
     module.__class__ = cls

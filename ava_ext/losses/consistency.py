@@ -114,7 +114,7 @@ def _kl(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., v
 def _js(log_p: Tensor, log_q: Tensor, may_be_masked: bool) -> Tensor:  # [..., vocab_size] each -> [...]
     first, second = log_p, log_q
     if may_be_masked:
-        # at -inf the derivatives of logaddexp are nan; e^lowest is nothing beside what _kl takes something of
+        # the derivatives of logaddexp at -inf are nan; e^lowest is so small that it changes no mean that counts
         lowest = -0.9 * math.log(torch.finfo(log_p.dtype).max)
         first, second = (values.masked_fill(values == -torch.inf, lowest) for values in (log_p, log_q))
     log_m = torch.logaddexp(first, second) - math.log(2)

@@ -25,10 +25,10 @@ def is_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     """
     cls = getattr(head, "class_before_loss", type(head))  # a head whose input is recorded is of a class made for it
     is_plain = isinstance(head, nn.Linear) and cls.forward is nn.Linear.forward
-    return is_plain and ("forward" not in vars(head) or is_moved(head))
+    return is_plain and ("forward" not in vars(head) or has_accelerate_hooks(head))
 
 
-def is_moved(module: nn.Module) -> bool:
+def has_accelerate_hooks(module: nn.Module) -> bool:
     """Whether the forward of an instance is that of its class between hooks of accelerate, which bring its inputs to
     its device, and its weights too where they are offloaded (device_map).
     """

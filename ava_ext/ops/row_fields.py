@@ -149,9 +149,8 @@ def row_options(
         >>> row_options(torch.zeros(1), temperature=0.5, logit_softcap=30.0)
         tensor([ 0.5000,  0.0000,  1.0000,  2.0000,  0.0000,  0.0000, 30.0000,  1.0000])
     """
-    if not (
-        isinstance(temperature, float) and isinstance(logit_scale, float) and logit_scale > 0
-    ):  # the quotient tells
+    # of floats with a scale above 0 the quotient tells
+    if not (isinstance(temperature, float) and isinstance(logit_scale, float) and logit_scale > 0):
         check_positive("row_options", temperature=temperature, logit_scale=logit_scale)
     check_positive("row_options", **{"temperature / logit_scale": temperature / logit_scale})
     if logit_softcap is not None:

@@ -76,7 +76,8 @@ struct LaneGroup {
   }
 };
 
-// Which items of a lane were chosen. The items of a pair of 16 bits have bits 16 apart: comparing two pairs makes both.
+// Which items of a lane were chosen: item 2 i is bit 2 i, item 2 i + 1 is bit 2 i + 16, where a comparison of two pairs of
+// 16 bits puts them.
 struct ChosenItems {
   uint32_t bits = 0, repeated = 0;  // repeated: those that were chosen before
 
@@ -163,11 +164,8 @@ __device__ __forceinline__ void sort_best(Pair* scores) {  // [kBest]
 // score in the lane. The lane of the list b keeps the places 7 - i where that of a keeps i, which turns every bit. So the
 // bits of a place are parities of the lane's bits l0, l1, ...: L2 = l0 ^ ... ^ l_{s-1}, L1 = l1 ^ ... ^ l_{s-1}, L0 = l2 ^
 // ... ^ l_{s-1}; and only L2 is another one in lane l ^ 1, L1 in l ^ 3, L0 in l ^ 6.
-template <class Element>
 class LastChoice {
  public:
-  using Pair = ElementPair<Element>;
-
   __device__ LastChoice(const LaneGroup& lanes, int k) : lanes_(lanes) {
     unsigned smaller = 0;
 #pragma unroll
@@ -184,6 +182,7 @@ class LastChoice {
     last_ = computed_once(k - 1);
   }
 
+  template <class Pair>
   __device__ __forceinline__ Pair of(Pair* lists) const {  // [kBest] of this lane, sorted
     if (lanes_.n == 1) return last_of_halves<8>(lists, 0);
     halve<8>(lists, 1);
@@ -204,17 +203,18 @@ class LastChoice {
  private:
   // Whether this bit of a place in this lane is 1, in lists of 2^n_steps lanes.
   __device__ bool keeps_smaller(int n_steps, int bit) const { return smaller_ >> (3 * n_steps + bit) & 1; }
+  template <class Pair>
   __device__ __forceinline__ static Pair other_of(Pair value, int offset) {
     return __shfl_xor_sync(kWholeWarp, value, offset);
   }
   // The larger ones of this list and the other.
-  template <int kScores>
+  template <int kScores, class Pair>
   __device__ __forceinline__ static void halve(Pair* lists, int offset) {
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) lists[i] = __hmax2(lists[i], other_of(lists[kScores - 1 - i], offset));
   }
   // kReversed: the other lane has the places in the opposite order
-  template <int kScores, bool kReversed>
+  template <int kScores, bool kReversed, class Pair>
   __device__ __forceinline__ static void exchange(Pair* lists, int offset, bool keeps_smaller) {
     Pair others[kScores];
 #pragma unroll
@@ -224,7 +224,7 @@ class LastChoice {
       lists[i] = keeps_smaller ? __hmin2(lists[i], others[i]) : __hmax2(lists[i], others[i]);
   }
   // Lists that rise and fall, of 2^n_steps lanes. kMerged: of two lists, whose lanes have the places in opposite orders
-  template <int kScores, bool kMerged>
+  template <int kScores, bool kMerged, class Pair>
   __device__ __forceinline__ void sort(Pair* lists, int n_steps) const {
     if constexpr (kScores <= 4) exchange<kScores, kMerged && kScores == 4>(lists, 1, keeps_smaller(n_steps, 2));
     if constexpr (kScores <= 2) exchange<kScores, kMerged && kScores == 2>(lists, 3, keeps_smaller(n_steps, 1));
@@ -237,18 +237,19 @@ class LastChoice {
     }
   }
   // where each lane has one score already
+  template <class Pair>
   __device__ __forceinline__ void merge_whole(Pair* lists, int offset, int n_steps) const {
     lists[0] = __hmax2(lists[0], other_of(lists[0], offset));
     sort<1, true>(lists, n_steps);
   }
   // Both halves get the same list; before it is sorted, the upper one has it in the opposite order.
-  template <int kScores>
+  template <int kScores, class Pair>
   __device__ __forceinline__ Pair last_of_halves(const Pair* lists, int n_steps) const {
     Pair best[kScores];
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       const Pair reversed = __lowhigh2highlow(lists[kScores - 1 - i]);
-      best[i] = __hmax2(lists[i], kScores == 8 ? reversed : other_of(reversed, kScores == 1 ? 4 : 4 / kScores));
+      best[i] = __hmax2(lists[i], kScores == 8 ? reversed : other_of(reversed, 4 / kScores));
     }
     sort<kScores, false>(best, n_steps);
     Pair last = best[0];

@@ -146,9 +146,9 @@ class RouterLanes : public RouterRowsInFlight<Element, kItems, kMayBeOrdinary<El
     }
     return chosen;
   }
-  // The same for scores of 16 bits without a nan, at most kBest of them, by the score of the last one. False for the whole
-  // warp where a row cannot be done so.
-  __device__ bool choose_best(const Turn& turn, const LastChoice<Element>& last_choice, bool has_nan,
+  // The same for at most kBest choices among scores of 16 bits, found by the score of the last one. False, for the whole
+  // warp, where a row of it has a nan or too many scores that equal the last one.
+  __device__ bool choose_best(const Turn& turn, const LastChoice& last_choice, bool has_nan,
                               ChosenItems& chosen) const {
     static_assert(kItems == 2 * kBest, "two lists in a lane");
     uint4 bits[kVectors];

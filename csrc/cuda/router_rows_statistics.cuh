@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(kRouterThreads, kRouterBlocks)
   const bool is_at_once = kMayBeAtOnce && !is_biased && arguments.k >= kLeastBest && arguments.k <= kBest;
   const int choice = computed_once(!arguments.new_choice ? kGiven : is_at_once ? kAtOnce : kOneByOne);
   bool every_expert_exists = true;
-  using LastChoiceOfPairs = LastChoice<std::conditional_t<kMayBeAtOnce, Element, __half>>;
-  const LastChoiceOfPairs last_choice(lanes.lanes(), int(arguments.k));
+  const LastChoice last_choice(lanes.lanes(), int(arguments.k));
   // A row's weights, what they are multiplied by to be p, and what makes a weight a score that a bias is added to: p, or a
   // sigmoid before it is normalised. adds: also what is one number for the row.
   const auto measure = [&](const typename Lanes::Turn& turn, bool adds, float* weights, float& inverse, float& scale) {

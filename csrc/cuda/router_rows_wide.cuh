@@ -85,7 +85,8 @@ class WideRouter {
   // v of the group, with what the row chose
   __device__ Real upstream(int64_t group, int64_t expert, Real mean_of_group) const {
     Real v = a_.grad_probability ? a_.grad_probability[group * a_.n_experts + expert] - mean_of_group : Real(0);
-    if (a_.grad_importance) v += Real(times_chosen(expert)) * a_.grad_importance[group * a_.n_experts + expert];
+    const int times = a_.grad_importance ? times_chosen(expert) : 0;
+    if (times > 0) v += Real(times) * a_.grad_importance[group * a_.n_experts + expert];
     return v;
   }
   __device__ void differentiate(int64_t group, Real mean_of_group) const {
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kRouterThreads, 1)
     probability += double(p);
     const int times = router.times_chosen(expert);
     choices += times;
-    importance += times * double(p);
+    if (times > 0) importance += times * double(p);  // 0 times nan is not 0
     if (expert != 0) continue;
     const Real lse = measured.max_logit + log1p_of_rest(measured.rest_of_logits);
     lse_squared += double(lse * lse);

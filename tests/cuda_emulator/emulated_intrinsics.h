@@ -95,13 +95,6 @@ inline int __reduce_max_sync(uint32_t mask, int value, cuda_emulator::Place plac
   return cuda_emulator::reduce(mask, value, [](int a, int b) { return a > b ? a : b; }, place);
 }
 
-// Four of the eight bytes, of x from 0 on, of y from 4 on.
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const uint64_t bytes = uint64_t(y) << 32 | x;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
-  return result;
-}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __brev(unsigned bits) {
   unsigned result = 0;

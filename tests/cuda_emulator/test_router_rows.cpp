@@ -238,6 +238,8 @@ void test_choices(int64_t n_experts, int64_t k, Scores of) {
   std::vector<uint8_t> choice(kRows * n_bytes, 7), expected_choice(kRows * n_bytes);
   std::vector<int32_t> counts(n_experts + 1), expected(k), expected_counts(n_experts + 1);
   std::vector<float> sums(2 * n_experts + 2);
+  std::vector<WideRouterRow<float>> wide_rows(kRows);
+  arguments.wide_rows = wide_rows.data();
   arguments.new_choice = choice.data();
   arguments.sums = sums.data();
   arguments.counts = counts.data();
@@ -252,6 +254,8 @@ void test_choices(int64_t n_experts, int64_t k, Scores of) {
   EXPECT(choice == expected_choice);
   expected_counts[n_experts] = kRows;
   EXPECT(counts == expected_counts);
+  for (int64_t e = 0; e < n_experts; ++e)  // also beside rows of nan
+    if (counts[e] == 0) EXPECT(sums[n_experts + e] == 0);
 }
 
 void test_an_index_out_of_range_is_an_assert() {
@@ -319,6 +323,7 @@ int main() {
     for (int64_t k : {3, 4, 5, 6, 7, 8})
       for (Scores of : {Scores::few, Scores::many, Scores::nan, Scores::masked})
         test_choices<__nv_bfloat16>(n_experts, std::min(k, n_experts), of);
+  test_choices<__nv_bfloat16>(600, 3, Scores::nan);
   for (Scores of : {Scores::few, Scores::many, Scores::masked}) {
     test_choices<__half>(31, 8, of);
     test_choices<float>(100, 7, of);

@@ -498,7 +498,7 @@ def raw_router_worker(rank):
     leaf = distribute_tensor(logits.flatten(1, 2), mesh, [Shard(1)]).detach().requires_grad_()
     spread_mask = distribute_tensor(mask, mesh, [Shard(0)])
     found = torch.ops.ava_ext.router_statistics([leaf], None, spread_mask, None, None, 1, 2, False)
-    found[0].square().sum().backward()
+    (found[0].square() + found[1].square()).sum().backward()  # the second asks for the choices
     tokens = distribute_tensor(texts()[0], mesh, [Shard(0)])
     weights = repetition_weights(torch.zeros(1))
     options = {"tokens_include_row": False, "vocab_size": 4, "ignore_index": -100, "repetition_allow_list": None}
@@ -514,7 +514,7 @@ def test_operators_of_routers_texts_and_memory():
     logits, _, mask = router_inputs()
     leaf = logits.flatten(1, 2).requires_grad_()
     expected = torch.ops.ava_ext.router_statistics([leaf], None, mask, None, None, 1, 2, False)
-    expected[0].square().sum().backward()
+    (expected[0].square() + expected[1].square()).sum().backward()
     for found, options in on_ranks(2, raw_router_worker):
         tokens, weights = texts()[0], repetition_weights(torch.zeros(1))
         candidates = torch.ops.ava_ext.repetition_candidates(tokens, tokens, None, weights, **options)

@@ -74,9 +74,6 @@ def test_fma_rounds_once():
          np.full(64, 0x3F800001)),
         ("mov.f32 %f1, 0f3F808000; mov.f32 %f2, 0f3F818000; cvt.rn.bf16x2.f32 %r12, %f1, %f2;",
          np.full(64, 0x3F803F82)),
-        ("mov.u32 %r10, 0x80017F02; prmt.b32 %r12, %r10, 0, 0xbb99;", np.full(64, 0xFFFF0000)),
-        ("mov.u32 %r10, 0x77665544; mov.u32 %r11, 0xBBAA9988; prmt.b32 %r12, %r10, %r11, 0x5410;",
-         np.full(64, 0x99885544)),
         ("mov.u32 %r10, WARP_SZ; sub.s32 %r12, %r10, 1;", np.full(64, 31)),
         # 0 is -0; a nan is neither larger nor equal
         ("mov.u32 %r10, 0x3F818000; set.ge.u32.bf16x2 %r12, %r10, 0;", np.full(64, 0xFFFFFFFF)),

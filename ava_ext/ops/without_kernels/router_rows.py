@@ -69,7 +69,7 @@ def router_statistics(
 def router_gradient(
     gate_logits: Sequence[Tensor],  # of [n_layers, ..., n_experts]
     expert_indices: Tensor | None,  # [n_layers, n_rows, k]
-    expert_choice: Tensor | None,  # [n_layers, n_rows, n_experts / 8] uint8
+    expert_choice: Tensor | None,  # [n_layers, n_rows, n_bytes] uint8
     row_mask: Tensor | None,  # [n_rows] or [n_layers, n_rows]
     segment_ids: Tensor | None,  # [n_rows]
     grad_probability_sum: Tensor | None,  # [n_groups, n_experts]
@@ -169,14 +169,14 @@ def _times_chosen(
 
 def _packed(
     choice: Tensor,  # [n_layers, n_rows, n_experts]: 0 or 1
-) -> Tensor:  # [n_layers, n_rows, n_experts / 8] uint8
-    """Expert e as bit e % 8 of byte e / 8."""
+) -> Tensor:  # [n_layers, n_rows, n_bytes] uint8
+    """Expert e as bit e % 8 of byte e // 8."""
     padded = torch.nn.functional.pad(choice.to(torch.uint8), (0, -choice.shape[-1] % 8))
     return (padded.unflatten(-1, (-1, 8)) * _bits(choice)).sum(-1).to(torch.uint8)
 
 
 def _unpacked(
-    packed: Tensor,  # [n_layers, n_rows, n_experts / 8] uint8
+    packed: Tensor,  # [n_layers, n_rows, n_bytes] uint8
     z: Tensor,  # [n_layers, n_rows, n_experts]
 ) -> Tensor:  # like z
     return (packed.unsqueeze(-1) & _bits(z)).ne(0).flatten(-2)[..., : z.shape[-1]].to(z.dtype)

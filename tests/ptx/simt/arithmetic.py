@@ -147,17 +147,6 @@ def funnel_shift(low, high, count, is_left, wraps):
     return ((both << count) >> np.uint64(32) if is_left else both >> count).astype(np.uint32)
 
 
-def permute_bytes(low, high, selector):
-    """prmt: four of the eight bytes of high:low; with the upper bit of a number 8 times the byte's sign"""
-    both, result = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64), np.uint32(0)
-    for place in range(0, 16, 4):
-        number = (selector >> np.uint32(place)).astype(np.uint64) & np.uint64(15)
-        byte = (both >> (number % np.uint64(8) * np.uint64(8))) & np.uint64(255)
-        byte = np.where(number >= 8, np.where(byte >= 128, 255, 0), byte).astype(np.uint32)
-        result = result | (byte << np.uint32(2 * place))
-    return result
-
-
 def multiply_high(a, b):
     bits = 8 * np.asarray(a).dtype.itemsize
     if bits < 64:

@@ -135,12 +135,6 @@ class Computations:
         shifted = f"funnel_shift({low}, {high}, {count}, {suffixes[0] == 'l'}, {suffixes[1] == 'wrap'})"
         self.write(operands[0], "b32", shifted)
 
-    def do_prmt(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
-        if suffixes != ["b32"]:
-            raise NotImplementedError(i.text)
-        low, high, selector = (self.read(operand, "b32") for operand in operands[1:])
-        self.write(operands[0], "b32", f"permute_bytes({low}, {high}, {selector})")
-
     def do_bfi(self, i: Instruction, suffixes: list[str], operands: list[str]) -> None:
         kind = suffixes[-1]
         a, b = self.read(operands[1], kind), self.read(operands[2], kind)
