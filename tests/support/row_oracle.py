@@ -78,8 +78,9 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     probability_size, entropy_size = zero, zero
     log_prob_size, own = torch.zeros_like(z), torch.zeros_like(z)
     constant_size = zero
-    # under a cap even equal columns are as far from the rounded maximum as one multiply-add leaves them
-    of_tie = 2 * unit * largest.abs() if on[RowFlags.SOFTCAP] else zero
+    # under a cap even equal columns are as far from the rounded maximum as one multiply-add leaves them, and 2 ulp more
+    # where one of them, or the maximum, is computed by itself: by another tanh
+    of_tie = 4 * unit * largest.abs() if on[RowFlags.SOFTCAP] else zero
     of_mean = zero  # what that leaves of the mean of u
     if on[RowFlags.CROSS_ENTROPY]:
         unweighted = reference.focal(z, targets, alpha, gamma) if on[RowFlags.FOCAL] else nll
