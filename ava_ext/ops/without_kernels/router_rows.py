@@ -183,4 +183,4 @@ def _unpacked(
 
 
 def _bits(beside: Tensor) -> Tensor:  # [8]
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=beside.device)
+    return (2 ** torch.arange(8, device=beside.device)).to(torch.uint8)  # made there: a list would be waited for
