@@ -119,10 +119,9 @@ def repetition_candidates(
 
     Source: unlikelihood training, Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
     """
-    if not (type(tokens) is type(targets) is type(weights) is Tensor and type(segments) in (Tensor, type(None))):
-        for name, given in (("tokens", tokens), ("targets", targets), ("weights", weights)):
-            check_is_tensor("repetition_candidates", name, given)
-        check_are_tensors("repetition_candidates", segments=segments)
+    for name, given in (("tokens", tokens), ("targets", targets), ("weights", weights)):
+        check_is_tensor("repetition_candidates", name, given)
+    check_are_tensors("repetition_candidates", segments=segments)
     shape = tokens.shape
     if len(shape) != 2:
         raise ValueError(f"repetition_candidates: expected tokens of shape [batch_size, n_tokens], got {list(shape)}")
