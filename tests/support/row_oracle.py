@@ -78,9 +78,8 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
     probability_size, entropy_size = zero, zero
     log_prob_size, own = torch.zeros_like(z), torch.zeros_like(z)
     constant_size = zero
-    # under a cap even equal columns are as far from the rounded maximum as one multiply-add leaves them, and 2 ulp more
-    # where one of them, or the maximum, is computed by itself: by another tanh
-    of_tie = 4 * unit * largest.abs() if on[RowFlags.SOFTCAP] else zero
+    # under a cap even equal columns are as far from the rounded maximum as one multiply-add leaves them
+    of_tie = 2 * unit * largest.abs() if on[RowFlags.SOFTCAP] else zero
     of_mean = zero  # what that leaves of the mean of u
     if on[RowFlags.CROSS_ENTROPY]:
         unweighted = reference.focal(z, targets, alpha, gamma) if on[RowFlags.FOCAL] else nll
@@ -172,7 +171,10 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         # from one multiply-add, z - largest with the product unrounded, and subtracts what that leaves at the maximum
         of_entropy = 2.0**-48 * (1 + largest.abs()) * entropy_size
         grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
-        grad_bound = grad_bound + p * (of_tie * entropy_size).unsqueeze(-1) * cap_slope
+        # twice as far are columns that are computed by themselves, by another tanh: the maximum, targets and candidates
+        is_apart = (z == largest.unsqueeze(-1)) | (log_prob_size > 0)
+        is_apart.scatter_(-1, targets.unsqueeze(-1), True)
+        grad_bound = grad_bound + p * (of_tie * entropy_size).unsqueeze(-1) * cap_slope * (1 + is_apart.double())
         underflow = (0.0 if is_float64 else 2e-38) * (1 + probability_size + entropy_size.unsqueeze(-1) * 100)
         grad_bound = grad_bound + (underflow + of_entropy.unsqueeze(-1)) * present
         grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature
