@@ -51,6 +51,7 @@ _SCORES = ("scoring_func", "expert_selection_fn")
 # routers with a sigmoid and no e_score_correction_bias that tells it, and with a softmax although they have one
 _SIGMOID_WITHOUT_BIAS = {"afmoe", "flint", "lfm2_moe", "llama4_text"}
 _SOFTMAX_WITH_BIAS = {"ernie4_5_moe", "ernie4_5_vl_moe_text", "longcat_flash"}
+_PROBABILITIES = {"gemma4_text"}  # what their output calls router_logits is the softmax of them
 
 
 def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[str, Any]:
@@ -68,7 +69,8 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         score is told by the model only: a configuration alone gives softmax.
 
     Raises:
-        ValueError: no vocab_size; a term of a router, and a router with another score than softmax or sigmoid.
+        ValueError: no vocab_size; a term of a router, and a router with another score than softmax or sigmoid, or a
+            model whose router_logits are probabilities.
     """
     config = text_config(model_or_config)
     vocab_size = getattr(config, "vocab_size", None)
@@ -84,6 +86,8 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         options["num_moe_layers"] = n_layers
         score = _router_score(model, config)
         wants_router = given.get("use_auxiliary_loss") or given.get("use_moe_balancing")
+        if wants_router and "router_score" not in given:
+            check_router_logits(config)
         if score not in ("softmax", "sigmoid") and wants_router and "router_score" not in given:
             raise ValueError(
                 f"unified_loss: expected a router with the score 'softmax' or 'sigmoid', got {score!r} in "
@@ -96,6 +100,19 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         if config is whole or getattr(whole, "model_type", None) in _APPLY_OPTIONS_OF_TEXT:
             options |= logit_options(config)
     return options | given
+
+
+def check_router_logits(config: Any) -> None:
+    """Raises ValueError where the router_logits of a text model are no logits: a loss would take their softmax again.
+
+    Args:
+        config: of a text model.
+    """
+    if getattr(config, "model_type", None) in _PROBABILITIES:
+        raise ValueError(
+            f"unified_loss: expected router_logits, got probabilities, which a model of {type(config).__name__} "
+            "gives by that name: leave router terms out, or give gate_logits of your own to a loss with router_score='softmax'"
+        )
 
 
 def text_config(model_or_config: Any) -> Any:

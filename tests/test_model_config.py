@@ -86,6 +86,14 @@ def test_score_of_a_router():
         assert options_of(model, **{term: True}, router_score="sigmoid")["router_score"] == "sigmoid"
 
 
+def test_router_logits_that_are_probabilities():
+    experts = config(num_experts=6, model_type="gemma4_text")
+    for term in ("use_auxiliary_loss", "use_moe_balancing"):
+        with pytest.raises(ValueError, match="expected router_logits, got probabilities, which a model"):
+            options_of(experts, **{term: True})
+        assert options_of(experts, **{term: True}, router_score="softmax")["num_experts"] == 6
+
+
 @pytest.mark.parametrize(
     "attributes",
     [{"scoring_func": "sigmoid"}, {"expert_selection_fn": "sigmoid"}]

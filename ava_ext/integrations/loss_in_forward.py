@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ava_ext.integrations.deferred_logits import DeferredLogits
 from ava_ext.integrations.heads import logits_of_lora, n_columns_of, weight_and_bias
 from ava_ext.integrations.loss_functions import check_ignore_index, check_same_logits, loss_of_logits
-from ava_ext.model_config import text_config
+from ava_ext.model_config import check_router_logits, text_config
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.reduction import items_of
@@ -262,6 +262,7 @@ class LossInForward(nn.Module):
                 f"unified_loss: use_auxiliary_loss and use_moe_balancing need router logits, and {type(self).__name__} "
                 "gives none: turn them off, or bind_expert_bias where its routers have a correction bias"
             )
+        check_router_logits(text_config(self))
         return {"gate_logits": router_logits}
 
     def _loss(

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned, with_options_of_text
+from tiny_models import SIZES, V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned, with_options_of_text
 from torch.nn.utils import prune
 
 from ava_ext import UnifiedLoss
@@ -321,6 +321,21 @@ def test_router_terms_of_the_loss_see_the_padding(put):
     assert "router_logits" not in model(**inputs)
     with pytest.raises(ValueError, match="got both"):
         model(**inputs, output_router_logits=True)
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_routers_that_give_probabilities_are_refused(put):
+    """Gemma 4: what it calls router_logits has gone through a softmax, and would go through another."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
+    sizes = SIZES | {"head_dim": 8, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"] * 2}
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **experts, per_layer_config={}))
+    rows = model(**batch(), output_router_logits=True).router_logits[0].sum(1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    put(model, plain_loss(model, put is fuse_lm_head, use_auxiliary_loss=True, router_score="softmax"))
+    with pytest.raises(ValueError, match="expected router_logits, got probabilities"):
+        model(**batch())
 
 
 def test_multi_token_prediction_trains_with_the_model():
