@@ -27,6 +27,9 @@ from ava_ext.unified_loss import UnifiedLoss
 # arguments of forward that are the loss's alone; the model's own forward does not see them
 _OF_LOSS = ("num_items_in_batch", "shift_labels", "skip_logits", "loss_inputs")
 
+# of a model or its configuration: what it multiplies its own load balancing by
+_AUX_LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+
 # arguments of the loss that decide which rows count
 DECIDE_ROWS = ("targets", "labels_are_shifted", "attention_mask", "position_ids", "segment_ids", "cu_seqlens")
 
@@ -161,7 +164,8 @@ class LossInForward(nn.Module):
         wanted = options.get("output_router_logits")
         of_text = text_config(self)
         wanted = bool(getattr(of_text, "output_router_logits", False) if wanted is None else wanted)
-        if wanted and self.unified_loss.config.use_auxiliary_loss and getattr(of_text, "router_aux_loss_coef", None):
+        weights = [getattr(holder, name, None) for holder in (self, of_text) for name in _AUX_LOSS_WEIGHTS]
+        if wanted and self.unified_loss.config.use_auxiliary_loss and any(weights):
             raise ValueError(
                 "unified_loss: expected the load balancing of the loss or that of the model, got both: set "
                 "use_auxiliary_loss=False, or model.config.output_router_logits=False"

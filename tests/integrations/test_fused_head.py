@@ -309,9 +309,12 @@ def test_parts_add_up(put):
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
-def test_router_terms_of_the_loss_see_the_padding(put):
+@pytest.mark.parametrize(
+    ("name", "weight"), [("Mixtral", {"router_aux_loss_coef": 0.3}), ("JetMoe", {"aux_loss_coef": 0.3})]
+)
+def test_router_terms_of_the_loss_see_the_padding(put, name, weight):
     """In place of the model's own load balancing; equal to it, padding left out."""
-    model = tiny("Mixtral", output_router_logits=True, router_aux_loss_coef=0.3)
+    model = tiny(name, output_router_logits=True, **weight)
     inputs = batch()
     expected = own_loss(model, **inputs)
     model.config.output_router_logits = False
