@@ -40,6 +40,21 @@ def test_experts(n_experts, k):
 
 
 @pytest.mark.parametrize(
+    ("attributes", "n_experts", "k"),
+    [
+        ({"n_routed_experts": 6, "zero_expert_num": 3, "moe_topk": 2}, 9, 2),
+        ({"num_experts": 6, "num_experts_per_tok": 1, "model_type": "zaya"}, 7, 1),
+        ({"ffn_config": SimpleNamespace(moe_num_experts=6, moe_top_k=2)}, 6, 2),
+    ],
+    ids=["LongCat-Flash", "ZAYA", "DBRX"],
+)
+def test_experts_among_which_a_router_chooses(attributes, n_experts, k):
+    """As many as it has logits: with experts that do nothing."""
+    options = options_of(config(**attributes))
+    assert (options["num_experts"], options["num_experts_per_token"]) == (n_experts, k)
+
+
+@pytest.mark.parametrize(
     ("attributes", "n_layers"),
     [
         ({"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]}, 4),
@@ -48,8 +63,9 @@ def test_experts(n_experts, k):
         ({"layers_num_experts": [1, 6, 1, 6]}, 2),
         ({"layers_block_type": ["mamba", "moe", "attention", "moe"]}, 2),
         ({"model_type": "jetmoe"}, 8),
+        ({"model_type": "longcat_flash", "num_layers": 2}, 2),
     ],
-    ids=["DeepSeek-V4", "Qwen2", "Ernie", "Jamba", "Nemotron-H", "JetMoe"],
+    ids=["DeepSeek-V4", "Qwen2", "Ernie", "Jamba", "Nemotron-H", "JetMoe", "LongCat-Flash"],
 )
 def test_layers_of_a_configuration(attributes, n_layers):
     assert options_of(config(num_experts=6, **attributes))["num_moe_layers"] == n_layers
@@ -65,6 +81,7 @@ def test_layers_and_score_of_a_model():
     router.e_score_correction_bias = nn.Parameter(torch.zeros(6))
     block = nn.ModuleDict({"experts": nn.Linear(8, 8), "gate": router})
     model = nn.Sequential(nn.Linear(8, 8), block)
+    model.vision_tower = nn.ModuleDict({"experts": nn.Linear(8, 8), "gate": nn.Linear(8, 6)})
     model.config = config(n_routed_experts=6, num_experts_per_tok=2)
     options = options_of(model)
     assert options["num_moe_layers"] == 1 and options["router_score"] == "sigmoid"
