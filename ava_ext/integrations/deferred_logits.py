@@ -18,16 +18,19 @@ class DeferredLogits:
     Args:
         hidden_states: [..., hidden_size], the head's input.
         owner: class name of the model, for messages.
+        n_columns: of the logits; None: not known.
     """
 
     def __init__(
         self,
         hidden_states: Tensor,  # [..., hidden_size]
         owner: str,
+        n_columns: int | None = None,
         operations: tuple[tuple[str, float], ...] = (),
     ) -> None:
         self.hidden_states = hidden_states
         self.owner = owner
+        self.n_columns = n_columns
         self.operations = operations  # in their order: "times", "over" or "tanh", and by what
 
     @property
@@ -52,7 +55,7 @@ class DeferredLogits:
     def _then(self, name: str, number: Any = 1.0) -> DeferredLogits:
         if not isinstance(number, (int, float)):
             raise self._unknown(f"scales its logits by a {type(number).__name__}")
-        return DeferredLogits(self.hidden_states, self.owner, (*self.operations, (name, number)))
+        return DeferredLogits(self.hidden_states, self.owner, self.n_columns, (*self.operations, (name, number)))
 
     def __mul__(self, factor: Any) -> DeferredLogits:
         return self._then("times", factor)
@@ -90,6 +93,13 @@ class DeferredLogits:
         """Of the hidden states."""
         return self.hidden_states.dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits."""
+        if self.n_columns is None:
+            raise self._unknown("uses .shape of its logits")
+        return torch.Size((*self.hidden_states.shape[:-1], self.n_columns))
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -106,6 +116,9 @@ class DeferredLogits:
 
     def __getitem__(self, index: Any) -> Any:
         raise self._unknown("slices its logits")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self._unknown("assigns to its logits")
 
     def _added(self, other: Any) -> Any:
         raise self._unknown("adds to its logits")

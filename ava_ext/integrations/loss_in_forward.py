@@ -53,7 +53,7 @@ class RecordsInput(nn.Module):
                     f"fuse_lm_head: expected {self.owner} to call its head with hidden states alone, got "
                     f"{[*map(type, arguments), *options]} too: use attach_loss"
                 )
-            return DeferredLogits(hidden_states, self.owner)
+            return DeferredLogits(hidden_states, self.owner, n_columns_of(self))
         return super().forward(hidden_states, *arguments, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -145,7 +145,7 @@ class LossInForward(nn.Module):
             given |= self._router(output)
         # a model that is spread over devices (device_map) ends on another than it begins
         given = {name: _brought_to(zero.device, value) for name, value in given.items()}
-        fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
+        fields = {name: _without_deferred(value) for name, value in output.items() if name not in ("loss", "logits")}
         added = None if adds_router else output["loss"]
         if adds_router:  # asked for by the loss alone, which weighs it itself
             fields.pop("aux_loss", None)
@@ -302,6 +302,13 @@ def _brought_to(device: torch.device, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device)
     return type(value)(_brought_to(device, part) for part in value) if type(value) in (tuple, list) else value
+
+
+def _without_deferred(value: Any) -> Any:
+    """A field of an output; the output of a model within (InstructBLIP) without logits that are not there."""
+    if not isinstance(value, dict) or not isinstance(value.get("logits"), DeferredLogits):
+        return value
+    return type(value)(**{name: part for name, part in value.items() if name != "logits"})
 
 
 def _make_class(mixin: Any, cls: Any, is_fused: bool) -> Any:

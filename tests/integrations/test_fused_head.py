@@ -126,6 +126,44 @@ def test_logits_are_as_before_without_labels_and_in_evaluation(name):
     assert generated.shape == (3, 6)
 
 
+class AsksForTheShape(torch.nn.Module):
+    """First in the bases of a model that asks for its logits' shape (Inkling 2, xLSTM)."""
+
+    def forward(self, *arguments, **options):
+        shapes = []
+        hook = self.lm_head.register_forward_hook(lambda head, inputs, logits: shapes.append((logits / 2).shape))
+        output = super().forward(*arguments, **options)
+        hook.remove()
+        assert shapes == [(3, 9, V)]
+        return output
+
+
+def test_shape_of_logits_that_are_not_there():
+    model, inputs = family("Llama"), batch()
+    expected = own_loss(model, **inputs)
+    model.__class__ = type("Asks", (AsksForTheShape, type(model)), {})
+    fuse_lm_head(model, plain_loss(model))
+    assert_same(loss_of(model, **inputs), expected)
+
+
+class HasModelWithin(torch.nn.Module):
+    """First in the bases of a model whose output has that of a model within it, as InstructBLIP's."""
+
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.hidden_states = type(output)(logits=output.logits, cache=output.cache)
+        return output
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_no_output_has_logits_that_are_not_there(is_training):
+    model = family("Llama").train(is_training)
+    model.__class__ = type("Around", (HasModelWithin, type(model)), {})
+    fuse_lm_head(model, plain_loss(model))
+    within = model(**batch()).hidden_states
+    assert "logits" not in within and within.cache is not None
+
+
 def test_unfuse_gives_the_model_back():
     model = family("Llama")
     before, keys = own_loss(model, **batch()), set(model.state_dict())
@@ -566,6 +604,7 @@ def test_a_compiled_loss_is_a_loss():
     [
         (lambda logits: logits + 1, "adds to its logits"),
         (lambda logits: logits[..., :5], "slices its logits"),
+        (lambda logits: logits.__setitem__((..., 5), 0.0), "assigns to its logits"),
         (lambda logits: logits.sigmoid(), r"uses \.sigmoid of its logits"),
         (lambda logits: torch.sigmoid(logits), "calls sigmoid on its logits"),
         (lambda logits: logits * torch.ones(()), "scales its logits by a Tensor"),
