@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 # names under which configurations keep the same thing; the first that is there counts
+_COLUMNS = ("output_vocab_size", "unpadded_vocab_size", "vocab_size")  # Apertus 1.5, Inkling: of fewer logits
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _FIRST_MOE_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
@@ -73,7 +74,7 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
             model whose router_logits are probabilities.
     """
     config = text_config(model_or_config)
-    vocab_size = getattr(config, "vocab_size", None)
+    vocab_size = _first(config, _COLUMNS)
     if vocab_size is None:
         raise ValueError(f"unified_loss: expected a configuration with vocab_size, got {type(config).__name__}")
     options: dict[str, Any] = {"vocab_size": vocab_size, "labels_are_shifted": False}

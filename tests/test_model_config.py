@@ -24,6 +24,8 @@ def test_vocabulary_width_and_labels():
     assert UnifiedLoss.from_model(SimpleNamespace(config=config())).vocab_size == 32
     of_images = SimpleNamespace(get_text_config=lambda: config(vocab_size=31))
     assert UnifiedLoss.from_model(of_images).vocab_size == 31
+    for name in ("unpadded_vocab_size", "output_vocab_size"):  # Inkling, Apertus 1.5
+        assert [UnifiedLoss.from_model(config(**{name: size})).vocab_size for size in (None, 30)] == [32, 30]
     with pytest.raises(ValueError, match="expected a configuration with vocab_size, got SimpleNamespace"):
         UnifiedLoss.from_model(SimpleNamespace())
 

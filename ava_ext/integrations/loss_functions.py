@@ -17,9 +17,9 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For model.loss_function: the loss of logits and of labels that are not shifted, or of shift_labels.
 
     A model hands over neither attention_mask nor router logits: padding must be marked by labels of -100, and what the
-    model itself adds to its loss stays. `attach_loss` reads all of these. The labels of a masked language model belong
-    to the rows themselves, but the model does not say so, and they would be shifted: use `attach_loss` and shift_labels
-    for it.
+    model itself adds to its loss stays. `attach_loss` reads all of these. The labels of a masked language model, and of
+    any other with model.loss_type "ForMaskedLM" (T5Gemma, Dia), belong to the rows themselves, but the model does not
+    say so, and they would be shifted: use `attach_loss` and shift_labels for it.
 
     Raises:
         ValueError: a loss with logit_softcap: a model caps its logits before it calls its loss function.
@@ -56,10 +56,11 @@ def loss_of_logits(
 def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For Trainer(compute_loss_func=...): the loss of a model's outputs and of its labels.
 
-    The labels of a causal model are shifted here. Those of an encoder-decoder and of a masked language model, which the
-    class of the outputs tells, are those of the rows themselves. Trainer gives neither attention_mask nor position_ids,
-    and does not give the labels to the model, which then cannot add its own auxiliary loss. UnifiedLossTrainerMixin has
-    none of these limits.
+    The labels of a causal model are shifted here, also those of BartForCausalLM, XLNet and the like, whose own loss
+    does not shift them. Those of an encoder-decoder and of a masked language model, which the class of the outputs
+    tells, are those of the rows themselves. Trainer gives neither attention_mask nor position_ids, and does not give
+    the labels to the model, which then cannot add its own auxiliary loss. UnifiedLossTrainerMixin has none of these
+    limits.
 
     Raises:
         ValueError: a loss with logit_softcap, which the outputs have gone through already, or with terms of a router,
