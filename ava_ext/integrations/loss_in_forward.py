@@ -168,7 +168,8 @@ class LossInForward(nn.Module):
         if wanted and self.unified_loss.config.use_auxiliary_loss and any(weights):
             raise ValueError(
                 "unified_loss: expected the load balancing of the loss or that of the model, got both: set "
-                "use_auxiliary_loss=False, or model.config.output_router_logits=False"
+                "use_auxiliary_loss=False, or model.config.output_router_logits=False (router_aux_loss_coef=0.0 of "
+                "SFTConfig)"
             )
         return wanted
 
