@@ -31,7 +31,7 @@ class DeferredLogits:
         self.hidden_states = hidden_states
         self.owner = owner
         self.n_columns = n_columns
-        self.operations = operations  # in their order: "times", "over" or "tanh", and by what
+        self.operations = operations  # in their order: "times", "over", "tanh" or "float", and by what
 
     @property
     def softcap(self) -> float | None:
@@ -49,7 +49,10 @@ class DeferredLogits:
         """The logits, as the model would have computed them from what its head gives."""
         logits = head(self.hidden_states)
         for name, number in self.operations:
-            logits = logits * number if name == "times" else logits / number if name == "over" else logits.tanh()
+            if name in ("times", "over"):
+                logits = logits * number if name == "times" else logits / number
+            else:
+                logits = getattr(logits, name)()  # "tanh", "float"
         return logits
 
     def _then(self, name: str, number: Any = 1.0) -> DeferredLogits:
@@ -72,12 +75,13 @@ class DeferredLogits:
         return self._then("tanh")
 
     def float(self) -> DeferredLogits:
-        """Itself: the loss computes in float32 at least."""
-        return self
+        """For whoever gets the logits; the loss computes in float32 at least."""
+        return self._then("float")
 
     def to(self, *arguments: Any, **options: Any) -> DeferredLogits:
-        """Itself: the loss is computed where the head is."""
-        return self
+        """Like float, to float32; otherwise itself: the loss is computed where the head is."""
+        to_float = any(value is torch.float32 for value in (*arguments, *options.values()))
+        return self.float() if to_float else self
 
     def contiguous(self) -> DeferredLogits:
         """Itself."""

@@ -126,6 +126,17 @@ def test_logits_are_as_before_without_labels_and_in_evaluation(name):
     assert generated.shape == (3, 6)
 
 
+@pytest.mark.parametrize("change", [lambda logits: logits.float(), lambda logits: logits.to(torch.float32)])
+def test_logits_in_evaluation_have_the_precision_of_the_models(change):
+    """Mamba gives them in float32, Beam caps them there."""
+    model = family("Gemma2", dtype=torch.bfloat16).eval()
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: change(logits))
+    expected = model(**batch()).logits
+    assert expected.dtype == torch.float32
+    fuse_lm_head(model, plain_loss(model))
+    torch.testing.assert_close(model(**batch()).logits, expected, rtol=0, atol=0)
+
+
 class AsksForTheShape(torch.nn.Module):
     """First in the bases of a model that asks for its logits' shape (Inkling 2, xLSTM)."""
 
