@@ -19,7 +19,8 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     A model hands over neither attention_mask nor router logits: padding must be marked by labels of -100, and what the
     model itself adds to its loss stays. `attach_loss` reads all of these. The labels of a masked language model, and of
     any other with model.loss_type "ForMaskedLM" (T5Gemma, Dia), belong to the rows themselves, but the model does not
-    say so, and they would be shifted: use `attach_loss` and shift_labels for it.
+    say so, and they would be shifted: use `attach_loss` and shift_labels for it. Models that compute a cross-entropy of
+    their own (T5, BART, BERT) never call it; `attach_loss` raises there.
 
     Raises:
         ValueError: a loss with logit_softcap: a model caps its logits before it calls its loss function.
@@ -98,7 +99,9 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
                 "trainer_loss: the model computes an auxiliary loss, which Trainer would leave out: use "
                 "UnifiedLossTrainerMixin, which adds it, or set model.config.output_router_logits=False"
             )
-        kind = type(outputs).__name__
+        kind = type(
+            getattr(outputs, "language_model_outputs", outputs)
+        ).__name__  # BLIP-2: the output of a model within
         is_aligned = any(name in kind for name in ("Seq2SeqLM", "Seq2SeqMoE", "MaskedLM"))
         # a copy: Trainer multiplies it in place
         return loss_fn(outputs, labels, num_items_in_batch=num_items_in_batch, labels_are_shifted=is_aligned).clone()
