@@ -97,11 +97,11 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
         if getattr(outputs, "aux_loss", None) is not None:
             raise ValueError(
                 "trainer_loss: the model computes an auxiliary loss, which Trainer would leave out: use "
-                "UnifiedLossTrainerMixin, which adds it, or set model.config.output_router_logits=False"
+                "UnifiedLossTrainerMixin, which adds it, or set model.config.output_router_logits=False "
+                "(router_aux_loss_coef=0.0 of SFTConfig)"
             )
-        kind = type(
-            getattr(outputs, "language_model_outputs", outputs)
-        ).__name__  # BLIP-2: the output of a model within
+        within = getattr(outputs, "language_model_outputs", None)  # BLIP-2, around a model of either kind
+        kind = type(within or outputs).__name__
         is_aligned = any(name in kind for name in ("Seq2SeqLM", "Seq2SeqMoE", "MaskedLM"))
         # a copy: Trainer multiplies it in place
         return loss_fn(outputs, labels, num_items_in_batch=num_items_in_batch, labels_are_shifted=is_aligned).clone()
