@@ -156,15 +156,16 @@ def _first(config: Any, names: tuple[str, ...]) -> Any:
 
 
 def _moe_layers(model: nn.Module | None, config: Any) -> int:
-    """Layers with a router: those that the model has, or as the configuration lists them."""
+    """Layers whose router chooses: those that the model has, or as the configuration lists them."""
+    types = getattr(config, "mlp_layer_types", None) or []
+    n_hashed = types.count("hash_moe")  # DeepSeek-V4: the token itself decides
     if model is not None:
         children = [{name for name, _ in module.named_children()} for module in text_modules(model)]
         n_layers = sum(bool(names & {"experts", "input_linear"} and names & {"gate", "router"}) for names in children)
         if n_layers:
-            return n_layers
-    types = getattr(config, "mlp_layer_types", None)
+            return n_layers - n_hashed
     if types:
-        return len(types) - types.count("dense")
+        return len(types) - types.count("dense") - n_hashed
     blocks = getattr(config, "layers_block_type", None) or ()
     if "moe" in blocks:  # Nemotron-H: a layer is one thing
         return blocks.count("moe")

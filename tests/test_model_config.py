@@ -59,7 +59,7 @@ def test_experts_among_which_a_router_chooses(attributes, n_experts, k):
 @pytest.mark.parametrize(
     ("attributes", "n_layers"),
     [
-        ({"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]}, 4),
+        ({"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]}, 3),
         ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, 1),
         ({"moe_layer_interval": 1, "moe_layer_start_index": 1}, 3),
         ({"layers_num_experts": [1, 6, 1, 6]}, 2),
