@@ -2,9 +2,8 @@
 
 A few rows at a time: hidden_states @ weight.T into one buffer, the row kernel over it, and from what it leaves there,
 the gradient, the matrix products that give those of hidden_states and weight. Extra memory: the buffer, and a float32
-accumulator of the weight's gradient where the weight has fewer bits. On a GPU all rows are one chunk, without an
-accumulator, where that takes no more memory. Rows that do not count are left out of the
-products (ops/counted_rows.py).
+accumulator of the weight's gradient where the weight has fewer bits and chunks are several. On a GPU all rows are one
+chunk where that takes no more memory. Rows that do not count are left out of the products (ops/counted_rows.py).
 """
 
 from __future__ import annotations
@@ -153,10 +152,12 @@ def by_chunks(
     with_hidden_states, with_weight, with_bias = gradients
     chosen, is_exact = choose_rows(counted, max_counted_rows)
     n_chosen = n_rows if chosen is None else len(chosen)
-    is_summed_apart = with_weight and hidden_states.is_cuda and weight.dtype == dtype != real
-    accumulator_bytes = weight.numel() * real.itemsize if is_summed_apart else 0
+    is_cuda, is_summed_apart = hidden_states.is_cuda, with_weight and weight.dtype == dtype != real
+    accumulator_bytes = weight.numel() * real.itemsize if is_summed_apart and is_cuda else 0
     chunk_rows = rows_of_a_chunk(n_chosen, n_columns, dtype, hidden_states.device, chunk_bytes, accumulator_bytes)
-    of_weight = weight.dtype if is_summed_apart and chunk_rows >= n_chosen else real
+    # a single chunk needs no accumulator, where one product has float32 sums and is fast
+    is_one_product = is_cuda or (dtype == torch.bfloat16 and has_bfloat16_products())
+    of_weight = dtype if is_summed_apart and is_one_product and chunk_rows >= n_chosen else real
     of_hidden_states = (n_rows, hidden_size) if with_hidden_states else (0,)
     grad_hidden_states = (
         hidden_states.new_empty(of_hidden_states) if chosen is None else hidden_states.new_zeros(of_hidden_states)
