@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext._library import python_operator
 from ava_ext.ops.arguments import check_are_integers, check_beside_rows, check_devices
 from ava_ext.ops.counted_rows import choose_rows
 from ava_ext.ops.derivatives import (
@@ -90,7 +90,6 @@ def linear_row_loss(
     return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(len(terms), *rows))
 
 
-@torch.library.custom_op("ava_ext::linear_row_loss", mutates_args=())
 def _linear_row_loss(
     hidden_states: Tensor,  # [n_rows, hidden_size]
     weight: Tensor,  # [n_columns, hidden_size]
@@ -229,7 +228,7 @@ def _add_product(
             block.addmm_(columns.to(grad_weight.dtype).t(), states, beta=beta)
 
 
-@_linear_row_loss.register_fake
+@torch.library.register_fake(python_operator(_linear_row_loss))
 def _(
     hidden_states,
     weight,
@@ -343,4 +342,6 @@ def _scaled(
     return gradient
 
 
-_linear_row_loss.register_autograd(_linear_row_loss_backward, setup_context=_save_linear_row_loss)
+torch.library.register_autograd(
+    "ava_ext::linear_row_loss", _linear_row_loss_backward, setup_context=_save_linear_row_loss
+)
