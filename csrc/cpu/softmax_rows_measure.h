@@ -52,7 +52,7 @@ struct RowReader {
   explicit RowReader(const SoftmaxRowsArguments& all)
       : arguments(all), options(*static_cast<const RowOptions<Real>*>(all.options)) {}
 
-  Register exponential(Register d) const { return V::exponential(d, V::set(factor)); }
+  [[gnu::always_inline]] Register exponential(Register d) const { return V::exponential(d, V::set(factor)); }
 
   // softcap(x), and its derivative; a raw -inf stays -inf, with derivative 0
   struct Capped {
