@@ -22,7 +22,7 @@ from ava_ext.losses.depths import (
     losses_of_heads,
     no_means,
 )
-from ava_ext.ops.arguments import check_shape
+from ava_ext.ops.arguments import check_is_tensor, check_real, check_shape
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import LinearLogits
 
@@ -219,11 +219,13 @@ class MultiTokenPrediction(Part):
             )
         vocab_size, hidden_size = self.config.vocab_size, self.hidden_size
         check_shape("multi_token_prediction", (*targets.shape, hidden_size), hidden_states=hidden_states)
+        check_real("multi_token_prediction", "hidden_states", hidden_states)
         check_shape("multi_token_prediction", targets.shape, row_weights=row_weights, segments=segments)
         if not self.config.mtp_share_head:
             return
         if lm_head_weight is None:
             raise ValueError("multi_token_prediction: mtp_share_head=True needs lm_head_weight, got None")
+        check_is_tensor("multi_token_prediction", "lm_head_weight", lm_head_weight)
         shape = list(lm_head_weight.shape)
         if len(shape) != 2 or shape[0] < vocab_size or shape[1] != hidden_size:
             raise ValueError(

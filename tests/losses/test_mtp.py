@@ -318,6 +318,7 @@ def test_bad_input_is_named():
     mtp, inputs = make_mtp(), make_inputs()
     for name, value, message in (
         ("hidden_states", torch.zeros(BATCH, LENGTH, 4), r"hidden_states of shape \[2, 7, 5\], got \[2, 7, 4\]"),
+        ("hidden_states", torch.zeros(BATCH, LENGTH, 5) * 1j, "hidden_states of real numbers, got complex64"),
         ("targets", torch.zeros(14), r"targets \[batch_size, n_tokens\], got \[14\]"),
         ("row_weights", torch.zeros(BATCH, 6), r"row_weights of shape \[2, 7\], got \[2, 6\]"),
         ("segments", torch.zeros(1, LENGTH), r"segments of shape \[2, 7\], got \[1, 7\]"),
@@ -329,3 +330,5 @@ def test_bad_input_is_named():
         shared(**inputs, head_loss=head_loss)
     with pytest.raises(ValueError, match=r"lm_head_weight of shape \[11, 5\], got \[5, 11\]"):
         shared(**inputs, head_loss=head_loss, lm_head_weight=torch.zeros(5, 11))
+    with pytest.raises(TypeError, match=r"lm_head_weight to be a torch.Tensor, got list"):
+        shared(**inputs, head_loss=head_loss, lm_head_weight=[[0.0] * 5] * 11)
