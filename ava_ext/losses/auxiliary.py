@@ -280,7 +280,7 @@ class AuxiliaryLoss(Part):
 
     def of_call(self, call: Call) -> Addends:
         """Both terms of the call's router, and metrics of how uneven its choices are."""
-        statistics, texts = router_of_call(call, "use_auxiliary_loss")
+        statistics, texts, _ = router_of_call(call, "use_auxiliary_loss")
         share = call.rows.batch_share
         terms = {key: share * term for key, term in zip(self.keys, self.terms(texts), strict=True)}
         if call.global_expert_counts is not None:

@@ -164,15 +164,12 @@ class MoEBalancer(LearnedState, Part):
 
     def of_call(self, call: Call) -> Addends:
         """The steering term of the call's router."""
-        gate_logits = call.required("gate_logits", "use_moe_balancing")
-        statistics = router_of_call(call, "use_moe_balancing", self.bias_of_choice(call.expert_indices)).whole
-        if self.has_quantiles and call.recording is not False:
-            layers = layered_gate_logits(gate_logits, self.n_layers)
-            row_mask = call.padding_free(layers_shape(layers)[1])
-            counts = self._count_required_bias(layers, call.expert_indices, row_mask)
-            call.learned.append(lambda recording: self.record(recording, pending_required_bias=counts))
-        call.learned.append(lambda recording: self._record_choices(recording, statistics))
-        balance = self.balance(statistics)
+        gate_logits, expert_indices = call.required("gate_logits", "use_moe_balancing"), call.expert_indices
+        router = router_of_call(call, "use_moe_balancing", self.bias_of_choice(expert_indices))
+        if call.recording is not False:
+            learned = self._learned_from(router.whole, gate_logits, expert_indices, router.row_mask)
+            call.learned.append(lambda recording: self.record(recording, **learned))
+        balance = self.balance(router.whole)
         metrics = {"moe_cv": balance.moe_cv, "moe_max_violation": balance.moe_max_violation}
         return Addends({"moe_balancing_term": call.rows.batch_share * balance.term}, metrics)
 
@@ -205,22 +202,7 @@ class MoEBalancer(LearnedState, Part):
             first_run = is_first_run(layers[0])
             self.begin(first_run, layers[0])
             recording = first_run if self.training else False
-        statistics = self.measure(gate_logits, expert_indices, row_mask)
-        if self.has_quantiles and recording is not False:
-            of_layers = layered_gate_logits(gate_logits, self.n_layers)
-            counts = self._count_required_bias(of_layers, expert_indices, row_mask)
-            self.record(recording, pending_required_bias=counts)
-        self._record_choices(recording, statistics)
-        return self.balance(statistics)
-
-    def measure(
-        self,
-        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
-        expert_indices: Tensor | Sequence[Tensor | None] | None = None,  # [n_rows, k] per layer
-        row_mask: Tensor | None = None,  # n_rows elements, bool
-    ) -> RouterStatistics:
-        """The statistics that `balance` needs."""
-        return measure_router(
+        statistics = measure_router(
             gate_logits,
             expert_indices,
             row_mask,
@@ -231,6 +213,9 @@ class MoEBalancer(LearnedState, Part):
             expert_bias=self.bias_of_choice(expert_indices),
             owner="moe_balancer",
         )
+        if recording is not False:
+            self.record(recording, **self._learned_from(statistics, gate_logits, expert_indices, row_mask))
+        return self.balance(statistics)
 
     def bias_of_choice(
         self,
@@ -251,13 +236,32 @@ class MoEBalancer(LearnedState, Part):
         return self.read("expert_bias")
 
     @torch.no_grad()
+    def _learned_from(
+        self,
+        statistics: RouterStatistics,
+        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
+        expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n_rows, k] per layer
+        row_mask: Tensor | None,  # n_rows elements, bool
+    ) -> dict[str, Tensor]:
+        """What a call adds to the pending tensors, once its arguments have been checked."""
+        scores, n_rows = statistics.probability_sum.detach(), statistics.n_rows[0].to(torch.int64)
+        is_sound = scores.isfinite().all()  # one nan would stay in the sums for ever
+        learned = {
+            "pending_counts": statistics.counts,
+            "pending_scores": torch.where(is_sound, scores, 0.0),
+            "pending_tokens": torch.where(is_sound, n_rows, 0),
+        }
+        if self.has_quantiles:
+            learned["pending_required_bias"] = self._count_required_bias(gate_logits, expert_indices, row_mask)
+        return learned
+
     def _count_required_bias(
         self,
-        layers: list[Tensor],  # of [n_layers, ..., n_experts]
+        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
         expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n_rows, k] per layer
         row_mask: Tensor | None,  # n_rows elements, bool
     ) -> Tensor:  # [n_layers, n_experts, N_BINS] int32
-        """For quantile balancing, once the arguments have been checked."""
+        layers = layered_gate_logits(gate_logits, self.n_layers)
         n_layers, n_rows, _ = layers_shape(layers)
         k = self.k
         if k is None and expert_indices is not None:
@@ -268,21 +272,6 @@ class MoEBalancer(LearnedState, Part):
             )
         mask = None if row_mask is None else row_mask.reshape(n_rows).to(torch.bool)
         return count_required_bias(layers, mask, self.read("expert_bias"), k)
-
-    @torch.no_grad()
-    def _record_choices(
-        self,
-        recording: bool | Tensor,  # [] bool
-        statistics: RouterStatistics,
-    ) -> None:
-        scores, n_rows = statistics.probability_sum.detach(), statistics.n_rows[0].to(torch.int64)
-        is_sound = scores.isfinite().all()  # one nan would stay in the sums for ever
-        self.record(
-            recording,
-            pending_counts=statistics.counts,
-            pending_scores=torch.where(is_sound, scores, 0.0),
-            pending_tokens=torch.where(is_sound, n_rows, 0),
-        )
 
     def balance(self, statistics: RouterStatistics) -> MoEBalance:
         """As forward, from statistics that have been measured; records nothing."""

@@ -77,6 +77,7 @@ class RouterOfCall(NamedTuple):
 
     whole: RouterStatistics  # [n_layers, ...]
     texts: RouterStatistics  # [n_layers * n_texts, ...], where load_balancing_per_sequence tells texts apart; or whole
+    row_mask: Tensor | None  # [n_rows] bool: the rows that are measured; None: all
 
 
 def router_of_call(
@@ -89,13 +90,13 @@ def router_of_call(
         config = call.config
         gate_logits = call.required("gate_logits", option)
         n_rows = layers_shape(layered_gate_logits(gate_logits, config.num_moe_layers))[1]
-        texts, n_texts = None, 1
+        texts, n_texts, row_mask = None, 1, call.padding_free(n_rows)
         if config.use_auxiliary_loss and config.load_balancing_per_sequence:
             texts, n_texts = _texts_of_rows(call, n_rows)
         measured = measure_router(
             gate_logits,
             call.expert_indices,
-            call.padding_free(n_rows),
+            row_mask,
             k=config.num_experts_per_token,
             n_experts=config.num_experts,
             n_layers=config.num_moe_layers,
@@ -108,7 +109,7 @@ def router_of_call(
         whole = measured
         if texts is not None:
             whole = RouterStatistics(*(field.unflatten(0, (-1, n_texts)).sum(1) for field in measured))
-        call.router = RouterOfCall(whole, measured)
+        call.router = RouterOfCall(whole, measured, row_mask)
     return call.router
 
 
