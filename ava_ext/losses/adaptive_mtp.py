@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ava_ext.call import Call, HeadLoss, Heads, Logits
+from ava_ext.call import Call, HeadLoss, Logits
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DepthMeans,
     active_rows,
+    additional_heads,
     connected,
     depth_means,
     depth_metrics,
@@ -22,10 +24,8 @@ from ava_ext.losses.depths import (
     parts_of_heads,
 )
 from ava_ext.losses.learned_state import LearnedState
-from ava_ext.ops.arguments import check_is_tensor, has_shape
-from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
-from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.sequences import shift_left
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
@@ -46,7 +46,7 @@ class AdaptiveMTPTerms(NamedTuple):
 
 
 def adaptive_mtp_terms(
-    additional_logits: Heads,  # [n_heads, batch_size, n_tokens, vocab_size], or a list
+    heads: Sequence[Logits],  # n_heads of [batch_size, n_tokens, n_columns]
     targets: Tensor,  # [batch_size, n_tokens]
     row_weights: Tensor,  # [batch_size, n_tokens]
     segments: Tensor | None,  # [batch_size, n_tokens]
@@ -72,8 +72,7 @@ def adaptive_mtp_terms(
     at c = q.
 
     Args:
-        additional_logits: of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k]. A list may hold
-            LinearLogits, whose logits are never computed as a whole.
+        heads: the logits of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k].
         targets: the target of each row at depth 0 (the next token); ignore_index where the row does not count.
         row_weights: token weight / N of each row at depth 0, and 0 where it does not count. No gradient.
         segments: contiguous documents of packed rows; None: each batch row is one segment.
@@ -90,17 +89,14 @@ def adaptive_mtp_terms(
         AdaptiveMTPTerms, float32 (float64 for float64 logits). Zeros, connected to the graph, if switched off.
 
     Raises:
-        ValueError: there are no heads although they are on, or shapes do not fit.
+        ValueError: mtp_active, depth_weights or confidence_scores of a shape that does not fit.
 
     Example:
         >>> weights = torch.full(targets.shape, 1 / targets.numel())
         >>> terms = adaptive_mtp_terms(heads, targets, weights, None, head_loss, confidence_scores=confidence)
         >>> loss = loss + terms.mtp_loss + terms.confidence_regularization
     """
-    heads = _heads(additional_logits, targets)
-    if mtp_active is False or not heads:
-        if mtp_active is not False:
-            raise ValueError("adaptive_mtp: expected additional_logits of at least 1 head, got none")
+    if mtp_active is False:
         return _switched_off(heads, targets, row_weights, confidence_scores, per_row)
     batch_size, n_tokens = targets.shape
     dtype = accumulation_dtype(heads[0].dtype)
@@ -142,30 +138,6 @@ def adaptive_mtp_terms(
     )
 
 
-def _heads(additional_logits: Heads, targets: Tensor) -> list[Logits]:
-    if targets.dim() != 2:
-        raise ValueError(f"adaptive_mtp: expected targets [batch_size, n_tokens], got {list(targets.shape)}")
-    if additional_logits is None:
-        return []
-    if isinstance(additional_logits, LinearLogits):  # a tuple, but of one head
-        raise ValueError("adaptive_mtp: expected a list of LinearLogits, one per head, got one LinearLogits")
-    if isinstance(additional_logits, Tensor) and additional_logits.dim() != 4:
-        raise ValueError(
-            "adaptive_mtp: expected additional_logits [n_heads, batch_size, n_tokens, vocab_size], got "
-            f"{list(additional_logits.shape)}"
-        )
-    heads = list(additional_logits)
-    for number, logits in enumerate(heads):
-        if isinstance(logits, LinearLogits):
-            logits.check(f"adaptive_mtp: additional_logits[{number}]")
-        if len(logits.shape) != 3 or logits.shape[:2] != targets.shape:
-            raise ValueError(
-                f"adaptive_mtp: expected additional_logits[{number}] of shape [{targets.shape[0]}, {targets.shape[1]}, "
-                f"vocab_size], got {list(logits.shape)}"
-            )
-    return heads
-
-
 def _rows(values: Tensor, batch_size: int, n_tokens: int) -> Tensor:  # [batch_size, n_tokens]
     shape = list(values.shape)
     if shape == [batch_size, n_tokens, 1]:
@@ -185,7 +157,7 @@ def _mean_of(values: Tensor, mask: Tensor) -> Tensor:  # [batch_size, n_tokens],
 
 
 def _switched_off(
-    heads: list[Logits],
+    heads: Sequence[Logits],
     targets: Tensor,
     row_weights: Tensor,
     confidence_scores: Tensor | None,
@@ -249,11 +221,9 @@ class AdaptiveMTP(LearnedState, Part):
     def of_call(self, call: Call) -> Addends:
         """The terms of the heads that the call gives; with mtp_active=False zeros, in the graph of the heads."""
         config, rows, active, confidence = call.config, call.rows, call.mtp_active, call.confidence_scores
-        heads = self._heads_of(call)
-        if call.is_flat:
-            heads = [head.unsqueeze(0) for head in heads]
-            if confidence is not None and confidence.shape[:1] == (rows.targets.numel(),):
-                confidence = confidence.unsqueeze(0)
+        heads = additional_heads(call)
+        if call.is_flat and confidence is not None and confidence.shape[:1] == (rows.targets.numel(),):
+            confidence = confidence.unsqueeze(0)
         if not heads:
             active = False
         if active is not False and config.use_confidence_weighting and confidence is None:
@@ -280,25 +250,6 @@ class AdaptiveMTP(LearnedState, Part):
             addends["confidence_regularization"] = terms.confidence_regularization
         depths = terms.depths if heads else no_means(rows.weights, config.num_future_tokens)
         return Addends(addends, depth_metrics(depths))
-
-    def _heads_of(self, call: Call) -> list[Logits]:
-        given = call.additional_logits
-        if given is None and (call.mtp_active is None or call.mtp_active is False):  # as many heads as are given
-            return []
-        if given is None:
-            raise ValueError("unified_loss: mtp_active needs additional_logits, got None")
-        heads = [given] if isinstance(given, (LinearLogits, ShardedLogits)) else list(given)
-        if not heads and call.mtp_active is False:
-            return []
-        n_heads = call.config.num_future_tokens
-        if len(heads) != n_heads:
-            raise ValueError(
-                f"unified_loss: expected num_future_tokens = {n_heads} additional_logits, got {len(heads)}"
-            )
-        kinds = (Tensor, LinearLogits, ShardedLogits), "a torch.Tensor or LinearLogits"
-        for number, head in enumerate(heads):
-            check_is_tensor("unified_loss", f"additional_logits[{number}]", head, *kinds)
-        return heads
 
     @torch.no_grad()
     def record_averages(
