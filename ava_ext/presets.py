@@ -192,7 +192,7 @@ class PenaltySchedule(LearnedState):
     def reset_parameters(self) -> None:
         """Begins the schedule again."""
         self.steps.zero_()
-        self.previous_steps.zero_()
+        self.settle()
 
     def factor(self) -> Tensor:
         """[]: the present factor; on the device, so that the schedule neither recompiles nor waits."""

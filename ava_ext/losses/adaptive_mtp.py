@@ -281,8 +281,4 @@ class AdaptiveMTP(LearnedState, Part):
         """Clears averages and count."""
         self.sums.zero_()
         self.count.zero_()
-        self.clear_pending()
-
-    def reset_parameters(self) -> None:
-        """Clears averages and count."""
-        self.reset_statistics()
+        self.settle()

@@ -33,7 +33,7 @@ class LearnedState(Float32Buffers):
     - A program of torch.export reads what was committed and learns nothing, in training mode too.
 
     A subclass registers its buffers, names in READ those that its forward reads, sets previous_<name> beside each of
-    these, names its pending tensors in PENDING, and initialises all of them in `reset_parameters`.
+    these, names its pending tensors in PENDING, and calls `reset_parameters`, which initialises all of them.
     """
 
     statistics_name: ClassVar[str]  # its entry in UnifiedLoss.get_loss_statistics()
@@ -56,9 +56,7 @@ class LearnedState(Float32Buffers):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._follow(next(self.buffers()).device)  # assign=True may have taken the buffers from the meta device
-        self.clear_pending()  # what calls have learned beside the state that this one replaces
-        for name in self.READ:
-            getattr(self, _previous(name)).copy_(getattr(self, name))
+        self.settle()  # what calls have learned was beside the state that this one replaces
 
     def check_device(self, device: torch.device, owner: str = "unified_loss") -> None:
         """Raises ValueError where the state is not on the device of the logits, as for every module with buffers.
@@ -153,9 +151,16 @@ class LearnedState(Float32Buffers):
         for name in self.PENDING:
             getattr(self, name).zero_()
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Discards what is pending; recomputations read what is committed now."""
+        self.clear_pending()
+        for name in self.READ:
+            getattr(self, _previous(name)).copy_(getattr(self, name))
+
     def reset_parameters(self) -> None:
         """Sets all state to that of a new module, for example after to_empty()."""
-        raise NotImplementedError
+        self.reset_statistics()
 
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
         """Commits what is pending, summed over process_group. Once per optimizer step.
@@ -169,5 +174,5 @@ class LearnedState(Float32Buffers):
         raise NotImplementedError
 
     def reset_statistics(self) -> None:
-        """Clears what statistics() reports."""
+        """Clears what statistics() reports, and calls `settle`."""
         raise NotImplementedError

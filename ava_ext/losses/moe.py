@@ -159,7 +159,6 @@ class MoEBalancer(LearnedState, Part):
     def reset_parameters(self) -> None:
         """Sets all state to that of a new module, expert_bias included."""
         self.expert_bias.zero_()
-        self.previous_expert_bias.zero_()
         self.reset_statistics()
 
     def of_call(self, call: Call) -> Addends:
@@ -321,8 +320,7 @@ class MoEBalancer(LearnedState, Part):
     @torch.no_grad()
     def reset_statistics(self) -> None:
         """Clears counts, scores and the running load. expert_bias stays, because it is part of the model's routing."""
-        for load in (self.expert_load, self.previous_expert_load):
-            load.fill_(1 / self.n_experts)
+        self.expert_load.fill_(1 / self.n_experts)
         for statistic in (self.expert_counts, self.score_sum, self.total_tokens):
             statistic.zero_()
-        self.clear_pending()
+        self.settle()
