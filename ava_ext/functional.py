@@ -16,10 +16,11 @@ from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
 from ava_ext.ops.arguments import check_constants, check_integers, check_is_tensor, check_real, check_shape
 from ava_ext.ops.derivatives import as_constant, refuse_tangents
-from ava_ext.ops.dtensor_logits import check_is_logits
-from ava_ext.ops.dtensors import is_dtensor
+from ava_ext.ops.dtensor_logits import check_is_logits, has_dtensor
+from ava_ext.ops.dtensors import is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowFlags, accumulation_dtype, row_options, target_weights
+from ava_ext.ops.row_weights import count_rows
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import classes_of
 
@@ -151,13 +152,13 @@ def _row_loss(
     terms = _row_terms(owner, label_smoothing, **options)
     if weight is not None:
         _check_weight(owner, weight, logits)
-        weight = _beside(target, weight)
     probabilities = None
     if target.is_floating_point():
         _check_probabilities(owner, target, logits, ignore_index, options)
         probabilities = target
         if weight is not None:
-            probabilities = _weighted_probabilities(target, weight, label_smoothing, logits, options.get("vocab_size"))
+            of_columns = (_beside(target, weight), label_smoothing, logits, options.get("vocab_size"))
+            probabilities = _weighted_probabilities(target, *of_columns)
             terms = _row_terms(owner, 0.0, **options)
         target = target.new_zeros(target.shape[:-1], dtype=torch.int64)
         weight = None
@@ -168,21 +169,17 @@ def _row_loss(
     if target.dtype != torch.int64:
         check_integers(owner, "target", target)
         target = target.long()
+    target = whole(owner, "target", target, has_dtensor(logits))
     row_weights = candidates = smoothing_weights = None
     flags = terms.flags
-    if reduction == "mean":
-        counted = (target != ignore_index).to(dtype)
-        n_counted = counted.sum().clamp_min(1)
-        row_weights = counted / n_counted
     if weight is not None:
-        of_class = classes_of(target, weight.to(dtype))
+        weight = whole(owner, "weight", weight, True).to(dtype).contiguous()
         flags |= RowFlags.TARGET_WEIGHTS
-        candidates = target_weights(of_class)
-        if label_smoothing > 0:
-            smoothing_weights = weight
-        if reduction == "mean":
-            total = (counted * of_class).sum()
-            row_weights = counted / torch.where(total == 0, n_counted, total)
+        candidates = target_weights(classes_of(target, weight))
+        smoothing_weights = weight if label_smoothing > 0 else None
+    if reduction == "mean":
+        *_, row_weights = count_rows(target.reshape(-1), None, None, weight, None, ignore_index, True, dtype)
+        row_weights = row_weights.view(target.shape)
     return row_loss(
         logits,
         target,
