@@ -130,10 +130,10 @@ class LearnedState(Float32Buffers):
                 previous = getattr(self, _previous(name))
                 previous.copy_(torch.where(first_run, getattr(self, name), previous))
         elif self.READ and is_checkpointed():
-            read = self.memory.recall(given)
+            read = self.memory.get(given)
             if first_run:
                 read = [getattr(self, name).clone() for name in self.READ]
-                self.memory.remember(given, read)
+                self.memory[given] = read
             for name, value in zip(self.READ, read or (), strict=False):
                 getattr(self, _previous(name)).copy_(value)
 
