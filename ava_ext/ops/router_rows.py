@@ -26,8 +26,8 @@ from ava_ext.ops.arguments import (
     with_dense_rows,
 )
 from ava_ext.ops.derivatives import (
+    is_batched,
     raise_double_backward,
-    refuse_batches,
     refuse_tangents,
     refuse_transforms,
     without_second_derivative,
@@ -142,7 +142,7 @@ def router_statistics(
     dtype = accumulation_dtype(layers[0].dtype)
     tensors = (
         expert_indices,
-        None if row_mask is None else as_mask("router_statistics", "row_mask", row_mask),
+        None if row_mask is None else as_mask("router_statistics", row_mask),
         None if segment_ids is None else segment_ids.reshape(-1).to(torch.int64),
         None if expert_bias is None else expert_bias.detach().to(dtype),
     )
@@ -284,7 +284,11 @@ def _router_statistics_backward(
     if all(gradient is None for gradient in gradients):
         return [None] * len(gate_logits), *nothing
     refuse_tangents("router_statistics", gradients)
-    refuse_batches("router_statistics", gradients)
+    if is_batched(*gradients):
+        raise NotImplementedError(
+            "router_statistics: is_grads_batched=True, a batch of gradients from above, is not supported here; "
+            "expected a backward for each"
+        )
     grad_logits = _ops.router_gradient(
         [layers.detach() for layers in gate_logits],
         None if grad_importance_sum is None else expert_indices,

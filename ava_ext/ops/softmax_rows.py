@@ -29,10 +29,10 @@ from ava_ext.ops.derivatives import (
     is_exporting,
     is_forward_mode,
     raise_double_backward,
+    refuse_nested_transforms,
     refuse_tangents,
     refuse_transforms,
     refuse_transforms_in_graphs,
-    refuse_vmap_within_derivatives,
     wants_gradient,
     without_second_derivative,
 )
@@ -250,7 +250,7 @@ def _dense_row_loss(
         loss, terms = _row_loss(*arguments, False, with_statistics, column_weights)[:2]
         return RowLoss(loss.sum() if is_sum else loss, terms)
     if is_transformed:
-        refuse_vmap_within_derivatives("row_loss")
+        refuse_nested_transforms("row_loss")
     if is_forward_mode() or (differentiable and is_transformed):
         loss, terms = transformed_row_loss(*arguments, column_weights)
     elif not differentiable:

@@ -110,7 +110,7 @@ def softmax_statistics(
     if row_mask is not None:
         check_is_tensor("softmax_statistics", "row_mask", row_mask)
         check_shape("softmax_statistics", logits.shape[:-1], row_mask=row_mask)
-        row_mask = as_mask("softmax_statistics", "row_mask", row_mask)
+        row_mask = as_mask("softmax_statistics", row_mask)
     scale = (temperature, logit_softcap, logit_scale)
     return _statistics("softmax_statistics", logits, ids, *scale, vocab_size, row_mask, chunk_bytes, max_counted_rows)
 
