@@ -45,7 +45,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ava_ext.integrations.attach import attach_loss, causal_lm_of, fuse_lm_head, unfuse
 from ava_ext.integrations.expert_bias import ExpertBiasBinding, bind_expert_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, check_is_loss, trainer_loss
+from ava_ext.integrations.loss_functions import causal_lm_loss, check_is_loss, check_steps, trainer_loss
 from ava_ext.integrations.loss_in_forward import DECIDE_ROWS, LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
@@ -91,11 +91,7 @@ class UnifiedLossCallback(TrainerCallback):
 
     def __init__(self, loss_fn: UnifiedLoss, resume_from: str | None = None) -> None:
         check_is_loss("UnifiedLossCallback", loss_fn)
-        if loss_fn._learns and loss_fn.config.auto_step:
-            raise ValueError(
-                "UnifiedLossCallback: expected a loss with auto_step=False: with auto_step=True it steps for every "
-                "micro-batch, and the callback once more for every optimizer step"
-            )
+        check_steps(loss_fn)
         self.loss_fn = loss_fn
         self.resume_from = resume_from
         self._model_with_loss: Any = None  # found when training begins
@@ -107,11 +103,7 @@ class UnifiedLossCallback(TrainerCallback):
         self._model_with_loss = _with_this_loss(options.get("model"), self.loss_fn)
         if self._model_with_loss is None:  # which is where its model is
             self.loss_fn.to(args.device)
-        if args.world_size > 1 and self.loss_fn._learns and self.loss_fn.config.process_group is None:
-            raise ValueError(
-                "UnifiedLossCallback: expected a loss with process_group='world', got None: its state would differ "
-                f"between the {args.world_size} ranks"
-            )
+        check_steps(self.loss_fn, args.world_size)
         _refuse_label_smoothing("UnifiedLossCallback", args)
         if self._model_with_loss is not None:
             _check_trained("UnifiedLossCallback", self._model_with_loss)
