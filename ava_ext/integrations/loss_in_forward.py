@@ -73,12 +73,12 @@ class LossInForward(nn.Module):
     accepts_loss_kwargs = True  # for Trainer: num_items_in_batch is what the loss is divided by
     unified_loss: UnifiedLoss
     trained_when_put: dict[str, bool]  # names of the loss's parameters, and whether they required grad
-    loss_parts: dict[str, Tensor] | None
-    report_parts: bool
+    loss_parts: dict[str, Tensor] | None = None
+    report_parts: bool = False
     config: Any  # of the model
-    _recorded: Any  # what the model gave to its loss function
-    _is_recording: bool
-    has_computed_loss: bool
+    _recorded: Any = None  # what the model gave to its loss function
+    _is_recording: bool = False
+    has_computed_loss: bool = False
     expert_bias_binding: Any = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
