@@ -443,13 +443,8 @@ def _check_probabilities(call: Call, shape: torch.Size) -> None:
         check_shape("unified_loss", (*shape, config.vocab_size), target_probabilities=probabilities)
     if not probabilities.is_floating_point():
         raise ValueError(f"unified_loss: expected target_probabilities of floating point, got {probabilities.dtype}")
-    for name in ("use_focal_loss", "token_reweighting", "class_weights"):
-        if getattr(config, name):
-            raise ValueError(f"unified_loss: {name} needs one target for each row, got target_probabilities")
-    if config.label_smoothing > 0 and config.smoothing_mode != "uniform":
-        raise ValueError(
-            "unified_loss: smoothing_mode='exclude_target' needs one target for each row, got target_probabilities"
-        )
+    if (option := config.needs_one_target) is not None:
+        raise ValueError(f"unified_loss: {option} needs one target for each row, got target_probabilities")
 
 
 def _check_order(call: Call) -> None:

@@ -356,6 +356,13 @@ class UnifiedLossConfig:
             return None
         return "own" if self.mtp_type == "deepseek" else self.mtp_type
 
+    @property
+    def needs_one_target(self) -> str | None:
+        """What of these options needs one target for each row, not probabilities of the classes; None: nothing."""
+        if self.label_smoothing > 0 and self.smoothing_mode == "exclude_target":
+            return "smoothing_mode='exclude_target'"
+        return next((n for n in ("use_focal_loss", "token_reweighting", "class_weights") if getattr(self, n)), None)
+
     def changed_options(self) -> str:
         """The options that differ from their defaults, as name=value."""
         options = [(option, getattr(self, option.name)) for option in dataclasses.fields(self)]

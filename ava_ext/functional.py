@@ -154,7 +154,7 @@ def _row_loss(
         _check_weight(owner, weight, logits)
     probabilities = None
     if target.is_floating_point():
-        _check_probabilities(owner, target, logits, ignore_index, options)
+        _check_probabilities(owner, target, logits, ignore_index, terms)
         probabilities = target
         if weight is not None:
             of_columns = (_beside(target, weight), label_smoothing, logits, options.get("vocab_size"))
@@ -202,7 +202,7 @@ def _check_probabilities(
     probabilities: Tensor,  # [..., n_columns]
     logits: Tensor | LinearLogits,  # [..., n_columns]
     ignore_index: int,
-    options: dict[str, Any],
+    terms: _RowTerms,
 ) -> None:
     if probabilities.shape != logits.shape:
         raise ValueError(
@@ -210,11 +210,8 @@ def _check_probabilities(
         )
     if ignore_index >= 0:
         raise ValueError(f"{owner}: expected no ignore_index beside probabilities as target, got {ignore_index}")
-    for name in ("use_focal_loss", "token_reweighting"):
-        if options.get(name):
-            raise ValueError(f"{owner}: {name} needs one target for each row, got probabilities")
-    if options.get("smoothing_mode", "uniform") != "uniform":
-        raise ValueError(f"{owner}: smoothing_mode 'exclude_target' needs one target for each row, got probabilities")
+    if terms.needs_one_target is not None:
+        raise ValueError(f"{owner}: {terms.needs_one_target} needs one target for each row, got probabilities")
 
 
 def _weighted_probabilities(
@@ -278,10 +275,11 @@ def _beside(
 
 
 class _RowTerms(NamedTuple):
-    """What the options of a call come to; numbers alone, so that they can be kept."""
+    """What the options of a call come to; without tensors, so that it can be kept."""
 
     flags: int
     options: tuple[tuple[str, float], ...]  # of row_options
+    needs_one_target: str | None  # as of the configuration
 
 
 def _number(owner: str, name: str, value: Any) -> Any:
@@ -317,6 +315,7 @@ def _make_row_terms(owner: str, label_smoothing: float, /, **given: Any) -> _Row
     return _RowTerms(
         int(functools.reduce(operator.or_, (term.flags for term in terms))),
         tuple((name, value) for term in terms for name, value in term.options.items()),
+        config.needs_one_target,
     )
 
 
