@@ -20,8 +20,8 @@ from ava_ext.losses.depths import (
     depth_metrics,
     depth_rows,
     losses_of_heads,
-    no_means,
     parts_of_heads,
+    switched_off,
 )
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.ops.arguments import has_shape
@@ -54,7 +54,7 @@ def adaptive_mtp_terms(
     *,
     confidence_scores: Tensor
     | None = None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or [batch_size, n_tokens, 1]
-    mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool
+    mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool; not False
     mtp_weight: float = UnifiedLossConfig.mtp_weight,
     confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
     ignore_index: int = UnifiedLossConfig.ignore_index,
@@ -79,14 +79,14 @@ def adaptive_mtp_terms(
         head_loss: the cross-entropy of the main term, (logits, targets, row_weights) -> RowLoss: the sum over rows, or
             with per_row the loss of each row, which is 0 where the target is ignore_index.
         confidence_scores: in [0, 1], per sequence or per row. None: c = 1 and no confidence term.
-        mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence:
-            a sequence that is off counts as one whose rows have no target. None: on.
+        mtp_active: a tensor switches the heads off on the device, for all or per sequence: a sequence that is off
+            counts as one whose rows have no target. None or True: on.
         mtp_weight, confidence_reg_strength, ignore_index: see UnifiedLossConfig.
         depth_weights, own_denominator: of the heads' loss; see `depths.depth_rows`.
         per_row: return both terms per row, [batch_size, n_tokens].
 
     Returns:
-        AdaptiveMTPTerms, float32 (float64 for float64 logits). Zeros, connected to the graph, if switched off.
+        AdaptiveMTPTerms, float32 (float64 for float64 logits).
 
     Raises:
         ValueError: mtp_active, depth_weights or confidence_scores of a shape that does not fit.
@@ -96,8 +96,6 @@ def adaptive_mtp_terms(
         >>> terms = adaptive_mtp_terms(heads, targets, weights, None, head_loss, confidence_scores=confidence)
         >>> loss = loss + terms.mtp_loss + terms.confidence_regularization
     """
-    if mtp_active is False:
-        return _switched_off(heads, targets, row_weights, confidence_scores, per_row)
     batch_size, n_tokens = targets.shape
     dtype = accumulation_dtype(heads[0].dtype)
     targets, weights = active_rows(targets, row_weights.detach().to(dtype), mtp_active, ignore_index)
@@ -156,21 +154,6 @@ def _mean_of(values: Tensor, mask: Tensor) -> Tensor:  # [batch_size, n_tokens],
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
-def _switched_off(
-    heads: Sequence[Logits],
-    targets: Tensor,
-    row_weights: Tensor,
-    confidence_scores: Tensor | None,
-    per_row: bool,
-) -> AdaptiveMTPTerms:
-    dtype = accumulation_dtype(row_weights.dtype)
-    zeros = torch.zeros(targets.shape if per_row else (), dtype=dtype, device=targets.device)
-    mtp_loss, regularization = connected(zeros, parts_of_heads(heads)), connected(zeros.clone(), [confidence_scores])
-    nothing = torch.zeros((), dtype=dtype, device=targets.device)
-    means = no_means(nothing, len(heads))
-    return AdaptiveMTPTerms(mtp_loss, regularization, means, nothing, nothing, n_targets=nothing.long())
-
-
 class AdaptiveMTP(LearnedState, Part):
     """adaptive_mtp_terms with the options of the call, and running averages for get_loss_statistics().
 
@@ -224,9 +207,12 @@ class AdaptiveMTP(LearnedState, Part):
         heads = additional_heads(call)
         if call.is_flat and confidence is not None and confidence.shape[:1] == (rows.targets.numel(),):
             confidence = confidence.unsqueeze(0)
-        if not heads:
-            active = False
-        if active is not False and config.use_confidence_weighting and confidence is None:
+        if active is False or not heads:
+            off = switched_off(call, parts_of_heads(heads))
+            if not self.calibrates:
+                return off
+            return off._replace(terms={**off.terms, self.keys[1]: connected(call.no_loss(), [confidence])})
+        if config.use_confidence_weighting and confidence is None:
             raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
         terms = adaptive_mtp_terms(
             heads,
@@ -243,13 +229,11 @@ class AdaptiveMTP(LearnedState, Part):
             own_denominator=config.mtp_own_denominator,
             per_row=config.reduction == "none",
         )
-        if active is not False:
-            call.learned.append(lambda recording: self.record_averages(recording, terms))
+        call.learned.append(lambda recording: self.record_averages(recording, terms))
         addends = {"mtp_loss": terms.mtp_loss}
         if self.calibrates:
             addends["confidence_regularization"] = terms.confidence_regularization
-        depths = terms.depths if heads else no_means(rows.weights, config.num_future_tokens)
-        return Addends(addends, depth_metrics(depths))
+        return Addends(addends, depth_metrics(terms.depths))
 
     @torch.no_grad()
     def record_averages(

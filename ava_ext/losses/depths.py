@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import Call, HeadLoss, Logits
+from ava_ext.losses.component import Addends
 from ava_ext.ops.arguments import check_constants, check_shape, has_shape
 from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.dtensors import is_dtensor
@@ -248,6 +249,10 @@ def connected(
     return zeros
 
 
-def no_means(like: Tensor, n_depths: int) -> DepthMeans:
-    """Zeros, where no head was asked."""
-    return DepthMeans(*(like.new_zeros(n_depths) for _ in DepthMeans._fields))
+def switched_off(
+    call: Call,
+    parts: Iterable[Tensor | None],  # what the heads would have read
+) -> Addends:
+    """The zeros of a part whose heads are off in this call."""
+    means = DepthMeans(*(call.rows.weights.new_zeros(call.config.num_future_tokens) for _ in DepthMeans._fields))
+    return Addends({"mtp_loss": connected(call.no_loss(), parts)}, depth_metrics(means))

@@ -13,13 +13,12 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     active_rows,
     additional_heads,
-    connected,
     depth_means,
     depth_metrics,
     depth_rows,
     losses_of_heads,
-    no_means,
     parts_of_heads,
+    switched_off,
 )
 from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.ops.linear_logits import LinearLogits
@@ -56,8 +55,7 @@ class HiddenStatesMTP(Part):
         n_depths, ignore_index = config.num_future_tokens, config.ignore_index
         heads = self._heads_of(call)
         if active is False or not heads:
-            loss = connected(call.no_loss(), parts_of_heads(heads))
-            return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, n_depths)))
+            return switched_off(call, parts_of_heads(heads))
         of_depths = depth_rows(
             *active_rows(rows.targets, rows.weights.detach(), active, ignore_index),
             call.segments,

@@ -159,15 +159,17 @@ def test_switched_off():
     leaves = [inputs[name].requires_grad_() for name in ("heads", "confidence_scores")]
     with torch.no_grad():
         leaves[0][0, 0, 0, 0] = torch.nan  # a head that is off may hold anything
-    for per_row in (False, True):
-        terms = adaptive_mtp_terms(**inputs, head_loss=head_loss, mtp_active=False, per_row=per_row)
-        assert terms.mtp_loss.shape == ((BATCH, LENGTH) if per_row else ())
-        total = terms.mtp_loss.sum() + terms.confidence_regularization.sum()
-        gradients = torch.autograd.grad(total, leaves)
-        assert total == 0 and all((gradient == 0).all() for gradient in gradients)
-        assert terms.depths.losses.shape == (HEADS,)
-    off = adaptive_mtp_terms([], inputs["targets"], inputs["row_weights"], None, head_loss, mtp_active=False)
-    assert off.mtp_loss == 0
+    options = {"primary_loss_type": "adaptive_mtp", "num_future_tokens": HEADS}
+    given = dict(zip(("additional_logits", "confidence_scores"), leaves, strict=True))
+    for reduction in ("mean", "none"):
+        loss_fn = UnifiedLoss(VOCAB, **options, reduction=reduction)
+        main = (torch.randn(BATCH, LENGTH, VOCAB), inputs["targets"])
+        parts = loss_fn(*main, **given, mtp_active=False, return_detailed=True)
+        assert parts["mtp_loss"].shape == ((BATCH, LENGTH) if reduction == "none" else ())
+        assert all((parts[name] == 0).all() for name in ("mtp_loss", "confidence_regularization"))
+        gradients = torch.autograd.grad(parts["total_loss"].sum(), leaves)
+        assert all((gradient == 0).all() for gradient in gradients)
+        assert parts[f"mtp_loss_depth_{HEADS}"] == 0
 
 
 def test_switched_by_a_tensor():
