@@ -11,7 +11,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
-from ava_ext.losses.router import load_variation, measure_router, router_of_call
+from ava_ext.losses.router import ROUTER_METRICS, measure_router, router_of_call
 from ava_ext.ops.arguments import check_shape
 from ava_ext.ops.router_layers import layered_gate_logits
 from ava_ext.ops.router_rows import RouterStatistics
@@ -223,7 +223,7 @@ class AuxiliaryLoss(Part):
 
     name = "auxiliary"
     keys = ("aux_load_balancing", "aux_router_z")
-    METRICS = ("moe_cv", "moe_max_violation")
+    METRICS = ROUTER_METRICS
 
     def __init__(
         self,
@@ -296,7 +296,7 @@ class AuxiliaryLoss(Part):
                 router.whole, call.global_expert_counts, k=self.k, convention=self.convention
             )
             terms[self.keys[0]] = self.load_balancing_weight * addend
-        return Addends(terms, dict(zip(self.METRICS, load_variation(router.whole.counts), strict=True)))
+        return Addends(terms, router.metrics)
 
     def forward(
         self,

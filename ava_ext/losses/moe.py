@@ -13,7 +13,7 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.quantile_balancing import N_BINS, count_required_bias, quantile_bias
-from ava_ext.losses.router import load_variation, max_violation, measure_router, router_of_call
+from ava_ext.losses.router import ROUTER_METRICS, load_variation, max_violation, measure_router, router_of_call
 from ava_ext.ops.committed import is_first_run
 from ava_ext.ops.derivatives import is_exporting
 from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices, with_router
@@ -74,7 +74,7 @@ class MoEBalancer(LearnedState, Part):
 
     name = "moe_balancer"
     keys = ("moe_balancing_term",)
-    METRICS = ("moe_cv", "moe_max_violation")
+    METRICS = ROUTER_METRICS
     statistics_name = "moe_balancing"
     PENDING = ("pending_counts", "pending_scores", "pending_tokens", "pending_required_bias")
     READ = ("expert_load", "expert_bias")
@@ -168,9 +168,7 @@ class MoEBalancer(LearnedState, Part):
         if call.recording is not False:
             learned = self._learned_from(router.whole, gate_logits, expert_indices, router.row_mask)
             call.learned.append(lambda recording: self.record(recording, **learned))
-        balance = self.balance(router.whole)
-        metrics = {"moe_cv": balance.moe_cv, "moe_max_violation": balance.moe_max_violation}
-        return Addends({"moe_balancing_term": call.rows.batch_share * balance.term}, metrics)
+        return Addends({"moe_balancing_term": call.rows.batch_share * self.steering_term(router.whole)}, router.metrics)
 
     def forward(
         self,
@@ -214,7 +212,7 @@ class MoEBalancer(LearnedState, Part):
         )
         if recording is not False:
             self.record(recording, **self._learned_from(statistics, gate_logits, expert_indices, row_mask))
-        return self.balance(statistics)
+        return MoEBalance(self.steering_term(statistics), *load_variation(statistics.counts))
 
     def bias_of_choice(
         self,
@@ -272,12 +270,12 @@ class MoEBalancer(LearnedState, Part):
         mask = None if row_mask is None else row_mask.reshape(n_rows).to(torch.bool)
         return count_required_bias(layers, mask, self.read("expert_bias"), k)
 
-    def balance(self, statistics: RouterStatistics) -> MoEBalance:
-        """As forward, from statistics that have been measured; records nothing."""
+    def steering_term(self, statistics: RouterStatistics) -> Tensor:  # []
+        """The term, from statistics that have been measured."""
         load = self.read("expert_load")
         mean_probability = statistics.probability_sum / statistics.n_rows.clamp_min(1).unsqueeze(-1)
         steering = ((load - 1 / self.n_experts) * mean_probability).sum(dim=-1).mean()
-        return MoEBalance(self.weight * self.n_experts * steering, *load_variation(statistics.counts))
+        return self.weight * self.n_experts * steering
 
     @torch.no_grad()
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:

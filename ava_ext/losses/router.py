@@ -72,12 +72,16 @@ def measure_router(
     )
 
 
+ROUTER_METRICS = ("moe_cv", "moe_max_violation")  # what load_variation gives
+
+
 class RouterOfCall(NamedTuple):
     """The statistics of a call's router."""
 
     whole: RouterStatistics  # [n_layers, ...]
     texts: RouterStatistics  # [n_layers * n_texts, ...], where load_balancing_per_sequence tells texts apart; or whole
     row_mask: Tensor | None  # [n_rows] bool: the rows that are measured; None: all
+    metrics: dict[str, Tensor]  # ROUTER_METRICS: how uneven its choices are
 
 
 def router_of_call(
@@ -109,7 +113,8 @@ def router_of_call(
         whole = measured
         if texts is not None:
             whole = RouterStatistics(*(field.unflatten(0, (-1, n_texts)).sum(1) for field in measured))
-        call.router = RouterOfCall(whole, measured, row_mask)
+        metrics = dict(zip(ROUTER_METRICS, load_variation(whole.counts), strict=True))
+        call.router = RouterOfCall(whole, measured, row_mask, metrics)
     return call.router
 
 
