@@ -17,8 +17,6 @@ from ava_ext.losses.component import Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
 from ava_ext.model_config import options_of
-from ava_ext.ops.committed import is_first_run
-from ava_ext.ops.derivatives import is_exporting
 from ava_ext.ops.dtensors import whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import ShardedLogits
@@ -318,7 +316,8 @@ class UnifiedLoss(nn.Module):
             class_weights=None if self.config.class_weights is None else row_pass.class_weights,
         )
         if self._learns:
-            self._begin(call, targets)
+            for state in self._learned():
+                call.recording = state.begin(call.rows.weights, targets)
         temperature = self.temperature.read("value") if self.config.temperature_adapts else None
         rows = row_pass.run(call, temperature, self.penalty_factor(), is_detailed=return_detailed)
         total = rows.loss
@@ -341,21 +340,6 @@ class UnifiedLoss(nn.Module):
     def penalty_factor(self) -> Tensor | None:  # []
         """The factor by which the weights of repetition penalties are multiplied; None: 1. Schedules override it."""
         return None
-
-    def _begin(
-        self,
-        call: Call,
-        targets: Any,  # as forward gets them
-    ) -> None:
-        """Prepares what learns, and decides whether this call is recorded."""
-        states = self._learned()
-        for state in states:
-            state.check_device(call.rows.weights.device)
-        if torch.is_grad_enabled() and not is_exporting():
-            first_run = is_first_run(call.rows.weights)
-            for state in states:
-                state.begin(first_run, targets)
-            call.recording = first_run if self.training else False
 
     def _learn(self, call: Call, rows: RowPassOutput) -> None:
         """Records what this call has taught and, with auto_step, commits it."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.ops.committed import CallMemory, committed, is_checkpointed
+from ava_ext.ops.committed import CallMemory, committed, is_checkpointed, is_first_run
 from ava_ext.ops.derivatives import is_exporting, refuse_transforms_in_graphs
 from ava_ext.process_group import resolve
 
@@ -58,7 +58,7 @@ class LearnedState(Float32Buffers):
         self._follow(next(self.buffers()).device)  # assign=True may have taken the buffers from the meta device
         self.settle()  # what calls have learned was beside the state that this one replaces
 
-    def check_device(self, device: torch.device, owner: str = "unified_loss") -> None:
+    def _check_device(self, device: torch.device, owner: str) -> None:
         """Raises ValueError where the state is not on the device of the logits, as for every module with buffers.
 
         A call does not move it: a checkpoint, an optimizer step and the other ranks would not know where it went. State
@@ -119,10 +119,15 @@ class LearnedState(Float32Buffers):
 
     def begin(
         self,
-        first_run: bool | Tensor,  # [] bool, where a traced graph finds out when it runs
-        given: Tensor,  # any: what a recomputation of the same call is given too
-    ) -> None:
-        """To be called with grad enabled before a forward reads: remembers what it will read, for recomputations."""
+        like: Tensor,  # any, on the device of the logits
+        given: Any,  # a tensor that a recomputation of the same call is given too
+        owner: str = "unified_loss",
+    ) -> bool | Tensor:  # [] bool, where a traced graph finds out when it runs
+        """Before a forward reads: remembers what it will read, for recomputations. Whether it counts."""
+        self._check_device(like.device, owner)
+        if not torch.is_grad_enabled() or is_exporting():
+            return False
+        first_run = is_first_run(like)
         if isinstance(first_run, Tensor):
             if torch._C._are_functorch_transforms_active():
                 refuse_transforms_in_graphs(self.statistics_name)
@@ -136,6 +141,7 @@ class LearnedState(Float32Buffers):
                 self.memory[given] = read
             for name, value in zip(self.READ, read or (), strict=False):
                 getattr(self, _previous(name)).copy_(value)
+        return first_run if self.training else False
 
     def read(self, name: str) -> Tensor:
         """The committed tensor of this name, as this call sees it. Copy it where a backward needs it."""

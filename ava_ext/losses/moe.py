@@ -14,8 +14,6 @@ from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.quantile_balancing import N_BINS, count_required_bias, quantile_bias
 from ava_ext.losses.router import ROUTER_METRICS, load_variation, max_violation, measure_router, router_of_call
-from ava_ext.ops.committed import is_first_run
-from ava_ext.ops.derivatives import is_exporting
 from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices, with_router
 from ava_ext.ops.router_rows import RouterStatistics
 
@@ -191,14 +189,8 @@ class MoEBalancer(LearnedState, Part):
                 missing though they are required.
             IndexError: an expert index is out of range.
         """
-        recording: bool | Tensor = False
         layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router("gate_logits", gate_logits)
-        if layers:
-            self.check_device(layers[0].device, "moe_balancer")
-        if torch.is_grad_enabled() and layers and not is_exporting():
-            first_run = is_first_run(layers[0])
-            self.begin(first_run, layers[0])
-            recording = first_run if self.training else False
+        recording = self.begin(layers[0], layers[0], "moe_balancer") if layers else False
         statistics = measure_router(
             gate_logits,
             expert_indices,
