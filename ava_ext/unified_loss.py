@@ -88,12 +88,8 @@ class UnifiedLoss(nn.Module):
                 )
             setattr(self, part.name, part.from_config(config))
         self._part_names = tuple(part.name for part in self.PARTS if getattr(self, part.name) is not None)
-        states = [name for name, child in self.named_children() if isinstance(child, LearnedState)]
-        self._state_names = tuple(states)
-        for name in states:
-            getattr(self, name).auto_step = config.auto_step
+        self._find_states()
         self.register_load_state_dict_post_hook(_constants_follow)
-        self._learns = config.temperature_adapts or len(states) > 1
         parts = [getattr(self, name) for name in self._part_names]
         keys = [term.key for term in row_terms if term.key] + [source.key for source in sources]
         self._keys = tuple(dict.fromkeys(keys + [key for part in parts for key in part.keys]))
@@ -101,6 +97,14 @@ class UnifiedLoss(nn.Module):
         self._sequence_keys = tuple(source.key for source in sources if source.needs_sequences) + tuple(
             part.keys[0] for part in parts if part.needs_sequences
         )
+
+    def _find_states(self) -> None:
+        """Once all components are there."""
+        states = {name: child for name, child in self.named_children() if isinstance(child, LearnedState)}
+        for state in states.values():
+            state.auto_step = self.config.auto_step
+        self._state_names = tuple(states)
+        self._learns = self.config.temperature_adapts or len(states) > 1
 
     @classmethod
     def from_model(cls, model_or_config: Any, *, fused: bool = True, **options: Any) -> UnifiedLoss:
