@@ -288,7 +288,7 @@ class AuxiliaryLoss(Part):
         """Both terms of the call's router, and metrics of how uneven its choices are."""
         router = router_of_call(call, "use_auxiliary_loss")
         share = call.rows.batch_share
-        terms = {key: share * term for key, term in zip(self.keys, self.terms(router.texts), strict=True)}
+        terms = {key: share * term for key, term in zip(self.keys, self.terms(router.whole, router.texts), strict=True)}
         if call.global_expert_counts is not None:
             if self.per_sequence:
                 raise ValueError("unified_loss: expected no global_expert_counts with load_balancing_per_sequence=True")
@@ -342,7 +342,7 @@ class AuxiliaryLoss(Part):
             n_texts=n_texts,
             owner="auxiliary_loss",
         )
-        load_balancing, router_z = self.terms(statistics)
+        load_balancing, router_z = self.terms(*statistics)
         total = load_balancing + router_z
         if not return_detailed:
             return total
@@ -352,14 +352,12 @@ class AuxiliaryLoss(Part):
             "aux_router_z": router_z.detach(),
         }
 
-    def terms(self, statistics: RouterStatistics) -> tuple[Tensor, Tensor]:
-        """(load balancing, router z-loss), both weighted; with per_sequence, of groups that are sequences."""
-        load_balancing = load_balancing_loss(
-            statistics, k=self.k, convention=self.convention, process_group=self.group.process_group
-        )
-        return self.load_balancing_weight * load_balancing, self.router_z_weight * self._z_loss(statistics)
+    def terms(self, whole: RouterStatistics, texts: RouterStatistics) -> tuple[Tensor, Tensor]:
+        """(load balancing, router z-loss), both weighted, from what measure_router returns.
 
-    def _z_loss(self, statistics: RouterStatistics) -> Tensor:
-        if self.per_sequence:  # a mean over rows, not over sequences: padding must not change a row's weight
-            return statistics.lse_squared_sum.sum() / statistics.n_rows.sum().clamp_min(1)
-        return router_z_loss(statistics)
+        The latter is a mean over rows, not over sequences: padding must not change the weight of a row.
+        """
+        load_balancing = load_balancing_loss(
+            texts, k=self.k, convention=self.convention, process_group=self.group.process_group
+        )
+        return self.load_balancing_weight * load_balancing, self.router_z_weight * router_z_loss(whole)

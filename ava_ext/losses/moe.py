@@ -191,7 +191,7 @@ class MoEBalancer(LearnedState, Part):
         """
         layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router("gate_logits", gate_logits)
         recording = self.begin(layers[0], layers[0], "moe_balancer") if layers else False
-        statistics = measure_router(
+        statistics, _ = measure_router(
             gate_logits,
             expert_indices,
             row_mask,
