@@ -66,7 +66,7 @@ class RowPass(Float32Buffers):
         super().__init__()
         self.config = config
         soft_flags = int(RowFlags.SOFT_TARGETS | (RowFlags.TAIL if config.distillation_tail else 0))
-        given = [
+        given = [  # key, function, flags and temperature of each
             (source.key, source.given, soft_flags if source.is_soft else 0, source.temperature)
             for source in sorted(sources, key=lambda source: source.is_soft)  # the kernel has soft targets last
             if source.given is not None

@@ -106,7 +106,7 @@ def _load_balancing(
     k: int | None,
     convention: str,
 ) -> Tensor:  # []
-    """The sum over the rows of the statistics, of which n_rows are a batch; counts say how its choices are spread."""
+    """n_experts * sum_e f_e P_e: f is the share of the counts, P what the statistics give of the mean over n_rows."""
     if convention not in CONVENTIONS:
         raise ValueError(f"{owner}: expected convention to be one of {CONVENTIONS}, got {convention!r}")
     probability_sum = statistics.probability_sum

@@ -123,7 +123,11 @@ class LearnedState(Float32Buffers):
         given: Any,  # a tensor that a recomputation of the same call is given too
         owner: str = "unified_loss",
     ) -> bool | Tensor:  # [] bool, where a traced graph finds out when it runs
-        """Before a forward reads: remembers what it will read, for recomputations. Whether it counts."""
+        """To be called before a forward reads: remembers what it will read, for recomputations.
+
+        Returns:
+            Whether the call counts: in training, with grad enabled, where it is no recomputation.
+        """
         self._check_device(like.device, owner)
         if not torch.is_grad_enabled() or is_exporting():
             return False
