@@ -151,7 +151,10 @@ def _row_loss(
     label_smoothing = _number(owner, "label_smoothing", label_smoothing)
     terms = _row_terms(owner, label_smoothing, **options)
     if weight is not None:
-        _check_weight(owner, weight, logits)
+        check_is_tensor(owner, "weight", weight)
+        check_shape(owner, logits.shape[-1:], weight=weight)
+        check_real(owner, "weight", weight)
+        check_constants(owner, weight=weight)
     probabilities = None
     if target.is_floating_point():
         _check_probabilities(owner, target, logits, ignore_index, terms)
@@ -246,17 +249,6 @@ def _columns_that_are_there(
         return is_there
     is_masked = masked_by.detach() == -math.inf
     return is_there & ~(is_masked.full_tensor() if is_dtensor(is_masked) else is_masked)
-
-
-def _check_weight(
-    owner: str,
-    weight: Tensor,  # [n_columns]
-    logits: Tensor | LinearLogits,  # [..., n_columns]
-) -> None:
-    check_is_tensor(owner, "weight", weight)
-    check_shape(owner, logits.shape[-1:], weight=weight)
-    check_real(owner, "weight", weight)
-    check_constants(owner, weight=weight)
 
 
 def _beside(

@@ -41,17 +41,16 @@ class RecordsInput(nn.Module):
     n_columns: int | None = None  # its out_features when the loss was put into the model
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:  # [..., hidden_size]
-        if self.mode is None:
+        if self.mode is not None:
+            self.input_of_head = hidden_states
+        if self.mode != "defer":
             return super().forward(hidden_states, *arguments, **options)
-        self.input_of_head = hidden_states
-        if self.mode == "defer":
-            if arguments or options:  # such as the adapter of each text, of peft
-                raise TypeError(
-                    f"fuse_lm_head: expected {self.owner} to call its head with hidden states alone, got "
-                    f"{[*map(type, arguments), *options]} too: use attach_loss"
-                )
-            return DeferredLogits(hidden_states, self.owner)
-        return super().forward(hidden_states, *arguments, **options)
+        if arguments or options:  # such as the adapter of each text, of peft
+            raise TypeError(
+                f"fuse_lm_head: expected {self.owner} to call its head with hidden states alone, got "
+                f"{[*map(type, arguments), *options]} too: use attach_loss"
+            )
+        return DeferredLogits(hidden_states, self.owner)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _made_of, (RecordsInput, self.class_before_loss), self.__dict__
