@@ -260,7 +260,7 @@ class AuxiliaryLoss(Part):
         self.router_z_weight = router_z_weight
         self.convention = load_balancing_convention
         self.score = router_score
-        self.per_sequence = per_sequence
+        self.per_sequence = self.needs_sequences = per_sequence
         self.group = GroupReference(process_group)
 
     @classmethod
@@ -278,11 +278,6 @@ class AuxiliaryLoss(Part):
             router_score=config.router_score,
             per_sequence=config.load_balancing_per_sequence,
         )
-
-    @property
-    def needs_sequences(self) -> bool:  # type: ignore[override]
-        """Whether rows must be in the order of the text."""
-        return self.per_sequence
 
     def of_call(self, call: Call) -> Addends:
         """Both terms of the call's router, and metrics of how uneven its choices are."""

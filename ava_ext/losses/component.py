@@ -61,7 +61,7 @@ class Part(nn.Module):
 
     name: ClassVar[str]  # the attribute of UnifiedLoss, and so the prefix of its state
     METRICS: ClassVar[tuple[str, ...]] = ()  # names of the metrics that it may give
-    needs_sequences: ClassVar[bool] = False  # rows in the order of the text
+    needs_sequences: bool = False  # rows in the order of the text
     keys: tuple[str, ...]  # of the terms that it adds
 
     def __init_subclass__(cls, **options: Any) -> None:
