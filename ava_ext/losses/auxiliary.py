@@ -337,15 +337,11 @@ class AuxiliaryLoss(Part):
             n_texts=n_texts,
             owner="auxiliary_loss",
         )
-        load_balancing, router_z = self.terms(*statistics)
-        total = load_balancing + router_z
+        terms = self.terms(*statistics)
+        total = terms[0] + terms[1]
         if not return_detailed:
             return total
-        return {
-            "total_loss": total,
-            "aux_load_balancing": load_balancing.detach(),
-            "aux_router_z": router_z.detach(),
-        }
+        return {"total_loss": total} | {key: term.detach() for key, term in zip(self.keys, terms, strict=True)}
 
     def terms(self, whole: RouterStatistics, texts: RouterStatistics) -> tuple[Tensor, Tensor]:
         """(load balancing, router z-loss), both weighted, from what measure_router returns.
