@@ -170,14 +170,12 @@ class Call:
             self.segments = None if segments is None else segments.expand(targets.shape)
         self.context = _tokens_read(config, self.input_ids, self.attention_mask)
         self.prefix = _tokens_read(config, self.prefix_ids, None)
-        attention_mask, token_weights = self.attention_mask, self.token_weights
-        keep = keep_rows(config, targets, attention_mask)
+        token_weights = self.token_weights
+        keep = keep_rows(config, targets, self.attention_mask)
         self.keep_tokens = self.keep_targets = keep
         if not self.labels_are_shifted:
             targets = shift_left(targets, config.ignore_index)
-            attention_mask = None if attention_mask is None else shift_left(attention_mask, 0)
-            token_weights = None if token_weights is None else shift_left(token_weights, 0)
-            keep = keep_rows(config, targets, attention_mask)
+            token_weights, keep = (None if given is None else shift_left(given, 0) for given in (token_weights, keep))
             if self.segments is not None:  # behind the last label of a text there is no row
                 is_within = self.segments == shift_left(self.segments, -1)
                 keep = is_within if keep is None else keep & is_within
