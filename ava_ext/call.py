@@ -354,9 +354,8 @@ def _logits_of(call: Call) -> Logits:  # [..., n_columns]
     else:
         if hidden_states is None or weight is None:
             raise ValueError("unified_loss: expected logits, or hidden_states and lm_head_weight, got neither")
-        bias = None if bias is None else _tensor("lm_head_bias", bias)
         check_is_whole("lm_head_weight", weight)
-        chosen = LinearLogits(_tensor("hidden_states", hidden_states), _tensor("lm_head_weight", weight), bias)
+        chosen = LinearLogits(hidden_states, weight, bias)
     if isinstance(chosen, LinearLogits):
         chosen.check("unified_loss", ("hidden_states", "lm_head_weight", "lm_head_bias"))
         if len(chosen.weight) < config.vocab_size:

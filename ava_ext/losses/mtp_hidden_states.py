@@ -57,7 +57,7 @@ class HiddenStatesMTP(Part):
         if active is False or not heads:
             return switched_off(call, parts_of_heads(heads))
         of_depths = depth_rows(
-            *active_rows(rows.targets, rows.weights.detach(), active, ignore_index),
+            *active_rows(rows.targets, rows.weights, active, ignore_index),
             call.segments,
             n_depths,
             ignore_index,
