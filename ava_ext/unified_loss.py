@@ -375,9 +375,10 @@ class UnifiedLoss(nn.Module):
         addends = dict(zip(rows.names, weighted.unbind(), strict=True)) | {k: term.clone() for k, term in terms.items()}
         addends |= {key: torch.zeros_like(addends["main_loss"]) for key in self._keys if key not in addends}
         n_counted = call.rows.n_counted
-        cross_entropy, entropy, accuracy = (
-            rows.terms[CROSS_ENTROPY : CROSS_ENTROPY + 3].flatten(1).sum(1) / n_counted.clamp_min(1)
-        ).unbind()
+        most = n_counted.clamp_min(1)
+        means = rows.terms[CROSS_ENTROPY : CROSS_ENTROPY + 3].flatten(1).sum(1) / most
+        cross_entropy, entropy, accuracy = means.unbind()
+        rank: Any = rows.rank  # 0 where a row does not count; None without accuracy_top_k
         return (
             {"total_loss": total}
             | {key: addends[key].detach() for key in self._keys}
@@ -390,22 +391,10 @@ class UnifiedLoss(nn.Module):
                 "entropy": entropy,
                 "temperature": rows.options[0] * self.config.logit_scale,
             }
-            | self._of_ranks(rows, n_counted)
+            | {f"{TOP_K_ACCURACY}{k}": ((rank > 0) & (rank <= k)).sum() / most for k in self.config.accuracy_top_k}
             | self._of_candidates(call, rows)
             | {name: metric.detach() for name, metric in metrics.items()}
         )
-
-    def _of_ranks(
-        self,
-        rows: RowPassOutput,
-        n_counted: Tensor,  # []
-    ) -> dict[str, Tensor]:
-        """How often fewer than k tokens are likelier than the target, for each k of accuracy_top_k."""
-        rank = rows.rank  # 0 where a row does not count
-        if rank is None:
-            return {}
-        most = n_counted.clamp_min(1)
-        return {f"{TOP_K_ACCURACY}{k}": ((rank > 0) & (rank <= k)).sum() / most for k in self.config.accuracy_top_k}
 
     def _of_candidates(self, call: Call, rows: RowPassOutput) -> dict[str, Tensor]:
         """The metrics of sources of candidates; 0 where a source has found none."""
