@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,10 +125,14 @@ def router_statistics(
     if segment_ids is not None:
         segment_ids = as_ids("router_statistics", "segment_ids", segment_ids, "[n_rows]")
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
-    if DTENSOR in sys.modules:
-        if any(map(is_dtensor, layers)):
-            of_rows = (expert_indices, row_mask, segment_ids)
-            return _of_dtensors(layers, *of_rows, k=k, score=score, expert_bias=expert_bias, n_segments=n_segments)
+    place = None
+    if DTENSOR in sys.modules and any(map(is_dtensor, layers)):
+        place = RouterPlace("router_statistics", layers)
+        expert_indices = place.local("expert_indices", expert_indices, 1)
+        row_mask = None if row_mask is None else place.local("row_mask", row_mask, row_mask.dim() - 1)
+        segment_ids = None if segment_ids is None else place.local("segment_ids", segment_ids.reshape(-1), 0)
+        layers = [layer.to_local() for layer in layers]  # type: ignore[attr-defined]
+    elif DTENSOR in sys.modules:
         expert_indices, row_mask, segment_ids = (
             whole("router_statistics", name, given, False, "gate_logits")
             for name, given in (
@@ -155,27 +159,12 @@ def router_statistics(
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _router_statistics(layers, *tensors, *options)
     probability_sum, importance_sum, lse_squared_sum, entropy_sum, counts, n_rows, _ = outputs
-    return RouterStatistics(
+    found = RouterStatistics(
         counts.to(dtype), probability_sum, importance_sum, lse_squared_sum, entropy_sum, n_rows.to(dtype)
     )
-
-
-def _of_dtensors(
-    layers: list[Tensor],  # of [n_layers, ..., n_experts]
-    expert_indices: Tensor | None,  # [n_layers, n_rows, k]
-    row_mask: Tensor | None,  # [n_rows] or [n_layers, n_rows]
-    segment_ids: Tensor | None,  # [n_rows]
-    **options: Any,
-) -> RouterStatistics:
-    """router_statistics of this rank's rows, and their sums as DTensors where other ranks have other rows."""
-    place = RouterPlace("router_statistics", layers)
-    expert_indices = place.local("expert_indices", expert_indices, 1)
-    row_mask = None if row_mask is None else place.local("row_mask", row_mask, row_mask.dim() - 1)
-    segment_ids = None if segment_ids is None else place.local("segment_ids", segment_ids.reshape(-1), 0)
-    local = [layer.to_local() for layer in layers]  # type: ignore[attr-defined]
-    found = router_statistics(local, expert_indices, row_mask, segment_ids=segment_ids, **options)
-    if place.rows is None:
+    if place is None or place.rows is None:
         return found
+    # where other ranks have other rows
     return RouterStatistics(*(summed(statistic, place.mesh, place.is_of_rows) for statistic in found))
 
 
