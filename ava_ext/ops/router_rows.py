@@ -123,31 +123,25 @@ def router_statistics(
     if expert_indices is not None:
         expert_indices = as_ids("router_statistics", "expert_indices", expert_indices, "[n_layers, n_rows, k]")
     if segment_ids is not None:
-        segment_ids = as_ids("router_statistics", "segment_ids", segment_ids, "[n_rows]")
+        segment_ids = as_ids("router_statistics", "segment_ids", segment_ids, "[n_rows]").reshape(-1)
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
     place = None
-    if DTENSOR in sys.modules and any(map(is_dtensor, layers)):
-        place = RouterPlace("router_statistics", layers)
-        expert_indices = place.local("expert_indices", expert_indices, 1)
-        row_mask = None if row_mask is None else place.local("row_mask", row_mask, row_mask.dim() - 1)
-        segment_ids = None if segment_ids is None else place.local("segment_ids", segment_ids.reshape(-1), 0)
-        layers = [layer.to_local() for layer in layers]  # type: ignore[attr-defined]
-    elif DTENSOR in sys.modules:
-        expert_indices, row_mask, segment_ids = (
-            whole("router_statistics", name, given, False, "gate_logits")
-            for name, given in (
-                ("expert_indices", expert_indices),
-                ("row_mask", row_mask),
-                ("segment_ids", segment_ids),
-            )
-        )
+    if DTENSOR in sys.modules:
+        of_rows = (("expert_indices", expert_indices), ("row_mask", row_mask), ("segment_ids", segment_ids))
+        if any(map(is_dtensor, layers)):
+            place = RouterPlace("router_statistics", layers)
+            local = (place.local(name, given) for name, given in of_rows)
+            layers = [layer.to_local() for layer in layers]  # type: ignore[attr-defined]
+        else:
+            local = (whole("router_statistics", name, given, False, "gate_logits") for name, given in of_rows)
+        expert_indices, row_mask, segment_ids = local
     refuse_transforms("router_statistics", (*layers, expert_bias))
     layers = [with_dense_rows(layer) for layer in layers]
     dtype = accumulation_dtype(layers[0].dtype)
     tensors = (
         expert_indices,
         None if row_mask is None else as_mask("router_statistics", row_mask),
-        None if segment_ids is None else segment_ids.reshape(-1).to(torch.int64),
+        None if segment_ids is None else segment_ids.to(torch.int64),
         None if expert_bias is None else expert_bias.detach().to(dtype),
     )
     options = (n_segments, k, score == "sigmoid")
