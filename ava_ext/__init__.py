@@ -1,4 +1,8 @@
-"""Fused losses for training language models: forward and backward in one pass over the logits."""
+"""Fused losses for training language models: forward and backward in one pass over the logits.
+
+`UnifiedLoss` is the loss for a training loop; `functional.cross_entropy` and `functional.linear_cross_entropy` have the
+signatures of torch.nn.functional. `python -m ava_ext` shows what is installed and checks it.
+"""
 
 from ava_ext import functional
 from ava_ext._library import build_info, empty_cache

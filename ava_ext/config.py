@@ -101,11 +101,13 @@ class UnifiedLossConfig:
     vocab_size: int = _option(
         dataclasses.MISSING, _at_least(1), "size of the vocabulary; columns of the logits beyond it are padding"
     )
-    hidden_size: int | None = _option(None, _at_least(1), "width of hidden_states; needed by multi-token prediction")
+    hidden_size: int | None = _option(
+        None, _at_least(1), "width of hidden_states; needed if the loss owns heads of multi-token prediction"
+    )
     primary_loss_type: str = _option(
         "deepseek",
         _one_of("standard", "deepseek", "adaptive_mtp"),
-        '"standard", "deepseek" (adaptive temperature) or "adaptive_mtp"',
+        '"standard" (cross-entropy), "deepseek" (with adaptive temperature) or "adaptive_mtp" (heads of the model)',
     )
 
     # which rows count, and what the sum is divided by
@@ -115,13 +117,15 @@ class UnifiedLossConfig:
         None, _TOKEN_OR_TOKENS, "one id or several; turns on the penalty on an early EOS"
     )
     reduction: str = _option("mean", _one_of("mean", "sum", "none"), '"mean", "sum" or "none"')
-    labels_are_shifted: bool = _option(True, _FLAG, "False: targets[:, t] is the token read at t, as in Hugging Face")
+    labels_are_shifted: bool = _option(
+        True, _FLAG, "False: targets[:, t] is the token read at t, as in Hugging Face, and the loss shifts them"
+    )
     inplace_gradient: bool = _option(False, _FLAG, "backward writes the gradient over the logits, except a DTensor's")
     process_group: Any = _option(
-        None, _GROUP, 'the group that step() sums learned state over; "world": the default group'
+        None, _GROUP, 'the group over which step() sums what the loss has learned; "world": the default group'
     )
     accuracy_top_k: tuple[int, ...] = _option(
-        (), _RANKS, "return_detailed also says how often fewer than k tokens are likelier than the target, for each k"
+        (), _RANKS, "for each k, return_detailed adds how often fewer than k tokens are likelier than the target"
     )
     linear_chunk_bytes: int | None = _option(
         None, _at_least(1), "bytes of a chunk of logits computed from hidden_states; None: 64 MB, on CUDA 1 GB"
@@ -152,8 +156,8 @@ class UnifiedLossConfig:
     class_weights: tuple[float, ...] | None = _option(
         None,
         _NUMBERS,
-        "weight of each class, in label smoothing too; N is then the sum of the targets' weights: scale them to a mean "
-        "of 1 over your data, because it divides the other terms too, which have no class weights",
+        "weight of each class, in label smoothing too; N is then the sum of the targets' weights, which also divides "
+        "the other terms: scale the weights to a mean of 1 over your data",
     )
     token_reweighting: str | None = _option(
         None,
@@ -168,7 +172,7 @@ class UnifiedLossConfig:
         1.0, _POSITIVE, "Td: soft targets are compared with softmax(z / Td), and their term is multiplied by Td^2"
     )
     distillation_tail: bool = _option(
-        False, _FLAG, "compare what soft targets leave, 1 - sum q, with 1 - sum p as one more target"
+        False, _FLAG, "also compare the rest that soft targets leave, 1 - sum q, with 1 - sum p"
     )
 
     # multi-token prediction
@@ -182,39 +186,41 @@ class UnifiedLossConfig:
         "modules of the model)",
     )
     mtp_share_head: bool = _option(False, _FLAG, "each depth is a residual block in front of the given lm_head_weight")
-    mtp_detach_head: bool = _option(False, _FLAG, "the shared head gets no gradient from the depths")
+    mtp_detach_head: bool = _option(False, _FLAG, "the head gets no gradient from the depths that share it")
     mtp_own_denominator: bool = _option(
         False,
         _FLAG,
-        "divide each depth by the number of its own rows in this call: with num_items_in_batch, micro-batches do not "
-        "add up to the batch",
+        "divide each depth by the number of its own rows in this call; the losses of micro-batches then do not add up "
+        "to the loss of the batch",
     )
-    use_confidence_weighting: bool = _option(True, _FLAG, "adaptive: weight each row by the given confidence")
+    use_confidence_weighting: bool = _option(True, _FLAG, "adaptive heads: weight each row by the given confidence")
     confidence_reg_strength: float = _option(
-        0.01, _NOT_NEGATIVE, "adaptive: weight of the term that calibrates the confidence"
+        0.01, _NOT_NEGATIVE, "adaptive heads: weight of the term that calibrates the confidence"
     )
 
     # repetition
     use_ngram_penalty: bool = _option(False, _FLAG, "push down tokens that would repeat an n-gram")
     ngram_size: int = _option(4, _at_least(1), "n; 1 is token-level unlikelihood")
     ngram_penalty_weight: float = _option(0.1, _NOT_NEGATIVE, "weight of each n-gram candidate")
-    ngram_window_size: int | None = _option(None, _at_least(1), "take only followers among the last W context tokens")
-    ngram_slots: int = _option(8, _at_least(1), "n-gram candidates per row, most recent first")
+    ngram_window_size: int | None = _option(
+        None, _at_least(1), "only candidates among the last W tokens of the context"
+    )
+    ngram_slots: int = _option(8, _at_least(1), "how many n-gram candidates a row may have; the most recent are kept")
     use_immediate_repetition_penalty: bool = _option(False, _FLAG, "push down the previous token")
     immediate_repetition_weight: float = _option(0.5, _NOT_NEGATIVE, "weight of the penalty on the previous token")
     immediate_repetition_threshold: int = _option(1, _at_least(1), "penalise only runs of at least this length")
     immediate_repetition_growth: float = _option(
-        1.0, _NOT_BELOW_ONE, "factor of that weight per further token of the run, at most 4 in all"
+        1.0, _NOT_BELOW_ONE, "factor by which each further token of the run raises that weight, to at most 4 times"
     )
     repetition_allow_list: tuple[int, ...] = _option((), _TOKENS, "ids that may repeat")
     negatives_need_target: bool = _option(
         True,
         _FLAG,
-        "False: a row without a target counts for its negative_ids, whose N is the number of rows with any: with "
-        "num_items_in_batch, micro-batches do not add up to the batch",
+        "False: negative_ids count even in a row whose target does not; they are divided by the number of rows that "
+        "have any, and the losses of micro-batches do not add up to the loss of the batch",
     )
     min_sequence_length: int = _option(
-        20, _at_least(0), "EOS is early while fewer counted targets of the segment precede it"
+        20, _at_least(0), "an EOS is early if fewer counted targets of its text precede it"
     )
     eos_penalty_weight: float = _option(0.05, _NOT_NEGATIVE, "weight of an early EOS")
 
@@ -244,7 +250,7 @@ class UnifiedLossConfig:
         "switch", _one_of("switch", "huggingface"), '"switch" or "huggingface" (k times larger, layers concatenated)'
     )
     load_balancing_per_sequence: bool = _option(
-        False, _FLAG, "balance each text separately, then average; gate_logits then have a row for each target"
+        False, _FLAG, "balance each text separately, then average; gate_logits need a row for each target"
     )
     router_score: str = _option("softmax", _one_of("softmax", "sigmoid"), '"softmax" or "sigmoid" (normalised)')
 

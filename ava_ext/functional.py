@@ -1,4 +1,4 @@
-"""Losses with the signatures of torch.nn.functional. Z-loss, focal loss and other terms of a row are keywords."""
+"""Losses with the signatures of torch.nn.functional, and z-loss, focal loss and other terms of a row as keywords."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """torch.nn.functional.cross_entropy at the speed of this library, and every other term of a row by keywords.
+    """torch.nn.functional.cross_entropy at the speed of this library, with every other term of a row as a keyword.
 
     The classes are the second dimension, as in torch. With three and more dimensions, it is fastest if the classes are
     last in memory. A batch in which no row counts gives 0, not nan.
@@ -66,16 +66,16 @@ def cross_entropy(
             bias of -inf) get none.
         options: initial_temperature, smoothing_mode, logit_scale, logit_softcap, z_loss_weight,
             confidence_penalty_weight, use_focal_loss, focal_alpha, focal_gamma, token_reweighting,
-            reweighting_exponent, vocab_size, inplace_gradient and linear_chunk_bytes, as in `UnifiedLossConfig`. They
-            and label_smoothing may be numbers of numpy or tensors on the CPU, which are read at every call; in a graph
-            of torch.compile, only numbers of Python.
+            reweighting_exponent, vocab_size, inplace_gradient and linear_chunk_bytes, as in `UnifiedLossConfig`. These
+            and label_smoothing may also be numpy's numbers, or tensors on the CPU, which are read at every call; in a
+            graph of torch.compile they must be Python's numbers.
 
     Returns:
         [], or with reduction="none" one for each row; float32, or float64 for float64 input.
 
     Raises:
-        ValueError: shapes do not fit, an option is out of its range, or it needs `UnifiedLoss`, or it needs one target
-            for each row and got probabilities.
+        ValueError: shapes do not fit; or an option is out of its range, needs `UnifiedLoss`, or needs one target for
+            each row and got probabilities.
         TypeError: there is no such option, an argument is not a tensor, or ignore_index is not an integer.
         IndexError: a target is out of range.
 

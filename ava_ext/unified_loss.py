@@ -31,7 +31,7 @@ class UnifiedLoss(nn.Module):
         total = main (focal-modulated where focal is on) + z + confidence + immediate + eos + ngram + negative
               + distillation + mtp + moe + diversity + auxiliary + contrastive
 
-    A row is the logits of one position, and one pass over it computes all of its terms, gradient included.
+    A row is the logits of one position. One pass over it computes all of its terms and their gradient.
     `UnifiedLoss(V, primary_loss_type="standard")` equals torch.nn.functional.cross_entropy, except that a batch in
     which no row counts gives 0 instead of nan, and that the loss of logits in half precision is float32. Each component
     is a module of `ava_ext.losses`, and `ava_ext/losses/__init__.py` lists them.
@@ -40,16 +40,17 @@ class UnifiedLoss(nn.Module):
     something averages gradients over ranks, count num_items_in_batch over all ranks and multiply the loss by the world
     size.
 
-    Call `step()` once per optimizer step. It commits the adaptive temperature, the expert load and the expert bias.
-    With auto_step=True, every training forward with grad enabled calls it at its end. A forward reads what was
-    committed before it and counts once, also under activation checkpointing (see `losses.learned_state`).
+    Some losses learn: those with the adaptive temperature, the balancing of experts, adaptive heads or a schedule. What
+    they learn takes effect at `step()`, once per optimizer step. With auto_step=True, every training forward with grad
+    enabled calls it at its end. A forward reads the state of the last step, and counts once, also under activation
+    checkpointing (see `losses.learned_state`).
 
-    Every option reads as an attribute, such as `loss_fn.vocab_size`. Options are fixed: a new value needs a new loss.
+    You can read every option as an attribute, such as `loss_fn.vocab_size`. For another value, make a new loss.
 
     Args:
         vocab_size: size of the vocabulary; columns beyond it are padding.
-        hidden_size: width of hidden_states, for the heads of multi-token prediction.
-        options: see `UnifiedLossConfig`, which documents each.
+        hidden_size: width of hidden_states; needed if the loss owns heads of multi-token prediction.
+        options: `UnifiedLossConfig` documents each.
 
     Raises:
         TypeError: there is no such option.
@@ -108,13 +109,14 @@ class UnifiedLoss(nn.Module):
 
     @classmethod
     def from_model(cls, model_or_config: Any, *, fused: bool = True, **options: Any) -> UnifiedLoss:
-        """The loss of a causal language model, with what its configuration says; see `model_config.options_of`.
+        """The loss of a causal language model, with options from its configuration; see `model_config.options_of`.
 
         Args:
             model_or_config: a model of transformers, or its configuration.
-            fused: for a loss that gets hidden states and the head's weight: it also applies the model's soft cap and
-                scale of the logits. False: for a loss that gets the model's logits, in which they are already.
-            options: any option; they win over what the model says.
+            fused: True, for a loss that gets hidden states and the head's weight: it also applies the model's soft cap
+                and scale of the logits. False, for a loss that gets the model's logits, which are already capped and
+                scaled.
+            options: any option; they override those of the model.
 
         Raises:
             ValueError: the configuration has no vocab_size, or needs an option that does not exist.
@@ -140,17 +142,17 @@ class UnifiedLoss(nn.Module):
         token_weights: Tensor | None = None,  # as targets
         labels_are_shifted: bool | None = None,
     ) -> Tensor:  # [] int64; with token_weights or class_weights float32
-        """N of exactly this loss: how many rows of these targets count, or the sum of their weights.
+        """N of this very loss: how many rows of these targets count, or the sum of their weights.
 
         Add up the counts of all micro-batches, and pass the sum as num_items_in_batch. Nothing waits for the device.
-        N is 0 where no row counts, or where all that count are of classes of weight 0. (A call of such rows alone,
-        without num_items_in_batch, divides by their number.) Rows that count for their negatives alone
+        N is 0 if no row counts, or if all rows that count have classes of weight 0. (A call with only such rows and
+        without num_items_in_batch divides by their number.) Rows that count only for their negatives
         (negatives_need_target=False) have an N of their own and are not counted.
 
         Args:
-            targets, attention_mask, position_ids, segment_ids, cu_seqlens, token_weights: as forward gets them.
-            labels_are_shifted: in place of the option of this name.
-            group: process group over which to add up; "world": the default one; None: this process alone.
+            targets, attention_mask, position_ids, segment_ids, cu_seqlens, token_weights: as you pass them to forward.
+            labels_are_shifted: overrides the option of this name.
+            group: process group over which to add up; "world": the default one; None: only this process.
 
         Example:
             >>> loss_fn = UnifiedLoss(50, primary_loss_type="standard", labels_are_shifted=False)
@@ -217,55 +219,56 @@ class UnifiedLoss(nn.Module):
         labels_are_shifted: bool | None = None,
         target_probabilities: Tensor | None = None,  # as targets, and [vocab_size]
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with return_detailed a dict of the loss and its parts.
+        """The loss; with return_detailed, a dict of the loss and its parts.
 
         Args:
-            logits: row t predicts targets[t]. You may pass LinearLogits or a model's output that has .logits, or in
-                place of logits primary_logits, or hidden_states and lm_head_weight. They may be DTensors, and logits
-                also ShardedLogits: see `ava_ext.distributed` for what a rank gets.
+            logits: row t predicts targets[t]. You may also pass LinearLogits, or a model's output that has .logits.
+                Instead of logits, pass hidden_states and lm_head_weight, or primary_logits. All of these may be
+                DTensors, and logits may be ShardedLogits: see `ava_ext.distributed` for what each rank passes.
             targets: the token that each row predicts; with labels_are_shifted=False, the token read at that row.
-            attention_mask: rows where it is 0 do not count (with labels_are_shifted=False, labels).
+            attention_mask: rows where it is 0 do not count. (With labels_are_shifted=False it belongs to the labels.)
             hidden_states, lm_head_weight, lm_head_bias: logits = hidden_states @ weight.T + bias, computed a chunk of
-                rows at a time, never as a whole. Of a tuple of all layers, the last is taken. lm_head_weight may be
-                nn.Linear. Multi-token prediction reads hidden_states too, and so does the contrastive term without
-                contrastive_pair.
-            primary_logits: for adaptive heads; may be LinearLogits. The main term reads them with
-                primary_loss_type="adaptive_mtp", and with mtp_type="adaptive" if there are no logits.
+                rows at a time, never as a whole. If hidden_states is a tuple of all layers, the last is used.
+                lm_head_weight may be nn.Linear. Multi-token prediction reads hidden_states too, and so does the
+                contrastive term without contrastive_pair.
+            primary_logits: for adaptive heads; may be LinearLogits. With primary_loss_type="adaptive_mtp" the main term
+                reads them; with mtp_type="adaptive" only if there are no logits.
             additional_logits, confidence_scores: adaptive multi-token prediction, see `losses.adaptive_mtp`. Each head
                 may be LinearLogits or ShardedLogits.
             mtp_active: False switches heads of any kind off for this call; a tensor, [] or [batch_size], does so on the
-                device, for all or per sequence; None takes the heads that are given.
-            mtp_hidden_states: what the depth modules of the model give (mtp_type="hidden_states"), read by
-                lm_head_weight; or additional_logits for heads of their own. See `losses.mtp_hidden_states`.
-            mtp_depth_weights: factor of each depth of multi-token prediction of any kind. No gradient. The host does
-                not read the values, so a schedule may change them.
+                device, for all or per sequence; None uses the heads that are given.
+            mtp_hidden_states: the outputs of the model's depth modules (mtp_type="hidden_states"), to which
+                lm_head_weight is applied. If the depths have heads of their own, pass additional_logits instead. See
+                `losses.mtp_hidden_states`.
+            mtp_depth_weights: factor of each depth of multi-token prediction, of any kind; gets no gradient. The host
+                does not read the values, so a schedule may change them.
             gate_logits, expert_indices, expert_outputs: mixture of experts, see `losses.moe`, `losses.auxiliary` and
-                `losses.diversity`. Padding is left out if their number of rows is that of the targets. None among the
-                layers is a layer without a router.
+                `losses.diversity`. Padding is left out if they have as many rows as the targets. None among the layers
+                stands for a layer without a router.
             global_expert_counts: how often each expert was chosen in all micro-batches and ranks of a global batch.
-                Load balancing is then this call's addend of the global batch's; see
+                Load balancing is then this call's share of the global batch's; see
                 `losses.auxiliary.global_load_balancing_loss`.
             token_weights: multiply every token term of their row; must not require grad.
             input_ids: the tokens that the model read. The context of row t is then input_ids[:, : t + 1], not
                 targets[:, :t].
-            prefix_ids: what comes before, if the rows continue a text that other calls have begun (a sequence spread
+            prefix_ids: what came before, if the rows continue a text that other calls have begun (a sequence spread
                 over ranks): the targets of the rows before, or with input_ids the tokens read before. ignore_index
-                where a row did not count or there is none; every other entry counts for min_sequence_length.
+                stands where a row did not count or there is none; every other entry counts for min_sequence_length.
             segment_ids, position_ids, cu_seqlens: which tokens belong to one text, where several are packed into a
                 batch row. Nothing leaks across texts. cu_seqlens ascend from 0 to the number of rows, which is not
                 checked: that would wait for the device.
             num_items_in_batch: N, if the batch is one of several micro-batches: a number, or a tensor of one element,
-                whose value is not read. With reduction="mean" alone.
+                whose value the host does not read. Only with reduction="mean".
             negative_ids, negative_weights: further tokens to push down (-1: absent), and how strongly (default 1).
             soft_target_ids, soft_target_weights: tokens (-1: absent) and their probabilities, such as the most likely
-                ones of a teacher; see `losses.distillation`. distillation_tail: what they leave is one more target.
-            target_probabilities: q of every token, in the row of the logits that it is for. The main term and the
-                metric cross_entropy are then sum_c q_c (-log p_c). targets still say which rows count, and accuracy,
+                ones of a teacher; see `losses.distillation`. With distillation_tail, the rest is one more target.
+            target_probabilities: q of every token, for each row of the logits. The main term and the metric
+                cross_entropy are then sum_c q_c (-log p_c). targets still say which rows count, and accuracy,
                 repetition and multi-token prediction read them. q may require grad.
             contrastive_pair: two views of the same things, for InfoNCE.
-            max_counted_rows: an upper bound of how many rows count (`count_items` counts them). With hidden_states,
-                rows that do not count are left out of the matrix products; on a GPU only if this number is given.
-            labels_are_shifted: in place of the option of this name, for this call.
+            max_counted_rows: an upper bound on how many rows count (`count_items` counts them). With hidden_states,
+                rows that do not count are left out of the matrix products; on a GPU only if you pass this number.
+            labels_are_shifted: overrides the option of this name for this call.
 
         Returns:
             A scalar; with reduction="none", a tensor of the shape of targets (without the last column if labels are not
@@ -409,10 +412,10 @@ class UnifiedLoss(nn.Module):
         return [getattr(self, name) for name in self._state_names]
 
     def step(self) -> None:
-        """Commits what training calls have gathered: temperature, expert load and bias. Once per optimizer step.
+        """Makes what training calls have learned take effect: temperature, expert load and bias.
 
-        With auto_step=True, every training forward with grad enabled does this itself. With process_group, what the
-        ranks have gathered is summed first.
+        Call it once per optimizer step. With auto_step=True, every training forward with grad enabled does this itself.
+        With process_group, what the ranks have learned is summed first.
         """
         self._commit(True)
 
@@ -421,7 +424,7 @@ class UnifiedLoss(nn.Module):
             state.step(self.config.process_group, recording)
 
     def get_loss_statistics(self) -> dict[str, dict[str, Tensor]]:
-        """Running statistics of the components that keep any, as step() has committed them; on the device.
+        """Running statistics of the components that keep any, as of the last step(); on the device.
 
         Returns:
             {"temperature": {value, count, mean_loss}} and, where they are on, "adaptive_mtp" (averages, count),

@@ -1,4 +1,4 @@
-"""Names that can be imported, and the lists of components that have to agree: README, modules, lists, reference."""
+"""Names that can be imported, and the components: the tree in CONTRIBUTING.md, modules, lists and reference agree."""
 
 import re
 import sys
@@ -92,14 +92,14 @@ def test_modules_are_the_components_of_the_lists_and_the_stand_alone_losses():
         assert sys.modules[f"ava_ext.losses.{name}"].__doc__, name
 
 
-def readme_tree():
-    """Modules that the README's trees of files mention as losses/<module>.py."""
-    blocks = re.findall(r"^```.*?^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def modules_in_tree():
+    """Modules that the tree of files in CONTRIBUTING.md mentions as losses/<module>.py."""
+    blocks = re.findall(r"^```.*?^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
     return {name for block in blocks for name in re.findall(r"losses/(\w+)\.py", block)} - {"__init__"}
 
 
-def test_the_tree_in_the_readme_is_the_folder():
-    assert readme_tree() == modules_on_disk()
+def test_the_tree_of_files_is_the_folder():
+    assert modules_in_tree() == modules_on_disk()
 
 
 # options that turn everything on: the second for the keys of the loss's own heads

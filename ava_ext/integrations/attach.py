@@ -22,11 +22,11 @@ _BESIDE_LOSS = (  # attributes of a model with a loss in it
 def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     """Lets model(..., labels=labels) compute loss_fn from the model's logits; returns the model.
 
-    Like `fuse_lm_head`, but from the logits, as the model computes them: for heads that fuse_lm_head refuses.
+    Like `fuse_lm_head`, but from the logits that the model computes: for heads that fuse_lm_head refuses.
 
     Raises:
-        ValueError: the loss caps or scales logits that the model has capped or scaled already; a model that has a loss
-            attached, or a forward of its instance.
+        ValueError: the loss caps or scales logits that the model has capped or scaled already; the model already has a
+            loss in it, or its forward was replaced on the instance.
     """
     return _put_into(model, loss_fn, is_fused=False)
 
@@ -35,19 +35,19 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     """Lets model(..., labels=labels) compute loss_fn from hidden states; returns the model.
 
     In training, the logits never exist as a whole, and the output has none. In evaluation (model.eval()) it has them,
-    unless skip_logits=True is given. Without labels the output is as before.
+    unless you pass skip_logits=True. Without labels the output is as before.
 
     The loss becomes a module of the model, `model.unified_loss`: its parameters are trained, moved and reduced over
-    ranks with the model's. save_pretrained leaves it out; UnifiedLossCallback saves it.
+    ranks together with the model's. save_pretrained leaves it out; UnifiedLossCallback saves it.
 
     A weight that FSDP2 or DeepSpeed ZeRO 3 has spread over ranks is gathered for each call, and its gradient is reduced
-    as that of any other; put the loss into the model before they wrap it.
+    like that of any other weight. Put the loss into the model before they wrap the model.
 
-    The model's forward takes, beside its own arguments: num_items_in_batch (N, see UnifiedLoss), shift_labels (labels
-    that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the loss, such as
-    token_weights). attention_mask and position_ids reach the loss where they are [batch_size, n_tokens]. A loss that
-    needs router logits gets them too. If the model adds a loss of its own (the load balancing of a mixture of experts),
-    it is kept; with num_items_in_batch it is multiplied by this call's share of them.
+    In addition to its own arguments, the model's forward then takes: num_items_in_batch (N, see UnifiedLoss),
+    shift_labels (labels that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the
+    loss, such as token_weights). attention_mask and position_ids reach the loss if they are [batch_size, n_tokens]. A
+    loss that needs router logits gets them too. If the model adds a loss of its own (the load balancing of a mixture of
+    experts), this is kept; with num_items_in_batch it is multiplied by this call's share of the items.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).
@@ -55,9 +55,9 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
             the first call with labels raises ValueError.
 
     Raises:
-        TypeError: a head that is not one linear layer, or a model that does something unknown to its logits; what to
-            do instead is in the message.
-        ValueError: a model that has a loss attached.
+        TypeError: the head is not a single linear layer, or the model does something unknown to its logits; the message
+            says what to do instead.
+        ValueError: the model already has a loss in it.
 
     Example:
         >>> model = fuse_lm_head(LlamaForCausalLM(config), UnifiedLoss.from_model(config))

@@ -1,8 +1,8 @@
 """UnifiedLoss with Lightning: one step() per optimizer step, and the parts of the loss in the log.
 
 The loss is a module of the LightningModule, or of a model in it (`fuse_lm_head`): Lightning then optimizes its
-parameters and keeps its state in checkpoints. Who divides by what: the guide's section "Training stacks" has the table.
-Lightning divides by accumulate_grad_batches what training_step returns, and DistributedDataParallel by the ranks.
+parameters and keeps its state in checkpoints. The guide's section "Training stacks" has a table of who divides by what:
+Lightning divides what training_step returns by accumulate_grad_batches, and DistributedDataParallel by the ranks.
 
     class Model(lightning.LightningModule):
         def training_step(self, batch, index):
@@ -29,7 +29,7 @@ __all__ = ["UnifiedLossCallback"]
 
 
 class UnifiedLossCallback(Callback):
-    """Steps every UnifiedLoss of a LightningModule once per optimizer step, and logs what it is made of.
+    """Steps every UnifiedLoss of a LightningModule once per optimizer step, and logs its parts.
 
     It takes the parts from "loss_parts" in what training_step or validation_step returns (the dict of
     return_detailed=True), or from `loss_parts` of a model with the loss in its forward, after `model.report_parts =
@@ -38,10 +38,10 @@ class UnifiedLossCallback(Callback):
     (`ava_ext.LossMeter`).
 
     Args:
-        prefix: of the names in the log; validation's have "val_" before it.
+        prefix: put before the names in the log; those of validation also get "val_" in front.
 
     Raises:
-        ValueError: when training begins: no loss; one that steps automatically (auto_step=True), or that learns
+        ValueError: when training begins: there is no loss, or one that steps automatically (auto_step=True) or learns
             separately on each rank.
 
     Example:

@@ -16,10 +16,10 @@ from ava_ext.unified_loss import UnifiedLoss
 def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For model.loss_function: the loss of logits and of labels that are not shifted, or of shift_labels.
 
-    A model hands over neither attention_mask nor router logits: padding must be marked by labels of -100, and what the
-    model itself adds to its loss stays. `attach_loss` reads all of these. The labels of a masked language model belong
-    to the rows themselves, but the model does not say so, and they would be shifted: use `attach_loss` and shift_labels
-    for it.
+    The model passes neither attention_mask nor router logits: mark padding with labels of -100. What the model itself
+    adds to its loss stays. `attach_loss` reads all of these. Do not use this for a masked language model: its labels
+    belong to the rows themselves, but the model does not say so, and they would be shifted. Use `attach_loss` with
+    shift_labels, or `trainer_loss`.
 
     Raises:
         ValueError: a loss with logit_softcap: a model caps its logits before it calls its loss function.
@@ -56,15 +56,15 @@ def loss_of_logits(
 def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For Trainer(compute_loss_func=...): the loss of a model's outputs and of its labels.
 
-    The labels of a causal model are shifted here. Those of an encoder-decoder and of a masked language model, which the
-    class of the outputs tells, are those of the rows themselves. Trainer gives neither attention_mask nor position_ids,
-    and does not give the labels to the model, which then cannot add its own auxiliary loss. UnifiedLossTrainerMixin has
-    none of these limits.
+    The labels of a causal model are shifted here. Those of an encoder-decoder or a masked language model, which the
+    class of the outputs tells, belong to the rows themselves. Trainer passes neither attention_mask nor position_ids,
+    so mark padding with labels of -100. It does not pass the labels to the model either, which then cannot add its own
+    auxiliary loss. UnifiedLossTrainerMixin has none of these limits.
 
     Raises:
-        ValueError: a loss with logit_softcap, which the outputs have gone through already, or with terms of a router,
-            which need attention_mask, or with class_weights or pad_token_id; when called, outputs with an auxiliary
-            loss, which would be left out.
+        ValueError: the loss has logit_softcap, which the model has applied already; terms of a router, which need
+            attention_mask; or class_weights or pad_token_id. When called: the outputs have an auxiliary loss, which
+            would be left out.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, compute_loss_func=trainer_loss(loss_fn))

@@ -9,9 +9,9 @@
     UnifiedLossTrainerMixin            all of it for Trainer and its subclasses, with the parts of the loss in the log
     bind_expert_bias(model, loss_fn)   expert_bias moves the routers of DeepSeek-V3, GLM-4 MoE, ...
 
-Every stack divides the loss by something, and some average gradients over ranks. Where the table says "you", give N to
-the loss, `loss_fn.count_items` of every micro-batch of the optimizer step, summed over the ranks, and multiply the loss
-as the last column says. Never do what the stack does already.
+Every stack divides the loss by something, and some average gradients over ranks. Where the table says "you", pass N to
+the loss (`loss_fn.count_items` of every micro-batch of the optimizer step, summed over the ranks), and multiply the
+loss as the last column says. Never repeat what the stack does already.
 
     stack                          N given to the loss                      multiply the loss by
     Trainer,                       Trainer counts it over micro-batches     nothing: Trainer multiplies by the number of
@@ -28,7 +28,8 @@ as the last column says. Never do what the stack does already.
     DistributedDataParallel        you: the same                            number of ranks
     one process                    you: count_items summed over them        nothing
 
-Without num_items_in_batch each call divides by its own N: micro-batches and ranks weigh the same whatever they hold.
+Without num_items_in_batch, each call divides by its own N: all micro-batches and ranks then have the same weight, no
+matter how many tokens they hold.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ FILE_NAME = "unified_loss.pt"  # in a checkpoint's folder
 class UnifiedLossCallback(TrainerCallback):
     """Steps the loss once per optimizer step, and keeps its state and parameters in the checkpoints of Trainer.
 
-    A resumed run goes on exactly as an uninterrupted one, and load_best_model_at_end loads the best model's loss.
-    Trainer gives N, and a plain one counts labels: a loss that counts otherwise (class_weights, pad_token_id, packed
-    texts) needs UnifiedLossTrainerMixin.
+    A resumed run continues exactly like an uninterrupted one, and load_best_model_at_end also loads the loss of the
+    best model. A plain Trainer passes the number of labels as N: a loss that counts otherwise (class_weights,
+    pad_token_id, packed texts) needs UnifiedLossTrainerMixin.
 
     Args:
-        loss_fn: with auto_step=False where it learns anything; with process_group="world" on several ranks.
-        resume_from: folder of the checkpoint that train(resume_from_checkpoint=...) gets, where that is not in
-            output_dir. UnifiedLossTrainerMixin knows it without this.
+        loss_fn: if it learns anything, with auto_step=False, and with process_group="world" on several ranks.
+        resume_from: the folder that you pass to train(resume_from_checkpoint=...), if it is not in output_dir.
+            UnifiedLossTrainerMixin finds it without this.
 
     Raises:
         ValueError: a loss that steps automatically. When training begins: a loss that learns separately on each rank,
@@ -243,28 +244,28 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
 
 
 class UnifiedLossTrainerMixin:
-    """Trainer, or a subclass of it, that trains with UnifiedLoss; first among the bases.
+    """Makes a Trainer, or a subclass of it, train with UnifiedLoss. Put it first among the bases.
 
-    The loss is put into the model (`fuse_lm_head`, or `attach_loss` with fuse=False), unless it is in it already. So
-    its parameters are optimized, clipped and reduced over ranks as the model's, and attention_mask and position_ids
-    reach it. What the model adds to its loss is added, and logged as model_aux_loss. UnifiedLossCallback steps and
-    saves the loss. num_items_in_batch is the N of this loss, class weights and loss_inputs included. The loss that a
-    subclass computes in its own compute_loss (SFTTrainer) is replaced.
+    The loss is put into the model (`fuse_lm_head`, or `attach_loss` with fuse=False), unless it is there already. So
+    its parameters are optimized, clipped and reduced over ranks like the model's, and attention_mask and position_ids
+    reach it. What the model adds to its loss is added here too, and logged as model_aux_loss. UnifiedLossCallback steps
+    and saves the loss. num_items_in_batch is the N of this loss, class weights and loss_inputs included. If a subclass
+    computes a loss in its own compute_loss (SFTTrainer), that loss is replaced.
 
-    Beside loss, the log has every part of the loss, per optimizer step, so that they add up to it, and the metrics
-    (`ava_ext.METRICS`) over all rows of all ranks since the last log. evaluate() and predict() return the same, per
-    batch, with their prefix.
+    In addition to `loss`, the log has every part of the loss per optimizer step, so that the parts add up to it, and
+    the metrics (`ava_ext.METRICS`) over all rows of all ranks since the last log. evaluate() and predict() return the
+    same, per batch, with their prefix.
 
     Args:
         loss_fn: made by UnifiedLoss.from_model(model). One that learns (by default, its temperature) needs
-            auto_step=False, and process_group="world" where there are several ranks.
-        fuse: fuse_lm_head, or attach_loss.
-        arguments, options: Trainer's.
+            auto_step=False, and process_group="world" on several ranks.
+        fuse: use fuse_lm_head; False: attach_loss.
+        arguments, options: those of Trainer.
 
     Raises:
-        ValueError: label_smoothing_factor, compute_loss_func, model_init, DataParallel, or loss_type="dft" of
-            SFTTrainer, which have another way here; adapters in the loss, or parameters of it that were frozen after
-            it was put into the model.
+        ValueError: label_smoothing_factor, compute_loss_func, model_init, DataParallel or SFTTrainer's loss_type="dft"
+            was given, for which the message names another way; the loss has adapters, or parameters that were frozen
+            after it was put into the model.
 
     Example:
         >>> class MyTrainer(UnifiedLossTrainerMixin, Trainer): ...

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
   const LogitScale scale = logit_scale(options);
   const Exponent<Element, kFeatures, false> usual(scale, statistics.max);
   const GradientScalars scalars = gradient_scalars(scratch->dense, usual);
-  const bool all_careful = needs_care(statistics.max, scale);
+  const bool all_careful = needs_care<kFeatures>(statistics.max, scale);
   for_vectors(row, ahead, [&](int vector, uint4 logits) {
     [[maybe_unused]] float high, low = 0;  // without b and k, e = 0 is all that a masked or low column needs
     if constexpr (kFeatures != Features::plain) vector_range<Element>(logits, high, low);

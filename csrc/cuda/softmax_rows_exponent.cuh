@@ -8,7 +8,8 @@
 //   for that.
 // * 16 bits: one fused multiply-add, t = x factor - (reference factor, rounded). What that rounding adds to every t of
 //   the row, `excess`, is known exactly and taken out once for the row, not for each element.
-// * under a soft cap: the same, whatever the type. The cap's own error is larger than what float32 would keep.
+// * under a soft cap: the same, whatever the type. The cap's own error is larger than what float32 would keep. For logits
+//   of 16 bits t comes straight from the logistic function that tanh is made of.
 // * kCareful: the difference first and bounded below, for rows with masked or huge logits, and where a soft cap is flat.
 #pragma once
 #include "../softmax_rows.h"
@@ -53,7 +54,7 @@ __device__ __forceinline__ LogitScale logit_scale(const RowOptions<float>& optio
 // result 2^-24 c itself, nothing. 1 - 2 r cancels for a small x, which only a relative error shows: see capped_maximum.
 // The derivative, also where it is small, is off by 1.5 2^-22 of itself and the rounding of the exponent.
 struct CappedLogit {
-  float value, quarter_slope;
+  float value, quarter_slope;  // the value is r where Exponent::cap says so
 };
 template <Features kFeatures>
 __device__ __forceinline__ CappedLogit capped_logit(float logit, const LogitScale& scale) {
@@ -67,40 +68,61 @@ template <Features kFeatures>
 __device__ __forceinline__ float capped_maximum(float logit, const LogitScale& scale) {
   return kFeatures == Features::capped ? scale.softcap * tanhf(logit * scale.inverse_softcap) : logit;
 }
-// A masked logit stays -inf.
-template <Features kFeatures, bool kMayBeMasked>
-__device__ __forceinline__ CappedLogit capped_logit_or_masked(float logit, const LogitScale& scale) {
-  CappedLogit capped = capped_logit<kFeatures>(logit, scale);
-  if (kFeatures == Features::capped && kMayBeMasked && logit == -INFINITY) capped.value = logit;
-  return capped;
-}
 // Where the cap is so flat that unequal logits may have equal values: what is the maximum has to be looked at again.
 __device__ __forceinline__ bool is_flat(const CappedLogit& capped) { return capped.quarter_slope < 2e-4f; }
 
 // Logits below are masked, or so low that t e^u needs care.
 constexpr float kLowestOrdinary = -1e30f;
-// A reference so large that its rounding would show in e^u.
+// A reference so large that its rounding would show in e^u; or a soft cap reached, by logits that may be huge.
+template <Features kFeatures>
 __device__ __forceinline__ bool needs_care(float reference, const LogitScale& scale) {
-  return !(fabsf(reference * scale.factor) <= 1e6f);
+  return !(fabsf(reference * scale.factor) <= 1e6f) || (kFeatures == Features::capped && reference >= scale.softcap);
 }
 
 template <class Element, Features kFeatures, bool kCareful>
 struct Exponent {
   static constexpr bool kExact = kCareful || (sizeof(Element) == 4 && kFeatures != Features::capped);
   static constexpr bool kBounded = kCareful || (kExact && kFeatures == Features::plain);
+  static constexpr bool kByLogistic = !kCareful && sizeof(Element) == 2 && kFeatures == Features::capped;
   const LogitScale& scale;
-  float reference, offset, excess;
+  float reference, origin, offset, excess;
 
   __device__ __forceinline__ Exponent(const LogitScale& scale, float reference) : scale(scale), reference(reference) {
-    offset = kExact ? 0.f : -reference * scale.factor;
-    excess = kExact ? 0.f : fmaf(reference, scale.factor, offset);  // exact: it has at most 24 bits
+    origin = kByLogistic ? reference - scale.softcap : reference;
+    offset = kExact ? 0.f : -origin * scale.factor;
+    excess = kExact ? 0.f : fmaf(origin, scale.factor, offset);  // exact: it has at most 24 bits
   }
   // e^u = exponential * undo()
   __device__ __forceinline__ float undo() const { return kExact ? 1.f : exp2_fast(-excess); }
 
+  // What `exponential` takes, for a vector of logits: the logits, or their capped values, where a masked logit stays -inf.
+  //
+  // kByLogistic: not c tanh(x / c) but r = 1 / (1 + e^{2 x / c}), since the first is c - 2 c r. Special functions are what
+  // takes longest under a cap, so two logits share a reciprocal: 1 / a = b / (a b). That cannot overflow while the maximum
+  // is below the cap. (A nan reaches its neighbour, as it does the whole row.) With two roundings more, and an r of up to
+  // 1, c tanh is off by at most 6.5 2^-23 c. The derivative needs 1 - r, which is e^{2 x / c} r and does not cancel.
+  __device__ __forceinline__ void cap(const float* logits, CappedLogit* capped) const {  // [kVectorSize]
+#pragma unroll
+    for (int k = 0; k < kVectorSize<Element>; k += 2) {
+      if constexpr (kByLogistic) {
+        const float e0 = exp2_fast(logits[k] * scale.cap_factor), e1 = exp2_fast(logits[k + 1] * scale.cap_factor);
+        const float of_both = reciprocal_fast((1 + e0) * (1 + e1));
+        const float r0 = of_both * (1 + e1), r1 = of_both * (1 + e0);
+        capped[k] = {r0, e0 * r0 * r0};
+        capped[k + 1] = {r1, e1 * r1 * r1};
+      } else {
+#pragma unroll
+        for (int i = k; i < k + 2; ++i) {
+          capped[i] = capped_logit<kFeatures>(logits[i], scale);
+          if (kFeatures == Features::capped && kCareful && logits[i] == -INFINITY) capped[i].value = logits[i];
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ float exponential(float x, float& steps) const {
     if constexpr (!kExact) {
-      steps = fmaf(x, scale.factor, offset);
+      steps = fmaf(x, kByLogistic ? -2 * scale.softcap * scale.factor : scale.factor, offset);
       return exp2_fast(steps);
     }
     float difference = x - reference;
@@ -114,7 +136,8 @@ struct Exponent {
   // What U adds up, for all columns alike: logits, or differences where logits might overflow.
   __device__ __forceinline__ float summand(float x) const { return kExact ? x - reference : x; }
   __device__ __forceinline__ float sum_of_u(float sum, float count) const {
-    return (kExact ? sum : fmaf(-reference, count, sum)) * scale.factor * kLn2;
+    if constexpr (kByLogistic) sum *= -2 * scale.softcap;
+    return (kExact ? sum : fmaf(-origin, count, sum)) * scale.factor * kLn2;
   }
 };
 

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kResidence == Residence::registers ? 256 : 102
       if constexpr (kResidence == Residence::streamed)
         differentiate(std::true_type());
       else
-        with_care<Element, kFeatures>(careful || needs_care(reference, scale), differentiate);
+        with_care<Element, kFeatures>(careful || needs_care<kFeatures>(reference, scale), differentiate);
     }
     __syncthreads();
     if (warp == 0) {                                 // step 5

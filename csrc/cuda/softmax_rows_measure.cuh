@@ -36,9 +36,11 @@ __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize
                                            Sums& sums, int& argmax) {
   constexpr int kSize = kVectorSize<Element>;
   float rest[kSize], summands[kSize], weighted = 0;
+  CappedLogit capped[kSize];
+  exponent.cap(logits, capped);
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
-    const float x = capped_logit_or_masked<kFeatures, kCareful>(logits[k], exponent.scale).value;
+    const float x = capped[k].value;
     if constexpr (kFeatures == Features::capped && kCareful)
       if (x == at_maximum && first_column + k < argmax) argmax = first_column + k;
     float steps, e = exponent.exponential(x, steps);
@@ -98,11 +100,14 @@ __device__ __forceinline__ GradientScalars gradient_scalars(const DenseGradient<
 template <class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ uint4 gradient_vector(uint4 logits, const GradientScalars& row,
                                                  const Exponent<Element, kFeatures, kCareful>& exponent) {
-  float values[kVectorSize<Element>];
+  constexpr int kSize = kVectorSize<Element>;
+  float values[kSize];
+  CappedLogit capped[kSize];
   unpack<Element>(logits, values);
+  exponent.cap(values, capped);
 #pragma unroll
-  for (int k = 0; k < kVectorSize<Element>; ++k) {
-    const CappedLogit x = capped_logit_or_masked<kFeatures, kCareful>(values[k], exponent.scale);
+  for (int k = 0; k < kSize; ++k) {
+    const CappedLogit x = capped[k];
     float steps;
     const float e = exponent.exponential(x.value, steps);
     float gradient = e * row.factor;
@@ -307,7 +312,7 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
       argmax = __shfl_sync(kWholeWarp, argmax, winner_lane);
     return to_statistics(sums, exponent, warp_best == -INFINITY ? warp_best : reference, argmax, float(count));
   };
-  return with_care<Element, kFeatures>(careful || needs_care(reference, scale), sum_up);
+  return with_care<Element, kFeatures>(careful || needs_care<kFeatures>(reference, scale), sum_up);
 }
 
 // The same for a row that is not kept: every vector is a part of its own.
