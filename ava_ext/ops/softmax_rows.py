@@ -183,7 +183,8 @@ def row_loss(
         row_weights, target_probabilities = (
             None if given is None else block.local(given) for given in (row_weights, target_probabilities)
         )
-        candidates = None if candidates is None else block.local_candidates(candidates)
+        if candidates is not None:
+            candidates = Candidates(block.local(candidates.ids), block.local(candidates.weights), candidates.groups)
     of_columns = (vocab_size, target_probabilities, smoothing_weights)
     column_weights, column_flags = as_column_weights(logits, flags, *of_columns)
     flags = flags | column_flags | (RANKS if with_ranks else 0)
