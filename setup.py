@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -132,8 +133,9 @@ extension = cpp_extension.CppExtension(
         "cxx": ["-O3", "-g0", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"],
         "nvcc": nvcc_options(CUDA_VERSION) if CUDA else [],
     },
-    # libtorch is what pulls in libtorch_cuda: it has to stay although no symbol comes from it directly
-    extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+    # libtorch is what pulls in libtorch_cuda: it has to stay although no symbol comes from it directly. The linker of
+    # macOS keeps every library, and does not know the option
+    extra_link_args=["-Wl,--no-as-needed"] * (sys.platform != "darwin") + ["-ltorch"],
     **cuda_options,
 )
 setup(

@@ -1,8 +1,12 @@
 """Loads the compiled library and says what is in it."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo  # what torch.library.custom_op takes; torch.compiler.disable imports at once
 
 _FOLDER = Path(__file__).resolve().parent
 LIBRARY = _FOLDER / "_C.abi3.so"
@@ -17,7 +21,29 @@ if not LIBRARY.exists():
     raise ImportError(message)
 torch.ops.load_library(LIBRARY)
 
+_LIBRARY = torch.library.Library("ava_ext", "FRAGMENT")
 CUDA_VERSION: str = torch.ops.ava_ext.cuda_version()  # "" in a library without CUDA kernels
+
+
+def python_operator(function: Callable[..., Any]) -> str:
+    """Makes a function an operator that changes nothing, on every device, of its name without the underscore.
+
+    As torch.library.custom_op, whose first call imports torch._dynamo, which takes two seconds.
+
+    Returns:
+        The operator's name, for torch.library.register_fake and register_autograd.
+    """
+    name = function.__name__.lstrip("_")
+    # in a process that compiles, the compiler stays outside of it
+    untraced = _disable_dynamo(function)
+
+    def kernel(*arguments: Any) -> Any:
+        return (untraced if "torch._dynamo" in sys.modules else function)(*arguments)
+
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    return f"ava_ext::{name}"
 
 
 def build_info() -> dict[str, str]:

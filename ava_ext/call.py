@@ -262,9 +262,12 @@ class Call:
             if keep is None:
                 continue
             if self.placement is not None:
-                if keep.shape != self.rows_shape:
+                if keep.shape == self.rows_shape:
+                    keep = self.placement.local(keep)
+                elif self.kept_rows is None or self.placement.is_within_texts:
                     continue  # without the row behind the last label: no block of the rows
-                keep = self.placement.local(keep)
+                else:
+                    keep = self.placement.local(self.kept_rows)[:, :-1]
             if keep.numel() == n_rows:
                 return keep.reshape(-1)
         return None

@@ -15,6 +15,7 @@ from torch.nn import _reduction as _Reduction  # what torch.nn.functional itself
 from ava_ext.config import UnifiedLossConfig, plain
 from ava_ext.losses import ROW_TERMS
 from ava_ext.ops.arguments import check_constants, check_integers, check_is_tensor, check_real, check_shape
+from ava_ext.ops.counted_rows import host_sees
 from ava_ext.ops.derivatives import as_constant, refuse_tangents
 from ava_ext.ops.dtensor_logits import check_is_logits, has_dtensor
 from ava_ext.ops.dtensors import is_dtensor, whole
@@ -229,23 +230,25 @@ def _weighted_probabilities(
     e/V is 0 on the columns that are not there, and V the number of those that are, as in the kernel.
     """
     dtype = torch.promote_types(accumulation_dtype(probabilities.dtype), accumulation_dtype(logits.dtype))
-    smoothed = probabilities.to(dtype)
-    if label_smoothing > 0:
-        is_there = _columns_that_are_there(logits, vocab_size)
-        share = label_smoothing / is_there.sum(-1, keepdim=True).clamp_min(1).to(dtype)
-        smoothed = smoothed * (1 - label_smoothing) + _beside(smoothed, torch.where(is_there, share, 0))
-    return smoothed * weight.to(dtype)
+    probabilities, weight = probabilities.to(dtype), weight.to(dtype)
+    if label_smoothing == 0:
+        return probabilities * weight
+    is_there = _columns_that_are_there(logits, vocab_size)
+    share = label_smoothing / is_there.sum(-1, keepdim=True).clamp_min(1).to(dtype)
+    share = _beside(probabilities, torch.where(is_there, share, 0)) * weight
+    return probabilities * ((1 - label_smoothing) * weight) + share
 
 
 def _columns_that_are_there(
     logits: Tensor | LinearLogits,  # [..., n_columns]
     vocab_size: int | None,
-) -> Tensor:  # [..., n_columns], or [n_columns] of LinearLogits
+) -> Tensor:  # [..., n_columns], or [n_columns] where they are the same in every row
     """Not padding, and not masked by a logit of -inf; of LinearLogits, whose logits do not exist, by a bias of -inf."""
     columns = torch.arange(logits.shape[-1], device=logits.device)
     is_there = columns < (logits.shape[-1] if vocab_size is None else vocab_size)
     masked_by = logits.bias if isinstance(logits, LinearLogits) else logits
-    if masked_by is None:
+    # to look for the lowest costs a small part of what it costs to compare and to choose
+    if masked_by is None or (masked_by.numel() and host_sees(masked_by) and masked_by.detach().amin() > -math.inf):
         return is_there
     is_masked = masked_by.detach() == -math.inf
     return is_there & ~(is_masked.full_tensor() if is_dtensor(is_masked) else is_masked)

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 # names under which configurations keep the same thing; the first that is there counts
+_COLUMNS = ("output_vocab_size", "unpadded_vocab_size", "vocab_size")  # Apertus 1.5, Inkling: of fewer logits
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _FIRST_MOE_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _MOE_STEPS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")  # Qwen, Ernie, Llama 4
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
@@ -51,6 +52,7 @@ _SCORES = ("scoring_func", "expert_selection_fn")
 # routers with a sigmoid and no e_score_correction_bias that tells it, and with a softmax although they have one
 _SIGMOID_WITHOUT_BIAS = {"afmoe", "flint", "lfm2_moe", "llama4_text"}
 _SOFTMAX_WITH_BIAS = {"ernie4_5_moe", "ernie4_5_vl_moe_text", "longcat_flash"}
+_PROBABILITIES = {"gemma4_text"}  # what their output calls router_logits is the softmax of them
 
 
 def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[str, Any]:
@@ -68,22 +70,28 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         score is told by the model only: a configuration alone gives softmax.
 
     Raises:
-        ValueError: no vocab_size; a term of a router, and a router with another score than softmax or sigmoid.
+        ValueError: no vocab_size; a term of a router, and a router with another score than softmax or sigmoid, or a
+            model whose router_logits are probabilities.
     """
     config = text_config(model_or_config)
-    vocab_size = getattr(config, "vocab_size", None)
+    vocab_size = _first(config, _COLUMNS)
     if vocab_size is None:
         raise ValueError(f"unified_loss: expected a configuration with vocab_size, got {type(config).__name__}")
     options: dict[str, Any] = {"vocab_size": vocab_size, "labels_are_shifted": False}
     options["hidden_size"] = getattr(config, "hidden_size", None)
-    n_experts = _first(config, _EXPERTS)
+    family = getattr(config, "model_type", None)
+    experts = getattr(config, "ffn_config", config)  # DBRX
+    n_experts = _first(experts, _EXPERTS)
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
     if isinstance(n_experts, int) and n_experts > 1 and (n_layers := _moe_layers(model, config)) > 0:
-        options["num_experts"] = n_experts
-        options["num_experts_per_token"] = _first(config, _EXPERTS_PER_TOKEN)
+        # routers of LongCat-Flash and ZAYA choose also among experts that do nothing
+        options["num_experts"] = n_experts + (getattr(config, "zero_expert_num", None) or family == "zaya")
+        options["num_experts_per_token"] = _first(experts, _EXPERTS_PER_TOKEN)
         options["num_moe_layers"] = n_layers
         score = _router_score(model, config)
         wants_router = given.get("use_auxiliary_loss") or given.get("use_moe_balancing")
+        if wants_router and "router_score" not in given:
+            check_router_logits(config)
         if score not in ("softmax", "sigmoid") and wants_router and "router_score" not in given:
             raise ValueError(
                 f"unified_loss: expected a router with the score 'softmax' or 'sigmoid', got {score!r} in "
@@ -96,6 +104,25 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         if config is whole or getattr(whole, "model_type", None) in _APPLY_OPTIONS_OF_TEXT:
             options |= logit_options(config)
     return options | given
+
+
+def check_router_logits(config: Any) -> None:
+    """Raises ValueError where the router_logits of a text model are no logits: a loss would take their softmax again.
+
+    Args:
+        config: of a text model.
+    """
+    if getattr(config, "model_type", None) in _PROBABILITIES:
+        raise ValueError(
+            f"unified_loss: expected router_logits, got probabilities, which a model of {type(config).__name__} "
+            "gives by that name: leave router terms out, or give gate_logits of your own to a loss with "
+            "router_score='softmax'"
+        )
+
+
+def text_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model without those that only images go through, whose routers are none of the text model's."""
+    return [module for name, module in model.named_modules() if "vision" not in name]
 
 
 def text_config(model_or_config: Any) -> Any:
@@ -129,15 +156,16 @@ def _first(config: Any, names: tuple[str, ...]) -> Any:
 
 
 def _moe_layers(model: nn.Module | None, config: Any) -> int:
-    """Layers with a router: those that the model has, or as the configuration lists them."""
+    """Layers whose router chooses: those that the model has, or as the configuration lists them."""
+    types = getattr(config, "mlp_layer_types", None) or []
+    n_hashed = types.count("hash_moe")  # DeepSeek-V4: the token itself decides
     if model is not None:
-        children = [{name for name, _ in module.named_children()} for module in model.modules()]
+        children = [{name for name, _ in module.named_children()} for module in text_modules(model)]
         n_layers = sum(bool(names & {"experts", "input_linear"} and names & {"gate", "router"}) for names in children)
         if n_layers:
-            return n_layers
-    types = getattr(config, "mlp_layer_types", None)
+            return n_layers - n_hashed
     if types:
-        return len(types) - types.count("dense")
+        return len(types) - types.count("dense") - n_hashed
     blocks = getattr(config, "layers_block_type", None) or ()
     if "moe" in blocks:  # Nemotron-H: a layer is one thing
         return blocks.count("moe")
@@ -147,10 +175,11 @@ def _moe_layers(model: nn.Module | None, config: Any) -> int:
     first = _first(config, _FIRST_MOE_LAYERS) or 0
     step = _first(config, _MOE_STEPS) or 1
     dense = getattr(config, "mlp_only_layers", None) or ()
-    layers = range(first, config.num_hidden_layers)
+    family = getattr(config, "model_type", None)
+    # a layer of LongCat-Flash has two attentions, and num_hidden_layers counts these
+    layers = range(first, config.num_layers if family == "longcat_flash" else config.num_hidden_layers)
     n_layers = sum((layer + 1) % step == 0 and layer not in dense for layer in layers)
-    has_two = getattr(config, "model_type", None) == "jetmoe"  # experts in the attention of each layer, too
-    return 2 * n_layers if has_two else n_layers
+    return 2 * n_layers if family == "jetmoe" else n_layers  # JetMoE: experts in the attention of each layer, too
 
 
 def _router_score(model: nn.Module | None, config: Any) -> str:

@@ -131,6 +131,8 @@ def items_of(
     if num_items_in_batch.is_meta and device.type != "meta":
         raise ValueError(f"{owner}: expected num_items_in_batch on {device}, got meta")
     check_real(owner, "num_items_in_batch", num_items_in_batch)
+    if num_items_in_batch.dtype == torch.bool:
+        raise TypeError(f"{owner}: expected num_items_in_batch to be a number or a torch.Tensor, got one of bools")
     if num_items_in_batch.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"{owner}: expected num_items_in_batch of integers, float32 or float64, got {num_items_in_batch.dtype}, "

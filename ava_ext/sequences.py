@@ -64,8 +64,7 @@ def text_numbers(
     batch_size, n_tokens = shape
     if segments is None:
         return torch.arange(batch_size, device=device).repeat_interleave(n_tokens), max(batch_size, 1)
-    starts = torch.ones(shape, dtype=torch.bool, device=device)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (min(1, n_tokens), 0), value=True)
     numbers = starts.flatten().cumsum(0) - 1
     n_rows = batch_size * n_tokens
     if n_rows == 0 or not host_sees(numbers):

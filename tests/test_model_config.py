@@ -24,6 +24,8 @@ def test_vocabulary_width_and_labels():
     assert UnifiedLoss.from_model(SimpleNamespace(config=config())).vocab_size == 32
     of_images = SimpleNamespace(get_text_config=lambda: config(vocab_size=31))
     assert UnifiedLoss.from_model(of_images).vocab_size == 31
+    for name in ("unpadded_vocab_size", "output_vocab_size"):  # Inkling, Apertus 1.5
+        assert [UnifiedLoss.from_model(config(**{name: size})).vocab_size for size in (None, 30)] == [32, 30]
     with pytest.raises(ValueError, match="expected a configuration with vocab_size, got SimpleNamespace"):
         UnifiedLoss.from_model(SimpleNamespace())
 
@@ -40,16 +42,32 @@ def test_experts(n_experts, k):
 
 
 @pytest.mark.parametrize(
+    ("attributes", "n_experts", "k"),
+    [
+        ({"n_routed_experts": 6, "zero_expert_num": 3, "moe_topk": 2}, 9, 2),
+        ({"num_experts": 6, "num_experts_per_tok": 1, "model_type": "zaya"}, 7, 1),
+        ({"ffn_config": SimpleNamespace(moe_num_experts=6, moe_top_k=2)}, 6, 2),
+    ],
+    ids=["LongCat-Flash", "ZAYA", "DBRX"],
+)
+def test_experts_among_which_a_router_chooses(attributes, n_experts, k):
+    """As many as it has logits: with experts that do nothing."""
+    options = options_of(config(**attributes))
+    assert (options["num_experts"], options["num_experts_per_token"]) == (n_experts, k)
+
+
+@pytest.mark.parametrize(
     ("attributes", "n_layers"),
     [
-        ({"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]}, 4),
+        ({"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]}, 3),
         ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, 1),
         ({"moe_layer_interval": 1, "moe_layer_start_index": 1}, 3),
         ({"layers_num_experts": [1, 6, 1, 6]}, 2),
         ({"layers_block_type": ["mamba", "moe", "attention", "moe"]}, 2),
         ({"model_type": "jetmoe"}, 8),
+        ({"model_type": "longcat_flash", "num_layers": 2}, 2),
     ],
-    ids=["DeepSeek-V4", "Qwen2", "Ernie", "Jamba", "Nemotron-H", "JetMoe"],
+    ids=["DeepSeek-V4", "Qwen2", "Ernie", "Jamba", "Nemotron-H", "JetMoe", "LongCat-Flash"],
 )
 def test_layers_of_a_configuration(attributes, n_layers):
     assert options_of(config(num_experts=6, **attributes))["num_moe_layers"] == n_layers
@@ -65,6 +83,7 @@ def test_layers_and_score_of_a_model():
     router.e_score_correction_bias = nn.Parameter(torch.zeros(6))
     block = nn.ModuleDict({"experts": nn.Linear(8, 8), "gate": router})
     model = nn.Sequential(nn.Linear(8, 8), block)
+    model.vision_tower = nn.ModuleDict({"experts": nn.Linear(8, 8), "gate": nn.Linear(8, 6)})
     model.config = config(n_routed_experts=6, num_experts_per_tok=2)
     options = options_of(model)
     assert options["num_moe_layers"] == 1 and options["router_score"] == "sigmoid"
@@ -84,6 +103,14 @@ def test_score_of_a_router():
         with pytest.raises(ValueError, match="got 'sqrtsoftplus' in SimpleNamespace"):
             options_of(model, **{term: True})
         assert options_of(model, **{term: True}, router_score="sigmoid")["router_score"] == "sigmoid"
+
+
+def test_router_logits_that_are_probabilities():
+    experts = config(num_experts=6, model_type="gemma4_text")
+    for term in ("use_auxiliary_loss", "use_moe_balancing"):
+        with pytest.raises(ValueError, match="expected router_logits, got probabilities, which a model"):
+            options_of(experts, **{term: True})
+        assert options_of(experts, **{term: True}, router_score="softmax")["num_experts"] == 6
 
 
 @pytest.mark.parametrize(

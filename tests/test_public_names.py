@@ -67,6 +67,15 @@ def test_importing_the_package_is_cheap():
     assert result.returncode == 0, result.stderr
 
 
+def test_the_first_call_imports_nothing_dear():
+    code = "import sys, torch; from torch import ones; from ava_ext import LinearLogits, functional, token_log_probs;"
+    code += "head = [ones(n, 4, requires_grad=True) for n in (3, 7)]; ids = torch.arange(3);"
+    code += "functional.linear_cross_entropy(*head, ids).backward(); functional.cross_entropy(ones(3, 7), ids);"
+    code += "token_log_probs(LinearLogits(*head), ids)[0].sum().backward(); assert 'torch._dynamo' not in sys.modules"
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     "module", ["config", "call", "losses.moe", "losses", "presets", "functional", "ops", "row_pass"]
 )

@@ -152,6 +152,7 @@ def test_num_items_in_batch_is_one_element_of_any_shape(n_items):
         (math.nan, ValueError, "to be >= 0, got nan"),
         (math.inf, ValueError, "to be >= 0, got inf"),
         (True, TypeError, "to be a number or a torch.Tensor, got bool"),
+        (torch.tensor(True), TypeError, "to be a number or a torch.Tensor, got one of bools"),
         ("5", TypeError, "to be a number or a torch.Tensor, got str"),
         ([5], TypeError, "to be a number or a torch.Tensor, got list"),
     ],

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from ava_ext import UnifiedLoss, functional
+from ava_ext import ConsistencyLoss, UnifiedLoss, functional
 from ava_ext.functional import cross_entropy, linear_cross_entropy
 
 
@@ -43,6 +43,14 @@ def traced_on_symbols(function, given):
     make_fx(lambda values: function(**values)["total_loss"], tracing_mode="symbolic", _allow_non_fake_inputs=True)(
         copy_given(given)
     )
+
+
+def script(function, given):
+    return torch.jit.trace(function, given, check_trace=False)
+
+
+def fx_graph(function, given):
+    return make_fx(function)(*given)
 
 
 def in_inference_mode(function, given):
@@ -132,3 +140,23 @@ def test_functions(first_call):
     lse = (given["logits"] / 0.75).logsumexp(-1)[given["targets"] != -100]
     both = eager + 0.125 * lse.square().mean()
     torch.testing.assert_close(cross_entropy(given["logits"], given["targets"], **options), both)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("trace", [script, fx_graph])
+def test_a_graph_serves_other_numbers(trace):
+    """What the host sees of the example, its texts and masked columns, is not part of the graph."""
+    options = {"num_experts": 3, "num_experts_per_token": 1, "use_auxiliary_loss": True}
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard", load_balancing_per_sequence=True, **options).eval()
+
+    def balance(logits, segment_ids):
+        targets = torch.zeros(1, 6, dtype=torch.int64)
+        return loss_fn(logits, targets, gate_logits=logits[..., :3].flatten(0, 1), segment_ids=segment_ids)
+
+    logits, one_text = torch.randn(1, 6, V), torch.zeros(1, 6, dtype=torch.int64)
+    texts, masked = torch.arange(6).unsqueeze(0), logits.index_fill(-1, torch.tensor([V - 1]), -torch.inf)
+    for function, example, other in (
+        (balance, (logits, one_text), (logits, texts)),
+        (ConsistencyLoss("js"), (logits, logits + 1), (masked, masked + 1)),
+    ):
+        torch.testing.assert_close(trace(function, example)(*other), function(*other))

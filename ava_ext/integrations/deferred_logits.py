@@ -18,17 +18,20 @@ class DeferredLogits:
     Args:
         hidden_states: [..., hidden_size], the head's input.
         owner: class name of the model, for messages.
+        n_columns: of the logits; None: not known.
     """
 
     def __init__(
         self,
         hidden_states: Tensor,  # [..., hidden_size]
         owner: str,
+        n_columns: int | None = None,
         operations: tuple[tuple[str, float], ...] = (),
     ) -> None:
         self.hidden_states = hidden_states
         self.owner = owner
-        self.operations = operations  # in their order: "times", "over" or "tanh", and by what
+        self.n_columns = n_columns
+        self.operations = operations  # in their order: "times", "over", "tanh" or "float", and by what
 
     @property
     def softcap(self) -> float | None:
@@ -46,13 +49,16 @@ class DeferredLogits:
         """The logits, as the model would have computed them from what its head gives."""
         logits = head(self.hidden_states)
         for name, number in self.operations:
-            logits = logits * number if name == "times" else logits / number if name == "over" else logits.tanh()
+            if name in ("times", "over"):
+                logits = logits * number if name == "times" else logits / number
+            else:
+                logits = getattr(logits, name)()  # "tanh", "float"
         return logits
 
     def _then(self, name: str, number: Any = 1.0) -> DeferredLogits:
         if not isinstance(number, (int, float)):
             raise self._unknown(f"scales its logits by a {type(number).__name__}")
-        return DeferredLogits(self.hidden_states, self.owner, (*self.operations, (name, number)))
+        return DeferredLogits(self.hidden_states, self.owner, self.n_columns, (*self.operations, (name, number)))
 
     def __mul__(self, factor: Any) -> DeferredLogits:
         return self._then("times", factor)
@@ -69,12 +75,13 @@ class DeferredLogits:
         return self._then("tanh")
 
     def float(self) -> DeferredLogits:
-        """Itself: the loss computes in float32 at least."""
-        return self
+        """For whoever gets the logits; the loss computes in float32 at least."""
+        return self._then("float")
 
     def to(self, *arguments: Any, **options: Any) -> DeferredLogits:
-        """Itself: the loss is computed where the head is."""
-        return self
+        """Like float, to float32; otherwise itself: the loss is computed where the head is."""
+        to_float = any(value is torch.float32 for value in (*arguments, *options.values()))
+        return self.float() if to_float else self
 
     def contiguous(self) -> DeferredLogits:
         """Itself."""
@@ -89,6 +96,13 @@ class DeferredLogits:
     def dtype(self) -> torch.dtype:
         """Of the hidden states."""
         return self.hidden_states.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits."""
+        if self.n_columns is None:
+            raise self._unknown("uses .shape of its logits")
+        return torch.Size((*self.hidden_states.shape[:-1], self.n_columns))
 
     @classmethod
     def __torch_function__(
@@ -106,6 +120,9 @@ class DeferredLogits:
 
     def __getitem__(self, index: Any) -> Any:
         raise self._unknown("slices its logits")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self._unknown("assigns to its logits")
 
     def _added(self, other: Any) -> Any:
         raise self._unknown("adds to its logits")

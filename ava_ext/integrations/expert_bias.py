@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ava_ext.integrations.attach import causal_lm_of
 from ava_ext.integrations.loss_functions import check_is_loss
 from ava_ext.losses.moe import MoEBalancer
+from ava_ext.model_config import text_modules
 from ava_ext.ops.arguments import check_is_tensor
 from ava_ext.ops.committed import is_first_run
 from ava_ext.unified_loss import UnifiedLoss
@@ -47,7 +48,7 @@ def bind_expert_bias(model: nn.Module, loss_fn: UnifiedLoss) -> ExpertBiasBindin
     check_is_loss("bind_expert_bias", loss_fn)
     check_is_tensor("bind_expert_bias", "model", model, (nn.Module,), "a torch.nn.Module")
     inner = causal_lm_of(model)
-    holders = [module for module in inner.modules() if isinstance(getattr(module, _BIAS, None), Tensor)]
+    holders = [module for module in text_modules(inner) if isinstance(getattr(module, _BIAS, None), Tensor)]
     balancer = getattr(loss_fn, MoEBalancer.name)
     if balancer is None:
         raise ValueError("bind_expert_bias: expected a loss with use_moe_balancing=True, got False")

@@ -17,9 +17,10 @@ def causal_lm_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For model.loss_function: the loss of logits and of labels that are not shifted, or of shift_labels.
 
     The model passes neither attention_mask nor router logits: mark padding with labels of -100. What the model itself
-    adds to its loss stays. `attach_loss` reads all of these. Do not use this for a masked language model: its labels
-    belong to the rows themselves, but the model does not say so, and they would be shifted. Use `attach_loss` with
-    shift_labels, or `trainer_loss`.
+    adds to its loss stays. `attach_loss` reads all of these. Do not use this for a masked language model, or any other
+    with model.loss_type "ForMaskedLM" (T5Gemma, Dia): its labels belong to the rows themselves, but the model does not
+    say so, and they would be shifted. Use `attach_loss` with shift_labels, or `trainer_loss`. Models that compute a
+    cross-entropy of their own (T5, BART, BERT) never call this function; `attach_loss` raises there.
 
     Raises:
         ValueError: a loss with logit_softcap: a model caps its logits before it calls its loss function.
@@ -56,10 +57,11 @@ def loss_of_logits(
 def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
     """For Trainer(compute_loss_func=...): the loss of a model's outputs and of its labels.
 
-    The labels of a causal model are shifted here. Those of an encoder-decoder or a masked language model, which the
-    class of the outputs tells, belong to the rows themselves. Trainer passes neither attention_mask nor position_ids,
-    so mark padding with labels of -100. It does not pass the labels to the model either, which then cannot add its own
-    auxiliary loss. UnifiedLossTrainerMixin has none of these limits.
+    The labels of a causal model are shifted here, also those of BartForCausalLM, XLNet and the like, whose own loss
+    does not shift them. Those of an encoder-decoder or a masked language model belong to the rows themselves; the
+    class of the outputs tells. Trainer passes neither attention_mask nor position_ids, so mark padding with labels of
+    -100. It does not pass the labels to the model either, which then cannot add its own auxiliary loss.
+    UnifiedLossTrainerMixin has none of these limits.
 
     Raises:
         ValueError: the loss has logit_softcap, which the model has applied already; terms of a router, which need
@@ -95,9 +97,11 @@ def trainer_loss(loss_fn: UnifiedLoss) -> Callable[..., Tensor]:
         if getattr(outputs, "aux_loss", None) is not None:
             raise ValueError(
                 "trainer_loss: the model computes an auxiliary loss, which Trainer would leave out: use "
-                "UnifiedLossTrainerMixin, which adds it, or set model.config.output_router_logits=False"
+                "UnifiedLossTrainerMixin, which adds it, or set model.config.output_router_logits=False "
+                "(router_aux_loss_coef=0.0 of SFTConfig)"
             )
-        kind = type(outputs).__name__
+        within = getattr(outputs, "language_model_outputs", None)  # BLIP-2, around a model of either kind
+        kind = type(within or outputs).__name__
         is_aligned = any(name in kind for name in ("Seq2SeqLM", "Seq2SeqMoE", "MaskedLM"))
         # a copy: Trainer multiplies it in place
         return loss_fn(outputs, labels, num_items_in_batch=num_items_in_batch, labels_are_shifted=is_aligned).clone()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ava_ext.integrations.deferred_logits import DeferredLogits
 from ava_ext.integrations.heads import logits_of_lora, n_columns_of, weight_and_bias
 from ava_ext.integrations.loss_functions import check_ignore_index, check_same_logits, loss_of_logits
-from ava_ext.model_config import text_config
+from ava_ext.model_config import check_router_logits, text_config
 from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.reduction import items_of
@@ -26,6 +26,9 @@ from ava_ext.unified_loss import UnifiedLoss
 
 # arguments of forward that are the loss's alone; the model's own forward does not see them
 _OF_LOSS = ("num_items_in_batch", "shift_labels", "skip_logits", "loss_inputs")
+
+# of a model or its configuration: what it multiplies its own load balancing by
+_AUX_LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 # arguments of the loss that decide which rows count
 DECIDE_ROWS = ("targets", "labels_are_shifted", "attention_mask", "position_ids", "segment_ids", "cu_seqlens")
@@ -50,7 +53,7 @@ class RecordsInput(nn.Module):
                 f"fuse_lm_head: expected {self.owner} to call its head with hidden states alone, got "
                 f"{[*map(type, arguments), *options]} too: use attach_loss"
             )
-        return DeferredLogits(hidden_states, self.owner)
+        return DeferredLogits(hidden_states, self.owner, n_columns_of(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _made_of, (RecordsInput, self.class_before_loss), self.__dict__
@@ -141,7 +144,7 @@ class LossInForward(nn.Module):
             given |= self._router(output)
         # a model that is spread over devices (device_map) ends on another than it begins
         given = {name: _brought_to(zero.device, value) for name, value in given.items()}
-        fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
+        fields = {name: _without_deferred(value) for name, value in output.items() if name not in ("loss", "logits")}
         added = None if adds_router else output["loss"]
         if adds_router:  # asked for by the loss alone, which weighs it itself
             fields.pop("aux_loss", None)
@@ -160,10 +163,12 @@ class LossInForward(nn.Module):
         wanted = options.get("output_router_logits")
         of_text = text_config(self)
         wanted = bool(getattr(of_text, "output_router_logits", False) if wanted is None else wanted)
-        if wanted and self.unified_loss.config.use_auxiliary_loss and getattr(of_text, "router_aux_loss_coef", None):
+        weights = [getattr(holder, name, None) for holder in (self, of_text) for name in _AUX_LOSS_WEIGHTS]
+        if wanted and self.unified_loss.config.use_auxiliary_loss and any(weights):
             raise ValueError(
                 "unified_loss: expected the load balancing of the loss or that of the model, got both: set "
-                "use_auxiliary_loss=False, or model.config.output_router_logits=False"
+                "use_auxiliary_loss=False, or model.config.output_router_logits=False (router_aux_loss_coef=0.0 of "
+                "SFTConfig)"
             )
         return wanted
 
@@ -261,6 +266,7 @@ class LossInForward(nn.Module):
                 f"unified_loss: use_auxiliary_loss and use_moe_balancing need router logits, and {type(self).__name__} "
                 "gives none: turn them off, or bind_expert_bias where its routers have a correction bias"
             )
+        check_router_logits(text_config(self))
         return {"gate_logits": router_logits}
 
     def _loss(
@@ -296,6 +302,13 @@ def _brought_to(device: torch.device, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device)
     return type(value)(_brought_to(device, part) for part in value) if type(value) in (tuple, list) else value
+
+
+def _without_deferred(value: Any) -> Any:
+    """A field of an output; the output of a model within (InstructBLIP) without logits that are not there."""
+    if not isinstance(value, dict) or not isinstance(value.get("logits"), DeferredLogits):
+        return value
+    return type(value)(**{name: part for name, part in value.items() if name != "logits"})
 
 
 def _make_class(mixin: Any, cls: Any, is_fused: bool) -> Any:

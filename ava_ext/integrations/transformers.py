@@ -50,6 +50,7 @@ from ava_ext.integrations.loss_functions import causal_lm_loss, check_is_loss, c
 from ava_ext.integrations.loss_in_forward import DECIDE_ROWS, LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
+from ava_ext.model_config import text_config
 from ava_ext.unified_loss import UnifiedLoss
 
 __all__ = [
@@ -205,6 +206,18 @@ def _refuse_label_smoothing(owner: str, args: TrainingArguments) -> None:
         )
 
 
+def _take_aux_loss_weight(trainer: Any, model: LossInForward) -> None:
+    """Gives the model what SFTConfig says its load balancing weighs; SFTTrainer tells the configuration alone."""
+    weight = getattr(trainer.args, "router_aux_loss_coef", None)
+    if weight is not None and hasattr(model, "router_aux_loss_coef"):
+        model.router_aux_loss_coef = weight
+    elif weight and not hasattr(text_config(model), "router_aux_loss_coef"):
+        raise ValueError(
+            f"UnifiedLossTrainerMixin: expected router_aux_loss_coef=None, got {weight}: {type(model).__name__} has "
+            "none in its own loss: use_auxiliary_loss and load_balancing_weight are options of the loss"
+        )
+
+
 class _CallbackOfTrainer(UnifiedLossCallback):
     """Of UnifiedLossTrainerMixin, whose log begins anew with each training, also of another batch size."""
 
@@ -263,9 +276,9 @@ class UnifiedLossTrainerMixin:
         arguments, options: those of Trainer.
 
     Raises:
-        ValueError: label_smoothing_factor, compute_loss_func, model_init, DataParallel or SFTTrainer's loss_type="dft"
-            was given, for which the message names another way; the loss has adapters, or parameters that were frozen
-            after it was put into the model.
+        ValueError: label_smoothing_factor, compute_loss_func, model_init, DataParallel, or SFTTrainer's loss_type="dft"
+            or router_aux_loss_coef for a model that has none, was given, for which the message names another way; the
+            loss has adapters, or parameters that were frozen after it was put into the model.
 
     Example:
         >>> class MyTrainer(UnifiedLossTrainerMixin, Trainer): ...
@@ -308,6 +321,7 @@ class UnifiedLossTrainerMixin:
                 "UnifiedLossTrainerMixin: expected loss_type='nll', got 'dft': token_reweighting='dft' is an option of "
                 "the loss"
             )
+        _take_aux_loss_weight(self, inner)
         if self.args.n_gpu > 1:
             raise ValueError("UnifiedLossTrainerMixin: expected one process per GPU (torchrun), got DataParallel")
         self._callback = _CallbackOfTrainer(loss_fn)
@@ -329,6 +343,8 @@ class UnifiedLossTrainerMixin:
     ) -> Any:
         """The loss that the model's forward computes; its parts are kept for the log."""
         self._model_with_loss.loss_parts = None  # a call without labels has none
+        if getattr(self, "aux_loss_enabled", False):  # of SFTTrainer; models of images take it from no configuration
+            inputs = {**inputs, "output_router_logits": True}
         found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)
         parts = self._model_with_loss.loss_parts
         if parts is not None:

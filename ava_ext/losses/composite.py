@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ class CompositeLoss(nn.Module):
         weights: factor of each name; 1 for names left out.
 
     Raises:
-        ValueError: there is no loss, a loss is named "total_loss", or a weight has no loss or requires grad.
+        ValueError: there is no loss, a loss is named "total_loss", or a weight has no loss, requires grad or is not a
+            finite number.
         TypeError: losses have no names.
 
     Example:
@@ -39,7 +41,7 @@ class CompositeLoss(nn.Module):
         if unknown:
             raise ValueError(f"composite_loss: expected weights for {list(losses)}, got {unknown}")
         check_constants("composite_loss", **{f"weights[{name!r}]": weight for name, weight in weights.items()})
-        self.weights = {name: float(weights.get(name, 1.0)) for name in losses}
+        self.weights = {name: _finite(name, weights.get(name, 1.0)) for name in losses}
         self.losses = nn.ModuleDict({name: loss for name, loss in losses.items() if isinstance(loss, nn.Module)})
         self.functions = {name: loss for name, loss in losses.items() if not isinstance(loss, nn.Module)}
 
@@ -72,3 +74,10 @@ class CompositeLoss(nn.Module):
         if not return_detailed:
             return total
         return {"total_loss": total} | {name: part.detach().clone() for name, part in parts.items()}
+
+
+def _finite(name: str, weight: Any) -> float:
+    is_number = hasattr(weight, "__float__") and not isinstance(weight, bool)
+    if not (is_number and math.isfinite(weight)):
+        raise ValueError(f"composite_loss: expected weights[{name!r}] to be a finite number, got {weight!r}")
+    return float(weight)

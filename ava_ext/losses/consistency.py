@@ -81,6 +81,10 @@ class ConsistencyLoss(nn.Module):
         if self.detach_targets:
             targets = targets.detach()
         mask = None if attention_mask is None else attention_mask != 0
+        if mask is not None and all(map(host_sees, (mask, logits, targets))):  # rows that do not count cost nothing
+            counted = mask.flatten().nonzero().squeeze(1)
+            logits, targets = (_rows(values, counted) for values in (logits, targets))
+            mask = None
         log_q, log_p = self._log_probability(logits, mask), self._log_probability(targets, mask)
         divergence = _kl if self.divergence == "kl" else _js
         rows = divergence(log_p, log_q, _may_be_masked(log_p, log_q))
@@ -96,6 +100,14 @@ class ConsistencyLoss(nn.Module):
         if mask is not None:  # equal rows, so that rows that do not count have divergence 0
             logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
         return torch.log_softmax(logits if self.temperature == 1 else logits / self.temperature, dim=-1)
+
+
+def _rows(
+    logits: Tensor,  # [..., vocab_size]
+    counted: Tensor,  # [n_counted]: numbers of rows
+) -> Tensor:  # [n_counted, vocab_size]
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows if len(counted) == len(rows) else rows.index_select(0, counted)
 
 
 def _may_be_masked(log_p: Tensor, log_q: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig, check_weights
@@ -28,6 +29,7 @@ from ava_ext.ops.row_fields import accumulation_dtype
 # similarities held at a time; backward computes blocks again where they are several, so this bounds the memory of both
 # passes
 BLOCK_ELEMENTS = 2**22
+LEFT_OUT = -1e30  # e^ of it is 0 beside any similarity, and log sum exp has a gradient where there is nothing else
 
 
 def info_nce(
@@ -50,7 +52,8 @@ def info_nce(
         temperature: of the cosine similarities.
         row_mask: True where a pair counts, as a pair and as a negative; None: all.
         document_ids: pairs of the same document do not serve as negatives of each other; None: all other pairs do.
-        block_elements: how many similarities are held at a time (at least one row of them).
+        block_elements: how many similarities are held at a time (at least one row of them), beside n_pairs numbers of
+            each block.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 where no pair counts.
@@ -80,44 +83,51 @@ def info_nce(
     check_shape("contrastive_loss", (n_pairs,), row_mask=row_mask, document_ids=document_ids)
     if document_ids is not None:
         check_integers("contrastive_loss", "document_ids", document_ids, "[n_pairs]")
-    mask = first.new_ones(n_pairs, dtype=torch.bool) if row_mask is None else as_mask("contrastive_loss", row_mask)
+    mask = None if row_mask is None else as_mask("contrastive_loss", row_mask)
     a, b = _directions(first, mask), _directions(second, mask)
     block_rows = max(1, block_elements // max(n_pairs, 1))
-    total = (a[:0].sum() + b[:0].sum()) * 0.5  # 0, connected to the graph also without any pair
-    if block_rows >= n_pairs:  # one product for both directions, and backward may keep what a block takes
-        total = total + 0.5 * _info_nce_block(a, b, mask, document_ids, 0, temperature, (0, 1))
-    else:
-        for queries, keys in ((a, b), (b, a)):
-            for start, stop in _blocks(n_pairs, block_rows):
-                total = total + 0.5 * without_activations(
-                    _info_nce_block, queries[start:stop], keys, mask, document_ids, start, temperature
-                )
-    return total / mask.sum().clamp_min(1)
+    of_blocks = []
+    for start, stop in _blocks(n_pairs, block_rows):
+        block = (a[start:stop], b, mask, document_ids, start, temperature)
+        is_whole = block_rows >= n_pairs  # backward may keep what a block takes
+        of_blocks.append(_info_nce_block(*block) if is_whole else without_activations(_info_nce_block, *block))
+    if not of_blocks:
+        return a.sum() + b.sum()  # 0, connected to the graph
+    of_queries, partner, lse = zip(*of_blocks, strict=True)
+    lse_of_keys = lse[0] if len(lse) == 1 else torch.stack(lse).logsumexp(0)
+    losses = torch.cat(of_queries) + (lse_of_keys - torch.cat(partner))
+    if mask is None:
+        return 0.5 * losses.mean()
+    return 0.5 * (losses * mask).sum() / mask.sum().clamp_min(1)
 
 
 def _info_nce_block(
     queries: Tensor,  # [block_rows, hidden_size]
     keys: Tensor,  # [n_pairs, hidden_size]
-    mask: Tensor,  # [n_pairs] bool
+    mask: Tensor | None,  # [n_pairs] bool
     document_ids: Tensor | None,  # [n_pairs]
     start: int,
-    temperature: float,
-    over: tuple[int, ...] = (1,),
-) -> Tensor:
-    """The sum over pairs of -log softmax of the partner over the keys; over = (0, 1): and of it over the queries."""
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # [block_rows], [block_rows], [n_pairs]
+    """Of each query, -log softmax of its partner over the keys, and the partner's similarity; of each key, log sum exp
+    over these queries: with that of other blocks, what the other direction needs.
+    """
     stop = start + queries.shape[0]
-    rows = torch.arange(start, stop, device=queries.device).unsqueeze(1)
-    is_partner = rows == torch.arange(keys.shape[0], device=keys.device)
-    is_candidate = mask[start:stop].unsqueeze(1) & mask
-    if document_ids is not None:
-        is_candidate = is_candidate & (document_ids[start:stop].unsqueeze(1) != document_ids)
+    rows = torch.arange(start, stop, device=queries.device)
     with without_autocast(queries.device):
         similarity = queries @ keys.T / temperature
-    # of the same product as logsumexp: where a row is sure, the two cancel, in the gradient too
-    partner = similarity.gather(1, rows).squeeze(1)
-    # the partner always stays, so that no row is empty
-    similarity = similarity.masked_fill(~(is_candidate | is_partner), -torch.inf)
-    return torch.stack([((similarity.logsumexp(dim) - partner) * mask[start:stop]).sum() for dim in over]).sum()
+    is_left_out = None
+    if document_ids is not None:  # all of the same document but the partner
+        is_left_out = document_ids[start:stop].unsqueeze(1) == document_ids
+        is_left_out = is_left_out & (rows.unsqueeze(1) != torch.arange(keys.shape[0], device=queries.device))
+    if mask is not None:
+        is_masked = ~(mask[start:stop].unsqueeze(1) & mask)
+        is_left_out = is_masked if is_left_out is None else is_left_out | is_masked
+    if is_left_out is not None:
+        similarity = similarity.masked_fill(is_left_out, LEFT_OUT)
+    losses = cross_entropy(similarity, rows, reduction="none")
+    # of the same product as log sum exp: where a row is sure, the two cancel, in the gradient too
+    return losses, similarity.gather(1, rows.unsqueeze(1)).squeeze(1), similarity.logsumexp(0)
 
 
 def simctg(
@@ -169,46 +179,39 @@ def simctg(
             )
     if segment_ids is not None:
         check_integers("contrastive_loss", "segment_ids", segment_ids, "[batch_size, n_tokens]")
-    if attention_mask is None:
-        mask = hidden_states.new_ones(1, n_tokens, dtype=torch.bool)
-    else:
-        mask = attention_mask != 0
-    mask = mask.expand(batch_size, n_tokens)
+    mask = None if attention_mask is None else (attention_mask != 0).expand(batch_size, n_tokens)
     segments = None if segment_ids is None else segment_ids.expand(batch_size, n_tokens)
     directions = _directions(hidden_states, mask)
     block_rows = max(1, block_elements // max(batch_size * n_tokens, 1))
     total = directions[..., :0].sum()
-    n_pairs = mask.sum() * 0
+    n_pairs = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
     for start, stop in _blocks(n_tokens, block_rows):
-        n_pairs = n_pairs + _pairs(mask, segments, start, stop).sum()
         block = (directions[:, start:stop], directions, mask, segments, start, margin)
         is_whole = block_rows >= n_tokens  # backward may keep what a block takes
-        total = total + (_simctg_block(*block) if is_whole else without_activations(_simctg_block, *block))
+        of_block = _simctg_block(*block) if is_whole else without_activations(_simctg_block, *block)
+        total, n_pairs = total + of_block[0], n_pairs + of_block[1]
     return total / n_pairs.clamp_min(1)
 
 
 def _simctg_block(
     queries: Tensor,  # [batch_size, block_rows, hidden_size]
     keys: Tensor,  # [batch_size, n_tokens, hidden_size]
-    mask: Tensor,  # [batch_size, n_tokens] bool
+    mask: Tensor | None,  # [batch_size, n_tokens] bool
     segments: Tensor | None,  # [batch_size, n_tokens]
     start: int,
     margin: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:  # [], []
+    """Of the queries, the sum of what pairs cost and how many pairs there are."""
+    columns, stop = torch.arange(keys.shape[1], device=keys.device), start + queries.shape[1]
+    pairs = columns[start:stop, None] != columns  # [block_rows, n_tokens], or of each sequence
+    if mask is not None:
+        pairs = pairs & mask[:, start:stop, None] & mask[:, None, :]
+    if segments is not None:
+        pairs = pairs & (segments[:, start:stop, None] == segments[:, None, :])
     with without_autocast(queries.device):
         cosines = queries @ keys.transpose(1, 2)
     excess = torch.relu(margin - 1 + cosines)
-    return (excess * _pairs(mask, segments, start, start + queries.shape[1])).sum()
-
-
-def _pairs(
-    mask: Tensor, segments: Tensor | None, start: int, stop: int
-) -> Tensor:  # [batch_size, stop - start, n_tokens]
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    pairs = mask[:, start:stop, None] & mask[:, None, :] & (columns[start:stop, None] != columns)
-    if segments is not None:
-        pairs = pairs & (segments[:, start:stop, None] == segments[:, None, :])
-    return pairs
+    return torch.where(pairs, excess, 0.0).sum(), pairs.expand(excess.shape).sum()
 
 
 def _blocks(n_rows: int, block_rows: int) -> list[tuple[int, int]]:
@@ -217,11 +220,12 @@ def _blocks(n_rows: int, block_rows: int) -> list[tuple[int, int]]:
     return [(block * block_rows, min((block + 1) * block_rows, n_rows)) for block in range(n_blocks)]
 
 
-def _directions(vectors: Tensor, mask: Tensor) -> Tensor:  # [..., hidden_size], [...] -> [..., hidden_size]
-    """Vectors of length 1 where mask, 0 elsewhere; a zero vector stays zero, with gradient 0."""
+def _directions(vectors: Tensor, mask: Tensor | None) -> Tensor:  # [..., hidden_size], [...] -> [..., hidden_size]
+    """Vectors of length 1 where mask, 0 elsewhere; a zero vector stays zero, with gradient 0. mask None: all count."""
     check_real("contrastive_loss", "representations", vectors)
     vectors = vectors.to(accumulation_dtype(vectors.dtype))
-    vectors = torch.where(mask.unsqueeze(-1), vectors, 0.0)
+    if mask is not None:
+        vectors = torch.where(mask.unsqueeze(-1), vectors, 0.0)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors * torch.where(length == 0, 0.0, 1 / length.masked_fill(length == 0, 1.0))
 

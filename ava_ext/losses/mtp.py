@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
-from ava_ext.call import Call, HeadLoss
+from ava_ext.call import Call, HeadLoss, Logits
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
@@ -21,9 +21,9 @@ from ava_ext.losses.depths import (
     losses_of_heads,
     switched_off,
 )
-from ava_ext.ops.arguments import check_shape
+from ava_ext.ops.arguments import check_is_tensor, check_real, check_shape
 from ava_ext.ops.derivatives import without_activations
-from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.linear_logits import LinearLogits, is_weight_itself
 
 
 class MTPOutput(NamedTuple):
@@ -190,8 +190,10 @@ class MultiTokenPrediction(Part):
         hidden_states = torch.where(predicts, hidden_states, 0.0)
         # FSDP may leave it no parameters()
         first: Any = self.heads[0].linear if config.mtp_share_head else self.heads[0]
+        if not hasattr(first, "weight"):  # an adapter may have another name for it
+            first = self.norm
         normed = self.norm(hidden_states.to(first.weight.dtype))
-        heads: LinearLogits | list[LinearLogits]
+        heads: LinearLogits | list[Logits]
         if lm_head_weight is not None and config.mtp_share_head:
             if config.mtp_detach_head:
                 lm_head_weight = lm_head_weight.detach()
@@ -199,7 +201,11 @@ class MultiTokenPrediction(Part):
             states = [head(normed) for head in self.heads]
             heads = LinearLogits(torch.stack(states).to(lm_head_weight.dtype), lm_head_weight, lm_head_bias)
         else:
-            heads = [LinearLogits(normed, head.weight, head.bias) for head in self.heads]  # type: ignore[arg-type]
+            # called only where they are more than a weight (an adapter), or a hook makes that before each call (prune)
+            heads = [
+                LinearLogits(normed, head.weight, head.bias) if is_weight_itself(head) else head(normed)
+                for head in self.heads
+            ]
         loss, terms = losses_of_heads(heads, rows, head_loss)
         return MTPOutput(loss, depth_means(terms, rows.targets, ignore_index, own_rows))
 
@@ -217,11 +223,13 @@ class MultiTokenPrediction(Part):
             )
         vocab_size, hidden_size = self.config.vocab_size, self.hidden_size
         check_shape("multi_token_prediction", (*targets.shape, hidden_size), hidden_states=hidden_states)
+        check_real("multi_token_prediction", "hidden_states", hidden_states)
         check_shape("multi_token_prediction", targets.shape, row_weights=row_weights, segments=segments)
         if not self.config.mtp_share_head:
             return
         if lm_head_weight is None:
             raise ValueError("multi_token_prediction: mtp_share_head=True needs lm_head_weight, got None")
+        check_is_tensor("multi_token_prediction", "lm_head_weight", lm_head_weight)
         shape = list(lm_head_weight.shape)
         if len(shape) != 2 or shape[0] < vocab_size or shape[1] != hidden_size:
             raise ValueError(

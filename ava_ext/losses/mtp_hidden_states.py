@@ -86,6 +86,7 @@ class HiddenStatesMTP(Part):
             weight, bias = call.logits.weight, call.logits.bias
         if weight is None:
             raise ValueError("unified_loss: mtp_hidden_states need lm_head_weight, got None")
+        check_is_tensor("unified_loss", "lm_head_weight", weight)
         if call.config.mtp_detach_head:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not isinstance(states, Tensor):

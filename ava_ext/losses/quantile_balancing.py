@@ -45,7 +45,7 @@ def count_required_bias(
         scores = torch.sigmoid(layer.reshape(n_rows, n_experts).to(bias.dtype)).masked_fill(~mask.unsqueeze(-1), 0)
         threshold = (scores + bias).topk(k + 1, dim=-1).values[:, k:]
         bins = ((threshold - scores - first) / size).long().clamp(0, N_BINS - 1)
-        counts.append(ones.new_zeros(n_experts, N_BINS).scatter_add(1, bins.t(), ones))
+        counts.append(ones.new_zeros(n_experts, N_BINS).scatter_add_(1, bins.t(), ones))
     return torch.stack(counts)
 
 
@@ -55,8 +55,9 @@ def quantile_bias(
     mean_load: Tensor,  # [n_layers]: k / E times the rows
 ) -> Tensor:  # [n_layers, n_experts]
     """The next bias; that of a layer without rows stays."""
-    cumulative, wanted = counts.cumsum(-1, dtype=torch.int64), mean_load.double().view(-1, 1, 1)
-    place = (cumulative < wanted).sum(-1, keepdim=True).clamp(max=N_BINS - 1)  # the first bin that reaches it
+    cumulative, wanted = counts.cumsum(-1, dtype=torch.int32), mean_load.double().view(-1, 1, 1)
+    reached = wanted.ceil().to(torch.int32).expand(*counts.shape[:2], 1).contiguous()
+    place = torch.searchsorted(cumulative, reached).clamp(max=N_BINS - 1)  # the first bin that reaches it
     in_bin = counts.gather(-1, place).double()
     before = cumulative.gather(-1, place) - in_bin
     position = (place + (wanted - before) / in_bin.clamp_min(1)).squeeze(-1)

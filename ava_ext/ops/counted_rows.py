@@ -57,6 +57,7 @@ def host_reads(device: torch.device) -> bool:
 
 def host_sees(tensor: Tensor) -> bool:
     """Whether the host may branch on its numbers: they are in its memory, and nothing traces or transforms the call."""
-    is_traced = torch.compiler.is_compiling() or any(mode_of(_MAKE_FX) is not None for mode_of in _MODES)
+    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    is_traced = is_traced or any(mode_of(_MAKE_FX) is not None for mode_of in _MODES)
     has_numbers = host_reads(tensor.device) and type(tensor) is Tensor  # a FakeTensor has none
     return has_numbers and not (is_traced or torch._C._are_functorch_transforms_active())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter  # the form in whic
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+Returned = TypeVar("Returned")
 # private in torch, but what its own donated buffers rely on; without it we keep the graph's memory intact, at the
 # price of a copy
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -59,7 +60,7 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def without_activations(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def without_activations(function: Callable[..., Returned], *arguments: Any) -> Returned:
     """function(*arguments), which backward computes again; within torch.func and in a program of torch.export, which
     cannot, what it needs is kept. The function reads no other tensors, so that backward finds what forward had.
     """
@@ -176,6 +177,11 @@ def refuse_transforms(owner: str, tensors: Iterable[Tensor | None], vmap_works: 
             )
         if _functorch.TransformType.Grad in kinds and differentiable:
             raise NotImplementedError(f"{owner}: torch.func.grad is not supported here; expected torch.autograd.grad")
+        if _functorch.TransformType.Jvp in kinds and differentiable:
+            raise NotImplementedError(
+                f"{owner}: torch.func.jvp beside what requires grad is not supported here; expected it within "
+                "torch.no_grad"
+            )
     refuse_tangents(owner, tensors)
 
 

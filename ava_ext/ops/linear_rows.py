@@ -2,9 +2,8 @@
 
 A few rows at a time: hidden_states @ weight.T into one buffer, the row kernel over it, and from what it leaves there,
 the gradient, the matrix products that give those of hidden_states and weight. Extra memory: the buffer, and a float32
-accumulator of the weight's gradient where the weight has fewer bits. On a GPU all rows are one chunk, without an
-accumulator, where that takes no more memory. Rows that do not count are left out of the
-products (ops/counted_rows.py).
+accumulator of the weight's gradient where the weight has fewer bits and chunks are several. On a GPU all rows are one
+chunk where that takes no more memory. Rows that do not count are left out of the products (ops/counted_rows.py).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ava_ext import _library  # noqa: F401  the operators exist once it is imported
+from ava_ext._library import python_operator
 from ava_ext.ops.arguments import check_are_integers, check_beside_rows, check_devices
 from ava_ext.ops.counted_rows import choose_rows
 from ava_ext.ops.derivatives import (
@@ -91,7 +90,6 @@ def linear_row_loss(
     return RowLoss(total if reduction == "sum" else losses.view(rows), terms.view(len(terms), *rows))
 
 
-@torch.library.custom_op("ava_ext::linear_row_loss", mutates_args=())
 def _linear_row_loss(
     hidden_states: Tensor,  # [n_rows, hidden_size]
     weight: Tensor,  # [n_columns, hidden_size]
@@ -153,10 +151,12 @@ def by_chunks(
     with_hidden_states, with_weight, with_bias = gradients
     chosen, is_exact = choose_rows(counted, max_counted_rows)
     n_chosen = n_rows if chosen is None else len(chosen)
-    is_summed_apart = with_weight and hidden_states.is_cuda and weight.dtype == dtype != real
-    accumulator_bytes = weight.numel() * real.itemsize if is_summed_apart else 0
+    is_cuda, is_summed_apart = hidden_states.is_cuda, with_weight and weight.dtype == dtype != real
+    accumulator_bytes = weight.numel() * real.itemsize if is_summed_apart and is_cuda else 0
     chunk_rows = rows_of_a_chunk(n_chosen, n_columns, dtype, hidden_states.device, chunk_bytes, accumulator_bytes)
-    of_weight = weight.dtype if is_summed_apart and chunk_rows >= n_chosen else real
+    # a single chunk needs no accumulator, where one product has float32 sums and is fast
+    is_one_product = is_cuda or (dtype == torch.bfloat16 and has_bfloat16_products())
+    of_weight = dtype if is_summed_apart and is_one_product and chunk_rows >= n_chosen else real
     of_hidden_states = (n_rows, hidden_size) if with_hidden_states else (0,)
     grad_hidden_states = (
         hidden_states.new_empty(of_hidden_states) if chosen is None else hidden_states.new_zeros(of_hidden_states)
@@ -228,7 +228,7 @@ def _add_product(
             block.addmm_(columns.to(grad_weight.dtype).t(), states, beta=beta)
 
 
-@_linear_row_loss.register_fake
+@torch.library.register_fake(python_operator(_linear_row_loss))
 def _(
     hidden_states,
     weight,
@@ -342,4 +342,6 @@ def _scaled(
     return gradient
 
 
-_linear_row_loss.register_autograd(_linear_row_loss_backward, setup_context=_save_linear_row_loss)
+torch.library.register_autograd(
+    "ava_ext::linear_row_loss", _linear_row_loss_backward, setup_context=_save_linear_row_loss
+)

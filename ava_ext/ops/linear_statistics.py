@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ava_ext._library import python_operator
 from ava_ext.ops.arguments import check_devices
-from ava_ext.ops.derivatives import call_operator, refuse_tangents, refuse_transforms, without_second_derivative
+from ava_ext.ops.derivatives import (
+    call_operator,
+    raise_double_backward,
+    refuse_tangents,
+    refuse_transforms,
+    without_second_derivative,
+)
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import as_matrix, by_chunks, empty_gradients
 from ava_ext.ops.row_fields import N_STATISTICS, N_SUMMARIES, accumulation_dtype
@@ -47,7 +54,6 @@ def linear_row_statistics(
     return [log_probs.view(*rows, log_probs.shape[-1]), *(summary.view(rows) for summary in summaries)]
 
 
-@torch.library.custom_op("ava_ext::linear_row_statistics", mutates_args=())
 def _linear_row_statistics(
     hidden_states: Tensor,  # [n_rows, hidden_size]
     weight: Tensor,  # [n_columns, hidden_size]
@@ -93,7 +99,6 @@ def _zero_statistics(hidden_states, ids, dtype):
     )
 
 
-@torch.library.custom_op("ava_ext::linear_row_gradient", mutates_args=())
 def _linear_row_gradient(
     hidden_states: Tensor,  # [n_rows, hidden_size]
     weight: Tensor,  # [n_columns, hidden_size]
@@ -118,14 +123,14 @@ def _linear_row_gradient(
     return by_chunks(*head, chunk_bytes, dtype, gradients, differentiate, row_mask, max_counted_rows)
 
 
-@_linear_row_statistics.register_fake
+@torch.library.register_fake(python_operator(_linear_row_statistics))
 def _(hidden_states, weight, bias, ids, row_mask, options, flags, vocab_size, chunk_bytes, dtype, max_counted_rows):
     others = {"weight": weight, "bias": bias, "ids": ids, "row_mask": row_mask, "options": options}
     check_devices("softmax_statistics", hidden_states, **others)
     return _zero_statistics(hidden_states, ids, dtype)
 
 
-@_linear_row_gradient.register_fake
+@torch.library.register_fake(python_operator(_linear_row_gradient))
 def _(
     hidden_states,
     weight,
@@ -178,4 +183,7 @@ def _linear_row_statistics_backward(ctx, _, grad_log_probs, *grads_and_none):
     return *grads, *(None,) * 8
 
 
-_linear_row_statistics.register_autograd(_linear_row_statistics_backward, setup_context=_save_linear_row_statistics)
+torch.library.register_autograd(
+    "ava_ext::linear_row_statistics", _linear_row_statistics_backward, setup_context=_save_linear_row_statistics
+)
+torch.library.register_autograd("ava_ext::linear_row_gradient", raise_double_backward)

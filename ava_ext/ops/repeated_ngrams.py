@@ -66,12 +66,12 @@ def repeated_ngram_mask(
         return of_whole_texts("repeated_ngram_mask", of_local, tokens, mask=mask, segments=segments)[0]
     if tokens.numel() == 0:
         return torch.zeros_like(tokens, dtype=torch.bool)
-    starts = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
-    starts[:, 0] = True
+    # each step makes a tensor of its own: torch.func.linearize loses what is written into one, vmap refuses to write
+    text = torch.arange(shape[0], device=tokens.device).repeat_interleave(shape[1])  # of each token, in reading order
     if segments is not None:
-        starts[:, 1:] |= segments[:, 1:] != segments[:, :-1]
-    text = starts.flatten().cumsum(0)  # of each token, numbered in reading order
-    keep = torch.ones_like(starts) if mask is None else mask != 0
+        starts = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        text = starts.expand(shape).flatten().cumsum(0)
+    keep = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask != 0
     # a number for each different token of each text; those that are left out have numbers of their own
     numbers = _renumber(_paired(_renumber(tokens.long().flatten()), 2 * text + keep.flatten()))
     length = 1
@@ -80,8 +80,7 @@ def repeated_ngram_mask(
         numbers = _renumber(_paired(numbers, numbers.roll(-step)))
         length += step
     ordered, places = numbers.sort(stable=True)
-    is_later = torch.zeros_like(starts.flatten())
-    is_later[1:] = ordered[1:] == ordered[:-1]
+    is_later = torch.nn.functional.pad(ordered[1:] == ordered[:-1], (1, 0))
     repeats = torch.zeros_like(is_later).scatter(0, places, is_later)
     # whole within one text, and without what is left out; what has run over the end of the batch comes last of equals
     n_left_out = torch.nn.functional.pad((~keep).flatten().long().cumsum(0), (1, 0))
@@ -100,8 +99,7 @@ def _renumber(
 ) -> Tensor:  # [n] int64 in [0, n)
     """Equal numbers for equal values, as few as there are different ones."""
     ordered, places = values.sort()
-    is_new = torch.zeros_like(ordered)
-    is_new[1:] = (ordered[1:] != ordered[:-1]).long()
+    is_new = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0))
     return torch.zeros_like(ordered).scatter(0, places, is_new.cumsum(0))
 
 

@@ -83,7 +83,9 @@ Block allocate(int64_t bytes) {
   void* data = std::aligned_alloc(kHugePage, rounded);
   if (!data && free_idle_blocks() > 0) data = std::aligned_alloc(kHugePage, rounded);
   if (!data) fail_out_of_memory((std::to_string(bytes) + " bytes").c_str());
+#ifdef MADV_HUGEPAGE  // Linux
   madvise(data, rounded, MADV_HUGEPAGE);  // only advice: a refusal costs time, nothing else
+#endif
   return {data, rounded, 0};
 }
 

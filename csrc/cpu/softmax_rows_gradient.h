@@ -30,7 +30,8 @@ struct RowWriter : RowReader<Vector, Element, kDense, kCapped> {
     const Register max = V::set(row.max), scale = V::set(dense.factor), slope = V::set(dense.slope),
                    constant = V::set(dense.constant), lowest = V::set(lowest_u<Real>() * options.temperature),
                    of_weight = V::set(factor * inverse_temperature);
-    const auto gradient = [&](Register logits, Register q) {
+    // a function of its own, as GCC would have it, loads all of these again for every register
+    const auto gradient = [&](Register logits, Register q) __attribute__((always_inline)) {
       Register value = logits, cap_slope;
       if constexpr (kCapped) {
         const Capped both = capped(logits);

@@ -3,7 +3,8 @@
 //
 // measure() reads the row in blocks. Each block is summed against a reference that was near the maximum when the block
 // began (no pass of its own to find the maximum); only when a block's maximum is far above is it summed again. The
-// sums of the block that holds the maximum are then taken again without it, against the exact maximum: that gives R.
+// sums of the block that holds the maximum are then taken again without it, against the exact maximum: that gives R. Of a
+// row of one block the maximum is looked for first, and the others are summed once.
 #pragma once
 #include <stddef.h>
 
@@ -51,7 +52,7 @@ struct RowReader {
   explicit RowReader(const SoftmaxRowsArguments& all)
       : arguments(all), options(*static_cast<const RowOptions<Real>*>(all.options)) {}
 
-  Register exponential(Register d) const { return V::exponential(d, V::set(factor)); }
+  [[gnu::always_inline]] Register exponential(Register d) const { return V::exponential(d, V::set(factor)); }
 
   // softcap(x), and its derivative; a raw -inf stays -inf, with derivative 0
   struct Capped {
@@ -258,8 +259,27 @@ struct RowReader {
     sums.rest *= scale;
   }
 
+  // A row of one block, with its finite maximum: nothing needs to be summed twice.
+  RowStatistics<Real> measure_block(const Element* x, Real max) const {
+    RowStatistics<Real> row = empty_statistics<Real>();
+    const int64_t n = arguments.vocab_size;
+    const auto argmax = int32_t(first_equal(x, 0, n, max));
+    const Sums rest = sum_lanes<kDense>({x, 0, n, {&argmax, 1}, uint64_t(1) << argmax / kGroup}, max);
+    row.max = max, row.argmax = Real(argmax), row.rest = Real(rest.rest), row.count = 1;
+    if constexpr (kDense) {
+      row.weighted = Real(rest.weighted * double(inverse_temperature));
+      row.sum = Real(rest.sum * double(inverse_temperature));
+      row.count += Real(rest.count);
+    }
+    return row;
+  }
+
   // statistics of the columns that are not named
   RowStatistics<Real> measure(const Element* x, Named named = {nullptr, 0}) const {
+    if (arguments.vocab_size <= kBlock && named.n == 0) {
+      const Real max = largest_in(x, 0, arguments.vocab_size);
+      if (max > lowest_finite<Real>() && max < Real(INFINITY)) return measure_block(x, max);
+    }
     const Real slack = 32 * options.temperature;  // sums up to e^32 times the block's size stay far from overflow
     Real reference = lowest_finite<Real>();
     Sums all{-Real(INFINITY), 0, 0, 0, 0},

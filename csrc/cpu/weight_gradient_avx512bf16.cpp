@@ -1,9 +1,11 @@
 // The kernels of weight_gradient.h, which explains them.
 #include "capability.h"
 #ifdef AVA_X86
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+AVA_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #define AVA_ISA avx512bf16
 #include <immintrin.h>
 
@@ -106,4 +108,5 @@ static void add_columns(const WeightGradientArguments& arguments, int64_t tile_b
 }  // namespace ava
 
 const ava::WeightGradientKernels ava::weight_gradient_avx512bf16 = {ava::pack_states, ava::add_columns};
+AVA_END_OF_TARGET
 #endif

@@ -252,23 +252,34 @@ def test_inplace_gradient_writes_over_no_dtensor():
             assert torch.equal(logits, as_given)
 
 
-def unshifted_labels_worker(rank, dimension):
-    """What the loss says of this rank's router, and what its tokens that are not padding say."""
+def unshifted_labels_worker(rank, placement, n_behind):
+    """What the loss says of this rank's router, and what its tokens that are not padding say.
+
+    n_behind: the rows behind the last label of each text, which the router leaves out.
+    """
     mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
     options = {"labels_are_shifted": False, "pad_token_id": 0, "num_experts": 3, "num_experts_per_token": 1}
     loss_fn = UnifiedLoss(VOCAB_SIZE, primary_loss_type="standard", use_auxiliary_loss=True, **options).double()
     labels = arguments["targets"].clone()
     labels[:, -2:] = 0
-    gate_logits, keep = (values.chunk(2, dimension)[rank] for values in (leaves["hidden_states"][..., :3], labels != 0))
-    spread = distribute_tensor(leaves["logits"], mesh, [Shard(dimension)])
+    gate_logits, keep = leaves["hidden_states"][..., :3], labels != 0
+    if n_behind:
+        gate_logits, keep = gate_logits[:, :-1], keep[:, 1:]
+    if placement in (Shard(0), Shard(1)):
+        gate_logits, keep = (values.chunk(2, placement.dim)[rank] for values in (gate_logits, keep))
+    spread = distribute_tensor(leaves["logits"], mesh, [placement])
     found = loss_fn(spread, labels, gate_logits=gate_logits.flatten(0, 1), return_detailed=True)
     counts = torch.bincount(gate_logits[keep].argmax(-1), minlength=3).double()
     return found["moe_max_violation"], counts.max() * 3 / counts.sum() - 1
 
 
-@pytest.mark.parametrize("dimension", [0, 1])
-def test_padding_of_a_router_beside_unshifted_labels(dimension):
-    for found, expected in on_ranks(2, unshifted_labels_worker, dimension):
+# a part of a text has no row behind its last label
+@pytest.mark.parametrize(
+    ("placement", "n_behind"), [("0", 0), ("1", 0), ("0", 1), ("-1", 0), ("-1", 1), ("replicate", 0), ("replicate", 1)]
+)
+def test_padding_of_a_router_beside_unshifted_labels(placement, n_behind):
+    place = Replicate() if placement == "replicate" else Shard(int(placement))
+    for found, expected in on_ranks(2, unshifted_labels_worker, place, n_behind):
         torch.testing.assert_close(found, expected)
 
 

@@ -80,6 +80,18 @@ def test_routers_whose_bias_is_elsewhere(name):
     assert torch.equal(loss_fn.moe_balancer.expert_bias[:, :2], torch.full_like(counts[:, :2], RATE).float())
 
 
+def test_routers_that_only_images_go_through_keep_their_bias():
+    """They choose for no token of the text, and where there are no images not at all."""
+    model = tiny("DeepseekV3")
+    model.vision_tower = copy.deepcopy(model.model.layers[1].mlp)
+    loss_fn = UnifiedLoss.from_model(model, use_moe_balancing=True, auto_step=False)
+    bind_expert_bias(fuse_lm_head(model, loss_fn), loss_fn)
+    model(**batch()).loss.backward()
+    loss_fn.step()
+    model.state_dict()
+    assert routers(model)[0].e_score_correction_bias.any() and not routers(model)[1].e_score_correction_bias.any()
+
+
 def test_the_bias_of_the_model_is_the_beginning():
     model = tiny("DeepseekV3")
     bias = torch.tensor([0.5, -0.25, 0.0, 0.125])

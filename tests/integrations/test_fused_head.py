@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned, with_options_of_text
+from tiny_models import SIZES, V, batch, gradients, loss_of, own_loss, tiny, tiny_aligned, with_options_of_text
 from torch.nn.utils import prune
 
 from ava_ext import UnifiedLoss
@@ -124,6 +124,55 @@ def test_logits_are_as_before_without_labels_and_in_evaluation(name):
     assert torch.equal(as_tuple[0], found.loss) and torch.equal(as_tuple[1], expected.logits)
     generated = model.generate(inputs["input_ids"][:, :3], max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert generated.shape == (3, 6)
+
+
+@pytest.mark.parametrize("change", [lambda logits: logits.float(), lambda logits: logits.to(torch.float32)])
+def test_logits_in_evaluation_have_the_precision_of_the_models(change):
+    """Mamba gives them in float32, Beam caps them there."""
+    model = family("Gemma2", dtype=torch.bfloat16).eval()
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: change(logits))
+    expected = model(**batch()).logits
+    assert expected.dtype == torch.float32
+    fuse_lm_head(model, plain_loss(model))
+    torch.testing.assert_close(model(**batch()).logits, expected, rtol=0, atol=0)
+
+
+class AsksForTheShape(torch.nn.Module):
+    """First in the bases of a model that asks for its logits' shape (Inkling 2, xLSTM)."""
+
+    def forward(self, *arguments, **options):
+        shapes = []
+        hook = self.lm_head.register_forward_hook(lambda head, inputs, logits: shapes.append((logits / 2).shape))
+        output = super().forward(*arguments, **options)
+        hook.remove()
+        assert shapes == [(3, 9, V)]
+        return output
+
+
+def test_shape_of_logits_that_are_not_there():
+    model, inputs = family("Llama"), batch()
+    expected = own_loss(model, **inputs)
+    model.__class__ = type("Asks", (AsksForTheShape, type(model)), {})
+    fuse_lm_head(model, plain_loss(model))
+    assert_same(loss_of(model, **inputs), expected)
+
+
+class HasModelWithin(torch.nn.Module):
+    """First in the bases of a model whose output has that of a model within it, as InstructBLIP's."""
+
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.hidden_states = type(output)(logits=output.logits, cache=output.cache)
+        return output
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_no_output_has_logits_that_are_not_there(is_training):
+    model = family("Llama").train(is_training)
+    model.__class__ = type("Around", (HasModelWithin, type(model)), {})
+    fuse_lm_head(model, plain_loss(model))
+    within = model(**batch()).hidden_states
+    assert "logits" not in within and within.cache is not None
 
 
 def test_unfuse_gives_the_model_back():
@@ -309,9 +358,12 @@ def test_parts_add_up(put):
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
-def test_router_terms_of_the_loss_see_the_padding(put):
+@pytest.mark.parametrize(
+    ("name", "weight"), [("Mixtral", {"router_aux_loss_coef": 0.3}), ("JetMoe", {"aux_loss_coef": 0.3})]
+)
+def test_router_terms_of_the_loss_see_the_padding(put, name, weight):
     """In place of the model's own load balancing; equal to it, padding left out."""
-    model = tiny("Mixtral", output_router_logits=True, router_aux_loss_coef=0.3)
+    model = tiny(name, output_router_logits=True, **weight)
     inputs = batch()
     expected = own_loss(model, **inputs)
     model.config.output_router_logits = False
@@ -321,6 +373,21 @@ def test_router_terms_of_the_loss_see_the_padding(put):
     assert "router_logits" not in model(**inputs)
     with pytest.raises(ValueError, match="got both"):
         model(**inputs, output_router_logits=True)
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_routers_that_give_probabilities_are_refused(put):
+    """Gemma 4: what it calls router_logits has gone through a softmax, and would go through another."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
+    sizes = SIZES | {"head_dim": 8, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"] * 2}
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **experts, per_layer_config={}))
+    rows = model(**batch(), output_router_logits=True).router_logits[0].sum(1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    put(model, plain_loss(model, put is fuse_lm_head, use_auxiliary_loss=True, router_score="softmax"))
+    with pytest.raises(ValueError, match="expected router_logits, got probabilities"):
+        model(**batch())
 
 
 def test_multi_token_prediction_trains_with_the_model():
@@ -548,6 +615,7 @@ def test_a_compiled_loss_is_a_loss():
     [
         (lambda logits: logits + 1, "adds to its logits"),
         (lambda logits: logits[..., :5], "slices its logits"),
+        (lambda logits: logits.__setitem__((..., 5), 0.0), "assigns to its logits"),
         (lambda logits: logits.sigmoid(), r"uses \.sigmoid of its logits"),
         (lambda logits: torch.sigmoid(logits), "calls sigmoid on its logits"),
         (lambda logits: logits * torch.ones(()), "scales its logits by a Tensor"),

@@ -129,6 +129,20 @@ def aligned_model(name):
     return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, **dropout, intermediate_size=24))
 
 
+def test_trainer_loss_of_a_model_around_an_encoder_decoder():
+    """BLIP-2 with T5: only the output within its own tells that labels are those of the rows themselves."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+    from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenerationModelOutput
+
+    logits, labels = torch.randn(2, 5, V), torch.randint(V, (2, 5))
+    loss = trainer_loss(UnifiedLoss(V, primary_loss_type="standard", labels_are_shifted=False))
+    for within, is_aligned in ((Seq2SeqLMOutput, True), (CausalLMOutputWithPast, False)):
+        outputs = Blip2ForConditionalGenerationModelOutput(logits=logits, language_model_outputs=within(logits=logits))
+        rows, targets = (logits, labels) if is_aligned else (logits[:, :-1], labels[:, 1:])
+        expected = torch.nn.functional.cross_entropy(rows.flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(loss(outputs, labels), expected)
+
+
 @pytest.mark.parametrize("name", ["T5", "BERT"])
 def test_trainer_loss_of_labels_of_the_rows_themselves(name, tmp_path):
     """An encoder-decoder's, whose decoder reads them a token later, and a masked language model's."""

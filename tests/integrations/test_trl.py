@@ -34,12 +34,12 @@ def texts():
     return datasets.Dataset.from_dict({"text": [" ".join(f"w{token}" for token in row) for row in rows]})
 
 
-def trained(make, folder, **given):
+def trained(make, folder, family="Llama", **given):
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "bf16": False}
     options |= {"report_to": [], "save_strategy": "no", "use_cpu": True, "seed": 1, "learning_rate": 1e-2}
     options |= {"optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1, "gradient_checkpointing": False}
     options |= given
-    model = tiny("Llama", dtype=torch.float32)
+    model = tiny(family, dtype=torch.float32)
     args = trl.SFTConfig(str(folder), disable_tqdm=True, **options)
     trainer = make(model, args, train_dataset=texts(), processing_class=tokenizer())
     trainer.train()
@@ -47,19 +47,32 @@ def trained(make, folder, **given):
     return kept, trainer.state.log_history
 
 
+def with_plain_loss(model, args, **given):
+    loss_fn = UnifiedLoss.from_model(model, primary_loss_type="standard", auto_step=False)
+    return UnifiedLossSFTTrainer(model, args, loss_fn=loss_fn, **given)
+
+
 def test_sft_with_the_fused_head(tmp_path):
     expected, expected_log = trained(trl.SFTTrainer, tmp_path)
-
-    def make(model, args, **given):
-        loss_fn = UnifiedLoss.from_model(model, primary_loss_type="standard", auto_step=False)
-        return UnifiedLossSFTTrainer(model, args, loss_fn=loss_fn, **given)
-
-    found, log = trained(make, tmp_path)
+    found, log = trained(with_plain_loss, tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     for entry, expected_entry in zip(log[:2], expected_log[:2], strict=True):
         assert entry["loss"] == pytest.approx(expected_entry["loss"], rel=1e-5)
         assert entry["cross_entropy"] == pytest.approx(entry["loss"], rel=1e-5)
         assert entry["entropy"] == pytest.approx(expected_entry["entropy"], rel=1e-2)
+
+
+def test_weight_of_the_load_balancing_of_the_model(tmp_path):
+    """SFTTrainer writes it into the configuration, which the model has read before."""
+    options = {"router_aux_loss_coef": 0.5, "gradient_accumulation_steps": 1, "packing": True, "max_length": 8}
+    options |= {"packing_strategy": "wrapped", "family": "Mixtral"}
+    expected, _ = trained(trl.SFTTrainer, tmp_path, **options)
+    found, log = trained(with_plain_loss, tmp_path, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert log[0]["model_aux_loss"] > 0.5
+    options |= {"family": "Glm4Moe"}
+    with pytest.raises(ValueError, match=r"expected router_aux_loss_coef=None, got 0\.5: Glm4MoeForCausalLM has none"):
+        trained(with_plain_loss, tmp_path, **options)
 
 
 def test_dft_is_an_option_of_the_loss(tmp_path):

@@ -28,7 +28,10 @@ def tiny(name, dtype=torch.float64, **options):
     if name == "GPT2":
         config = transformers.GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, **WITHOUT_DROPOUT)
         return _made(transformers.GPT2LMHeadModel, config, dtype)
-    if name in ("Mixtral", "DeepseekV3", "Glm4Moe"):
+    if name == "JetMoe":
+        options |= {"kv_channels": 8}
+        del options["num_attention_heads"]
+    if name in ("Mixtral", "JetMoe", "DeepseekV3", "Glm4Moe"):
         options = {"experts_implementation": "eager", "num_experts_per_tok": 2, "num_local_experts": 4} | options
     if name in ("DeepseekV3", "Glm4Moe"):
         del options["num_local_experts"]

@@ -119,9 +119,9 @@ def test_backward_keeps_no_more_than_a_block():
     assert sum(tensor.numel() for tensor in saved.values()) < length * length / 2
 
 
-@pytest.mark.parametrize("n_pairs_of_block, n_products", [(12, 3), (4, 8)])
+@pytest.mark.parametrize("n_pairs_of_block, n_products", [(12, 3), (4, 4)])
 def test_products(n_pairs_of_block, n_products):
-    """Of one block those of plain PyTorch; of several each direction has its own, and backward computes them again."""
+    """Of one block those of plain PyTorch; of several, backward computes the similarities again."""
     a, b = random_vectors(12, 5).requires_grad_(), random_vectors(12, 5, seed=1).requires_grad_()
     elements = 12 * n_pairs_of_block
     with FlopCounterMode(display=False) as counter:
@@ -129,7 +129,7 @@ def test_products(n_pairs_of_block, n_products):
     assert counter.get_total_flops() == n_products * 2 * 12 * 12 * 5
     with FlopCounterMode(display=False) as counter:
         simctg(a[None], block_elements=elements).backward()
-    assert counter.get_total_flops() == (3 if n_products == 3 else 4) * 2 * 12 * 12 * 5
+    assert counter.get_total_flops() == n_products * 2 * 12 * 12 * 5
 
 
 def test_module_forms():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, layer_norm, linear, rms_norm, silu
+from torch.nn.utils import prune
 
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.mtp import MultiTokenPrediction
@@ -170,7 +171,7 @@ class Adapted(torch.nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.layer, self.adapter = layer, torch.nn.Linear(HIDDEN, HIDDEN, bias=False).double()
+        self.layer, self.adapter = layer, torch.nn.Linear(*reversed(layer.weight.shape), bias=False).double()
         self.weight = layer.weight
 
     def forward(self, values):
@@ -194,6 +195,34 @@ def test_layers_of_a_block_that_do_more_are_called(way):
     gradients = torch.autograd.grad(found, mtp.heads[0].norm.weight)
     expected_gradients = torch.autograd.grad(expected, merged.heads[0].norm.weight)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-12, atol=0)
+
+
+def test_heads_that_do_more_than_a_weight_are_called():
+    mtp, merged = make_mtp(), make_mtp()
+    for number, other in enumerate(merged.heads):
+        mtp.heads[number] = Adapted(mtp.heads[number])
+        with torch.no_grad():
+            other.weight += mtp.heads[number].adapter.weight
+    found, expected = (each(**make_inputs(), head_loss=head_loss) for each in (mtp, merged))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = torch.autograd.grad(found.loss, [head.adapter.weight for head in mtp.heads])
+    expected_gradients = torch.autograd.grad(expected.loss, [head.weight for head in merged.heads])
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-12, atol=1e-15)
+
+
+def test_pruned_heads_follow_their_weights():
+    """The hook of torch.nn.utils.prune makes the weight before each call, not when it is read."""
+    mtp, merged = make_mtp(), make_mtp()
+    for head in mtp.heads:
+        prune.random_unstructured(head, "weight", 0.5)
+    for _ in range(2):
+        with torch.no_grad():
+            for head, other in zip(mtp.heads, merged.heads, strict=True):
+                head.weight_orig.mul_(1.5)
+                other.weight.copy_(head.weight_orig * head.weight_mask)
+        found, expected = (each(**make_inputs(), head_loss=head_loss).loss for each in (mtp, merged))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        found.backward()
 
 
 def test_detached_head_gets_no_gradient():
@@ -318,6 +347,7 @@ def test_bad_input_is_named():
     mtp, inputs = make_mtp(), make_inputs()
     for name, value, message in (
         ("hidden_states", torch.zeros(BATCH, LENGTH, 4), r"hidden_states of shape \[2, 7, 5\], got \[2, 7, 4\]"),
+        ("hidden_states", torch.zeros(BATCH, LENGTH, 5) * 1j, "hidden_states of real numbers, got complex64"),
         ("targets", torch.zeros(14), r"targets \[batch_size, n_tokens\], got \[14\]"),
         ("row_weights", torch.zeros(BATCH, 6), r"row_weights of shape \[2, 7\], got \[2, 6\]"),
         ("segments", torch.zeros(1, LENGTH), r"segments of shape \[2, 7\], got \[1, 7\]"),
@@ -329,3 +359,5 @@ def test_bad_input_is_named():
         shared(**inputs, head_loss=head_loss)
     with pytest.raises(ValueError, match=r"lm_head_weight of shape \[11, 5\], got \[5, 11\]"):
         shared(**inputs, head_loss=head_loss, lm_head_weight=torch.zeros(5, 11))
+    with pytest.raises(TypeError, match=r"lm_head_weight to be a torch.Tensor, got list"):
+        shared(**inputs, head_loss=head_loss, lm_head_weight=[[0.0] * 5] * 11)

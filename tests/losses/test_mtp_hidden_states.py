@@ -252,6 +252,8 @@ def test_bad_input_is_named():
     logits = linear(inputs.pop("hidden_states"), inputs.pop("lm_head_weight"))
     with pytest.raises(ValueError, match="mtp_hidden_states need lm_head_weight"):
         loss_fn(logits, **inputs, mtp_hidden_states=states)
+    with pytest.raises(TypeError, match=r"unified_loss: expected lm_head_weight to be a torch.Tensor, got list"):
+        loss_fn(logits, **inputs, mtp_hidden_states=states, lm_head_weight=[0.0])
     with pytest.raises(ValueError, match=r"additional_logits of num_future_tokens = 3 times \[2, 7, 11\]"):
         loss_fn(logits, **inputs, additional_logits=[logits])
     with pytest.raises(ValueError, match=r"expected mtp_depth_weights of shape \[3\]"):

@@ -138,6 +138,13 @@ def test_tokens_that_repeat_are_in_the_vocabulary(padding, is_linear):
     torch.testing.assert_close(loss_fn(logits, tokens, is_written), loss_fn(logits, padded, is_written))
 
 
+def test_linearized():
+    loss_fn, logits = SequenceUnlikelihoodLoss(V, 2), Numbers(0).normal(2, 8, V)
+    _, tangent = torch.func.jvp(lambda x: loss_fn(x, TOKENS), (logits,), (logits.sin(),))
+    _, linear = torch.func.linearize(lambda x: loss_fn(x, TOKENS), logits)
+    torch.testing.assert_close(linear(logits.sin()), tangent)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"expected logits of shape \[2, 8, at least 11\], got \[2, 7, 11\]"):
         SequenceUnlikelihoodLoss(V)(torch.zeros(2, 7, V), TOKENS)

@@ -470,6 +470,21 @@ def test_vmap_of_linear_logits_that_require_grad_raises(part):
         torch.testing.assert_close(torch.vmap(lambda *parts: sum_of(LinearLogits(*parts)))(*parts), expected)
 
 
+@pytest.mark.parametrize("name", OF_LINEAR_LOGITS)
+def test_jvp_beside_linear_logits_that_require_grad(name):
+    """A learned head, or one of the loss, while the derivative is by something else."""
+    head = make_head(0)
+
+    def function(x):
+        return x.sum() + FUNCTIONS[name](head).sum()
+
+    with pytest.raises(NotImplementedError, match=r"torch.func.jvp beside what requires grad .* within torch.no_grad$"):
+        torch.func.jvp(function, (SAMPLES,), (SAMPLES,))
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(function, (SAMPLES,), (SAMPLES,))
+    torch.testing.assert_close(tangent, SAMPLES.sum())
+
+
 def test_vmap_of_constants_that_require_grad_raises():
     weights = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
     loss_fn = UnifiedLoss(V, primary_loss_type="standard", reduction="sum")

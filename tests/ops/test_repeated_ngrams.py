@@ -96,3 +96,9 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(TypeError, match=f"^repeated_ngram_mask: expected {name} to be"):
             repeated_ngram_mask(*arguments, **keywords)
+
+
+def test_under_vmap():
+    tokens, segments = torch.tensor([[1, 2, 1, 2, 1]]), torch.tensor([[[0, 0, 0, 0, 0]], [[0, 0, 1, 1, 1]]])
+    got = torch.vmap(lambda given: repeated_ngram_mask(tokens, 2, segments=given))(segments)
+    assert torch.equal(got, torch.stack([repeated_ngram_mask(tokens, 2, segments=given) for given in segments]))
