@@ -170,14 +170,12 @@ class Call:
             self.segments = None if segments is None else segments.expand(targets.shape)
         self.context = _tokens_read(config, self.input_ids, self.attention_mask)
         self.prefix = _tokens_read(config, self.prefix_ids, None)
-        attention_mask, token_weights = self.attention_mask, self.token_weights
-        keep = keep_rows(config, targets, attention_mask)
+        token_weights = self.token_weights
+        keep = keep_rows(config, targets, self.attention_mask)
         self.keep_tokens = self.keep_targets = keep
         if not self.labels_are_shifted:
             targets = shift_left(targets, config.ignore_index)
-            attention_mask = None if attention_mask is None else shift_left(attention_mask, 0)
-            token_weights = None if token_weights is None else shift_left(token_weights, 0)
-            keep = keep_rows(config, targets, attention_mask)
+            token_weights, keep = (None if given is None else shift_left(given, 0) for given in (token_weights, keep))
             if self.segments is not None:  # behind the last label of a text there is no row
                 is_within = self.segments == shift_left(self.segments, -1)
                 keep = is_within if keep is None else keep & is_within
@@ -359,9 +357,8 @@ def _logits_of(call: Call) -> Logits:  # [..., n_columns]
     else:
         if hidden_states is None or weight is None:
             raise ValueError("unified_loss: expected logits, or hidden_states and lm_head_weight, got neither")
-        bias = None if bias is None else _tensor("lm_head_bias", bias)
         check_is_whole("lm_head_weight", weight)
-        chosen = LinearLogits(_tensor("hidden_states", hidden_states), _tensor("lm_head_weight", weight), bias)
+        chosen = LinearLogits(hidden_states, weight, bias)
     if isinstance(chosen, LinearLogits):
         chosen.check("unified_loss", ("hidden_states", "lm_head_weight", "lm_head_bias"))
         if len(chosen.weight) < config.vocab_size:
@@ -446,13 +443,8 @@ def _check_probabilities(call: Call, shape: torch.Size) -> None:
         check_shape("unified_loss", (*shape, config.vocab_size), target_probabilities=probabilities)
     if not probabilities.is_floating_point():
         raise ValueError(f"unified_loss: expected target_probabilities of floating point, got {probabilities.dtype}")
-    for name in ("use_focal_loss", "token_reweighting", "class_weights"):
-        if getattr(config, name):
-            raise ValueError(f"unified_loss: {name} needs one target for each row, got target_probabilities")
-    if config.label_smoothing > 0 and config.smoothing_mode != "uniform":
-        raise ValueError(
-            "unified_loss: smoothing_mode='exclude_target' needs one target for each row, got target_probabilities"
-        )
+    if (option := config.needs_one_target) is not None:
+        raise ValueError(f"unified_loss: {option} needs one target for each row, got target_probabilities")
 
 
 def _check_order(call: Call) -> None:

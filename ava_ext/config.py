@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ava_ext.ops.arguments import GREATEST, POSITIVE, is_positive
+from ava_ext.process_group import picklable
 
 
 class _Range(NamedTuple):
@@ -362,6 +362,13 @@ class UnifiedLossConfig:
             return None
         return "own" if self.mtp_type == "deepseek" else self.mtp_type
 
+    @property
+    def needs_one_target(self) -> str | None:
+        """What of these options needs one target for each row, not probabilities of the classes; None: nothing."""
+        if self.label_smoothing > 0 and self.smoothing_mode == "exclude_target":
+            return "smoothing_mode='exclude_target'"
+        return next((n for n in ("use_focal_loss", "token_reweighting", "class_weights") if getattr(self, n)), None)
+
     def changed_options(self) -> str:
         """The options that differ from their defaults, as name=value."""
         options = [(option, getattr(self, option.name)) for option in dataclasses.fields(self)]
@@ -402,14 +409,7 @@ class UnifiedLossConfig:
         return self  # nothing in it changes, and a process group cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        if not (self.process_group is None or self.process_group == "world"):
-            warnings.warn(
-                "unified_loss: process_group cannot be pickled and is left out; process_group='world' can",
-                stacklevel=2,
-            )
-            state["process_group"] = None
-        return state
+        return self.__dict__ | {"process_group": picklable(self.process_group)}
 
 
 def check_weights(owner: str, **weights: Any) -> None:

@@ -17,10 +17,11 @@ from ava_ext.losses import ROW_TERMS
 from ava_ext.ops.arguments import check_constants, check_integers, check_is_tensor, check_real, check_shape
 from ava_ext.ops.counted_rows import host_sees
 from ava_ext.ops.derivatives import as_constant, refuse_tangents
-from ava_ext.ops.dtensor_logits import check_is_logits
-from ava_ext.ops.dtensors import is_dtensor
+from ava_ext.ops.dtensor_logits import check_is_logits, has_dtensor
+from ava_ext.ops.dtensors import is_dtensor, whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import RowFlags, accumulation_dtype, row_options, target_weights
+from ava_ext.ops.row_weights import count_rows
 from ava_ext.ops.softmax_rows import row_loss
 from ava_ext.reduction import classes_of
 
@@ -151,14 +152,17 @@ def _row_loss(
     label_smoothing = _number(owner, "label_smoothing", label_smoothing)
     terms = _row_terms(owner, label_smoothing, **options)
     if weight is not None:
-        _check_weight(owner, weight, logits)
-        weight = _beside(target, weight)
+        check_is_tensor(owner, "weight", weight)
+        check_shape(owner, logits.shape[-1:], weight=weight)
+        check_real(owner, "weight", weight)
+        check_constants(owner, weight=weight)
     probabilities = None
     if target.is_floating_point():
-        _check_probabilities(owner, target, logits, ignore_index, options)
+        _check_probabilities(owner, target, logits, ignore_index, terms)
         probabilities = target
         if weight is not None:
-            probabilities = _weighted_probabilities(target, weight, label_smoothing, logits, options.get("vocab_size"))
+            of_columns = (_beside(target, weight), label_smoothing, logits, options.get("vocab_size"))
+            probabilities = _weighted_probabilities(target, *of_columns)
             terms = _row_terms(owner, 0.0, **options)
         target = target.new_zeros(target.shape[:-1], dtype=torch.int64)
         weight = None
@@ -169,21 +173,17 @@ def _row_loss(
     if target.dtype != torch.int64:
         check_integers(owner, "target", target)
         target = target.long()
+    target = whole(owner, "target", target, has_dtensor(logits))
     row_weights = candidates = smoothing_weights = None
     flags = terms.flags
-    if reduction == "mean":
-        counted = (target != ignore_index).to(dtype)
-        n_counted = counted.sum().clamp_min(1)
-        row_weights = counted / n_counted
     if weight is not None:
-        of_class = classes_of(target, weight.to(dtype))
+        weight = whole(owner, "weight", weight, True).to(dtype).contiguous()
         flags |= RowFlags.TARGET_WEIGHTS
-        candidates = target_weights(of_class)
-        if label_smoothing > 0:
-            smoothing_weights = weight
-        if reduction == "mean":
-            total = (counted * of_class).sum()
-            row_weights = counted / torch.where(total == 0, n_counted, total)
+        candidates = target_weights(classes_of(target, weight))
+        smoothing_weights = weight if label_smoothing > 0 else None
+    if reduction == "mean":
+        *_, row_weights = count_rows(target.reshape(-1), None, None, weight, None, ignore_index, True, dtype)
+        row_weights = row_weights.view(target.shape)
     return row_loss(
         logits,
         target,
@@ -206,7 +206,7 @@ def _check_probabilities(
     probabilities: Tensor,  # [..., n_columns]
     logits: Tensor | LinearLogits,  # [..., n_columns]
     ignore_index: int,
-    options: dict[str, Any],
+    terms: _RowTerms,
 ) -> None:
     if probabilities.shape != logits.shape:
         raise ValueError(
@@ -214,11 +214,8 @@ def _check_probabilities(
         )
     if ignore_index >= 0:
         raise ValueError(f"{owner}: expected no ignore_index beside probabilities as target, got {ignore_index}")
-    for name in ("use_focal_loss", "token_reweighting"):
-        if options.get(name):
-            raise ValueError(f"{owner}: {name} needs one target for each row, got probabilities")
-    if options.get("smoothing_mode", "uniform") != "uniform":
-        raise ValueError(f"{owner}: smoothing_mode 'exclude_target' needs one target for each row, got probabilities")
+    if terms.needs_one_target is not None:
+        raise ValueError(f"{owner}: {terms.needs_one_target} needs one target for each row, got probabilities")
 
 
 def _weighted_probabilities(
@@ -257,17 +254,6 @@ def _columns_that_are_there(
     return is_there & ~(is_masked.full_tensor() if is_dtensor(is_masked) else is_masked)
 
 
-def _check_weight(
-    owner: str,
-    weight: Tensor,  # [n_columns]
-    logits: Tensor | LinearLogits,  # [..., n_columns]
-) -> None:
-    check_is_tensor(owner, "weight", weight)
-    check_shape(owner, logits.shape[-1:], weight=weight)
-    check_real(owner, "weight", weight)
-    check_constants(owner, weight=weight)
-
-
 def _beside(
     target: Any,  # [...] or [..., n_columns]
     values: Any,  # [...]: the same on every rank
@@ -284,10 +270,11 @@ def _beside(
 
 
 class _RowTerms(NamedTuple):
-    """What the options of a call come to; numbers alone, so that they can be kept."""
+    """What the options of a call come to; without tensors, so that it can be kept."""
 
     flags: int
     options: tuple[tuple[str, float], ...]  # of row_options
+    needs_one_target: str | None  # as of the configuration
 
 
 def _number(owner: str, name: str, value: Any) -> Any:
@@ -323,6 +310,7 @@ def _make_row_terms(owner: str, label_smoothing: float, /, **given: Any) -> _Row
     return _RowTerms(
         int(functools.reduce(operator.or_, (term.flags for term in terms))),
         tuple((name, value) for term in terms for name, value in term.options.items()),
+        config.needs_one_target,
     )
 
 

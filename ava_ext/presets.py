@@ -192,7 +192,7 @@ class PenaltySchedule(LearnedState):
     def reset_parameters(self) -> None:
         """Begins the schedule again."""
         self.steps.zero_()
-        self.previous_steps.zero_()
+        self.settle()
 
     def factor(self) -> Tensor:
         """[]: the present factor; on the device, so that the schedule neither recompiles nor waits."""
@@ -255,9 +255,7 @@ class AdaptiveAntiRepetitionLoss(AntiRepetitionLoss):
         if not (type(warmup_steps) is int and warmup_steps >= 1):
             raise ValueError(f"{owner}: expected warmup_steps to be an integer >= 1, got {warmup_steps!r}")
         self.schedule = PenaltySchedule(initial_weight, final_weight, warmup_steps)
-        self.schedule.auto_step = self.config.auto_step
-        self._state_names += ("schedule",)
-        self._learns = True
+        self._find_states()
 
     @property
     def steps(self) -> Tensor:

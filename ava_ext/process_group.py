@@ -19,6 +19,16 @@ def resolve(process_group: Any) -> Any:
     return distributed.group.WORLD if distributed.is_available() and distributed.is_initialized() else None
 
 
+def picklable(process_group: Any) -> str | None:
+    """What a pickle can hold of a group: its name."""
+    kept = process_group if isinstance(process_group, str) else None
+    if process_group is not kept:
+        warnings.warn(
+            "ava_ext: a process group cannot be pickled and is left out; process_group='world' can", stacklevel=3
+        )
+    return kept
+
+
 class GroupReference:
     """Holds a process group for a module: a copy of the module refers to the same group, a pickled one to none."""
 
@@ -29,9 +39,4 @@ class GroupReference:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = self.process_group if isinstance(self.process_group, str) else None
-        if self.process_group is not kept:
-            warnings.warn(
-                "ava_ext: a process group cannot be pickled and is left out; process_group='world' can", stacklevel=2
-            )
-        return GroupReference, (kept,)
+        return GroupReference, (picklable(self.process_group),)

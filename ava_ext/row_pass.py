@@ -65,17 +65,14 @@ class RowPass(Float32Buffers):
     ) -> None:
         super().__init__()
         self.config = config
-        self.given = tuple(
-            (source.key, source.given) for source in sources if source.given is not None and not source.is_soft
-        )
-        self.soft_key: tuple[str, ...] = ()
-        self.soft_targets: Callable[[Call], Candidates | None] | None = None
-        self.soft_temperature = 1.0
-        self.soft_flags = int(RowFlags.SOFT_TARGETS | (RowFlags.TAIL if config.distillation_tail else 0))
-        for source in sources:
-            if source.is_soft and source.given is not None:
-                self.soft_key, self.soft_targets = (source.key,), source.given
-                self.soft_temperature = source.temperature
+        soft_flags = int(RowFlags.SOFT_TARGETS | (RowFlags.TAIL if config.distillation_tail else 0))
+        given = [  # key, function, flags and temperature of each
+            (source.key, source.given, soft_flags if source.is_soft else 0, source.temperature)
+            for source in sorted(sources, key=lambda source: source.is_soft)  # the kernel has soft targets last
+            if source.given is not None
+        ]
+        self.given = tuple(source for source in given if source[-1] == 1)
+        self.given_apart = tuple(source for source in given if source[-1] != 1)  # in a pass of their own
         self.metrics = tuple((source.key, source.metric) for source in sources if source.metric is not None)
         self.repetition_keys = tuple(source.key for source in sources if source.given is None)
         flags = RowFlags(0)
@@ -169,16 +166,14 @@ class RowPass(Float32Buffers):
         # neither holds the call: in a cycle, its logits would outlive it until Python's collector comes by
         call.head_loss = functools.partial(self._head_loss, options, call.placement, call.max_counted_rows)
         call.candidate_loss = functools.partial(self._candidate_loss, options, call.logits)
-        soft = None if self.soft_targets is None else self.soft_targets(call)
-        in_this_pass = soft is not None and self.soft_temperature == 1
-        candidates, names = self._candidates(call, penalty_factor, soft if in_this_pass else None)
-        flags = self.flags_with_entropy if is_detailed else self.flags
+        candidates, names, flags = self._candidates(call, penalty_factor)
+        flags |= self.flags_with_entropy if is_detailed else self.flags
         with_ranks = is_detailed and bool(self.config.accuracy_top_k)
         loss, terms = row_loss(
             call.logits,
             call.rows.targets,
             options,
-            flags=flags | self.soft_flags if in_this_pass else flags,
+            flags=flags,
             row_weights=like,
             candidates=candidates,
             inplace_gradient=self.config.inplace_gradient,
@@ -191,31 +186,22 @@ class RowPass(Float32Buffers):
         rank = None
         if with_ranks:
             terms, rank = terms[:-N_RANKS], terms[-N_RANKS]
-        if soft is not None and not in_this_pass:
-            of_soft = self._soft_loss(call, soft, options)
-            loss, terms = loss + of_soft.loss, torch.cat([terms, of_soft.terms[len(TERM_NAMES) :]])
-        if soft is not None:
-            names = (*names, *self.soft_key)
+        for key, named_by, own_flags, own_temperature in self.given_apart:
+            given = named_by(call)
+            if given is not None:
+                apart = row_loss(
+                    call.logits,
+                    call.rows.targets,
+                    options * own_temperature ** self.is_temperature.to(options),
+                    flags=int(self.flags & RowFlags.SOFTCAP | own_flags),
+                    row_weights=like,
+                    candidates=given,
+                    max_counted_rows=call.max_counted_rows,
+                    **self._of_rows,
+                )
+                loss, terms = loss + apart.loss, torch.cat([terms, apart.terms[len(TERM_NAMES) :]])
+                names = (*names, key)
         return RowPassOutput(loss, terms, (*TERM_NAMES, *names), options, rank)
-
-    def _soft_loss(
-        self,
-        call: Call,
-        soft: Candidates,
-        options: Tensor,  # [N_OPTIONS]
-    ) -> RowLoss:
-        """Soft targets at a temperature of their own."""
-        options = options * self.soft_temperature ** self.is_temperature.to(options)
-        return row_loss(
-            call.logits,
-            call.rows.targets,
-            options,
-            flags=int(self.flags & RowFlags.SOFTCAP | self.soft_flags),
-            row_weights=call.rows.weights,
-            candidates=soft,
-            max_counted_rows=call.max_counted_rows,
-            **self._of_rows,
-        )
 
     def _head_loss(
         self,
@@ -251,10 +237,9 @@ class RowPass(Float32Buffers):
         self,
         call: Call,
         penalty_factor: Tensor | None,  # []
-        soft: Candidates | None,
-    ) -> tuple[Candidates | None, tuple[str, ...]]:
-        """Every token that the rows push down, in one list of slots, and the names of its groups; then soft targets."""
-        rows, found, names = call.rows, [], self.repetition_keys
+    ) -> tuple[Candidates | None, tuple[str, ...], int]:
+        """Every token that the rows push down or up, in one list of slots, the names of its groups, and their flags."""
+        rows, found, names, flags = call.rows, [], self.repetition_keys, 0
         if call.class_weights is not None:
             found.append(target_weights(classes_of(rows.targets, call.class_weights)))
             names = ("class_weights", *names)
@@ -280,17 +265,15 @@ class RowPass(Float32Buffers):
             if penalty_factor is not None:
                 candidates = candidates._replace(weights=candidates.weights * penalty_factor.to(weights))
             found.append(candidates)
-        for key, named_by in self.given:
+        for key, named_by, of_source, _ in self.given:
             given = named_by(call)
             if given is not None:
                 found.append(given)
-                names = (*names, key)
-        if soft is not None:
-            found.append(soft)
+                names, flags = (*names, key), flags | of_source
         if len(found) < 2:
-            return (found[0] if found else None), names
+            return (found[0] if found else None), names, flags
         ids, weights = (torch.cat([getattr(part, name) for part in found], -1) for name in ("ids", "weights"))
-        return Candidates(ids, weights, tuple(size for part in found for size in part.groups)), names
+        return Candidates(ids, weights, tuple(size for part in found for size in part.groups)), names, flags
 
 
 def _with_prefix(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:  # each [batch_size, n_prefix + n_tokens]

@@ -17,8 +17,6 @@ from ava_ext.losses.component import Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.temperature import AdaptiveTemperature
 from ava_ext.model_config import options_of
-from ava_ext.ops.committed import is_first_run
-from ava_ext.ops.derivatives import is_exporting
 from ava_ext.ops.dtensors import whole
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.sharded_logits import ShardedLogits
@@ -91,12 +89,8 @@ class UnifiedLoss(nn.Module):
                 )
             setattr(self, part.name, part.from_config(config))
         self._part_names = tuple(part.name for part in self.PARTS if getattr(self, part.name) is not None)
-        states = [name for name, child in self.named_children() if isinstance(child, LearnedState)]
-        self._state_names = tuple(states)
-        for name in states:
-            getattr(self, name).auto_step = config.auto_step
+        self._find_states()
         self.register_load_state_dict_post_hook(_constants_follow)
-        self._learns = config.temperature_adapts or len(states) > 1
         parts = [getattr(self, name) for name in self._part_names]
         keys = [term.key for term in row_terms if term.key] + [source.key for source in sources]
         self._keys = tuple(dict.fromkeys(keys + [key for part in parts for key in part.keys]))
@@ -104,6 +98,14 @@ class UnifiedLoss(nn.Module):
         self._sequence_keys = tuple(source.key for source in sources if source.needs_sequences) + tuple(
             part.keys[0] for part in parts if part.needs_sequences
         )
+
+    def _find_states(self) -> None:
+        """Once all components are there."""
+        states = {name: child for name, child in self.named_children() if isinstance(child, LearnedState)}
+        for state in states.values():
+            state.auto_step = self.config.auto_step
+        self._state_names = tuple(states)
+        self._learns = self.config.temperature_adapts or len(states) > 1
 
     @classmethod
     def from_model(cls, model_or_config: Any, *, fused: bool = True, **options: Any) -> UnifiedLoss:
@@ -321,7 +323,8 @@ class UnifiedLoss(nn.Module):
             class_weights=None if self.config.class_weights is None else row_pass.class_weights,
         )
         if self._learns:
-            self._begin(call, targets)
+            for state in self._learned():
+                call.recording = state.begin(call.rows.weights, targets)
         temperature = self.temperature.read("value") if self.config.temperature_adapts else None
         rows = row_pass.run(call, temperature, self.penalty_factor(), is_detailed=return_detailed)
         total = rows.loss
@@ -344,21 +347,6 @@ class UnifiedLoss(nn.Module):
     def penalty_factor(self) -> Tensor | None:  # []
         """The factor by which the weights of repetition penalties are multiplied; None: 1. Schedules override it."""
         return None
-
-    def _begin(
-        self,
-        call: Call,
-        targets: Any,  # as forward gets them
-    ) -> None:
-        """Prepares what learns, and decides whether this call is recorded."""
-        states = self._learned()
-        for state in states:
-            state.check_device(call.rows.weights.device)
-        if torch.is_grad_enabled() and not is_exporting():
-            first_run = is_first_run(call.rows.weights)
-            for state in states:
-                state.begin(first_run, targets)
-            call.recording = first_run if self.training else False
 
     def _learn(self, call: Call, rows: RowPassOutput) -> None:
         """Records what this call has taught and, with auto_step, commits it."""
@@ -390,9 +378,10 @@ class UnifiedLoss(nn.Module):
         addends = dict(zip(rows.names, weighted.unbind(), strict=True)) | {k: term.clone() for k, term in terms.items()}
         addends |= {key: torch.zeros_like(addends["main_loss"]) for key in self._keys if key not in addends}
         n_counted = call.rows.n_counted
-        cross_entropy, entropy, accuracy = (
-            rows.terms[CROSS_ENTROPY : CROSS_ENTROPY + 3].flatten(1).sum(1) / n_counted.clamp_min(1)
-        ).unbind()
+        most = n_counted.clamp_min(1)
+        means = rows.terms[CROSS_ENTROPY : CROSS_ENTROPY + 3].flatten(1).sum(1) / most
+        cross_entropy, entropy, accuracy = means.unbind()
+        rank: Any = rows.rank  # 0 where a row does not count; None without accuracy_top_k
         return (
             {"total_loss": total}
             | {key: addends[key].detach() for key in self._keys}
@@ -405,22 +394,10 @@ class UnifiedLoss(nn.Module):
                 "entropy": entropy,
                 "temperature": rows.options[0] * self.config.logit_scale,
             }
-            | self._of_ranks(rows, n_counted)
+            | {f"{TOP_K_ACCURACY}{k}": ((rank > 0) & (rank <= k)).sum() / most for k in self.config.accuracy_top_k}
             | self._of_candidates(call, rows)
             | {name: metric.detach() for name, metric in metrics.items()}
         )
-
-    def _of_ranks(
-        self,
-        rows: RowPassOutput,
-        n_counted: Tensor,  # []
-    ) -> dict[str, Tensor]:
-        """How often fewer than k tokens are likelier than the target, for each k of accuracy_top_k."""
-        rank = rows.rank  # 0 where a row does not count
-        if rank is None:
-            return {}
-        most = n_counted.clamp_min(1)
-        return {f"{TOP_K_ACCURACY}{k}": ((rank > 0) & (rank <= k)).sum() / most for k in self.config.accuracy_top_k}
 
     def _of_candidates(self, call: Call, rows: RowPassOutput) -> dict[str, Tensor]:
         """The metrics of sources of candidates; 0 where a source has found none."""

@@ -183,7 +183,7 @@ def test_what_is_remembered_goes_with_the_targets():
     loss_fn = build("default")
     given = arguments(loss_fn, 0)
     loss = checkpointed(loss_fn, given)
-    memory = loss_fn.temperature.memory._read
+    memory = loss_fn.temperature.memory
     assert len(memory) == 1
     del given, loss
     assert len(memory) == 0

@@ -353,7 +353,10 @@ def test_bad_input_is_named():
         ("expected no ignore_index beside probabilities as target, got 4", {"ignore_index": 4}),
         ("use_focal_loss needs one target for each row, got probabilities", {"use_focal_loss": True}),
         ("token_reweighting needs one target for each row", {"token_reweighting": "dft"}),
-        ("'exclude_target' needs one target for each row", {"smoothing_mode": "exclude_target"}),
+        (
+            "'exclude_target' needs one target for each row",
+            {"label_smoothing": 0.1, "smoothing_mode": "exclude_target"},
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             cross_entropy(logits, q, **keywords)

@@ -248,7 +248,7 @@ def test_two_sources_of_logits_are_named(arguments, message):
 
 def test_another_number_of_heads_is_named():
     loss_fn = UnifiedLoss(V, primary_loss_type="adaptive_mtp", num_future_tokens=2, use_confidence_weighting=False)
-    with pytest.raises(ValueError, match="expected num_future_tokens = 2 additional_logits, got 1"):
+    with pytest.raises(ValueError, match="expected additional_logits of num_future_tokens = 2 times"):
         loss_fn(logits(), TARGETS, additional_logits=[logits()])
 
 

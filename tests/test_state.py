@@ -229,7 +229,7 @@ def test_a_copy_refers_to_the_same_group(name, world):
 def test_a_pickled_loss_leaves_its_group_out_and_says_so(world):
     loss_fn = build("both", process_group=world)
     train(loss_fn, 3)
-    with pytest.warns(UserWarning, match="unified_loss: process_group cannot be pickled and is left out"):
+    with pytest.warns(UserWarning, match="ava_ext: a process group cannot be pickled and is left out"):
         data = pickle.dumps(loss_fn)
     other = pickle.loads(data)
     assert other.process_group is None

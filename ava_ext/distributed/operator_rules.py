@@ -173,8 +173,7 @@ def _router_place(owner: str, given: dict[str, Any]) -> RouterPlace:
     place = RouterPlace(owner, layers)
     for name, value in given.items():
         if name in ("expert_indices", "expert_choice", "row_mask", "segment_ids"):
-            is_of_experts = name.startswith("expert")
-            given[name] = None if value is None else place.local(name, value, value.dim() - 1 - is_of_experts)
+            given[name] = place.local(name, value)
         elif is_dtensor(value):  # gradients of sums: the same on every rank, once they are added up
             given[name] = value.full_tensor()
     given["gate_logits"] = [layer.to_local() for layer in layers]

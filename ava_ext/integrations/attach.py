@@ -13,6 +13,11 @@ from ava_ext.integrations.loss_in_forward import LossInForward, RecordsInput, cl
 from ava_ext.ops.linear_logits import has_accelerate_hooks
 from ava_ext.unified_loss import UnifiedLoss
 
+_BESIDE_LOSS = (  # attributes of a model with a loss in it
+    "trained_when_put", "_keys_before_loss", "_recorded", "_is_recording", "has_computed_loss", "loss_parts",
+    "report_parts",
+)  # fmt: skip
+
 
 def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     """Lets model(..., labels=labels) compute loss_fn from the model's logits; returns the model.
@@ -73,17 +78,9 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
                 vars(head).pop(name, None)
             _become(head, head.class_before_loss)
     inner._keys_to_ignore_on_save = inner._keys_before_loss
-    for name in (
-        "unified_loss",
-        "trained_when_put",
-        "_keys_before_loss",
-        "_recorded",
-        "_is_recording",
-        "has_computed_loss",
-        "loss_parts",
-        "report_parts",
-    ):
-        delattr(inner, name)
+    del inner.unified_loss
+    for name in _BESIDE_LOSS:
+        vars(inner).pop(name, None)
     _become(inner, inner.class_before_loss)
     return loss_fn
 
@@ -139,8 +136,6 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         *(inner._keys_before_loss or ()),
         *(f"unified_loss.{key}" for key in loss_fn.state_dict()),
     }
-    inner._recorded, inner._is_recording, inner.has_computed_loss = None, False, False
-    inner.report_parts, inner.loss_parts = False, None
     _become(inner, class_with(LossInForward, type(inner), is_fused))
     return model
 

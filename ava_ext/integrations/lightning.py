@@ -20,6 +20,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ava_ext.integrations.loss_functions import check_steps
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
 from ava_ext.unified_loss import UnifiedLoss
@@ -61,16 +62,7 @@ class UnifiedLossCallback(Callback):
                 "none: set it as an attribute, so that its state is in the checkpoint"
             )
         for loss_fn in losses:
-            if loss_fn._learns and loss_fn.config.auto_step:
-                raise ValueError(
-                    "UnifiedLossCallback: expected a loss with auto_step=False: with auto_step=True it steps for every "
-                    "micro-batch, and the callback once more for every optimizer step"
-                )
-            if loss_fn._learns and trainer.world_size > 1 and loss_fn.config.process_group is None:
-                raise ValueError(
-                    "UnifiedLossCallback: expected a loss with process_group='world', got None: its state would differ "
-                    f"between the {trainer.world_size} ranks"
-                )
+            check_steps(loss_fn, trainer.world_size)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the count of optimizer steps begins, in a resumed run too."""

@@ -116,6 +116,21 @@ def check_is_loss(owner: str, loss_fn: Any) -> None:
         raise TypeError(f"{owner}: expected a UnifiedLoss as loss_fn, got {kind.__module__}.{kind.__qualname__}")
 
 
+def check_steps(loss_fn: UnifiedLoss, n_ranks: int = 1) -> None:
+    """Raises ValueError for a loss that others than UnifiedLossCallback step too, or that learns apart on each rank."""
+    config = loss_fn.config
+    if loss_fn._learns and config.auto_step:
+        raise ValueError(
+            "UnifiedLossCallback: expected a loss with auto_step=False: with auto_step=True it steps for every "
+            "micro-batch, and the callback once more for every optimizer step"
+        )
+    if loss_fn._learns and n_ranks > 1 and config.process_group is None:
+        raise ValueError(
+            "UnifiedLossCallback: expected a loss with process_group='world', got None: its state would differ between "
+            f"the {n_ranks} ranks"
+        )
+
+
 def check_ignore_index(owner: str, config: UnifiedLossConfig, ignore_index: int | None) -> None:
     """Raises ValueError where a model gives its loss function another one than that of the loss."""
     if ignore_index not in (None, config.ignore_index):

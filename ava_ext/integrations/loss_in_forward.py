@@ -44,17 +44,16 @@ class RecordsInput(nn.Module):
     n_columns: int | None = None  # its out_features when the loss was put into the model
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:  # [..., hidden_size]
-        if self.mode is None:
+        if self.mode is not None:
+            self.input_of_head = hidden_states
+        if self.mode != "defer":
             return super().forward(hidden_states, *arguments, **options)
-        self.input_of_head = hidden_states
-        if self.mode == "defer":
-            if arguments or options:  # such as the adapter of each text, of peft
-                raise TypeError(
-                    f"fuse_lm_head: expected {self.owner} to call its head with hidden states alone, got "
-                    f"{[*map(type, arguments), *options]} too: use attach_loss"
-                )
-            return DeferredLogits(hidden_states, self.owner, n_columns_of(self))
-        return super().forward(hidden_states, *arguments, **options)
+        if arguments or options:  # such as the adapter of each text, of peft
+            raise TypeError(
+                f"fuse_lm_head: expected {self.owner} to call its head with hidden states alone, got "
+                f"{[*map(type, arguments), *options]} too: use attach_loss"
+            )
+        return DeferredLogits(hidden_states, self.owner, n_columns_of(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _made_of, (RecordsInput, self.class_before_loss), self.__dict__
@@ -76,12 +75,12 @@ class LossInForward(nn.Module):
     accepts_loss_kwargs = True  # for Trainer: num_items_in_batch is what the loss is divided by
     unified_loss: UnifiedLoss
     trained_when_put: dict[str, bool]  # names of the loss's parameters, and whether they required grad
-    loss_parts: dict[str, Tensor] | None
-    report_parts: bool
+    loss_parts: dict[str, Tensor] | None = None
+    report_parts: bool = False
     config: Any  # of the model
-    _recorded: Any  # what the model gave to its loss function
-    _is_recording: bool
-    has_computed_loss: bool
+    _recorded: Any = None  # what the model gave to its loss function
+    _is_recording: bool = False
+    has_computed_loss: bool = False
     expert_bias_binding: Any = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -38,7 +38,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ava_ext.integrations.attach import attach_loss, causal_lm_of, fuse_lm_head, unfuse
 from ava_ext.integrations.expert_bias import ExpertBiasBinding, bind_expert_bias
-from ava_ext.integrations.loss_functions import causal_lm_loss, check_is_loss, trainer_loss
+from ava_ext.integrations.loss_functions import causal_lm_loss, check_is_loss, check_steps, trainer_loss
 from ava_ext.integrations.loss_in_forward import DECIDE_ROWS, LossInForward
 from ava_ext.losses import METRICS
 from ava_ext.meter import LossMeter
@@ -93,11 +93,7 @@ class UnifiedLossCallback(TrainerCallback):
 
     def __init__(self, loss_fn: UnifiedLoss, resume_from: str | None = None) -> None:
         check_is_loss("UnifiedLossCallback", loss_fn)
-        if loss_fn._learns and loss_fn.config.auto_step:
-            raise ValueError(
-                "UnifiedLossCallback: expected a loss with auto_step=False: with auto_step=True it steps for every "
-                "micro-batch, and the callback once more for every optimizer step"
-            )
+        check_steps(loss_fn)
         self.loss_fn = loss_fn
         self.resume_from = resume_from
         self._model_with_loss: Any = None  # found when training begins
@@ -109,11 +105,7 @@ class UnifiedLossCallback(TrainerCallback):
         self._model_with_loss = _with_this_loss(options.get("model"), self.loss_fn)
         if self._model_with_loss is None:  # which is where its model is
             self.loss_fn.to(args.device)
-        if args.world_size > 1 and self.loss_fn._learns and self.loss_fn.config.process_group is None:
-            raise ValueError(
-                "UnifiedLossCallback: expected a loss with process_group='world', got None: its state would differ "
-                f"between the {args.world_size} ranks"
-            )
+        check_steps(self.loss_fn, args.world_size)
         _refuse_label_smoothing("UnifiedLossCallback", args)
         if self._model_with_loss is not None:
             _check_trained("UnifiedLossCallback", self._model_with_loss)
@@ -293,6 +285,10 @@ class UnifiedLossTrainerMixin:
         >>> trainer = MyTrainer(model, args, train_dataset=data, loss_fn=loss_fn)
     """
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # what Trainer has
+
     def __init__(
         self, model: Any = None, *arguments: Any, loss_fn: UnifiedLoss, fuse: bool = True, **options: Any
     ) -> None:
@@ -319,19 +315,18 @@ class UnifiedLossTrainerMixin:
             if inner.trained_when_put.get(name):
                 parameter.requires_grad_(True)
         _check_trained("UnifiedLossTrainerMixin", inner)
-        trainer: Any = self
-        _refuse_label_smoothing("UnifiedLossTrainerMixin", trainer.args)
-        if getattr(trainer.args, "loss_type", None) == "dft":  # of SFTTrainer
+        _refuse_label_smoothing("UnifiedLossTrainerMixin", self.args)
+        if getattr(self.args, "loss_type", None) == "dft":  # of SFTTrainer
             raise ValueError(
                 "UnifiedLossTrainerMixin: expected loss_type='nll', got 'dft': token_reweighting='dft' is an option of "
                 "the loss"
             )
-        _take_aux_loss_weight(trainer, inner)
-        if trainer.args.n_gpu > 1:
+        _take_aux_loss_weight(self, inner)
+        if self.args.n_gpu > 1:
             raise ValueError("UnifiedLossTrainerMixin: expected one process per GPU (torchrun), got DataParallel")
         self._callback = _CallbackOfTrainer(loss_fn)
         self._callback.at_begin = functools.partial(self._clear_meter, is_training=True)
-        trainer.add_callback(self._callback)
+        self.add_callback(self._callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Trainer's, which tells the callback where the loss is."""
@@ -353,10 +348,9 @@ class UnifiedLossTrainerMixin:
         found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)
         parts = self._model_with_loss.loss_parts
         if parts is not None:
-            trainer: Any = self
             self._meters[model.training].update(parts)
             self._meter_calls[model.training] += 1
-            is_of_all = num_items_in_batch is not None and trainer.args.average_tokens_across_devices
+            is_of_all = num_items_in_batch is not None and self.args.average_tokens_across_devices
             self._n_is_of_all_ranks[model.training] = is_of_all
         return found
 
@@ -382,18 +376,17 @@ class UnifiedLossTrainerMixin:
         if not found:
             return None
         # from here as Trainer does with the number of labels
-        trainer: Any = self
         n_items = torch.stack(found).sum()
-        if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
-            n_items = trainer.accelerator.gather(n_items).sum()
-        parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            n_items = self.accelerator.gather(n_items).sum()
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
         return n_items / parallelism.non_data_parallel_size if parallelism else n_items
 
     def _n_items(self, batch: Any, device: torch.device) -> Tensor | None:  # []
         """N of one micro-batch, of the arguments that the model's forward will make of it; None without labels."""
         if not hasattr(batch, "get"):
             return None
-        batch = _with_prompt(self.model, batch)  # type: ignore[attr-defined]
+        batch = _with_prompt(self.model, batch)
         shifted = batch.get("shift_labels")
         labels = batch.get("labels") if shifted is None else shifted
         if not isinstance(labels, Tensor):
@@ -407,8 +400,7 @@ class UnifiedLossTrainerMixin:
         self._meters[is_training].reset()
         self._meter_calls[is_training] = 0
         if is_training:
-            trainer: Any = self
-            self._logged_step = trainer.state.global_step
+            self._logged_step = self.state.global_step
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Trainer's, with the parts of the loss."""
@@ -418,15 +410,14 @@ class UnifiedLossTrainerMixin:
 
     def _read_meter(self, is_training: bool) -> dict[str, float]:
         """Parts per optimizer step, or per batch of an evaluation, and metrics, since the last time."""
-        trainer: Any = self
         values = self._meters[is_training].compute()
         n_calls, self._meter_calls[is_training] = self._meter_calls[is_training], 0
         if is_training:
-            n_calls, self._logged_step = trainer.state.global_step - self._logged_step, trainer.state.global_step
+            n_calls, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
         self._meters[is_training].reset()
         values.pop("total_loss", None)
         # the meter adds up the ranks: their parts are shares of one loss only where they share one N
-        n_losses = max(n_calls, 1) * (1 if self._n_is_of_all_ranks[is_training] else trainer.args.world_size)
+        n_losses = max(n_calls, 1) * (1 if self._n_is_of_all_ranks[is_training] else self.args.world_size)
         return {name: value if name in METRICS else value / n_losses for name, value in values.items()}
 
 

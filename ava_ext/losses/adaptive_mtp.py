@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ava_ext.call import Call, HeadLoss, Heads, Logits
+from ava_ext.call import Call, HeadLoss, Logits
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     DepthMeans,
     active_rows,
+    additional_heads,
     connected,
     depth_means,
     depth_metrics,
     depth_rows,
     losses_of_heads,
-    no_means,
     parts_of_heads,
+    switched_off,
 )
 from ava_ext.losses.learned_state import LearnedState
-from ava_ext.ops.arguments import check_is_tensor, has_shape
-from ava_ext.ops.linear_logits import LinearLogits
+from ava_ext.ops.arguments import has_shape
 from ava_ext.ops.row_fields import TERM_NAMES, accumulation_dtype
-from ava_ext.ops.sharded_logits import ShardedLogits
 from ava_ext.sequences import shift_left
 
 CROSS_ENTROPY = TERM_NAMES.index("cross_entropy")
@@ -46,7 +46,7 @@ class AdaptiveMTPTerms(NamedTuple):
 
 
 def adaptive_mtp_terms(
-    additional_logits: Heads,  # [n_heads, batch_size, n_tokens, vocab_size], or a list
+    heads: Sequence[Logits],  # n_heads of [batch_size, n_tokens, n_columns]
     targets: Tensor,  # [batch_size, n_tokens]
     row_weights: Tensor,  # [batch_size, n_tokens]
     segments: Tensor | None,  # [batch_size, n_tokens]
@@ -54,7 +54,7 @@ def adaptive_mtp_terms(
     *,
     confidence_scores: Tensor
     | None = None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or [batch_size, n_tokens, 1]
-    mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool
+    mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool; not False
     mtp_weight: float = UnifiedLossConfig.mtp_weight,
     confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
     ignore_index: int = UnifiedLossConfig.ignore_index,
@@ -72,36 +72,30 @@ def adaptive_mtp_terms(
     at c = q.
 
     Args:
-        additional_logits: of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k]. A list may hold
-            LinearLogits, whose logits are never computed as a whole.
+        heads: the logits of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k].
         targets: the target of each row at depth 0 (the next token); ignore_index where the row does not count.
         row_weights: token weight / N of each row at depth 0, and 0 where it does not count. No gradient.
         segments: contiguous documents of packed rows; None: each batch row is one segment.
         head_loss: the cross-entropy of the main term, (logits, targets, row_weights) -> RowLoss: the sum over rows, or
             with per_row the loss of each row, which is 0 where the target is ignore_index.
         confidence_scores: in [0, 1], per sequence or per row. None: c = 1 and no confidence term.
-        mtp_active: False switches the heads off for this call. A tensor does so on the device, for all or per sequence:
-            a sequence that is off counts as one whose rows have no target. None: on.
+        mtp_active: a tensor switches the heads off on the device, for all or per sequence: a sequence that is off
+            counts as one whose rows have no target. None or True: on.
         mtp_weight, confidence_reg_strength, ignore_index: see UnifiedLossConfig.
         depth_weights, own_denominator: of the heads' loss; see `depths.depth_rows`.
         per_row: return both terms per row, [batch_size, n_tokens].
 
     Returns:
-        AdaptiveMTPTerms, float32 (float64 for float64 logits). Zeros, connected to the graph, if switched off.
+        AdaptiveMTPTerms, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: there are no heads although they are on, or shapes do not fit.
+        ValueError: mtp_active, depth_weights or confidence_scores of a shape that does not fit.
 
     Example:
         >>> weights = torch.full(targets.shape, 1 / targets.numel())
         >>> terms = adaptive_mtp_terms(heads, targets, weights, None, head_loss, confidence_scores=confidence)
         >>> loss = loss + terms.mtp_loss + terms.confidence_regularization
     """
-    heads = _heads(additional_logits, targets)
-    if mtp_active is False or not heads:
-        if mtp_active is not False:
-            raise ValueError("adaptive_mtp: expected additional_logits of at least 1 head, got none")
-        return _switched_off(heads, targets, row_weights, confidence_scores, per_row)
     batch_size, n_tokens = targets.shape
     dtype = accumulation_dtype(heads[0].dtype)
     targets, weights = active_rows(targets, row_weights.detach().to(dtype), mtp_active, ignore_index)
@@ -142,30 +136,6 @@ def adaptive_mtp_terms(
     )
 
 
-def _heads(additional_logits: Heads, targets: Tensor) -> list[Logits]:
-    if targets.dim() != 2:
-        raise ValueError(f"adaptive_mtp: expected targets [batch_size, n_tokens], got {list(targets.shape)}")
-    if additional_logits is None:
-        return []
-    if isinstance(additional_logits, LinearLogits):  # a tuple, but of one head
-        raise ValueError("adaptive_mtp: expected a list of LinearLogits, one per head, got one LinearLogits")
-    if isinstance(additional_logits, Tensor) and additional_logits.dim() != 4:
-        raise ValueError(
-            "adaptive_mtp: expected additional_logits [n_heads, batch_size, n_tokens, vocab_size], got "
-            f"{list(additional_logits.shape)}"
-        )
-    heads = list(additional_logits)
-    for number, logits in enumerate(heads):
-        if isinstance(logits, LinearLogits):
-            logits.check(f"adaptive_mtp: additional_logits[{number}]")
-        if len(logits.shape) != 3 or logits.shape[:2] != targets.shape:
-            raise ValueError(
-                f"adaptive_mtp: expected additional_logits[{number}] of shape [{targets.shape[0]}, {targets.shape[1]}, "
-                f"vocab_size], got {list(logits.shape)}"
-            )
-    return heads
-
-
 def _rows(values: Tensor, batch_size: int, n_tokens: int) -> Tensor:  # [batch_size, n_tokens]
     shape = list(values.shape)
     if shape == [batch_size, n_tokens, 1]:
@@ -182,21 +152,6 @@ def _rows(values: Tensor, batch_size: int, n_tokens: int) -> Tensor:  # [batch_s
 
 def _mean_of(values: Tensor, mask: Tensor) -> Tensor:  # [batch_size, n_tokens], [batch_size, n_tokens] -> []
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
-
-
-def _switched_off(
-    heads: list[Logits],
-    targets: Tensor,
-    row_weights: Tensor,
-    confidence_scores: Tensor | None,
-    per_row: bool,
-) -> AdaptiveMTPTerms:
-    dtype = accumulation_dtype(row_weights.dtype)
-    zeros = torch.zeros(targets.shape if per_row else (), dtype=dtype, device=targets.device)
-    mtp_loss, regularization = connected(zeros, parts_of_heads(heads)), connected(zeros.clone(), [confidence_scores])
-    nothing = torch.zeros((), dtype=dtype, device=targets.device)
-    means = no_means(nothing, len(heads))
-    return AdaptiveMTPTerms(mtp_loss, regularization, means, nothing, nothing, n_targets=nothing.long())
 
 
 class AdaptiveMTP(LearnedState, Part):
@@ -249,14 +204,15 @@ class AdaptiveMTP(LearnedState, Part):
     def of_call(self, call: Call) -> Addends:
         """The terms of the heads that the call gives; with mtp_active=False zeros, in the graph of the heads."""
         config, rows, active, confidence = call.config, call.rows, call.mtp_active, call.confidence_scores
-        heads = self._heads_of(call)
-        if call.is_flat:
-            heads = [head.unsqueeze(0) for head in heads]
-            if confidence is not None and confidence.shape[:1] == (rows.targets.numel(),):
-                confidence = confidence.unsqueeze(0)
-        if not heads:
-            active = False
-        if active is not False and config.use_confidence_weighting and confidence is None:
+        heads = additional_heads(call)
+        if call.is_flat and confidence is not None and confidence.shape[:1] == (rows.targets.numel(),):
+            confidence = confidence.unsqueeze(0)
+        if active is False or not heads:
+            off = switched_off(call, parts_of_heads(heads))
+            if not self.calibrates:
+                return off
+            return off._replace(terms={**off.terms, self.keys[1]: connected(call.no_loss(), [confidence])})
+        if config.use_confidence_weighting and confidence is None:
             raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
         terms = adaptive_mtp_terms(
             heads,
@@ -273,32 +229,11 @@ class AdaptiveMTP(LearnedState, Part):
             own_denominator=config.mtp_own_denominator,
             per_row=config.reduction == "none",
         )
-        if active is not False:
-            call.learned.append(lambda recording: self.record_averages(recording, terms))
+        call.learned.append(lambda recording: self.record_averages(recording, terms))
         addends = {"mtp_loss": terms.mtp_loss}
         if self.calibrates:
             addends["confidence_regularization"] = terms.confidence_regularization
-        depths = terms.depths if heads else no_means(rows.weights, config.num_future_tokens)
-        return Addends(addends, depth_metrics(depths))
-
-    def _heads_of(self, call: Call) -> list[Logits]:
-        given = call.additional_logits
-        if given is None and (call.mtp_active is None or call.mtp_active is False):  # as many heads as are given
-            return []
-        if given is None:
-            raise ValueError("unified_loss: mtp_active needs additional_logits, got None")
-        heads = [given] if isinstance(given, (LinearLogits, ShardedLogits)) else list(given)
-        if not heads and call.mtp_active is False:
-            return []
-        n_heads = call.config.num_future_tokens
-        if len(heads) != n_heads:
-            raise ValueError(
-                f"unified_loss: expected num_future_tokens = {n_heads} additional_logits, got {len(heads)}"
-            )
-        kinds = (Tensor, LinearLogits, ShardedLogits), "a torch.Tensor or LinearLogits"
-        for number, head in enumerate(heads):
-            check_is_tensor("unified_loss", f"additional_logits[{number}]", head, *kinds)
-        return heads
+        return Addends(addends, depth_metrics(terms.depths))
 
     @torch.no_grad()
     def record_averages(
@@ -330,8 +265,4 @@ class AdaptiveMTP(LearnedState, Part):
         """Clears averages and count."""
         self.sums.zero_()
         self.count.zero_()
-        self.clear_pending()
-
-    def reset_parameters(self) -> None:
-        """Clears averages and count."""
-        self.reset_statistics()
+        self.settle()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
-from ava_ext.losses.router import load_variation, measure_router, router_of_call
+from ava_ext.losses.router import ROUTER_METRICS, measure_router, router_of_call
 from ava_ext.ops.arguments import check_shape
 from ava_ext.ops.router_layers import layered_gate_logits
 from ava_ext.ops.router_rows import RouterStatistics
@@ -52,23 +52,11 @@ def load_balancing_loss(
 
     Source: Fedus et al. 2021, "Switch Transformers", equations 4-6; DeepSeek-V3, equations 17-20, for k > 1.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"load_balancing_loss: expected convention to be one of {CONVENTIONS}, got {convention!r}")
-    counts, probability_sum, n_rows = statistics.counts, statistics.probability_sum, statistics.n_rows
-    factor: int | Tensor = 1
-    if convention == "huggingface":
-        counts, probability_sum, n_rows = (
-            value.sum(dim=0, keepdim=True) for value in (counts, probability_sum, n_rows)
-        )
-        factor = counts.sum() / n_rows.sum().clamp_min(1) if k is None else k
-    group = resolve(process_group)
+    counts, group = statistics.counts, resolve(process_group)
     if group is not None:
         counts = counts.clone()
         torch.distributed.all_reduce(counts, group=group)
-    share = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1)
-    mean_probability = probability_sum / n_rows.clamp_min(1).unsqueeze(-1)
-    loss = counts.shape[-1] * (share * mean_probability).sum(dim=-1)
-    return _mean_over_layers(loss, n_rows) * factor
+    return _load_balancing("load_balancing_loss", statistics, counts, statistics.n_rows, k, convention)
 
 
 def global_load_balancing_loss(
@@ -103,21 +91,39 @@ def global_load_balancing_loss(
     Source: Qiu et al. 2025, "Demons in the detail: on implementing load balancing loss for training specialized
     mixture-of-expert models" (arXiv 2501.11873), equation 4.
     """
+    owner = "global_load_balancing_loss"
+    check_shape(owner, statistics.counts.shape, global_counts=global_counts)
+    counts = global_counts.detach().to(statistics.counts)
+    n_rows = counts.sum(dim=-1) / _choices_of_a_row(statistics, k)
+    return _load_balancing(owner, statistics, counts, n_rows, k, convention)
+
+
+def _load_balancing(
+    owner: str,
+    statistics: RouterStatistics,
+    counts: Tensor,  # [n_layers, n_experts]
+    n_rows: Tensor,  # [n_layers]
+    k: int | None,
+    convention: str,
+) -> Tensor:  # []
+    """n_experts * sum_e f_e P_e: f is the share of the counts, P what the statistics give of the mean over n_rows."""
     if convention not in CONVENTIONS:
-        raise ValueError(
-            f"global_load_balancing_loss: expected convention to be one of {CONVENTIONS}, got {convention!r}"
-        )
+        raise ValueError(f"{owner}: expected convention to be one of {CONVENTIONS}, got {convention!r}")
     probability_sum = statistics.probability_sum
-    check_shape("global_load_balancing_loss", probability_sum.shape, global_counts=global_counts)
-    counts = global_counts.detach().to(probability_sum)
-    choices_of_a_row: int | Tensor = statistics.counts.sum() / statistics.n_rows.sum().clamp_min(1) if k is None else k
+    factor: int | Tensor = 1
     if convention == "huggingface":
-        counts, probability_sum = (value.sum(dim=0, keepdim=True) for value in (counts, probability_sum))
-    n_choices = counts.sum(dim=-1, keepdim=True)
-    share = counts / n_choices.clamp_min(1)
-    mean_probability = probability_sum * choices_of_a_row / n_choices.clamp_min(1)
+        factor = _choices_of_a_row(statistics, k)
+        counts, probability_sum, n_rows = (
+            value.sum(dim=0, keepdim=True) for value in (counts, probability_sum, n_rows)
+        )
+    share = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1)
+    mean_probability = probability_sum / n_rows.clamp_min(1).unsqueeze(-1)
     loss = counts.shape[-1] * (share * mean_probability).sum(dim=-1)
-    return _mean_over_layers(loss, n_choices.squeeze(-1)) * (choices_of_a_row if convention == "huggingface" else 1)
+    return _mean_over_layers(loss, n_rows) * factor
+
+
+def _choices_of_a_row(statistics: RouterStatistics, k: int | None) -> int | Tensor:  # []
+    return (statistics.counts.sum() / statistics.n_rows.sum().clamp_min(1)).clamp_min(1) if k is None else k
 
 
 def router_z_loss(statistics: RouterStatistics) -> Tensor:
@@ -217,7 +223,7 @@ class AuxiliaryLoss(Part):
 
     name = "auxiliary"
     keys = ("aux_load_balancing", "aux_router_z")
-    METRICS = ("moe_cv", "moe_max_violation")
+    METRICS = ROUTER_METRICS
 
     def __init__(
         self,
@@ -254,7 +260,7 @@ class AuxiliaryLoss(Part):
         self.router_z_weight = router_z_weight
         self.convention = load_balancing_convention
         self.score = router_score
-        self.per_sequence = per_sequence
+        self.per_sequence = self.needs_sequences = per_sequence
         self.group = GroupReference(process_group)
 
     @classmethod
@@ -273,24 +279,19 @@ class AuxiliaryLoss(Part):
             per_sequence=config.load_balancing_per_sequence,
         )
 
-    @property
-    def needs_sequences(self) -> bool:  # type: ignore[override]
-        """Whether rows must be in the order of the text."""
-        return self.per_sequence
-
     def of_call(self, call: Call) -> Addends:
         """Both terms of the call's router, and metrics of how uneven its choices are."""
-        statistics, texts = router_of_call(call, "use_auxiliary_loss")
+        router = router_of_call(call, "use_auxiliary_loss")
         share = call.rows.batch_share
-        terms = {key: share * term for key, term in zip(self.keys, self.terms(texts), strict=True)}
+        terms = {key: share * term for key, term in zip(self.keys, self.terms(router.whole, router.texts), strict=True)}
         if call.global_expert_counts is not None:
             if self.per_sequence:
                 raise ValueError("unified_loss: expected no global_expert_counts with load_balancing_per_sequence=True")
             addend = global_load_balancing_loss(
-                statistics, call.global_expert_counts, k=self.k, convention=self.convention
+                router.whole, call.global_expert_counts, k=self.k, convention=self.convention
             )
             terms[self.keys[0]] = self.load_balancing_weight * addend
-        return Addends(terms, dict(zip(self.METRICS, load_variation(statistics.counts), strict=True)))
+        return Addends(terms, router.metrics)
 
     def forward(
         self,
@@ -315,23 +316,6 @@ class AuxiliaryLoss(Part):
             ValueError: shapes that do not fit, k > n_experts.
             IndexError: an expert index out of range.
         """
-        load_balancing, router_z = self.terms(self.measure(gate_logits, expert_indices, row_mask))
-        total = load_balancing + router_z
-        if not return_detailed:
-            return total
-        return {
-            "total_loss": total,
-            "aux_load_balancing": load_balancing.detach(),
-            "aux_router_z": router_z.detach(),
-        }
-
-    def measure(
-        self,
-        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
-        expert_indices: Tensor | Sequence[Tensor | None] | None = None,  # [n_rows, k] per layer
-        row_mask: Tensor | None = None,  # n_rows elements, bool
-    ) -> RouterStatistics:
-        """The statistics that `terms` needs; with per_sequence, every sequence of every layer is a layer."""
         texts, n_texts = None, 1
         if self.per_sequence:
             first = layered_gate_logits(gate_logits, self.n_layers)[0]
@@ -341,7 +325,7 @@ class AuxiliaryLoss(Part):
                     f"layer, got {list(first.shape[1:])}"
                 )
             texts, n_texts = text_numbers((first.shape[1], first.shape[2]), None, None, first.device)
-        return measure_router(
+        statistics = measure_router(
             gate_logits,
             expert_indices,
             row_mask,
@@ -353,15 +337,18 @@ class AuxiliaryLoss(Part):
             n_texts=n_texts,
             owner="auxiliary_loss",
         )
+        terms = self.terms(*statistics)
+        total = terms[0] + terms[1]
+        if not return_detailed:
+            return total
+        return {"total_loss": total} | {key: term.detach() for key, term in zip(self.keys, terms, strict=True)}
 
-    def terms(self, statistics: RouterStatistics) -> tuple[Tensor, Tensor]:
-        """(load balancing, router z-loss), both weighted, from statistics that have been measured."""
+    def terms(self, whole: RouterStatistics, texts: RouterStatistics) -> tuple[Tensor, Tensor]:
+        """(load balancing, router z-loss), both weighted, from what measure_router returns.
+
+        The latter is a mean over rows, not over sequences: padding must not change the weight of a row.
+        """
         load_balancing = load_balancing_loss(
-            statistics, k=self.k, convention=self.convention, process_group=self.group.process_group
+            texts, k=self.k, convention=self.convention, process_group=self.group.process_group
         )
-        return self.load_balancing_weight * load_balancing, self.router_z_weight * self._z_loss(statistics)
-
-    def _z_loss(self, statistics: RouterStatistics) -> Tensor:
-        if self.per_sequence:  # a mean over rows, not over sequences: padding must not change a row's weight
-            return statistics.lse_squared_sum.sum() / statistics.n_rows.sum().clamp_min(1)
-        return router_z_loss(statistics)
+        return self.load_balancing_weight * load_balancing, self.router_z_weight * router_z_loss(whole)

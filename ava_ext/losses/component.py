@@ -41,7 +41,7 @@ class CandidateSource(NamedTuple):
     weights: Mapping[str, float] = {}  # arguments of repetition_weights
     given: Callable[[Call], Candidates | None] | None = None  # where the call itself names them
     needs_sequences: bool = True  # rows in the order of the text
-    is_soft: bool = False  # pull up instead, by -sum_c w_c log p_c; at most one source, which comes last
+    is_soft: bool = False  # pull up instead, by -sum_c w_c log p_c; at most one source
     temperature: float = 1.0  # of a soft source, beside that of the rows; other than 1: a pass of its own
     metric: CandidateMetric | None = None
 
@@ -61,7 +61,7 @@ class Part(nn.Module):
 
     name: ClassVar[str]  # the attribute of UnifiedLoss, and so the prefix of its state
     METRICS: ClassVar[tuple[str, ...]] = ()  # names of the metrics that it may give
-    needs_sequences: ClassVar[bool] = False  # rows in the order of the text
+    needs_sequences: bool = False  # rows in the order of the text
     keys: tuple[str, ...]  # of the terms that it adds
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -83,7 +83,7 @@ def info_nce(
     check_shape("contrastive_loss", (n_pairs,), row_mask=row_mask, document_ids=document_ids)
     if document_ids is not None:
         check_integers("contrastive_loss", "document_ids", document_ids, "[n_pairs]")
-    mask = None if row_mask is None else as_mask("contrastive_loss", "row_mask", row_mask)
+    mask = None if row_mask is None else as_mask("contrastive_loss", row_mask)
     a, b = _directions(first, mask), _directions(second, mask)
     block_rows = max(1, block_elements // max(n_pairs, 1))
     of_blocks = []

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ava_ext.call import HeadLoss, Logits
+from ava_ext.call import Call, HeadLoss, Logits
+from ava_ext.losses.component import Addends
 from ava_ext.ops.arguments import check_constants, check_shape, has_shape
+from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.row_fields import TERM_NAMES
@@ -97,6 +99,35 @@ def active_rows(
         raise ValueError(f"multi_token_prediction: expected mtp_active of shape [] or [{batch_size}], got {shape}")
     is_active = mtp_active.bool().unsqueeze(1) if shape else mtp_active.bool()
     return torch.where(is_active, targets, ignore_index), torch.where(is_active, row_weights, 0.0)
+
+
+def additional_heads(
+    call: Call,
+    needed: str = "additional_logits",  # for the message
+) -> list[Logits]:  # num_future_tokens of [batch_size, n_tokens, n_columns]
+    """The call's additional_logits; [] where it has none, which may be where its heads are not switched on.
+
+    Raises:
+        ValueError: there are none although mtp_active asks for them, another number of them, or other rows.
+        TypeError: one of them is not logits.
+    """
+    given, active = call.additional_logits, call.mtp_active
+    if given is None:
+        if not (active is None or active is False):
+            raise ValueError(f"unified_loss: mtp_active needs {needed}, got None")
+        return []
+    heads = [given] if isinstance(given, (LinearLogits, ShardedLogits)) else list(given)
+    if not heads and active is False:
+        return []
+    for number, head in enumerate(heads):
+        check_is_logits(f"unified_loss: additional_logits[{number}]", head)
+    n_depths = call.config.num_future_tokens
+    if [list(head.shape[:-1]) for head in heads] != [list(call.targets_shape)] * n_depths:
+        raise ValueError(
+            f"unified_loss: expected additional_logits of num_future_tokens = {n_depths} times "
+            f"{[*call.targets_shape, call.config.vocab_size]}, got {[list(head.shape) for head in heads]}"
+        )
+    return [head.unsqueeze(0) for head in heads] if call.is_flat else heads
 
 
 class DepthLosses(NamedTuple):
@@ -218,6 +249,10 @@ def connected(
     return zeros
 
 
-def no_means(like: Tensor, n_depths: int) -> DepthMeans:
-    """Zeros, where no head was asked."""
-    return DepthMeans(*(like.new_zeros(n_depths) for _ in DepthMeans._fields))
+def switched_off(
+    call: Call,
+    parts: Iterable[Tensor | None],  # what the heads would have read
+) -> Addends:
+    """The zeros of a part whose heads are off in this call."""
+    means = DepthMeans(*(call.rows.weights.new_zeros(call.config.num_future_tokens) for _ in DepthMeans._fields))
+    return Addends({"mtp_loss": connected(call.no_loss(), parts)}, depth_metrics(means))

@@ -88,7 +88,7 @@ class DiversityLoss(Part):
         if n_experts < 2 or n_rows == 0:
             loss = outputs[..., :0].sum()  # 0, still connected to the graph
         else:
-            mask = None if row_mask is None else as_mask("diversity_loss", "row_mask", row_mask.reshape(n_rows))
+            mask = None if row_mask is None else as_mask("diversity_loss", row_mask.reshape(n_rows))
             loss = self.weight * self._mean_similarity(outputs, mask)
         if not return_detailed:
             return loss

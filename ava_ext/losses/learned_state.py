@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.losses.float32_buffers import Float32Buffers
-from ava_ext.ops.committed import CallMemory, committed, is_checkpointed
+from ava_ext.ops.committed import CallMemory, committed, is_checkpointed, is_first_run
 from ava_ext.ops.derivatives import is_exporting, refuse_transforms_in_graphs
 from ava_ext.process_group import resolve
 
@@ -33,7 +33,7 @@ class LearnedState(Float32Buffers):
     - A program of torch.export reads what was committed and learns nothing, in training mode too.
 
     A subclass registers its buffers, names in READ those that its forward reads, sets previous_<name> beside each of
-    these, names its pending tensors in PENDING, and initialises all of them in `reset_parameters`.
+    these, names its pending tensors in PENDING, and calls `reset_parameters`, which initialises all of them.
     """
 
     statistics_name: ClassVar[str]  # its entry in UnifiedLoss.get_loss_statistics()
@@ -56,11 +56,9 @@ class LearnedState(Float32Buffers):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._follow(next(self.buffers()).device)  # assign=True may have taken the buffers from the meta device
-        self.clear_pending()  # what calls have learned beside the state that this one replaces
-        for name in self.READ:
-            getattr(self, _previous(name)).copy_(getattr(self, name))
+        self.settle()  # what calls have learned was beside the state that this one replaces
 
-    def check_device(self, device: torch.device, owner: str = "unified_loss") -> None:
+    def _check_device(self, device: torch.device, owner: str) -> None:
         """Raises ValueError where the state is not on the device of the logits, as for every module with buffers.
 
         A call does not move it: a checkpoint, an optimizer step and the other ranks would not know where it went. State
@@ -121,10 +119,19 @@ class LearnedState(Float32Buffers):
 
     def begin(
         self,
-        first_run: bool | Tensor,  # [] bool, where a traced graph finds out when it runs
-        given: Tensor,  # any: what a recomputation of the same call is given too
-    ) -> None:
-        """To be called with grad enabled before a forward reads: remembers what it will read, for recomputations."""
+        like: Tensor,  # any, on the device of the logits
+        given: Any,  # a tensor that a recomputation of the same call is given too
+        owner: str = "unified_loss",
+    ) -> bool | Tensor:  # [] bool, where a traced graph finds out when it runs
+        """To be called before a forward reads: remembers what it will read, for recomputations.
+
+        Returns:
+            Whether the call counts: in training, with grad enabled, where it is no recomputation.
+        """
+        self._check_device(like.device, owner)
+        if not torch.is_grad_enabled() or is_exporting():
+            return False
+        first_run = is_first_run(like)
         if isinstance(first_run, Tensor):
             if torch._C._are_functorch_transforms_active():
                 refuse_transforms_in_graphs(self.statistics_name)
@@ -132,12 +139,13 @@ class LearnedState(Float32Buffers):
                 previous = getattr(self, _previous(name))
                 previous.copy_(torch.where(first_run, getattr(self, name), previous))
         elif self.READ and is_checkpointed():
-            read = self.memory.recall(given)
+            read = self.memory.get(given)
             if first_run:
                 read = [getattr(self, name).clone() for name in self.READ]
-                self.memory.remember(given, read)
+                self.memory[given] = read
             for name, value in zip(self.READ, read or (), strict=False):
                 getattr(self, _previous(name)).copy_(value)
+        return first_run if self.training else False
 
     def read(self, name: str) -> Tensor:
         """The committed tensor of this name, as this call sees it. Copy it where a backward needs it."""
@@ -153,9 +161,16 @@ class LearnedState(Float32Buffers):
         for name in self.PENDING:
             getattr(self, name).zero_()
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Discards what is pending; recomputations read what is committed now."""
+        self.clear_pending()
+        for name in self.READ:
+            getattr(self, _previous(name)).copy_(getattr(self, name))
+
     def reset_parameters(self) -> None:
         """Sets all state to that of a new module, for example after to_empty()."""
-        raise NotImplementedError
+        self.reset_statistics()
 
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
         """Commits what is pending, summed over process_group. Once per optimizer step.
@@ -169,5 +184,5 @@ class LearnedState(Float32Buffers):
         raise NotImplementedError
 
     def reset_statistics(self) -> None:
-        """Clears what statistics() reports."""
+        """Clears what statistics() reports, and calls `settle`."""
         raise NotImplementedError

@@ -13,9 +13,7 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.quantile_balancing import N_BINS, count_required_bias, quantile_bias
-from ava_ext.losses.router import load_variation, max_violation, measure_router, router_of_call
-from ava_ext.ops.committed import is_first_run
-from ava_ext.ops.derivatives import is_exporting
+from ava_ext.losses.router import ROUTER_METRICS, load_variation, max_violation, measure_router, router_of_call
 from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices, with_router
 from ava_ext.ops.router_rows import RouterStatistics
 
@@ -74,7 +72,7 @@ class MoEBalancer(LearnedState, Part):
 
     name = "moe_balancer"
     keys = ("moe_balancing_term",)
-    METRICS = ("moe_cv", "moe_max_violation")
+    METRICS = ROUTER_METRICS
     statistics_name = "moe_balancing"
     PENDING = ("pending_counts", "pending_scores", "pending_tokens", "pending_required_bias")
     READ = ("expert_load", "expert_bias")
@@ -159,22 +157,16 @@ class MoEBalancer(LearnedState, Part):
     def reset_parameters(self) -> None:
         """Sets all state to that of a new module, expert_bias included."""
         self.expert_bias.zero_()
-        self.previous_expert_bias.zero_()
         self.reset_statistics()
 
     def of_call(self, call: Call) -> Addends:
         """The steering term of the call's router."""
-        gate_logits = call.required("gate_logits", "use_moe_balancing")
-        statistics = router_of_call(call, "use_moe_balancing", self.bias_of_choice(call.expert_indices)).whole
-        if self.has_quantiles and call.recording is not False:
-            layers = layered_gate_logits(gate_logits, self.n_layers)
-            row_mask = call.padding_free(layers_shape(layers)[1])
-            counts = self._count_required_bias(layers, call.expert_indices, row_mask)
-            call.learned.append(lambda recording: self.record(recording, pending_required_bias=counts))
-        call.learned.append(lambda recording: self._record_choices(recording, statistics))
-        balance = self.balance(statistics)
-        metrics = {"moe_cv": balance.moe_cv, "moe_max_violation": balance.moe_max_violation}
-        return Addends({"moe_balancing_term": call.rows.batch_share * balance.term}, metrics)
+        gate_logits, expert_indices = call.required("gate_logits", "use_moe_balancing"), call.expert_indices
+        router = router_of_call(call, "use_moe_balancing", self.bias_of_choice(expert_indices))
+        if call.recording is not False:
+            learned = self._learned_from(router.whole, gate_logits, expert_indices, router.row_mask)
+            call.learned.append(lambda recording: self.record(recording, **learned))
+        return Addends({"moe_balancing_term": call.rows.batch_share * self.steering_term(router.whole)}, router.metrics)
 
     def forward(
         self,
@@ -197,30 +189,9 @@ class MoEBalancer(LearnedState, Part):
                 missing though they are required.
             IndexError: an expert index is out of range.
         """
-        recording: bool | Tensor = False
         layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router("gate_logits", gate_logits)
-        if layers:
-            self.check_device(layers[0].device, "moe_balancer")
-        if torch.is_grad_enabled() and layers and not is_exporting():
-            first_run = is_first_run(layers[0])
-            self.begin(first_run, layers[0])
-            recording = first_run if self.training else False
-        statistics = self.measure(gate_logits, expert_indices, row_mask)
-        if self.has_quantiles and recording is not False:
-            of_layers = layered_gate_logits(gate_logits, self.n_layers)
-            counts = self._count_required_bias(of_layers, expert_indices, row_mask)
-            self.record(recording, pending_required_bias=counts)
-        self._record_choices(recording, statistics)
-        return self.balance(statistics)
-
-    def measure(
-        self,
-        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
-        expert_indices: Tensor | Sequence[Tensor | None] | None = None,  # [n_rows, k] per layer
-        row_mask: Tensor | None = None,  # n_rows elements, bool
-    ) -> RouterStatistics:
-        """The statistics that `balance` needs."""
-        return measure_router(
+        recording = self.begin(layers[0], layers[0], "moe_balancer") if layers else False
+        statistics, _ = measure_router(
             gate_logits,
             expert_indices,
             row_mask,
@@ -231,6 +202,9 @@ class MoEBalancer(LearnedState, Part):
             expert_bias=self.bias_of_choice(expert_indices),
             owner="moe_balancer",
         )
+        if recording is not False:
+            self.record(recording, **self._learned_from(statistics, gate_logits, expert_indices, row_mask))
+        return MoEBalance(self.steering_term(statistics), *load_variation(statistics.counts))
 
     def bias_of_choice(
         self,
@@ -251,13 +225,32 @@ class MoEBalancer(LearnedState, Part):
         return self.read("expert_bias")
 
     @torch.no_grad()
+    def _learned_from(
+        self,
+        statistics: RouterStatistics,
+        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
+        expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n_rows, k] per layer
+        row_mask: Tensor | None,  # n_rows elements, bool
+    ) -> dict[str, Tensor]:
+        """What a call adds to the pending tensors, once its arguments have been checked."""
+        scores, n_rows = statistics.probability_sum.detach(), statistics.n_rows[0].to(torch.int64)
+        is_sound = scores.isfinite().all()  # one nan would stay in the sums for ever
+        learned = {
+            "pending_counts": statistics.counts,
+            "pending_scores": torch.where(is_sound, scores, 0.0),
+            "pending_tokens": torch.where(is_sound, n_rows, 0),
+        }
+        if self.has_quantiles:
+            learned["pending_required_bias"] = self._count_required_bias(gate_logits, expert_indices, row_mask)
+        return learned
+
     def _count_required_bias(
         self,
-        layers: list[Tensor],  # of [n_layers, ..., n_experts]
+        gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
         expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n_rows, k] per layer
         row_mask: Tensor | None,  # n_rows elements, bool
     ) -> Tensor:  # [n_layers, n_experts, N_BINS] int32
-        """For quantile balancing, once the arguments have been checked."""
+        layers = layered_gate_logits(gate_logits, self.n_layers)
         n_layers, n_rows, _ = layers_shape(layers)
         k = self.k
         if k is None and expert_indices is not None:
@@ -269,27 +262,12 @@ class MoEBalancer(LearnedState, Part):
         mask = None if row_mask is None else row_mask.reshape(n_rows).to(torch.bool)
         return count_required_bias(layers, mask, self.read("expert_bias"), k)
 
-    @torch.no_grad()
-    def _record_choices(
-        self,
-        recording: bool | Tensor,  # [] bool
-        statistics: RouterStatistics,
-    ) -> None:
-        scores, n_rows = statistics.probability_sum.detach(), statistics.n_rows[0].to(torch.int64)
-        is_sound = scores.isfinite().all()  # one nan would stay in the sums for ever
-        self.record(
-            recording,
-            pending_counts=statistics.counts,
-            pending_scores=torch.where(is_sound, scores, 0.0),
-            pending_tokens=torch.where(is_sound, n_rows, 0),
-        )
-
-    def balance(self, statistics: RouterStatistics) -> MoEBalance:
-        """As forward, from statistics that have been measured; records nothing."""
+    def steering_term(self, statistics: RouterStatistics) -> Tensor:  # []
+        """The term, from statistics that have been measured."""
         load = self.read("expert_load")
         mean_probability = statistics.probability_sum / statistics.n_rows.clamp_min(1).unsqueeze(-1)
         steering = ((load - 1 / self.n_experts) * mean_probability).sum(dim=-1).mean()
-        return MoEBalance(self.weight * self.n_experts * steering, *load_variation(statistics.counts))
+        return self.weight * self.n_experts * steering
 
     @torch.no_grad()
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
@@ -332,8 +310,7 @@ class MoEBalancer(LearnedState, Part):
     @torch.no_grad()
     def reset_statistics(self) -> None:
         """Clears counts, scores and the running load. expert_bias stays, because it is part of the model's routing."""
-        for load in (self.expert_load, self.previous_expert_load):
-            load.fill_(1 / self.n_experts)
+        self.expert_load.fill_(1 / self.n_experts)
         for statistic in (self.expert_counts, self.score_sum, self.total_tokens):
             statistic.zero_()
-        self.clear_pending()
+        self.settle()

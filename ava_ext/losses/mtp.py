@@ -15,12 +15,11 @@ from ava_ext.losses.depths import (
     DEPTH_METRICS,
     DepthMeans,
     active_rows,
-    connected,
     depth_means,
     depth_metrics,
     depth_rows,
     losses_of_heads,
-    no_means,
+    switched_off,
 )
 from ava_ext.ops.arguments import check_is_tensor, check_real, check_shape
 from ava_ext.ops.derivatives import without_activations
@@ -136,8 +135,7 @@ class MultiTokenPrediction(Part):
         head = (call.lm_head_weight, call.lm_head_bias) if config.mtp_share_head else (None, None)
         if active is False:
             parts = (*self.parameters(), call.hidden_states, *(() if config.mtp_detach_head else head))
-            means = no_means(rows.weights, config.num_future_tokens)
-            return Addends({"mtp_loss": connected(call.no_loss(), parts)}, depth_metrics(means))
+            return switched_off(call, parts)
         hidden_states = call.required("hidden_states", "use_mtp")
         of_rows = (*active_rows(rows.targets, rows.weights, active, config.ignore_index), call.segments)
         of_call = (call.head_loss, *head, call.mtp_depth_weights, call.own_rows())

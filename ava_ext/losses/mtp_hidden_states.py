@@ -12,18 +12,16 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.depths import (
     active_rows,
-    connected,
+    additional_heads,
     depth_means,
     depth_metrics,
     depth_rows,
     losses_of_heads,
-    no_means,
     parts_of_heads,
+    switched_off,
 )
 from ava_ext.ops.arguments import check_is_tensor
-from ava_ext.ops.dtensor_logits import check_is_logits
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.sharded_logits import ShardedLogits
 
 
 class HiddenStatesMTP(Part):
@@ -56,11 +54,10 @@ class HiddenStatesMTP(Part):
         config, rows, active = call.config, call.rows, call.mtp_active
         n_depths, ignore_index = config.num_future_tokens, config.ignore_index
         heads = self._heads_of(call)
-        if active is False or heads is None:
-            loss = connected(call.no_loss(), () if heads is None else parts_of_heads(heads))
-            return Addends({"mtp_loss": loss}, depth_metrics(no_means(rows.weights, n_depths)))
+        if active is False or not heads:
+            return switched_off(call, parts_of_heads(heads))
         of_depths = depth_rows(
-            *active_rows(rows.targets, rows.weights.detach(), active, ignore_index),
+            *active_rows(rows.targets, rows.weights, active, ignore_index),
             call.segments,
             n_depths,
             ignore_index,
@@ -72,17 +69,12 @@ class HiddenStatesMTP(Part):
         means = depth_means(terms, of_depths.targets, ignore_index, call.own_rows())
         return Addends({"mtp_loss": loss}, depth_metrics(means))
 
-    def _heads_of(self, call: Call) -> LinearLogits | list[Logits] | None:
-        states, logits = call.mtp_hidden_states, call.additional_logits
-        if states is None and logits is None:
-            if call.mtp_active is not None and call.mtp_active is not False:
-                raise ValueError("unified_loss: mtp_active needs mtp_hidden_states or additional_logits, got None")
-            return None
-        if states is not None and logits is not None:
+    def _heads_of(self, call: Call) -> LinearLogits | list[Logits]:
+        if call.mtp_hidden_states is None:
+            return additional_heads(call, "mtp_hidden_states or additional_logits")
+        if call.additional_logits is not None:
             raise ValueError("unified_loss: expected mtp_hidden_states or additional_logits, got both")
-        if logits is None:
-            return self._shared_head(call, states)
-        return self._given_heads(call, [logits] if isinstance(logits, (LinearLogits, ShardedLogits)) else list(logits))
+        return self._shared_head(call, call.mtp_hidden_states)
 
     def _shared_head(
         self,
@@ -116,14 +108,3 @@ class HiddenStatesMTP(Part):
         head = LinearLogits(states, weight, bias)
         head.check("unified_loss", ("mtp_hidden_states", "lm_head_weight", "lm_head_bias"))
         return head
-
-    def _given_heads(self, call: Call, heads: list[Logits]) -> list[Logits]:
-        for number, head in enumerate(heads):
-            check_is_logits(f"unified_loss: additional_logits[{number}]", head)
-        shapes, n_depths = [list(head.shape[:-1]) for head in heads], call.config.num_future_tokens
-        if shapes != [list(call.targets_shape)] * n_depths:
-            raise ValueError(
-                f"unified_loss: expected additional_logits of num_future_tokens = {n_depths} times "
-                f"{[*call.targets_shape, call.config.vocab_size]}, got {[list(head.shape) for head in heads]}"
-            )
-        return [head.unsqueeze(0) for head in heads] if call.is_flat else heads

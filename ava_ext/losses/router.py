@@ -28,8 +28,8 @@ def measure_router(
     texts: Tensor | None = None,  # [n_rows]
     n_texts: int = 1,
     owner: str,
-) -> RouterStatistics:
-    """router_statistics, for logits and choices in any of their usual forms.
+) -> tuple[RouterStatistics, RouterStatistics]:  # of [n_layers], [n_layers * n_texts] groups
+    """router_statistics of the layers and of the texts in them, for logits and choices in any of their usual forms.
 
     Args:
         gate_logits, expert_indices: see layered_gate_logits and stack_expert_indices.
@@ -38,7 +38,7 @@ def measure_router(
         n_experts, n_layers: the numbers to expect; None: any.
         score: "softmax" or "sigmoid".
         expert_bias: added to the scores for a top-k of gate_logits.
-        texts: a number below n_texts for each row; every text of every layer is then a group of its own.
+        texts: a number below n_texts for each row; None: each layer is one text.
         owner: the first word of error messages.
 
     Raises:
@@ -60,7 +60,7 @@ def measure_router(
         if row_mask.numel() != n_rows:
             raise ValueError(f"{owner}: expected row_mask of {n_rows} rows, got shape {list(row_mask.shape)}")
         row_mask = row_mask.reshape(n_rows)
-    return router_statistics(
+    of_texts = router_statistics(
         layers,
         expert_indices,
         row_mask,
@@ -70,13 +70,21 @@ def measure_router(
         segment_ids=texts,
         n_segments=n_texts,
     )
+    if texts is None:
+        return of_texts, of_texts
+    return RouterStatistics(*(field.unflatten(0, (-1, n_texts)).sum(1) for field in of_texts)), of_texts
+
+
+ROUTER_METRICS = ("moe_cv", "moe_max_violation")  # what load_variation gives
 
 
 class RouterOfCall(NamedTuple):
     """The statistics of a call's router."""
 
     whole: RouterStatistics  # [n_layers, ...]
-    texts: RouterStatistics  # [n_layers * n_texts, ...], where load_balancing_per_sequence tells texts apart; or whole
+    texts: RouterStatistics  # [n_layers * n_texts, ...], where load_balancing_per_sequence tells texts apart
+    row_mask: Tensor | None  # [n_rows] bool: the rows that are measured; None: all
+    metrics: dict[str, Tensor]  # ROUTER_METRICS: how uneven its choices are
 
 
 def router_of_call(
@@ -89,13 +97,13 @@ def router_of_call(
         config = call.config
         gate_logits = call.required("gate_logits", option)
         n_rows = layers_shape(layered_gate_logits(gate_logits, config.num_moe_layers))[1]
-        texts, n_texts = None, 1
+        texts, n_texts, row_mask = None, 1, call.padding_free(n_rows)
         if config.use_auxiliary_loss and config.load_balancing_per_sequence:
             texts, n_texts = _texts_of_rows(call, n_rows)
-        measured = measure_router(
+        whole, of_texts = measure_router(
             gate_logits,
             call.expert_indices,
-            call.padding_free(n_rows),
+            row_mask,
             k=config.num_experts_per_token,
             n_experts=config.num_experts,
             n_layers=config.num_moe_layers,
@@ -105,10 +113,8 @@ def router_of_call(
             n_texts=n_texts,
             owner="unified_loss",
         )
-        whole = measured
-        if texts is not None:
-            whole = RouterStatistics(*(field.unflatten(0, (-1, n_texts)).sum(1) for field in measured))
-        call.router = RouterOfCall(whole, measured)
+        metrics = dict(zip(ROUTER_METRICS, load_variation(whole.counts), strict=True))
+        call.router = RouterOfCall(whole, of_texts, row_mask, metrics)
     return call.router
 
 

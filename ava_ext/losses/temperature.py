@@ -82,14 +82,6 @@ class AdaptiveTemperature(LearnedState):
             adapts=config.temperature_adapts,
         )
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Forgets every loss; the temperature is the initial one again."""
-        for temperature in (self.value, self.previous_value):
-            temperature.fill_(self.initial)
-        for tensor in (self.history, self.count, self.pending_loss, self.pending_rows):
-            tensor.zero_()
-
     def step(self, process_group: Any = None, recording: bool | Tensor = True) -> None:
         """Records the mean loss since the last step, over all rows of process_group, and sets the temperature."""
         if not self.adapts:
@@ -104,9 +96,13 @@ class AdaptiveTemperature(LearnedState):
         mean_loss = self.history.sum() / self.count.clamp(1, HISTORY)
         return {"value": self.value.clone(), "count": self.count.clone(), "mean_loss": mean_loss}
 
+    @torch.no_grad()
     def reset_statistics(self) -> None:
         """Forgets every loss; the temperature is the initial one again."""
-        self.reset_parameters()
+        self.value.fill_(self.initial)
+        self.history.zero_()
+        self.count.zero_()
+        self.settle()
 
 
 @torch.library.register_fake("ava_ext::temperature_step_")

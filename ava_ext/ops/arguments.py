@@ -94,11 +94,11 @@ def check_are_integers(owner: str, **values: Any) -> None:
             raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
 
 
-def as_mask(owner: str, name: str, mask: Tensor) -> Tensor:
-    """mask as bools; raises ValueError for floats, as of an additive mask, where 0 is what counts."""
+def as_mask(owner: str, mask: Tensor) -> Tensor:
+    """A row_mask as bools; raises ValueError for floats, as of an additive mask, where 0 is what counts."""
     if mask.is_floating_point() or mask.is_complex():
         dtype = str(mask.dtype).removeprefix("torch.")
-        raise ValueError(f"{owner}: expected {name} of bool, got {dtype}")
+        raise ValueError(f"{owner}: expected row_mask of bool, got {dtype}")
     return mask.to(torch.bool)
 
 

@@ -69,29 +69,12 @@ def committed(
     return value if _graph_task_id() == -1 or not is_checkpointed() else previous
 
 
-class CallMemory:
+class CallMemory(WeakTensorKeyDictionary):
     """What calls under activation checkpointing have read, by a tensor that each was given.
 
-    It lasts as long as that tensor, which checkpointing keeps for the second run. A copied or pickled module has none.
+    It lasts as long as that tensor, which checkpointing keeps for the second run; of a tensor that the checkpointed
+    function itself makes, the second run is another. A copied or pickled module has none.
     """
-
-    def __init__(self) -> None:
-        self._read: Any = WeakTensorKeyDictionary()
-
-    def remember(
-        self,
-        given: Tensor,  # any
-        read: list[Tensor],
-    ) -> None:
-        """Keeps what the call that was given this tensor has read."""
-        self._read[given] = read
-
-    def recall(
-        self,
-        given: Tensor,  # any
-    ) -> list[Tensor] | None:
-        """What it has read; None where the call is not known: the checkpointed function itself made the tensor."""
-        return self._read.get(given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallMemory:
         return CallMemory()

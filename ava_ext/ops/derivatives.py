@@ -155,15 +155,6 @@ def is_batched(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and _is_batched(tensor) for tensor in tensors)
 
 
-def refuse_batches(owner: str, tensors: Iterable[Tensor | None]) -> None:
-    """Raises NotImplementedError in a backward that is asked for several gradients at once."""
-    if is_batched(*tensors):
-        raise NotImplementedError(
-            f"{owner}: is_grads_batched=True, a batch of gradients from above, is not supported here; "
-            "expected a backward for each"
-        )
-
-
 def refuse_transforms(owner: str, tensors: Iterable[Tensor | None], vmap_works: bool = False) -> None:
     """Raises NotImplementedError where a derivative is asked for in a way that is not reverse mode of torch.autograd,
     and within torch.func.vmap; vmap_works: only where that is within, or around, another transform, or of what requires
@@ -206,18 +197,14 @@ def refuse_transforms_in_graphs(owner: str, vmap_works: bool = True) -> None:
         raise NotImplementedError(f"{owner}: torch.func.grad is not supported in a compiled graph; expected eager mode")
 
 
-def refuse_vmap_within_derivatives(owner: str) -> None:
-    """Raises NotImplementedError where torch.func.vmap is within torch.func.grad or jvp, not around it."""
-    kinds = _transforms()
-    if kinds[-1] == _functorch.TransformType.Vmap and len(set(kinds)) > 1:
+def refuse_nested_transforms(owner: str) -> None:
+    """Raises NotImplementedError within several transforms that do not work together: torch.func.vmap within a
+    derivative, not around it, and jvp with another derivative.
+    """
+    kinds, transforms = _transforms(), _functorch.TransformType
+    if kinds[-1] == transforms.Vmap and len(set(kinds)) > 1:
         raise NotImplementedError(
             f"{owner}: torch.func.vmap within torch.func.grad or jvp is not supported; expected it around them"
         )
-
-
-def refuse_nested_forward_mode(owner: str) -> None:
-    """Raises NotImplementedError within torch.func.jvp and another transform that differentiates."""
-    kinds = _functorch.TransformType
-    differentiating = [kind for kind in _transforms() if kind in (kinds.Grad, kinds.Jvp)]
-    if len(differentiating) > 1 and kinds.Jvp in differentiating:
+    if transforms.Jvp in kinds and kinds.count(transforms.Jvp) + kinds.count(transforms.Grad) > 1:
         raise NotImplementedError(f"{owner}: second derivatives are not supported")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -175,12 +176,9 @@ def repetition_candidates(
         "min_sequence_length": min_sequence_length,
     }
     if DTENSOR in sys.modules and (is_dtensor(tokens) or is_dtensor(targets) or is_dtensor(segments)):
-
-        def of_local(tokens: Tensor, targets: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
-            return _OP(tokens, targets, segments, weights, **options)
-
+        operator = functools.partial(_OP, weights=weights, **options)
         of_rows = {"targets": targets, "segments": segments}
-        ids, candidate_weights = of_whole_texts("repetition_candidates", of_local, tokens, **of_rows)
+        ids, candidate_weights = of_whole_texts("repetition_candidates", operator, tokens, **of_rows)
     else:
         ids, candidate_weights = _OP(tokens, targets, segments, weights, **options)
     groups: tuple[int, ...] = (1,) if use_immediate_repetition_penalty else ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from ava_ext.ops.arguments import (
     with_dense_rows,
 )
 from ava_ext.ops.derivatives import (
+    is_batched,
     raise_double_backward,
-    refuse_batches,
     refuse_tangents,
     refuse_transforms,
     without_second_derivative,
@@ -123,27 +123,25 @@ def router_statistics(
     if expert_indices is not None:
         expert_indices = as_ids("router_statistics", "expert_indices", expert_indices, "[n_layers, n_rows, k]")
     if segment_ids is not None:
-        segment_ids = as_ids("router_statistics", "segment_ids", segment_ids, "[n_rows]")
+        segment_ids = as_ids("router_statistics", "segment_ids", segment_ids, "[n_rows]").reshape(-1)
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
+    place = None
     if DTENSOR in sys.modules:
+        of_rows = (("expert_indices", expert_indices), ("row_mask", row_mask), ("segment_ids", segment_ids))
         if any(map(is_dtensor, layers)):
-            of_rows = (expert_indices, row_mask, segment_ids)
-            return _of_dtensors(layers, *of_rows, k=k, score=score, expert_bias=expert_bias, n_segments=n_segments)
-        expert_indices, row_mask, segment_ids = (
-            whole("router_statistics", name, given, False, "gate_logits")
-            for name, given in (
-                ("expert_indices", expert_indices),
-                ("row_mask", row_mask),
-                ("segment_ids", segment_ids),
-            )
-        )
+            place = RouterPlace("router_statistics", layers)
+            local = (place.local(name, given) for name, given in of_rows)
+            layers = [layer.to_local() for layer in layers]  # type: ignore[attr-defined]
+        else:
+            local = (whole("router_statistics", name, given, False, "gate_logits") for name, given in of_rows)
+        expert_indices, row_mask, segment_ids = local
     refuse_transforms("router_statistics", (*layers, expert_bias))
     layers = [with_dense_rows(layer) for layer in layers]
     dtype = accumulation_dtype(layers[0].dtype)
     tensors = (
         expert_indices,
-        None if row_mask is None else as_mask("router_statistics", "row_mask", row_mask),
-        None if segment_ids is None else segment_ids.reshape(-1).to(torch.int64),
+        None if row_mask is None else as_mask("router_statistics", row_mask),
+        None if segment_ids is None else segment_ids.to(torch.int64),
         None if expert_bias is None else expert_bias.detach().to(dtype),
     )
     options = (n_segments, k, score == "sigmoid")
@@ -155,27 +153,12 @@ def router_statistics(
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _router_statistics(layers, *tensors, *options)
     probability_sum, importance_sum, lse_squared_sum, entropy_sum, counts, n_rows, _ = outputs
-    return RouterStatistics(
+    found = RouterStatistics(
         counts.to(dtype), probability_sum, importance_sum, lse_squared_sum, entropy_sum, n_rows.to(dtype)
     )
-
-
-def _of_dtensors(
-    layers: list[Tensor],  # of [n_layers, ..., n_experts]
-    expert_indices: Tensor | None,  # [n_layers, n_rows, k]
-    row_mask: Tensor | None,  # [n_rows] or [n_layers, n_rows]
-    segment_ids: Tensor | None,  # [n_rows]
-    **options: Any,
-) -> RouterStatistics:
-    """router_statistics of this rank's rows, and their sums as DTensors where other ranks have other rows."""
-    place = RouterPlace("router_statistics", layers)
-    expert_indices = place.local("expert_indices", expert_indices, 1)
-    row_mask = None if row_mask is None else place.local("row_mask", row_mask, row_mask.dim() - 1)
-    segment_ids = None if segment_ids is None else place.local("segment_ids", segment_ids.reshape(-1), 0)
-    local = [layer.to_local() for layer in layers]  # type: ignore[attr-defined]
-    found = router_statistics(local, expert_indices, row_mask, segment_ids=segment_ids, **options)
-    if place.rows is None:
+    if place is None or place.rows is None:
         return found
+    # where other ranks have other rows
     return RouterStatistics(*(summed(statistic, place.mesh, place.is_of_rows) for statistic in found))
 
 
@@ -284,7 +267,11 @@ def _router_statistics_backward(
     if all(gradient is None for gradient in gradients):
         return [None] * len(gate_logits), *nothing
     refuse_tangents("router_statistics", gradients)
-    refuse_batches("router_statistics", gradients)
+    if is_batched(*gradients):
+        raise NotImplementedError(
+            "router_statistics: is_grads_batched=True, a batch of gradients from above, is not supported here; "
+            "expected a backward for each"
+        )
     grad_logits = _ops.router_gradient(
         [layers.detach() for layers in gate_logits],
         None if grad_importance_sum is None else expert_indices,

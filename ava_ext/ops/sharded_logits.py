@@ -10,7 +10,6 @@ from torch.nn.functional import pad
 
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.linear_logits import LinearLogits
-from ava_ext.ops.row_fields import Candidates
 from ava_ext.process_group import resolve
 
 
@@ -115,10 +114,6 @@ class RowShard(NamedTuple):
         for axis, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             values = values.narrow(axis, offset, size)
         return values
-
-    def local_candidates(self, candidates: Candidates) -> Candidates:
-        """The block of the rows' candidates."""
-        return candidates._replace(ids=self.local(candidates.ids), weights=self.local(candidates.weights))
 
     def among_all(
         self,

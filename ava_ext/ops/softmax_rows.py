@@ -29,10 +29,10 @@ from ava_ext.ops.derivatives import (
     is_exporting,
     is_forward_mode,
     raise_double_backward,
+    refuse_nested_transforms,
     refuse_tangents,
     refuse_transforms,
     refuse_transforms_in_graphs,
-    refuse_vmap_within_derivatives,
     wants_gradient,
     without_second_derivative,
 )
@@ -183,7 +183,8 @@ def row_loss(
         row_weights, target_probabilities = (
             None if given is None else block.local(given) for given in (row_weights, target_probabilities)
         )
-        candidates = None if candidates is None else block.local_candidates(candidates)
+        if candidates is not None:
+            candidates = Candidates(block.local(candidates.ids), block.local(candidates.weights), candidates.groups)
     of_columns = (vocab_size, target_probabilities, smoothing_weights)
     column_weights, column_flags = as_column_weights(logits, flags, *of_columns)
     flags = flags | column_flags | (RANKS if with_ranks else 0)
@@ -250,7 +251,7 @@ def _dense_row_loss(
         loss, terms = _row_loss(*arguments, False, with_statistics, column_weights)[:2]
         return RowLoss(loss.sum() if is_sum else loss, terms)
     if is_transformed:
-        refuse_vmap_within_derivatives("row_loss")
+        refuse_nested_transforms("row_loss")
     if is_forward_mode() or (differentiable and is_transformed):
         loss, terms = transformed_row_loss(*arguments, column_weights)
     elif not differentiable:

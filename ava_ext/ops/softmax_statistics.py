@@ -5,6 +5,7 @@ Their vector-Jacobian product is the gradient kernel of the fused loss; the form
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ def softmax_statistics(
     if row_mask is not None:
         check_is_tensor("softmax_statistics", "row_mask", row_mask)
         check_shape("softmax_statistics", logits.shape[:-1], row_mask=row_mask)
-        row_mask = as_mask("softmax_statistics", "row_mask", row_mask)
+        row_mask = as_mask("softmax_statistics", row_mask)
     scale = (temperature, logit_softcap, logit_scale)
     return _statistics("softmax_statistics", logits, ids, *scale, vocab_size, row_mask, chunk_bytes, max_counted_rows)
 
@@ -130,25 +131,24 @@ def _statistics(
 ) -> SoftmaxStatistics:
     """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
     check_are_integers(owner, vocab_size=vocab_size, chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
-    placed = local_logits(owner, logits)
+    placed, rows = local_logits(owner, logits), None
     if isinstance(placed, LocalRows):
-        scale, rows = (temperature, logit_softcap, logit_scale), placed.rows
+        placed, rows = placed
         ids, row_mask = (None if given is None else rows.local(given) for given in (ids, row_mask))
-        limits = (chunk_bytes, max_counted_rows, flags)
-        local = _statistics(owner, placed.logits, ids, *scale, vocab_size, row_mask, *limits)
-        return SoftmaxStatistics(*(rows.spread(value) for value in local))
-    if not (type(logits) is Tensor and type(ids) in _PLAIN and type(row_mask) in _PLAIN):  # a DTensor is a Tensor too
+    elif not (type(logits) is Tensor and type(ids) in _PLAIN and type(row_mask) in _PLAIN):  # a DTensor is a Tensor too
         ids, row_mask = whole_beside(owner, logits, ids=ids, row_mask=row_mask)
-    logits = placed
-    options, own_flags = statistics_options(owner, logits, temperature, logit_softcap, logit_scale)
-    size = logits.shape[-1] if vocab_size is None else vocab_size
-    arguments = (ids, row_mask, options, flags | own_flags, size)
-    if isinstance(logits, ShardedLogits):
-        log_probs, summaries = vocabulary_parallel_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows)
-        return SoftmaxStatistics(log_probs, *summaries.unbind(0))
-    if isinstance(logits, LinearLogits):
-        return SoftmaxStatistics(*linear_row_statistics(owner, logits, *arguments, chunk_bytes, max_counted_rows))
-    return SoftmaxStatistics(*row_statistics(owner, logits, *arguments))
+    options, own_flags = statistics_options(owner, placed, temperature, logit_softcap, logit_scale)
+    size = placed.shape[-1] if vocab_size is None else vocab_size
+    arguments, limits = (ids, row_mask, options, flags | own_flags, size), (chunk_bytes, max_counted_rows)
+    found: Sequence[Tensor]
+    if isinstance(placed, ShardedLogits):
+        log_probs, summaries = vocabulary_parallel_statistics(owner, placed, *arguments, *limits)
+        found = (log_probs, *summaries.unbind(0))
+    elif isinstance(placed, LinearLogits):
+        found = linear_row_statistics(owner, placed, *arguments, *limits)
+    else:
+        found = row_statistics(owner, placed, *arguments)
+    return SoftmaxStatistics(*(found if rows is None else map(rows.spread, found)))
 
 
 def statistics_options(

@@ -74,20 +74,10 @@ def token_metrics(
     check_is_tensor("token_metrics", "targets", targets)
     targets = as_ids("token_metrics", "targets", targets, "[...]")
     check_shape("token_metrics", logits.shape[:-1], targets=targets)
-    placed = local_logits("token_metrics", logits)
+    placed, rows = local_logits("token_metrics", logits), None
     if isinstance(placed, LocalRows):
-        local = token_metrics(
-            placed.logits,  # type: ignore[arg-type]
-            placed.rows.local(targets),
-            temperature=temperature,
-            logit_softcap=logit_softcap,
-            logit_scale=logit_scale,
-            vocab_size=vocab_size,
-            ignore_index=ignore_index,
-            chunk_bytes=chunk_bytes,
-            max_counted_rows=max_counted_rows,
-        )
-        return TokenMetrics(*(placed.rows.spread(value) for value in local))
+        logits, rows = placed  # type: ignore[assignment]
+        targets = rows.local(targets)
     options, flags = statistics_options("token_metrics", logits, temperature, logit_softcap, logit_scale)
     terms = row_loss(
         logits,
@@ -101,4 +91,5 @@ def token_metrics(
         with_ranks=True,
     ).terms
     rank, argmax = (terms[-N_RANKS:].long() - 1).unbind()
-    return TokenMetrics(-terms[_NLL], terms[_ENTROPY], rank, argmax)
+    found = TokenMetrics(-terms[_NLL], terms[_ENTROPY], rank, argmax)
+    return found if rows is None else TokenMetrics(*map(rows.spread, found))

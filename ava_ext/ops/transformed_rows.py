@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # the public one imports torch._dynamo at once, this one when it is called
 
 from ava_ext import _library  # noqa: F401  the operators exist once it is imported
-from ava_ext.ops.derivatives import counted_only, has_tangent, refuse_nested_forward_mode, refuse_tangents
+from ava_ext.ops.derivatives import counted_only, has_tangent, refuse_tangents
 from ava_ext.ops.row_fields import accumulation_dtype
 
 _row_loss = torch.ops.ava_ext.row_loss.default
@@ -19,7 +19,6 @@ def transformed_row_loss(
     *constants: object,
 ) -> tuple[Tensor, Tensor]:  # [...], [N_TERMS + n_groups, ...]
     """The operator row_loss with the further arguments that it takes, differentiable as torch.func wants it."""
-    refuse_nested_forward_mode("row_loss")
     refuse_tangents("row_loss", (constant for constant in constants if isinstance(constant, Tensor)))
     if logits.dtype == torch.float16:
         logits = logits.float()  # a float16 gradient rounded before the scaler's factor would be zeros

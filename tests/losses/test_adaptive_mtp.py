@@ -43,7 +43,7 @@ def make_inputs(seed=0):
     targets[0, 3], targets[1, 0] = -100, -100
     weights = torch.rand(BATCH, LENGTH, generator=generator, dtype=torch.float64) * (targets != -100)
     return {
-        "additional_logits": torch.randn(HEADS, BATCH, LENGTH, VOCAB, generator=generator, dtype=torch.float64),
+        "heads": torch.randn(HEADS, BATCH, LENGTH, VOCAB, generator=generator, dtype=torch.float64),
         "targets": targets,
         "row_weights": weights,
         "segments": torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]),
@@ -51,7 +51,7 @@ def make_inputs(seed=0):
     }
 
 
-def one_row_at_a_time(additional_logits, targets, row_weights, segments, confidence_scores):
+def one_row_at_a_time(heads, targets, row_weights, segments, confidence_scores):
     confidence = (
         torch.ones(BATCH, LENGTH).double() if confidence_scores is None else confidence_scores.reshape(BATCH, -1)
     )
@@ -63,7 +63,7 @@ def one_row_at_a_time(additional_logits, targets, row_weights, segments, confide
             for t in range(LENGTH - k):
                 if targets[b, t + k] == -100 or (segments is not None and segments[b, t] != segments[b, t + k]):
                     continue
-                logits, target = additional_logits[k - 1][b, t], targets[b, t + k]
+                logits, target = heads[k - 1][b, t], targets[b, t + k]
                 c = confidence[b, t].detach()
                 ce = -(logits / 0.7).log_softmax(-1)[target]
                 loss[b, t] = loss[b, t] + 0.1 * row_weights[b, t + k] * c * ce / HEADS
@@ -90,9 +90,9 @@ def test_against_one_row_at_a_time(form, packed):
     if not packed:
         inputs["segments"] = None
     expected = one_row_at_a_time(**inputs)
-    for logits in (inputs["additional_logits"], list(inputs["additional_logits"])):
-        terms = adaptive_mtp_terms(**(inputs | {"additional_logits": logits}), head_loss=head_loss)
-        rows = adaptive_mtp_terms(**(inputs | {"additional_logits": logits}), head_loss=head_loss_of_rows, per_row=True)
+    for logits in (inputs["heads"], list(inputs["heads"])):
+        terms = adaptive_mtp_terms(**(inputs | {"heads": logits}), head_loss=head_loss)
+        rows = adaptive_mtp_terms(**(inputs | {"heads": logits}), head_loss=head_loss_of_rows, per_row=True)
         for got, per_row, value in zip(terms, rows, expected, strict=False):
             torch.testing.assert_close(got, value.sum(), rtol=1e-12, atol=0)
             torch.testing.assert_close(per_row, value, rtol=1e-12, atol=1e-18)
@@ -104,7 +104,7 @@ def test_metrics():
     rows = [(0, 0), (0, 1), (0, 4), (1, 0), (1, 1), (1, 3), (1, 4)]  # head 1 has a counted target in the same segment
     losses, probabilities = [], []
     for b, t in rows:
-        logits, target = inputs["additional_logits"][0, b, t], inputs["targets"][b, t + 1]
+        logits, target = inputs["heads"][0, b, t], inputs["targets"][b, t + 1]
         losses.append(token_loss(logits[None], target[None])[0])
         probabilities.append((logits / 0.7).softmax(-1)[target])
     torch.testing.assert_close(terms.depths.losses[0], torch.stack(losses).mean())
@@ -115,7 +115,7 @@ def test_metrics():
 
 def test_gradcheck():
     inputs = make_inputs()
-    logits = inputs.pop("additional_logits").requires_grad_()
+    logits = inputs.pop("heads").requires_grad_()
 
     def mtp_loss(logits):
         return adaptive_mtp_terms(logits, **inputs, head_loss=head_loss).mtp_loss
@@ -131,7 +131,7 @@ def test_gradcheck():
 
 def test_confidence_and_heads_do_not_learn_from_each_other():
     inputs = make_inputs()
-    logits, confidence = (inputs[name].requires_grad_() for name in ("additional_logits", "confidence_scores"))
+    logits, confidence = (inputs[name].requires_grad_() for name in ("heads", "confidence_scores"))
     terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
     assert torch.autograd.grad(terms.mtp_loss, confidence, allow_unused=True, retain_graph=True)[0] is None
     assert torch.autograd.grad(terms.confidence_regularization, logits, allow_unused=True)[0] is None
@@ -140,7 +140,7 @@ def test_confidence_and_heads_do_not_learn_from_each_other():
 def test_the_optimum_is_calibrated_and_the_ends_are_finite():
     inputs = make_inputs()
     inputs["segments"] = None
-    first = (inputs["additional_logits"][0, :, :-1] / 0.7).softmax(-1)
+    first = (inputs["heads"][0, :, :-1] / 0.7).softmax(-1)
     q = first.gather(-1, inputs["targets"][:, 1:, None].clamp_min(0))[..., 0]
     confidence = torch.cat([q, torch.full((BATCH, 1), 0.5)], 1).requires_grad_()
     terms = adaptive_mtp_terms(**(inputs | {"confidence_scores": confidence}), head_loss=head_loss)
@@ -156,18 +156,20 @@ def test_the_optimum_is_calibrated_and_the_ends_are_finite():
 
 def test_switched_off():
     inputs = make_inputs()
-    leaves = [inputs[name].requires_grad_() for name in ("additional_logits", "confidence_scores")]
+    leaves = [inputs[name].requires_grad_() for name in ("heads", "confidence_scores")]
     with torch.no_grad():
         leaves[0][0, 0, 0, 0] = torch.nan  # a head that is off may hold anything
-    for per_row in (False, True):
-        terms = adaptive_mtp_terms(**inputs, head_loss=head_loss, mtp_active=False, per_row=per_row)
-        assert terms.mtp_loss.shape == ((BATCH, LENGTH) if per_row else ())
-        total = terms.mtp_loss.sum() + terms.confidence_regularization.sum()
-        gradients = torch.autograd.grad(total, leaves)
-        assert total == 0 and all((gradient == 0).all() for gradient in gradients)
-        assert terms.depths.losses.shape == (HEADS,)
-    off = adaptive_mtp_terms(None, inputs["targets"], inputs["row_weights"], None, head_loss, mtp_active=False)
-    assert off.mtp_loss == 0
+    options = {"primary_loss_type": "adaptive_mtp", "num_future_tokens": HEADS}
+    given = dict(zip(("additional_logits", "confidence_scores"), leaves, strict=True))
+    for reduction in ("mean", "none"):
+        loss_fn = UnifiedLoss(VOCAB, **options, reduction=reduction)
+        main = (torch.randn(BATCH, LENGTH, VOCAB), inputs["targets"])
+        parts = loss_fn(*main, **given, mtp_active=False, return_detailed=True)
+        assert parts["mtp_loss"].shape == ((BATCH, LENGTH) if reduction == "none" else ())
+        assert all((parts[name] == 0).all() for name in ("mtp_loss", "confidence_regularization"))
+        gradients = torch.autograd.grad(parts["total_loss"].sum(), leaves)
+        assert all((gradient == 0).all() for gradient in gradients)
+        assert parts[f"mtp_loss_depth_{HEADS}"] == 0
 
 
 def test_switched_by_a_tensor():
@@ -185,7 +187,7 @@ NOTHING_COUNTS = {"row_weights": torch.zeros(BATCH, LENGTH), "targets": torch.fu
 def test_no_counted_row():
     inputs = make_inputs()
     inputs |= NOTHING_COUNTS
-    leaves = [inputs[name].requires_grad_() for name in ("additional_logits", "confidence_scores")]
+    leaves = [inputs[name].requires_grad_() for name in ("heads", "confidence_scores")]
     terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
     assert all((value == 0).all() for value in tree_leaves(terms))
     gradients = torch.autograd.grad(terms.mtp_loss + terms.confidence_regularization, leaves)
@@ -194,8 +196,8 @@ def test_no_counted_row():
 
 def test_low_precision_is_summed_in_float32():
     inputs = make_inputs()
-    inputs["additional_logits"] = inputs["additional_logits"].bfloat16()
-    exact = inputs | {"additional_logits": inputs["additional_logits"].double()}
+    inputs["heads"] = inputs["heads"].bfloat16()
+    exact = inputs | {"heads": inputs["heads"].double()}
     terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
     for got, value in zip(terms, one_row_at_a_time(**exact), strict=False):
         assert got.dtype == torch.float32
@@ -206,9 +208,9 @@ def make_module():
     return AdaptiveMTP.from_config(UnifiedLossConfig(vocab_size=VOCAB, primary_loss_type="adaptive_mtp"))
 
 
-def learn(adaptive, additional_logits, **inputs):
+def learn(adaptive, heads, **inputs):
     """The terms of a call, which are added to the averages."""
-    terms = adaptive_mtp_terms(additional_logits, **inputs, head_loss=head_loss)
+    terms = adaptive_mtp_terms(heads, **inputs, head_loss=head_loss)
     adaptive.record_averages(True, terms)
     return terms
 
@@ -218,10 +220,10 @@ def test_running_averages():
     seen = [learn(adaptive, **make_inputs(seed)) for seed in range(3)]
     learn(adaptive, **make_inputs(7), mtp_active=torch.tensor(False))
     learn(adaptive, **(make_inputs(7) | NOTHING_COUNTS))
-    one_token = {name: value[..., :1] for name, value in make_inputs(7).items() if name != "additional_logits"}
-    one_token["additional_logits"] = make_inputs(7)["additional_logits"][:, :, :1]
+    one_token = {name: value[..., :1] for name, value in make_inputs(7).items() if name != "heads"}
+    one_token["heads"] = make_inputs(7)["heads"][:, :, :1]
     learn(adaptive, **one_token)  # head 1 has no target in it
-    learn(adaptive, **(make_inputs(7) | {"additional_logits": torch.full((1, BATCH, LENGTH, VOCAB), torch.nan)}))
+    learn(adaptive, **(make_inputs(7) | {"heads": torch.full((1, BATCH, LENGTH, VOCAB), torch.nan)}))
     assert adaptive.statistics()["count"] == 0  # nothing is committed yet
     adaptive.step()
     statistics = adaptive.statistics()
@@ -236,7 +238,7 @@ def test_running_averages():
 def test_compiles_without_a_graph_break():
     eager, adaptive = make_module(), make_module()
     inputs = make_inputs()
-    logits = inputs.pop("additional_logits").requires_grad_()
+    logits = inputs.pop("heads").requires_grad_()
 
     def call(adaptive, logits, inputs):
         terms = learn(adaptive, logits, **inputs)
@@ -271,23 +273,8 @@ def test_only_training_calls_are_averaged():
 def test_bad_input_is_named():
     inputs = make_inputs()
     for change, message in (
-        ({"additional_logits": None}, "at least 1 head, got none"),
-        (
-            {"additional_logits": torch.zeros(2, 6, 9)},
-            r"\[n_heads, batch_size, n_tokens, vocab_size\], got \[2, 6, 9\]",
-        ),
-        (
-            {"additional_logits": [torch.zeros(2, 5, 9)]},
-            r"additional_logits\[0\] of shape \[2, 6, vocab_size\], got \[2, 5, 9\]",
-        ),
-        ({"additional_logits": LinearLogits(torch.zeros(2, 6, 3), torch.zeros(9, 3))}, "got one LinearLogits"),
-        (
-            {"additional_logits": [LinearLogits(torch.zeros(2, 6, 3), torch.zeros(9, 4))]},
-            r"additional_logits\[0\]: expected weight",
-        ),
         ({"confidence_scores": torch.zeros(2, 5)}, r"confidence_scores of shape .* got \[2, 5\]"),
         ({"mtp_active": torch.ones(3)}, r"mtp_active of shape .* got \[3\]"),
-        ({"targets": torch.zeros(12)}, r"targets \[batch_size, n_tokens\], got \[12\]"),
     ):
         with pytest.raises(ValueError, match=message):
             adaptive_mtp_terms(**(inputs | change), head_loss=head_loss)
