@@ -177,6 +177,7 @@ def refuse_transforms(owner: str, tensors: Iterable[Tensor | None], vmap_works: 
             )
         if _functorch.TransformType.Grad in kinds and differentiable:
             raise NotImplementedError(f"{owner}: torch.func.grad is not supported here; expected torch.autograd.grad")
+        refuse_tangents(owner, tensors)
         if _functorch.TransformType.Jvp in kinds and differentiable:
             raise NotImplementedError(
                 f"{owner}: torch.func.jvp beside what requires grad is not supported here; expected it within "
