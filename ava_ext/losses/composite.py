@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ava_ext.config import plain
 from ava_ext.ops.arguments import check_constants
 
 
@@ -77,7 +78,7 @@ class CompositeLoss(nn.Module):
 
 
 def _finite(name: str, weight: Any) -> float:
-    is_number = hasattr(weight, "__float__") and not isinstance(weight, bool)
+    is_number = hasattr(weight, "__float__") and not isinstance(plain(weight), bool)
     if not (is_number and math.isfinite(weight)):
         raise ValueError(f"composite_loss: expected weights[{name!r}] to be a finite number, got {weight!r}")
     return float(weight)
