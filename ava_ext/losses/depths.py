@@ -105,7 +105,7 @@ def additional_heads(
     call: Call,
     needed: str = "additional_logits",  # for the message
 ) -> list[Logits]:  # num_future_tokens of [batch_size, n_tokens, n_columns]
-    """The call's additional_logits; [] where it has none, which may be where its heads are not switched on.
+    """The call's additional_logits; [] if it has none, as it may unless mtp_active switches them on.
 
     Raises:
         ValueError: there are none although mtp_active asks for them, another number of them, or other rows.
