@@ -121,7 +121,7 @@ def check_router_logits(config: Any) -> None:
 
 
 def text_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model without those that only images go through, whose routers are none of the text model's."""
+    """The modules of a model without those that only images go through: their routers are not of the text model."""
     return [module for name, module in model.named_modules() if "vision" not in name]
 
 

@@ -117,7 +117,7 @@ def check_is_loss(owner: str, loss_fn: Any) -> None:
 
 
 def check_steps(loss_fn: UnifiedLoss, n_ranks: int = 1) -> None:
-    """Raises ValueError for a loss that others than UnifiedLossCallback step too, or that learns apart on each rank."""
+    """Raises ValueError for a loss that also steps by itself, or that would learn separately on each rank."""
     config = loss_fn.config
     if loss_fn._learns and config.auto_step:
         raise ValueError(

@@ -207,14 +207,16 @@ def _refuse_label_smoothing(owner: str, args: TrainingArguments) -> None:
 
 
 def _take_aux_loss_weight(trainer: Any, model: LossInForward) -> None:
-    """Gives the model what SFTConfig says its load balancing weighs; SFTTrainer tells the configuration alone."""
+    """Gives the model the weight of its load balancing in SFTConfig; SFTTrainer only writes it into the configuration,
+    which the model has read before.
+    """
     weight = getattr(trainer.args, "router_aux_loss_coef", None)
     if weight is not None and hasattr(model, "router_aux_loss_coef"):
         model.router_aux_loss_coef = weight
     elif weight and not hasattr(text_config(model), "router_aux_loss_coef"):
         raise ValueError(
             f"UnifiedLossTrainerMixin: expected router_aux_loss_coef=None, got {weight}: {type(model).__name__} has "
-            "none in its own loss: use_auxiliary_loss and load_balancing_weight are options of the loss"
+            "none of this name: use_auxiliary_loss and load_balancing_weight are options of the loss"
         )
 
 
@@ -276,9 +278,9 @@ class UnifiedLossTrainerMixin:
         arguments, options: those of Trainer.
 
     Raises:
-        ValueError: label_smoothing_factor, compute_loss_func, model_init, DataParallel, or SFTTrainer's loss_type="dft"
-            or router_aux_loss_coef for a model that has none, was given, for which the message names another way; the
-            loss has adapters, or parameters that were frozen after it was put into the model.
+        ValueError: for label_smoothing_factor, compute_loss_func, model_init, DataParallel, loss_type="dft" of
+            SFTTrainer, and its router_aux_loss_coef if the model has no option of this name: the message says what to
+            use instead. Or the loss has adapters, or parameters that were frozen after it was put into the model.
 
     Example:
         >>> class MyTrainer(UnifiedLossTrainerMixin, Trainer): ...
