@@ -220,16 +220,25 @@ class LossInForward(nn.Module):
         """Arguments of the loss that forward's say: the targets, what decides which of them count, and loss_inputs."""
         given: dict[str, Any] = {"targets": labels, "labels_are_shifted": labels_are_shifted}
         of_encoder = getattr(self.config, "is_encoder_decoder", False)
-        mask, positions = (None if of_encoder else options.get(name) for name in ("attention_mask", "position_ids"))
+        if of_encoder:
+            options = {}
         batch_size, n_tokens = labels.shape[0], labels.shape[-1]
+        mask = options.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch_size and mask.shape[1] >= n_tokens:
             mask = mask[:, mask.shape[1] - n_tokens :]  # a cache or a prefix of peft is before them
             if labels_are_shifted and not (self._is_masked_lm or self._needs_router):
                 # that of each row's target, the token after it; a masked language model and routers want that of tokens
                 mask = torch.cat([mask[:, 1:], mask[:, -1:]], 1)
             given["attention_mask"] = mask
-        if isinstance(positions, Tensor) and has_shape(positions, (batch_size, n_tokens), (1, n_tokens)):
+        # where packed texts begin: any of these, as DataCollatorWithFlattening gives them
+        of_tokens = (batch_size, n_tokens), (1, n_tokens)
+        positions, segments, starts = (options.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q"))
+        if isinstance(positions, Tensor) and has_shape(positions, *of_tokens):
             given["position_ids"] = positions
+        elif isinstance(segments, Tensor) and has_shape(segments, *of_tokens):
+            given["segment_ids"] = segments
+        elif isinstance(starts, Tensor) and starts.dim() == 1:
+            given["cu_seqlens"] = starts
         return given | (loss_inputs or {})
 
     def _inputs_of_loss(

@@ -410,7 +410,7 @@ def test_multi_token_prediction_trains_with_the_model():
 
 
 def test_packed_texts_and_shifted_labels():
-    """position_ids reach the loss: no label is predicted across two texts. shift_labels are rows already."""
+    """Where texts begin reaches the loss: no label is predicted across two. shift_labels are rows already."""
     model = family("Llama")
     inputs = batch()
     del inputs["attention_mask"]
@@ -426,6 +426,20 @@ def test_packed_texts_and_shifted_labels():
     weights = torch.rand(3, 9)
     with_weights = model(**inputs, loss_inputs={"token_weights": weights}).loss
     assert not torch.isclose(with_weights, expected[0])
+
+
+@pytest.mark.parametrize(
+    "begins", [{"seq_idx": torch.tensor([[0] * 4 + [1] * 5])}, {"cu_seq_lens_q": torch.tensor([0, 4, 9])}]
+)
+def test_packed_texts_without_positions(begins):
+    """As DataCollatorWithFlattening gives them for attention or a state space that tells texts apart by these."""
+    model = family("Llama")
+    inputs = {"input_ids": batch()["input_ids"][:1], "labels": batch()["labels"][:1]}
+    masked = inputs["labels"].clone()
+    masked[:, 4] = -100
+    expected = own_loss(model, **(inputs | {"labels": masked}))
+    fuse_lm_head(model, plain_loss(model))
+    assert_same(loss_of(model, **inputs, **{name: value.int() for name, value in begins.items()}), expected)
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
