@@ -74,6 +74,21 @@ def test_probabilities_and_smoothed_classes_are_those_of_torch(reduction, with_w
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
 
 
+def test_weights_of_integers_are_those_of_floats():
+    numbers, weight = Numbers(7), torch.arange(V)
+    logits, indices, q = numbers.normal(6, V), numbers.integers(0, V, 6), numbers.uniform(6, V)
+    for targets in (indices, q):
+        for keywords in ({}, {"label_smoothing": 0.2}):
+            want = F.cross_entropy(logits, targets, weight.double(), **keywords)
+            torch.testing.assert_close(cross_entropy(logits, targets, weight, **keywords), want, rtol=1e-12, atol=0)
+
+
+def test_probabilities_take_the_mode_of_a_smoothing_that_is_off():
+    logits, q = Numbers(8).normal(6, V), Numbers(9).uniform(6, V)
+    got = cross_entropy(logits, q, smoothing_mode="exclude_target")
+    torch.testing.assert_close(got, F.cross_entropy(logits, q), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_probabilities_of_lower_precision(label_smoothing, dtype):

@@ -14,6 +14,7 @@ from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, CandidateSource, Part
 from ava_ext.ops.row_fields import Candidates
+from ava_ext.sequences import shift_left
 
 
 def from_config(config: UnifiedLossConfig) -> CandidateSource | None:
@@ -77,8 +78,9 @@ class NegativesWithoutTarget(Part):
         has_any = ((ids != -1) & (ids != own) & (candidates.weights != 0)).any(-1)
         if call.kept_rows is not None:
             has_any = has_any & call.kept_rows
-        if not call.labels_are_shifted:
-            has_any[:, -1:] = False  # behind the last label there is no row; those of other texts are not kept
+        if not call.labels_are_shifted:  # behind the last label there is no row; those of other texts are not kept
+            # not written into has_any: torch.func.linearize would lose that
+            has_any = has_any & shift_left(torch.ones_like(has_any), 0)
         weights = has_any.to(rows.weights)
         if call.kept_weights is not None:
             weights = torch.where(has_any, call.kept_weights.to(weights), 0.0)

@@ -82,7 +82,7 @@ class RouterPlace:
     def local(
         self,
         name: str,
-        values: Any,  # [n_layers, n_rows] or [n_rows]; expert_...: [n_layers, n_rows, any]
+        values: Any,  # [n_layers, n_rows] or [n_rows]; expert_...: [n_layers, n_rows, any]; segment_ids: of any shape
     ) -> Any:
         """Those of this rank's rows.
 
@@ -93,6 +93,8 @@ class RouterPlace:
             values = values.full_tensor()
         if values is None or self.rows is None:
             return values
+        if name == "segment_ids":
+            values = values.flatten()
         n_before = values.dim() - (2 if name.startswith("expert_") else 1)
         shape, offsets, sizes = self.rows.shape[1:], self.rows.offsets[1:], self.rows.sizes[1:]
         before, after = values.shape[:n_before], values.shape[n_before + 1 :]

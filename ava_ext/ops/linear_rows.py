@@ -2,8 +2,9 @@
 
 A few rows at a time: hidden_states @ weight.T into one buffer, the row kernel over it, and from what it leaves there,
 the gradient, the matrix products that give those of hidden_states and weight. Extra memory: the buffer, and a float32
-accumulator of the weight's gradient where the weight has fewer bits and chunks are several. On a GPU all rows are one
-chunk where that takes no more memory. Rows that do not count are left out of the products (ops/counted_rows.py).
+accumulator of the weight's gradient where the weight has fewer bits; a single chunk needs none on a GPU, nor on a CPU
+with bfloat16 products in that type. On a GPU all rows are one chunk where that takes no more memory. Rows that do not
+count are left out of the products (ops/counted_rows.py).
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def router_statistics(
     if expert_indices is not None:
         expert_indices = as_ids("router_statistics", "expert_indices", expert_indices, "[n_layers, n_rows, k]")
     if segment_ids is not None:
-        segment_ids = as_ids("router_statistics", "segment_ids", segment_ids, "[n_rows]").reshape(-1)
+        segment_ids = as_ids("router_statistics", "segment_ids", segment_ids, "[n_rows]")
     _check(layers, expert_indices, row_mask, k, score, expert_bias)
     place = None
     if DTENSOR in sys.modules:
@@ -141,7 +141,7 @@ def router_statistics(
     tensors = (
         expert_indices,
         None if row_mask is None else as_mask("router_statistics", row_mask),
-        None if segment_ids is None else segment_ids.to(torch.int64),
+        None if segment_ids is None else segment_ids.reshape(-1).to(torch.int64),
         None if expert_bias is None else expert_bias.detach().to(dtype),
     )
     options = (n_segments, k, score == "sigmoid")

@@ -5,7 +5,7 @@ import torch
 from support.processes import on_ranks
 from torch.nn.utils import prune
 
-from ava_ext import LinearLogits, PerplexityLoss, UnifiedLoss
+from ava_ext import LinearLogits, PerplexityLoss, UnifiedLoss, router_statistics
 from ava_ext.distributed import FusedHead, ShardedLogits
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -77,6 +77,8 @@ def placements_worker(rank):
     gate_logits = torch.randn(12, 3)
     with pytest.raises(ValueError, match=r"gate_logits of this rank's rows .* pass its to_local\(\)"):
         router(logits, targets, gate_logits=[spread(gate_logits, Shard(0))])
+    with pytest.raises(ValueError, match=r"segment_ids as a torch.Tensor .* in placements \(Shard\(dim=1\)"):
+        router_statistics(gate_logits.unsqueeze(0), k=1, segment_ids=spread(targets, Shard(1)), n_segments=2)
     with pytest.raises(ValueError, match=r"at least vocab_size = 10 columns, got shape \[2, 6, 8\]"):
         loss_fn(ShardedLogits(logits[..., :4], "world"), targets)
     perplexity = PerplexityLoss()

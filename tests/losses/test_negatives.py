@@ -127,6 +127,17 @@ def test_compiled():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
+def test_linearized():
+    logits, loss_fn = Numbers(5).normal(2, 5, V), make_loss(labels_are_shifted=False)
+
+    def loss(logits):
+        return loss_fn(logits, TARGETS, negative_ids=NEGATIVES)
+
+    _, tangent = torch.func.jvp(loss, (logits,), (logits.sin(),))
+    _, linear = torch.func.linearize(loss, logits)
+    torch.testing.assert_close(linear(logits.sin()), tangent, rtol=1e-12, atol=0)
+
+
 def test_a_target_that_is_none_of_the_negatives():
     assert absent_target(torch.tensor([[0, 1, 2], [5, -1, 0], [1, 1, 2], [2, 0, 1]])).tolist() == [3, 1, 0, 3]
 
