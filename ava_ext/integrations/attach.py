@@ -45,9 +45,10 @@ def fuse_lm_head(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
 
     In addition to its own arguments, the model's forward then takes: num_items_in_batch (N, see UnifiedLoss),
     shift_labels (labels that are shifted already), skip_logits, and loss_inputs (a dict of further arguments of the
-    loss, such as token_weights). attention_mask and position_ids reach the loss if they are [batch_size, n_tokens]. A
-    loss that needs router logits gets them too. If the model adds a loss of its own (the load balancing of a mixture of
-    experts), this is kept; with num_items_in_batch it is multiplied by this call's share of the items.
+    loss, such as token_weights). attention_mask and position_ids reach the loss if they are [batch_size, n_tokens];
+    without position_ids, seq_idx or cu_seq_lens_q says where packed texts begin. A loss that needs router logits gets
+    them too. If the model adds a loss of its own (the load balancing of a mixture of experts), this is kept; with
+    num_items_in_batch it is multiplied by this call's share of the items.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one (adapters first, then the loss).
