@@ -85,9 +85,9 @@ struct Exponent {
   static constexpr bool kBounded = kCareful || (kExact && kFeatures == Features::plain);
   static constexpr bool kByLogistic = !kCareful && sizeof(Element) == 2 && kFeatures == Features::capped;
   const LogitScale& scale;
-  float reference, origin, offset, excess;
+  float origin, offset, excess;  // origin: the reference, or how far it is from the cap
 
-  __device__ __forceinline__ Exponent(const LogitScale& scale, float reference) : scale(scale), reference(reference) {
+  __device__ __forceinline__ Exponent(const LogitScale& scale, float reference) : scale(scale) {
     origin = kByLogistic ? reference - scale.softcap : reference;
     offset = kExact ? 0.f : -origin * scale.factor;
     excess = kExact ? 0.f : fmaf(origin, scale.factor, offset);  // exact: it has at most 24 bits
@@ -125,7 +125,7 @@ struct Exponent {
       steps = fmaf(x, kByLogistic ? -2 * scale.softcap * scale.factor : scale.factor, offset);
       return exp2_fast(steps);
     }
-    float difference = x - reference;
+    float difference = x - origin;
     if constexpr (kBounded) difference = max_keep_nan(difference, scale.lowest_difference);
     steps = difference * scale.factor;
     if constexpr (kFeatures == Features::capped) return exp2_fast(steps);
@@ -134,7 +134,7 @@ struct Exponent {
     return fmaf(e, lost * kLn2, e);
   }
   // What U adds up, for all columns alike: logits, or differences where logits might overflow.
-  __device__ __forceinline__ float summand(float x) const { return kExact ? x - reference : x; }
+  __device__ __forceinline__ float summand(float x) const { return kExact ? x - origin : x; }
   __device__ __forceinline__ float sum_of_u(float sum, float count) const {
     if constexpr (kByLogistic) sum *= -2 * scale.softcap;
     return (kExact ? sum : fmaf(-origin, count, sum)) * scale.factor * kLn2;
