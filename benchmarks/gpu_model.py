@@ -56,6 +56,12 @@ ASSUMED = {
     # plain cross-entropy, and of every term with four candidates
     "stretch": 310,
     "stretch of every term": 600,
+    # the same of a warp that takes several short rows at once, without mov and bra: for each of them besides its
+    # vectors, and for all of them together
+    "short row": 210,
+    "short row of every term": 275,
+    "short rows together": 540,
+    "short rows together of every term": 900,
     "barrier": 40,  # cycles of a block's barrier
     # from a store into another multiprocessor's shared memory until a warp there has woken up: 180 that the way takes
     # (measured on Hopper, arXiv 2402.13499), and as long again for counting the bytes and the warp
@@ -96,6 +102,12 @@ class Plan:
     capacity: int
     n_threads: int
     blocks: int  # on a multiprocessor
+    rows_at_once: int = 1
+
+    @property
+    def is_of_warps(self) -> bool:
+        """A warp takes `rows_at_once` whole rows."""
+        return self.residence == 0
 
 
 def plan_rows(n_columns: int, element_bytes: int, gpu: Gpu) -> Plan:
@@ -106,8 +118,8 @@ def plan_rows(n_columns: int, element_bytes: int, gpu: Gpu) -> Plan:
 int main() {{
   const ava::RowPlan plan = ava::plan_rows({n_columns}, {element_bytes}, 0,
                                            {{{gpu.n_multiprocessors}, 228 * 1024, 227 * 1024, 1024, 8}});
-  std::printf("%d %d %d %d %d", int(plan.residence), plan.cluster_size, plan.capacity, plan.n_threads,
-              plan.blocks_per_multiprocessor);
+  std::printf("%d %d %d %d %d %d", int(plan.residence), plan.cluster_size, plan.capacity, plan.n_threads,
+              plan.blocks_per_multiprocessor, plan.rows_at_once);
 }}
 """
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +132,7 @@ int main() {{
 
 @dataclass(frozen=True)
 class RowInstructions:
-    """What a warp executes for each vector of 16 bytes, and for each row besides."""
+    """What a warp executes for each vector of 16 bytes, and for each row besides, unless it takes several at once."""
 
     maximum: float
     sum: float
@@ -137,7 +149,7 @@ _LONGEST_LOOP = 1500  # over vectors; the loop over rows has thousands of instru
 
 
 def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstructions:
-    """Of row_loss_kernel, where the row is kept in shared memory."""
+    """Of row_loss_kernel where the row is kept in shared memory, and of short_row_loss_kernel."""
     least = {"maximum": math.inf, "sum": math.inf, "gradient": math.inf}
     special = 0.0
     for loop in kernel.loops():
@@ -160,10 +172,10 @@ def count_row_instructions(kernel: sass.Function, vector_size: int) -> RowInstru
         least[kind] = min(least[kind], path.n_instructions / n_vectors)
     if math.inf in least.values():
         raise ValueError(f"gpu_model: expected the loops {list(least)} in {kernel.name}, got {least}")
-    rows = max(
-        kernel.loops(), key=lambda loop: (sum(kernel.opcodes(loop)[o] for o in BARRIERS), loop.last - loop.first)
-    )
-    row = kernel.path(rows, " BAR| STAS", lambda inner: 0).n_instructions
+    rows = max(kernel.loops(), key=lambda loop: (kernel.opcodes(loop)[BARRIER], loop.last - loop.first))
+    row = 0.0  # of a warp that takes several rows, tests/ptx counts it
+    if kernel.opcodes(rows)[BARRIER]:
+        row = kernel.path(rows, " BAR| STAS", lambda inner: 0).n_instructions
     return RowInstructions(**least, row=row, special=special)
 
 
@@ -172,13 +184,15 @@ def _exponentials(n_elements: int) -> tuple[int, int]:
     return n_elements, 2 * n_elements
 
 
-BARRIERS = ("BAR.SYNC.DEFER_BLOCKING",)
+BARRIER = "BAR.SYNC.DEFER_BLOCKING"
 
 
 def row_times(
     plan: Plan, counts: RowInstructions, n_rows: int, gpu: Gpu, has_every_term: bool = False
 ) -> tuple[float, float]:
     """Seconds of one read, one gradient and all sums: least and likely most."""
+    if plan.is_of_warps:
+        return _short_row_times(plan, counts, n_rows, gpu, has_every_term)
     stretch = ASSUMED["stretch of every term" if has_every_term else "stretch"]
     n_warps, n_slots = plan.n_threads / 32, math.ceil(plan.capacity / plan.n_threads)
     of_row = counts.row + ASSUMED["loops"] * ASSUMED["loop"]
@@ -197,6 +211,28 @@ def row_times(
     ]
     parts = n_rows * plan.cluster_size / gpu.n_multiprocessors
     return cycles[0] * parts / gpu.hertz, cycles[1] * parts / gpu.hertz
+
+
+def short_row_instructions(has_every_term: bool) -> tuple[float, float]:
+    """Of a warp that takes several rows: for each of them besides its vectors, and for all together."""
+    which = " of every term" if has_every_term else ""
+    return ASSUMED["short row" + which], ASSUMED["short rows together" + which]
+
+
+def _short_row_times(
+    plan: Plan, counts: RowInstructions, n_rows: int, gpu: Gpu, has_every_term: bool
+) -> tuple[float, float]:
+    of_row, together = short_row_instructions(has_every_term)
+    n_slots = math.ceil(plan.capacity / 32)
+    of_rows = plan.rows_at_once * (n_slots * counts.vector + of_row)
+    issue = issue_cycles(of_rows + together, plan.rows_at_once * n_slots * counts.special)
+    # of what a row is, of its candidates and their logits, of its vectors
+    delay = together * ASSUMED["dependent"] + 3 * ASSUMED["latency"] * gpu.hertz
+    alone = of_rows * ASSUMED["alone"] + together * ASSUMED["dependent"]
+    memory = plan.rows_at_once * gpu.cycles(2 * 16 * plan.capacity)
+    cycles = [max(bound, alone / plan.blocks) for bound in bounds([memory, issue], delay, plan.blocks)]
+    turns = n_rows / plan.rows_at_once / gpu.n_multiprocessors
+    return cycles[0] * turns / gpu.hertz, cycles[1] * turns / gpu.hertz
 
 
 # -- The router

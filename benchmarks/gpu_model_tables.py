@@ -24,6 +24,7 @@ from gpu_model import (
     registers_of,
     router_times,
     row_times,
+    short_row_instructions,
 )
 from gpu_model_repetition import TEXTS, reading_milliseconds
 from gpu_model_repetition import count as count_repetition
@@ -45,6 +46,7 @@ def find_cuobjdump() -> str:
 
 
 _ROWS = r"row_loss_kernelI{type}LNS_9ResidenceE{residence}ELNS_8FeaturesE{features}E"
+_SHORT_ROWS = r"short_row_loss_kernelI{type}LNS_8FeaturesE{features}E"
 PLAIN, DENSE, CAPPED = 0, 1, 2  # Features in csrc/cuda
 
 
@@ -63,9 +65,9 @@ def _range(low: float, high: float, digits: int = 0) -> str:
 
 @functools.cache
 def _row_instructions(residence: int, vector_size: int, architecture: str, features: int) -> RowInstructions | None:
-    """None where a row is in registers, which has no loop over vectors."""
+    """None where a loop over vectors is not found."""
     stem, type_name = ("bfloat16", "13__nv_bfloat16") if vector_size == 8 else ("float32", "f")
-    pattern = _ROWS.format(type=type_name, residence=residence, features=features)
+    pattern = (_ROWS if residence > 0 else _SHORT_ROWS).format(type=type_name, residence=residence, features=features)
     try:
         (kernel,) = _functions(f"softmax_rows_{stem}", architecture, pattern)
         return count_row_instructions(kernel, vector_size)
@@ -81,8 +83,8 @@ def row_table(n_rows: int = 8192) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for dtype, size in (("bf16", 8), ("fp32", 4)):
-        sizes = [(n_columns, PLAIN) for n_columns in (128256, 50257, 32000, 8192, 4096, 1024)]
-        for n_columns, features in (*sizes, (128256, DENSE), (128256, CAPPED)):
+        sizes = [(n_columns, PLAIN) for n_columns in (128256, 50257, 32000, 8192, 4096, 1024, 256)]
+        for n_columns, features in (*sizes, (128256, DENSE), (1024, DENSE), (128256, CAPPED)):
             case = f"{dtype} {n_columns}" + ("", ", every term", ", soft cap")[features]
             for gpu in GPUS:
                 plan = plan_rows(n_columns, 16 // size, gpu)
@@ -92,10 +94,14 @@ def row_table(n_rows: int = 8192) -> list[str]:
                     continue
                 copy = 2 * n_rows * n_columns * 16 / size / gpu.copy
                 least, most = row_times(plan, counts, n_rows, gpu, features != PLAIN)
-                digits = 2 if copy > 1e-4 else 3
+                digits = 2 if copy > 1e-4 else 3 if copy > 1e-5 else 4
+                row = f"{counts.row:.0f}"
+                if plan.is_of_warps:
+                    row = "{:.0f} + {:.0f}".format(*short_row_instructions(features != PLAIN))
+                    row += f" / {plan.rows_at_once}" * (plan.rows_at_once > 1)
                 lines.append(
                     f"| {case} | {gpu.name} | {plan.cluster_size} x {plan.blocks} | {counts.maximum:.1f},"
-                    f" {counts.sum:.1f}, {counts.gradient:.1f}; {counts.row:.0f} | {copy * 1e3:.{digits}f}"
+                    f" {counts.sum:.1f}, {counts.gradient:.1f}; {row} | {copy * 1e3:.{digits}f}"
                     f" | {_range(least * 1e3, most * 1e3, digits)} | {_range(100 * copy / most, 100 * copy / least)}% |"
                 )
     return lines

@@ -35,6 +35,7 @@ REPETITION_LISTS, REPETITION_TEXT = "csrc/cuda/repetition_arguments.cuh", "csrc/
 REPETITION_ORDER = "csrc/cuda/repetition_order.cuh"
 ROW_WEIGHTS = "csrc/cuda/row_weights.cuh"
 SOFTMAX_SUMS, EXCHANGE = "csrc/cuda/softmax_rows_measure.cuh", "csrc/cuda/softmax_rows_exchange.cuh"
+SHORT_ROWS = "csrc/cuda/softmax_rows_short.cuh"
 ROUTER_CHOICE, ROUTER_LANES = "csrc/cuda/router_rows_choice.cuh", "csrc/cuda/router_rows_lanes.cuh"
 ROUTER_FETCH = "csrc/cuda/router_rows_fetch.cuh"
 MUTANTS = [
@@ -92,6 +93,9 @@ MUTANTS = [
     Mutant("tensor_cores_with_some_lanes", "none", SOFTMAX_SUMS, "row.all.of(thread | 31)", "n_mine",
            "__shfl_xor_sync at softmax_rows_measure.cuh"),
     Mutant("the_winner_is_summed_twice", "none", SOFTMAX_SUMS, "begin = apart + 1;", "begin = apart;", "expected"),
+    Mutant("no_wait_for_short_rows", "none", SHORT_ROWS, "cp_async_wait<0>();", "", "expected"),
+    Mutant("care_for_another_row", "none", SHORT_ROWS, "careful_rows >> r & 1", "careful_rows >> (r ^ 1) & 1",
+           "expected"),
     Mutant("lists_of_other_lanes", "none", ROUTER_CHOICE, "halve<2>(lists, 6);", "halve<2>(lists, 4);",
            "test_router_rows.cpp"),
     Mutant("halves_in_opposite_orders", "none", ROUTER_CHOICE, "sort<kScores, false>(best", "sort<kScores, true>(best",

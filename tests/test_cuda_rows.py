@@ -1,5 +1,5 @@
-"""The CUDA row kernels, emulated, on devices of every kind: rows that stay in registers, in shared memory, in clusters
-of 2, 4 and 8 blocks, and rows that fit nowhere. Other files run the same kernels on one device only.
+"""The CUDA row kernels, emulated, on devices of every kind: rows of which a warp takes one or several, rows of a block,
+of clusters of 2, 4 and 8 blocks, and rows that fit nowhere. Other files run the same kernels on one device only.
 
 tests/cuda_emulator/test_softmax_rows.cpp holds the plans of these devices, and of an H200, against what is named here.
 """
@@ -17,7 +17,7 @@ from support.row_ways import assert_right, fused, in_place, split
 from support.strategies import RowProblem, row_problems
 
 from ava_ext import reference
-from ava_ext.ops.row_fields import IDS_ARE_PRESENT, RowFlags, row_options
+from ava_ext.ops.row_fields import IDS_ARE_PRESENT, Candidates, RowFlags, row_options
 
 pytestmark = pytest.mark.skipif(not emulated_cuda.AVAILABLE, reason="the emulator needs x86-64")
 ops = torch.ops.ava_ext
@@ -39,10 +39,13 @@ ONE_CAPPED_COLUMN = RowProblem(
 )
 
 
-def device_of(shared_per_block, largest_cluster, blocks=2):
-    """With 8 blocks on a multiprocessor a block has few threads, each of them several vectors."""
+def device_of(shared_per_block, largest_cluster, blocks=2, n_multiprocessors=1):
+    """With 8 blocks on a multiprocessor a block has few threads, each of them several vectors.
+
+    Without a multiprocessor one block takes all rows, of short ones several at once.
+    """
     return {
-        "n_multiprocessors": 1,
+        "n_multiprocessors": n_multiprocessors,
         "shared_per_multiprocessor": blocks * shared_per_block,
         "shared_per_block": shared_per_block,
         "shared_reserved_per_block": 0,
@@ -51,8 +54,9 @@ def device_of(shared_per_block, largest_cluster, blocks=2):
 
 
 # where the kernels keep a row of so many bytes and more: a device, and the bytes
-REGISTERS = device_of(227 * 1024, 8), 4
-SHARED_BY_ONE_WARP = device_of(227 * 1024, 8), 1100
+ONE_OF_A_WARP = device_of(227 * 1024, 8), 1100
+SEVERAL_OF_A_WARP = device_of(227 * 1024, 8, n_multiprocessors=0), 4
+SEVERAL_IN_SLOTS = device_of(227 * 1024, 8, n_multiprocessors=0), 1100
 SHARED = device_of(8192, 1), 600
 SHARED_IN_SLOTS = device_of(20480, 1, blocks=8), 13600
 CLUSTERS_OF_2 = device_of(5120, 8), 3800
@@ -61,8 +65,9 @@ CLUSTERS_OF_4 = device_of(7424, 8), 10240
 CLUSTERS_OF_8 = device_of(14080, 8), 38400
 STREAMED = device_of(4096, 1), 3700
 DEVICES = {
-    "registers": REGISTERS,
-    "shared, one warp": SHARED_BY_ONE_WARP,
+    "one of a warp": ONE_OF_A_WARP,
+    "several of a warp": SEVERAL_OF_A_WARP,
+    "several of a warp, several vectors a thread": SEVERAL_IN_SLOTS,
     "shared": SHARED,
     "shared, several vectors a thread": SHARED_IN_SLOTS,
     "clusters of 2": CLUSTERS_OF_2,
@@ -98,7 +103,8 @@ def loss_and_gradient(logits, targets, terms=1, ids=None, weights=None, vocab_si
 
 
 @pytest.mark.parametrize(
-    "name", ["registers", "shared", "shared, several vectors a thread", "clusters of 2", "streamed"]
+    "name",
+    ["several of a warp", "one of a warp", "shared", "shared, several vectors a thread", "clusters of 2", "streamed"],
 )
 @settings(max_examples=12)
 @given(problem=row_problems(vocabularies=[1, 3, 64, 255, 513, 1025, 1500, 2500]))
@@ -215,6 +221,27 @@ def test_bitwise_the_same_alone_among_many_and_in_any_order(bytes_of_a_row, dtyp
     assert not loss[1::2].any() and not gradient[1::2].any()
 
 
+@pytest.mark.parametrize("n_ids", [1, 3, 8, 20, 31])
+@pytest.mark.parametrize("way", [fused, split])
+def test_bitwise_the_same_however_many_a_warp_takes(n_ids, way):
+    """A warp that has several rows adds up the terms of a row's candidates in the order of a whole warp."""
+    random = torch.Generator().manual_seed(n_ids)
+    logits = torch.randn(11, 70, generator=random)
+    ids = torch.randint(-1, 70, (11, n_ids), generator=random).int()
+    candidates = Candidates(ids, torch.rand(11, n_ids, generator=random), (n_ids // 2, n_ids - n_ids // 2))
+    targets = torch.randint(70, (11,), generator=random).index_fill(0, torch.tensor([2, 6]), -100)
+    problem = RowProblem(
+        logits, lambda base: base, targets, row_options(logits, temperature=0.9), EVERY_TERM, None, candidates, 70
+    )
+    with emulated_cuda.kernels_in_place():
+        with emulated_cuda.device_limits(**ONE_OF_A_WARP[0]):
+            alone = way(problem)
+        with emulated_cuda.device_limits(**SEVERAL_OF_A_WARP[0]):
+            together = way(problem)
+    for one, other in zip(alone, together, strict=True):
+        assert_bitwise_equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_scale_rows(bytes_of_a_row, dtype):
     """Rows at any alignment; a factor of 1 leaves every bit, those of a nan too."""
@@ -233,7 +260,7 @@ def test_scale_more_rows_than_are_looked_up_at_once():
     factors = torch.ones(n_rows).index_fill(0, torch.arange(0, n_rows, 61), -2.0)
     factors[-1], targets = 0.5, torch.arange(n_rows) % 5
     expected = torch.where((targets == 4)[:, None], rows, rows * factors[:, None])
-    with emulated_cuda.kernels_in_place(), emulated_cuda.device_limits(**REGISTERS[0]):
+    with emulated_cuda.kernels_in_place(), emulated_cuda.device_limits(**ONE_OF_A_WARP[0]):
         ops.scale_rows_(rows, factors, targets, 4)
     assert_bitwise_equal(rows, expected)
 

@@ -75,6 +75,8 @@ def test_the_plan_is_the_launcher_s():
     h100 = gpu_model.GPUS[0]
     assert gpu_model.plan_rows(128256, 2, h100) == gpu_model.Plan(2, 4, 4009, 320, 3)
     assert gpu_model.plan_rows(128256, 4, h100).cluster_size == 8
+    short = gpu_model.plan_rows(1024, 2, h100)
+    assert short.is_of_warps and short.rows_at_once == 4
 
 
 def test_tables_go_between_their_marks():

@@ -11,7 +11,9 @@
 //   softmax_rows_exponent.cuh        e^u of a logit
 //   softmax_rows_measure.cuh         sums over vectors, and the gradient of one
 //   softmax_rows_exchange.cuh        how the warps that share a row, in one block or in several, learn of each other's
+//   softmax_rows_refill.cuh          the gradient of a row, whose place the next row takes meanwhile
 //   softmax_rows_kernels.cuh         row_loss and row_statistics: one read and one write of the row
+//   softmax_rows_short.cuh           the same, where a warp takes several short rows at once
 //   softmax_rows_elementwise.cuh     row_gradient and scale_rows_
 //   softmax_rows_plan.h              which of the kernels a row is for;  softmax_rows_launch.cuh starts it
 #include "../softmax_rows_operators.h"

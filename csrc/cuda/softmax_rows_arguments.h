@@ -48,6 +48,7 @@ struct RowArguments {
 
   // Of the plan. Here they are in constant memory, where they cost a kernel no registers.
   int32_t cluster_size;   // parts that a row is cut into, one for each block
+  int32_t rows_at_once;   // of a warp that has whole rows
   int32_t capacity;       // 16-byte vectors in a part at most
   int32_t n_slots;        // of them for a thread
   int32_t n_slots_first;  // of those in the first of two stages

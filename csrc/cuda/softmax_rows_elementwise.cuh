@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
   auto* const scratch = reinterpret_cast<RowScratch<float>*>(shared);
   auto* const entries = reinterpret_cast<SparseEntry<float>*>(scratch + 1);  // [1 + n_ids]
   const int64_t row_index = blockIdx.x;
-  const int thread = threadIdx.x, lane = thread % 32;
+  const int thread = threadIdx.x;
+  const Lanes lanes = whole_warp();
   const RowOptions<float>& options = *static_cast<const RowOptions<float>*>(a.options);
   const RowSlice<Element> row(a, RowPart<Element>(a, blockIdx.x, int(blockIdx.y)));
   const RowStatistics<float> statistics = static_cast<const RowStatistics<float>*>(a.statistics)[row_index];
@@ -63,9 +64,8 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
   if (thread < 32) {
     const auto logit = [&](int column) { return row.has_column(column) ? row.logit(column) : 0.f; };  // else another's
     const int32_t argmax = statistics.argmax < float(a.vocab_size) ? int32_t(statistics.argmax) : -1;
-#pragma unroll 1
-    for (int k = lane; k <= a.n_ids; k += 32) entries[k] = gathered<float>(a, row_index, argmax, k, logit);
-    take_coefficients(a, options, row_index, statistics, entries, scratch, lane);
+    gather_entries(a, row_index, argmax, entries, lanes, logit);
+    take_coefficients(a, options, row_index, statistics, entries, scratch, lanes);
   }
   __syncthreads();
 
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kPartThreads) row_gradient_kernel(const RowArg
   __syncthreads();
   if (thread < 32)
     write_entries(
-        a, options, entries, scratch, lane, [&](int column) { return row.has_column(column); },
+        a, options, entries, scratch, lanes, [&](int column) { return row.has_column(column); },
         [&](int column, float value) { row.store_column(column, value); });
 }
 

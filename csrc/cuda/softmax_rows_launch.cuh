@@ -42,13 +42,16 @@ inline void launch_persistent(const char* op, void (*kernel)(RowArguments), cons
   LaunchShape shape = shape_of(plan);
   int64_t n_clusters = plan.clusters_at_once(device);
   if (plan.cluster_size > 1) n_clusters = std::min<int64_t>(placed_clusters(op, kernel, plan, device), n_clusters);
-  n_clusters = std::min(n_clusters, arguments.n_rows);
+  int rows_at_once = plan.rows_at_once;
+  while (rows_at_once > 1 && arguments.n_rows / rows_at_once < n_clusters) rows_at_once /= 2;  // work for every warp
+  n_clusters = std::min(n_clusters, (arguments.n_rows + rows_at_once - 1) / rows_at_once);
   shape.grid = dim3(unsigned(n_clusters) * shape.cluster_size);
   arguments.cluster_size = plan.cluster_size;
+  arguments.rows_at_once = rows_at_once;
   arguments.capacity = plan.capacity;
   arguments.n_slots = (plan.capacity + plan.n_threads - 1) / plan.n_threads;
   arguments.n_slots_first = (arguments.n_slots + 1) / 2;
-  arguments.row_step = unsigned(n_clusters);
+  arguments.row_step = unsigned(n_clusters * rows_at_once);
   launch(op, kernel, shape, stream, arguments);
 }
 
@@ -65,7 +68,7 @@ void launch_row_loss_with(const char* op, const RowArguments& arguments, const D
     launch_persistent(op, kernel, plan, arguments, device, stream);
   };
   switch (plan.residence) {
-    case Residence::registers: return start(row_loss_kernel<Element, Residence::registers, kFeatures>);
+    case Residence::warp: return start(short_row_loss_kernel<Element, kFeatures>);
     case Residence::shared: return start(row_loss_kernel<Element, Residence::shared, kFeatures>);
     case Residence::clusters: return start(kInClusters);
     case Residence::streamed: return start(row_loss_kernel<Element, Residence::streamed, kFeatures>);

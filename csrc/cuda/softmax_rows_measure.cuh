@@ -219,10 +219,9 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
   float best = -INFINITY;
   int best_slot = -1;
   Lowest<Element> lowest;
-  constexpr int kGroup =
-      kResidence == Residence::registers ? 1 : kSlotsAtOnce<Element, kFeatures>;  // looked at together
+  constexpr int kGroup = kSlotsAtOnce<Element, kFeatures>;  // looked at together
   for (int stage = 0, begin = 0; stage < kStages<kResidence>; ++stage) {
-    if constexpr (Kept<Element, kResidence>::kStaged) {
+    if constexpr (kStages<kResidence> == 2) {
       if (stage == 0) cp_async_wait<1>();
       if (stage == 1) cp_async_wait<0>();
     }
@@ -235,11 +234,12 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
       if constexpr (kFeatures != Features::plain)
         for (const uint4 bits : vectors) lowest.look_at(bits);
     };
-    if constexpr (kGroup == 1) {
-      for_slots<kResidence, 1>(begin, end, look_at);
-    } else {
 #pragma unroll 1
-      for (int i = begin; i < end; i += kGroup) look_at(i, min(i + 1, end - 1));
+    for (int i = begin; i < end; i += kGroup) {
+      if constexpr (kGroup == 1)
+        look_at(i);
+      else
+        look_at(i, min(i + 1, end - 1));
     }
     begin = end;
   }
@@ -259,8 +259,7 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
 
   const auto sum_up = [&](auto is_careful) {
     using RowExponent = Exponent<Element, kFeatures, decltype(is_careful)::value>;
-    constexpr bool kByTensorCores =
-        kFeatures == Features::dense && !RowExponent::kExact && kResidence != Residence::registers;
+    constexpr bool kByTensorCores = kFeatures == Features::dense && !RowExponent::kExact;
     const RowExponent exponent(scale, reference);
     Sums sums;
     TileSums logit_sums;
@@ -280,25 +279,21 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
       accumulate<kApart, kApart || !kByTensorCores>(logits, first_column, excluded, exponent, capped_best.value, sums,
                                                     argmax);
     };
-    if constexpr (kResidence == Residence::registers) {
-      for_slots<kResidence, 1>(0, n_mine, [&](int i) { add(i, std::true_type()); });
-    } else {
-      // the winner's slot apart: in all others nothing is compared with the maximum, or asked. And for the tensor cores
-      // the last slot where only some lanes of the warp have it
-      const int n_common = kByTensorCores ? row.all.of(thread | 31) : n_mine;
-      const int apart = int(min(unsigned(winner_slot), unsigned(n_common)));
-      int begin = 0, end = apart;
+    // the winner's slot apart: in all others nothing is compared with the maximum, or asked. And for the tensor cores the
+    // last slot where only some lanes of the warp have it
+    const int n_common = kByTensorCores ? row.all.of(thread | 31) : n_mine;
+    const int apart = int(min(unsigned(winner_slot), unsigned(n_common)));
+    int begin = 0, end = apart;
 #pragma unroll 1
-      for (;;) {
-        for_slots<kResidence, kSlotsAtOnce<Element, kFeatures>>(begin, end, [&](int i) { add(i, std::false_type()); });
-        if (end == n_common) break;
-        begin = apart + 1;
-        end = n_common;
-      }
-#pragma unroll 1
-      for (int i = apart; i < n_mine; i = max(i + 1, n_common)) add(i, std::true_type());
-      if constexpr (kByTensorCores) sums.sum += lane_sum(logit_sums);
+    for (;;) {
+      for_slots<kSlotsAtOnce<Element, kFeatures>>(begin, end, [&](int i) { add(i, std::false_type()); });
+      if (end == n_common) break;
+      begin = apart + 1;
+      end = n_common;
     }
+#pragma unroll 1
+    for (int i = apart; i < n_mine; i = max(i + 1, n_common)) add(i, std::true_type());
+    if constexpr (kByTensorCores) sums.sum += lane_sum(logit_sums);
     sums.rest = warp_sum(sums.rest);
     int count = 0;
     if constexpr (kFeatures != Features::plain) {

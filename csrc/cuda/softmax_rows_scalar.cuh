@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
   auto* const entries = reinterpret_cast<SparseEntry<Real>*>(scratch + 1);  // [1 + n_ids]
   const int64_t row_index = blockIdx.x;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const Lanes lanes = whole_warp();
   const RowOptions<Real> options = *static_cast<const RowOptions<Real>*>(a.options);
   const Real inverse_temperature = 1 / options.temperature;
   const auto* const x = static_cast<const Element*>(a.logits) + row_offset(a.logits_layout, uint32_t(row_index));
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
   if (given ? statistics[row_index].count == 0 : target < 0) {
     for (int column = thread; out && column < a.n_columns; column += kScalarThreads)
       out[column] = from_real<Element>(0);
-    if (warp == 0 && !given) write_nothing<Real>(a, row_index, lane);
+    if (warp == 0 && !given) write_nothing<Real>(a, row_index, lanes);
     if (thread == 0 && !given && a.all_flags & kRanks)
       ranks[kRankMetric * a.n_rows] = ranks[kArgmaxMetric * a.n_rows] = 0;
     return;
@@ -157,19 +158,15 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
   }
   if (warp == 0) {
     const int32_t argmax = row.argmax < Real(a.vocab_size) && !a.column_weights ? int32_t(row.argmax) : -1;
-    for (int k = lane; k <= a.n_ids; k += 32)
-      entries[k] = gathered<Real>(a, row_index,
-                                  given       ? argmax
-                                  : a.targets ? target
-                                              : -1,
-                                  k, [&](int column) { return to_real(x[column]); });
+    const int32_t first_column = given ? argmax : a.targets ? target : -1;
+    gather_entries(a, row_index, first_column, entries, lanes, [&](int column) { return to_real(x[column]); });
     __syncwarp();
     if (given)
-      take_coefficients(a, options, row_index, row, entries, scratch, lane);
+      take_coefficients(a, options, row_index, row, entries, scratch, lanes);
     else if (a.summaries)
-      write_summaries(a, options, row_index, row, entries, lane);
+      write_summaries(a, options, row_index, row, entries, lanes);
     else
-      evaluate_row(a, options, weight_of<Real>(a, row_index), row, entries, scratch, lane);
+      evaluate_row(a, options, weight_of<Real>(a, row_index), row, entries, scratch, lanes);
     __syncwarp();
     SecondLook<Real> look{};
     if (looks_again) look = sum_of_lanes(lane < kScalarWarps ? looks[lane] : look);
@@ -189,7 +186,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
       ranks[kRankMetric * a.n_rows] = 1 + look.n_greater;
       ranks[kArgmaxMetric * a.n_rows] = 1 + row.argmax;
     }
-    if (a.row_loss) write_loss(a, row_index, weight_of<Real>(a, row_index), entries, scratch, lane);
+    if (a.row_loss) write_loss(a, row_index, weight_of<Real>(a, row_index), entries, scratch, lanes);
     __syncwarp();
     if (out && (a.column_weights || tail > 0))  // their penalties are written: a further gradient takes the place
       for (int k = lane; k <= a.n_ids; k += 32)
@@ -221,7 +218,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_rows_kernel(const RowAr
   __syncthreads();
   if (warp == 0)
     write_entries(
-        a, options, entries, scratch, lane, [](int) { return true; },
+        a, options, entries, scratch, lanes, [](int) { return true; },
         [&](int column, Real value) {
           for (int k = 0; (a.column_weights || tail > 0) && k <= a.n_ids; ++k)
             if (entries[k].column == column) {

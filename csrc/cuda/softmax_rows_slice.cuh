@@ -117,39 +117,33 @@ struct RowSlice : RowPart<Element> {
 };
 
 enum class Residence {
-  registers,
+  warp,      // a warp has several rows at once in its shared memory
   shared,    // one block for a row
   clusters,  // several blocks for a row, each with a part of it in its shared memory
   streamed,  // nowhere: read twice
 };
 
-constexpr int kRegisterVectors = 2;  // that a thread keeps in registers
-
 // A thread's vectors between the passes. Slot i of thread t holds vector first + i * n_threads + t.
 template <class Element, Residence kResidence>
 struct Kept {
-  static constexpr bool kStaged = kResidence == Residence::shared || kResidence == Residence::clusters;
-  uint4 registers[kResidence == Residence::registers ? kRegisterVectors : 1];
+  static constexpr bool kInShared = kResidence != Residence::streamed;
   uint4* slots;  // in shared memory, this thread's first
 
   __device__ __forceinline__ uint4 get(const RowSlice<Element>& row, int i, int vector) const {
-    if constexpr (kResidence == Residence::registers) return registers[i];
-    if constexpr (kStaged) return slots[i * int(blockDim.x)];
+    if constexpr (kInShared) return slots[i * int(blockDim.x)];
     return row.load(vector);
   }
-  __device__ __forceinline__ void fetch(const RowSlice<Element>& row, int i, int vector) {
-    if (kResidence == Residence::streamed || vector >= row.last) return;
-    if constexpr (kResidence == Residence::registers)
-      registers[i] = row.load(vector);
-    else if (row.is_whole(vector))
+  __device__ __forceinline__ void fetch(const RowSlice<Element>& row, int i, int vector) const {
+    if (!kInShared || vector >= row.last) return;
+    if (row.is_whole(vector))
       cp_async16(slots + i * int(blockDim.x), row.address(vector));
     else
       slots[i * int(blockDim.x)] = row.load_edge(vector);
   }
 };
 
-// The maximum of half of the row is taken while the rest still arrives. More stages would hide a little more of that
-// time; but each is a loop to enter, in every pass of every thread.
+// Of a long row the maximum of one half is taken while the other still arrives. More stages would hide a little more of
+// that time; but each is a loop to enter, in every pass of every thread.
 template <Residence kResidence>
 constexpr int kStages = kResidence == Residence::shared || kResidence == Residence::clusters ? 2 : 1;
 struct SlotRange {
@@ -161,17 +155,10 @@ __device__ __forceinline__ SlotRange slots_of_stage(const RowArguments& a, int s
   return stage == 0 ? SlotRange{0, a.n_slots_first} : SlotRange{a.n_slots_first, a.n_slots};
 }
 
-// Register arrays need indices known at compile time; shared memory a rolled loop.
-template <Residence kResidence, int kUnrolled, class Body>
+template <int kUnrolled, class Body>
 __device__ __forceinline__ void for_slots(int begin, int end, Body body) {
-  if constexpr (kResidence == Residence::registers) {
-#pragma unroll
-    for (int i = 0; i < kRegisterVectors; ++i)
-      if (i < end) body(i);
-  } else {
 #pragma unroll kUnrolled
-    for (int i = begin; i < end; ++i) body(i);
-  }
+  for (int i = begin; i < end; ++i) body(i);
 }
 
 }  // namespace ava

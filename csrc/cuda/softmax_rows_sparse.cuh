@@ -1,12 +1,28 @@
 // What one warp does for a row besides its vectors: the entries of the target and of the candidates, the terms, the
-// coefficients, the outputs. Everything here is called by all 32 lanes of one warp; entries and scratch are in shared
-// memory that only this warp writes. Lane i looks after the entries i, i + 32, ... in loops that are not unrolled: few
-// lanes have a second entry, and every copy of a device assert costs registers.
+// coefficients, the outputs. Everything here is called by all `lanes` of the row; entries and scratch are in shared
+// memory that only these write. Of n lanes, lane i looks after the entries i, i + n, ... in loops that are not unrolled:
+// few lanes have a second entry, and every copy of a device assert costs registers.
 #pragma once
 #include "primitives.cuh"
 #include "softmax_rows_arguments.h"
 
 namespace ava {
+
+// The lanes that look after a row: a whole warp, or an equal share of one that has several rows.
+struct Lanes {
+  int lane, count;  // count: a power of two
+  unsigned mask;
+
+  __device__ __forceinline__ void sync() const { __syncwarp(mask); }
+  // Every lane gets the same bits. Where no lane has two values, so do more lanes: theirs would be zeros.
+  template <class Type>
+  __device__ __forceinline__ Type sum(Type value) const {
+#pragma unroll
+    for (int offset = count / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(mask, value, offset);
+    return value;
+  }
+};
+__device__ __forceinline__ Lanes whole_warp() { return {int(threadIdx.x) % 32, 32, kWholeWarp}; }
 
 // The target of a row; 0 where the operator has none; -1 for a row that is left out, whose logits nobody looks at.
 __device__ __forceinline__ int32_t counted_target(const RowArguments& a, int64_t row) {
@@ -55,13 +71,16 @@ __device__ __forceinline__ Real scalar_cap_slope(const RowArguments& a, const Ro
 
 // Reads the entries of a row: before anything is written over it.
 template <class Real, class LogitOf>
-__device__ __forceinline__ SparseEntry<Real> gathered(const RowArguments& a, int64_t row, int32_t first_column, int k,
-                                                      LogitOf logit_of) {
-  SparseEntry<Real> entry{};
-  entry.column = k == 0 ? first_column : id_of(a, row, k - 1);
-  if (entry.column >= 0) entry.logit = logit_of(entry.column);
-  if (k > 0 && a.id_values) entry.own = static_cast<const Real*>(a.id_values)[row * a.n_ids + k - 1];
-  return entry;
+__device__ __forceinline__ void gather_entries(const RowArguments& a, int64_t row, int32_t first_column,
+                                               SparseEntry<Real>* entries, const Lanes& lanes, LogitOf logit_of) {
+#pragma unroll 1
+  for (int k = lanes.lane; k <= a.n_ids; k += lanes.count) {
+    SparseEntry<Real> entry{};
+    entry.column = k == 0 ? first_column : id_of(a, row, k - 1);
+    if (entry.column >= 0) entry.logit = logit_of(entry.column);
+    if (k > 0 && a.id_values) entry.own = static_cast<const Real*>(a.id_values)[row * a.n_ids + k - 1];
+    entries[k] = entry;
+  }
 }
 
 template <class Real>
@@ -92,18 +111,18 @@ __device__ __forceinline__ DenseGradient<Real> finite_dense_gradient(const RowSt
 template <class Real>
 __device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const RowStatistics<Real>& row,
                                                const RowEvaluation<Real>& evaluation, Real others, Real maximum,
-                                               Real inverse_temperature, int n_ids, int lane) {
+                                               Real inverse_temperature, int n_ids, const Lanes& lanes) {
   if (n_ids > 0) {  // else lane 0 alone has an entry
-    others = warp_sum(others);
-    maximum = warp_sum(maximum);
+    others = lanes.sum(others);
+    maximum = lanes.sum(maximum);
   }
-  if (lane == 0) {
+  if (lanes.lane == 0) {
     DenseGradient<Real> dense =
         finite_dense_gradient(row, evaluation.coefficients, others + maximum, inverse_temperature);
     if (row.count == 0) dense = {};
     *scratch = {row, evaluation, dense, others, maximum};
   }
-  __syncwarp();
+  lanes.sync();
 }
 
 // Terms and coefficients of a counted row of row_loss; entry 0 is its target. What the loop needs of the options is read
@@ -111,7 +130,7 @@ __device__ __forceinline__ void finish_scratch(RowScratch<Real>* scratch, const 
 template <class Real>
 __device__ __forceinline__ void evaluate_row(const RowArguments& a, const RowOptions<Real>& options, Real row_weight,
                                              const RowStatistics<Real>& row, SparseEntry<Real>* entries,
-                                             RowScratch<Real>* scratch, int lane) {
+                                             RowScratch<Real>* scratch, const Lanes& lanes) {
   const int32_t target = entries[0].column, argmax = int32_t(row.argmax);
   const Real target_u = scalar_u(a, options, row, target, entries[0].logit);
   const Real target_weight = a.flags & kTargetWeights ? entries[1].own : Real(1);
@@ -120,10 +139,10 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, const RowOpt
   evaluation.coefficients.probability *= row_weight;
   evaluation.coefficients.entropy *= row_weight;
   evaluation.coefficients.constant *= row_weight;
-  __syncwarp();  // the first entries have been read
+  lanes.sync();  // the first entries have been read
   Real others = 0, maximum = 0;
 #pragma unroll 1
-  for (int k = lane; k <= a.n_ids; k += 32) {
+  for (int k = lanes.lane; k <= a.n_ids; k += lanes.count) {
     SparseEntry<Real> entry = entries[k];
     const Real weight = entry.own;
     entry.u = k == 0 ? target_u : Real(0);
@@ -148,21 +167,22 @@ __device__ __forceinline__ void evaluate_row(const RowArguments& a, const RowOpt
     sum_of_entries(entry, row, others, maximum);
     entries[k] = entry;
   }
-  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, a.n_ids, lane);
+  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, a.n_ids, lanes);
 }
 
 // The same where statistics and coefficients are given; entry 0 is i*.
 template <class Real>
 __device__ __forceinline__ void take_coefficients(const RowArguments& a, const RowOptions<Real>& options,
                                                   int64_t row_index, const RowStatistics<Real>& row,
-                                                  SparseEntry<Real>* entries, RowScratch<Real>* scratch, int lane) {
+                                                  SparseEntry<Real>* entries, RowScratch<Real>* scratch,
+                                                  const Lanes& lanes) {
   const Real* own_coefficients =
       static_cast<const Real*>(a.row_coefficients) + row_index * (kRowCoefficients + a.n_ids);
   RowEvaluation<Real> evaluation{};
   evaluation.coefficients = {own_coefficients[0], own_coefficients[1], own_coefficients[2], own_coefficients[3]};
   Real others = 0, maximum = 0;
 #pragma unroll 1
-  for (int k = lane; k <= a.n_ids; k += 32) {
+  for (int k = lanes.lane; k <= a.n_ids; k += lanes.count) {
     SparseEntry<Real> entry = entries[k];
     entry.own = own_coefficients[kRowCoefficients - 1 + k];  // of i*, then of the ids
     if (row.count == 0 || entry.own == 0) entry.column = -1;
@@ -170,7 +190,7 @@ __device__ __forceinline__ void take_coefficients(const RowArguments& a, const R
     sum_of_entries(entry, row, others, maximum);
     entries[k] = entry;
   }
-  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, a.n_ids, lane);
+  finish_scratch(scratch, row, evaluation, others, maximum, 1 / options.temperature, a.n_ids, lanes);
 }
 
 // The gradient of the entries' columns, in full precision, over what the dense pass left there. Duplicates add up; the
@@ -178,11 +198,11 @@ __device__ __forceinline__ void take_coefficients(const RowArguments& a, const R
 template <class Real, class IsMine, class Store>
 __device__ __forceinline__ void write_entries(const RowArguments& a, const RowOptions<Real>& options,
                                               const SparseEntry<Real>* entries, const RowScratch<Real>* scratch,
-                                              int lane, IsMine is_mine, Store store) {
+                                              const Lanes& lanes, IsMine is_mine, Store store) {
   const RowStatistics<Real> row = scratch->statistics;
   if (row.count == 0) return;
 #pragma unroll 1
-  for (int k = lane; k <= a.n_ids; k += 32) {
+  for (int k = lanes.lane; k <= a.n_ids; k += lanes.count) {
     const int32_t column = entries[k].column;
     bool writes = column >= 0 && is_mine(column);
     for (int earlier = 0; writes && earlier < k; ++earlier) writes = entries[earlier].column != column;
@@ -207,24 +227,25 @@ __device__ __forceinline__ void write_entries(const RowArguments& a, const RowOp
 template <class Real>
 __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, Real row_weight,
                                            const SparseEntry<Real>* entries, const RowScratch<Real>* scratch,
-                                           int lane) {
+                                           const Lanes& lanes) {
   const RowEvaluation<Real>& evaluation = scratch->evaluation;
   auto* terms = static_cast<Real*>(a.row_terms);
   Real total = evaluation.terms[kMainLoss] + evaluation.terms[kZLossTerm] + evaluation.terms[kConfidencePenaltyTerm];
   for (int group = 0, first = 1; group < a.n_groups; ++group) {
     const int last = first + a.group_sizes[group];
     Real penalty = 0;
-    for (int k = first + lane; k < last; k += 32) penalty += entries[k].loss;
-    penalty = warp_sum(penalty);
-    if (lane == 0) terms[(kRowTerms + group) * a.n_rows + row] = penalty;
+    for (int k = first + lanes.lane; k < last; k += lanes.count) penalty += entries[k].loss;
+    penalty = lanes.sum(penalty);
+    if (lanes.lane == 0) terms[(kRowTerms + group) * a.n_rows + row] = penalty;
     total += penalty;
     first = last;
   }
-  if (lane < kRowTerms) terms[lane * a.n_rows + row] = evaluation.terms[lane];
-  if (lane == 0) static_cast<Real*>(a.row_loss)[row] = total * row_weight;
+  for (int term = lanes.lane; term < kRowTerms; term += lanes.count)
+    terms[term * a.n_rows + row] = evaluation.terms[term];
+  if (lanes.lane == 0) static_cast<Real*>(a.row_loss)[row] = total * row_weight;
   if (!a.row_coefficients) return;
   Real* own_coefficients = static_cast<Real*>(a.row_coefficients) + row * (kRowCoefficients + 1 + a.n_ids);
-  if (lane == 0) {
+  if (lanes.lane == 0) {
     static_cast<RowStatistics<Real>*>(a.statistics)[row] = scratch->statistics;
     own_coefficients[0] = evaluation.coefficients.probability;
     own_coefficients[1] = evaluation.coefficients.entropy;
@@ -232,7 +253,7 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, R
     own_coefficients[3] = evaluation.coefficients.maximum;
   }
 #pragma unroll 1
-  for (int k = lane; k <= a.n_ids; k += 32)
+  for (int k = lanes.lane; k <= a.n_ids; k += lanes.count)
     own_coefficients[kRowCoefficients + k] = bounded_coefficient(entries[k].own, Real(1));
 }
 
@@ -240,9 +261,9 @@ __device__ __forceinline__ void write_loss(const RowArguments& a, int64_t row, R
 template <class Real>
 __device__ __forceinline__ void write_summaries(const RowArguments& a, const RowOptions<Real>& options,
                                                 int64_t row_index, const RowStatistics<Real>& row,
-                                                const SparseEntry<Real>* entries, int lane) {
+                                                const SparseEntry<Real>* entries, const Lanes& lanes) {
   const Real total = log_total(row);
-  if (lane == 0) {
+  if (lanes.lane == 0) {
     static_cast<RowStatistics<Real>*>(a.statistics)[row_index] = row;
     auto* summaries = static_cast<Real*>(a.summaries);
     summaries[kEntropySummary * a.n_rows + row_index] = total - row.weighted / (1 + row.rest);
@@ -250,7 +271,7 @@ __device__ __forceinline__ void write_summaries(const RowArguments& a, const Row
     summaries[kLogRestSummary * a.n_rows + row_index] = log_of(row.rest);
     summaries[kMeanLogProbSummary * a.n_rows + row_index] = row.sum / row.count - total;
   }
-  for (int k = 1 + lane; k <= a.n_ids; k += 32) {
+  for (int k = 1 + lanes.lane; k <= a.n_ids; k += lanes.count) {
     const SparseEntry<Real> entry = entries[k];
     static_cast<Real*>(a.id_log_probs)[row_index * a.n_ids + k - 1] =
         entry.column < 0 ? Real(0) : scalar_u(a, options, row, entry.column, entry.logit) - total;
@@ -259,19 +280,21 @@ __device__ __forceinline__ void write_summaries(const RowArguments& a, const Row
 
 // The outputs of a row that is left out.
 template <class Real>
-__device__ __forceinline__ void write_nothing(const RowArguments& a, int64_t row, int lane) {
-  if (lane == 0 && a.row_loss) static_cast<Real*>(a.row_loss)[row] = 0;
+__device__ __forceinline__ void write_nothing(const RowArguments& a, int64_t row, const Lanes& lanes) {
+  if (lanes.lane == 0 && a.row_loss) static_cast<Real*>(a.row_loss)[row] = 0;
   if (a.row_terms)
-    for (int term = lane; term < kRowTerms + a.n_groups; term += 32)
+    for (int term = lanes.lane; term < kRowTerms + a.n_groups; term += lanes.count)
       static_cast<Real*>(a.row_terms)[term * a.n_rows + row] = 0;
-  if (lane == 0 && a.statistics) static_cast<RowStatistics<Real>*>(a.statistics)[row] = empty_statistics<Real>();
+  if (lanes.lane == 0 && a.statistics) static_cast<RowStatistics<Real>*>(a.statistics)[row] = empty_statistics<Real>();
   const int n_coefficients = kRowCoefficients + 1 + a.n_ids;
   if (a.row_coefficients)
-    for (int k = lane; k < n_coefficients; k += 32)
+    for (int k = lanes.lane; k < n_coefficients; k += lanes.count)
       static_cast<Real*>(a.row_coefficients)[row * n_coefficients + k] = 0;
-  if (a.summaries && lane < kRowSummaries) static_cast<Real*>(a.summaries)[lane * a.n_rows + row] = 0;
+  if (a.summaries)
+    for (int k = lanes.lane; k < kRowSummaries; k += lanes.count)
+      static_cast<Real*>(a.summaries)[k * a.n_rows + row] = 0;
   if (a.id_log_probs)
-    for (int k = lane; k < a.n_ids; k += 32) static_cast<Real*>(a.id_log_probs)[row * a.n_ids + k] = 0;
+    for (int k = lanes.lane; k < a.n_ids; k += lanes.count) static_cast<Real*>(a.id_log_probs)[row * a.n_ids + k] = 0;
 }
 
 }  // namespace ava

@@ -226,8 +226,8 @@ void test_plans() {
     EXPECT(int64_t(plan.capacity) * cluster_size * 16 >= int64_t(n_columns) * element_bytes);
     EXPECT(plan.clusters_at_once(device) >= 1);
   };
-  expect_plan(kH200, 504, 2, Residence::registers, 1);
-  expect_plan(kH200, 505, 2, Residence::shared, 1);
+  expect_plan(kH200, 4800, 2, Residence::warp, 1);
+  expect_plan(kH200, 5100, 2, Residence::shared, 1);
   expect_plan(kH200, 32000, 2, Residence::shared, 1);
   expect_plan(kH200, 50257, 2, Residence::shared, 1);
   expect_plan(kH200, 128256, 2, Residence::clusters, 4);
@@ -237,17 +237,22 @@ void test_plans() {
   expect_plan(kA100, 32000, 2, Residence::shared, 1);
   expect_plan(kA100, 128256, 2, Residence::streamed, 1);
 
-  // short rows: few warps for each, and enough rows at once
-  const auto expect_threads = [](int n_columns, int n_threads, int n_blocks) {
-    const RowPlan plan = plan_rows(n_columns, 2, 0, kH200);
-    EXPECT(plan.n_threads == n_threads && plan.blocks_per_multiprocessor == n_blocks);
+  // short rows: few warps for each, or several for one warp, and enough at once
+  const auto expect_threads = [](int n_columns, int n_ids, int rows_at_once, int n_threads, int n_blocks) {
+    const RowPlan plan = plan_rows(n_columns, 2, n_ids, kH200);
+    EXPECT(plan.rows_at_once == rows_at_once && plan.n_threads == n_threads);
+    EXPECT(plan.blocks_per_multiprocessor == n_blocks);
   };
-  expect_threads(504, 32, 24);
-  expect_threads(505, 32, 32);
-  expect_threads(4096, 32, 23);
-  expect_threads(6000, 64, 16);
-  expect_threads(12000, 96, 9);
-  expect_threads(14000, 128, 7);
+  expect_threads(128, 0, 16, 32, 22);
+  expect_threads(128, 4, 8, 32, 24);  // two entries for each lane at most
+  expect_threads(128, 8, 4, 32, 24);
+  expect_threads(128, 32, 1, 32, 24);
+  expect_threads(1024, 0, 4, 32, 22);
+  expect_threads(2048, 0, 2, 32, 23);
+  expect_threads(4096, 0, 1, 32, 24);
+  expect_threads(6000, 0, 1, 64, 16);
+  expect_threads(12000, 0, 1, 96, 9);
+  expect_threads(14000, 0, 1, 128, 7);
   for (int n_columns = 1; n_columns < 20000; n_columns += 7) {  // everything that is planned for is there
     const RowPlan plan = plan_rows(n_columns, 2, 8, kH200);
     EXPECT(plan.blocks_per_multiprocessor * plan.n_threads <= kThreadsPerMultiprocessor);
@@ -264,11 +269,11 @@ void test_every_residence(const SoftmaxRowsLaunchers& kernels) {
     int cluster_size;
   };
   constexpr int kScale = 4 / int(sizeof(Element));  // the same bytes for every type
-  const Way ways[] = {{kH200, 1, Residence::registers, 1},
-                      {kOneBlock, 250 * kScale, Residence::registers, 1},
-                      {kOneBlock, 253 * kScale, Residence::shared, 1},   // one warp
-                      {kOneBlock, 2051 * kScale, Residence::shared, 1},  // one warp, several vectors a thread
-                      {kOneBlock, 3001 * kScale, Residence::shared, 1},  // two
+  const Way ways[] = {{kH200, 1, Residence::warp, 1},
+                      {kOneBlock, 250 * kScale, Residence::warp, 1},     // several rows at once
+                      {kOneBlock, 1001 * kScale, Residence::warp, 1},    // two, several vectors a thread
+                      {kOneBlock, 2051 * kScale, Residence::warp, 1},    // one
+                      {kOneBlock, 3001 * kScale, Residence::shared, 1},  // two warps
                       {small_device(4608, 8), 701 * kScale, Residence::shared, 1},
                       {small_device(20480, 1, 8), 3401 * kScale, Residence::shared, 1},
                       {small_device(5120, 8), 1001 * kScale, Residence::clusters, 2},

@@ -18,7 +18,7 @@ LEFT_OUT = RowFlags.TARGET_WEIGHTS | RowFlags.SOFTCAP | RowFlags.EXCLUDE_TARGET 
 EVERY_TERM = int(sum(RowFlags) - LEFT_OUT)
 CAPPED = int(RowFlags.CROSS_ENTROPY | RowFlags.LABEL_SMOOTHING | RowFlags.EXCLUDE_TARGET | RowFlags.SOFTCAP)
 TERMS = {"plain": PLAIN, "every term": EVERY_TERM, "capped": CAPPED}
-RESIDENCES = ("registers", "shared", "clusters", "streamed")  # Residence in csrc/cuda, in its order
+RESIDENCES = ("warp", "shared", "clusters", "streamed")  # Residence in csrc/cuda, in its order
 
 
 def small_device(shared_per_block: int, largest_cluster: int = 8, blocks: int = 2) -> DeviceLimits:
@@ -41,8 +41,8 @@ class Path(NamedTuple):
 
 ONE_BLOCK = DeviceLimits(0, *[getattr(H100, n) for n, _ in H100._fields_[1:]])  # an H100 where one block takes all rows
 PATHS = [
-    Path("registers", 1, H100, 250),
-    Path("registers", 1, ONE_BLOCK, 247),
+    Path("warp", 1, H100, 250),
+    Path("warp", 1, ONE_BLOCK, 247),
     Path("shared", 1, small_device(4608), 701),
     Path("shared", 1, small_device(20480, blocks=8), 3401),
     Path("clusters", 2, small_device(5120), 1001),
@@ -51,9 +51,10 @@ PATHS = [
     Path("clusters", 4, small_device(12288, blocks=8), 6803),
     Path("streamed", 1, small_device(4096, largest_cluster=1), 1100),
     Path("streamed", 1, small_device(4096, largest_cluster=1), 4403),
-    Path("shared", 1, ONE_BLOCK, 1801),
+    Path("warp", 1, ONE_BLOCK, 901),
+    Path("warp", 1, ONE_BLOCK, 1801),
 ]
-# registers, shared memory, a cluster and none of them, with several vectors a thread
+# a warp's shared memory, a block's, a cluster and none of them, with several vectors a thread
 MAIN_PATHS = [PATHS[1], PATHS[3], PATHS[6], PATHS[9]]
 
 
@@ -155,6 +156,7 @@ def check(problem: RowProblem, way: str, device: DeviceLimits, architecture: str
 
 
 def residence_of(device: Device) -> tuple[str, int]:
-    """Residence and cluster size of the first launch, a row_loss_kernel."""
+    """Residence and cluster size of the first launch, a row_loss_kernel or a short_row_loss_kernel."""
     launch = device.launches[0]
-    return RESIDENCES[int(re.search(r"ResidenceE(\d)E", launch.kernel.name)[1])], launch.cluster_size
+    found = re.search(r"ResidenceE(\d)E", launch.kernel.name)
+    return RESIDENCES[int(found[1]) if found else 0], launch.cluster_size

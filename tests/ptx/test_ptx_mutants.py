@@ -68,7 +68,7 @@ ROW_LOSS = "row_loss_kernelI13__nv_bfloat16.*ResidenceE{}E.*FeaturesE{}E"
 THREE_WAYS = ["fused", "row_loss_", "no gradient"]
 CASES = {
     # its block is one warp, and __syncwarp stands before __syncthreads
-    "registers": Case(ROW_LOSS.format(0, 0), PATHS[1].device, rows(493, PLAIN, THREE_WAYS), (5,)),
+    "short": Case("short_row_loss_kernelI13__nv_bfloat16.*FeaturesE0E", PATHS[1].device, rows(493, PLAIN, THREE_WAYS)),
     "shared": Case(ROW_LOSS.format(1, 1), small_device(20480, blocks=8), rows(6802, EVERY_TERM, THREE_WAYS)),
     "clusters": Case(ROW_LOSS.format(2, 1), small_device(10240, blocks=8), rows(6802, EVERY_TERM, THREE_WAYS)),
     # behind a row that does not count; there are no two, one behind the other

@@ -1,5 +1,7 @@
 """How many instructions of PTX a row costs: its vectors, one warp's work between the barriers, and all the rest.
 
+And what several short rows cost a warp.
+
 Counted is all that a warp issues but mov and bra, most of which the assembler takes away. docs/gpu_model.md quotes the
 numbers, which `python -m pytest tests/ptx/test_ptx_row_counts.py -n0 -s` prints.
 """
@@ -73,3 +75,37 @@ def test_between_the_barriers(terms, candidates):
     _, stretch, _ = issued(terms, 3584, n_ids, small_device(18432, blocks=8), likely)
     print(stretch[0] - stretch[-1])
     assert stretch[0] - stretch[-1] <= 400
+
+
+def of_warps(terms: int, n_columns: int, n_ids: int) -> float:
+    """What a short row costs a warp that takes as many at once as it can."""
+
+    def all_issued(n_rows: int) -> int:
+        problem = problem_of(torch.bfloat16, n_columns, terms, n_rows=n_rows, n_ids=n_ids)
+        problem.base.copy_(torch.randn(problem.base.shape, generator=torch.Generator().manual_seed(1)))
+        problem.targets.clamp_(min=0)  # all count
+        with on_device(ONE_BLOCK, check_races=False) as ran_on:
+            WAYS["fused"](problem)
+        return int(ran_on.launches[0].issued.sum())
+
+    return (all_issued(64) - all_issued(32)) / 32
+
+
+class ShortRowCounts(NamedTuple):
+    row: float  # besides its vectors
+    together: float  # for all that a warp takes at once
+
+
+@pytest.mark.parametrize(
+    ("terms", "n_ids", "most"),
+    [(PLAIN, 0, ShortRowCounts(210, 540)), (EVERY_TERM, 4, ShortRowCounts(275, 900))],
+    ids=["plain", "every term and four candidates"],
+)
+def test_short_rows(terms, n_ids, most):
+    """Of 1024 columns a warp takes four rows, each 4 vectors of a lane; of 2048 two, each 8."""
+    vector = (of_warps(terms, 1024, n_ids) - of_warps(terms, 512, n_ids)) / 2
+    four, two = of_warps(terms, 1024, n_ids) - 4 * vector, of_warps(terms, 2048, n_ids) - 8 * vector
+    together = (two - four) / (1 / 2 - 1 / 4)
+    counts = ShortRowCounts(four - together / 4, together)
+    print(vector, counts)
+    assert counts.row <= most.row and counts.together <= most.together

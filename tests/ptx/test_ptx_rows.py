@@ -71,7 +71,7 @@ def test_float64(terms, way):
 # vocabularies of today, one row each, with the plans of an H100. An H200 and a B200 have its limits, but for the number
 # of multiprocessors, on which only the grid depends
 VOCABULARIES = [
-    (torch.bfloat16, 4096, ("shared", 1)),
+    (torch.bfloat16, 4096, ("warp", 1)),
     (torch.bfloat16, 32000, ("shared", 1)),
     (torch.bfloat16, 50257, ("shared", 1)),
     (torch.bfloat16, 128256, ("clusters", 4)),

@@ -104,6 +104,20 @@ def test_lanes_that_come_later_are_waited_for(seed):
     assert (got == (THREADS ^ 1) + np.where(THREADS < 7, 100, 0)).all() and not findings
 
 
+PARTS = """
+and.b32 %r11, %r1, 16; setp.eq.u32 %p1, %r11, 0; selp.b32 %r10, 0x0000ffff, {}, %p1;
+shfl.sync.bfly.b32 %r12|%p2, %r1, 1, 31, %r10; st.global.u32 [%rd4], %r12;
+"""
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_parts_of_a_warp_have_masks_of_their_own(seed):
+    got, findings = run(PARTS.format("0xffff0000"), seed=seed)
+    assert (got == THREADS ^ 1).all() and not findings
+    with pytest.raises(KernelFault, match="deadlock"):
+        run(PARTS.format("0xffff8000"), seed=seed)
+
+
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
 @pytest.mark.parametrize(
     ("barrier", "other", "is_race"),

@@ -107,23 +107,21 @@ class Synchronisation:
         for warp in np.unique(self.warp_of[threads]):
             lanes = np.flatnonzero(self.warp_of == warp)
             waiting = lanes[(self.status[lanes] == AT_WARP) & (self.pc[lanes] == number)]
-            mask = self._mask(instruction, waiting)
-            asked = lanes[(mask >> (lanes - warp * WARP)) & 1 == 1]
-            if (self.status[asked] == EXITED).any():
-                self.find("a lane in the mask has exited", instruction)
-                asked = asked[self.status[asked] != EXITED]
-            if np.isin(asked, waiting).all():
-                self._meet(instruction, asked)
-                self.status[asked] = RUNNING
-                self.pc[asked] = number + 1
+            masks = self._masks(instruction, waiting)
+            for mask in np.unique(masks):  # the parts of a warp that are there; one without all its lanes waits
+                asked = lanes[(int(mask) >> (lanes - warp * WARP)) & 1 == 1]
+                if (self.status[asked] == EXITED).any():
+                    self.find("a lane in the mask has exited", instruction)
+                    asked = asked[self.status[asked] != EXITED]
+                if np.isin(asked, waiting[masks == mask]).all():
+                    self._meet(instruction, asked)
+                    self.status[asked] = RUNNING
+                    self.pc[asked] = number + 1
 
-    def _mask(self, instruction: Instruction, waiting: np.ndarray) -> int:
+    def _masks(self, instruction: Instruction, threads: np.ndarray) -> np.ndarray:
         if instruction.name == "mma":
-            return (1 << WARP) - 1
-        masks = np.unique(self._values(instruction.operands[-1], waiting))
-        if masks.size > 1:
-            self.find("lanes disagree about the mask", instruction)
-        return int(masks[0])
+            return np.full(threads.size, (1 << WARP) - 1)
+        return self._values(instruction.operands[-1], threads)
 
     def _values(self, operand: str, threads: np.ndarray, dtype: type = np.uint32) -> np.ndarray:
         if operand in self.program.place_of:
