@@ -58,10 +58,10 @@ ASSUMED = {
     "stretch of every term": 600,
     # the same of a warp that takes several short rows at once, without mov and bra: for each of them besides its
     # vectors, and for all of them together
-    "short row": 210,
-    "short row of every term": 275,
-    "short rows together": 540,
-    "short rows together of every term": 900,
+    "short row": 190,
+    "short row of every term": 245,
+    "short rows together": 560,
+    "short rows together of every term": 915,
     "barrier": 40,  # cycles of a block's barrier
     # from a store into another multiprocessor's shared memory until a warp there has woken up: 180 that the way takes
     # (measured on Hopper, arXiv 2402.13499), and as long again for counting the bytes and the warp

@@ -227,6 +227,18 @@ __device__ __forceinline__ Type warp_sum(Type value) {
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kWholeWarp, value, offset);
   return value;
 }
+// The same of three values in fewer rounds: half of the lanes go on with one of two values, the others with the other.
+__device__ __forceinline__ void warp_sums(float& a, float& b, float& c) {
+  const bool has_b = threadIdx.x & 16, has_c = threadIdx.x & 8;
+  float sum = (has_b ? b : a) + __shfl_xor_sync(kWholeWarp, has_b ? a : b, 16);
+  c += __shfl_xor_sync(kWholeWarp, c, 16);
+  sum = (has_c ? c : sum) + __shfl_xor_sync(kWholeWarp, has_c ? sum : c, 8);
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, offset);
+  a = __shfl_sync(kWholeWarp, sum, 0);
+  b = __shfl_sync(kWholeWarp, sum, 16);
+  c = __shfl_sync(kWholeWarp, sum, 8);
+}
 // A lane's quarter of its rows' sums: warp_sum adds up what the tensor cores were given.
 __device__ __forceinline__ float lane_sum(const TileSums& sums) { return (sums.of_rows[0] + sums.of_rows[2]) / 4; }
 // One instruction for each, not five rounds of shuffles.

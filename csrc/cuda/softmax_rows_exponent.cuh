@@ -27,7 +27,8 @@ constexpr float kLog2e = 1.4426950408889634f, kLog2eLow = 1.9259629e-8f, kLn2 = 
 
 struct LogitScale {
   float factor, factor_low;  // log2(e) / T in two floats
-  float lowest_difference;   // at or below it e^u is 0
+  float inverse_factor;
+  float lowest_difference;  // at or below it e^u is 0
   float inverse_temperature;
   float softcap, inverse_softcap, cap_factor;  // c, 1 / c, 2 log2(e) / c
 };
@@ -35,6 +36,7 @@ __device__ __forceinline__ LogitScale logit_scale(const RowOptions<float>& optio
   const float inverse_temperature = 1 / options.temperature, factor = kLog2e * inverse_temperature;
   return {factor,
           fmaf(kLog2e, inverse_temperature, -factor) + kLog2eLow * inverse_temperature,
+          1 / factor,
           -1000.f / factor,
           inverse_temperature,
           options.softcap,
@@ -137,7 +139,7 @@ struct Exponent {
   __device__ __forceinline__ float summand(float x) const { return kExact ? x - origin : x; }
   __device__ __forceinline__ float sum_of_u(float sum, float count) const {
     if constexpr (kByLogistic) sum *= -2 * scale.softcap;
-    return (kExact ? sum : fmaf(-origin, count, sum)) * scale.factor * kLn2;
+    return (kExact ? sum : fmaf(-origin, count, sum)) * scale.inverse_temperature;
   }
 };
 

@@ -70,7 +70,7 @@ __device__ __forceinline__ RowStatistics<float> to_statistics(const Sums& sums,
   return {max,
           column,
           sums.rest * undo,
-          (sums.weighted - exponent.excess * sums.rest) * undo * kLn2,
+          fmaf(-exponent.excess, sums.rest, sums.weighted) * undo * kLn2,
           exponent.sum_of_u(sums.sum, count),
           count};
 }
@@ -91,7 +91,7 @@ struct GradientScalars {
 template <class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ GradientScalars gradient_scalars(const DenseGradient<float>& dense,
                                                             const Exponent<Element, kFeatures, kCareful>& exponent) {
-  const float undo = exponent.undo(), slope = dense.slope / exponent.scale.factor;
+  const float undo = exponent.undo(), slope = dense.slope * exponent.scale.inverse_factor;
   constexpr float kOfSlope = kFeatures == Features::capped ? 4.f : 1.f;  // whose quarter is there
   return {(dense.factor - slope * exponent.excess) * undo * kOfSlope, slope * undo * kOfSlope,
           dense.constant * kOfSlope};
@@ -181,13 +181,9 @@ __device__ __forceinline__ float largest(const uint4 (&vectors)[kVectors]) {
 // The lowest element of all vectors that a thread has looked at.
 template <class Element>
 struct Lowest {
-  unsigned lowest = 0;  // bits of a float, or of a pair, which two variables of 16 bits would be packed to every time
+  // bits of a float, or of a pair, which two variables of 16 bits would be packed to every time. First infinity
+  unsigned lowest = sizeof(Element) == 4 ? 0x7f800000 : std::is_same<Element, __half>::value ? 0x7c007c00 : 0x7f807f80;
 
-  __device__ __forceinline__ Lowest() {
-    const Element infinity = from_float<Element>(INFINITY);
-    memcpy(static_cast<void*>(&lowest), &infinity, sizeof(infinity));
-    if constexpr (sizeof(Element) == 2) lowest = (lowest & 0xffff) * 0x10001;
-  }
   __device__ __forceinline__ void look_at(uint4 bits) {
     if constexpr (sizeof(Element) == 2) {
       ElementPair<Element> pairs[5];
@@ -281,7 +277,7 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
     };
     // the winner's slot apart: in all others nothing is compared with the maximum, or asked. And for the tensor cores the
     // last slot where only some lanes of the warp have it
-    const int n_common = kByTensorCores ? row.all.of(thread | 31) : n_mine;
+    const int n_common = kByTensorCores ? warp_min(n_mine) : n_mine;
     const int apart = int(min(unsigned(winner_slot), unsigned(n_common)));
     int begin = 0, end = apart;
 #pragma unroll 1
@@ -294,11 +290,11 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
 #pragma unroll 1
     for (int i = apart; i < n_mine; i = max(i + 1, n_common)) add(i, std::true_type());
     if constexpr (kByTensorCores) sums.sum += lane_sum(logit_sums);
-    sums.rest = warp_sum(sums.rest);
     int count = 0;
-    if constexpr (kFeatures != Features::plain) {
-      sums.weighted = warp_sum(sums.weighted);
-      sums.sum = warp_sum(sums.sum);
+    if constexpr (kFeatures == Features::plain) {
+      sums.rest = warp_sum(sums.rest);
+    } else {
+      warp_sums(sums.rest, sums.weighted, sums.sum);
       count = warp_sum(n_mine * kVectorSize<Element> - sums.n_masked);
     }
     if constexpr (kFeatures == Features::capped && decltype(is_careful)::value)

@@ -69,10 +69,10 @@ __device__ __forceinline__ void write_row(const RowArguments& a, const RowHeader
   const int thread = threadIdx.x, n_threads = blockDim.x;
   const bool has_next = next_header.target >= 0;
   const RowSlice<Element> row(a, header.part), next(a, next_header.part);
-  const int first = row.first + thread, n_mine = row.all.of(thread), n_next = has_next ? next.all.of(thread) : 0;
+  const int first = row.first + thread;
   const auto write_slot = [&](int i) {
-    if (i < n_mine) row.store(first + i * n_threads, gradient_of(i, first + i * n_threads));
-    if (i < n_next) kept.fetch(next, i, next.first + thread + i * n_threads);
+    if (i < row.all.of(thread)) row.store(first + i * n_threads, gradient_of(i, first + i * n_threads));
+    if (has_next && i < next.all.of(thread)) kept.fetch(next, i, next.first + thread + i * n_threads);
   };
   // in slots [begin, end) nothing is asked
   const int begin = thread == 0 ? header.begins_with_edge : 0, end = max(begin, header.whole.of(thread));
