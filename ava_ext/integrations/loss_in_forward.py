@@ -329,6 +329,8 @@ def _make_class(mixin: Any, cls: Any, is_fused: bool) -> Any:
     }
     if mixin is LossInForward:
         contents |= {"is_fused": is_fused, "forward": _forward_of(cls)}
+        if hasattr(cls, "generate"):
+            contents["generate"] = _generate_of(cls)
     return type(cls.__name__, (mixin, cls), contents)
 
 
@@ -353,6 +355,16 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
     del forward.__wrapped__
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
+
+
+def _generate_of(cls: Any) -> Callable[..., Any]:
+    """cls.generate, without what is the loss's alone: Seq2SeqTrainer hands over whole batches, and it refuses that."""
+
+    @functools.wraps(cls.generate)
+    def generate(self: Any, *arguments: Any, **options: Any) -> Any:
+        return cls.generate(self, *arguments, **{name: options[name] for name in options if name not in _OF_LOSS})
+
+    return generate
 
 
 def _made_of(mixin: Any, cls: Any, is_fused: bool = False) -> Any:

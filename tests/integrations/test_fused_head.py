@@ -473,6 +473,15 @@ def test_labels_of_the_rows_themselves_are_not_shifted(name, put):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def test_generate_takes_a_whole_batch():
+    """As Seq2SeqTrainer hands it over with predict_with_generate=True: with what is the loss's alone."""
+    model, inputs = tiny_aligned("Moonshine")
+    expected = model.generate(**inputs, max_new_tokens=3)
+    fuse_lm_head(model, plain_loss(model))
+    of_loss = {"shift_labels": inputs["labels"], "loss_inputs": {"token_weights": torch.ones(3, 9)}}
+    assert torch.equal(model.generate(**inputs, **of_loss, max_new_tokens=3), expected)
+
+
 def test_a_model_that_computes_its_loss_itself_is_named():
     """Its logits are viewed on the way to a cross-entropy of its own: fuse_lm_head asks for attach_loss."""
     from transformers import BertConfig, BertForMaskedLM
