@@ -409,6 +409,20 @@ def test_multi_token_prediction_trains_with_the_model():
         unfuse(model)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Cohere", "Gemma2"])
+def test_depths_that_share_the_head_have_logits_as_the_model_has(name):
+    """With attach_loss they would be those of the head alone, without the model's scale or soft cap."""
+    model = family(name)
+    for options in ({"mtp_share_head": True}, {"mtp_type": "hidden_states"}):
+        loss_fn = plain_loss(model, False, use_mtp=True, num_future_tokens=1, **options)
+        if name == "Llama":
+            unfuse(attach_loss(model, loss_fn))
+        else:
+            with pytest.raises(ValueError, match=f"attach_loss: {name}.* got mtp_share_head=.*use fuse_lm_head"):
+                attach_loss(model, loss_fn)
+    attach_loss(model, plain_loss(model, False, use_mtp=True))  # with heads of its own
+
+
 def test_packed_texts_and_shifted_labels():
     """Where texts begin reaches the loss: no label is predicted across two. shift_labels are rows already."""
     model = family("Llama")
