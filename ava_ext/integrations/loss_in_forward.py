@@ -90,9 +90,10 @@ class LossInForward(nn.Module):
     @property
     def loss_function(self) -> Any:
         """While forward runs, takes what the loss is computed of; otherwise the loss of logits."""
-        if self._is_recording:
-            return self._record
-        return functools.partial(loss_of_logits, self.unified_loss)
+        model = _original_of(self)
+        if model._is_recording:
+            return model._record
+        return functools.partial(loss_of_logits, model.unified_loss)
 
     def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""
@@ -106,10 +107,13 @@ class LossInForward(nn.Module):
         self._recorded = (logits, labels, options.get("shift_labels"), zero)
         return zero
 
-    def _with_loss(
-        self, forward: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
-        """forward(*arguments, **options), whose positional arguments have these names, with the loss in its output."""
+    def _with_loss(self, runs: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The model's own forward, whose positional arguments have these names, with the loss in its output.
+
+        Args:
+            runs: the model itself, or a copy of it that runs in its place.
+        """
+        forward = functools.partial(self.class_before_loss.forward, runs)
         options = {**dict(zip(names, arguments, strict=False)), **options}
         of_loss = {name: options.pop(name, None) for name in _OF_LOSS}
         labels, shifted = options.get("labels"), of_loss["shift_labels"]
@@ -153,7 +157,7 @@ class LossInForward(nn.Module):
         fields["loss"] = self._loss(given, added, has_added)
         if not self.is_fused:
             fields["logits"] = logits
-        elif not self.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
+        elif not runs.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
             fields["logits"] = logits.compute(head)
         result = type(output)(**fields)
         return result if return_dict else result.to_tuple()
@@ -306,6 +310,14 @@ class LossInForward(nn.Module):
         return _made_of, (LossInForward, self.class_before_loss, self.is_fused), self.__dict__
 
 
+def _original_of(model: Any) -> Any:
+    """What accelerate's regional compilation has made a shallow copy of, to run in its place; or the model itself.
+
+    The copy has the head and the loss in another form, and whoever reads loss_parts looks at the original.
+    """
+    return vars(model).get("_orig_mod", model)
+
+
 def _brought_to(device: torch.device, value: Any) -> Any:
     """A tensor, or each of a list or tuple of them."""
     if isinstance(value, Tensor):
@@ -349,7 +361,7 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
         if not isinstance(self, LossInForward):  # after unfuse, where accelerate kept the forward of the instance
             return cls.forward(self, *arguments, **options)
-        return self._with_loss(functools.partial(cls.forward, self), names, arguments, options)
+        return _original_of(self)._with_loss(self, names, arguments, options)
 
     # accelerate.unwrap_model unwraps a forward as far as it can, and would find the model's own, without the loss
     del forward.__wrapped__
