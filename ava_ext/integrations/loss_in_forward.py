@@ -20,6 +20,7 @@ from ava_ext.integrations.heads import logits_of_lora, n_columns_of, weight_and_
 from ava_ext.integrations.loss_functions import check_ignore_index, check_same_logits, loss_of_logits
 from ava_ext.model_config import check_router_logits, text_config
 from ava_ext.ops.arguments import has_shape
+from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.reduction import items_of
 from ava_ext.unified_loss import UnifiedLoss
@@ -267,7 +268,11 @@ class LossInForward(nn.Module):
             logits = logits_of_lora(head, logits.hidden_states)
         given |= {"logits": logits, "hidden_states": hidden_states}
         if logits is None or config.mtp_share_head or config.mtp_heads == "hidden_states":
-            given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
+            weight, bias = weight_and_bias(head)
+            if hidden_states is not None and is_dtensor(weight):  # FSDP2 casts it in the head's own forward alone
+                weight = weight.to(hidden_states.dtype)
+                bias = None if bias is None else bias.to(hidden_states.dtype)
+            given |= {"lm_head_weight": weight, "lm_head_bias": bias}
         return given | self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
 
     def _router(self, output: Any) -> dict[str, Any]:
