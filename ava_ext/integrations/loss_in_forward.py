@@ -87,6 +87,7 @@ class LossInForward(nn.Module):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.__class__ = self.class_before_loss  # type: ignore[assignment]  # made anew, by from_pretrained: without a loss
+        self.register_load_state_dict_pre_hook(_leave_loss_out)  # for type(model)(config).load_state_dict(...)
 
     @property
     def loss_function(self) -> Any:
@@ -328,6 +329,13 @@ def _brought_to(device: torch.device, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device)
     return type(value)(_brought_to(device, part) for part in value) if type(value) in (tuple, list) else value
+
+
+def _leave_loss_out(model: Any, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    """Drops what a model without a loss has no place for."""
+    if not isinstance(model, LossInForward):
+        for name in [name for name in state_dict if name.startswith(f"{prefix}unified_loss.")]:
+            del state_dict[name]
 
 
 def _without_deferred(value: Any) -> Any:

@@ -589,6 +589,12 @@ def test_saved_models_are_plain_ones(tmp_path):
     by_class = type(model).from_pretrained(tmp_path)
     assert type(by_class) is type(loaded)
     assert torch.equal(by_class(**batch()).loss, loaded(**batch()).loss)
+    made_anew = type(model)(model.config)  # as averages of weights are made, such as by BEMACallback of trl
+    made_anew.load_state_dict(model.state_dict())
+    assert torch.equal(made_anew(**batch()).loss, loaded(**batch()).loss)
+    fuse_lm_head(made_anew, plain_loss(model, use_mtp=True))  # which then has a place for it
+    made_anew.load_state_dict(model.state_dict())
+    assert torch.equal(made_anew.unified_loss.mtp.heads[0].weight, model.unified_loss.mtp.heads[0].weight)
 
 
 def test_what_fits_not_is_refused():
