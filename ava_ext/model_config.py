@@ -100,9 +100,7 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         if score == "sigmoid":
             options["router_score"] = score
     if fused:
-        whole = getattr(model_or_config, "config", model_or_config)
-        if config is whole or getattr(whole, "model_type", None) in _APPLY_OPTIONS_OF_TEXT:
-            options |= logit_options(config)
+        options |= logit_options(model_or_config)
     return options | given
 
 
@@ -132,12 +130,11 @@ def text_config(model_or_config: Any) -> Any:
     return config if get_text_config is None else get_text_config()
 
 
-def logit_options(config: Any) -> dict[str, float]:
-    """logit_softcap and logit_scale, where the model applies them to the logits of its head.
-
-    Args:
-        config: of a text model.
-    """
+def logit_options(model_or_config: Any) -> dict[str, float]:
+    """logit_softcap and logit_scale, where the model applies them to the logits of its head."""
+    config, whole = text_config(model_or_config), getattr(model_or_config, "config", model_or_config)
+    if config is not whole and getattr(whole, "model_type", None) not in _APPLY_OPTIONS_OF_TEXT:
+        return {}
     options: dict[str, float] = {}
     softcap = _first(config, _SOFTCAPS)
     if softcap:

@@ -115,7 +115,7 @@ class UnifiedLoss(nn.Module):
             model_or_config: a model of transformers, or its configuration.
             fused: True, for a loss that gets hidden states and the head's weight: it also applies the model's soft cap
                 and scale of the logits. False, for a loss that gets the model's logits, which are already capped and
-                scaled.
+                scaled; to those of depths that share the head it then applies neither.
             options: any option; they override those of the model.
 
         Raises:

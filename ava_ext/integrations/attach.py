@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ava_ext.integrations.heads import device_of, n_columns_of, weight_and_bias
-from ava_ext.integrations.loss_functions import check_is_loss, refuse_logit_options
+from ava_ext.integrations.loss_functions import check_is_loss, refuse_logit_options, refuse_shared_head
 from ava_ext.integrations.loss_in_forward import LossInForward, RecordsInput, class_with
 from ava_ext.ops.linear_logits import has_accelerate_hooks
 from ava_ext.unified_loss import UnifiedLoss
@@ -25,8 +25,9 @@ def attach_loss(model: nn.Module, loss_fn: UnifiedLoss) -> nn.Module:
     Like `fuse_lm_head`, but from the logits that the model computes: for heads that fuse_lm_head refuses.
 
     Raises:
-        ValueError: the loss caps or scales logits that the model has capped or scaled already; the model already has a
-            loss in it, or its forward was replaced on the instance.
+        ValueError: the loss caps or scales logits that the model has capped or scaled already, or shares the head of
+            such a model with depths of multi-token prediction; the model already has a loss in it, or its forward was
+            replaced on the instance.
     """
     return _put_into(model, loss_fn, is_fused=False)
 
@@ -128,6 +129,7 @@ def _put_into(model: nn.Module, loss_fn: UnifiedLoss, is_fused: bool) -> nn.Modu
         weight_and_bias(head)
     else:
         refuse_logit_options(config, owner)
+        refuse_shared_head(config, inner)
     _become(head, class_with(RecordsInput, type(head), is_fused))
     head.owner, head.n_columns = name, n_columns_of(head)
     inner.unified_loss = loss_fn.to(device_of(head, inner))

@@ -35,7 +35,8 @@ class UnifiedLossCallback(Callback):
     return_detailed=True), or from `loss_parts` of a model with the loss in its forward, after `model.report_parts =
     True`. The parts of each batch go to log_dict as they are, tensors on the device. At the end of an epoch, the
     metrics over all rows of all micro-batches and ranks are logged as <prefix><name>_epoch, with one synchronisation
-    (`ava_ext.LossMeter`).
+    (`ava_ext.LossMeter`). With manual optimization it steps once after each batch in which an optimizer has, however
+    often, and sees the parts of that batch's last call.
 
     Args:
         prefix: put before the names in the log; those of validation also get "val_" in front.

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ava_ext.config import UnifiedLossConfig
+from ava_ext.model_config import logit_options
 from ava_ext.unified_loss import UnifiedLoss
 
 
@@ -146,6 +147,17 @@ def refuse_logit_options(config: UnifiedLossConfig, owner: str) -> None:
                 f"{owner}: expected a loss without {option}, got {value}: the logits of a model are capped and scaled "
                 "already. UnifiedLoss.from_model(model, fused=False) leaves both out; fuse_lm_head wants them"
             )
+
+
+def refuse_shared_head(config: UnifiedLossConfig, model: nn.Module) -> None:
+    """Raises ValueError where a loss of logits also computes some with the head of a model that caps or scales them."""
+    does = logit_options(model)
+    if does and (config.mtp_share_head or config.mtp_heads == "hidden_states"):
+        raise ValueError(
+            f"attach_loss: {type(model).__name__} applies {does} to its logits; expected a loss that does not share "
+            f"its head with depths of multi-token prediction, got mtp_share_head={config.mtp_share_head}, "
+            f"mtp_type={config.mtp_type!r}: use fuse_lm_head, which applies it to them too"
+        )
 
 
 def check_same_logits(name: str, config: UnifiedLossConfig, softcap: float | None, scale: float) -> None:

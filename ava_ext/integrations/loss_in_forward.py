@@ -20,6 +20,7 @@ from ava_ext.integrations.heads import logits_of_lora, n_columns_of, weight_and_
 from ava_ext.integrations.loss_functions import check_ignore_index, check_same_logits, loss_of_logits
 from ava_ext.model_config import check_router_logits, text_config
 from ava_ext.ops.arguments import has_shape
+from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.row_fields import accumulation_dtype
 from ava_ext.reduction import items_of
 from ava_ext.unified_loss import UnifiedLoss
@@ -86,13 +87,15 @@ class LossInForward(nn.Module):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.__class__ = self.class_before_loss  # type: ignore[assignment]  # made anew, by from_pretrained: without a loss
+        self.register_load_state_dict_pre_hook(_leave_loss_out)  # for type(model)(config).load_state_dict(...)
 
     @property
     def loss_function(self) -> Any:
         """While forward runs, takes what the loss is computed of; otherwise the loss of logits."""
-        if self._is_recording:
-            return self._record
-        return functools.partial(loss_of_logits, self.unified_loss)
+        model = _original_of(self)
+        if model._is_recording:
+            return model._record
+        return functools.partial(loss_of_logits, model.unified_loss)
 
     def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""
@@ -106,10 +109,13 @@ class LossInForward(nn.Module):
         self._recorded = (logits, labels, options.get("shift_labels"), zero)
         return zero
 
-    def _with_loss(
-        self, forward: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
-        """forward(*arguments, **options), whose positional arguments have these names, with the loss in its output."""
+    def _with_loss(self, runs: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The model's own forward, whose positional arguments have these names, with the loss in its output.
+
+        Args:
+            runs: the model itself, or a copy of it that runs in its place.
+        """
+        forward = functools.partial(self.class_before_loss.forward, runs)
         options = {**dict(zip(names, arguments, strict=False)), **options}
         of_loss = {name: options.pop(name, None) for name in _OF_LOSS}
         labels, shifted = options.get("labels"), of_loss["shift_labels"]
@@ -153,7 +159,7 @@ class LossInForward(nn.Module):
         fields["loss"] = self._loss(given, added, has_added)
         if not self.is_fused:
             fields["logits"] = logits
-        elif not self.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
+        elif not runs.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
             fields["logits"] = logits.compute(head)
         result = type(output)(**fields)
         return result if return_dict else result.to_tuple()
@@ -263,7 +269,11 @@ class LossInForward(nn.Module):
             logits = logits_of_lora(head, logits.hidden_states)
         given |= {"logits": logits, "hidden_states": hidden_states}
         if logits is None or config.mtp_share_head or config.mtp_heads == "hidden_states":
-            given["lm_head_weight"], given["lm_head_bias"] = weight_and_bias(head)
+            weight, bias = weight_and_bias(head)
+            if hidden_states is not None and is_dtensor(weight):  # FSDP2 casts it in the head's own forward alone
+                weight = weight.to(hidden_states.dtype)
+                bias = None if bias is None else bias.to(hidden_states.dtype)
+            given |= {"lm_head_weight": weight, "lm_head_bias": bias}
         return given | self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
 
     def _router(self, output: Any) -> dict[str, Any]:
@@ -306,11 +316,26 @@ class LossInForward(nn.Module):
         return _made_of, (LossInForward, self.class_before_loss, self.is_fused), self.__dict__
 
 
+def _original_of(model: Any) -> Any:
+    """What accelerate's regional compilation has made a shallow copy of, to run in its place; or the model itself.
+
+    The copy has the head and the loss in another form, and whoever reads loss_parts looks at the original.
+    """
+    return vars(model).get("_orig_mod", model)
+
+
 def _brought_to(device: torch.device, value: Any) -> Any:
     """A tensor, or each of a list or tuple of them."""
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device)
     return type(value)(_brought_to(device, part) for part in value) if type(value) in (tuple, list) else value
+
+
+def _leave_loss_out(model: Any, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    """Drops what a model without a loss has no place for."""
+    if not isinstance(model, LossInForward):
+        for name in [name for name in state_dict if name.startswith(f"{prefix}unified_loss.")]:
+            del state_dict[name]
 
 
 def _without_deferred(value: Any) -> Any:
@@ -329,6 +354,8 @@ def _make_class(mixin: Any, cls: Any, is_fused: bool) -> Any:
     }
     if mixin is LossInForward:
         contents |= {"is_fused": is_fused, "forward": _forward_of(cls)}
+        if hasattr(cls, "generate"):
+            contents["generate"] = _generate_of(cls)
     return type(cls.__name__, (mixin, cls), contents)
 
 
@@ -347,12 +374,22 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
         if not isinstance(self, LossInForward):  # after unfuse, where accelerate kept the forward of the instance
             return cls.forward(self, *arguments, **options)
-        return self._with_loss(functools.partial(cls.forward, self), names, arguments, options)
+        return _original_of(self)._with_loss(self, names, arguments, options)
 
     # accelerate.unwrap_model unwraps a forward as far as it can, and would find the model's own, without the loss
     del forward.__wrapped__
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
+
+
+def _generate_of(cls: Any) -> Callable[..., Any]:
+    """cls.generate, without what is the loss's alone: Seq2SeqTrainer hands over whole batches, and it refuses that."""
+
+    @functools.wraps(cls.generate)
+    def generate(self: Any, *arguments: Any, **options: Any) -> Any:
+        return cls.generate(self, *arguments, **{name: options[name] for name in options if name not in _OF_LOSS})
+
+    return generate
 
 
 def _made_of(mixin: Any, cls: Any, is_fused: bool = False) -> Any:

@@ -348,13 +348,16 @@ class UnifiedLossTrainerMixin:
         if getattr(self, "aux_loss_enabled", False):  # of SFTTrainer; models of images take it from no configuration
             inputs = {**inputs, "output_router_logits": True}
         found = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch, **options)
+        self._count_call(model, num_items_in_batch is not None and self.args.average_tokens_across_devices)
+        return found
+
+    def _count_call(self, model: nn.Module, n_is_of_all_ranks: bool) -> None:
+        """Adds the parts of the last call to the meter, if it had labels."""
         parts = self._model_with_loss.loss_parts
         if parts is not None:
             self._meters[model.training].update(parts)
             self._meter_calls[model.training] += 1
-            is_of_all = num_items_in_batch is not None and self.args.average_tokens_across_devices
-            self._n_is_of_all_ranks[model.training] = is_of_all
-        return found
+            self._n_is_of_all_ranks[model.training] = n_is_of_all_ranks
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *arguments: Any, **options: Any
@@ -362,7 +365,11 @@ class UnifiedLossTrainerMixin:
         """Trainer's; no logits where only the loss is wanted."""
         if prediction_loss_only and self._model_with_loss.is_fused:
             inputs = {**inputs, "skip_logits": True}
-        return super().prediction_step(model, inputs, prediction_loss_only, *arguments, **options)  # type: ignore[misc]
+        self._model_with_loss.loss_parts, n_calls = None, sum(self._meter_calls.values())
+        found = super().prediction_step(model, inputs, prediction_loss_only, *arguments, **options)  # type: ignore[misc]
+        if sum(self._meter_calls.values()) == n_calls:  # Seq2SeqTrainer calls the model itself where it generates
+            self._count_call(model, n_is_of_all_ranks=False)
+        return found
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
         """Trainer's; the parts of the loss are in its metrics, of evaluate() and of predict()."""

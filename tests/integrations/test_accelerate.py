@@ -63,6 +63,31 @@ def test_an_unwrapped_model_keeps_its_loss():
     assert torch.equal(unwrapped(**inputs).loss, expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_regional_compilation(put):
+    """What runs is a shallow copy whose head is compiled; loss and log are those of the model."""
+    model = tiny("Llama", dtype=torch.float32)
+    loss_fn = UnifiedLoss.from_model(model, fused=put is fuse_lm_head, use_mtp=True, auto_step=False)
+    put(model, loss_fn)
+    model.report_parts = True
+    before = copy.deepcopy(model)
+    expected = before(**batch()).loss
+    expected.backward()
+    plugin = accelerate.utils.TorchDynamoPlugin(backend="eager", use_regional_compilation=True)
+    accelerator = accelerate.Accelerator(cpu=True, dynamo_plugin=plugin)
+    prepared = accelerator.prepare(model)
+    assert prepared is not model and hasattr(prepared.lm_head, "_orig_mod")
+    loss = prepared(**batch()).loss
+    accelerator.backward(loss)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients(model), gradients(before), rtol=1e-5, atol=1e-8)
+    assert model.has_computed_loss and torch.equal(model.loss_parts["total_loss"], loss)
+    loss_fn.step()
+    assert loss_fn.get_loss_statistics()["temperature"]["count"] == 1
+    torch.testing.assert_close(prepared.eval()(**batch()).logits, before.eval()(**batch()).logits)
+
+
 def trained(put, rows, process_group=None):
     """Parameters after three steps of an optimizer, each of two micro-batches of one text."""
     forget_accelerate()

@@ -74,3 +74,24 @@ def test_two_processes_train_as_one(put, way):
     assert all(not torch.equal(expected[name], begin[name]) for name in expected if "mtp.heads" in name)
     for found in on_ranks(WORLD_SIZE, run_on_rank, put, way):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)  # buffers are float32
+
+
+def updates_in_mixed_precision(rank, put):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = model_with_loss(put, "world").float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    begin = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for unit in (*model.model.layers, model.lm_head, model):
+        fully_shard(unit, mp_policy=policy)
+    trained = run(model, [2 * rank, 2 * rank + 1], WORLD_SIZE)
+    return {name: trained[name] - before for name, before in begin.items()}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_mixed_precision_of_a_head_that_is_sharded_by_itself():
+    """Its weight is bfloat16 in its forward alone; with attach_loss the logits are made there."""
+    found, expected = (on_ranks(WORLD_SIZE, updates_in_mixed_precision, put)[0] for put in (fuse_lm_head, attach_loss))
+    for name, update in expected.items():
+        assert (found[name] - update).norm() < 0.03 * update.norm(), name

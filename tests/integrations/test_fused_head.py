@@ -409,6 +409,20 @@ def test_multi_token_prediction_trains_with_the_model():
         unfuse(model)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Cohere", "Gemma2"])
+def test_depths_that_share_the_head_have_logits_as_the_model_has(name):
+    """With attach_loss they would be those of the head alone, without the model's scale or soft cap."""
+    model = family(name)
+    for options in ({"mtp_share_head": True}, {"mtp_type": "hidden_states"}):
+        loss_fn = plain_loss(model, False, use_mtp=True, num_future_tokens=1, **options)
+        if name == "Llama":
+            unfuse(attach_loss(model, loss_fn))
+        else:
+            with pytest.raises(ValueError, match=f"attach_loss: {name}.* got mtp_share_head=.*use fuse_lm_head"):
+                attach_loss(model, loss_fn)
+    attach_loss(model, plain_loss(model, False, use_mtp=True))  # with heads of its own
+
+
 def test_packed_texts_and_shifted_labels():
     """Where texts begin reaches the loss: no label is predicted across two. shift_labels are rows already."""
     model = family("Llama")
@@ -471,6 +485,15 @@ def test_labels_of_the_rows_themselves_are_not_shifted(name, put):
         model(**inputs)
     found = model(**inputs, shift_labels=inputs["labels"]).loss
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_generate_takes_a_whole_batch():
+    """As Seq2SeqTrainer hands it over with predict_with_generate=True: with what is the loss's alone."""
+    model, inputs = tiny_aligned("Moonshine")
+    expected = model.generate(**inputs, max_new_tokens=3)
+    fuse_lm_head(model, plain_loss(model))
+    of_loss = {"shift_labels": inputs["labels"], "loss_inputs": {"token_weights": torch.ones(3, 9)}}
+    assert torch.equal(model.generate(**inputs, **of_loss, max_new_tokens=3), expected)
 
 
 def test_a_model_that_computes_its_loss_itself_is_named():
@@ -566,6 +589,12 @@ def test_saved_models_are_plain_ones(tmp_path):
     by_class = type(model).from_pretrained(tmp_path)
     assert type(by_class) is type(loaded)
     assert torch.equal(by_class(**batch()).loss, loaded(**batch()).loss)
+    made_anew = type(model)(model.config)  # as averages of weights are made, such as by BEMACallback of trl
+    made_anew.load_state_dict(model.state_dict())
+    assert torch.equal(made_anew(**batch()).loss, loaded(**batch()).loss)
+    fuse_lm_head(made_anew, plain_loss(model, use_mtp=True))  # which then has a place for it
+    made_anew.load_state_dict(model.state_dict())
+    assert torch.equal(made_anew.unified_loss.mtp.heads[0].weight, model.unified_loss.mtp.heads[0].weight)
 
 
 def test_what_fits_not_is_refused():

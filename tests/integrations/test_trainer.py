@@ -17,6 +17,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 from ava_ext.integrations.transformers import (
     UnifiedLossCallback,
     UnifiedLossTrainer,
+    UnifiedLossTrainerMixin,
     bind_expert_bias,
     causal_lm_loss,
     fuse_lm_head,
@@ -35,7 +36,7 @@ def dataset(n_rows=8):
     return [{name: value[row] for name, value in rows.items()} for row in range(n_rows)]
 
 
-def arguments(folder, **options):
+def arguments(folder, cls=transformers.TrainingArguments, **options):
     defaults = {
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 3,
@@ -44,7 +45,7 @@ def arguments(folder, **options):
     }
     defaults |= {"report_to": [], "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "seed": 1}
     defaults |= {"disable_tqdm": True, "remove_unused_columns": False, "optim": "sgd", "lr_scheduler_type": "constant"}
-    return transformers.TrainingArguments(str(folder), **(defaults | options))
+    return cls(str(folder), **(defaults | options))
 
 
 def plain_loss(model, fused=True, **options):
@@ -270,6 +271,30 @@ def test_each_evaluation_has_its_own_parts(tmp_path):
     assert_parts_add_up(log, 2, "eval_")
     assert_parts_add_up(log, 1)
     assert not [entry for entry in log if "my_main_loss" in entry]
+
+
+class UnifiedLossSeq2SeqTrainer(UnifiedLossTrainerMixin, transformers.Seq2SeqTrainer):
+    """Where it generates, it calls the model itself."""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_evaluation_that_generates_has_the_parts(tmp_path):
+    model = tiny("Llama", dtype=torch.float32)
+    model.generation_config.pad_token_id = model.config.pad_token_id = 0
+    loss_fn = plain_loss(model, z_loss_weight=0.1)
+    expected, found = (
+        UnifiedLossSeq2SeqTrainer(
+            model,
+            arguments(tmp_path, transformers.Seq2SeqTrainingArguments, predict_with_generate=generates),
+            eval_dataset=dataset(),
+            compute_metrics=lambda prediction: {"width": prediction.predictions.shape[1]},
+            loss_fn=loss_fn,
+        ).evaluate()
+        for generates in (False, True)
+    )
+    assert expected["eval_width"] == N_TOKENS < found["eval_width"]
+    for name in ("loss", "main_loss", "z_loss", "n_tokens", "entropy"):
+        assert found["eval_" + name] == pytest.approx(expected["eval_" + name], rel=1e-6)
 
 
 def learning_trainer(name, folder, **options):
