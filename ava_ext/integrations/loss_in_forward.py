@@ -267,8 +267,20 @@ class LossInForward(nn.Module):
         return given | self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
 
     def _router(self, output: Any) -> dict[str, Any]:
-        if self.expert_bias_binding is not None:
-            return self.expert_bias_binding.take()
+        binding = self.expert_bias_binding
+        given = self._router_logits(output) if binding is None else binding.take()
+        config = self.unified_loss.config
+        trains_router = torch.is_grad_enabled() and (config.use_auxiliary_loss or config.gradient_balance_weight)
+        has_gradient = all(logits is None or logits.requires_grad for logits in given["gate_logits"])
+        if trains_router and not has_gradient and any(map(_is_checkpointed_reentrantly, self.modules())):
+            raise ValueError(
+                "unified_loss: expected router logits with a gradient, got some without one from layers under gradient "
+                "checkpointing with use_reentrant=True, which first runs them without grad: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return given
+
+    def _router_logits(self, output: Any) -> dict[str, Any]:
         router_logits = output.get("router_logits")
         if router_logits is None:
             raise ValueError(
@@ -304,6 +316,14 @@ class LossInForward(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _made_of, (LossInForward, self.class_before_loss, self.is_fused), self.__dict__
+
+
+def _is_checkpointed_reentrantly(module: Any) -> bool:
+    """Whether transformers runs this module, or layers of it, by torch.utils.checkpoint with use_reentrant=True."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(options.get("use_reentrant", True))
 
 
 def _brought_to(device: torch.device, value: Any) -> Any:

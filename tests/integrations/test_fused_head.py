@@ -390,6 +390,24 @@ def test_routers_that_give_probabilities_are_refused(put):
         model(**batch())
 
 
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("n_checkpointed", [1, 2])
+def test_router_terms_in_layers_of_reentrant_checkpointing_are_refused(put, n_checkpointed):
+    """There a layer runs without grad, and what its router gives would train nothing."""
+    model = tiny("Mixtral").train()
+    put(model, plain_loss(model, use_auxiliary_loss=True, router_z_weight=1.0))
+    expected = loss_of(model, **batch())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(loss_of(model, **batch()), expected)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.model.layers[0].gradient_checkpointing = n_checkpointed == 2
+    with pytest.raises(ValueError, match=r"expected router logits with a gradient.*use_reentrant=True"):
+        model(**batch())
+    with torch.no_grad():
+        assert model(**batch()).loss == expected[0]
+    assert model.eval()(**batch()).loss == expected[0]
+
+
 def test_multi_token_prediction_trains_with_the_model():
     model = family("Llama")
     losses = [plain_loss(model, use_mtp=True, num_future_tokens=2) for _ in range(2)]
