@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -34,19 +35,38 @@ _AUX_LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 DECIDE_ROWS = ("targets", "labels_are_shifted", "attention_mask", "position_ids", "segment_ids", "cu_seqlens")
 
 
+class _Record:
+    """What a forward with labels hears from the head and from the model, while it runs."""
+
+    def __init__(self, model: LossInForward, head: RecordsInput) -> None:
+        self.model = model
+        self.head = head
+        self.hidden_states: Tensor | None = None  # [..., hidden_size]: the head's input
+        self.given: Any = None  # what the model gave to its loss function, and the zero that it got
+
+
+class _Thread(threading.local):
+    """What belongs to a thread: several may use one model."""
+
+    record: _Record | None = None  # of the forward that is running
+
+
+_thread = _Thread()
+
+
 class RecordsInput(nn.Module):
     """A head, first in the bases of a class made for it, that keeps what it was given, or gives no logits yet."""
 
     class_before_loss: ClassVar[type[nn.Module]]
-    input_of_head: Tensor | None = None  # [..., hidden_size]
-    mode: str | None = None  # "record", "defer", or None: as before
     owner: str = ""
     n_columns: int | None = None  # its out_features when the loss was put into the model
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:  # [..., hidden_size]
-        if self.mode is not None:
-            self.input_of_head = hidden_states
-        if self.mode != "defer":
+        record = _thread.record
+        if record is None or record.head is not self:
+            return super().forward(hidden_states, *arguments, **options)
+        record.hidden_states = hidden_states
+        if not record.model.is_fused:
             return super().forward(hidden_states, *arguments, **options)
         if arguments or options:  # such as the adapter of each text, of peft
             raise TypeError(
@@ -78,8 +98,6 @@ class LossInForward(nn.Module):
     loss_parts: dict[str, Tensor] | None = None
     report_parts: bool = False
     config: Any  # of the model
-    _recorded: Any = None  # what the model gave to its loss function
-    _is_recording: bool = False
     has_computed_loss: bool = False
     expert_bias_binding: Any = None
 
@@ -90,20 +108,22 @@ class LossInForward(nn.Module):
     @property
     def loss_function(self) -> Any:
         """While forward runs, takes what the loss is computed of; otherwise the loss of logits."""
-        if self._is_recording:
-            return self._record
+        if _thread.record is not None and _thread.record.model is self:
+            return functools.partial(self._record, _thread.record)
         return functools.partial(loss_of_logits, self.unified_loss)
 
-    def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
+    def _record(
+        self, record: _Record, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any
+    ) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""
-        if self._recorded is not None:
+        if record.given is not None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to call self.loss_function once, got a second call: "
                 "compute the loss from its outputs"
             )
         check_ignore_index(self._owner, self.unified_loss.config, options.get("ignore_index"))
         zero = torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
-        self._recorded = (logits, labels, options.get("shift_labels"), zero)
+        record.given = (logits, labels, options.get("shift_labels"), zero)
         return zero
 
     def _with_loss(
@@ -124,22 +144,21 @@ class LossInForward(nn.Module):
         if adds_router:
             options["output_router_logits"] = True
         head = self._head()
-        head.mode, self._is_recording, self._recorded = "defer" if self.is_fused else "record", True, None
+        record, around = _Record(self, head), _thread.record
+        _thread.record = record
         try:
             output = forward(**options, return_dict=True)
         finally:  # a forward that raises, of too little memory, keeps none of it
-            head.mode, self._is_recording = None, False
-            recorded, self._recorded = self._recorded, None
-            hidden_states, head.input_of_head = head.input_of_head, None
-        if recorded is None:
+            _thread.record = around
+        if record.given is None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
                 "did not call: compute the loss from its outputs; Trainer takes compute_loss_func=trainer_loss(loss_fn)"
             )
         self.has_computed_loss = True
-        logits, labels, model_shifted, zero = recorded
+        logits, labels, model_shifted, zero = record.given
         targets = self._targets(labels, model_shifted, shifted)
-        given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
+        given = self._inputs_of_loss(head, logits, record.hidden_states, targets, options, of_loss)
         if needs_router:
             given |= self._router(output)
         # a model that is spread over devices (device_map) ends on another than it begins

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -342,6 +343,28 @@ def test_a_forward_that_raises_keeps_no_activations(put):
     hook.remove()
     assert kept[0]() is None
     model(**batch()).loss.backward()
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_another_thread_may_use_the_model_meanwhile(put):
+    model = family("Llama").train()
+    inputs = batch()
+    without_labels = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**without_labels).logits
+    put(model, plain_loss(model))
+    expected, found = loss_of(model, **inputs), []
+
+    def in_another_thread(*_):
+        hook.remove()
+        thread = threading.Thread(
+            target=lambda: found.append((model(**without_labels).logits, model(**inputs).loss.detach()))
+        )
+        thread.start()
+        thread.join()
+
+    hook = model.model.register_forward_hook(in_another_thread)
+    assert_same(loss_of(model, **inputs), expected)
+    torch.testing.assert_close(found, [(logits, expected[0])])
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
