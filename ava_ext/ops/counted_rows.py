@@ -50,6 +50,29 @@ def choose_rows(
     return ChosenRows(counted.argsort(stable=True, descending=True)[:max_counted_rows], False)
 
 
+def kept_by(
+    owner: str,
+    mask: Tensor,  # [...]
+    name: str = "attention_mask",
+) -> Tensor:  # [...] bool
+    """Where the mask is not 0.
+
+    Raises:
+        ValueError: an additive mask, of numbers below 0 beside the 0 of what counts. On a GPU and in a graph the device
+            asserts it.
+    """
+    if mask.is_floating_point():
+        if host_sees(mask):
+            if (mask < 0).any():
+                raise ValueError(
+                    f"{owner}: expected {name} of bools, or 0 where a row does not count, got numbers below 0, as "
+                    f"of an additive mask: pass {name} >= 0"
+                )
+        elif not torch._C._are_functorch_transforms_active():
+            torch._assert_async(~(mask < 0).any(), f"{owner}: expected {name} without numbers below 0")
+    return mask != 0
+
+
 def host_reads(device: torch.device) -> bool:
     """Whether the host can look at numbers there without waiting."""
     return device.type == "cpu"
