@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ava_ext.ops.dtensors import is_dtensor
+
 # what torch.fx.experimental.proxy_tensor.get_proxy_mode asks, which takes half a second to import
 _MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
 _MODES = (torch._C._get_dispatch_mode, torch._ops._get_dispatch_mode_pre_dispatch)
@@ -62,14 +64,15 @@ def kept_by(
             asserts it.
     """
     if mask.is_floating_point():
-        if host_sees(mask):
-            if (mask < 0).any():
+        local = mask.to_local() if is_dtensor(mask) else mask
+        if host_sees(local):
+            if (local < 0).any():
                 raise ValueError(
                     f"{owner}: expected {name} of bools, or 0 where a row does not count, got numbers below 0, as "
                     f"of an additive mask: pass {name} >= 0"
                 )
-        elif not torch._C._are_functorch_transforms_active():
-            torch._assert_async(~(mask < 0).any(), f"{owner}: expected {name} without numbers below 0")
+        elif local.device.type in ("cpu", "cuda") and not torch._C._are_functorch_transforms_active():
+            torch._assert_async(~(local < 0).any(), f"{owner}: expected {name} without numbers below 0")
     return mask != 0
 
 
