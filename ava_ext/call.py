@@ -257,7 +257,11 @@ class Call:
         return rows.among_all(torch.ones(rows.sizes, dtype=torch.bool, device=self.targets.device))
 
     def padding_free(self, n_rows: int) -> Tensor | None:
-        """[n_rows] bool: which rows of a router or an expert are not padding; None: all, or their number is another."""
+        """[n_rows] bool: which rows of a router or an expert are not padding; None: all, or their number is another.
+
+        Raises:
+            ValueError: one row less for each text that is spread over ranks: nothing tells which it is.
+        """
         for keep in (self.keep_targets, self.keep_tokens):
             if keep is None:
                 continue
@@ -265,6 +269,7 @@ class Call:
                 if keep.shape == self.rows_shape:
                     keep = self.placement.local(keep)
                 elif self.kept_rows is None or self.placement.is_within_texts:
+                    self.placement.check_has_last_rows(n_rows)
                     continue  # without the row behind the last label: no block of the rows
                 else:
                     keep = self.placement.local(self.kept_rows)[:, :-1]

@@ -78,6 +78,19 @@ class CallPlacement:
         """Those of this rank's rows."""
         return values if self.rows is None else self.rows.local(values)
 
+    def check_has_last_rows(self, n_rows: int) -> None:
+        """Raises ValueError where a router or an expert has a row less for each text than this rank's logits.
+
+        However n_tokens - 1 rows of a text are spread, that is so on one rank at least.
+        """
+        batch_size, n_tokens = self.rows.sizes if self.rows is not None else (0, 0)
+        if 0 < n_rows == batch_size * (n_tokens - 1):
+            raise ValueError(
+                "unified_loss: expected gate_logits or expert_outputs of all the tokens whose logits this rank has, "
+                f"{batch_size * n_tokens} rows, beside labels_are_shifted=False and logits in placements "
+                f"{self.place.placements}, got {n_rows}: do not cut off the row behind the last label"
+            )
+
     def share(self, rows: Rows, ignore_index: int) -> Rows:
         """Rows of all ranks, counted as this rank's share of them."""
         if self.rows is None:

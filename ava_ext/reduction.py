@@ -12,6 +12,7 @@ from torch import Tensor
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.ops import row_weights
 from ava_ext.ops.arguments import check_real
+from ava_ext.ops.counted_rows import kept_by
 from ava_ext.ops.derivatives import refuse_tangents
 from ava_ext.ops.dtensors import whole
 
@@ -39,7 +40,7 @@ def keep_rows(
 
     A row is padding if its attention_mask is 0, or if its target is the pad id and that is not also an EOS id.
     """
-    keep = None if attention_mask is None else attention_mask != 0
+    keep = None if attention_mask is None else kept_by("unified_loss", attention_mask)
     if config.padding_id is not None:
         no_pad = targets != config.padding_id
         keep = no_pad if keep is None else keep & no_pad

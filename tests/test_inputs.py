@@ -8,7 +8,8 @@ from support.allocations import Allocations
 from support.strategies import HIDDEN_SIZE, Numbers, seeds
 from torch.nn.utils import prune
 
-from ava_ext import UnifiedLoss
+from ava_ext import ConsistencyLoss, ContrastiveLoss, PerplexityLoss, UnifiedLoss
+from ava_ext.ops import repeated_ngram_mask
 
 V = 6
 TARGETS = torch.tensor([[0, 1, 2, 3], [4, 5, 0, -100]])
@@ -258,6 +259,40 @@ def test_a_counted_target_out_of_range_is_named(outside):
     targets[1, 1] = outside
     with pytest.raises(IndexError, match=rf"got {outside} at position 5"):
         UnifiedLoss(V)(logits(), targets)
+
+
+# -- masks of floats
+
+STATES = torch.randn(2, 4, 3)
+MASKED = {
+    "unified_loss": lambda mask: UnifiedLoss(V)(logits(), TARGETS, mask),
+    "unified_loss, items": lambda mask: UnifiedLoss(V).count_items(TARGETS, mask),
+    "consistency_loss": lambda mask: ConsistencyLoss()(logits(), logits() + STATES.mean(), mask),
+    "perplexity_loss": lambda mask: PerplexityLoss()(logits(), TARGETS, mask),
+    "contrastive_loss": lambda mask: ContrastiveLoss()(STATES, attention_mask=mask),
+    "contrastive_loss, pairs": lambda mask: ContrastiveLoss()(STATES[0], STATES[1], mask[0]),
+    "repeated_ngram_mask": lambda mask: repeated_ngram_mask(TARGETS, 2, mask=mask),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_an_additive_mask_is_refused(name):
+    """Its 0 is what counts; of any other mask what does not."""
+    owner, function = name.split(",")[0], MASKED[name]
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0]])
+    torch.testing.assert_close(function(mask), function(mask.bool()))
+    for lowest in (-torch.inf, torch.finfo(torch.float32).min, -1.0):
+        with pytest.raises(ValueError, match=rf"{owner}: expected \w*mask of bools, .* got numbers below 0"):
+            function((1 - mask) * lowest if lowest > -torch.inf else torch.zeros(2, 4).masked_fill(mask == 0, lowest))
+
+
+def test_a_graph_asserts_that_a_mask_is_not_additive():
+    loss_fn = UnifiedLoss(V, primary_loss_type="standard")
+    compiled = torch.compile(loss_fn, backend="aot_eager", fullgraph=True)
+    mask = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 0]])
+    torch.testing.assert_close(compiled(logits(), TARGETS, mask), loss_fn(logits(), TARGETS, mask))
+    with pytest.raises(RuntimeError, match="unified_loss: expected attention_mask without numbers below 0"):
+        compiled(logits(), TARGETS, -mask)
 
 
 # -- what is no tensor, or on another device

@@ -14,8 +14,7 @@ from ava_ext.ops.linear_logits import has_accelerate_hooks
 from ava_ext.unified_loss import UnifiedLoss
 
 _BESIDE_LOSS = (  # attributes of a model with a loss in it
-    "trained_when_put", "_keys_before_loss", "_recorded", "_is_recording", "has_computed_loss", "loss_parts",
-    "report_parts",
+    "trained_when_put", "_keys_before_loss", "has_computed_loss", "loss_parts", "report_parts",
 )  # fmt: skip
 
 
@@ -76,7 +75,7 @@ def unfuse(model: nn.Module) -> UnifiedLoss:
     loss_fn = inner.unified_loss
     for head in inner.modules():
         if isinstance(head, RecordsInput):
-            for name in ("owner", "mode", "input_of_head", "n_columns"):
+            for name in ("owner", "n_columns"):
                 vars(head).pop(name, None)
             _become(head, head.class_before_loss)
     inner._keys_to_ignore_on_save = inner._keys_before_loss

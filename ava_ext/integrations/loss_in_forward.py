@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -35,19 +36,38 @@ _AUX_LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 DECIDE_ROWS = ("targets", "labels_are_shifted", "attention_mask", "position_ids", "segment_ids", "cu_seqlens")
 
 
+class _Record:
+    """What a forward with labels hears from the head and from the model, while it runs."""
+
+    def __init__(self, model: LossInForward, head: RecordsInput) -> None:
+        self.model = model
+        self.head = head
+        self.hidden_states: Tensor | None = None  # [..., hidden_size]: the head's input
+        self.given: Any = None  # what the model gave to its loss function, and the zero that it got
+
+
+class _Thread(threading.local):
+    """What belongs to a thread: several may use one model."""
+
+    record: _Record | None = None  # of the forward that is running
+
+
+_thread = _Thread()
+
+
 class RecordsInput(nn.Module):
     """A head, first in the bases of a class made for it, that keeps what it was given, or gives no logits yet."""
 
     class_before_loss: ClassVar[type[nn.Module]]
-    input_of_head: Tensor | None = None  # [..., hidden_size]
-    mode: str | None = None  # "record", "defer", or None: as before
     owner: str = ""
     n_columns: int | None = None  # its out_features when the loss was put into the model
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:  # [..., hidden_size]
-        if self.mode is not None:
-            self.input_of_head = hidden_states
-        if self.mode != "defer":
+        record = _thread.record
+        if record is None or record.head is not self:
+            return super().forward(hidden_states, *arguments, **options)
+        record.hidden_states = hidden_states
+        if not record.model.is_fused:
             return super().forward(hidden_states, *arguments, **options)
         if arguments or options:  # such as the adapter of each text, of peft
             raise TypeError(
@@ -79,8 +99,6 @@ class LossInForward(nn.Module):
     loss_parts: dict[str, Tensor] | None = None
     report_parts: bool = False
     config: Any  # of the model
-    _recorded: Any = None  # what the model gave to its loss function
-    _is_recording: bool = False
     has_computed_loss: bool = False
     expert_bias_binding: Any = None
 
@@ -93,20 +111,22 @@ class LossInForward(nn.Module):
     def loss_function(self) -> Any:
         """While forward runs, takes what the loss is computed of; otherwise the loss of logits."""
         model = _original_of(self)
-        if model._is_recording:
-            return model._record
+        if _thread.record is not None and _thread.record.model is model:
+            return functools.partial(model._record, _thread.record)
         return functools.partial(loss_of_logits, model.unified_loss)
 
-    def _record(self, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any) -> Tensor:
+    def _record(
+        self, record: _Record, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any
+    ) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""
-        if self._recorded is not None:
+        if record.given is not None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to call self.loss_function once, got a second call: "
                 "compute the loss from its outputs"
             )
         check_ignore_index(self._owner, self.unified_loss.config, options.get("ignore_index"))
         zero = torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
-        self._recorded = (logits, labels, options.get("shift_labels"), zero)
+        record.given = (logits, labels, options.get("shift_labels"), zero)
         return zero
 
     def _with_loss(self, runs: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -130,22 +150,21 @@ class LossInForward(nn.Module):
         if adds_router:
             options["output_router_logits"] = True
         head = self._head()
-        head.mode, self._is_recording, self._recorded = "defer" if self.is_fused else "record", True, None
+        record, around = _Record(self, head), _thread.record
+        _thread.record = record
         try:
             output = forward(**options, return_dict=True)
         finally:  # a forward that raises, of too little memory, keeps none of it
-            head.mode, self._is_recording = None, False
-            recorded, self._recorded = self._recorded, None
-            hidden_states, head.input_of_head = head.input_of_head, None
-        if recorded is None:
+            _thread.record = around
+        if record.given is None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
                 "did not call: compute the loss from its outputs; Trainer takes compute_loss_func=trainer_loss(loss_fn)"
             )
         self.has_computed_loss = True
-        logits, labels, model_shifted, zero = recorded
+        logits, labels, model_shifted, zero = record.given
         targets = self._targets(labels, model_shifted, shifted)
-        given = self._inputs_of_loss(head, logits, hidden_states, targets, options, of_loss)
+        given = self._inputs_of_loss(head, logits, record.hidden_states, targets, options, of_loss)
         if needs_router:
             given |= self._router(output)
         # a model that is spread over devices (device_map) ends on another than it begins
@@ -277,8 +296,20 @@ class LossInForward(nn.Module):
         return given | self.rows_of_call(labels, of_loss["shift_labels"] is not None, options, of_loss["loss_inputs"])
 
     def _router(self, output: Any) -> dict[str, Any]:
-        if self.expert_bias_binding is not None:
-            return self.expert_bias_binding.take()
+        binding = self.expert_bias_binding
+        given = self._router_logits(output) if binding is None else binding.take()
+        config = self.unified_loss.config
+        trains_router = torch.is_grad_enabled() and (config.use_auxiliary_loss or config.gradient_balance_weight)
+        has_gradient = all(logits is None or logits.requires_grad for logits in given["gate_logits"])
+        if trains_router and not has_gradient and any(map(_is_checkpointed_reentrantly, self.modules())):
+            raise ValueError(
+                "unified_loss: expected router logits with a gradient, got some without one from layers under gradient "
+                "checkpointing with use_reentrant=True, which first runs them without grad: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return given
+
+    def _router_logits(self, output: Any) -> dict[str, Any]:
         router_logits = output.get("router_logits")
         if router_logits is None:
             raise ValueError(
@@ -322,6 +353,14 @@ def _original_of(model: Any) -> Any:
     The copy has the head and the loss in another form, and whoever reads loss_parts looks at the original.
     """
     return vars(model).get("_orig_mod", model)
+
+
+def _is_checkpointed_reentrantly(module: Any) -> bool:
+    """Whether transformers runs this module, or layers of it, by torch.utils.checkpoint with use_reentrant=True."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(options.get("use_reentrant", True))
 
 
 def _brought_to(device: torch.device, value: Any) -> Any:

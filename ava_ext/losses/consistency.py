@@ -15,7 +15,7 @@ from ava_ext.ops.arguments import (
     check_real,
     check_shape,
 )
-from ava_ext.ops.counted_rows import host_sees
+from ava_ext.ops.counted_rows import host_sees, kept_by
 from ava_ext.ops.row_fields import accumulation_dtype
 
 DIVERGENCES = ("kl", "js")
@@ -80,7 +80,7 @@ class ConsistencyLoss(nn.Module):
         check_shape("consistency_loss", logits.shape[:-1], attention_mask=attention_mask)
         if self.detach_targets:
             targets = targets.detach()
-        mask = None if attention_mask is None else attention_mask != 0
+        mask = None if attention_mask is None else kept_by("consistency_loss", attention_mask)
         if mask is not None and all(map(host_sees, (mask, logits, targets))):  # rows that do not count cost nothing
             counted = mask.flatten().nonzero().squeeze(1)
             logits, targets = (_rows(values, counted) for values in (logits, targets))

@@ -22,6 +22,7 @@ from ava_ext.ops.arguments import (
     check_shape,
     has_shape,
 )
+from ava_ext.ops.counted_rows import kept_by
 from ava_ext.ops.derivatives import without_activations
 from ava_ext.ops.linear_logits import without_autocast
 from ava_ext.ops.row_fields import accumulation_dtype
@@ -179,7 +180,7 @@ def simctg(
             )
     if segment_ids is not None:
         check_integers("contrastive_loss", "segment_ids", segment_ids, "[batch_size, n_tokens]")
-    mask = None if attention_mask is None else (attention_mask != 0).expand(batch_size, n_tokens)
+    mask = None if attention_mask is None else kept_by("contrastive_loss", attention_mask).expand(batch_size, n_tokens)
     segments = None if segment_ids is None else segment_ids.expand(batch_size, n_tokens)
     directions = _directions(hidden_states, mask)
     block_rows = max(1, block_elements // max(batch_size * n_tokens, 1))
@@ -325,7 +326,7 @@ class ContrastiveLoss(Part):
                         f"[batch_size, n_tokens, hidden_size], got {list(inputs.shape)}"
                     )
                 inputs, targets = inputs.chunk(2)
-            mask = None if attention_mask is None else attention_mask != 0
+            mask = None if attention_mask is None else kept_by("contrastive_loss", attention_mask)
             loss = info_nce(inputs, targets, temperature=self.temperature, row_mask=mask, document_ids=document_ids)
         loss = self.weight * loss
         if not return_detailed:

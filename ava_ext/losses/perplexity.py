@@ -14,6 +14,7 @@ from ava_ext.ops.arguments import (
     check_real,
     check_shape,
 )
+from ava_ext.ops.counted_rows import kept_by
 from ava_ext.ops.dtensor_logits import Place
 from ava_ext.ops.dtensors import is_dtensor
 from ava_ext.ops.row_fields import accumulation_dtype, row_options
@@ -74,7 +75,7 @@ class PerplexityLoss(nn.Module):
         check_integers("perplexity_loss", "targets", targets)
         targets = targets.long()  # uint8 has no -100
         if attention_mask is not None:
-            targets = torch.where(attention_mask != 0, targets, self.ignore_index)
+            targets = torch.where(kept_by("perplexity_loss", attention_mask), targets, self.ignore_index)
         counted = (targets != self.ignore_index).to(accumulation_dtype(logits.dtype))
         mean = row_loss(
             logits,

@@ -84,14 +84,48 @@ def with_probability_gradient(
     """loss, whose derivative by a probability is row weight times (1 - e) times -log p, or 0 where the probability is 0
     and its column masked. Without RowFlags.CROSS_ENTROPY nothing of the loss is of the probabilities, and it is 0.
 
-    Backward makes it with plain PyTorch; forward costs nothing.
+    Backward makes it with plain PyTorch; forward costs nothing, but within torch.func.
     """
+    if isinstance(logits, Tensor) and torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        return _with_term_of_probabilities(
+            loss, target_probabilities, logits, targets, options, flags, row_weights, vocab_size, ignore_index
+        )
     if isinstance(logits, (ShardedLogits, LocalRows)):
         raise NotImplementedError("row_loss: a gradient of target_probabilities beside logits spread over ranks")
     parts = tuple(logits) if isinstance(logits, LinearLogits) else (logits,)
     size = logits.shape[-1] if vocab_size is None else vocab_size
     constants = (targets, options, row_weights, flags, size, ignore_index, logits.dtype, chunk_bytes)
     return _ProbabilityGradient.apply(loss, target_probabilities, constants, *parts)
+
+
+def _with_term_of_probabilities(
+    loss: Tensor,  # [] or [...]
+    target_probabilities: Tensor,  # [..., vocab_size], requires grad
+    logits: Tensor,  # [..., n_columns]
+    targets: Tensor,  # [...]
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
+    row_weights: Tensor | None,  # [...]
+    vocab_size: int | None,
+    ignore_index: int,
+) -> Tensor:  # as loss
+    """loss and the term of the probabilities less itself, in plain PyTorch, which every transform of torch.func takes.
+
+    Its derivatives by the probabilities are those that the loss has, by them and the logits too.
+    """
+    if not flags & RowFlags.CROSS_ENTROPY:
+        return loss
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    ignored = (targets == ignore_index).unsqueeze(-1)  # such a row may hold nan
+    log_probs = _log_probs(logits[..., :size].masked_fill(ignored, 0), options, flags)
+    has_no_part = (log_probs == -math.inf) & (target_probabilities[..., :size] == 0)
+    difference = target_probabilities - target_probabilities.detach()  # 0, with the derivative of the first
+    term = -(difference[..., :size].masked_fill(ignored, 0) * log_probs.masked_fill(has_no_part, 0)).sum(-1)
+    if row_weights is not None:
+        term = term * row_weights
+    if flags & RowFlags.LABEL_SMOOTHING:
+        term = term * (1 - RowOptions(*options.unbind()).label_smoothing)
+    return loss + (term.sum() if loss.dim() < targets.dim() else term)
 
 
 class _ProbabilityGradient(torch.autograd.Function):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ava_ext.ops.dtensors import is_dtensor
+
 # what torch.fx.experimental.proxy_tensor.get_proxy_mode asks, which takes half a second to import
 _MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
 _MODES = (torch._C._get_dispatch_mode, torch._ops._get_dispatch_mode_pre_dispatch)
@@ -48,6 +50,30 @@ def choose_rows(
         return ChosenRows(None, False)
     torch._assert_async(counted.sum() <= max_counted_rows, "row_loss: more rows count than max_counted_rows")
     return ChosenRows(counted.argsort(stable=True, descending=True)[:max_counted_rows], False)
+
+
+def kept_by(
+    owner: str,
+    mask: Tensor,  # [...]
+    name: str = "attention_mask",
+) -> Tensor:  # [...] bool
+    """Where the mask is not 0.
+
+    Raises:
+        ValueError: an additive mask, of numbers below 0 beside the 0 of what counts. On a GPU and in a graph the device
+            asserts it.
+    """
+    if mask.is_floating_point():
+        local = mask.to_local() if is_dtensor(mask) else mask
+        if host_sees(local):
+            if (local < 0).any():
+                raise ValueError(
+                    f"{owner}: expected {name} of bools, or 0 where a row does not count, got numbers below 0, as "
+                    f"of an additive mask: pass {name} >= 0"
+                )
+        elif local.device.type in ("cpu", "cuda") and not torch._C._are_functorch_transforms_active():
+            torch._assert_async(~(local < 0).any(), f"{owner}: expected {name} without numbers below 0")
+    return mask != 0
 
 
 def host_reads(device: torch.device) -> bool:

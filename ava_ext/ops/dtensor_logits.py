@@ -133,10 +133,8 @@ def _check_placements(owner: str, name: str, tensor: Any, with_partial: bool) ->
     """Raises ValueError where a rank's part is not a block: a sum in parts, or rows of several texts that were
     flattened while each was spread, which are _StridedShard.
     """
-    from torch.distributed.tensor import Shard
-
     for dimension, placement in enumerate(tensor.placements):
-        if not (placement.is_replicate() or type(placement) is Shard or (with_partial and placement.is_partial())):
+        if not (placement.is_replicate() or placement.is_shard() or (with_partial and placement.is_partial())):
             raise ValueError(
                 f"{owner}: expected {name} in placements Replicate or Shard, got {placement} on dimension "
                 f"{dimension} of the mesh: call {name}.redistribute(placements=...) first, or give [batch_size, "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.ops.arguments import check_are_integers, check_are_tensors, check_integers, check_is_tensor, check_shape
+from ava_ext.ops.counted_rows import kept_by
 from ava_ext.ops.dtensor_rows import of_whole_texts
 from ava_ext.ops.dtensors import is_dtensor
 
@@ -71,7 +72,10 @@ def repeated_ngram_mask(
     if segments is not None:
         starts = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
         text = starts.expand(shape).flatten().cumsum(0)
-    keep = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask != 0
+    if mask is None:
+        keep = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+    else:
+        keep = kept_by("repeated_ngram_mask", mask, "mask")
     # a number for each different token of each text; those that are left out have numbers of their own
     numbers = _renumber(_paired(_renumber(tokens.long().flatten()), 2 * text + keep.flatten()))
     length = 1

@@ -140,6 +140,7 @@ def _merge(
 ) -> tuple[Tensor, Tensor]:  # [n_rows, N_STATISTICS], [n_rows, n_ids]
     """`merge` of csrc/softmax_rows.h over all ranks at once."""
     top, argmax, rest, weighted, sum_u, count = gathered[..., :N_STATISTICS].unbind(-1)  # [world_size, n_rows]
+    top = top.masked_fill(top.isnan(), -torch.inf)  # of nothing but nan, which is never the maximum
     maximum, winner = top.max(0)  # the first of equals, whose columns come first
     is_winner = torch.arange(len(top), device=top.device).unsqueeze(1) == winner
     is_empty = top == -torch.inf

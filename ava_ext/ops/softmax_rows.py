@@ -124,8 +124,8 @@ def row_loss(
         RuntimeError: on other wrong shapes and types; on double backward.
         IndexError: on a target outside [0, vocab_size) that is not ignore_index.
         NotImplementedError: on forward-mode derivatives of LinearLogits, and second derivatives of any kind; within
-            torch.func, on LinearLogits and target_probabilities that require grad; on target_probabilities,
-            smoothing_weights and with_ranks beside ShardedLogits.
+            torch.func, on LinearLogits that require grad or are beside target_probabilities that do; on
+            target_probabilities, smoothing_weights and with_ranks beside ShardedLogits.
 
     Example:
         >>> logits, targets = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, -100])
@@ -169,7 +169,7 @@ def row_loss(
     if target_probabilities is not None and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
         if torch.compiler.is_compiling():  # a graph cannot tell whether a batch of vmap requires grad
             refuse_transforms_in_graphs("row_loss", vmap_works=False)
-        elif wants_gradient(target_probabilities):
+        elif wants_gradient(target_probabilities) and not isinstance(logits, Tensor):
             refuse_transforms("row_loss", (target_probabilities,))
     placed, probabilities = logits, target_probabilities
     if target_probabilities is not None:

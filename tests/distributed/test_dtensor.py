@@ -283,6 +283,34 @@ def test_padding_of_a_router_beside_unshifted_labels(placement, n_behind):
         torch.testing.assert_close(found, expected)
 
 
+def shorter_router_worker(rank, cut):
+    """Whether a router without the row behind the last label raises beside texts that are spread over the ranks."""
+    mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()
+    options = {"labels_are_shifted": False, "pad_token_id": 0, "num_experts": 3, "num_experts_per_token": 1}
+    loss_fn = UnifiedLoss(VOCAB_SIZE, primary_loss_type="standard", use_auxiliary_loss=True, **options)
+    gate_logits = leaves["hidden_states"][..., :3]
+    if cut == "before":
+        gate_logits = gate_logits[:, :-1].chunk(2, 1)[rank]
+    else:
+        gate_logits = gate_logits.chunk(2, 1)[rank]
+        gate_logits = gate_logits[:, :-1] if rank == 1 or cut == "each" else gate_logits
+    spread = distribute_tensor(leaves["logits"], mesh, [Shard(1)])
+    try:
+        loss_fn(spread, arguments["targets"], gate_logits=gate_logits.flatten(0, 1))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# the ranks have logits of 4 + 3 tokens, and the router has 3 + 3, 3 + 2 and 4 + 2 of them
+@pytest.mark.parametrize(
+    ("cut", "raises"), [("before", (True, False)), ("each", (True, True)), ("last", (False, True))]
+)
+def test_a_router_without_the_last_row_raises_beside_a_part_of_a_text(cut, raises):
+    errors = on_ranks(2, shorter_router_worker, cut)
+    assert [error.startswith("unified_loss: expected gate_logits or") for error in errors] == list(raises)
+
+
 def texts_worker(rank):
     """Load balancing of each text by itself, of texts that are spread over the ranks: the sum of the shares."""
     mesh, (leaves, arguments) = init_device_mesh("cpu", (2,)), inputs()

@@ -5,7 +5,7 @@ import torch
 from support.processes import on_ranks
 from torch.nn.utils import prune
 
-from ava_ext import LinearLogits, PerplexityLoss, UnifiedLoss, router_statistics
+from ava_ext import ConsistencyLoss, LinearLogits, PerplexityLoss, UnifiedLoss, router_statistics
 from ava_ext.distributed import FusedHead, ShardedLogits
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -87,6 +87,11 @@ def placements_worker(rank):
             perplexity(spread(logits, placement), targets)
     for placement in (Replicate(), Shard(2)):
         torch.testing.assert_close(perplexity(spread(logits, placement), targets), perplexity(logits, targets))
+    mask, given = (targets != 0).float(), [spread(values, Shard(0)) for values in (logits, logits.sin())]
+    consistency = ConsistencyLoss()(*given, spread(mask, Shard(0))).full_tensor()
+    torch.testing.assert_close(consistency, ConsistencyLoss()(logits, logits.sin(), mask))
+    with pytest.raises(ValueError, match=r"consistency_loss: expected attention_mask .* got numbers below 0"):
+        ConsistencyLoss()(*given, spread(mask - 1.5, Shard(0)))
 
 
 def test_placements_that_do_not_fit():

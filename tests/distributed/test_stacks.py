@@ -6,6 +6,8 @@ from support.processes import on_ranks
 
 from ava_ext import UnifiedLoss
 from ava_ext.distributed import FusedHead, ShardedLogits
+from ava_ext.losses.auxiliary import load_balancing_loss
+from ava_ext.ops import router_statistics
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -162,7 +164,8 @@ def test_compiled():
 
 
 def compiled_dtensors_worker(rank):
-    """Loss and gradients of DTensors, as they are and in one compiled graph, of logits and of a head in each place."""
+    """Loss and gradients of DTensors, as they are and in one compiled graph, of logits, of a head and of a router in
+    each place."""
     mesh, (states, targets), found = init_device_mesh("cpu", (2,)), inputs(), []
     weight, loss_fn = make_head().lm_head.weight, UnifiedLoss(VOCAB_SIZE, primary_loss_type="standard")
 
@@ -172,9 +175,18 @@ def compiled_dtensors_worker(rank):
     def of_head(states, weight):
         return loss_fn(targets=targets, hidden_states=states, lm_head_weight=weight)
 
+    def of_flat_logits(states, weight):
+        return loss_fn(torch.nn.functional.linear(states, weight).flatten(0, 1), targets.flatten())
+
+    def of_router(states, weight):
+        statistics = router_statistics(torch.nn.functional.linear(states, weight).flatten(0, 1), k=2)
+        return load_balancing_loss(statistics, k=2).redistribute(placements=[Replicate()])
+
     for loss_of, of_states, of_weight in (
         (of_logits, Replicate(), Shard(0)),
         (of_logits, Shard(1), Replicate()),
+        (of_flat_logits, Shard(0), Replicate()),
+        (of_router, Shard(0), Replicate()),
         (of_head, Shard(0), Replicate()),
         (of_head, Replicate(), Shard(0)),
     ):

@@ -421,6 +421,22 @@ def test_candidates_of_rows_that_do_not_count_are_not_looked_at():
         torch.testing.assert_close(found, expected)
 
 
+def terms_worker(rank, logits, targets):
+    part, flags = ShardedLogits(logits.chunk(2, -1)[rank], "world"), int(FLAGS["plain"])
+    return row_loss(part, targets, row_options(logits), flags=flags).terms
+
+
+def test_a_shard_of_nothing_but_nan_never_has_the_maximum():
+    nan, inf = torch.nan, torch.inf
+    parts = torch.tensor([[3.0, 2.0, 1.0], [nan, nan, nan], [nan, nan, -inf], [nan, inf, 1.0], [-inf, -inf, -inf]])
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    logits = parts[pairs].flatten(1).repeat_interleave(6, 0)
+    targets = torch.arange(6).repeat(len(pairs))
+    expected = row_loss(logits, targets, row_options(logits), flags=int(FLAGS["plain"])).terms
+    for found in on_ranks(2, terms_worker, logits, targets):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def chunk_worker(rank, states, weight, chunk_bytes):
     """How many rows a chunk has, in forward and in backward."""
     planned = []

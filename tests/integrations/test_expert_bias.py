@@ -30,13 +30,13 @@ def routers(model):
 
 @pytest.mark.parametrize("name", ["DeepseekV3", "Glm4Moe"])
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_one_step_of_the_rule(name, put, is_checkpointed):
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_one_step_of_the_rule(name, put, use_reentrant):
     """b += rate * sign(mean(c) - c), with the choices of the rows that are no padding, counted once."""
     model, loss_fn, _ = bound(name, put)
     assert loss_fn.num_moe_layers == 2 and loss_fn.router_score == "sigmoid"
-    if is_checkpointed:
-        model.gradient_checkpointing_enable()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.train()
     chosen = []
     hooks = [router.register_forward_hook(lambda _, __, output: chosen.append(output[2])) for router in routers(model)]

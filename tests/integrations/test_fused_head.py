@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -345,6 +346,28 @@ def test_a_forward_that_raises_keeps_no_activations(put):
 
 
 @pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+def test_another_thread_may_use_the_model_meanwhile(put):
+    model = family("Llama").train()
+    inputs = batch()
+    without_labels = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**without_labels).logits
+    put(model, plain_loss(model))
+    expected, found = loss_of(model, **inputs), []
+
+    def in_another_thread(*_):
+        hook.remove()
+        thread = threading.Thread(
+            target=lambda: found.append((model(**without_labels).logits, model(**inputs).loss.detach()))
+        )
+        thread.start()
+        thread.join()
+
+    hook = model.model.register_forward_hook(in_another_thread)
+    assert_same(loss_of(model, **inputs), expected)
+    torch.testing.assert_close(found, [(logits, expected[0])])
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
 def test_parts_add_up(put):
     model = family("Mixtral")
     put(model, plain_loss(model, z_loss_weight=0.1))
@@ -388,6 +411,24 @@ def test_routers_that_give_probabilities_are_refused(put):
     put(model, plain_loss(model, put is fuse_lm_head, use_auxiliary_loss=True, router_score="softmax"))
     with pytest.raises(ValueError, match="expected router_logits, got probabilities"):
         model(**batch())
+
+
+@pytest.mark.parametrize("put", [fuse_lm_head, attach_loss])
+@pytest.mark.parametrize("n_checkpointed", [1, 2])
+def test_router_terms_in_layers_of_reentrant_checkpointing_are_refused(put, n_checkpointed):
+    """There a layer runs without grad, and what its router gives would train nothing."""
+    model = tiny("Mixtral").train()
+    put(model, plain_loss(model, use_auxiliary_loss=True, router_z_weight=1.0))
+    expected = loss_of(model, **batch())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(loss_of(model, **batch()), expected)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.model.layers[0].gradient_checkpointing = n_checkpointed == 2
+    with pytest.raises(ValueError, match=r"expected router logits with a gradient.*use_reentrant=True"):
+        model(**batch())
+    with torch.no_grad():
+        assert model(**batch()).loss == expected[0]
+    assert model.eval()(**batch()).loss == expected[0]
 
 
 def test_multi_token_prediction_trains_with_the_model():

@@ -336,6 +336,58 @@ def test_torch_func():
     torch.testing.assert_close(tangent, (wanted * q).sum())
 
 
+def with_every_factor(*shape):
+    """A loss and what torch has for it, and their arguments: rows that count twice and not at all, a masked column, a
+    soft cap, a temperature and label smoothing."""
+    logits, q = torch.randn(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)
+    logits[..., 0], q[..., 0] = -math.inf, 0
+    logits[..., 1, 2], q[..., 1, 3] = math.nan, math.nan
+    row_weights, targets = torch.arange(4.0, dtype=torch.float64), torch.tensor([1, -100, 5, 1])
+    options = row_options(logits, logit_softcap=3.0, temperature=0.7, label_smoothing=0.2)
+    flags = int(RowFlags.CROSS_ENTROPY | RowFlags.SOFTCAP | RowFlags.LABEL_SMOOTHING)
+
+    def loss(x, q):
+        keywords = {"flags": flags, "row_weights": row_weights, "reduction": "sum"}
+        return row_loss(x, targets, options, target_probabilities=q, **keywords).loss
+
+    def expected(x, q):
+        x, q = (values.masked_fill((targets == -100).unsqueeze(-1), 0) for values in (x, q))
+        z = 3.0 * (x[:, 1:] / 3.0).tanh() / 0.7
+        rows = F.cross_entropy(z, q[:, 1:], label_smoothing=0.2, reduction="none")
+        return (rows * row_weights).sum()
+
+    return loss, expected, (logits, q)
+
+
+def square_of(derivative):
+    return lambda *arguments: derivative(*arguments).square().sum()
+
+
+DERIVATIVES_BY_PROBABILITIES = {
+    "by them": lambda loss: torch.func.grad(loss, 1),
+    "by both": lambda loss: torch.func.grad(loss, (0, 1)),
+    "of each sample": lambda loss: torch.vmap(torch.func.grad(loss, (0, 1))),
+    "jacobian": lambda loss: torch.func.jacrev(loss, 1),
+    "by them, then by them": lambda loss: torch.func.grad(square_of(torch.func.grad(loss, 1)), 1),
+    "by them, then by logits": lambda loss: torch.func.grad(square_of(torch.func.grad(loss, 1))),
+    "by logits, then by them": lambda loss: torch.func.grad(square_of(torch.func.grad(loss)), 1),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES_BY_PROBABILITIES)
+def test_derivatives_of_torch_func_by_the_probabilities(name):
+    loss, expected, arguments = with_every_factor(*[3] * (name == "of each sample"), 4, 9)
+    derivative = DERIVATIVES_BY_PROBABILITIES[name]
+    torch.testing.assert_close(derivative(loss)(*arguments), derivative(expected)(*arguments))
+
+
+def test_probabilities_that_require_grad_outside_of_vmap():
+    loss, expected, (logits, q) = with_every_factor(3, 4, 9)
+    q.requires_grad_()
+    found, wanted = (torch.autograd.grad(torch.vmap(f)(logits, q).sum(), q) for f in (loss, expected))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_gradcheck():
     case = Case(5, torch.float64, torch.float64, 7, 2, 1.0, 0.1, None, True, False)
     leaves = (case.logits.requires_grad_(), case.weights.requires_grad_())
