@@ -34,7 +34,7 @@ from ava_ext.ops import RowFlags, row_options
 # relative L2 error of a gradient, without the entries of targets and candidates: one rounding, or float32 arithmetic
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 _OF_VALUES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
-# rows of one register block, of a block's shared memory, of a cluster, and too long for that; odd, so that no row but
+# rows of one warp, of a block, of a cluster, and too long for that; odd, so that no row but
 # the first is aligned
 VOCAB_SIZES = (61, 4099, 50257, 128257, 1000003)
 SMALL_VOCAB_SIZES = (61, 4099, 128257)
