@@ -121,11 +121,22 @@ def _with_term_of_probabilities(
     has_no_part = (log_probs == -math.inf) & (target_probabilities[..., :size] == 0)
     difference = target_probabilities - target_probabilities.detach()  # 0, with the derivative of the first
     term = -(difference[..., :size].masked_fill(ignored, 0) * log_probs.masked_fill(has_no_part, 0)).sum(-1)
-    if row_weights is not None:
-        term = term * row_weights
-    if flags & RowFlags.LABEL_SMOOTHING:
-        term = term * (1 - RowOptions(*options.unbind()).label_smoothing)
+    term = _weighed(term, options, flags, row_weights)
     return loss + (term.sum() if loss.dim() < targets.dim() else term)
+
+
+def _weighed(
+    values: Tensor,  # [...]: of rows
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
+    row_weights: Tensor | None,  # [...]
+) -> Tensor:  # [...]
+    """Times what weighs the term of the probabilities in a row: its weight, and 1 - e."""
+    if row_weights is not None:
+        values = values * row_weights
+    if flags & RowFlags.LABEL_SMOOTHING:
+        values = values * (1 - RowOptions(*options.unbind()).label_smoothing)
+    return values
 
 
 class _ProbabilityGradient(torch.autograd.Function):
@@ -143,11 +154,7 @@ class _ProbabilityGradient(torch.autograd.Function):
         flags, vocab_size, ignore_index, dtype, chunk_bytes = ctx.constants
         if not flags & RowFlags.CROSS_ENTROPY:
             return grad_loss, torch.zeros_like(probabilities), None, *(None,) * ctx.n_parts
-        factors = -grad_loss.expand(targets.shape)
-        if row_weights is not None:
-            factors = factors * row_weights
-        if flags & RowFlags.LABEL_SMOOTHING:
-            factors = factors * (1 - RowOptions(*options.unbind()).label_smoothing)
+        factors = _weighed(-grad_loss.expand(targets.shape), options, flags, row_weights)
         factors, ignored = factors.reshape(-1, 1), targets.reshape(-1) == ignore_index
         flat_probabilities = probabilities.reshape(-1, probabilities.shape[-1])
         # of the factors, so that it holds a batch where they do
