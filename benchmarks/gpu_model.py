@@ -50,7 +50,7 @@ ASSUMED = {
     "issue": 0.8,  # instructions a scheduler issues in a cycle where enough warps are ready
     "dependent": 5,  # cycles from an instruction to one that needs it
     "alone": 3,  # cycles for an instruction of a warp that has several independent ones
-    "loops": 6,  # that a thread enters for a row: two stages of maximum and gradient, two parts of the sum
+    "loops": 5,  # that a thread enters for a row: two stages of maximum and gradient, and the sum
     "loop": 30,  # instructions to enter one
     # instructions of PTX of one warp between a row's barriers, as tests/ptx executes them, mov and bra among them: of
     # plain cross-entropy, and of every term with four candidates
@@ -58,10 +58,10 @@ ASSUMED = {
     "stretch of every term": 600,
     # the same of a warp that takes several short rows at once, without mov and bra: for each of them besides its
     # vectors, and for all of them together
-    "short row": 190,
-    "short row of every term": 245,
+    "short row": 165,
+    "short row of every term": 205,
     "short rows together": 560,
-    "short rows together of every term": 915,
+    "short rows together of every term": 920,
     "barrier": 40,  # cycles of a block's barrier
     # from a store into another multiprocessor's shared memory until a warp there has woken up: 180 that the way takes
     # (measured on Hopper, arXiv 2402.13499), and as long again for counting the bytes and the warp

@@ -92,7 +92,13 @@ MUTANTS = [
     Mutant("no_wait_in_a_row", "none", SOFTMAX_SUMS, "if (stage == 0) cp_async_wait<1>();", "", "expected"),
     Mutant("tensor_cores_with_some_lanes", "none", SOFTMAX_SUMS, "? warp_min(n_mine) :", "? n_mine :",
            "__shfl_xor_sync at softmax_rows_measure.cuh"),
-    Mutant("the_winner_is_summed_twice", "none", SOFTMAX_SUMS, "begin = apart + 1;", "begin = apart;", "expected"),
+    Mutant("no_stand_in", "none", SOFTMAX_SUMS, "if (wins) store_in_vector(best_place, stand_in);", "", "expected"),
+    Mutant("the_stand_in_stays", "none", SOFTMAX_SUMS,
+           "store_in_vector(best_place, from_float<Element>(warp_best));", "", "expected"),
+    Mutant("the_stand_in_is_summed", "none", SOFTMAX_SUMS, "sums.sum -= exponent.summand(capped[0].value);", "",
+           "expected"),
+    Mutant("the_winner_does_not_wait", "thread", SOFTMAX_SUMS, "__syncwarp();  // only the winner writes to it", "",
+           "data race"),
     Mutant("no_wait_for_short_rows", "none", SHORT_ROWS, "cp_async_wait<0>();", "", "expected"),
     Mutant("care_for_another_row", "none", SHORT_ROWS, "careful_rows >> r & 1", "careful_rows >> (r ^ 1) & 1",
            "expected"),
@@ -116,7 +122,8 @@ MUTANTS = [
            "static_cast<void>(", ""),
     Mutant("too_few_bytes_of_partials", "none", EXCHANGE, "cluster_size * kVectors * 16", "16", ""),
     Mutant("phase_of_partials_not_flipped", "none", EXCHANGE, "row / 2 % 2", "0", ""),
-    Mutant("only_the_first_warp_waits", "none", EXCHANGE, "every_warp || ", "", "row_loss[row]"),
+    Mutant("only_the_first_warp_waits", "none", EXCHANGE, "every_warp || ", "",
+           "waits in __syncthreads at softmax_rows_kernels.cuh"),
 ]  # fmt: skip
 
 

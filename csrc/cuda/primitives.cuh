@@ -99,6 +99,14 @@ __device__ __forceinline__ void store16(void* global, uint4 value) {
                : "memory");
 }
 
+// Stores an element of what is else loaded as vectors, which the compiler would take for other memory.
+template <class Element>
+__device__ __forceinline__ void store_in_vector(Element* place, Element value) {
+  asm volatile("" ::: "memory");
+  *place = value;
+  asm volatile("" ::: "memory");
+}
+
 // 16 bytes from global to shared memory, past the registers and the first cache. They are there for the thread that
 // asked once it has waited, and for others after a barrier behind that.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {

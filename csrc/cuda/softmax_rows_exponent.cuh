@@ -37,7 +37,7 @@ __device__ __forceinline__ LogitScale logit_scale(const RowOptions<float>& optio
   return {factor,
           fmaf(kLog2e, inverse_temperature, -factor) + kLog2eLow * inverse_temperature,
           1 / factor,
-          -1000.f / factor,
+          -200.f / factor,
           inverse_temperature,
           options.softcap,
           1 / options.softcap,
@@ -105,21 +105,36 @@ struct Exponent {
   // 1, c tanh is off by at most 6.5 2^-23 c. The derivative needs 1 - r, which is e^{2 x / c} r and does not cancel.
   __device__ __forceinline__ void cap(const float* logits, CappedLogit* capped) const {  // [kVectorSize]
 #pragma unroll
-    for (int k = 0; k < kVectorSize<Element>; k += 2) {
-      if constexpr (kByLogistic) {
-        const float e0 = exp2_fast(logits[k] * scale.cap_factor), e1 = exp2_fast(logits[k + 1] * scale.cap_factor);
-        const float of_both = reciprocal_fast((1 + e0) * (1 + e1));
-        const float r0 = of_both * (1 + e1), r1 = of_both * (1 + e0);
-        capped[k] = {r0, e0 * r0 * r0};
-        capped[k + 1] = {r1, e1 * r1 * r1};
-      } else {
+    for (int k = 0; k < kVectorSize<Element>; k += 2) cap_two(logits + k, capped + k);
+  }
+  __device__ __forceinline__ void cap_two(const float* logits, CappedLogit* capped) const {
+    if constexpr (kByLogistic) {
+      const float e0 = exp2_fast(logits[0] * scale.cap_factor), e1 = exp2_fast(logits[1] * scale.cap_factor);
+      const float of_both = reciprocal_fast((1 + e0) * (1 + e1));
+      const float r0 = of_both * (1 + e1), r1 = of_both * (1 + e0);
+      capped[0] = {r0, e0 * r0 * r0};
+      capped[1] = {r1, e1 * r1 * r1};
+    } else {
 #pragma unroll
-        for (int i = k; i < k + 2; ++i) {
-          capped[i] = capped_logit<kFeatures>(logits[i], scale);
-          if (kFeatures == Features::capped && kCareful && logits[i] == -INFINITY) capped[i].value = logits[i];
-        }
+      for (int k = 0; k < 2; ++k) {
+        capped[k] = capped_logit<kFeatures>(logits[k], scale);
+        if (kFeatures == Features::capped && kCareful && logits[k] == -INFINITY) capped[k].value = logits[k];
       }
     }
+  }
+
+  // What has the maximum's place while the sums are taken, so that no loop has to ask where that is: a logit whose e^u is
+  // 0, a masked one where those are looked for or do no harm. kStandInCounts: a soft cap or the range of the type leaves
+  // no room for that. Then it is as low as a logit can be, so that nothing is lost when its e^u is taken out again.
+  static constexpr bool kIsHalf = std::is_same<Element, __half>::value;
+  static constexpr bool kStandInCounts =
+      !kCareful && (kFeatures == Features::capped || (kFeatures == Features::dense && kIsHalf));
+  __device__ __forceinline__ Element stand_in(float max) const {
+    float low = -INFINITY;
+    if constexpr (!kCareful && kFeatures == Features::capped) low = -16 * scale.softcap;
+    if constexpr (!kCareful && kFeatures == Features::dense) low = fmaf(2.f, fminf(max, 0.f), scale.lowest_difference);
+    if constexpr (kStandInCounts) low = fmaxf(low, kIsHalf ? -65504.f : kLowestOrdinary);
+    return from_float<Element>(low);
   }
 
   __device__ __forceinline__ float exponential(float x, float& steps) const {

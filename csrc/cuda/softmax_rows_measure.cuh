@@ -11,7 +11,7 @@ constexpr int kNoColumn = INT32_MAX;
 template <class Element, Features kFeatures>
 constexpr int kSlotsAtOnce = sizeof(Element) == 4 ? 1 : 2;
 
-// Sums of e, t e, and the exponent's summands; without the maximum's e.
+// Sums of e, t e, and the exponent's summands; without the maximum, whose u is 0.
 struct Sums {
   float rest = 0, weighted = 0, sum = 0;
   int n_masked = 0;
@@ -26,14 +26,13 @@ __device__ __forceinline__ float sum_of(float* values) {  // [kSize], which it u
   return values[0];
 }
 
-// One vector. `excluded` is the place of the maximum in it, or -1; only vectors that may have one are compared with it.
-// Where a soft cap is flat several logits may have its value `at_maximum`: `argmax` becomes the lowest column of those (R
-// is the same whichever of them is left out). kSums: the summands of U too; else the tensor cores add them up.
-template <bool kExcludes, bool kSums, class Element, Features kFeatures, bool kCareful>
+// One vector, in which a stand-in has the place of the maximum. Where a soft cap is flat several logits may have its value
+// `at_maximum`: `argmax` becomes the lowest column of those (R is the same whichever of them is left out). kSums: the
+// summands of U too; else the tensor cores add them up.
+template <bool kSums, class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize]
-                                           int first_column, int excluded,
-                                           const Exponent<Element, kFeatures, kCareful>& exponent, float at_maximum,
-                                           Sums& sums, int& argmax) {
+                                           int first_column, const Exponent<Element, kFeatures, kCareful>& exponent,
+                                           float at_maximum, Sums& sums, int& argmax) {
   constexpr int kSize = kVectorSize<Element>;
   float rest[kSize], summands[kSize], weighted = 0;
   CappedLogit capped[kSize];
@@ -43,8 +42,8 @@ __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize
     const float x = capped[k].value;
     if constexpr (kFeatures == Features::capped && kCareful)
       if (x == at_maximum && first_column + k < argmax) argmax = first_column + k;
-    float steps, e = exponent.exponential(x, steps);
-    if constexpr (kExcludes) e = k == excluded ? 0.f : e;
+    float steps;
+    const float e = exponent.exponential(x, steps);
     rest[k] = e;
     if constexpr (kFeatures != Features::plain) {
       weighted = fmaf(steps, e, weighted);
@@ -60,6 +59,26 @@ __device__ __forceinline__ void accumulate(const float* logits,  // [kVectorSize
   }
 }
 
+// Takes what stood in for the maximum out of the sums.
+template <class Element, Features kFeatures, bool kCareful>
+__device__ __forceinline__ void take_out(float stand_in, const Exponent<Element, kFeatures, kCareful>& exponent,
+                                         Sums& sums) {
+  if constexpr (kCareful) {
+    --sums.n_masked;
+  } else {
+    const float logits[] = {stand_in, stand_in};
+    CappedLogit capped[2];
+    exponent.cap_two(logits, capped);
+    sums.sum -= exponent.summand(capped[0].value);
+    if constexpr (exponent.kStandInCounts) {
+      float steps;
+      const float e = exponent.exponential(capped[0].value, steps);
+      sums.rest -= e;
+      sums.weighted = fmaf(-steps, e, sums.weighted);
+    }
+  }
+}
+
 // Takes the rounding of the reference back out of the sums. count: V
 template <class Element, Features kFeatures, bool kCareful>
 __device__ __forceinline__ RowStatistics<float> to_statistics(const Sums& sums,
@@ -71,7 +90,7 @@ __device__ __forceinline__ RowStatistics<float> to_statistics(const Sums& sums,
           column,
           sums.rest * undo,
           fmaf(-exponent.excess, sums.rest, sums.weighted) * undo * kLn2,
-          exponent.sum_of_u(sums.sum, count),
+          exponent.sum_of_u(sums.sum, count - 1),
           count};
 }
 
@@ -245,9 +264,19 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
   if (kGroup > 1 && may_win && largest<Element>({kept.get(row, best_slot, 0)}) != warp_best) ++best_slot;
   const int best_vector = row.first + best_slot * n_threads + thread;
   const int winner = warp_min(may_win ? best_vector : kNoColumn);  // the first that holds the maximum
-  const bool wins = may_win && best_vector == winner;
-  // every lane knows its slot; -1: nothing but masked columns. (n_threads is a multiple of 32)
-  const int winner_lane = winner - row.first, winner_slot = __shfl_sync(kWholeWarp, best_slot, winner_lane);
+  const bool wins = may_win && best_vector == winner;              // nobody where all is masked
+  // every lane looks at one of the winner's elements
+  int argmax = kNoColumn;
+  Element* best_place = nullptr;
+  if (winner != kNoColumn) {
+    auto* const elements = reinterpret_cast<Element*>(kept.slots - thread + (winner - row.first));
+    __syncwarp();  // the copy is the winner's
+    const int k = thread % kVectorSize<Element>;
+    const int found = __ffs(int(__ballot_sync(kWholeWarp, to_float(elements[k]) == warp_best))) - 1;
+    best_place = elements + found;
+    argmax = row.column(winner) + found;
+    __syncwarp();  // only the winner writes to it
+  }
   const CappedLogit capped_best = capped_logit<kFeatures>(warp_best, scale);
   const float reference = warp_best == -INFINITY ? 0.f : capped_maximum<kFeatures>(warp_best, scale);
   if constexpr (kFeatures != Features::plain) careful = __any_sync(kWholeWarp, lowest.value() < kLowestOrdinary);
@@ -257,39 +286,30 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
     using RowExponent = Exponent<Element, kFeatures, decltype(is_careful)::value>;
     constexpr bool kByTensorCores = kFeatures == Features::dense && !RowExponent::kExact;
     const RowExponent exponent(scale, reference);
+    const Element stand_in = exponent.stand_in(warp_best);
+    if (wins) store_in_vector(best_place, stand_in);
+
     Sums sums;
     TileSums logit_sums;
-    int argmax = kNoColumn;
-    const auto add = [&](int i, auto is_apart) {
-      constexpr bool kApart = decltype(is_apart)::value;
-      const int first_column = row.column(row.first + i * n_threads + thread);
+    const auto add = [&](int i, auto is_ragged) {
+      constexpr bool kSums = decltype(is_ragged)::value || !kByTensorCores;
       const uint4 bits = kept.get(row, i, 0);
       float logits[kVectorSize<Element>];
       unpack<Element>(bits, logits);
-      int excluded = -1;
-      if (kApart && wins && i == winner_slot) {
-        excluded = first_equal<Element>(logits, warp_best);
-        argmax = first_column + excluded < argmax ? first_column + excluded : argmax;
-      }
-      if constexpr (kByTensorCores && !kApart) add_tile<Element>(bits, logit_sums);
-      accumulate<kApart, kApart || !kByTensorCores>(logits, first_column, excluded, exponent, capped_best.value, sums,
-                                                    argmax);
+      if constexpr (!kSums) add_tile<Element>(bits, logit_sums);
+      accumulate<kSums>(logits, row.column(row.first + i * n_threads + thread), exponent, capped_best.value, sums,
+                        argmax);
     };
-    // the winner's slot apart: in all others nothing is compared with the maximum, or asked. And for the tensor cores the
-    // last slot where only some lanes of the warp have it
+    // the tensor cores take the slots that all lanes of the warp have
     const int n_common = kByTensorCores ? warp_min(n_mine) : n_mine;
-    const int apart = int(min(unsigned(winner_slot), unsigned(n_common)));
-    int begin = 0, end = apart;
-#pragma unroll 1
-    for (;;) {
-      for_slots<kSlotsAtOnce<Element, kFeatures>>(begin, end, [&](int i) { add(i, std::false_type()); });
-      if (end == n_common) break;
-      begin = apart + 1;
-      end = n_common;
-    }
-#pragma unroll 1
-    for (int i = apart; i < n_mine; i = max(i + 1, n_common)) add(i, std::true_type());
+    for_slots<kSlotsAtOnce<Element, kFeatures>>(0, n_common, [&](int i) { add(i, std::false_type()); });
+    if (kByTensorCores && n_common < n_mine) add(n_common, std::true_type());
     if constexpr (kByTensorCores) sums.sum += lane_sum(logit_sums);
+
+    if (wins) {
+      store_in_vector(best_place, from_float<Element>(warp_best));
+      if constexpr (kFeatures != Features::plain) take_out(to_float(stand_in), exponent, sums);
+    }
     int count = 0;
     if constexpr (kFeatures == Features::plain) {
       sums.rest = warp_sum(sums.rest);
@@ -297,10 +317,7 @@ __device__ __forceinline__ RowStatistics<float> measure_kept(const RowSlice<Elem
       warp_sums(sums.rest, sums.weighted, sums.sum);
       count = warp_sum(n_mine * kVectorSize<Element> - sums.n_masked);
     }
-    if constexpr (kFeatures == Features::capped && decltype(is_careful)::value)
-      argmax = warp_min(argmax);
-    else
-      argmax = __shfl_sync(kWholeWarp, argmax, winner_lane);
+    if constexpr (kFeatures == Features::capped && decltype(is_careful)::value) argmax = warp_min(argmax);
     return to_statistics(sums, exponent, warp_best == -INFINITY ? warp_best : reference, argmax, float(count));
   };
   return with_care<Element, kFeatures>(careful || needs_care<kFeatures>(reference, scale), sum_up);
@@ -323,12 +340,13 @@ __device__ __forceinline__ RowStatistics<float> measure_streamed(const RowSlice<
     const bool is_empty = high == -INFINITY;
     const float reference = is_empty ? 0.f : capped_maximum<kFeatures>(high, scale);
     const Exponent<Element, kFeatures, true> exponent(scale, reference);
-    const int excluded = is_empty ? -1 : first_equal<Element>(logits, high);
-    int argmax = is_empty ? kNoColumn : row.column(vector) + excluded;
+    const int place = is_empty ? -1 : first_equal<Element>(logits, high);
+#pragma unroll
+    for (int k = 0; k < kVectorSize<Element>; ++k) logits[k] = k == place ? -INFINITY : logits[k];
+    int argmax = is_empty ? kNoColumn : row.column(vector) + place;
     Sums sums;
-    accumulate<true, true>(logits, row.column(vector), excluded, exponent, capped_logit<kFeatures>(high, scale).value,
-                           sums, argmax);
-    const float count = float(kVectorSize<Element> - sums.n_masked);
+    accumulate<true>(logits, row.column(vector), exponent, capped_logit<kFeatures>(high, scale).value, sums, argmax);
+    const float count = float(kVectorSize<Element> - sums.n_masked + !is_empty);
     partial = merge(partial, to_statistics(sums, exponent, is_empty ? high : reference, argmax, count),
                     scale.inverse_temperature);
   }

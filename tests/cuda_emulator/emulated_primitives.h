@@ -52,6 +52,11 @@ inline void store16(void* global, uint4 value, Place place = Place::current()) {
   *static_cast<uint4*>(global) = value;
 }
 
+template <class Element>
+void store_in_vector(Element* place, Element value) {
+  memcpy(static_cast<void*>(place), static_cast<const void*>(&value), sizeof(Element));
+}
+
 inline void cp_async16(void* shared, const void* global, Place place = Place::current()) {
   cuda_emulator::require(is_aligned16(shared) && is_aligned16(global),
                          "cp_async16: expected addresses aligned to 16 bytes", place);

@@ -3,6 +3,7 @@
 test_build.py runs this file once more for every instruction set, so it stays quick.
 """
 
+import pytest
 import torch
 from hypothesis import given
 from support.assertions import relative_error
@@ -64,6 +65,20 @@ def test_the_entropy_of_a_flat_row_under_a_soft_cap():
         problem = RowProblem(base, lambda rows: rows, torch.tensor([1]), options, flags, None, None, 2)
         for way in (fused, split, by_autograd):
             assert_right(problem, way(problem), expected_row_loss(problem), way.__name__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("scale", "options"), [(1, dict(logit_softcap=0.5)), (10000, dict(temperature=20000.0))])
+def test_no_logit_is_so_low_that_it_does_not_count(dtype, scale, options):
+    """Where the soft cap is low, or the temperature too high for the type, no stand-in for a logit is nothing."""
+    base = (torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
+    flags = RowFlags.CROSS_ENTROPY | RowFlags.CONFIDENCE_PENALTY | RowFlags.LABEL_SMOOTHING
+    if "logit_softcap" in options:
+        flags |= RowFlags.SOFTCAP
+    options = row_options(base.float(), confidence_penalty_weight=0.2, label_smoothing=0.1, **options)
+    problem = RowProblem(base, lambda rows: rows, torch.tensor([1, 2, 3]), options, int(flags), None, None, 40)
+    for way in (fused, split, by_autograd):
+        assert_right(problem, way(problem), expected_row_loss(problem), way.__name__)
 
 
 def test_the_columns_of_a_large_vocabulary():

@@ -50,7 +50,7 @@ def count_row(terms: int) -> RowCounts:
 
 
 @pytest.mark.parametrize(
-    ("terms", "most"), [(PLAIN, RowCounts(97, 235)), (EVERY_TERM, RowCounts(121, 290))], ids=["plain", "every term"]
+    ("terms", "most"), [(PLAIN, RowCounts(97, 205)), (EVERY_TERM, RowCounts(121, 250))], ids=["plain", "every term"]
 )
 def test_vectors_and_bookkeeping(terms, most):
     counts = count_row(terms)
@@ -98,7 +98,7 @@ class ShortRowCounts(NamedTuple):
 
 @pytest.mark.parametrize(
     ("terms", "n_ids", "most"),
-    [(PLAIN, 0, ShortRowCounts(190, 560)), (EVERY_TERM, 4, ShortRowCounts(245, 915))],
+    [(PLAIN, 0, ShortRowCounts(165, 560)), (EVERY_TERM, 4, ShortRowCounts(205, 920))],
     ids=["plain", "every term and four candidates"],
 )
 def test_short_rows(terms, n_ids, most):
