@@ -299,6 +299,8 @@ def _number(owner: str, name: str, value: Any) -> Any:
 @functools.lru_cache(maxsize=1024, typed=True)
 def _make_row_terms(owner: str, label_smoothing: float, /, **given: Any) -> _RowTerms:
     UnifiedLossConfig.check_names(given, owner)
+    if "class_weights" in given:
+        raise TypeError(f"{owner}: unknown option 'class_weights'; did you mean 'weight'?")
     for name in given:
         if name not in ROW_OPTIONS:
             raise ValueError(f"{owner}: {name} needs a module: expected UnifiedLoss, got the function")

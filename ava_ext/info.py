@@ -34,7 +34,7 @@ def collect(check: bool = True) -> dict[str, Any]:
     """Everything that the report says, as JSON can hold it.
 
     Args:
-        check: also run the self-check, which takes two seconds.
+        check: also run the self-check.
 
     Returns:
         versions, machine, library, in_use, threads, environment, and self_check if asked for.

@@ -97,7 +97,7 @@ class CallPlacement:
             return rows
         n_counted = (self.rows.local(rows.targets) != ignore_index).sum().to(rows.n_counted)
         n_items = rows.n_counted.clamp_min(1) if rows.n_items is None else rows.n_items
-        return rows._replace(n_counted=n_counted, n_items=n_items)
+        return Rows(rows.targets, n_counted, rows.weights, n_items)
 
     def hidden_states(
         self,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from ava_ext.ops.derivatives import refuse_tangents
 from ava_ext.ops.dtensors import whole
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(eq=False)  # dynamo of torch 2.10 cannot read a property of a NamedTuple
+class Rows:
     """The rows of one call."""
 
     targets: Tensor  # [...] int64; ignore_index where a row does not count

@@ -1,4 +1,4 @@
-"""Two seconds of losses and gradients against `ava_ext.reference` in float64: does this build compute what it says?
+"""A few losses and gradients against `ava_ext.reference` in float64: does this build compute what it says?
 
 The test suite checks far more. This is for a machine, a driver or a wheel that the tests have never seen.
 """

@@ -64,9 +64,9 @@ def test_sections_of_the_guide_are_whole():
 
 
 def test_fences_say_python_alone_and_code_is_untouched():
-    text = "[a](docs/start.md)\n```python no-run\nx = y[0](z)\n```\n[b](README.md#install)\n"
+    text = "[a](docs/recipes.md)\n```python no-run\nx = y[0](z)\n```\n[b](README.md#install)\n"
     assert pages.translated(text, "README.md", "guide/x.md") == (
-        "[a](../start.md)\n```python\nx = y[0](z)\n```\n[b](../index.md#install)\n"
+        "[a](../recipes.md)\n```python\nx = y[0](z)\n```\n[b](../index.md#install)\n"
     )
     with pytest.raises(ValueError, match=r"expected a link to a file of the repository, got nowhere\.md"):
         pages.translated("[a](nowhere.md)", "README.md", "index.md")

@@ -331,6 +331,7 @@ def test_bad_input_is_named():
     for error, message, keywords in (
         (ValueError, "linear_cross_entropy: use_mtp needs a module", {"use_mtp": True}),
         (ValueError, "primary_loss_type needs a module", {"primary_loss_type": "deepseek"}),
+        (TypeError, "unknown option 'class_weights'; did you mean 'weight'", {"class_weights": torch.ones(7)}),
         (TypeError, "unknown option 'zloss_weight'; did you mean 'z_loss_weight'", {"zloss_weight": 0.1}),
         (ValueError, r"expected z_loss_weight to be a number >= 0 .*, got -1", {"z_loss_weight": -1}),
         (

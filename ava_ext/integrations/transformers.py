@@ -9,27 +9,9 @@
     UnifiedLossTrainerMixin            all of it for Trainer and its subclasses, with the parts of the loss in the log
     bind_expert_bias(model, loss_fn)   expert_bias moves the routers of DeepSeek-V3, GLM-4 MoE, ...
 
-Every stack divides the loss by something, and some average gradients over ranks. Where the table says "you", pass N to
-the loss (`loss_fn.count_items` of every micro-batch of the optimizer step, summed over the ranks), and multiply the
-loss as the last column says. Never repeat what the stack does already.
-
-    stack                          N given to the loss                      multiply the loss by
-    Trainer,                       Trainer counts it over micro-batches     nothing: Trainer multiplies by the number of
-      average_tokens_across_       and ranks, and gives num_items_in_batch    ranks
-      devices=True (default)
-    Trainer,                       Trainer counts this rank's               nothing: ranks weigh the same, however many
-      average_tokens_...=False                                                tokens each has
-    accelerate                     you: count_items summed over micro-      number of ranks * accumulation steps:
-      accumulate(), backward()       batches, group="world"                   Accelerator.backward divides by the steps
-    Lightning, manual N            you: the same                            number of ranks * accumulate_grad_batches:
-                                                                              Lightning divides by them
-    DeepSpeed, ZeRO 1 to 3         you: the same                            number of ranks * gradient_accumulation_
-                                                                              steps: engine.backward divides by both
-    DistributedDataParallel        you: the same                            number of ranks
-    one process                    you: count_items summed over them        nothing
-
-Without num_items_in_batch, each call divides by its own N: all micro-batches and ranks then have the same weight, no
-matter how many tokens they hold.
+The guide's section "Training stacks" has a table of what each stack divides the loss by, and how to undo it. Without
+num_items_in_batch, each call divides by its own N: all micro-batches and ranks then have the same weight, no matter how
+many tokens they hold.
 """
 
 from __future__ import annotations
