@@ -29,7 +29,7 @@ from ava_ext import build_info
 
 PARTS = ("rows", "linear", "router", "sweep")
 # on both sides of where another kernel, or a larger cluster, takes the rows in 16 bits
-SWEPT_VOCAB_SIZES = (2048, 4096, 8192, 16384, 49152, 57344, 98304, 131072, 151936, 200064)
+SWEPT_VOCAB_SIZES = (256, 1024, 2048, 4096, 8192, 16384, 49152, 57344, 98304, 131072, 151936, 200064)
 Progress = Callable[[dict[str, Any], Outcome], None]  # a case's size and what its first rounds gave
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,6 +25,7 @@ from ava_ext import (
     UnifiedLoss,
     UnifiedLossConfig,
     build_info,
+    functional,
     reference,
     repetition_candidates,
     softmax_statistics,
@@ -143,6 +144,33 @@ def check_kernel_in_place(device: torch.device, vocab_size: int, dtype: torch.dt
         assert_gradient("gradient", buffer, gradient, TOLERANCES[dtype])
 
 
+def check_many_short_rows(device: torch.device, dtype: torch.dtype) -> None:
+    """More rows than a device has warps: one takes several at once, and each has the bits that it has among few."""
+    n_rows, few, vocab_size = 30_000, 1000, 61
+    generator = torch.Generator().manual_seed(5)
+    logits = (torch.randn(n_rows, vocab_size, generator=generator) * 3).to(dtype)
+    targets = torch.randint(vocab_size, (n_rows,), generator=generator)
+    targets[::7] = -100
+
+    def run(logits: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        leaf = logits.requires_grad_()
+        losses = loss_fn(leaf, targets, label_smoothing=0.1, reduction="none")
+        return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
+
+    wanted = run(logits.double(), targets, F.cross_entropy)
+    together = run(logits.to(device), targets.to(device), functional.cross_entropy)
+    apart = [
+        run(logits[i : i + few].to(device), targets[i : i + few].to(device), functional.cross_entropy)
+        for i in range(0, n_rows, few)
+    ]
+    for name, value, parts, expected, tolerance in zip(
+        ("loss", "gradient"), together, zip(*apart, strict=True), wanted, (_OF_VALUES, TOLERANCES), strict=True
+    ):
+        assert_close(name, value, expected, tolerance[dtype])
+        if not torch.equal(value, torch.cat(parts)):
+            raise AssertionError(f"{name}: other bits than the same rows have among {few}")
+
+
 def check_statistics(device: torch.device, vocab_size: int, dtype: torch.dtype) -> None:
     """softmax_statistics and its gradient, with a masked column."""
     generator = torch.Generator().manual_seed(1)
@@ -257,6 +285,7 @@ def checks(device: torch.device, is_small: bool) -> Iterator[Check]:
             arguments = (device, vocab_size, dtype)
             yield f"row_loss_ {at}", lambda arguments=arguments: check_kernel_in_place(*arguments)
             yield f"softmax_statistics {at}", lambda arguments=arguments: check_statistics(*arguments)
+        yield f"many short rows {name}", lambda dtype=dtype: check_many_short_rows(device, dtype)
         yield f"linear {name}", lambda dtype=dtype: check_linear(device, dtype)
         yield f"router {name}", lambda dtype=dtype: check_router(device, dtype)
     yield "repetition_candidates", lambda: check_repetition(device)
