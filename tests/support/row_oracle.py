@@ -171,10 +171,13 @@ def _counted_rows(problem: RowProblem, counted: Tensor) -> Expected:
         # from one multiply-add, z - largest with the product unrounded, and subtracts what that leaves at the maximum
         of_entropy = 2.0**-48 * (1 + largest.abs()) * entropy_size
         grad_bound = size * ((of_u + of_rest.unsqueeze(-1)) * cap_slope + 4 * unit)
-        # twice as far are columns that are computed by themselves, by another tanh: the maximum, targets and candidates
+        # twice as far are columns computed by themselves, by another tanh: the maximum, targets and candidates.
+        # CUDA takes that of the others from the logistic function, whose error is one of the cap, not of the logit
+        of_apart = torch.where(second < largest, of_tie.maximum(zero + cap_error / 4), of_tie)
         is_apart = (z == largest.unsqueeze(-1)) | (log_prob_size > 0)
         is_apart.scatter_(-1, targets.unsqueeze(-1), True)
-        grad_bound = grad_bound + p * (of_tie * entropy_size).unsqueeze(-1) * cap_slope * (1 + is_apart.double())
+        of_ties = of_tie.unsqueeze(-1) + torch.where(is_apart, of_apart.unsqueeze(-1), 0.0)
+        grad_bound = grad_bound + p * of_ties * entropy_size.unsqueeze(-1) * cap_slope
         underflow = (0.0 if is_float64 else 2e-38) * (1 + probability_size + entropy_size.unsqueeze(-1) * 100)
         grad_bound = grad_bound + (underflow + of_entropy.unsqueeze(-1)) * present
         grad_bound = row_weights.abs().unsqueeze(-1) * grad_bound / temperature

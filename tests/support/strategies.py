@@ -304,7 +304,7 @@ def experts(draw, config, shape, numbers) -> dict[str, Any]:
         as_tensor = numbers.leaf(*([n_layers] if n_layers > 1 else []), n_rows, n_experts)
         given["gate_logits"] = draw(st.sampled_from([layers, as_tensor]))
         if config.use_auxiliary_loss and not config.load_balancing_per_sequence and draw(st.booleans()):
-            given["global_expert_counts"] = numbers.integers(0, 9, n_layers, n_experts)
+            given["global_expert_counts"] = k * numbers.integers(0, 9, n_layers, n_experts)  # k for each row
         # of a softmax router's choices, the top-k of its logits is only a guess
         guesses = config.use_moe_balancing and config.router_score == "softmax" and config.expert_bias_rate > 0
         if guesses or draw(st.booleans()):
