@@ -12,20 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_beside_rows, with_dense_rows
+from ava_ext.ops.arguments import with_dense_rows
 from ava_ext.ops.derivatives import without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import as_matrix
 from ava_ext.ops.row_evaluation import RowEvaluation, RowOptions, RowStatistics, evaluate_rows
-from ava_ext.ops.row_fields import (
-    IDS_ARE_PRESENT,
-    N_SUMMARIES,
-    N_TERMS,
-    TAIL_ID,
-    Candidates,
-    RowFlags,
-    RowLoss,
-)
+from ava_ext.ops.row_fields import IDS_ARE_PRESENT, N_SUMMARIES, N_TERMS, TAIL_ID, RowFlags, RowInputs, RowLoss
 from ava_ext.ops.row_statistics import statistics_coefficients
 from ava_ext.ops.shard_statistics import MergedRows, Shard, local_gradients, local_view, measure
 from ava_ext.ops.sharded_logits import ShardedLogits
@@ -33,13 +25,7 @@ from ava_ext.ops.sharded_logits import ShardedLogits
 
 def vocabulary_parallel_row_loss(
     logits: ShardedLogits,  # [..., n_columns]
-    targets: Tensor,  # [...]
-    options: Tensor,  # [N_OPTIONS]
-    flags: int,
-    row_weights: Tensor | None,  # [...]
-    candidates: Candidates | None,
-    vocab_size: int | None,
-    ignore_index: int,
+    inputs: RowInputs,  # of [...]
     reduction: str,
     inplace_gradient: bool,
     chunk_bytes: int | None,
@@ -47,23 +33,18 @@ def vocabulary_parallel_row_loss(
 ) -> RowLoss:
     """`row_loss` of ShardedLogits: see there."""
     rows = logits.shape[:-1]
-    given_ids, given_weights, groups = candidates if candidates else (None, None, ())
-    beside = {"row_weights": row_weights, "candidate_ids": given_ids, "candidate_weights": given_weights}
-    check_beside_rows("row_loss", rows, targets=targets, **beside)
+    targets, options, flags, row_weights, candidates, vocab_size, ignore_index = inputs.in_one_dimension(rows)
     parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
-    targets = targets.reshape(-1)
     row_mask = targets != ignore_index
     counted = targets.masked_fill(~row_mask, 0)
     _check_range("row_loss", "targets", counted, 0, shard.vocab_size)
     ids = targets.masked_fill(~row_mask, -1).unsqueeze(-1)
-    weights: Tensor | None = None
-    if given_ids is not None and given_weights is not None:
-        given_ids = as_matrix(given_ids).masked_fill(~row_mask.unsqueeze(-1), -1)  # of other rows: not looked at
+    given_ids, weights, groups = candidates or (None, None, ())
+    if given_ids is not None:
+        given_ids = given_ids.masked_fill(~row_mask.unsqueeze(-1), -1)  # of other rows: not looked at
         lowest = TAIL_ID if flags & RowFlags.TAIL else -1
         _check_range("row_loss", "candidate_ids", given_ids, lowest, shard.vocab_size)
-        ids, weights = torch.cat([ids, given_ids], -1), as_matrix(given_weights)
-    if row_weights is not None:
-        row_weights = row_weights.reshape(-1)
+        ids = torch.cat([ids, given_ids], -1)
     arguments = (ids, row_mask, row_weights, weights, groups)
     loss, terms = _RowLossOfShard.apply(shard, inplace_gradient, arguments, options, *parts)
     loss, terms = loss.view(rows), terms.view(N_TERMS + len(groups), *rows)
@@ -103,16 +84,15 @@ def _shard_of(
     logits: ShardedLogits,  # [..., n_columns]
     options: Tensor,  # [N_OPTIONS]
     flags: int,
-    vocab_size: int | None,
+    vocab_size: int,
     chunk_bytes: int | None,
     max_counted_rows: int | None,
 ) -> tuple[tuple[Tensor | None, ...], Shard]:
     """The local logits as a matrix, or the parts of LinearLogits, and what is to be known of their columns."""
     first_column, n_columns = logits.place()
     local, group = logits.logits, logits.process_group()
-    if vocab_size is not None and not 1 <= vocab_size <= n_columns:
+    if not 1 <= vocab_size <= n_columns:
         raise ValueError(f"sharded_logits: expected vocab_size in [1, {n_columns}], got {vocab_size}")
-    vocab_size = n_columns if vocab_size is None else vocab_size
     columns, limits = (first_column, local.shape[-1], vocab_size), (chunk_bytes, max_counted_rows)
     shard = Shard(group, *columns, options, flags, local.dtype, *limits)
     if isinstance(local, LinearLogits):
