@@ -174,8 +174,9 @@ class LossInForward(nn.Module):
         if adds_router:  # asked for by the loss alone, which weighs it itself
             fields.pop("aux_loss", None)
             fields.pop("router_logits", None)
-        has_added = "aux_loss" in fields or added is not zero  # the first: added in place
-        fields["loss"] = self._loss(given, added, has_added)
+        if added is zero and "aux_loss" not in fields:  # else it was added in place
+            added = None
+        fields["loss"] = self._loss(given, added)
         if not self.is_fused:
             fields["logits"] = logits
         elif not runs.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
@@ -323,21 +324,20 @@ class LossInForward(nn.Module):
         self,
         given: dict[str, Any],
         added: Tensor | None,  # []
-        has_added: bool,
     ) -> Tensor:  # []
-        """The loss, and what the model itself added to its own."""
+        """The loss, and what the model itself added to its own; None: nothing."""
         n_items = given["num_items_in_batch"]
         loss_fn = self.unified_loss
         parts = loss_fn(**given, return_detailed=True) if self.report_parts else None
         loss = loss_fn(**given) if parts is None else parts["total_loss"]
         if added is not None:
-            if has_added and n_items is not None:  # a mean of this call: its share of the whole batch
+            if n_items is not None:  # a mean of this call: its share of the whole batch
                 # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
                 n_tokens = loss_fn.count_items(**{name: given[name] for name in DECIDE_ROWS if name in given})
                 added = added * (n_tokens.to(loss.dtype) / items_of(n_items, loss.device, loss.dtype))
             loss = loss + added.to(loss.dtype)
         if parts is not None:
-            if has_added and added is not None:
+            if added is not None:
                 parts["model_aux_loss"] = added
             parts["total_loss"] = loss
             self.loss_parts = {name: part.detach() for name, part in parts.items()}
