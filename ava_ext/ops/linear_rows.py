@@ -266,11 +266,14 @@ def empty_gradients(hidden_states, weight, bias, gradients):
 
 
 def _save_linear_row_loss(ctx, inputs, output):
-    ctx.constants, ctx.ignore_index, ctx.gradients = inputs[8:15], inputs[11], inputs[15]
-    ctx.mark_non_differentiable(*output[2:6])
+    *head, targets, options, row_weights, ids, id_weights = inputs[:8]
+    groups, flags, vocab_size, ctx.ignore_index, *limits, ctx.gradients, column_weights = inputs[8:]
+    ctx.constants = (groups, flags, vocab_size, ctx.ignore_index, *limits)
+    terms, *grads, origin = output[2:]
+    ctx.mark_non_differentiable(terms, *grads)
     ctx.set_materialize_grads(False)
-    again = (*inputs[:3], *inputs[4:8], inputs[16])
-    ctx.save_for_backward(output[6], inputs[3], *(output[3:6] if any(ctx.gradients) else again))
+    again = (*head, options, row_weights, ids, id_weights, column_weights)
+    ctx.save_for_backward(origin, targets, *(grads if any(ctx.gradients) else again))
 
 
 def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):
