@@ -62,18 +62,16 @@ def vocabulary_parallel_statistics(
     max_counted_rows: int | None,
 ) -> tuple[Tensor, Tensor]:  # [..., n_ids], [N_SUMMARIES, ...]
     """log_probs and summaries of `softmax_statistics` of ShardedLogits; owner begins the messages."""
-    rows = logits.shape[:-1]
+    rows, lowest = logits.shape[:-1], 0 if flags & IDS_ARE_PRESENT else -1
+    flags = flags & ~IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent
     parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
     if ids is None:
         ids = torch.empty((*rows, 0), dtype=torch.int32, device=logits.device)
-    lowest = -1  # absent
     if row_mask is None:
         row_mask = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    ids = ids.masked_fill(~row_mask.unsqueeze(-1), -1)  # what masked rows hold is not looked at
-    if flags & IDS_ARE_PRESENT:
-        lowest, flags = 0, flags & ~IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent
-        shard = shard._replace(flags=flags)
-    _check_range(owner, "ids", ids.masked_fill(~row_mask.unsqueeze(-1), lowest), lowest, shard.vocab_size)
+    is_masked = ~row_mask.unsqueeze(-1)  # what such rows hold is not looked at
+    _check_range(owner, "ids", ids.masked_fill(is_masked, lowest), lowest, shard.vocab_size)
+    ids = ids.masked_fill(is_masked, -1)
     arguments = (as_matrix(ids), row_mask.reshape(-1))
     log_probs, summaries = _StatisticsOfShard.apply(shard, arguments, *parts)
     return log_probs.view(ids.shape), summaries.view(N_SUMMARIES, *rows)
