@@ -183,8 +183,7 @@ def row_loss(
             target_probabilities = block.local(target_probabilities)
     if vocab_size is None:
         vocab_size = logits.shape[-1]
-    of_columns = (vocab_size, target_probabilities, smoothing_weights)
-    column_weights, column_flags = as_column_weights(logits, flags, *of_columns)
+    column_weights, column_flags = as_column_weights(logits, flags, vocab_size, target_probabilities, smoothing_weights)
     flags = flags | column_flags | (RANKS if with_ranks else 0)
     inputs = RowInputs(targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
     local = inputs if block is None else inputs.with_rows(block.local)
