@@ -92,11 +92,11 @@ def options_of(model_or_config: Any, fused: bool = True, **given: Any) -> dict[s
         wants_router = given.get("use_auxiliary_loss") or given.get("use_moe_balancing")
         if wants_router and "router_score" not in given:
             check_router_logits(config)
-        if score not in ("softmax", "sigmoid") and wants_router and "router_score" not in given:
-            raise ValueError(
-                f"unified_loss: expected a router with the score 'softmax' or 'sigmoid', got {score!r} in "
-                f"{type(config).__name__}: leave router terms out, or say router_score="
-            )
+            if score not in ("softmax", "sigmoid"):
+                raise ValueError(
+                    f"unified_loss: expected a router with the score 'softmax' or 'sigmoid', got {score!r} in "
+                    f"{type(config).__name__}: leave router terms out, or say router_score="
+                )
         if score == "sigmoid":
             options["router_score"] = score
     if fused:

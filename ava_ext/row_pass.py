@@ -65,12 +65,8 @@ class RowPass(Float32Buffers):
     ) -> None:
         super().__init__()
         self.config = config
-        soft_flags = int(RowFlags.SOFT_TARGETS | (RowFlags.TAIL if config.distillation_tail else 0))
-        given = [  # key, function, flags and temperature of each
-            (source.key, source.given, soft_flags if source.is_soft else 0, source.temperature)
-            for source in sorted(sources, key=lambda source: source.is_soft)  # the kernel has soft targets last
-            if source.given is not None
-        ]
+        in_order = sorted(sources, key=lambda source: source.flags & RowFlags.SOFT_TARGETS)  # the kernel has these last
+        given = [(source.key, source.given, source.flags, source.temperature) for source in in_order if source.given]
         self.given = tuple(source for source in given if source[-1] == 1)
         self.given_apart = tuple(source for source in given if source[-1] != 1)  # in a pass of their own
         self.metrics = tuple((source.key, source.metric) for source in sources if source.metric is not None)

@@ -43,7 +43,11 @@ class _Record:
         self.model = model
         self.head = head
         self.hidden_states: Tensor | None = None  # [..., hidden_size]: the head's input
-        self.given: Any = None  # what the model gave to its loss function, and the zero that it got
+        # what the model gave to its loss function, and the zero that it got
+        self.logits: Any = None  # [batch_size, n_tokens, n_columns]
+        self.labels: Any = None  # [batch_size, n_tokens]
+        self.shift_labels: Any = None  # [batch_size, n_tokens]; None: the labels are not shifted
+        self.zero: Tensor | None = None  # []; None: the model has not called its loss function
 
 
 class _Thread(threading.local):
@@ -119,15 +123,15 @@ class LossInForward(nn.Module):
         self, record: _Record, logits: Any = None, labels: Any = None, *arguments: Any, **options: Any
     ) -> Tensor:
         """Stands for the model's loss function; gives a zero, to which the model may add."""
-        if record.given is not None:
+        if record.zero is not None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to call self.loss_function once, got a second call: "
                 "compute the loss from its outputs"
             )
         check_ignore_index(self._owner, self.unified_loss.config, options.get("ignore_index"))
-        zero = torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
-        record.given = (logits, labels, options.get("shift_labels"), zero)
-        return zero
+        record.logits, record.labels, record.shift_labels = logits, labels, options.get("shift_labels")
+        record.zero = torch.zeros((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        return record.zero
 
     def _with_loss(self, runs: Any, names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The model's own forward, whose positional arguments have these names, with the loss in its output.
@@ -149,37 +153,35 @@ class LossInForward(nn.Module):
         adds_router = needs_router and self.expert_bias_binding is None and not self._router_logits_wanted(options)
         if adds_router:
             options["output_router_logits"] = True
-        head = self._head()
-        record, around = _Record(self, head), _thread.record
+        record, around = _Record(self, self._head()), _thread.record
         _thread.record = record
         try:
             output = forward(**options, return_dict=True)
         finally:  # a forward that raises, of too little memory, keeps none of it
             _thread.record = around
-        if record.given is None:
+        if record.zero is None:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to compute its loss by self.loss_function, which it "
                 "did not call: compute the loss from its outputs; Trainer takes compute_loss_func=trainer_loss(loss_fn)"
             )
         self.has_computed_loss = True
-        logits, labels, model_shifted, zero = record.given
-        targets = self._targets(labels, model_shifted, shifted)
-        given = self._inputs_of_loss(head, logits, record.hidden_states, targets, options, of_loss)
+        given = self._inputs_of_loss(record, self._targets(record, shifted), options, of_loss)
         if needs_router:
             given |= self._router(output)
         # a model that is spread over devices (device_map) ends on another than it begins
-        given = {name: _brought_to(zero.device, value) for name, value in given.items()}
+        given = {name: _brought_to(record.zero.device, value) for name, value in given.items()}
         fields = {name: _without_deferred(value) for name, value in output.items() if name not in ("loss", "logits")}
         added = None if adds_router else output["loss"]
         if adds_router:  # asked for by the loss alone, which weighs it itself
             fields.pop("aux_loss", None)
             fields.pop("router_logits", None)
-        has_added = "aux_loss" in fields or added is not zero  # the first: added in place
-        fields["loss"] = self._loss(given, added, has_added)
+        if added is record.zero and "aux_loss" not in fields:  # else it was added in place
+            added = None
+        fields["loss"] = self._loss(given, added)
         if not self.is_fused:
-            fields["logits"] = logits
+            fields["logits"] = record.logits
         elif not runs.training if of_loss["skip_logits"] is None else not of_loss["skip_logits"]:
-            fields["logits"] = logits.compute(head)
+            fields["logits"] = record.logits.compute(record.head)
         result = type(output)(**fields)
         return result if return_dict else result.to_tuple()
 
@@ -221,19 +223,18 @@ class LossInForward(nn.Module):
 
     def _targets(
         self,
-        labels: Any,  # [batch_size, n_tokens], which the model gave to its loss function
-        model_shifted: Any,  # the same; None: the labels are not shifted
-        shifted: Any,  # the same, which the caller gave
+        record: _Record,
+        shifted: Any,  # [batch_size, n_tokens], which the caller gave
     ) -> Any:  # [batch_size, n_tokens]
         """What the rows are compared with: what the caller says is shifted, or what the model makes of the labels."""
         if shifted is not None:
             return shifted
-        if model_shifted is not None or self._is_masked_lm:
+        if record.shift_labels is not None or self._is_masked_lm:
             raise TypeError(
                 f"{self._owner}: expected {type(self).__name__} to predict the token after each row, but its labels "
                 "are those of the rows themselves: give them as shift_labels, too"
             )
-        return labels
+        return record.labels
 
     def rows_of_call(
         self,
@@ -268,15 +269,14 @@ class LossInForward(nn.Module):
 
     def _inputs_of_loss(
         self,
-        head: RecordsInput,
-        logits: Any,  # [batch_size, n_tokens, n_columns]
-        hidden_states: Tensor | None,  # [batch_size, n_tokens, hidden_size]
+        record: _Record,
         labels: Tensor,  # [batch_size, n_tokens]
         options: dict[str, Any],
         of_loss: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments of the loss."""
         name, config = type(self).__name__, self.unified_loss.config
+        head, logits, hidden_states = record.head, record.logits, record.hidden_states
         given: dict[str, Any] = {"num_items_in_batch": of_loss["num_items_in_batch"]}
         if self.is_fused:
             if not isinstance(logits, DeferredLogits):
@@ -323,21 +323,20 @@ class LossInForward(nn.Module):
         self,
         given: dict[str, Any],
         added: Tensor | None,  # []
-        has_added: bool,
     ) -> Tensor:  # []
-        """The loss, and what the model itself added to its own."""
+        """The loss, and what the model itself added to its own; None: nothing."""
         n_items = given["num_items_in_batch"]
         loss_fn = self.unified_loss
         parts = loss_fn(**given, return_detailed=True) if self.report_parts else None
         loss = loss_fn(**given) if parts is None else parts["total_loss"]
         if added is not None:
-            if has_added and n_items is not None:  # a mean of this call: its share of the whole batch
+            if n_items is not None:  # a mean of this call: its share of the whole batch
                 # not token_weights: terms of a whole batch are shared by rows, and those may be advantages
                 n_tokens = loss_fn.count_items(**{name: given[name] for name in DECIDE_ROWS if name in given})
                 added = added * (n_tokens.to(loss.dtype) / items_of(n_items, loss.device, loss.dtype))
             loss = loss + added.to(loss.dtype)
         if parts is not None:
-            if has_added and added is not None:
+            if added is not None:
                 parts["model_aux_loss"] = added
             parts["total_loss"] = loss
             self.loss_parts = {name: part.detach() for name, part in parts.items()}

@@ -240,6 +240,24 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> str:
     return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 
+class _LoggedCalls:
+    """The calls whose parts are to be logged together."""
+
+    def __init__(self) -> None:
+        self.meter = LossMeter("world")
+        self.n = 0  # of this rank
+        self.n_is_of_all_ranks = False  # whether N of the last one was that of all ranks, which then share one loss
+
+    def add(self, parts: dict[str, Tensor], n_is_of_all_ranks: bool) -> None:
+        self.meter.update(parts)
+        self.n += 1
+        self.n_is_of_all_ranks = n_is_of_all_ranks
+
+    def clear(self) -> None:
+        self.meter.reset()
+        self.n = 0
+
+
 class UnifiedLossTrainerMixin:
     """Makes a Trainer, or a subclass of it, train with UnifiedLoss. Put it first among the bases.
 
@@ -289,9 +307,7 @@ class UnifiedLossTrainerMixin:
         inner.report_parts = True
         self.loss_fn = loss_fn
         self._model_with_loss = inner
-        self._meters = {True: LossMeter("world"), False: LossMeter("world")}  # by whether the model trains
-        self._meter_calls = {True: 0, False: 0}
-        self._n_is_of_all_ranks = {True: False, False: False}
+        self._calls = {True: _LoggedCalls(), False: _LoggedCalls()}  # by whether the model trains
         self._logged_step = 0
         _check_trained("UnifiedLossTrainerMixin", inner)
         super().__init__(model, *arguments, **options)  # type: ignore[call-arg]
@@ -334,12 +350,10 @@ class UnifiedLossTrainerMixin:
         return found
 
     def _count_call(self, model: nn.Module, n_is_of_all_ranks: bool) -> None:
-        """Adds the parts of the last call to the meter, if it had labels."""
+        """Keeps the parts of the last call for the log, if it had labels."""
         parts = self._model_with_loss.loss_parts
         if parts is not None:
-            self._meters[model.training].update(parts)
-            self._meter_calls[model.training] += 1
-            self._n_is_of_all_ranks[model.training] = n_is_of_all_ranks
+            self._calls[model.training].add(parts, n_is_of_all_ranks)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *arguments: Any, **options: Any
@@ -347,9 +361,9 @@ class UnifiedLossTrainerMixin:
         """Trainer's; no logits where only the loss is wanted."""
         if prediction_loss_only and self._model_with_loss.is_fused:
             inputs = {**inputs, "skip_logits": True}
-        self._model_with_loss.loss_parts, n_calls = None, sum(self._meter_calls.values())
+        self._model_with_loss.loss_parts, n_calls = None, self._calls[model.training].n
         found = super().prediction_step(model, inputs, prediction_loss_only, *arguments, **options)  # type: ignore[misc]
-        if sum(self._meter_calls.values()) == n_calls:  # Seq2SeqTrainer calls the model itself where it generates
+        if self._calls[model.training].n == n_calls:  # Seq2SeqTrainer calls the model itself where it generates
             self._count_call(model, n_is_of_all_ranks=False)
         return found
 
@@ -388,8 +402,7 @@ class UnifiedLossTrainerMixin:
         return self.loss_fn.count_items(**decide)
 
     def _clear_meter(self, is_training: bool) -> None:
-        self._meters[is_training].reset()
-        self._meter_calls[is_training] = 0
+        self._calls[is_training].clear()
         if is_training:
             self._logged_step = self.state.global_step
 
@@ -401,14 +414,14 @@ class UnifiedLossTrainerMixin:
 
     def _read_meter(self, is_training: bool) -> dict[str, float]:
         """Parts per optimizer step, or per batch of an evaluation, and metrics, since the last time."""
-        values = self._meters[is_training].compute()
-        n_calls, self._meter_calls[is_training] = self._meter_calls[is_training], 0
+        calls = self._calls[is_training]
+        values, n_losses = calls.meter.compute(), calls.n
         if is_training:
-            n_calls, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
-        self._meters[is_training].reset()
+            n_losses = self.state.global_step - self._logged_step
+        self._clear_meter(is_training)
         values.pop("total_loss", None)
         # the meter adds up the ranks: their parts are shares of one loss only where they share one N
-        n_losses = max(n_calls, 1) * (1 if self._n_is_of_all_ranks[is_training] else self.args.world_size)
+        n_losses = max(n_losses, 1) * (1 if calls.n_is_of_all_ranks else self.args.world_size)
         return {name: value if name in METRICS else value / n_losses for name, value in values.items()}
 
 

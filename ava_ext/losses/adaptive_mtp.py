@@ -37,8 +37,8 @@ CONFIDENCE_MARGIN = 1e-6
 class AdaptiveMTPTerms(NamedTuple):
     """What adaptive_mtp_terms returns."""
 
-    mtp_loss: Tensor  # []  with graph; [batch_size, n_tokens] with per_row
-    confidence_regularization: Tensor  # []  with graph; [batch_size, n_tokens] with per_row
+    mtp_loss: Tensor  # []  with graph; [batch_size, n_tokens] with reduction="none"
+    confidence_regularization: Tensor  # []  with graph; [batch_size, n_tokens] with reduction="none"
     depths: DepthMeans  # of [n_heads]: loss, accuracy and acceptance of each head; detached
     mean_confidence: Tensor  # []  over rows whose head 1 has a target; detached
     mean_target_probability: Tensor  # []  over the same rows, what head 1 gives its target; detached
@@ -46,6 +46,7 @@ class AdaptiveMTPTerms(NamedTuple):
 
 
 def adaptive_mtp_terms(
+    config: UnifiedLossConfig,
     heads: Sequence[Logits],  # n_heads of [batch_size, n_tokens, n_columns]
     targets: Tensor,  # [batch_size, n_tokens]
     row_weights: Tensor,  # [batch_size, n_tokens]
@@ -55,12 +56,7 @@ def adaptive_mtp_terms(
     confidence_scores: Tensor
     | None = None,  # [batch_size], [batch_size, 1], [batch_size, n_tokens] or [batch_size, n_tokens, 1]
     mtp_active: bool | Tensor | None = None,  # [] or [batch_size] bool; not False
-    mtp_weight: float = UnifiedLossConfig.mtp_weight,
-    confidence_reg_strength: float = UnifiedLossConfig.confidence_reg_strength,
-    ignore_index: int = UnifiedLossConfig.ignore_index,
     depth_weights: Tensor | None = None,  # [n_heads]
-    own_denominator: bool = UnifiedLossConfig.mtp_own_denominator,
-    per_row: bool = False,
 ) -> AdaptiveMTPTerms:
     """Losses of the heads, weighted by the confidence, and the term that calibrates the confidence.
 
@@ -72,18 +68,17 @@ def adaptive_mtp_terms(
     at c = q.
 
     Args:
+        config: its options of multi-token prediction, ignore_index and reduction; n_heads is num_future_tokens.
         heads: the logits of the heads k = 1..n_heads; row t of head k predicts targets[:, t + k].
         targets: the target of each row at depth 0 (the next token); ignore_index where the row does not count.
         row_weights: token weight / N of each row at depth 0, and 0 where it does not count. No gradient.
         segments: contiguous documents of packed rows; None: each batch row is one segment.
         head_loss: the cross-entropy of the main term, (logits, targets, row_weights) -> RowLoss: the sum over rows, or
-            with per_row the loss of each row, which is 0 where the target is ignore_index.
+            with reduction="none" the loss of each row, which is 0 where the target is ignore_index.
         confidence_scores: in [0, 1], per sequence or per row. None: c = 1 and no confidence term.
         mtp_active: a tensor switches the heads off on the device, for all or per sequence: a sequence that is off
             counts as one whose rows have no target. None or True: on.
-        mtp_weight, confidence_reg_strength, ignore_index: see UnifiedLossConfig.
-        depth_weights, own_denominator: of the heads' loss; see `depths.depth_rows`.
-        per_row: return both terms per row, [batch_size, n_tokens].
+        depth_weights: of the heads' loss; see `depths.depth_rows`.
 
     Returns:
         AdaptiveMTPTerms, float32 (float64 for float64 logits).
@@ -92,28 +87,19 @@ def adaptive_mtp_terms(
         ValueError: mtp_active, depth_weights or confidence_scores of a shape that does not fit.
 
     Example:
+        >>> config = UnifiedLossConfig(vocab_size=32000, primary_loss_type="adaptive_mtp", num_future_tokens=len(heads))
         >>> weights = torch.full(targets.shape, 1 / targets.numel())
-        >>> terms = adaptive_mtp_terms(heads, targets, weights, None, head_loss, confidence_scores=confidence)
+        >>> terms = adaptive_mtp_terms(config, heads, targets, weights, None, head_loss, confidence_scores=confidence)
         >>> loss = loss + terms.mtp_loss + terms.confidence_regularization
     """
-    batch_size, n_tokens = targets.shape
+    (batch_size, n_tokens), ignore_index = targets.shape, config.ignore_index
     dtype = accumulation_dtype(heads[0].dtype)
     targets, weights = active_rows(targets, row_weights.detach().to(dtype), mtp_active, ignore_index)
     confidence = None
-    head_weights: float | Tensor = mtp_weight / len(heads)
     if confidence_scores is not None:
         confidence = _rows(confidence_scores, batch_size, n_tokens).to(dtype)
-        head_weights = head_weights * confidence.detach()
-    rows = depth_rows(
-        targets,
-        weights,
-        segments,
-        len(heads),
-        ignore_index,
-        scale=head_weights,
-        depth_weights=depth_weights,
-        own_denominator=own_denominator,
-    )
+    factor = None if confidence is None else confidence.detach()
+    rows = depth_rows(config, targets, weights, segments, depth_weights, factor)
     loss, of_heads = losses_of_heads(heads, rows, head_loss)
     probability = of_heads[CROSS_ENTROPY, 0].neg().exp().to(dtype)
     is_target = rows.targets[0] != ignore_index
@@ -123,12 +109,12 @@ def adaptive_mtp_terms(
         # the value is bounded, its derivative stays: a head that is too sure of itself has to learn it
         certainty = certainty + (certainty.clamp(CONFIDENCE_MARGIN, 1 - CONFIDENCE_MARGIN) - certainty).detach()
         cross_entropy = -(probability * certainty.log() + (1 - probability) * torch.log1p(-certainty))
-        row_weight = confidence_reg_strength * shift_left(weights, 0, segments=segments)
+        row_weight = config.confidence_reg_strength * shift_left(weights, 0, segments=segments)
         regularization = torch.where(is_target, cross_entropy, 0.0) * row_weight
     seen = torch.ones_like(weights) if confidence is None else confidence.detach()
     return AdaptiveMTPTerms(
         mtp_loss=loss,
-        confidence_regularization=regularization if per_row else regularization.sum(),
+        confidence_regularization=regularization if config.reduction == "none" else regularization.sum(),
         depths=depth_means(of_heads, rows.targets, ignore_index),
         mean_confidence=_mean_of(seen, is_target),
         mean_target_probability=_mean_of(probability, is_target),
@@ -165,10 +151,11 @@ class AdaptiveMTP(LearnedState, Part):
 
     Example:
         >>> from ava_ext.losses.adaptive_mtp import adaptive_mtp_terms
+        >>> config = UnifiedLossConfig(vocab_size=32000, primary_loss_type="adaptive_mtp", num_future_tokens=len(heads))
         >>> adaptive = AdaptiveMTP()
         >>> weights = torch.full(targets.shape, 1 / targets.numel())
         >>> certain = torch.full(targets.shape, 0.75)
-        >>> terms = adaptive_mtp_terms(heads, targets, weights, None, head_loss, confidence_scores=certain)
+        >>> terms = adaptive_mtp_terms(config, heads, targets, weights, None, head_loss, confidence_scores=certain)
         >>> adaptive.record_averages(True, terms)
         >>> adaptive.step()
         >>> adaptive.statistics()["mean_confidence"]
@@ -215,6 +202,7 @@ class AdaptiveMTP(LearnedState, Part):
         if config.use_confidence_weighting and confidence is None:
             raise ValueError("unified_loss: use_confidence_weighting=True needs confidence_scores, got None")
         terms = adaptive_mtp_terms(
+            config,
             heads,
             rows.targets,
             rows.weights,
@@ -222,12 +210,7 @@ class AdaptiveMTP(LearnedState, Part):
             call.head_loss,
             confidence_scores=confidence if config.use_confidence_weighting else None,
             mtp_active=active,
-            mtp_weight=config.mtp_weight,
-            confidence_reg_strength=config.confidence_reg_strength,
-            ignore_index=config.ignore_index,
             depth_weights=call.mtp_depth_weights,
-            own_denominator=config.mtp_own_denominator,
-            per_row=config.reduction == "none",
         )
         call.learned.append(lambda recording: self.record_averages(recording, terms))
         addends = {"mtp_loss": terms.mtp_loss}

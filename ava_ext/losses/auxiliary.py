@@ -11,7 +11,7 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig, check_weights
 from ava_ext.losses.component import Addends, Part
-from ava_ext.losses.router import ROUTER_METRICS, measure_router, router_of_call
+from ava_ext.losses.router import ROUTER_METRICS, RouterOptions, measure_router, router_of_call
 from ava_ext.ops.arguments import check_shape
 from ava_ext.ops.router_layers import layered_gate_logits
 from ava_ext.ops.router_rows import RouterStatistics
@@ -316,7 +316,7 @@ class AuxiliaryLoss(Part):
             ValueError: shapes that do not fit, k > n_experts.
             IndexError: an expert index out of range.
         """
-        texts, n_texts = None, 1
+        texts = None
         if self.per_sequence:
             first = layered_gate_logits(gate_logits, self.n_layers)[0]
             if first.dim() != 4:
@@ -324,20 +324,9 @@ class AuxiliaryLoss(Part):
                     "auxiliary_loss: per_sequence=True expects gate_logits [batch_size, n_tokens, n_experts] per "
                     f"layer, got {list(first.shape[1:])}"
                 )
-            texts, n_texts = text_numbers((first.shape[1], first.shape[2]), None, None, first.device)
-        statistics = measure_router(
-            gate_logits,
-            expert_indices,
-            row_mask,
-            k=self.k,
-            n_experts=self.n_experts,
-            n_layers=self.n_layers,
-            score=self.score,
-            texts=texts,
-            n_texts=n_texts,
-            owner="auxiliary_loss",
-        )
-        terms = self.terms(*statistics)
+            texts = text_numbers((first.shape[1], first.shape[2]), None, None, first.device)
+        options = RouterOptions("auxiliary_loss", self.k, self.n_experts, self.n_layers, self.score)
+        terms = self.terms(*measure_router(options, gate_logits, expert_indices, row_mask, texts=texts))
         total = terms[0] + terms[1]
         if not return_detailed:
             return total

@@ -41,7 +41,7 @@ class CandidateSource(NamedTuple):
     weights: Mapping[str, float] = {}  # arguments of repetition_weights
     given: Callable[[Call], Candidates | None] | None = None  # where the call itself names them
     needs_sequences: bool = True  # rows in the order of the text
-    is_soft: bool = False  # pull up instead, by -sum_c w_c log p_c; at most one source
+    flags: int = 0  # RowFlags of these candidates; SOFT_TARGETS, to pull up by -sum_c w_c log p_c: at most one source
     temperature: float = 1.0  # of a soft source, beside that of the rows; other than 1: a pass of its own
     metric: CandidateMetric | None = None
 

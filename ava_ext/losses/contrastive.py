@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,12 +87,7 @@ def info_nce(
         check_integers("contrastive_loss", "document_ids", document_ids, "[n_pairs]")
     mask = None if row_mask is None else as_mask("contrastive_loss", row_mask)
     a, b = _directions(first, mask), _directions(second, mask)
-    block_rows = max(1, block_elements // max(n_pairs, 1))
-    of_blocks = []
-    for start, stop in _blocks(n_pairs, block_rows):
-        block = (a[start:stop], b, mask, document_ids, start, temperature)
-        is_whole = block_rows >= n_pairs  # backward may keep what a block takes
-        of_blocks.append(_info_nce_block(*block) if is_whole else without_activations(_info_nce_block, *block))
+    of_blocks = _by_blocks(_info_nce_block, block_elements, a, b, mask, document_ids, temperature)
     if not of_blocks:
         return a.sum() + b.sum()  # 0, connected to the graph
     of_queries, partner, lse = zip(*of_blocks, strict=True)
@@ -103,11 +99,11 @@ def info_nce(
 
 
 def _info_nce_block(
+    start: int,
     queries: Tensor,  # [block_rows, hidden_size]
     keys: Tensor,  # [n_pairs, hidden_size]
     mask: Tensor | None,  # [n_pairs] bool
     document_ids: Tensor | None,  # [n_pairs]
-    start: int,
     temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [block_rows], [block_rows], [n_pairs]
     """Of each query, -log softmax of its partner over the keys, and the partner's similarity; of each key, log sum exp
@@ -183,23 +179,19 @@ def simctg(
     mask = None if attention_mask is None else kept_by("contrastive_loss", attention_mask).expand(batch_size, n_tokens)
     segments = None if segment_ids is None else segment_ids.expand(batch_size, n_tokens)
     directions = _directions(hidden_states, mask)
-    block_rows = max(1, block_elements // max(batch_size * n_tokens, 1))
     total = directions[..., :0].sum()
     n_pairs = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
-    for start, stop in _blocks(n_tokens, block_rows):
-        block = (directions[:, start:stop], directions, mask, segments, start, margin)
-        is_whole = block_rows >= n_tokens  # backward may keep what a block takes
-        of_block = _simctg_block(*block) if is_whole else without_activations(_simctg_block, *block)
-        total, n_pairs = total + of_block[0], n_pairs + of_block[1]
+    for costs, n in _by_blocks(_simctg_block, block_elements, directions, directions, mask, segments, margin):
+        total, n_pairs = total + costs, n_pairs + n
     return total / n_pairs.clamp_min(1)
 
 
 def _simctg_block(
+    start: int,
     queries: Tensor,  # [batch_size, block_rows, hidden_size]
     keys: Tensor,  # [batch_size, n_tokens, hidden_size]
     mask: Tensor | None,  # [batch_size, n_tokens] bool
     segments: Tensor | None,  # [batch_size, n_tokens]
-    start: int,
     margin: float,
 ) -> tuple[Tensor, Tensor]:  # [], []
     """Of the queries, the sum of what pairs cost and how many pairs there are."""
@@ -215,10 +207,21 @@ def _simctg_block(
     return torch.where(pairs, excess, 0.0).sum(), pairs.expand(excess.shape).sum()
 
 
-def _blocks(n_rows: int, block_rows: int) -> list[tuple[int, int]]:
-    """(start, stop) of each block. A loop over their number: a compiled graph fits every n_rows with as many blocks."""
-    n_blocks = (n_rows + block_rows - 1) // block_rows
-    return [(block * block_rows, min((block + 1) * block_rows, n_rows)) for block in range(n_blocks)]
+def _by_blocks(
+    of_block: Callable[..., tuple[Tensor, ...]],
+    block_elements: int,
+    queries: Tensor,  # [..., n_rows, hidden_size]
+    *beside: Any,
+) -> list[tuple[Tensor, ...]]:
+    """of_block(its first row, its queries, *beside) of each block; of several, backward computes each again."""
+    n_rows = queries.shape[-2]
+    block_rows = max(1, block_elements // max(math.prod(queries.shape[:-1]), 1))
+    n_blocks = (n_rows + block_rows - 1) // block_rows  # a compiled graph fits every n_rows with as many
+    if n_blocks == 1:
+        return [of_block(0, queries, *beside)]
+    starts = (block * block_rows for block in range(n_blocks))
+    of_blocks = ((start, queries.narrow(-2, start, min(block_rows, n_rows - start)), *beside) for start in starts)
+    return [without_activations(of_block, *arguments) for arguments in of_blocks]
 
 
 def _directions(vectors: Tensor, mask: Tensor | None) -> Tensor:  # [..., hidden_size], [...] -> [..., hidden_size]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ava_ext.call import Call, HeadLoss, Logits
+from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends
 from ava_ext.ops.arguments import check_constants, check_shape, has_shape
 from ava_ext.ops.dtensor_logits import check_is_logits
@@ -34,42 +35,42 @@ class DepthRows(NamedTuple):
 
 
 def depth_rows(
+    config: UnifiedLossConfig,
     targets: Tensor,  # [batch_size, n_tokens]
     row_weights: Tensor,  # [batch_size, n_tokens]
     segments: Tensor | None,  # [batch_size, n_tokens]
-    n_depths: int,
-    ignore_index: int,
-    *,
-    scale: float | Tensor = 1.0,  # [] or [batch_size, n_tokens]
-    depth_weights: Tensor | None = None,  # [n_depths]
-    own_denominator: bool = False,
+    depth_weights: Tensor | None,  # [n_depths]
+    factor: Tensor | None = None,  # [batch_size, n_tokens]
 ) -> DepthRows:
     """Targets and weights of every depth; row t of depth k predicts targets[:, t + k].
 
+    The weights are multiplied by mtp_weight / n_depths. With mtp_own_denominator, those of depth k also by
+    sum_t w_t / sum_t w_{t+k}: what was divided by the number of all rows is then divided by that of the rows which have
+    a target at depth k. Both sums are those of this call, so micro-batches of a batch of N rows do not add up to it.
+
     Args:
+        config: its num_future_tokens says how many depths there are.
         targets, row_weights: of depth 0; ignore_index and 0 where a row does not count.
         segments: contiguous documents of packed rows; None: each batch row is one segment.
-        n_depths: how many depths there are.
-        scale: factor of the weights of every depth.
-        depth_weights: factor of each depth.
-        own_denominator: multiply the weights of depth k by sum_t w_t / sum_t w_{t+k}: what was divided by the number of
-            all rows is then divided by that of the rows which have a target at depth k. Both sums are those of this
-            call, so micro-batches of a batch of N rows do not add up to it.
+        depth_weights: factor of each depth; None: 1.
+        factor: of the weights of every depth, by row; None: 1.
 
     Raises:
         ValueError: depth_weights of another shape, or that require grad.
     """
+    n_depths = config.num_future_tokens
     depths = range(1, n_depths + 1)
-    shifted = torch.stack([shift_left(targets, ignore_index, k, segments) for k in depths])
+    shifted = torch.stack([shift_left(targets, config.ignore_index, k, segments) for k in depths])
     weights = torch.stack([shift_left(row_weights, 0, k, segments) for k in depths])
-    if own_denominator:
+    if config.mtp_own_denominator:
         sums = weights.sum((1, 2))
         weights = weights * torch.where(sums == 0, 0.0, row_weights.sum() / sums).view(-1, 1, 1)
     if depth_weights is not None:
         check_shape("multi_token_prediction", (n_depths,), mtp_depth_weights=depth_weights)
         check_constants("multi_token_prediction", mtp_depth_weights=depth_weights)
         weights = weights * depth_weights.to(weights).view(-1, 1, 1)
-    return DepthRows(shifted, weights * scale)
+    scale = config.mtp_weight / n_depths
+    return DepthRows(shifted, weights * (scale if factor is None else scale * factor))
 
 
 def active_rows(

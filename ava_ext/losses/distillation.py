@@ -27,18 +27,19 @@ from torch import Tensor
 from ava_ext.call import Call
 from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import CandidateMetric, CandidateSource
-from ava_ext.ops.row_fields import TAIL_ID, Candidates
+from ava_ext.ops.row_fields import TAIL_ID, Candidates, RowFlags
 
 
 def from_config(config: UnifiedLossConfig) -> CandidateSource | None:
     """The term of every call that passes soft_target_ids, where its weight is above 0."""
     if config.distillation_weight == 0:
         return None
+    tail = RowFlags.TAIL if config.distillation_tail else 0
     return CandidateSource(
         "distillation_loss",
         given=soft_targets,
         needs_sequences=False,
-        is_soft=True,
+        flags=int(RowFlags.SOFT_TARGETS | tail),
         temperature=config.distillation_temperature,
         metric=CandidateMetric("teacher_kl", teacher_kl),
     )

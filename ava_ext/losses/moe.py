@@ -13,7 +13,14 @@ from ava_ext.config import UnifiedLossConfig
 from ava_ext.losses.component import Addends, Part
 from ava_ext.losses.learned_state import LearnedState
 from ava_ext.losses.quantile_balancing import N_BINS, count_required_bias, quantile_bias
-from ava_ext.losses.router import ROUTER_METRICS, load_variation, max_violation, measure_router, router_of_call
+from ava_ext.losses.router import (
+    ROUTER_METRICS,
+    RouterOptions,
+    load_variation,
+    max_violation,
+    measure_router,
+    router_of_call,
+)
 from ava_ext.ops.router_layers import layered_gate_logits, layers_shape, stack_expert_indices, with_router
 from ava_ext.ops.router_rows import RouterStatistics
 
@@ -191,17 +198,9 @@ class MoEBalancer(LearnedState, Part):
         """
         layers = [gate_logits] if isinstance(gate_logits, Tensor) else with_router("gate_logits", gate_logits)
         recording = self.begin(layers[0], layers[0], "moe_balancer") if layers else False
-        statistics, _ = measure_router(
-            gate_logits,
-            expert_indices,
-            row_mask,
-            k=self.k,
-            n_experts=self.n_experts,
-            n_layers=self.n_layers,
-            score=self.score,
-            expert_bias=self.bias_of_choice(expert_indices),
-            owner="moe_balancer",
-        )
+        options = RouterOptions("moe_balancer", self.k, self.n_experts, self.n_layers, self.score)
+        bias = self.bias_of_choice(expert_indices)
+        statistics, _ = measure_router(options, gate_logits, expert_indices, row_mask, expert_bias=bias)
         if recording is not False:
             self.record(recording, **self._learned_from(statistics, gate_logits, expert_indices, row_mask))
         return MoEBalance(self.steering_term(statistics), *load_variation(statistics.counts))

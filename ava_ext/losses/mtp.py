@@ -173,18 +173,9 @@ class MultiTokenPrediction(Part):
         Raises:
             ValueError: shapes do not fit, or mtp_share_head has no lm_head_weight.
         """
-        config, n_depths, ignore_index = self.config, self.config.num_future_tokens, self.config.ignore_index
+        config, ignore_index = self.config, self.config.ignore_index
         self._check(hidden_states, targets, row_weights, segments, lm_head_weight)
-        rows = depth_rows(
-            targets,
-            row_weights.detach(),
-            segments,
-            n_depths,
-            ignore_index,
-            scale=config.mtp_weight / n_depths,
-            depth_weights=depth_weights,
-            own_denominator=config.mtp_own_denominator,
-        )
+        rows = depth_rows(config, targets, row_weights.detach(), segments, depth_weights)
         # what a row that predicts nothing holds may be nan: 0 times nan would reach the gradients of norms and blocks
         predicts = (rows.targets != ignore_index).any(0).unsqueeze(-1)
         hidden_states = torch.where(predicts, hidden_states, 0.0)

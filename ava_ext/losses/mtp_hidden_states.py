@@ -51,20 +51,12 @@ class HiddenStatesMTP(Part):
 
     def of_call(self, call: Call) -> Addends:
         """The term of the depths that the call gives; zeros without any, and with mtp_active=False."""
-        config, rows, active = call.config, call.rows, call.mtp_active
-        n_depths, ignore_index = config.num_future_tokens, config.ignore_index
+        rows, active, ignore_index = call.rows, call.mtp_active, call.config.ignore_index
         heads = self._heads_of(call)
         if active is False or not heads:
             return switched_off(call, parts_of_heads(heads))
-        of_depths = depth_rows(
-            *active_rows(rows.targets, rows.weights, active, ignore_index),
-            call.segments,
-            n_depths,
-            ignore_index,
-            scale=config.mtp_weight / n_depths,
-            depth_weights=call.mtp_depth_weights,
-            own_denominator=config.mtp_own_denominator,
-        )
+        of_rows = active_rows(rows.targets, rows.weights, active, ignore_index)
+        of_depths = depth_rows(call.config, *of_rows, call.segments, call.mtp_depth_weights)
         loss, terms = losses_of_heads(heads, of_depths, call.head_loss)
         means = depth_means(terms, of_depths.targets, ignore_index, call.own_rows())
         return Addends({"mtp_loss": loss}, depth_metrics(means))

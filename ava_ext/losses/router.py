@@ -15,42 +15,46 @@ from ava_ext.ops.router_rows import RouterStatistics, router_statistics
 from ava_ext.sequences import text_numbers
 
 
+class RouterOptions(NamedTuple):
+    """What a router is expected to be, and how it chooses."""
+
+    owner: str  # the first word of error messages
+    k: int | None  # experts per row; None: the last size of expert_indices. Required without them
+    n_experts: int | None  # None: any number
+    n_layers: int | None  # None: any number
+    score: str  # "softmax" or "sigmoid"
+
+
 def measure_router(
+    options: RouterOptions,
     gate_logits: Tensor | Sequence[Tensor | None],  # [n_rows, n_experts] per layer
     expert_indices: Tensor | Sequence[Tensor | None] | None,  # [n_rows, k] per layer
     row_mask: Tensor | None,  # n_rows elements, bool
     *,
-    k: int | None,
-    n_experts: int | None,
-    n_layers: int | None,
-    score: str,
     expert_bias: Tensor | None = None,  # [n_layers, n_experts]
-    texts: Tensor | None = None,  # [n_rows]
-    n_texts: int = 1,
-    owner: str,
+    texts: tuple[Tensor, int] | None = None,  # [n_rows], from text_numbers
 ) -> tuple[RouterStatistics, RouterStatistics]:  # of [n_layers], [n_layers * n_texts] groups
     """router_statistics of the layers and of the texts in them, for logits and choices in any of their usual forms.
 
     Args:
         gate_logits, expert_indices: see layered_gate_logits and stack_expert_indices.
         row_mask: True where a row counts; None: all.
-        k: experts per row; None: the last size of expert_indices. Required without them.
-        n_experts, n_layers: the numbers to expect; None: any.
-        score: "softmax" or "sigmoid".
         expert_bias: added to the scores for a top-k of gate_logits.
-        texts: a number below n_texts for each row; None: each layer is one text.
-        owner: the first word of error messages.
+        texts: a number for each row, and a bound n_texts of these; None: each layer is one text.
 
     Raises:
         ValueError: shapes do not fit, or both k and expert_indices are missing.
         IndexError: an expert index is out of range.
     """
-    layers = layered_gate_logits(gate_logits, n_layers)
-    layer_count, n_rows, columns = layers_shape(layers)
-    if n_experts is not None and n_experts != columns:
-        raise ValueError(f"{owner}: expected gate_logits with num_experts = {n_experts} columns, got {columns}")
+    owner, k = options.owner, options.k
+    layers = layered_gate_logits(gate_logits, options.n_layers)
+    n_layers, n_rows, n_experts = layers_shape(layers)
+    if options.n_experts is not None and options.n_experts != n_experts:
+        raise ValueError(
+            f"{owner}: expected gate_logits with num_experts = {options.n_experts} columns, got {n_experts}"
+        )
     if expert_indices is not None:
-        expert_indices = stack_expert_indices(expert_indices, layer_count, n_rows, k)
+        expert_indices = stack_expert_indices(expert_indices, n_layers, n_rows, k)
     elif k is None:
         raise ValueError(
             f"{owner}: expected expert_indices, or num_experts_per_token for a top-k of the gate_logits, got neither"
@@ -60,14 +64,15 @@ def measure_router(
         if row_mask.numel() != n_rows:
             raise ValueError(f"{owner}: expected row_mask of {n_rows} rows, got shape {list(row_mask.shape)}")
         row_mask = row_mask.reshape(n_rows)
+    segment_ids, n_texts = texts or (None, 1)
     of_texts = router_statistics(
         layers,
         expert_indices,
         row_mask,
         k=k,
-        score=score,
+        score=options.score,
         expert_bias=expert_bias,
-        segment_ids=texts,
+        segment_ids=segment_ids,
         n_segments=n_texts,
     )
     if texts is None:
@@ -97,22 +102,14 @@ def router_of_call(
         config = call.config
         gate_logits = call.required("gate_logits", option)
         n_rows = layers_shape(layered_gate_logits(gate_logits, config.num_moe_layers))[1]
-        texts, n_texts, row_mask = None, 1, call.padding_free(n_rows)
+        row_mask, texts = call.padding_free(n_rows), None
         if config.use_auxiliary_loss and config.load_balancing_per_sequence:
-            texts, n_texts = _texts_of_rows(call, n_rows)
-        whole, of_texts = measure_router(
-            gate_logits,
-            call.expert_indices,
-            row_mask,
-            k=config.num_experts_per_token,
-            n_experts=config.num_experts,
-            n_layers=config.num_moe_layers,
-            score=config.router_score,
-            expert_bias=expert_bias,
-            texts=texts,
-            n_texts=n_texts,
-            owner="unified_loss",
+            texts = _texts_of_rows(call, n_rows)
+        options = RouterOptions(
+            "unified_loss", config.num_experts_per_token, config.num_experts, config.num_moe_layers, config.router_score
         )
+        given = (gate_logits, call.expert_indices, row_mask)
+        whole, of_texts = measure_router(options, *given, expert_bias=expert_bias, texts=texts)
         metrics = dict(zip(ROUTER_METRICS, load_variation(whole.counts), strict=True))
         call.router = RouterOfCall(whole, of_texts, row_mask, metrics)
     return call.router

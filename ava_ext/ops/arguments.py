@@ -109,25 +109,6 @@ def check_real(owner: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{owner}: expected {name} of real numbers, got {dtype}")
 
 
-def check_beside_rows(
-    owner: str,
-    rows: torch.Size,  # the shape of the rows of the logits
-    *,
-    targets: Tensor,  # [...]
-    row_weights: Tensor | None,  # [...]
-    candidate_ids: Tensor | None,  # [..., n_candidates]
-    candidate_weights: Tensor | None,  # [..., n_candidates]
-) -> None:
-    """Raises ValueError where one of them is of other rows than the logits.
-
-    For what puts all rows in one dimension: reshaped or broadcast, a row would get what is another row's.
-    """
-    check_shape(owner, rows, targets=targets, row_weights=row_weights)
-    if candidate_ids is not None:
-        check_several_of_rows(owner, rows, "candidate_ids", candidate_ids, "n_candidates")
-        check_shape(owner, candidate_ids.shape, candidate_weights=candidate_weights)
-
-
 def check_several_of_rows(
     owner: str,
     rows: torch.Size,  # [...]

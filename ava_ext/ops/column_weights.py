@@ -19,7 +19,7 @@ from ava_ext.ops.derivatives import refuse_tangents, wants_gradient, without_sec
 from ava_ext.ops.dtensor_logits import PlacedLogits
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
 from ava_ext.ops.row_evaluation import RowOptions
-from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TARGET_PROBABILITIES, RowFlags, accumulation_dtype
+from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TARGET_PROBABILITIES, RowFlags, RowInputs, accumulation_dtype
 from ava_ext.ops.sharded_logits import LocalRows, ShardedLogits
 
 CACHE_BYTES = 2**19  # of a chunk of logits that exist, for each thread: several passes over it stay in the cache
@@ -28,7 +28,7 @@ CACHE_BYTES = 2**19  # of a chunk of logits that exist, for each thread: several
 def as_column_weights(
     logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     flags: int,
-    vocab_size: int | None,
+    vocab_size: int,
     target_probabilities: Tensor | None,  # [..., vocab_size]
     smoothing_weights: Tensor | None,  # [vocab_size]
 ) -> tuple[Tensor | None, int]:  # as given, and flags
@@ -54,11 +54,10 @@ def as_column_weights(
         raise NotImplementedError(f"row_loss: {name} beside logits whose columns are spread over ranks")
     check_devices("row_loss", logits, **{name: given})
     rows = () if target_probabilities is None else tuple(logits.shape[:-1])
-    size = logits.shape[-1] if vocab_size is None else vocab_size
     # no "in": in a graph it takes two sizes for different of which one is a symbol
-    fits = given.shape[-1] == size or given.shape[-1] == logits.shape[-1]
+    fits = given.shape[-1] == vocab_size or given.shape[-1] == logits.shape[-1]
     if given.shape[:-1] != rows or given.dim() != len(rows) + 1 or not fits:
-        expected = ", ".join(map(str, (*rows, size)))
+        expected = ", ".join(map(str, (*rows, vocab_size)))
         raise ValueError(f"row_loss: expected {name} of shape [{expected}], got {list(given.shape)}")
     if not given.is_floating_point() or wants_gradient(given):
         got = "one that does" if given.is_floating_point() else given.dtype
@@ -73,12 +72,7 @@ def with_probability_gradient(
     loss: Tensor,  # [] or [...]
     target_probabilities: Tensor,  # [..., vocab_size], requires grad
     logits: PlacedLogits,  # [..., n_columns]
-    targets: Tensor,  # [...]
-    options: Tensor,  # [N_OPTIONS]
-    flags: int,
-    row_weights: Tensor | None,  # [...]
-    vocab_size: int | None,
-    ignore_index: int,
+    inputs: RowInputs,  # of [...]
     chunk_bytes: int | None,
 ) -> Tensor:  # as loss
     """loss, whose derivative by a probability is row weight times (1 - e) times -log p, or 0 where the probability is 0
@@ -87,75 +81,65 @@ def with_probability_gradient(
     Backward makes it with plain PyTorch; forward costs nothing, but within torch.func.
     """
     if isinstance(logits, Tensor) and torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-        return _with_term_of_probabilities(
-            loss, target_probabilities, logits, targets, options, flags, row_weights, vocab_size, ignore_index
-        )
+        return _with_term_of_probabilities(loss, target_probabilities, logits, inputs)
     if isinstance(logits, (ShardedLogits, LocalRows)):
         raise NotImplementedError("row_loss: a gradient of target_probabilities beside logits spread over ranks")
     parts = tuple(logits) if isinstance(logits, LinearLogits) else (logits,)
-    size = logits.shape[-1] if vocab_size is None else vocab_size
-    constants = (targets, options, row_weights, flags, size, ignore_index, logits.dtype, chunk_bytes)
-    return _ProbabilityGradient.apply(loss, target_probabilities, constants, *parts)
+    return _ProbabilityGradient.apply(loss, target_probabilities, inputs, (logits.dtype, chunk_bytes), *parts)
 
 
 def _with_term_of_probabilities(
     loss: Tensor,  # [] or [...]
     target_probabilities: Tensor,  # [..., vocab_size], requires grad
     logits: Tensor,  # [..., n_columns]
-    targets: Tensor,  # [...]
-    options: Tensor,  # [N_OPTIONS]
-    flags: int,
-    row_weights: Tensor | None,  # [...]
-    vocab_size: int | None,
-    ignore_index: int,
+    inputs: RowInputs,  # of [...]
 ) -> Tensor:  # as loss
     """loss and the term of the probabilities less itself, in plain PyTorch, which every transform of torch.func takes.
 
     Its derivatives by the probabilities are those that the loss has, by them and the logits too.
     """
-    if not flags & RowFlags.CROSS_ENTROPY:
+    if not inputs.flags & RowFlags.CROSS_ENTROPY:
         return loss
-    size = logits.shape[-1] if vocab_size is None else vocab_size
-    ignored = (targets == ignore_index).unsqueeze(-1)  # such a row may hold nan
-    log_probs = _log_probs(logits[..., :size].masked_fill(ignored, 0), options, flags)
+    size = inputs.vocab_size
+    ignored = (inputs.targets == inputs.ignore_index).unsqueeze(-1)  # such a row may hold nan
+    log_probs = _log_probs(logits[..., :size].masked_fill(ignored, 0), inputs)
     has_no_part = (log_probs == -math.inf) & (target_probabilities[..., :size] == 0)
     difference = target_probabilities - target_probabilities.detach()  # 0, with the derivative of the first
     term = -(difference[..., :size].masked_fill(ignored, 0) * log_probs.masked_fill(has_no_part, 0)).sum(-1)
-    term = _weighed(term, options, flags, row_weights)
-    return loss + (term.sum() if loss.dim() < targets.dim() else term)
+    term = _weighed(term, inputs)
+    return loss + (term.sum() if loss.dim() < inputs.targets.dim() else term)
 
 
 def _weighed(
     values: Tensor,  # [...]: of rows
-    options: Tensor,  # [N_OPTIONS]
-    flags: int,
-    row_weights: Tensor | None,  # [...]
+    inputs: RowInputs,  # of [...]
 ) -> Tensor:  # [...]
     """Times what weighs the term of the probabilities in a row: its weight, and 1 - e."""
-    if row_weights is not None:
-        values = values * row_weights
-    if flags & RowFlags.LABEL_SMOOTHING:
-        values = values * (1 - RowOptions(*options.unbind()).label_smoothing)
+    if inputs.row_weights is not None:
+        values = values * inputs.row_weights
+    if inputs.flags & RowFlags.LABEL_SMOOTHING:
+        values = values * (1 - RowOptions(*inputs.options.unbind()).label_smoothing)
     return values
 
 
 class _ProbabilityGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, target_probabilities, constants, *parts):
-        targets, options, row_weights, *ctx.constants = constants
-        ctx.n_parts = len(parts)
-        ctx.save_for_backward(target_probabilities, targets, options, row_weights, *parts)
+    def forward(ctx, loss, target_probabilities, inputs, constants, *parts):
+        ctx.inputs = inputs._replace(targets=None, options=None, row_weights=None, candidates=None)
+        ctx.constants, ctx.n_parts = constants, len(parts)
+        ctx.save_for_backward(target_probabilities, inputs.targets, inputs.options, inputs.row_weights, *parts)
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx, grad_loss):
         refuse_tangents("row_loss", (grad_loss,))
         probabilities, targets, options, row_weights, *parts = ctx.saved_tensors
-        flags, vocab_size, ignore_index, dtype, chunk_bytes = ctx.constants
-        if not flags & RowFlags.CROSS_ENTROPY:
-            return grad_loss, torch.zeros_like(probabilities), None, *(None,) * ctx.n_parts
-        factors = _weighed(-grad_loss.expand(targets.shape), options, flags, row_weights)
-        factors, ignored = factors.reshape(-1, 1), targets.reshape(-1) == ignore_index
+        inputs = ctx.inputs._replace(targets=targets, options=options, row_weights=row_weights)
+        vocab_size, (dtype, chunk_bytes) = inputs.vocab_size, ctx.constants
+        if not inputs.flags & RowFlags.CROSS_ENTROPY:
+            return grad_loss, torch.zeros_like(probabilities), None, None, *(None,) * ctx.n_parts
+        factors = _weighed(-grad_loss.expand(targets.shape), inputs)
+        factors, ignored = factors.reshape(-1, 1), targets.reshape(-1) == inputs.ignore_index
         flat_probabilities = probabilities.reshape(-1, probabilities.shape[-1])
         # of the factors, so that it holds a batch where they do
         gradient = factors.new_zeros(flat_probabilities.shape, dtype=probabilities.dtype)
@@ -171,7 +155,7 @@ class _ProbabilityGradient(torch.autograd.Function):
                     logits = logits.to(dtype) @ parts[1].detach()[:vocab_size].to(dtype).t()
                     if parts[2] is not None:
                         logits = logits + parts[2].detach()[:vocab_size].to(dtype)
-            log_probs = _log_probs(logits[:, :vocab_size], options, flags)
+            log_probs = _log_probs(logits[:, :vocab_size], inputs)
             if not (host_knows and log_probs.amin() > -math.inf):
                 has_no_part = (log_probs == -math.inf) & (flat_probabilities[rows, :vocab_size] == 0)
                 log_probs = log_probs.masked_fill(has_no_part, 0)
@@ -184,7 +168,7 @@ class _ProbabilityGradient(torch.autograd.Function):
         gradient = without_second_derivative(gradient, probabilities, *parts, grad_loss)
         # the logits' gradient depends on the probabilities, and is differentiated by way of what comes from above
         grad_loss = without_second_derivative(grad_loss, probabilities, grad_loss)
-        return grad_loss, gradient, None, *(None,) * ctx.n_parts
+        return grad_loss, gradient, None, None, *(None,) * ctx.n_parts
 
 
 def _chunks(
@@ -198,11 +182,10 @@ def _chunks(
 
 def _log_probs(
     logits: Tensor,  # [n_rows, vocab_size]
-    options: Tensor,  # [N_OPTIONS]
-    flags: int,
+    inputs: RowInputs,
 ) -> Tensor:  # [n_rows, vocab_size]
-    given = RowOptions(*options.unbind())
-    z = logits.to(options.dtype)
-    if flags & RowFlags.SOFTCAP:
+    given = RowOptions(*inputs.options.unbind())
+    z = logits.to(inputs.options.dtype)
+    if inputs.flags & RowFlags.SOFTCAP:
         z = torch.where(z == -math.inf, z, given.softcap * torch.tanh(z / given.softcap))
     return torch.log_softmax(z / given.temperature, -1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ava_ext._library import python_operator
-from ava_ext.ops.arguments import check_are_integers, check_beside_rows, check_devices
+from ava_ext.ops.arguments import check_are_integers, check_devices
 from ava_ext.ops.counted_rows import choose_rows
 from ava_ext.ops.derivatives import (
     call_operator,
@@ -27,7 +27,7 @@ from ava_ext.ops.derivatives import (
     without_second_derivative,
 )
 from ava_ext.ops.linear_logits import LinearLogits, rows_of_a_chunk, without_autocast
-from ava_ext.ops.row_fields import Candidates, RowLoss, accumulation_dtype, n_terms
+from ava_ext.ops.row_fields import RowInputs, RowLoss, accumulation_dtype, n_terms
 from ava_ext.ops.weight_gradient import add_weight_gradient_, has_bfloat16_products
 
 _ops = torch.ops.ava_ext
@@ -42,13 +42,7 @@ def as_matrix(
 
 def linear_row_loss(
     logits: LinearLogits,  # [..., n_columns]
-    targets: Tensor,  # [...]
-    options: Tensor,  # [N_OPTIONS]
-    flags: int,
-    row_weights: Tensor | None,  # [...]
-    candidates: Candidates | None,
-    vocab_size: int | None,
-    ignore_index: int,
+    inputs: RowInputs,  # of [...]
     reduction: str,
     chunk_bytes: int | None,
     max_counted_rows: int | None,
@@ -56,29 +50,20 @@ def linear_row_loss(
 ) -> RowLoss:
     """`row_loss` of LinearLogits: see there."""
     check_are_integers("row_loss", chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
-    rows, n_columns = logits.shape[:-1], logits.shape[-1]
-    ids, weights, groups = candidates if candidates else (None, None, ())
-    beside = {"row_weights": row_weights, "candidate_ids": ids, "candidate_weights": weights}
-    check_beside_rows("row_loss", rows, targets=targets, **beside)
+    rows = logits.shape[:-1]
+    targets, options, flags, row_weights, candidates, vocab_size, ignore_index = inputs.in_one_dimension(rows)
+    ids, weights, groups = candidates or (None, None, ())
     refuse_transforms("row_loss", (*logits, options, row_weights), vmap_works=True)
     refuse_tangents("row_loss", (weights, column_weights))
     in_forward = logits.requires_grad and reduction == "sum" and logits.dtype != torch.float16
     if torch._C._are_functorch_transforms_active():  # a graph cannot tell whether a batch of vmap requires grad
         in_forward = False
-    tensors = (
-        as_matrix(logits.hidden_states),
-        logits.weight,
-        logits.bias,
-        targets.reshape(-1),
-        options,
-        None if row_weights is None else row_weights.reshape(-1),
-        None if ids is None else as_matrix(ids),
-        None if weights is None else as_matrix(weights),
-    )
+    of_head = (as_matrix(logits.hidden_states), logits.weight, logits.bias)
+    tensors = (*of_head, targets, options, row_weights, ids, weights)
     constants = (
         groups,
         int(flags),
-        n_columns if vocab_size is None else vocab_size,
+        vocab_size,
         ignore_index,
         chunk_bytes,
         logits.dtype,
@@ -281,11 +266,14 @@ def empty_gradients(hidden_states, weight, bias, gradients):
 
 
 def _save_linear_row_loss(ctx, inputs, output):
-    ctx.constants, ctx.ignore_index, ctx.gradients = inputs[8:15], inputs[11], inputs[15]
-    ctx.mark_non_differentiable(*output[2:6])
+    *head, targets, options, row_weights, ids, id_weights = inputs[:8]
+    groups, flags, vocab_size, ctx.ignore_index, *limits, ctx.gradients, column_weights = inputs[8:]
+    ctx.constants = (groups, flags, vocab_size, ctx.ignore_index, *limits)
+    terms, *grads, origin = output[2:]
+    ctx.mark_non_differentiable(terms, *grads)
     ctx.set_materialize_grads(False)
-    again = (*inputs[:3], *inputs[4:8], inputs[16])
-    ctx.save_for_backward(output[6], inputs[3], *(output[3:6] if any(ctx.gradients) else again))
+    again = (*head, options, row_weights, ids, id_weights, column_weights)
+    ctx.save_for_backward(origin, targets, *(grads if any(ctx.gradients) else again))
 
 
 def _linear_row_loss_backward(ctx, grad_total, grad_losses, *_):

@@ -7,13 +7,12 @@ and names are those of the header.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TAIL_ID, TARGET_PROBABILITIES, RowFlags
+from ava_ext.ops.row_fields import SMOOTHING_WEIGHTS, TAIL_ID, TARGET_PROBABILITIES, RowFlags, RowInputs
 
 
 class RowOptions(NamedTuple):
@@ -175,42 +174,36 @@ class RowEvaluation(NamedTuple):
 
     loss: Tensor  # [...]: row weight times the sum of terms and penalties
     terms: Tensor  # [N_TERMS + n_groups, ...]: unweighted
-    coefficients: (
-        Tensor  # [..., N_ROW_COEFFICIENTS + 1 + n_candidates]: of the weighted loss, as row_gradient reads them
-    )
+    # of the weighted loss, as row_gradient reads them
+    coefficients: Tensor  # [..., N_ROW_COEFFICIENTS + 1 + n_candidates]
 
 
 def evaluate_rows(
     row: RowStatistics,
-    options: RowOptions,
-    flags: int,
-    targets: Tensor,  # [...], -1 where the row does not count
+    inputs: RowInputs,  # of [...]; its ignore_index is -1
     u: Tensor,  # [..., 1 + n_candidates]: z - max z of the target, then of the candidates; -inf where masked; of
     # TAIL_ID the logarithm of the sum of e^u over what it stands for
     is_argmax: Tensor,  # [..., 1 + n_candidates] bool
-    row_weights: Tensor | None,  # [...]
-    candidate_ids: Tensor | None,  # [..., n_candidates]
-    candidate_weights: Tensor | None,  # [..., n_candidates]
-    candidate_groups: Sequence[int],
     column_weights: ColumnWeightSums | None = None,
 ) -> RowEvaluation:
     """Every term, the penalty of every group of candidates, and the coefficients of the gradient."""
-    counts = targets >= 0
-    terms, of_row, own = _evaluate(row, options, flags, is_argmax[..., 0], u[..., 0], candidate_weights, column_weights)
+    targets, flags, row_weights = inputs.targets, inputs.flags, inputs.row_weights
+    ids, weights, groups = inputs.candidates or (None, None, ())
+    counts, options = targets >= 0, RowOptions(*inputs.options.unbind())
+    terms, of_row, own = _evaluate(row, options, flags, is_argmax[..., 0], u[..., 0], weights, column_weights)
     total = terms[0] + terms[1] + terms[2]
     coefficients = torch.stack([*of_row, own], -1)
-    if candidate_ids is not None and candidate_weights is not None:
-        n_soft = candidate_groups[-1] if flags & RowFlags.SOFT_TARGETS and candidate_groups else 0
-        given = (targets, candidate_ids, candidate_weights)
-        losses, slopes = _penalties(row.rest, u[..., 1:], is_argmax[..., 1:], *given, n_soft)
+    if ids is not None and weights is not None:
+        n_soft = groups[-1] if flags & RowFlags.SOFT_TARGETS and groups else 0
+        losses, slopes = _penalties(row.rest, u[..., 1:], is_argmax[..., 1:], targets, ids, weights, n_soft)
         if n_soft and flags & RowFlags.TAIL:
             first = losses.shape[-1] - n_soft
-            of_tail = (candidate_ids[..., first], candidate_weights[..., first])
-            loss, everywhere, outside = _tail(row.rest, u[..., 1 + first], targets, *of_tail)
+            of_tail = (u[..., 1 + first], targets, ids[..., first], weights[..., first])
+            loss, everywhere, outside = _tail(row.rest, *of_tail)
             losses[..., first] += loss
             slopes[..., first] += outside
             coefficients[..., 0] += everywhere
-        penalties = [group.sum(-1) for group in losses.split(list(candidate_groups), -1)]
+        penalties = [group.sum(-1) for group in losses.split(list(groups), -1)]
         total, terms = sum(penalties, total), terms + penalties
         coefficients = torch.cat([coefficients, slopes], -1)
     if row_weights is not None:

@@ -5,14 +5,14 @@ The same fields stand in csrc/softmax_rows.h. ops/softmax_rows.py and ops/softma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntFlag
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_not_negative, check_positive
+from ava_ext.ops.arguments import check_not_negative, check_positive, check_several_of_rows, check_shape
 
 
 class RowFlags(IntFlag):
@@ -102,6 +102,45 @@ class Candidates(NamedTuple):
     ids: Tensor  # [..., n_candidates] int32 or int64; -1: absent
     weights: Tensor  # [..., n_candidates] float32 (float64 beside float64 logits)
     groups: tuple[int, ...]  # sizes that add up to n_candidates; each group is reported separately
+
+
+class RowInputs(NamedTuple):
+    """What `row_loss` reads beside the logits; see there."""
+
+    targets: Tensor  # [...] int64
+    options: Tensor  # [N_OPTIONS]
+    flags: int
+    row_weights: Tensor | None  # [...]
+    candidates: Candidates | None
+    vocab_size: int
+    ignore_index: int
+
+    def with_rows(
+        self,
+        choose: Callable[[Tensor], Tensor],  # [...] or [..., n_candidates]
+    ) -> RowInputs:
+        """Of the rows that `choose` makes of these."""
+        row_weights = None if self.row_weights is None else choose(self.row_weights)
+        candidates = self.candidates
+        if candidates is not None:
+            candidates = candidates._replace(ids=choose(candidates.ids), weights=choose(candidates.weights))
+        return self._replace(targets=choose(self.targets), row_weights=row_weights, candidates=candidates)
+
+    def in_one_dimension(
+        self,
+        rows: torch.Size,  # the shape of the rows of the logits
+    ) -> RowInputs:
+        """Of [n_rows], also where there is one row, [].
+
+        Raises:
+            ValueError: something is of other rows than the logits: a row would get what is another row's.
+        """
+        check_shape("row_loss", rows, targets=self.targets, row_weights=self.row_weights)
+        if self.candidates is not None:
+            ids, weights, _ = self.candidates
+            check_several_of_rows("row_loss", rows, "candidate_ids", ids, "n_candidates")
+            check_shape("row_loss", ids.shape, candidate_weights=weights)
+        return self.with_rows(lambda values: values.flatten(0, len(rows) - 1) if rows else values.unsqueeze(0))
 
 
 def target_weights(

@@ -47,6 +47,7 @@ from ava_ext.ops.row_fields import (
     RANKS,
     Candidates,
     RowFlags,
+    RowInputs,
     RowLoss,
     accumulation_dtype,
     n_terms,
@@ -175,22 +176,19 @@ def row_loss(
     if target_probabilities is not None:
         refuse_tangents("row_loss", (target_probabilities,))
         target_probabilities = target_probabilities.detach()
-    constants = (targets, options, flags, row_weights, vocab_size, ignore_index, chunk_bytes)
     block = None
     if isinstance(logits, LocalRows):
-        block, logits = logits.rows, logits.logits
-        targets = block.local(targets)
-        row_weights, target_probabilities = (
-            None if given is None else block.local(given) for given in (row_weights, target_probabilities)
-        )
-        if candidates is not None:
-            candidates = Candidates(block.local(candidates.ids), block.local(candidates.weights), candidates.groups)
-    of_columns = (vocab_size, target_probabilities, smoothing_weights)
-    column_weights, column_flags = as_column_weights(logits, flags, *of_columns)
+        logits, block = logits
+        if target_probabilities is not None:
+            target_probabilities = block.local(target_probabilities)
+    if vocab_size is None:
+        vocab_size = logits.shape[-1]
+    column_weights, column_flags = as_column_weights(logits, flags, vocab_size, target_probabilities, smoothing_weights)
     flags = flags | column_flags | (RANKS if with_ranks else 0)
-    arguments = (targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
+    inputs = RowInputs(targets, options, flags, row_weights, candidates, vocab_size, ignore_index)
+    local = inputs if block is None else inputs.with_rows(block.local)
     if isinstance(logits, Tensor):
-        found = _dense_row_loss(logits, *arguments, reduction == "sum", inplace_gradient, column_weights)
+        found = _dense_row_loss(logits, local, reduction == "sum", inplace_gradient, column_weights)
     elif isinstance(logits, ShardedLogits):
         if with_ranks:
             raise NotImplementedError("row_loss: ranks of logits whose columns are spread over ranks")
@@ -198,45 +196,28 @@ def row_loss(
         if inplace_gradient and not isinstance(logits.logits, LinearLogits) and not torch.compiler.is_compiling():
             _check_inplace(logits.logits)
             inplace = not is_checkpointed()
-        found = vocabulary_parallel_row_loss(logits, *arguments, reduction, inplace, chunk_bytes, max_counted_rows)
+        found = vocabulary_parallel_row_loss(logits, local, reduction, inplace, chunk_bytes, max_counted_rows)
     else:
-        found = linear_row_loss(logits, *arguments, reduction, chunk_bytes, max_counted_rows, column_weights)
+        found = linear_row_loss(logits, local, reduction, chunk_bytes, max_counted_rows, column_weights)
     if block is not None:
         loss = found.loss if reduction == "sum" else block.among_all(found.loss)
         found = RowLoss(loss, block.among_all(found.terms))
     if probabilities is not None and wants_gradient(probabilities) and torch.is_grad_enabled():
-        return found._replace(loss=with_probability_gradient(found.loss, probabilities, placed, *constants))
+        return found._replace(loss=with_probability_gradient(found.loss, probabilities, placed, inputs, chunk_bytes))
     return found
 
 
 def _dense_row_loss(
     logits: Tensor,  # [..., n_columns]
-    targets: Tensor,  # [...]
-    options: Tensor,  # [N_OPTIONS]
-    flags: int,
-    row_weights: Tensor | None,  # [...]
-    candidates: Candidates | None,
-    vocab_size: int | None,
-    ignore_index: int,
+    inputs: RowInputs,  # of [...]
     is_sum: bool,
     inplace_gradient: bool,
     column_weights: Tensor | None,  # [..., vocab_size] or [vocab_size]
 ) -> RowLoss:
     logits = with_dense_rows(logits)
-    ids, weights, groups = candidates if candidates else (None, None, ())
-    n_columns = logits.shape[-1]
-    arguments = (
-        logits,
-        targets,
-        options,
-        row_weights,
-        ids,
-        weights,
-        groups,
-        flags,
-        n_columns if vocab_size is None else vocab_size,
-        ignore_index,
-    )
+    targets, options, flags, row_weights, candidates, vocab_size, ignore_index = inputs
+    ids, weights, groups = candidates or (None, None, ())
+    arguments = (logits, targets, options, row_weights, ids, weights, groups, flags, vocab_size, ignore_index)
     is_transformed = torch._C._are_functorch_transforms_active()
     differentiable = wants_gradient(logits) and torch.is_grad_enabled()
     if torch.compiler.is_compiling():

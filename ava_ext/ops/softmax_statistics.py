@@ -112,24 +112,23 @@ def softmax_statistics(
         check_is_tensor("softmax_statistics", "row_mask", row_mask)
         check_shape("softmax_statistics", logits.shape[:-1], row_mask=row_mask)
         row_mask = as_mask("softmax_statistics", row_mask)
-    scale = (temperature, logit_softcap, logit_scale)
-    return _statistics("softmax_statistics", logits, ids, *scale, vocab_size, row_mask, chunk_bytes, max_counted_rows)
+    options = statistics_options("softmax_statistics", logits, temperature, logit_softcap, logit_scale)
+    limits = (vocab_size, chunk_bytes, max_counted_rows)
+    return _statistics("softmax_statistics", logits, ids, row_mask, *options, *limits)
 
 
 def _statistics(
     owner: str,
     logits: Tensor | LinearLogits | ShardedLogits,  # [..., n_columns]
     ids: Tensor | None,  # [..., n_ids]
-    temperature: float | Tensor,
-    logit_softcap: float | None,
-    logit_scale: float,
+    row_mask: Tensor | None,  # [...] bool
+    options: Tensor,  # [N_OPTIONS]
+    flags: int,
     vocab_size: int | None,
-    row_mask: Tensor | None,  # [...]
     chunk_bytes: int | None,
     max_counted_rows: int | None,
-    flags: int = 0,
 ) -> SoftmaxStatistics:
-    """softmax_statistics for owner, whose name begins the messages; flags beside those of its options."""
+    """softmax_statistics for owner, whose name begins the messages."""
     check_are_integers(owner, vocab_size=vocab_size, chunk_bytes=chunk_bytes, max_counted_rows=max_counted_rows)
     placed, rows = local_logits(owner, logits), None
     if isinstance(placed, LocalRows):
@@ -137,9 +136,8 @@ def _statistics(
         ids, row_mask = (None if given is None else rows.local(given) for given in (ids, row_mask))
     elif not (type(logits) is Tensor and type(ids) in _PLAIN and type(row_mask) in _PLAIN):  # a DTensor is a Tensor too
         ids, row_mask = whole_beside(owner, logits, ids=ids, row_mask=row_mask)
-    options, own_flags = statistics_options(owner, placed, temperature, logit_softcap, logit_scale)
     size = placed.shape[-1] if vocab_size is None else vocab_size
-    arguments, limits = (ids, row_mask, options, flags | own_flags, size), (chunk_bytes, max_counted_rows)
+    arguments, limits = (ids, row_mask, options, flags, size), (chunk_bytes, max_counted_rows)
     found: Sequence[Tensor]
     if isinstance(placed, ShardedLogits):
         log_probs, summaries = vocabulary_parallel_statistics(owner, placed, *arguments, *limits)
@@ -210,7 +208,7 @@ def token_log_probs(
     targets = as_ids("token_log_probs", "targets", targets, "[...]")
     check_shape("token_log_probs", logits.shape[:-1], targets=targets)
     counted = targets != ignore_index
-    ids, scale = targets.unsqueeze(-1), (temperature, logit_softcap, logit_scale)
-    arguments = (logits, ids, *scale, vocab_size, counted, chunk_bytes, max_counted_rows)
-    statistics = _statistics("token_log_probs", *arguments, flags=IDS_ARE_PRESENT)
+    options, flags = statistics_options("token_log_probs", logits, temperature, logit_softcap, logit_scale)
+    arguments = (logits, targets.unsqueeze(-1), counted, options, flags | IDS_ARE_PRESENT)
+    statistics = _statistics("token_log_probs", *arguments, vocab_size, chunk_bytes, max_counted_rows)
     return statistics.log_probs.squeeze(-1), statistics.entropy

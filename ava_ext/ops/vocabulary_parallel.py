@@ -12,20 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ava_ext.ops.arguments import check_beside_rows, with_dense_rows
+from ava_ext.ops.arguments import with_dense_rows
 from ava_ext.ops.derivatives import without_second_derivative
 from ava_ext.ops.linear_logits import LinearLogits
 from ava_ext.ops.linear_rows import as_matrix
-from ava_ext.ops.row_evaluation import RowEvaluation, RowOptions, RowStatistics, evaluate_rows
-from ava_ext.ops.row_fields import (
-    IDS_ARE_PRESENT,
-    N_SUMMARIES,
-    N_TERMS,
-    TAIL_ID,
-    Candidates,
-    RowFlags,
-    RowLoss,
-)
+from ava_ext.ops.row_evaluation import RowStatistics, evaluate_rows
+from ava_ext.ops.row_fields import IDS_ARE_PRESENT, N_SUMMARIES, TAIL_ID, RowFlags, RowInputs, RowLoss
 from ava_ext.ops.row_statistics import statistics_coefficients
 from ava_ext.ops.shard_statistics import MergedRows, Shard, local_gradients, local_view, measure
 from ava_ext.ops.sharded_logits import ShardedLogits
@@ -33,13 +25,7 @@ from ava_ext.ops.sharded_logits import ShardedLogits
 
 def vocabulary_parallel_row_loss(
     logits: ShardedLogits,  # [..., n_columns]
-    targets: Tensor,  # [...]
-    options: Tensor,  # [N_OPTIONS]
-    flags: int,
-    row_weights: Tensor | None,  # [...]
-    candidates: Candidates | None,
-    vocab_size: int | None,
-    ignore_index: int,
+    inputs: RowInputs,  # of [...]
     reduction: str,
     inplace_gradient: bool,
     chunk_bytes: int | None,
@@ -47,26 +33,20 @@ def vocabulary_parallel_row_loss(
 ) -> RowLoss:
     """`row_loss` of ShardedLogits: see there."""
     rows = logits.shape[:-1]
-    given_ids, given_weights, groups = candidates if candidates else (None, None, ())
-    beside = {"row_weights": row_weights, "candidate_ids": given_ids, "candidate_weights": given_weights}
-    check_beside_rows("row_loss", rows, targets=targets, **beside)
+    inputs = inputs.in_one_dimension(rows)
+    options, flags, vocab_size = inputs.options, inputs.flags, inputs.vocab_size
     parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
-    targets = targets.reshape(-1)
-    row_mask = targets != ignore_index
-    counted = targets.masked_fill(~row_mask, 0)
-    _check_range("row_loss", "targets", counted, 0, shard.vocab_size)
-    ids = targets.masked_fill(~row_mask, -1).unsqueeze(-1)
-    weights: Tensor | None = None
-    if given_ids is not None and given_weights is not None:
-        given_ids = as_matrix(given_ids).masked_fill(~row_mask.unsqueeze(-1), -1)  # of other rows: not looked at
+    row_mask = inputs.targets != inputs.ignore_index
+    _check_range("row_loss", "targets", inputs.targets.masked_fill(~row_mask, 0), 0, vocab_size)
+    inputs = inputs._replace(targets=inputs.targets.masked_fill(~row_mask, -1), ignore_index=-1)
+    ids = inputs.targets.unsqueeze(-1)
+    if inputs.candidates is not None:
+        of_candidates = inputs.candidates.ids.masked_fill(~row_mask.unsqueeze(-1), -1)  # of other rows: not looked at
         lowest = TAIL_ID if flags & RowFlags.TAIL else -1
-        _check_range("row_loss", "candidate_ids", given_ids, lowest, shard.vocab_size)
-        ids, weights = torch.cat([ids, given_ids], -1), as_matrix(given_weights)
-    if row_weights is not None:
-        row_weights = row_weights.reshape(-1)
-    arguments = (ids, row_mask, row_weights, weights, groups)
-    loss, terms = _RowLossOfShard.apply(shard, inplace_gradient, arguments, options, *parts)
-    loss, terms = loss.view(rows), terms.view(N_TERMS + len(groups), *rows)
+        _check_range("row_loss", "candidate_ids", of_candidates, lowest, vocab_size)
+        ids = torch.cat([ids, of_candidates], -1)
+    loss, terms = _RowLossOfShard.apply(shard, inplace_gradient, (ids, row_mask, inputs), *parts)
+    loss, terms = loss.view(rows), terms.view(len(terms), *rows)
     return RowLoss(loss if reduction == "none" else loss.sum(), terms)
 
 
@@ -82,20 +62,18 @@ def vocabulary_parallel_statistics(
     max_counted_rows: int | None,
 ) -> tuple[Tensor, Tensor]:  # [..., n_ids], [N_SUMMARIES, ...]
     """log_probs and summaries of `softmax_statistics` of ShardedLogits; owner begins the messages."""
-    rows = logits.shape[:-1]
+    rows, lowest = logits.shape[:-1], 0 if flags & IDS_ARE_PRESENT else -1
+    flags = flags & ~IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent
     parts, shard = _shard_of(logits, options, flags, vocab_size, chunk_bytes, max_counted_rows)
     if ids is None:
         ids = torch.empty((*rows, 0), dtype=torch.int32, device=logits.device)
-    lowest = -1  # absent
     if row_mask is None:
         row_mask = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    ids = ids.masked_fill(~row_mask.unsqueeze(-1), -1)  # what masked rows hold is not looked at
-    if flags & IDS_ARE_PRESENT:
-        lowest, flags = 0, flags & ~IDS_ARE_PRESENT  # each rank has the ids of other ranks' columns as absent
-        shard = shard._replace(flags=flags)
-    _check_range(owner, "ids", ids.masked_fill(~row_mask.unsqueeze(-1), lowest), lowest, shard.vocab_size)
+    is_masked = ~row_mask.unsqueeze(-1)  # what such rows hold is not looked at
+    _check_range(owner, "ids", ids.masked_fill(is_masked, lowest), lowest, shard.vocab_size)
+    ids = ids.masked_fill(is_masked, -1)
     arguments = (as_matrix(ids), row_mask.reshape(-1))
-    log_probs, summaries = _StatisticsOfShard.apply(shard, arguments, options, *parts)
+    log_probs, summaries = _StatisticsOfShard.apply(shard, arguments, *parts)
     return log_probs.view(ids.shape), summaries.view(N_SUMMARIES, *rows)
 
 
@@ -103,16 +81,15 @@ def _shard_of(
     logits: ShardedLogits,  # [..., n_columns]
     options: Tensor,  # [N_OPTIONS]
     flags: int,
-    vocab_size: int | None,
+    vocab_size: int,
     chunk_bytes: int | None,
     max_counted_rows: int | None,
 ) -> tuple[tuple[Tensor | None, ...], Shard]:
     """The local logits as a matrix, or the parts of LinearLogits, and what is to be known of their columns."""
     first_column, n_columns = logits.place()
     local, group = logits.logits, logits.process_group()
-    if vocab_size is not None and not 1 <= vocab_size <= n_columns:
+    if not 1 <= vocab_size <= n_columns:
         raise ValueError(f"sharded_logits: expected vocab_size in [1, {n_columns}], got {vocab_size}")
-    vocab_size = n_columns if vocab_size is None else vocab_size
     columns, limits = (first_column, local.shape[-1], vocab_size), (chunk_bytes, max_counted_rows)
     shard = Shard(group, *columns, options, flags, local.dtype, *limits)
     if isinstance(local, LinearLogits):
@@ -158,21 +135,6 @@ class _SumOfGradients(torch.autograd.Function):
         return gradient, None
 
 
-def _evaluated(
-    merged: MergedRows,
-    ids: Tensor,  # [n_rows, 1 + n_candidates]: the target, -1 where the row does not count, then the candidates
-    row_weights: Tensor | None,  # [n_rows]
-    weights: Tensor | None,  # [n_rows, n_candidates]
-    groups: tuple[int, ...],
-    shard: Shard,
-) -> RowEvaluation:
-    """Loss, terms and coefficients of the rows of the whole logits."""
-    row = RowStatistics(*merged.statistics.unbind(-1))
-    is_argmax = ids == row.argmax.unsqueeze(-1)
-    options, candidates = RowOptions(*shard.options.unbind()), (ids[:, 1:], weights, groups)
-    return evaluate_rows(row, options, shard.flags, ids[:, 0], merged.u, is_argmax, row_weights, *candidates)
-
-
 def _save(ctx: Any, shard: Shard, parts: tuple[Tensor | None, ...], *tensors: Tensor) -> None:
     ctx.shard, ctx.n_parts = shard._replace(options=None), len(parts)  # type: ignore[arg-type]
     ctx.set_materialize_grads(False)
@@ -207,11 +169,12 @@ class _RowLossOfShard(torch.autograd.Function):
     """(loss [n_rows], terms [n_terms, n_rows]) of the local logits, or of the parts of LinearLogits."""
 
     @staticmethod
-    def forward(ctx, shard, inplace, arguments, options, *parts):
-        ids, row_mask, row_weights, weights, groups = arguments
+    def forward(ctx, shard, inplace, arguments, *parts):
+        ids, row_mask, inputs = arguments
         logits = LinearLogits(*parts) if len(parts) > 1 else parts[0]
         merged = measure(logits, ids, row_mask, shard)
-        loss, terms, coefficients = _evaluated(merged, ids, row_weights, weights, groups, shard)
+        row = RowStatistics(*merged.statistics.unbind(-1))
+        loss, terms, coefficients = evaluate_rows(row, inputs, merged.u, ids == row.argmax.unsqueeze(-1))
         ctx.inplace = inplace
         _save(ctx, shard, parts, ids, row_mask, *local_view(merged, coefficients, ids, shard))
         ctx.mark_non_differentiable(terms)
@@ -219,29 +182,29 @@ class _RowLossOfShard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        wanted = list(ctx.needs_input_grad[4:])
+        nothing, wanted = (None,) * 3, list(ctx.needs_input_grad[3:])
         if grad_loss is None or not any(wanted):
-            return (None,) * (4 + ctx.n_parts)
+            return *nothing, *(None for _ in wanted)
         parts, shard, (ids, row_mask, statistics, coefficients) = _saved(ctx)
         coefficients = coefficients * grad_loss.masked_fill(~row_mask, 0).unsqueeze(-1)
         of_rows = (statistics, coefficients)
         inplace = ctx.inplace and not torch.compiler.is_compiling()
         gradients = _gradients(parts, of_rows, ids, row_mask, shard, wanted, (grad_loss,), inplace)
-        return None, None, None, None, *gradients
+        return *nothing, *gradients
 
 
 class _StatisticsOfShard(torch.autograd.Function):
     """(log_probs [n_rows, n_ids], summaries [N_SUMMARIES, n_rows])."""
 
     @staticmethod
-    def forward(ctx, shard, arguments, options, *parts):
+    def forward(ctx, shard, arguments, *parts):
         ids, row_mask = arguments
         logits = LinearLogits(*parts) if len(parts) > 1 else parts[0]
         merged = measure(logits, ids, row_mask, shard)
         maximum, _, rest, weighted, sum_u, count = merged.statistics.unbind(-1)
         total = rest.log1p()
         summaries = torch.stack(
-            [total - weighted / (1 + rest), maximum / options[0] + total, rest.log(), sum_u / count - total]
+            [total - weighted / (1 + rest), maximum / shard.options[0] + total, rest.log(), sum_u / count - total]
         )
         is_argmax = ids == merged.statistics[:, 1:2]
         log_probs = torch.where(is_argmax, 0.0, merged.u) - total.unsqueeze(-1)
@@ -251,8 +214,7 @@ class _StatisticsOfShard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_log_probs, grad_summaries):
-        wanted = list(ctx.needs_input_grad[3:])
-        nothing = (None,) * 3
+        nothing, wanted = (None,) * 2, list(ctx.needs_input_grad[2:])
         if not any(wanted):
             return *nothing, *(None for _ in wanted)
         parts, shard, (ids, row_mask, *fields) = _saved(ctx)

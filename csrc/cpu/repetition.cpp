@@ -49,9 +49,11 @@ static void candidates_of_batch(const RepetitionOptions& options,
                                 const Tensor& targets,                  // [batch_size, n_tokens]
                                 const std::optional<Tensor>& segments,  // [batch_size or 1, n_tokens]
                                 const Tensor& weights,                  // [kRepetitionWeights]
-                                int32_t* ids,                           // [batch_size, n_tokens, n_slots]
-                                Weight* candidate_weights) {            // [batch_size, n_tokens, n_slots]
+                                const Tensor& ids,                      // [batch_size, n_tokens, n_slots]
+                                const Tensor& candidate_weights) {      // [batch_size, n_tokens, n_slots]
   const TokenRows token_rows(tokens), target_rows(targets), segment_rows(segments ? *segments : tokens);
+  int32_t* const out_ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+  Weight* const out_weights = static_cast<Weight*>(candidate_weights.mutable_data_ptr());
   const Weight* weight = static_cast<const Weight*>(weights.const_data_ptr());
   const int64_t weight_stride = weights.stride(0);
   const RepetitionWeights values{weight[0], weight[weight_stride], weight[2 * weight_stride],
@@ -74,7 +76,7 @@ static void candidates_of_batch(const RepetitionOptions& options,
         while (end < n_tokens && scratch.segments[end] == scratch.segments[begin]) ++end;
         const int64_t offset = (sequence * n_tokens + begin) * n_slots;
         segment_candidates(options, values, scratch.tokens.data() + begin, scratch.targets.data() + begin, end - begin,
-                           scratch.lists, ids + offset, candidate_weights + offset);
+                           scratch.lists, out_ids + offset, out_weights + offset);
       }
     }
   });
@@ -87,12 +89,9 @@ static void run_repetition_candidates(const RepetitionOptions& options,
                                       const Tensor& weights,                  // [kRepetitionWeights]
                                       const Tensor& ids,                      // [batch_size, n_tokens, n_slots]
                                       const Tensor& candidate_weights) {      // [batch_size, n_tokens, n_slots]
-  int32_t* out_ids = static_cast<int32_t*>(ids.mutable_data_ptr());
-  void* out_weights = candidate_weights.mutable_data_ptr();
-  if (weights.scalar_type() == ScalarType::Double)
-    candidates_of_batch(options, tokens, targets, segments, weights, out_ids, static_cast<double*>(out_weights));
-  else
-    candidates_of_batch(options, tokens, targets, segments, weights, out_ids, static_cast<float*>(out_weights));
+  const bool is_double = weights.scalar_type() == ScalarType::Double;
+  const auto candidates_of = is_double ? candidates_of_batch<double> : candidates_of_batch<float>;
+  candidates_of(options, tokens, targets, segments, weights, ids, candidate_weights);
 }
 
 }  // namespace ava

@@ -35,7 +35,7 @@ struct RowEntries {
   }
   // adds s to the entry of this column, or makes one
   void add(int64_t column, Real u, Real probability, Real s, bool is_named = false) {
-    Entry* entry = find(column);
+    Entry* entry = find_or_claim(column);
     if (entry) {
       entry->own += s;
       entry->is_named |= is_named;
@@ -44,8 +44,8 @@ struct RowEntries {
     entries[n++] = {column, u, probability, s, 0, is_named};
   }
 
-  // the entry of this column; where there is none, the next one is put into its slot
-  Entry* find(int64_t column) {
+  // the entry of this column; where there is none, its slot is that of the next one
+  Entry* find_or_claim(int64_t column) {
     if (n_slots == 0) {
       for (int64_t k = 0; k < n; ++k)
         if (entries[k].column == column) return entries + k;

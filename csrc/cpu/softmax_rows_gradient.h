@@ -15,7 +15,8 @@ struct RowWriter : RowReader<Vector, Element, kDense, kCapped> {
   using Register = typename Vector::Register;
   using Capped = typename Reader::Capped;
   using Reader::arguments, Reader::options, Reader::inverse_temperature, Reader::exponential, Reader::capped;
-  using Reader::load_part, Reader::store_part, Reader::measure, Reader::measure_apart, Reader::Reader;
+  using Reader::effective_at, Reader::load_part, Reader::store_part, Reader::measure, Reader::measure_apart;
+  using Reader::Reader;
   using Entry = RowEntry<Real>;
   using Entries = RowEntries<Real>;
   static constexpr int kLanes = Vector::kLanes;
@@ -91,9 +92,8 @@ struct RowWriter : RowReader<Vector, Element, kDense, kCapped> {
 
   Real scalar_u(const Element* x, int64_t column, const RowStatistics<Real>& row) const {
     if (column == int64_t(row.argmax)) return 0;
-    Real value = widen(x[column]);
+    const Real value = effective_at(x, column);
     if (value == -Real(INFINITY)) return value;
-    if constexpr (kCapped) value = options.softcap * tanh_of(value / options.softcap);
     // -inf is for masked columns: beside a maximum of +inf this is a finite distance, and R a nan
     const Real u = (value - row.max) * inverse_temperature;
     return u < lowest_finite<Real>() ? lowest_finite<Real>() : u;

@@ -90,7 +90,7 @@ struct RowKernel : RowWriter<Vector, Element, kDense, kCapped> {
     const Real value = row.id_values[place];
     if (!row.counts || column < 0 || value == 0) return {0, 0};
     if (is_soft && row.tail < arguments.n_ids) {  // measured with the tail
-      Entry* const entry = entries.find(column);
+      Entry* const entry = entries.find_or_claim(column);
       const CandidateShare<Real> share = soft_target(total_log, entry->u, value);
       entry->own += share.log_prob_coefficient * row.weight;
       return share;

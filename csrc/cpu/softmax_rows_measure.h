@@ -70,6 +70,12 @@ struct RowReader {
     else
       return x;
   }
+  Real effective_at(const Element* x, int64_t column) const {
+    const Real value = widen(x[column]);
+    if constexpr (kCapped)
+      if (value != -Real(INFINITY)) return options.softcap * tanh_of(value / options.softcap);
+    return value;
+  }
 
   // the first n < kLanes elements, -inf behind them
   static Register load_part(const Element* x, int64_t n) {
@@ -340,8 +346,7 @@ struct RowReader {
     Real max = others.max, argmax = others.argmax, nan = 0;
     for (int64_t k = 0; k < named.n; ++k) {
       if (named.ids[k] < 0) continue;
-      Real value = widen(x[named.ids[k]]);
-      if (kCapped && value != -Real(INFINITY)) value = options.softcap * tanh_of(value / options.softcap);
+      const Real value = effective_at(x, named.ids[k]);
       of_row.add(named.ids[k], value, 0, 0, true);
       if (value != value || value == Real(INFINITY)) nan = Real(NAN);
       if (value > max || (value == max && Real(named.ids[k]) < argmax)) max = value, argmax = Real(named.ids[k]);

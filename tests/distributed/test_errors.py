@@ -19,6 +19,7 @@ V, H = 10, 4
 def placements_worker(rank):
     mesh = init_device_mesh("cpu", (2,))
     loss_fn = UnifiedLoss(V, H, primary_loss_type="standard")
+    torch.manual_seed(0)  # distribute_tensor spreads what rank 0 has: each rank has to have the same
     logits, states, weight, bias = (torch.randn(shape) for shape in ((2, 6, V), (2, 6, H), (V, H), (V,)))
     targets = torch.ones(2, 6, dtype=torch.int64)
 

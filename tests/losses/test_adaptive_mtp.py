@@ -15,6 +15,10 @@ from ava_ext.ops.row_fields import TERM_NAMES, RowLoss
 from ava_ext.sequences import shift_left
 
 BATCH, LENGTH, VOCAB, HEADS = 2, 6, 9, 3
+CONFIG, CONFIG_OF_ROWS = (
+    UnifiedLossConfig(VOCAB, primary_loss_type="adaptive_mtp", num_future_tokens=HEADS, reduction=reduction)
+    for reduction in ("mean", "none")
+)
 
 
 def token_loss(logits, targets):
@@ -91,8 +95,8 @@ def test_against_one_row_at_a_time(form, packed):
         inputs["segments"] = None
     expected = one_row_at_a_time(**inputs)
     for logits in (inputs["heads"], list(inputs["heads"])):
-        terms = adaptive_mtp_terms(**(inputs | {"heads": logits}), head_loss=head_loss)
-        rows = adaptive_mtp_terms(**(inputs | {"heads": logits}), head_loss=head_loss_of_rows, per_row=True)
+        terms = adaptive_mtp_terms(CONFIG, **(inputs | {"heads": logits}), head_loss=head_loss)
+        rows = adaptive_mtp_terms(CONFIG_OF_ROWS, **(inputs | {"heads": logits}), head_loss=head_loss_of_rows)
         for got, per_row, value in zip(terms, rows, expected, strict=False):
             torch.testing.assert_close(got, value.sum(), rtol=1e-12, atol=0)
             torch.testing.assert_close(per_row, value, rtol=1e-12, atol=1e-18)
@@ -100,7 +104,7 @@ def test_against_one_row_at_a_time(form, packed):
 
 def test_metrics():
     inputs = make_inputs()
-    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
+    terms = adaptive_mtp_terms(CONFIG, **inputs, head_loss=head_loss)
     rows = [(0, 0), (0, 1), (0, 4), (1, 0), (1, 1), (1, 3), (1, 4)]  # head 1 has a counted target in the same segment
     losses, probabilities = [], []
     for b, t in rows:
@@ -118,13 +122,13 @@ def test_gradcheck():
     logits = inputs.pop("heads").requires_grad_()
 
     def mtp_loss(logits):
-        return adaptive_mtp_terms(logits, **inputs, head_loss=head_loss).mtp_loss
+        return adaptive_mtp_terms(CONFIG, logits, **inputs, head_loss=head_loss).mtp_loss
 
     assert torch.autograd.gradcheck(mtp_loss, logits, fast_mode=True)
     confidence = inputs.pop("confidence_scores").requires_grad_()
 
     def regularization(confidence):
-        return adaptive_mtp_terms(logits, **inputs, head_loss=head_loss, confidence_scores=confidence)[1]
+        return adaptive_mtp_terms(CONFIG, logits, **inputs, head_loss=head_loss, confidence_scores=confidence)[1]
 
     assert torch.autograd.gradcheck(regularization, confidence)
 
@@ -132,7 +136,7 @@ def test_gradcheck():
 def test_confidence_and_heads_do_not_learn_from_each_other():
     inputs = make_inputs()
     logits, confidence = (inputs[name].requires_grad_() for name in ("heads", "confidence_scores"))
-    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
+    terms = adaptive_mtp_terms(CONFIG, **inputs, head_loss=head_loss)
     assert torch.autograd.grad(terms.mtp_loss, confidence, allow_unused=True, retain_graph=True)[0] is None
     assert torch.autograd.grad(terms.confidence_regularization, logits, allow_unused=True)[0] is None
 
@@ -143,13 +147,13 @@ def test_the_optimum_is_calibrated_and_the_ends_are_finite():
     first = (inputs["heads"][0, :, :-1] / 0.7).softmax(-1)
     q = first.gather(-1, inputs["targets"][:, 1:, None].clamp_min(0))[..., 0]
     confidence = torch.cat([q, torch.full((BATCH, 1), 0.5)], 1).requires_grad_()
-    terms = adaptive_mtp_terms(**(inputs | {"confidence_scores": confidence}), head_loss=head_loss)
+    terms = adaptive_mtp_terms(CONFIG, **(inputs | {"confidence_scores": confidence}), head_loss=head_loss)
     assert torch.autograd.grad(terms.confidence_regularization, confidence)[0].abs().max() < 1e-15
     for end in (0.0, 1.0):
         logit = torch.full((BATCH, LENGTH), math.copysign(40.0, end - 0.5), requires_grad=True)
         sure = torch.full((BATCH, LENGTH), end, requires_grad=True)
         for value, leaf in ((sure, sure), (logit.sigmoid(), logit)):
-            terms = adaptive_mtp_terms(**(inputs | {"confidence_scores": value}), head_loss=head_loss)
+            terms = adaptive_mtp_terms(CONFIG, **(inputs | {"confidence_scores": value}), head_loss=head_loss)
             assert terms.confidence_regularization.isfinite()
             assert torch.autograd.grad(terms.confidence_regularization, leaf)[0].isfinite().all()
 
@@ -174,9 +178,9 @@ def test_switched_off():
 
 def test_switched_by_a_tensor():
     inputs = make_inputs()
-    on = adaptive_mtp_terms(**inputs, head_loss=head_loss_of_rows, per_row=True)
+    on = adaptive_mtp_terms(CONFIG_OF_ROWS, **inputs, head_loss=head_loss_of_rows)
     for active in (torch.tensor(True), torch.tensor(False), torch.tensor([False, True])):
-        got = adaptive_mtp_terms(**inputs, head_loss=head_loss_of_rows, per_row=True, mtp_active=active)
+        got = adaptive_mtp_terms(CONFIG_OF_ROWS, **inputs, head_loss=head_loss_of_rows, mtp_active=active)
         for term, value in zip(got[:2], on[:2], strict=True):
             torch.testing.assert_close(term, value * active.reshape(-1, 1), rtol=1e-12, atol=1e-18)
 
@@ -188,7 +192,7 @@ def test_no_counted_row():
     inputs = make_inputs()
     inputs |= NOTHING_COUNTS
     leaves = [inputs[name].requires_grad_() for name in ("heads", "confidence_scores")]
-    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
+    terms = adaptive_mtp_terms(CONFIG, **inputs, head_loss=head_loss)
     assert all((value == 0).all() for value in tree_leaves(terms))
     gradients = torch.autograd.grad(terms.mtp_loss + terms.confidence_regularization, leaves)
     assert all((gradient == 0).all() for gradient in gradients)
@@ -198,19 +202,19 @@ def test_low_precision_is_summed_in_float32():
     inputs = make_inputs()
     inputs["heads"] = inputs["heads"].bfloat16()
     exact = inputs | {"heads": inputs["heads"].double()}
-    terms = adaptive_mtp_terms(**inputs, head_loss=head_loss)
+    terms = adaptive_mtp_terms(CONFIG, **inputs, head_loss=head_loss)
     for got, value in zip(terms, one_row_at_a_time(**exact), strict=False):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), value.sum(), rtol=1e-5, atol=0)
 
 
 def make_module():
-    return AdaptiveMTP.from_config(UnifiedLossConfig(vocab_size=VOCAB, primary_loss_type="adaptive_mtp"))
+    return AdaptiveMTP.from_config(CONFIG)
 
 
 def learn(adaptive, heads, **inputs):
     """The terms of a call, which are added to the averages."""
-    terms = adaptive_mtp_terms(heads, **inputs, head_loss=head_loss)
+    terms = adaptive_mtp_terms(CONFIG, heads, **inputs, head_loss=head_loss)
     adaptive.record_averages(True, terms)
     return terms
 
@@ -223,7 +227,7 @@ def test_running_averages():
     one_token = {name: value[..., :1] for name, value in make_inputs(7).items() if name != "heads"}
     one_token["heads"] = make_inputs(7)["heads"][:, :, :1]
     learn(adaptive, **one_token)  # head 1 has no target in it
-    learn(adaptive, **(make_inputs(7) | {"heads": torch.full((1, BATCH, LENGTH, VOCAB), torch.nan)}))
+    learn(adaptive, **(make_inputs(7) | {"heads": torch.full((HEADS, BATCH, LENGTH, VOCAB), torch.nan)}))
     assert adaptive.statistics()["count"] == 0  # nothing is committed yet
     adaptive.step()
     statistics = adaptive.statistics()
@@ -277,7 +281,7 @@ def test_bad_input_is_named():
         ({"mtp_active": torch.ones(3)}, r"mtp_active of shape .* got \[3\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            adaptive_mtp_terms(**(inputs | change), head_loss=head_loss)
+            adaptive_mtp_terms(CONFIG, **(inputs | change), head_loss=head_loss)
 
 
 @pytest.mark.parametrize("logit", [-14.0, 12.0, 14.0])
@@ -285,7 +289,7 @@ def test_a_confidence_that_is_too_sure_is_corrected(logit):
     inputs, leaf = make_inputs(), torch.zeros(BATCH, LENGTH, dtype=torch.float64, requires_grad=True)
 
     def gradient(logits):
-        terms = adaptive_mtp_terms(**inputs | {"confidence_scores": logits.sigmoid()}, head_loss=head_loss)
+        terms = adaptive_mtp_terms(CONFIG, **inputs | {"confidence_scores": logits.sigmoid()}, head_loss=head_loss)
         return torch.autograd.grad(terms.confidence_regularization, leaf)[0]
 
     ahead = shift_left(inputs["row_weights"], 0, segments=inputs["segments"])

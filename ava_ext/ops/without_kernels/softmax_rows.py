@@ -19,7 +19,9 @@ from ava_ext.ops.row_fields import (
     RANKS,
     TAIL_ID,
     TARGET_PROBABILITIES,
+    Candidates,
     RowFlags,
+    RowInputs,
     accumulation_dtype,
 )
 
@@ -317,7 +319,9 @@ def row_loss(
     q = _checked_weights("row_loss", column_weights, x, flags)
     counted_targets = torch.where(counts, targets, -1)
     places, ids = torch.where(counts, targets, 0).unsqueeze(-1), counted_targets.unsqueeze(-1)
+    candidates = None
     if candidate_ids is not None and candidate_weights is not None:
+        candidates = Candidates(candidate_ids, candidate_weights, tuple(candidate_groups or ()))
         _check("row_loss", "candidate_weights", candidate_weights, tuple(candidate_ids.shape))
         counted = counts.unsqueeze(-1)
         places = torch.cat([places, _places(candidate_ids, counted, flags)], -1)
@@ -326,9 +330,8 @@ def row_loss(
     if flags & RowFlags.TAIL:
         u = _with_tail(u, ids, columns, row.argmax)
     weights = None if q is None else _sum_weights(q, columns, row.argmax, flags)
-    candidates = (candidate_ids, candidate_weights, candidate_groups or ())
-    given = (row, values, flags, counted_targets, u, is_argmax, row_weights)
-    loss, terms, coefficients = evaluate_rows(*given, *candidates, weights)
+    inputs = RowInputs(counted_targets, options, flags, row_weights, candidates, vocab_size, -1)
+    loss, terms, coefficients = evaluate_rows(row, inputs, u, is_argmax, weights)
     if flags & RANKS:
         terms = torch.cat([terms, _ranks(x, counted_targets, row.argmax)])
     gradient, statistics, saved = logits.new_empty(0), loss.new_empty(0), loss.new_empty(0)
