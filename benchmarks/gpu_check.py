@@ -153,7 +153,7 @@ def check_many_short_rows(device: torch.device, dtype: torch.dtype) -> None:
     targets[::7] = -100
 
     def run(logits: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        leaf = logits.requires_grad_()
+        leaf = logits.detach().requires_grad_()
         losses = loss_fn(leaf, targets, label_smoothing=0.1, reduction="none")
         return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
 
